@@ -1,0 +1,58 @@
+"""The low-rank pair's forward and backward: y = W x + b + s·B(A x), s = α/r.
+
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. The scale goes
+into the rank-wide product, never onto the output, and each direction accumulates onto the frozen
+product inside one GEMM: against `base(x) + s * up(down(x))` this saves two passes over the
+activations (benchmarks/README.md has the measured ratios).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
+    ) -> Tensor:
+        x2 = x.reshape(-1, x.shape[-1])  # (N, in)
+        h = torch.addmm(x2.new_empty(1), x2, A.t(), beta=0, alpha=s)  # (N, r), scaled
+        y = F.linear(x, W, bias)
+        y.view(-1, y.shape[-1]).addmm_(h, B.t())
+        ctx.save_for_backward(x2, W, A, B, h)
+        ctx.s, ctx.x_shape = s, x.shape  # type: ignore[attr-defined]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def, override]
+        x2, W, A, B, h = ctx.saved_tensors
+        g2 = g.reshape(-1, g.shape[-1])  # (N, out)
+        dh = torch.addmm(g2.new_empty(1), g2, B, beta=0, alpha=ctx.s)  # (N, r)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = (g2 @ W).addmm_(dh, A).view(ctx.x_shape)
+        dA = dh.t() @ x2 if ctx.needs_input_grad[3] else None
+        dB = g2.t() @ h if ctx.needs_input_grad[4] else None
+        return dx, None, None, dA, dB, None
+
+
+def lowrank_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
+) -> Tensor:
+    """Returns W x + b + s·B(A x) for a *frozen* W and b.
+
+    x: (…, in), W: (out, in), A: (r, in), B: (out, r), all of one dtype. No gradient is computed
+    for W and b.
+    """
+    return _LowRankLinear.apply(x, W, bias, A, B, s)
+
+
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def pointwise(h: Tensor, B: Tensor, groups: int) -> Tensor:
+    """Applies B: (out, r, 1…) to h: (N, r·groups, …) as a 1×1 convolution, group by group."""
+    return _CONV[B.dim() - 2](h, B, groups=groups)

@@ -1,0 +1,150 @@
+"""Which modules are adapted, at which rank and alpha: presets, patterns and their counts.
+
+A target is a preset's name or a regular expression over the whole module name; several are
+joined with "+". Patterns of ranks and alphas are peft's: they match the end of a name at a dot.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from sd_lora.adapters.layers import LAYERS, AdaptedLayer
+from sd_lora.errors import UsageError, did_you_mean
+
+_ATTENTION = r"(.*\.)?to_(q|k|v|out\.0)"
+_TRANSFORMER = (
+    r"(.*\.)?attentions\.\d+\.(proj_in|proj_out"
+    r"|transformer_blocks\.\d+\.(attn[12]\.to_(q|k|v|out\.0)|ff\.net\.(0\.proj|2)))"
+)
+_CONV = (
+    r"(.*\.)?resnets\.\d+\.(conv1|conv2|conv_shortcut|time_emb_proj)"
+    r"|(.*\.)?(downsamplers|upsamplers)\.\d+\.conv"
+)
+_ENDS = r"conv_in|conv_out|(time|add|class)_embedding\.linear_[12]"
+_TEXT = r"(.*\.)?(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+PRESETS: dict[str, str] = {
+    "attention": _ATTENTION,
+    "transformer": _TRANSFORMER,
+    "conv": _CONV,
+    "all": "|".join((_TRANSFORMER, _CONV, _ENDS)),
+    "text": _TEXT,
+}
+"""Name → regular expression over a module's whole name.
+
+attention: to_q to_k to_v to_out.0. transformer: every Linear and 1×1 convolution of the
+Transformer2DModels (kohya's LoRA). conv: ResNet convolutions, shortcuts, time projections and
+samplers (with transformer: kohya's LoCon). all: these, conv_in, conv_out and the time and label
+embeddings. text: a CLIP text encoder's attention and MLP.
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One module to adapt: its name, rank r and alpha α."""
+
+    name: str
+    rank: int
+    alpha: float
+
+
+def _compile(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UsageError(f"{what} {pattern!r} is not a regular expression: {error}") from None
+
+
+def select(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+    """Returns the names of the modules of `model` that `targets` selects, in the model's order.
+
+    Raises:
+        UsageError: a target that selects nothing, or only layers of a kind that has no adapter.
+    """
+    items = targets.split("+") if isinstance(targets, str) else list(targets)
+    layers = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    chosen: set[str] = set()
+    for item in items:
+        pattern = _compile(PRESETS.get(item, item), "target")
+        found = [name for name in layers if name and pattern.fullmatch(name)]
+        if not found:
+            raise UsageError(
+                f"target {item!r} matches no module of {type(model).__name__}."
+                f"{did_you_mean(item, PRESETS)} Presets: {', '.join(PRESETS)}; anything else is a "
+                "regular expression over whole module names, such as 'mid_block.*conv1'"
+            )
+        adaptable = [name for name in found if layers[name] in LAYERS]
+        if not adaptable:
+            kinds = sorted({layers[name].__name__ for name in found})
+            raise UsageError(
+                f"target {item!r} matches only {', '.join(kinds)} ({found[0]}, …), and none of "
+                f"these can be adapted; {', '.join(k.__name__ for k in LAYERS)} can"
+            )
+        # a preset names layers by their place, and one that cannot be adapted there must not be
+        # passed over in silence; a free pattern naturally covers containers and norms as well
+        left_out = [name for name in found if layers[name] not in LAYERS]
+        if item in PRESETS and left_out:
+            kind = layers[left_out[0]].__name__
+            raise UsageError(f"target {item!r}: {left_out[0]} is a {kind}, which has no adapter")
+        chosen.update(adaptable)
+    return [name for name in layers if name in chosen]
+
+
+def _matches(patterns: Mapping[str, float] | None, names: list[str], what: str) -> dict[str, float]:
+    """Returns name → value of the first pattern that matches its end at a dot (peft's rule)."""
+    values: dict[str, float] = {}
+    for pattern, value in (patterns or {}).items():
+        regex = _compile(rf"(?:.*\.)?(?:{pattern})", what)
+        found = [name for name in names if regex.fullmatch(name)]
+        if not found:
+            raise UsageError(f"{what} {pattern!r} matches none of the {len(names)} target modules")
+        for name in found:
+            values.setdefault(name, value)
+    return values
+
+
+def plan(
+    model: nn.Module,
+    targets: str | Iterable[str],
+    rank: int,
+    alpha: float | None = None,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> list[Target]:
+    """Returns what `inject` would adapt, without touching the model.
+
+    Args:
+        model: any torch module, on any device (the meta device too).
+        targets: see `select`.
+        rank, alpha: of every module; an alpha of None means α = r, a scale of 1.
+        conv_rank, conv_alpha: of convolutions with a kernel larger than 1 (kohya's conv_dim); by
+            default the rank and alpha of the rest. A conv_rank alone means α = conv_rank.
+        rank_pattern, alpha_pattern: pattern → value, which win over the above.
+
+    Raises:
+        UsageError: a pattern that matches nothing, a rank below 1, or adapters already there.
+    """
+    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
+        raise UsageError(
+            f"this {type(model).__name__} has adapters already: eject them (merge before that to "
+            "keep what they learned)"
+        )
+    names = select(model, targets)
+    ranks = _matches(rank_pattern, names, "rank_pattern")
+    alphas = _matches(alpha_pattern, names, "alpha_pattern")
+    if conv_alpha is None and conv_rank is None:
+        conv_alpha = alpha
+    planned = []
+    for name in names:
+        weight = model.get_submodule(name).weight
+        is_conv = any(k > 1 for k in weight.shape[2:])  # type: ignore[union-attr]
+        r = int(ranks.get(name, conv_rank if is_conv and conv_rank is not None else rank))
+        if r < 1:
+            raise UsageError(f"the rank of {name} is {r}; a rank is a whole number of at least 1")
+        default = conv_alpha if is_conv else alpha
+        planned.append(Target(name, r, float(alphas.get(name, r if default is None else default))))
+    return planned

@@ -1,0 +1,75 @@
+"""The front door: `sd-lora <command>`. Imports are inside commands, so that help is quick."""
+
+import sys
+from collections.abc import Callable, Sequence
+
+import sd_lora
+from sd_lora.errors import RunError, UsageError, did_you_mean
+
+_HELP = f"""sd-lora {sd_lora.__version__}: train Stable Diffusion LoRAs that load everywhere, exactly.
+
+usage: sd-lora <command> [flags]
+
+commands:
+  train   train a LoRA on a folder of pictures; `sd-lora train --help` lists the flags
+  demo    teach the embedded base model a subject in a few minutes on a CPU
+
+start with `sd-lora demo` in a clone of the project, or
+  sd-lora train --config my.toml
+"""
+
+
+def _train(argv: Sequence[str], mode: str | None = None, prog: str = "sd-lora train") -> None:
+    from sd_lora.training.arguments import parse
+
+    config = parse(argv, mode, prog)  # type: ignore[arg-type]
+    from sd_lora.training.loop import train  # seconds of import, after the flags are known good
+
+    train(config)
+
+
+def _demo(argv: Sequence[str]) -> None:
+    from sd_lora.demo import main as demo
+
+    demo(argv)
+
+
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "demo": _demo}
+
+
+def guarded(work: Callable[[], None]) -> int:
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a usage error.
+
+    The project's own errors are printed without a traceback: they say what to do.
+    """
+    try:
+        work()
+    except (UsageError, RunError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP, end="")
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(sd_lora.__version__)
+        return 0
+    command = words[0]
+    if command not in _COMMANDS:
+        hint = did_you_mean(command, _COMMANDS)
+        print(f"error: unknown command {command!r}.{hint} See sd-lora --help", file=sys.stderr)
+        return 2
+    return guarded(lambda: _COMMANDS[command](words[1:]))
+
+
+def train_script(mode: str, prog: str) -> int:
+    """Runs a training script of one mode with the process's flags; returns the exit code."""
+    return guarded(lambda: _train(sys.argv[1:], mode, prog))

@@ -1,0 +1,111 @@
+"""Which sample stands where: the endless, seeded order of a run, addressed by position.
+
+Position p of the stream is epoch p // n, and within it the (p % n)-th of that epoch's own
+permutation: every epoch shows every picture exactly `repeats` times, and nothing is dropped at an
+epoch's end, because batches run on into the next. Micro-batch m of P processes with B samples
+each holds the positions m·P·B … (m+1)·P·B - 1, so that any split of the same global batch among
+processes and accumulation steps trains on the same samples with the same noise.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sd_lora.data.images import Framing, decode
+from sd_lora.data.sources import Sample
+from sd_lora.seeds import seed_for, shuffled, uniform
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One sample of a batch.
+
+    address: from which its noise, timestep and latents are drawn. kind: "instance" or "class".
+    index: which sample of its kind. crop: in [0, 1), where a random crop lies.
+    """
+
+    address: tuple[int | str, ...]
+    kind: str
+    index: int
+    caption: str
+    flip: bool
+    crop: float
+
+
+class Order:
+    """The order of the samples of one kind; remembers the permutation of the current epoch."""
+
+    def __init__(self, samples: list[Sample], kind: str, repeats: int, flip: bool, seed: int):
+        self.samples, self.kind, self.seed, self.flip = samples, kind, seed, flip
+        self.length = len(samples) * repeats
+        self._epoch, self._permutation = -1, list[int]()
+
+    def slot(self, position: int) -> Slot:
+        """Returns what stands at a position of the endless order."""
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            self._permutation = shuffled(self.length, self.seed, self.kind, "order", epoch)
+            self._epoch = epoch
+        entry = self._permutation[place]  # one of the repeats of a picture
+        index = entry % len(self.samples)
+        address = (self.seed, self.kind, epoch, entry)
+        captions = self.samples[index].captions
+        return Slot(
+            address=(self.seed, self.kind, "position", position),
+            kind=self.kind,
+            index=index,
+            caption=captions[seed_for(*address, "caption") % len(captions)],
+            flip=self.flip and uniform(*address, "flip") < 0.5,
+            crop=uniform(*address, "crop"),
+        )
+
+
+class Stream(Dataset):
+    """Micro-batches by number: the slots of this process, with pixels for what is not cached.
+
+    Args:
+        instance: the order of the samples that are trained.
+        prior: the order of the class samples, as many a batch as instances; None without.
+        batch_size: B, instances per process and micro-batch.
+        process, num_processes: which of P this is.
+        framing: how pictures become pixels.
+        uncached: kind → indices of the pictures whose pixels must be read each time.
+        length: number of micro-batches.
+    """
+
+    def __init__(
+        self,
+        instance: Order,
+        prior: Order | None,
+        batch_size: int,
+        process: int,
+        num_processes: int,
+        framing: Framing,
+        uncached: dict[str, set[int]],
+        length: int,
+    ) -> None:
+        self.orders = [instance, prior] if prior else [instance]
+        self.batch_size, self.process, self.num_processes = batch_size, process, num_processes
+        self.framing, self.uncached, self.length = framing, uncached, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def slots(self, micro_batch: int) -> list[Slot]:
+        """Returns this process's slots of a micro-batch: instances first, then class samples."""
+        start = (micro_batch * self.num_processes + self.process) * self.batch_size
+        positions = range(start, start + self.batch_size)
+        return [order.slot(position) for order in self.orders for position in positions]
+
+    def __getitem__(self, micro_batch: int) -> tuple[list[Slot], list[Tensor | None]]:
+        slots = self.slots(micro_batch)
+        return slots, [self._pixels(slot) for slot in slots]
+
+    def _pixels(self, slot: Slot) -> Tensor | None:
+        if slot.index not in self.uncached[slot.kind]:
+            return None
+        (order,) = (order for order in self.orders if order.kind == slot.kind)
+        sample = order.samples[slot.index]
+        return self.framing.pixels(decode(sample.read(), sample.name), slot.crop, slot.flip)
+

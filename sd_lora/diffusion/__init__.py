@@ -1,0 +1,1 @@
+"""The objective: noise schedule, targets, weightings, per-sample loss."""

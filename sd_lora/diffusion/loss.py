@@ -1,0 +1,58 @@
+"""What the model is asked for, and how much each timestep and sample counts."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sd_lora.diffusion.schedule import NoiseSchedule
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "epsilon": lambda x0, noise, alpha, sigma: noise,
+    "v_prediction": lambda x0, noise, alpha, sigma: alpha * noise - sigma * x0,
+}
+"""Name → target(x0, noise, alpha, sigma).
+
+epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D.
+"""
+
+
+def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Returns the min-SNR-γ weights (B,) of signal-to-noise ratios (B,).
+
+    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4:
+    min(SNR, γ) in terms of x₀, hence divided by SNR for epsilon and by SNR + 1 for v. At zero SNR
+    the weight is its limit, 1 for epsilon and 0 for v.
+    """
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return torch.where(snr > gamma, gamma / snr, 1.0)
+
+
+def sample_losses(
+    prediction: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    schedule: NoiseSchedule,
+    snr_gamma: float | None = None,
+) -> Tensor:
+    """Returns each sample's loss (B,) in float32: the mean squared error, min-SNR weighted if asked.
+
+    prediction, x0, noise: (B, C, H, W); t: (B,).
+    """
+    alpha, sigma = schedule.at(t, x0.dim())
+    target = PREDICTIONS[schedule.prediction_type](x0, noise, alpha, sigma)
+    losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    if snr_gamma is not None:
+        losses = losses * min_snr_weights(schedule.snr(t), snr_gamma, schedule.prediction_type)
+    return losses
+
+
+def weighted_loss(losses: Tensor, weights: Tensor, num_instances: int) -> Tensor:
+    """Returns Σ wᵢ·lᵢ / number of instance samples.
+
+    Prior preservation (Ruiz et al. 2022, "DreamBooth", equation 2) is the weight λ of the class
+    samples; instance samples weigh 1.
+    """
+    return (losses * weights).sum() / num_instances

@@ -1,0 +1,193 @@
+"""Loading a model's parts from a diffusers folder or a hub id, each part once."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from sd_lora.errors import UsageError
+from sd_lora.models.families import Family, detect, refuse_other_pipelines
+
+_PART_FILES = {
+    "scheduler": ("scheduler_config.json",),
+    "text_encoder": ("config.json",),
+    "tokenizer": ("tokenizer_config.json", "vocab.json", "tokenizer.json"),
+    "unet": ("config.json",),
+    "vae": ("config.json",),
+}
+
+
+@dataclass
+class Parts:
+    """The parts of a Stable Diffusion 1.x or 2.x model, on the CPU, in evaluation mode, frozen."""
+
+    family: Family
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    vae: AutoencoderKL
+    unet: UNet2DConditionModel
+    scheduler: DDPMScheduler
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """How many pixels a latent spans on a side: 8 for the published models."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def resolution_step(self) -> int:
+        """What a picture's sides must be divisible by: VAE factor × the UNet's downsamplings."""
+        return self.pixels_per_latent * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    def pipeline(self) -> StableDiffusionPipeline:
+        """Returns a pipeline over these very parts: no second copy of any weight."""
+        return StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+
+def _check_folder(path: Path) -> None:
+    """Raises UsageError naming what a local diffusers folder lacks."""
+    index = path / "model_index.json"
+    if not index.is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        single = [p.name for p in path.glob("*.safetensors")]
+        hint = f"; for a single checkpoint such as {single[0]}" if single else "; for a checkpoint"
+        raise UsageError(
+            f"{path} is no diffusers folder: it has no model_index.json (found {found}){hint}, "
+            "convert it first with diffusers' from_single_file(…).save_pretrained(…)"
+        )
+    try:
+        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{index} is not a pipeline's index: {error}") from None
+    refuse_other_pipelines(str(class_name))
+    for part, names in _PART_FILES.items():
+        if not any((path / part / name).is_file() for name in names):
+            raise UsageError(f"{path} lacks {part}/{names[0]}: the model folder is incomplete")
+
+
+def _check_path(name: str) -> None:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        _check_folder(path)
+    elif path.is_file():
+        raise UsageError(
+            f"{name} is a file; today a model is a diffusers folder or a hub id. Convert it with "
+            "diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…)"
+        )
+    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
+        raise UsageError(f"model {name} does not exist: there is no such folder")
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keeps transformers from drawing a bar for every file that it reads, for a while."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
+    """Runs one from_pretrained, turning its failure into an error that names the part."""
+    try:
+        with without_bars():
+            return load()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:400]
+        where = "" if Path(name).is_dir() else (
+            " (not a folder here; as a hub id it is neither cached nor reachable, or lacks this part)"
+        )
+        raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
+
+
+def load_parts(
+    name: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+    tokenizer_name: str | None = None,
+) -> Parts:
+    """Loads a model's parts in float32.
+
+    Args:
+        name: a diffusers folder, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+        revision, variant, cache_dir: as in diffusers' `from_pretrained`.
+        tokenizer_name: another tokenizer's folder or hub id.
+
+    Raises:
+        UsageError: what is missing or broken, or a model of a family that cannot be trained.
+    """
+    _check_path(name)
+    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
+    weights = hub | {"variant": variant, "torch_dtype": torch.float32}
+
+    def part(cls: Any, folder: str, **options: Any) -> Any:
+        load = lambda: cls.from_pretrained(name, subfolder=folder, **options)  # noqa: E731
+        return _load(folder, name, load)
+
+    # the configuration first: a wrong family is told before gigabytes are read
+    config = _load("unet", name, lambda: _unet_config(name, hub))
+    family = detect(config)
+    scheduler = part(DDPMScheduler, "scheduler", **hub)
+    if tokenizer_name:
+        tokenizer = _load("tokenizer", tokenizer_name, lambda: CLIPTokenizer.from_pretrained(tokenizer_name, **hub))
+    else:
+        tokenizer = part(CLIPTokenizer, "tokenizer", **hub)
+    parts = Parts(
+        family=family,
+        tokenizer=tokenizer,
+        text_encoder=part(CLIPTextModel, "text_encoder", **weights),
+        vae=part(AutoencoderKL, "vae", **weights),
+        unet=part(UNet2DConditionModel, "unet", **weights),
+        scheduler=scheduler,
+    )
+    for model in (parts.text_encoder, parts.vae, parts.unet):
+        model.requires_grad_(False).eval()
+    return parts
+
+
+def _unet_config(name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    return dict(UNet2DConditionModel.load_config(name, subfolder="unet", **hub))
+
+
+def bare_pipeline(parts: Parts) -> StableDiffusionPipeline:
+    """Returns a fresh pipeline of the same configurations whose weights are never written.
+
+    What a LoRA file loads into depends on the modules alone, so verifying an export needs
+    neither the base's weights nor the time to read them again; and since memory that is not
+    touched is not taken, a second SD1.5 costs nothing.
+    """
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(parts.unet.config)
+        text_encoder = CLIPTextModel(parts.text_encoder.config)
+    unet.to_empty(device="cpu")
+    text_encoder.to_empty(device="cpu")
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=text_encoder,
+        tokenizer=None,
+        unet=unet,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

@@ -1,0 +1,154 @@
+"""Checkpoints: whole or not there, never pruned before the next one stands, exact on resume.
+
+One holds the factors as they are (unfolded, float32), the optimiser, the schedule and the position
+in the data. Nothing random is in it: every draw is a function of the position.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from sd_lora.adapters.inject import load_lora_state_dict, lora_state_dict
+from sd_lora.errors import RunError, UsageError
+
+_PREFIX = "checkpoint-"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands.
+
+    step: optimiser steps done. seed, samples_per_step, num_samples: what a position of the data
+    means; a run can only go on with the same ones.
+    """
+
+    step: int
+    seed: int
+    samples_per_step: int
+    num_samples: int
+
+
+def _step_of(path: Path) -> int:
+    number = path.name.removeprefix(_PREFIX)
+    return int(number) if number.isdigit() else -1
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Returns the complete checkpoints of a run, oldest first."""
+    found = [p for p in output_dir.glob(f"{_PREFIX}*") if _step_of(p) >= 0]
+    return sorted((p for p in found if (p / "progress.json").is_file()), key=_step_of)
+
+
+def save(
+    output_dir: Path,
+    progress: Progress,
+    models: Mapping[str, nn.Module],
+    state: Mapping[str, Any],
+    limit: int | None = None,
+) -> Path:
+    """Writes `checkpoint-<step>`, then removes the oldest beyond `limit`; returns its path.
+
+    Args:
+        output_dir: the run's folder.
+        progress: where the run stands.
+        models: component → injected model.
+        state: name → state dict of the optimiser, schedule and scaler.
+        limit: how many to keep.
+
+    Raises:
+        RunError: it could not be written; earlier ones are untouched then.
+    """
+    final = output_dir / f"{_PREFIX}{progress.step}"
+    beside = output_dir / f".{final.name}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    tensors = {
+        f"{component}/{key}": value
+        for component, model in models.items()
+        for key, value in lora_state_dict(model).items()
+    }
+    try:
+        beside.mkdir(parents=True)
+        save_file(tensors, beside / "adapter.safetensors")
+        torch.save(dict(state), beside / "optimizer.pt")
+        (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        for path in beside.iterdir():
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(beside, final)
+    except (OSError, RuntimeError) as error:  # torch and safetensors wrap what the disk says
+        shutil.rmtree(beside, ignore_errors=True)
+        raise RunError(f"checkpoint {final} could not be written: {error}") from None
+    if limit is not None:
+        for old in checkpoints(output_dir)[:-limit]:
+            shutil.rmtree(old)
+    return final
+
+
+def find(output_dir: Path, name: str) -> Path:
+    """Returns the checkpoint that `resume_from_checkpoint` means: "latest", a name, or a path.
+
+    Raises:
+        UsageError: none, naming those that there are.
+    """
+    there = checkpoints(output_dir)
+    if name == "latest":
+        if there:
+            return there[-1]
+    else:
+        for path in (output_dir / name, Path(name).expanduser()):
+            if (path / "progress.json").is_file():
+                return path
+    names = ", ".join(path.name for path in there) or "none"
+    raise UsageError(
+        f"resume_from_checkpoint {name}: no such checkpoint; {output_dir} has {names}"
+    )
+
+
+def read_progress(path: Path) -> Progress:
+    """Returns where a checkpoint's run stood; raises UsageError if the file is not ours."""
+    try:
+        return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
+
+
+def check_continues(progress: Progress, ours: Progress, path: Path) -> None:
+    """Raises UsageError if this run's data order is not the one that the checkpoint stands in."""
+    for name, meaning in (
+        ("seed", "seed"),
+        ("samples_per_step", "batch size × accumulation × processes"),
+        ("num_samples", "number of training pictures × repeats"),
+    ):
+        then, now = getattr(progress, name), getattr(ours, name)
+        if then != now:
+            raise UsageError(
+                f"{path} was written with {meaning} = {then}, and this run has {now}: it would not "
+                "be the same run; use the same settings, or start anew in another output_dir"
+            )
+
+
+def load(path: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Loads the factors into injected models; returns the state dicts that `save` was given.
+
+    Raises:
+        UsageError: adapters of other modules or ranks, or files that cannot be read.
+    """
+    try:
+        tensors = load_file(path / "adapter.safetensors")
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises what its unpickler raises
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    for component, model in models.items():
+        prefix = f"{component}/"
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        load_lora_state_dict(model, own)
+    return state

@@ -1,0 +1,321 @@
+"""One run, from a configuration to verified files."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sd_lora.data.stream import Slot
+from sd_lora.diffusion.loss import sample_losses, weighted_loss
+from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
+from sd_lora.errors import RunError
+from sd_lora.formats.canonical import read_models
+from sd_lora.formats.files import write_adapter, write_whole
+from sd_lora.formats.verify import Verified, verify
+from sd_lora.seeds import seed_for
+from sd_lora.training import checkpoint, report
+from sd_lora.training.config import TrainConfig
+from sd_lora.training.sampling import grid, sample
+from sd_lora.training.setup import Run, prepare, weight_dtype
+
+LOG_EVERY = 10
+"""Steps between reads of the loss: each one waits for the device."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run leaves.
+
+    files: the verified exports. losses: of every step of this run, averaged over processes.
+    before_after: the sample grid, None if no sample pictures were asked for.
+    """
+
+    output_dir: Path
+    files: list[Verified]
+    losses: list[float]
+    before_after: Path | None
+    seconds: float
+
+
+@dataclass
+class History:
+    """Losses and gradient norms, kept on the device until the next log tick."""
+
+    waiting: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    def flush(self, run: Run) -> float:
+        """Reads what waits, logs it, and returns its mean loss; a loss that is not finite ends
+        the run."""
+        if not self.waiting:
+            return math.nan
+        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm in self.waiting])
+        values = run.accelerator.reduce(values, "mean").tolist()
+        steps = [(step, lr) for step, lr, _, _ in self.waiting]
+        self.waiting.clear()
+        lines = []
+        for (step, lr), (loss, norm) in zip(steps, values, strict=True):
+            if not math.isfinite(loss):
+                raise RunError(
+                    f"the loss became {loss} at step {step}: the run has diverged and stops here. "
+                    "Lower --learning_rate, or resume an earlier checkpoint with "
+                    "--resume_from_checkpoint"
+                )
+            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
+            lines.append(json.dumps(row))
+            self.losses.append(loss)
+        if run.main:
+            with open(run.output_dir / "training_log.jsonl", "a", encoding="utf-8") as file:
+                file.write("\n".join(lines) + "\n")
+        return sum(self.losses[-len(lines) :]) / len(lines)
+
+
+def batch_loss(run: Run, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
+    """Returns the loss of one micro-batch, a function of its slots' addresses and the model."""
+    config, schedule, device = run.config, run.schedule, run.accelerator.device
+    addresses = [slot.address for slot in slots]
+    x0 = run.latents.latents(slots, pixels)  # (B, C, H, W)
+    noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
+    t = draw_timesteps(addresses, schedule.num_timesteps).to(device)
+    x_t = schedule.add_noise(x0, noise, t).to(weight_dtype(run.accelerator))
+    prediction = run.prepared["unet"](x_t, t, run.conditioning(slots)).sample
+    losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma)
+    instances = [slot.kind == "instance" for slot in slots]
+    weights = [1.0 if instance else config.prior_loss_weight for instance in instances]
+    return weighted_loss(losses, torch.tensor(weights, device=device), sum(instances))
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[str]]:
+    """Collects SIGINT and SIGTERM, so that the loop ends after a whole step; twice is at once."""
+    requests: list[str] = []
+    previous: dict[int, Any] = {}
+
+    def request(number: int, frame: object) -> None:
+        if requests:
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        requests.append(signal.Signals(number).name)
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+    except ValueError:  # not in the main thread: whoever started this one handles signals
+        pass
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _asked_to_stop(run: Run, requests: list[str]) -> bool:
+    """Whether any process was asked to stop: all must leave the loop at the same step."""
+    if run.accelerator.num_processes == 1:
+        return bool(requests)
+    flag = torch.tensor(float(bool(requests)), device=run.accelerator.device)
+    return bool(run.accelerator.reduce(flag, "sum") > 0)
+
+
+def _save_checkpoint(run: Run, step: int) -> None:
+    if run.main:
+        scaler = run.accelerator.scaler
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "lr_scheduler": run.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        limit = run.config.checkpoints_total_limit
+        checkpoint.save(run.output_dir, run.progress(step), run.models, state, limit)
+    run.accelerator.wait_for_everyone()
+
+
+def sample_prompts(run: Run) -> list[str]:
+    """Returns the prompts of the sample pictures: one each."""
+    config, count = run.config, run.config.num_validation_images
+    if config.validation_prompt:
+        return [config.validation_prompt] * count
+    if config.mode == "dreambooth":
+        return [str(config.instance_prompt)] * count
+    samples = run.stream.orders[0].samples
+    distinct = list(dict.fromkeys(s.captions[0] for s in samples))
+    return [distinct[i % len(distinct)] for i in range(count)]
+
+
+def sample_row(run: Run) -> list[Image.Image]:
+    """Returns the run's sample pictures as the model draws them now, with seeds 0, 1, 2, …"""
+    prompts = sample_prompts(run)
+    if not prompts or not run.main:
+        return []
+    return sample(
+        run.parts,
+        prompts,
+        range(len(prompts)),
+        resolution=run.config.resolution,
+        device=run.accelerator.device,
+        steps=run.config.validation_steps,
+        guidance_scale=run.config.validation_guidance_scale,
+        prediction_type=run.config.prediction_type,
+    )
+
+
+def _validate(run: Run, step: int) -> None:
+    """Draws the sample pictures after an epoch that asks for them."""
+    per_epoch = run.num_samples / run.samples_per_step
+    every = run.config.validation_epochs * per_epoch
+    due = int(step / every) > int((step - 1) / every)
+    if not run.config.validation_prompt or not due or step == run.num_steps:
+        return
+    pictures = sample_row(run)
+    if pictures:
+        sheet = grid([pictures], [f"step {step}"], sample_prompts(run))
+        path = run.output_dir / "samples" / f"step-{step:06}.png"
+        write_picture(path, sheet)
+        for tracker in run.accelerator.trackers:
+            if tracker.name in ("tensorboard", "wandb"):
+                import numpy as np
+
+                images = np.stack([np.asarray(p) for p in pictures])
+                tracker.log_images({"validation": images}, step=step)
+    run.accelerator.wait_for_everyone()
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a PNG whole or not at all."""
+    import io
+
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())
+
+
+def _optimise(run: Run, history: History, requests: list[str]) -> int:
+    """Runs the steps from the run's position on; returns how many are done in all."""
+    config, accelerator, step = run.config, run.accelerator, run.first_step
+    models, parameters = list(run.prepared.values()), run.parameters
+    bar = report.step_bar(run.num_steps, step, run.main)
+    norm = torch.zeros((), device=accelerator.device)
+    total = torch.zeros((), device=accelerator.device)
+    micro = step * config.gradient_accumulation_steps
+    for slots, pixels in run.batches():
+        if config.lora_dropout:
+            torch.manual_seed(seed_for(run.seed, "dropout", micro, accelerator.process_index))
+        micro += 1
+        with accelerator.accumulate(*models):
+            loss = batch_loss(run, slots, pixels)
+            accelerator.backward(loss)
+            total = total + loss.detach() / config.gradient_accumulation_steps
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        step += 1
+        history.waiting.append((step, run.lr_scheduler.get_last_lr()[0], total, norm))
+        run.lr_scheduler.step()
+        total = torch.zeros_like(total)
+        bar.update()
+        if step % LOG_EVERY == 0 or step == run.num_steps:
+            bar.set_postfix(loss=f"{history.flush(run):.4f}")
+        stopping = _asked_to_stop(run, requests)
+        if step % config.checkpointing_steps == 0 or (stopping and step < run.num_steps):
+            history.flush(run)  # a diverged run leaves no checkpoint
+            _save_checkpoint(run, step)
+        if stopping:
+            break
+        _validate(run, step)
+    bar.close()
+    return step
+
+
+def export(run: Run) -> list[Verified]:
+    """Writes both LoRA files and verifies each by loading it into a fresh pipeline."""
+    name = run.output_dir.resolve().name
+    config = run.config
+    extra = {
+        "base_model": config.pretrained_model_name_or_path,
+        "config": config.as_dict() | {"seed": run.seed},
+        "steps": run.num_steps,
+        "num_samples": run.num_samples,
+    }
+    adapter = read_models(run.models)
+    paths = write_adapter(
+        adapter, run.output_dir, run.parts.family.name, name, run.schedule.prediction_type, extra
+    )
+    return [verify(path, adapter, run.parts) for path in paths]
+
+
+def train(config: TrainConfig) -> Result:
+    """Trains a LoRA and writes it in both formats, verified.
+
+    Returns what was written; on other processes than the main one, nothing but the losses.
+
+    Raises:
+        UsageError: what cannot be meant, before any work.
+        RunError: a picture that cannot be read, a diverged loss, a full disk, an interruption
+            (after a checkpoint).
+    """
+    started = time.monotonic()
+    run = prepare(config)
+    report.say(f"sd_lora trains a LoRA:\n{run.summary.text()}", run.main)
+    before = sample_row(run)
+    history = History()
+    if run.main:
+        text = json.dumps(config.as_dict() | {"seed": run.seed}, indent=2, sort_keys=True)
+        write_whole(run.output_dir / "config.json", text.encode())
+        if not run.first_step:
+            (run.output_dir / "training_log.jsonl").unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
+    run.accelerator.init_trackers("sd_lora", config=_plain(config))
+    with stop_requests() as requests:
+        step = _optimise(run, history, requests)
+    if step < run.num_steps:
+        run.accelerator.end_training()
+        raise RunError(
+            f"interrupted by {requests[0] if requests else 'another process'} at step {step} of "
+            f"{run.num_steps}; go on with the same command and --resume_from_checkpoint latest"
+        )
+    files, before_after = (_finish(run, before) if run.main else ([], None))
+    seconds = time.monotonic() - started
+    if run.main:
+        _say_result(run, history, files, before_after, seconds)
+    run.accelerator.end_training()  # the others do not wait for the main process's exports
+    return Result(run.output_dir, files, history.losses, before_after, seconds)
+
+
+def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], Path | None]:
+    files = export(run)
+    if not before:
+        return files, None
+    path = run.output_dir / "before_after.png"
+    rows, labels = [before, sample_row(run)], ["before", f"after {run.num_steps} steps"]
+    write_picture(path, grid(rows, labels, sample_prompts(run)))
+    return files, path
+
+
+def _say_result(
+    run: Run, history: History, files: list[Verified], before_after: Path | None, seconds: float
+) -> None:
+    report.say(f"done in {report.duration(seconds)}; loss {report.loss_trend(history.losses)}")
+    report.say(report.verified(files))
+    base = str(run.config.pretrained_model_name_or_path)
+    report.say(report.how_to_use(base, run.output_dir, files[1].path))
+    if before_after:
+        report.say(f"  look at {before_after}")
+
+
+def _plain(config: TrainConfig) -> dict[str, Any]:
+    """Returns the configuration as trackers take it: numbers, texts and truth values alone."""
+    plain = int | float | str | bool
+    return {k: v if isinstance(v, plain) else str(v) for k, v in config.as_dict().items()}

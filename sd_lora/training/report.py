@@ -1,0 +1,88 @@
+"""What a run says: a summary before the first step, a bar while it works, a summary after."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from tqdm.auto import tqdm
+
+from sd_lora.formats.verify import Verified
+
+T = TypeVar("T")
+
+
+@dataclass
+class Summary:
+    """The lines shown before training, and what the user must know about them.
+
+    rows: label → text. notes: what is left out, cut or worth a thought.
+    """
+
+    rows: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def text(self) -> str:
+        width = max(map(len, self.rows))
+        lines = [f"  {label:<{width}}  {text}" for label, text in self.rows.items()]
+        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def say(text: str, main: bool = True) -> None:
+    """Prints a line, on the main process alone."""
+    if main:
+        print(text, flush=True)
+
+
+def progress(items: Sequence[T], label: str, main: bool) -> Iterator[T]:
+    """Yields items under a progress bar with rate and ETA."""
+    return iter(tqdm(items, desc=label, disable=not main, leave=False, dynamic_ncols=True))
+
+
+def step_bar(total: int, done: int, main: bool) -> tqdm:
+    """Returns the bar of optimiser steps."""
+    return tqdm(
+        total=total, initial=done, desc="training", unit="step", disable=not main, dynamic_ncols=True
+    )
+
+
+def mib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def duration(seconds: float) -> str:
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours} h {m:02} min" if hours else f"{m} min {s:02} s" if m else f"{s} s"
+
+
+def adapted(names: Mapping[str, Sequence[str]], parameters: Mapping[str, int]) -> str:
+    """Returns "unet 46 modules (120,320 parameters), text_encoder …"."""
+    return ", ".join(
+        f"{component} {len(modules)} modules ({parameters[component]:,} parameters)"
+        for component, modules in names.items()
+    )
+
+
+def loss_trend(losses: Sequence[float]) -> str:
+    """Returns the mean loss of the first and of the last tenth of the steps."""
+    n = max(1, len(losses) // 10)
+    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
+    return f"{first:.4f} → {last:.4f} (mean of the first and last {n} steps)"
+
+
+def verified(files: Sequence[Verified]) -> str:
+    return "\n".join(
+        f"  {f.path}  {mib(f.path.stat().st_size)}, verified: {f.modules} modules load as trained "
+        f"(worst error {f.worst_error:.0e})"
+        for f in files
+    )
+
+
+def how_to_use(base: str, folder: Path, kohya: Path) -> str:
+    """Returns what to do with the files."""
+    return (
+        f'  diffusers: StableDiffusionPipeline.from_pretrained("{base}")'
+        f'.load_lora_weights("{folder}")\n'
+        f"  A1111, Forge: copy {kohya.name} to models/Lora;  ComfyUI: to models/loras"
+    )

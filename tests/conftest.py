@@ -1,0 +1,48 @@
+"""Shared by all tests: one thread, no hub, and tiny pipelines of the real classes."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import build_pipeline
+
+torch.set_num_threads(1)  # on two busy cores two threads make a step 100 times slower
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD1-like pipeline folder: 3 UNet levels, 64×64 pictures, 8×8 latents."""
+    path = tmp_path_factory.mktemp("models") / "tiny-sd1"
+    build_pipeline("sd1").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random SD2-like pipeline folder: linear projections, gelu text encoder, v-prediction."""
+    path = tmp_path_factory.mktemp("models") / "tiny-sd2"
+    build_pipeline("sd2").save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """Accelerate keeps its precision and device in a singleton: each test starts without one."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -1,0 +1,87 @@
+"""Schedules, targets and weights against diffusers and the papers' closed forms."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+
+from sd_lora.diffusion.loss import min_snr_weights, sample_losses, weighted_loss
+from sd_lora.diffusion.schedule import NoiseSchedule, draw_noise, draw_timesteps
+from tests.tiny import build_pipeline
+
+T = torch.tensor([0, 1, 250, 500, 998, 999])
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def scheduler(request: pytest.FixtureRequest) -> DDPMScheduler:
+    return build_pipeline(request.param).scheduler
+
+
+def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
+    """x_t and the v target are those of DDPMScheduler.add_noise and get_velocity."""
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, len(T), 4, 8, 8, generator=g)
+    schedule = NoiseSchedule.of(scheduler)
+    want = scheduler.add_noise(x0, noise, T)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
+    v = scheduler.get_velocity(x0, noise, T)
+    schedule = NoiseSchedule.of(scheduler, "v_prediction")
+    assert sample_losses(v, x0, noise, T, schedule).max() < 1e-10
+    schedule = NoiseSchedule.of(scheduler, "epsilon")
+    assert torch.equal(sample_losses(noise, x0, noise, T, schedule), torch.zeros(len(T)))
+
+
+def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
+    """SD2's v-prediction is read from its scheduler and can be overruled."""
+    assert NoiseSchedule.of(scheduler).prediction_type == scheduler.config.prediction_type
+    assert NoiseSchedule.of(scheduler, "v_prediction").prediction_type == "v_prediction"
+
+
+def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:
+    """min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v, with diffusers' SNR."""
+    snr = compute_snr(scheduler, T)
+    torch.testing.assert_close(NoiseSchedule.of(scheduler).snr(T), snr, rtol=1e-4, atol=1e-6)
+    clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
+    torch.testing.assert_close(min_snr_weights(snr, 5.0, "epsilon"), clipped / snr)
+    torch.testing.assert_close(min_snr_weights(snr, 5.0, "v_prediction"), clipped / (snr + 1))
+
+
+def test_min_snr_weights_at_zero_snr() -> None:
+    """At zero terminal SNR the weights are finite: their limits."""
+    zero = torch.zeros(1)
+    assert min_snr_weights(zero, 5.0, "epsilon") == 1
+    assert min_snr_weights(zero, 5.0, "v_prediction") == 0
+
+
+def test_prior_preservation_is_the_two_chunk_formula() -> None:
+    """Σ w·l / #instances equals mean(instance) + λ·mean(class), as the DreamBooth script has it."""
+    g = torch.Generator().manual_seed(0)
+    losses = torch.rand(8, generator=g)
+    weights = torch.tensor([1.0] * 4 + [0.3] * 4)
+    want = losses[:4].mean() + 0.3 * losses[4:].mean()
+    torch.testing.assert_close(weighted_loss(losses, weights, 4), want)
+
+
+def test_draws_are_functions_of_their_address() -> None:
+    """A sample's noise and timestep do not depend on its batch; other addresses differ; the noise
+    is standard normal and the timesteps cover the range."""
+    a, b = (0, "instance", "position", 3), (0, "instance", "position", 4)
+    both = draw_noise((4, 8, 8), [a, b])
+    assert torch.equal(draw_noise((4, 8, 8), [b])[0], both[1])
+    assert not torch.equal(both[0], both[1])
+    many = draw_noise((4, 32, 32), [(0, i) for i in range(64)])
+    assert abs(float(many.mean())) < 0.01
+    assert abs(float(many.std()) - 1) < 0.01
+    t = draw_timesteps([(0, i) for i in range(5000)], 1000)
+    assert t.min() < 10
+    assert t.max() > 989
+    assert abs(float(t.float().mean()) - 499.5) < 15
+
+
+def test_noise_offset_adds_a_constant_per_channel() -> None:
+    """Offset noise is the plain noise plus strength × one normal draw a channel."""
+    address = [(0, "x")]
+    plain, offset = draw_noise((4, 8, 8), address), draw_noise((4, 8, 8), address, offset=0.1)
+    difference = (offset - plain).flatten(2)
+    assert torch.allclose(difference, difference[..., :1], atol=1e-6)
+    assert 0.02 < difference[..., 0].std() < 0.3

@@ -1,0 +1,232 @@
+"""Exports against diffusers' own loader, and the way back, for every rank and alpha."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import sd_lora
+from sd_lora.adapters.inject import adapted_layers
+from sd_lora.formats import files, verify
+from sd_lora.formats.canonical import read_models
+from sd_lora.models.load import Parts, load_parts
+
+MIXED = {
+    "targets": "all",
+    "rank": 4,
+    "alpha": 3.0,
+    "conv_rank": 2,
+    "conv_alpha": 5.0,
+    "rank_pattern": {"mid_block.*to_q": 7},
+    "alpha_pattern": {"to_k": 0.5},
+}
+
+
+def trained_parts(path: Path, **options: object) -> Parts:
+    """A pipeline's parts with random adapters on the UNet and the text encoder."""
+    parts = load_parts(str(path))
+    sd_lora.inject(parts.unet, **(MIXED | options))
+    sd_lora.inject(parts.text_encoder, targets="text", rank=3, alpha=1.5)
+    g = torch.Generator().manual_seed(0)
+    for model in (parts.unet, parts.text_encoder):
+        for layer in adapted_layers(model).values():
+            layer.lora_B.data.normal_(std=0.1, generator=g)
+    return parts
+
+
+def models(parts: Parts) -> dict[str, torch.nn.Module]:
+    return {"unet": parts.unet, "text_encoder": parts.text_encoder}
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_both_files_load_exactly_in_diffusers(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Mixed ranks and alphas, convolutions, time embeddings and text encoder: each file, loaded by
+    diffusers into a fresh pipeline from disk, gives every trained ΔW within 1e-5, and no warning."""
+    folder = request.getfixturevalue(f"tiny_{family}")
+    parts = trained_parts(folder)
+    paths = sd_lora.save_adapter(models(parts), tmp_path / "mine", family=family)
+    assert [p.name for p in paths] == [
+        "pytorch_lora_weights.safetensors",
+        "mine_kohya.safetensors",
+    ]
+    adapter = read_models(models(parts))
+    for path in [*paths, tmp_path / "mine"]:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        with verify.captured_complaints() as complaints:
+            pipeline.load_lora_weights(path)
+        assert complaints == []
+        count, worst, wrong = verify.compare(adapter, verify.loaded_deltas(pipeline))
+        assert wrong == []
+        assert count == sum(len(m) for m in adapter.values()) > 140
+        assert worst < 1e-6
+    assert [verify.verify(p, adapter, parts).modules for p in paths] == [count, count]
+
+
+def test_pictures_are_the_trained_models(tiny_sd1: Path, tmp_path: Path) -> None:
+    """The latents that diffusers samples with the loaded file are those of our injected model."""
+    parts = trained_parts(tiny_sd1)
+    paths = sd_lora.save_adapter(models(parts), tmp_path)
+    want = sample(parts.pipeline())
+    for path in paths:
+        pipeline = load_parts(str(tiny_sd1)).pipeline()
+        assert (sample(pipeline) - want).abs().max() > 1e-3
+        pipeline.load_lora_weights(path)
+        torch.testing.assert_close(sample(pipeline), want, rtol=1e-4, atol=1e-4)
+
+
+def sample(pipeline: StableDiffusionPipeline) -> torch.Tensor:
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline(
+        "a photo", num_inference_steps=2, generator=generator, output_type="latent"
+    ).images
+
+
+def test_reading_back_is_the_identity(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Either file loads into bare models as the same function: same modules, same ΔW to 1e-6."""
+    parts = trained_parts(tiny_sd1)
+    adapter = read_models(models(parts))
+    for path in sd_lora.save_adapter(models(parts), tmp_path):
+        bare = load_parts(str(tiny_sd1))
+        names = sd_lora.load_adapter(models(bare), path)
+        assert {c: len(n) for c, n in names.items()} == {c: len(m) for c, m in adapter.items()}
+        again = read_models(models(bare))
+        for component, modules in adapter.items():
+            for name, factors in modules.items():
+                delta = again[component][name].delta()
+                torch.testing.assert_close(delta, factors.delta(), rtol=1e-6, atol=1e-7)
+
+
+def test_kohya_names_and_metadata(tiny_sd1: Path, tmp_path: Path) -> None:
+    """kohya's key names, one alpha for the file, and the header that A1111 and sites read."""
+    parts = trained_parts(tiny_sd1)
+    _, path = sd_lora.save_adapter(models(parts), tmp_path, name="mascot")
+    keys = load_file(path)
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
+    assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= keys.keys()
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
+    assert len({float(v) for k, v in keys.items() if k.endswith(".alpha")}) == 1
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert header["ss_base_model_version"] == "sd_v1"
+    assert header["ss_output_name"] == "mascot"
+    assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "5"}
+
+
+@pytest.mark.parametrize("fault", ["lost module", "wrong strength", "lost partner", "loader warning"])
+def test_verify_finds_what_loaders_pass_over(fault: str, tiny_sd1: Path, tmp_path: Path) -> None:
+    """A lost module, a wrong scale, a factor without partner, and a mere log line each fail."""
+    parts = trained_parts(tiny_sd1)
+    path, _ = sd_lora.save_adapter(models(parts), tmp_path)
+    tensors = load_file(path)
+    key = "unet.conv_in.lora_B.weight"
+    if fault == "lost module":
+        del tensors[key], tensors["unet.conv_in.lora_A.weight"]
+        message = "conv_in was not loaded"
+    elif fault == "wrong strength":
+        tensors[key] *= 2
+        message = "conv_in is off by 100"
+    elif fault == "lost partner":
+        del tensors[key]
+        message = "size mismatch for conv_in"
+    else:
+        message = "this is only a log line"
+        load = StableDiffusionPipeline.load_lora_weights
+        logger = logging.getLogger("diffusers.loaders")
+
+        def noisy(self: object, *args: object, **kwargs: object) -> None:
+            logger.warning(message)
+            load(self, *args, **kwargs)
+
+        pytest.MonkeyPatch().setattr(StableDiffusionPipeline, "load_lora_weights", noisy)
+    save_file(tensors, path)
+    try:
+        with pytest.raises(sd_lora.RunError, match=message):
+            verify.verify(path, read_models(models(parts)), parts)
+    finally:
+        if fault == "loader warning":
+            StableDiffusionPipeline.load_lora_weights = load
+
+
+def test_not_finite_factors_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A NaN is refused by module name before a file exists."""
+    parts = trained_parts(tiny_sd1)
+    parts.unet.conv_in.lora_B.data[0, 0] = float("nan")
+    with pytest.raises(sd_lora.UsageError, match="unet conv_in holds NaN"):
+        sd_lora.save_adapter(models(parts), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the second file cannot be written, neither is left, and the error says the size."""
+    parts = trained_parts(tiny_sd1)
+    fsync, calls = files.os.fsync, []
+
+    def full(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        fsync(fd)
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(sd_lora.RunError, match=r"MiB\) could not be written: No space left"):
+        sd_lora.save_adapter(models(parts), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux"])
+def test_families_that_cannot_be_written_are_refused(family: str, tmp_path: Path) -> None:
+    """Only families whose names are proved are written."""
+    with pytest.raises(sd_lora.UsageError, match="cannot be written yet"):
+        files.write_adapter({}, tmp_path, family, "x")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "no partner"),
+        ({"unet.conv_in.lora_C.weight": (2, 2), "unet.x.lora_A.weight": (1,)}, "not of the diffusers"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "method that cannot be read"),
+        ({"lora_unet_nothing.lora_down.weight": (2, 4)}, "names a module that the model has not"),
+        ({"model.weight": (2, 2)}, "no LoRA that can be read"),
+        (
+            {"unet.conv_in.lora_A.weight": (2, 4, 1, 1), "unet.conv_in.lora_B.weight": (16, 2, 1, 1)},
+            r"\(16, 4, 3, 3\) in the model and \(16, 4, 1, 1\) in the file",
+        ),
+        (
+            {"unet.nowhere.lora_A.weight": (2, 4), "unet.nowhere.lora_B.weight": (4, 2)},
+            "nowhere, which the unet has not",
+        ),
+    ],
+)
+def test_foreign_files_are_refused_whole(
+    tensors: dict, message: str, tiny_sd1: Path, tmp_path: Path
+) -> None:
+    """What cannot be read is refused by key, and the model is left without adapters."""
+    path = tmp_path / "file.safetensors"
+    save_file({k: torch.zeros(s) for k, s in tensors.items()}, path)
+    parts = load_parts(str(tiny_sd1))
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.load_adapter(models(parts), path)
+    assert not adapted_layers(parts.unet)
+
+
+def test_unreadable_files(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A missing file and one that is not safetensors are named."""
+    parts = load_parts(str(tiny_sd1))
+    with pytest.raises(sd_lora.UsageError, match="is not a file"):
+        sd_lora.load_adapter(models(parts), tmp_path / "none.safetensors")
+    (tmp_path / "text.safetensors").write_text("hello, this is not a safetensors file")
+    with pytest.raises(sd_lora.UsageError, match="not a readable safetensors"):
+        sd_lora.load_adapter(models(parts), tmp_path / "text.safetensors")

@@ -1,0 +1,112 @@
+"""Loading models, and captions → conditioning against diffusers' own pipeline."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import sd_lora
+from sd_lora.models import prompts
+from sd_lora.models.families import detect, refuse_other_pipelines
+from sd_lora.models.load import bare_pipeline, load_parts
+
+
+@pytest.mark.parametrize(("family", "name"), [("sd1", "sd1"), ("sd2", "sd2")])
+def test_family_is_detected(family: str, name: str, request: pytest.FixtureRequest) -> None:
+    """SD1 and SD2 are told apart by their UNets; prediction types come from the scheduler."""
+    parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
+    assert parts.family.name == name
+    assert parts.pixels_per_latent == 8
+    assert parts.resolution_step == 32
+    kind = "v_prediction" if family == "sd2" else "epsilon"
+    assert parts.scheduler.config.prediction_type == kind
+    assert not any(p.requires_grad for p in parts.unet.parameters())
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequest) -> None:
+    """Our conditioning is what diffusers' pipeline computes for the same captions, bit for bit."""
+    parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
+    captions = ["a photo of sks monster", "", "word " * 100, "a photo of sks monster"]
+    table = prompts.encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    assert len(table) == 3
+    for caption, embedding in table.items():
+        want, _ = parts.pipeline().encode_prompt(caption, "cpu", 1, False)
+        assert torch.equal(embedding, want[0])
+
+
+def test_long_captions_are_counted(tiny_sd1: Path) -> None:
+    """Captions beyond 77 tokens are named with their length, and only those."""
+    tokenizer = load_parts(str(tiny_sd1)).tokenizer
+    assert prompts.too_long(tokenizer, ["short", "x" * 75, "x" * 76, "x" * 100]) == {
+        "x" * 76: 78,
+        "x" * 100: 102,
+    }
+
+
+def test_bare_pipeline_has_the_modules(tiny_sd1: Path) -> None:
+    """The pipeline for verification has the real one's module names and shapes."""
+    parts = load_parts(str(tiny_sd1))
+    bare = bare_pipeline(parts)
+    for part in ("unet", "text_encoder"):
+        want = {n: p.shape for n, p in getattr(parts, part).named_parameters()}
+        assert {n: p.shape for n, p in getattr(bare, part).named_parameters()} == want
+
+
+def test_missing_and_broken_folders(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Every way a model path can be wrong gives an error that names the thing and the remedy."""
+    with pytest.raises(sd_lora.UsageError, match="does not exist"):
+        load_parts(str(tmp_path / "nowhere"))
+    with pytest.raises(sd_lora.UsageError, match="neither cached nor reachable"):
+        load_parts("nobody/no-such-model")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(sd_lora.UsageError, match=r"no model_index.json.*from_single_file"):
+        load_parts(str(tmp_path / "folder"))
+    with pytest.raises(sd_lora.UsageError, match="is a file"):
+        load_parts(str(tmp_path / "folder" / "model.safetensors"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    (copy / "vae" / "config.json").unlink()
+    with pytest.raises(sd_lora.UsageError, match="lacks vae/config.json"):
+        load_parts(str(copy))
+
+
+def test_a_truncated_weight_file_is_named(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A cut safetensors file is an error that names the part."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(sd_lora.UsageError, match="the unet of .* could not be loaded"):
+        load_parts(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
+        ("FluxPipeline", "Flux"),
+        ("SomethingElse", "SomethingElse"),
+    ],
+)
+def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_path: Path) -> None:
+    """What cannot be trained today is refused as what it is."""
+    with pytest.raises(sd_lora.UsageError, match=message):
+        refuse_other_pipelines(name)
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(sd_lora.UsageError, match=message):
+        load_parts(str(copy))
+
+
+def test_other_unets_are_named() -> None:
+    """SDXL's added conditions and inpainting's nine channels are recognised in the UNet itself."""
+    with pytest.raises(sd_lora.UsageError, match="added conditions"):
+        detect({"addition_embed_type": "text_time"})
+    with pytest.raises(sd_lora.UsageError, match="inpainting"):
+        detect({"in_channels": 9, "out_channels": 4})

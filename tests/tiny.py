@@ -1,0 +1,77 @@
+"""Tiny Stable Diffusion pipelines with random weights, built from the real classes."""
+
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer over bytes alone: 256 symbols, the same at a word's end, start and end."""
+    symbols = sorted(ByteLevel.alphabet())
+    words = [*symbols, *(s + "</w>" for s in symbols), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {word: i for i, word in enumerate(words)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77)
+
+
+def build_unet(family: str = "sd1", seed: int = 0, **changes: object) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    config: dict[str, object] = {
+        "sample_size": 8,
+        "block_out_channels": (16, 32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    if family == "sd2":
+        config |= {"use_linear_projection": True, "attention_head_dim": (2, 4, 4)}
+    return UNet2DConditionModel(**(config | changes))
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer, family: str = "sd1") -> CLIPTextModel:
+    torch.manual_seed(1)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        hidden_act="gelu" if family == "sd2" else "quick_gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def build_pipeline(family: str = "sd1") -> StableDiffusionPipeline:
+    tokenizer = build_tokenizer()
+    torch.manual_seed(2)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=8,
+        sample_size=64,
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+    )
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=build_text_encoder(tokenizer, family),
+        tokenizer=tokenizer,
+        unet=build_unet(family),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )

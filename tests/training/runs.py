@@ -1,0 +1,59 @@
+"""Tiny runs on pictures made in the test."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from sd_lora.training.config import TrainConfig
+
+
+def pictures(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> Path:
+    """Writes `count` random pictures with metadata.jsonl."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        pixels = rng.integers(0, 255, (size[1] // 16, size[0] // 16, 3), dtype=np.uint8)
+        name = f"{i}.png"
+        Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST).save(folder / name)
+        rows.append(json.dumps({"file_name": name, "text": f"a photo of thing {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def text_to_image(model: Path, data: Path, output: Path, **changes: object) -> TrainConfig:
+    """Six steps of attention + conv on six pictures."""
+    values: dict[str, object] = {
+        "pretrained_model_name_or_path": str(model),
+        "train_data_dir": str(data),
+        "output_dir": str(output),
+        "resolution": 64,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "targets": "attention+conv",
+        "seed": 0,
+        "num_validation_images": 0,
+        "report_to": "none",
+    }
+    return TrainConfig(mode="text_to_image", **(values | changes))
+
+
+def dreambooth(model: Path, data: Path, output: Path, **changes: object) -> TrainConfig:
+    values: dict[str, object] = {
+        "pretrained_model_name_or_path": str(model),
+        "instance_data_dir": str(data),
+        "instance_prompt": "a photo of sks thing",
+        "output_dir": str(output),
+        "resolution": 64,
+        "train_batch_size": 2,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "targets": "attention+conv",
+        "seed": 0,
+        "num_validation_images": 0,
+        "report_to": "none",
+    }
+    return TrainConfig(mode="dreambooth", **(values | changes))

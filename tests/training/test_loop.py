@@ -1,0 +1,368 @@
+"""The training loop: what is trained and what is not, exactness of resuming, both modes."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from torch.nn.utils import get_total_norm
+
+import sd_lora
+from sd_lora.formats import verify
+from sd_lora.formats.canonical import read_models
+from sd_lora.models.load import load_parts
+from sd_lora.training import checkpoint, loop
+from sd_lora.training.setup import Run, prepare
+from tests.training.runs import dreambooth, pictures, text_to_image
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "pytorch_lora_weights.safetensors")
+
+
+def optimise(run: Run) -> int:
+    """The steps of a prepared run, without what `train` does around them."""
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    return loop._optimise(run, loop.History(), [])
+
+
+def difference(a: Path, b: Path) -> float:
+    x, y = weights(a), weights(b)
+    assert x.keys() == y.keys()
+    return max(float((x[k] - y[k]).abs().max()) for k in x)
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def test_only_the_lora_is_trained(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """The optimiser holds exactly lora_layers; every base weight is bit-identical after training;
+    every factor has moved; the clipped gradient's norm is at most max_grad_norm."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, train_text_encoder=True, max_grad_norm=1e-3, rank=2
+    )
+    run = prepare(config)
+    held = [p for group in run.optimizer.param_groups for p in group["params"]]
+    ours = [p for model in run.models.values() for p in sd_lora.lora_layers(model)]
+    assert {id(p) for p in held} == {id(p) for p in ours}
+    assert len(held) == len(ours) > 100
+    norms = []
+    clip = run.accelerator.clip_grad_norm_
+
+    def spy(parameters: list, max_norm: float) -> torch.Tensor:
+        norm = clip(parameters, max_norm)
+        norms.append((float(norm), float(get_total_norm([p.grad for p in parameters]))))
+        return norm
+
+    run.accelerator.clip_grad_norm_ = spy
+    assert optimise(run) == 6
+    assert len(norms) == 6
+    assert all(before > 1e-3 for before, _ in norms)
+    assert all(after <= 1e-3 * 1.001 for _, after in norms)
+    assert all(p.abs().sum() > 0 for p in ours)
+    base = load_parts(str(tiny_sd1))
+    for component, model in run.models.items():
+        sd_lora.eject(model)
+        trained, untouched = model.state_dict(), getattr(base, component).state_dict()
+        assert trained.keys() == untouched.keys()
+        assert all(torch.equal(trained[k], untouched[k]) for k in untouched)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_the_files_are_what_was_trained(
+    precision: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a whole run, both files load into a pipeline from disk as the ΔW that were in memory,
+    convolutions and text encoder included; the factors stay float32 under bf16; loss is logged."""
+    trained = {}
+    export = loop.export
+
+    def spy(run: Run) -> list:
+        trained.update(read_models(run.models))
+        assert all(p.dtype == torch.float32 for p in run.parameters)
+        assert run.parts.unet.conv_in.weight.dtype == {"no": torch.float32, "bf16": torch.bfloat16}[precision]  # fmt: skip
+        return export(run)
+
+    monkeypatch.setattr(loop, "export", spy)
+    result = sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "mine", mixed_precision=precision, train_text_encoder=True,
+            conv_rank=2, conv_alpha=1.0, num_validation_images=2, validation_steps=2,
+        )
+    )  # fmt: skip
+    names = {p.name for p in (tmp_path / "mine").iterdir() if p.is_file()}
+    assert names == {
+        "before_after.png", "config.json", "mine_kohya.safetensors",
+        "pytorch_lora_weights.safetensors", "training_log.jsonl",
+    }  # fmt: skip
+    assert [f.modules for f in result.files] == [112, 112]
+    for path in (tmp_path / "mine", tmp_path / "mine" / "mine_kohya.safetensors"):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            tiny_sd1, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        pipeline.load_lora_weights(path)
+        count, worst, wrong = verify.compare(trained, verify.loaded_deltas(pipeline))
+        assert (count, wrong) == (112, [])
+        assert worst < 1e-5
+    assert [row["step"] for row in log(tmp_path / "mine")] == [1, 2, 3, 4, 5, 6]
+    assert json.loads((tmp_path / "mine" / "config.json").read_text())["conv_alpha"] == 1.0
+
+
+@pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
+def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
+    random crops and flips, dropout, accumulation, a schedule, and prior preservation."""
+    wide = pictures(tmp_path / "wide", 5, (96, 64))
+    options: dict = {
+        "checkpointing_steps": 3,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 2,
+        "lora_dropout": 0.2,
+        "gradient_accumulation_steps": 2,
+        "train_batch_size": 2,
+        "train_text_encoder": True,
+    }
+    if mode == "text_to_image":
+        make = text_to_image
+        options["random_flip"] = True
+    else:
+        make = dreambooth
+        options |= {
+            "with_prior_preservation": True,
+            "class_data_dir": str(data),
+            "class_prompt": "a photo of a thing",
+            "num_class_images": 6,
+        }
+    sd_lora.train(make(tiny_sd1, wide, tmp_path / "whole", **options))
+    again = make(tiny_sd1, wide, tmp_path / "whole", **options, resume_from_checkpoint="checkpoint-3")
+    whole, losses = weights(tmp_path / "whole"), log(tmp_path / "whole")
+    sd_lora.train(again)
+    resumed = weights(tmp_path / "whole")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert log(tmp_path / "whole")[6:] == losses[3:6]
+
+
+def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Pictures encoded as they come train to the same weights as cached ones (1e-6: the VAE's
+    batch differs)."""
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cached"))
+    run = prepare(text_to_image(tiny_sd1, data, tmp_path / "fresh"))
+    run.latents.uncached["instance"] = set(range(6))
+    optimise(run)
+    loop.export(run)
+    assert difference(tmp_path / "cached", tmp_path / "fresh") < 1e-6
+
+
+def test_accumulation_is_a_larger_batch(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Batch 4 equals batch 2 × 2 accumulation: the same samples, noise, schedule and mean."""
+    options = {"lr_scheduler": "linear", "lr_warmup_steps": 2}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "b", train_batch_size=2, gradient_accumulation_steps=2,
+            **options,
+        )
+    )  # fmt: skip
+    assert difference(tmp_path / "a", tmp_path / "b") < 1e-4
+    a, b = log(tmp_path / "a"), log(tmp_path / "b")
+    assert [row["lr"] for row in a] == [row["lr"] for row in b]
+    assert a[0]["lr"] == 0
+    assert a[2]["lr"] == 1e-3
+    for x, y in zip(a, b, strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Recomputing activations gives the same weights, and really is switched on."""
+    options = {"train_text_encoder": True}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
+    config = text_to_image(
+        tiny_sd1, data, tmp_path / "b", gradient_checkpointing=True, **options
+    )
+    run = prepare(config)
+    assert run.parts.unet.is_gradient_checkpointing
+    assert run.parts.text_encoder.is_gradient_checkpointing
+    optimise(run)
+    loop.export(run)
+    assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
+
+
+def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Sixty steps on two pictures lower the loss of the same noise and timesteps by a tenth."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, max_train_samples=2, max_train_steps=60, learning_rate=3e-3,
+        targets="all", rank=8,
+    )  # fmt: skip
+    run = prepare(config)
+    batches = [run.stream[i] for i in range(8)]
+
+    @torch.no_grad()
+    def fixed() -> float:
+        return sum(float(loop.batch_loss(run, *batch)) for batch in batches)
+
+    before = fixed()
+    optimise(run)
+    assert fixed() < 0.9 * before
+
+
+def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Missing class pictures are drawn by the base, kept, and only filled up the next time; as
+    many of them as instances are in each batch, with their own prompt and weight."""
+    classes = tmp_path / "class"
+    config = dreambooth(
+        tiny_sd1, data, tmp_path / "out", with_prior_preservation=True, class_data_dir=str(classes),
+        class_prompt="a photo of a thing", num_class_images=3, validation_steps=2,
+        prior_loss_weight=0.5,
+    )  # fmt: skip
+    run = prepare(config)
+    first = {p.name: p.read_bytes() for p in classes.iterdir()}
+    assert len(first) == 3
+    slots, pixels = run.stream[0]
+    assert [s.kind for s in slots] == ["instance"] * 2 + ["class"] * 2
+    assert [s.caption for s in slots] == ["a photo of sks thing"] * 2 + ["a photo of a thing"] * 2
+    with torch.no_grad():
+        both = float(loop.batch_loss(run, slots, pixels))
+        instance = float(loop.batch_loss(run, slots[:2], pixels[:2]))
+        as_instances = [torch.tensor(0.0)]
+        for slot in slots[2:]:
+            alone = loop.batch_loss(run, [slots[0], slot], [None, None])
+            only = loop.batch_loss(run, [slots[0]], [None])
+            as_instances.append((alone - only) / 0.5)
+    prior = float(sum(as_instances)) / 2
+    assert both == pytest.approx(instance + 0.5 * prior, rel=1e-5)
+    (classes / next(iter(first))).unlink()
+    prepare(config)
+    assert {p.name: p.read_bytes() for p in classes.iterdir()}.items() >= {
+        k: v for i, (k, v) in enumerate(first.items()) if i
+    }.items()
+
+
+def test_a_request_to_stop_loses_nothing(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """SIGTERM in mid-run ends it after a whole step with a checkpoint, and resuming from it gives
+    the weights of a run that was never interrupted."""
+    options = {"max_train_steps": 40, "checkpointing_steps": 1000}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "whole", **options))
+    original = loop.batch_loss
+    calls = []
+
+    def interrupted(*args: object) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    assert threading.current_thread() is threading.main_thread()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "batch_loss", interrupted)
+        with pytest.raises(sd_lora.RunError, match="interrupted by SIGTERM at step 5 of 40"):
+            sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cut", **options))
+    assert [p.name for p in checkpoint.checkpoints(tmp_path / "cut")] == ["checkpoint-5"]
+    assert not (tmp_path / "cut" / "pytorch_lora_weights.safetensors").exists()
+    sd_lora.train(
+        text_to_image(tiny_sd1, data, tmp_path / "cut", **options, resume_from_checkpoint="latest")
+    )
+    assert difference(tmp_path / "whole", tmp_path / "cut") == 0
+
+
+def test_checkpoints_are_pruned_after_the_next_stands(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """checkpoints_total_limit keeps the newest ones; no partial folder is left."""
+    sd_lora.train(
+        text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
+    )
+    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resume_from_checkpoint": "latest"}, "raise max_train_steps"),
+        ({"resume_from_checkpoint": "checkpoint-4"}, "no such checkpoint; .* has checkpoint-3, checkpoint-6"),
+        ({"resume_from_checkpoint": "checkpoint-3", "seed": 1}, "seed = 0, and this run has 1"),
+        ({"resume_from_checkpoint": "checkpoint-3", "train_batch_size": 2}, "batch size"),
+        ({"resume_from_checkpoint": "checkpoint-3", "rank": 8}, "was the rank changed"),
+        ({"resume_from_checkpoint": "checkpoint-3", "targets": "all"}, "were targets or ranks changed"),
+    ],
+)  # fmt: skip
+def test_resuming_something_else_is_refused(
+    changes: dict, message: str, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that is not there, finished, or of another run is refused with the reason."""
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=3))
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **changes))
+
+
+def test_a_diverged_loss_stops_the_run(
+    tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss that is not finite ends the run by step number, and no file is written."""
+    original = loop.batch_loss
+    monkeypatch.setattr(loop, "batch_loss", lambda *args: original(*args) * float("inf"))
+    with pytest.raises(sd_lora.RunError, match="the loss became .* at step 1"):
+        sd_lora.train(text_to_image(tiny_sd1, data, tmp_path))
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+def test_broken_pictures_stop_the_run_before_it_starts(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """All broken pictures are named at once, and the output folder is not even made."""
+    folder = pictures(tmp_path / "pictures", 4)
+    (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
+    (folder / "3.png").write_bytes(b"")
+    with pytest.raises(sd_lora.RunError, match=r"(?s)2 of 4 pictures.*1\.png.*3\.png.*empty"):
+        sd_lora.train(text_to_image(tiny_sd1, folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_min_snr_v_prediction_and_noise_offset_train(
+    tiny_sd2: Path, data: Path, tmp_path: Path
+) -> None:
+    """An SD2-like v-prediction model trains with min-SNR and noise offset, and exports exactly."""
+    result = sd_lora.train(
+        text_to_image(tiny_sd2, data, tmp_path, snr_gamma=5.0, noise_offset=0.05)
+    )
+    assert len(result.files) == 2
+    assert result.losses[-1] > 0
+
+
+def test_epochs_become_steps(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Steps are epochs × pictures × repeats over the global batch, rounded up."""
+    options = {"max_train_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
+    assert prepare(text_to_image(tiny_sd1, data, tmp_path, **options)).num_steps == 3  # 18 / 8
+    options |= {"repeats": 4, "train_batch_size": 1}
+    assert prepare(dreambooth(tiny_sd1, data, tmp_path, **options)).num_steps == 36  # 72 / 2
+
+
+def test_samples_during_training(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """With a validation prompt, sample sheets are drawn every so many epochs, and do not change
+    what is trained."""
+    options = {"max_train_steps": 6, "train_batch_size": 3}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "plain", **options))
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "watched", **options, validation_prompt="a photo",
+            num_validation_images=1, validation_steps=2, validation_epochs=1, report_to="tensorboard",
+        )
+    )  # fmt: skip
+    names = sorted(p.name for p in (tmp_path / "watched" / "samples").iterdir())
+    assert names == ["step-000002.png", "step-000004.png"]
+    assert difference(tmp_path / "plain", tmp_path / "watched") == 0
+    assert list((tmp_path / "watched" / "logs").rglob("events*"))

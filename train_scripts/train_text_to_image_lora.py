@@ -1,0 +1,8 @@
+"""Train a LoRA on captioned pictures: for `python`, `accelerate launch` and `torchrun`."""
+
+import sys
+
+from sd_lora.cli import train_script
+
+if __name__ == "__main__":
+    sys.exit(train_script("text_to_image", "train_text_to_image_lora.py"))
