@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
 
-_HELP = f"""sd-lora {sd_lora.__version__}: train Stable Diffusion LoRAs that load everywhere, exactly.
+_HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load everywhere, exactly.
 
 usage: sd-lora <command> [flags]
 

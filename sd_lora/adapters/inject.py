@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +76,7 @@ def adapt(
         base = model.get_submodule(target.name)
         if base not in wrapped:
             generator = generator_for(seed, "lora_A", target.name)
-            layer = LAYERS[type(base)](
-                base, target.rank, target.alpha, dropout, init, generator
-            )
+            layer = LAYERS[type(base)](base, target.rank, target.alpha, dropout, init, generator)
             wrapped[base] = layer.train(base.training)
         _replace(model, target.name, wrapped[base])
         names.append(target.name)
@@ -136,7 +135,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapted_layers(model).items():
         for key, parameter in layer.named_parameters(recurse=False):
             state[f"{name}.{key}"] = parameter.detach().cpu().clone()
-        state[f"{name}.alpha"] = torch.tensor(float(layer.alpha))  # type: ignore[arg-type]
+        state[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
     return state
 
 
@@ -162,6 +161,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{key} is {tuple(state[key].shape)} in the file and {tuple(value.shape)} in the "
                 "model; was the rank changed?"
             )
+    layer: Any
     for name, layer in adapted_layers(model).items():
         for key, parameter in layer.named_parameters(recurse=False):
             parameter.copy_(state[f"{name}.{key}"])

@@ -5,6 +5,7 @@ h = W₀x + (α/r)·B(Ax), Hu et al. 2021, equation 3. A convolution's A is the 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,9 @@ class AdaptedLayer(nn.Module):
     the wrapper lacks (`weight`, `in_channels`, …) are the base's, for model code that asks.
     """
 
-    base: nn.Module
+    base: Any
 
-    def __init__(self, base: nn.Module) -> None:
+    def __init__(self, base: Any) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self._unmerged: Tensor | None = None  # the base's own weight while merged
@@ -53,7 +54,7 @@ class AdaptedLayer(nn.Module):
             self.base.weight.data = self._unmerged.to(self.base.weight.device)
             self._unmerged = None
 
-    def __getattr__(self, name: str) -> object:
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -79,7 +80,7 @@ class _LoRA(AdaptedLayer):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: Any,
         rank: int = 4,
         alpha: float | None = None,
         dropout: float = 0.0,
@@ -190,5 +191,7 @@ class LoRAConv3d(_LoRAConv):
 
 
 LAYERS: dict[type[nn.Module], type[_LoRA]] = {
-    kind: layer for layer in (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d) for kind in layer.kinds
+    kind: layer
+    for layer in (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d)
+    for kind in layer.kinds
 }

@@ -7,6 +7,7 @@ joined with "+". Patterns of ranks and alphas are peft's: they match the end of 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -140,8 +141,8 @@ def plan(
         conv_alpha = alpha
     planned = []
     for name in names:
-        weight = model.get_submodule(name).weight
-        is_conv = any(k > 1 for k in weight.shape[2:])  # type: ignore[union-attr]
+        weight: Any = model.get_submodule(name).weight
+        is_conv = any(k > 1 for k in weight.shape[2:])
         r = int(ranks.get(name, conv_rank if is_conv and conv_rank is not None else rank))
         if r < 1:
             raise UsageError(f"the rank of {name} is {r}; a rank is a whole number of at least 1")

@@ -101,7 +101,10 @@ class Latents:
             means.append(mean.to(self.device))
             stds.append(std.to(self.device))
         noise = torch.stack(
-            [torch.randn(means[0].shape, generator=generator_for(*s.address, "latent")) for s in slots]
+            [
+                torch.randn(means[0].shape, generator=generator_for(*s.address, "latent"))
+                for s in slots
+            ]
         ).to(self.device)
         x0 = torch.stack(means) + torch.stack(stds) * noise
         return (x0 - self.shift) * self.scaling

@@ -1,4 +1,4 @@
-"""Pictures → pixels: decode, orient, to RGB, resize, crop, flip. A picture is never changed on disk."""
+"""Pictures → pixels: decode, orient, to RGB, resize, crop, flip; files are only read."""
 
 import io
 from dataclasses import dataclass
@@ -11,9 +11,7 @@ from torch import Tensor
 
 from sd_lora.errors import RunError
 
-EXTENSIONS = frozenset(
-    (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-)
+EXTENSIONS = frozenset((".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"))
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -106,7 +104,10 @@ class Framing:
         """Returns (width, height) after resizing, rounded as torchvision's Resize does."""
         width, height = size
         short, r = min(size), self.resolution
-        return (r if width == short else r * width // short, r if height == short else r * height // short)
+        return (
+            r if width == short else r * width // short,
+            r if height == short else r * height // short,
+        )
 
     def is_random(self, size: tuple[int, int]) -> bool:
         """Whether the place of the crop is drawn: not for centre crops, nor for square pictures."""

@@ -100,7 +100,7 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> Sourc
 
 
 def _sidecar_captions(pictures: list[Path]) -> dict[Path, tuple[str, ...]]:
-    captions = {}
+    captions: dict[Path, tuple[str, ...]] = {}
     for picture in pictures:
         for suffix in (".txt", ".caption"):
             sidecar = picture.with_suffix(suffix)
@@ -114,7 +114,9 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        raise UsageError(
+            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        ) from None
 
 
 def _rows(table: Path) -> list[tuple[int, dict[str, Any]]]:

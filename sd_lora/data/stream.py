@@ -108,4 +108,3 @@ class Stream(Dataset):
         (order,) = (order for order in self.orders if order.kind == slot.kind)
         sample = order.samples[slot.index]
         return self.framing.pixels(decode(sample.read(), sample.name), slot.crop, slot.flip)
-

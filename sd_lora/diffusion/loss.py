@@ -37,7 +37,7 @@ def sample_losses(
     schedule: NoiseSchedule,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """Returns each sample's loss (B,) in float32: the mean squared error, min-SNR weighted if asked.
+    """Returns each sample's mean squared error (B,) in float32, min-SNR weighted if asked.
 
     prediction, x0, noise: (B, C, H, W); t: (B,).
     """

@@ -68,9 +68,9 @@ def read_models(models: Mapping[str, nn.Module]) -> Adapter:
         if layers:
             adapter[component] = {
                 canonical_name(component, name): Factors(
-                    layer.lora_A.detach().cpu().clone(),  # type: ignore[operator]
-                    layer.lora_B.detach().cpu().clone(),  # type: ignore[operator]
-                    float(layer.alpha),  # type: ignore[arg-type]
+                    layer.lora_A.detach().cpu().clone(),
+                    layer.lora_B.detach().cpu().clone(),
+                    float(layer.alpha),
                 )
                 for name, layer in layers.items()
             }

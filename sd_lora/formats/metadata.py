@@ -5,17 +5,17 @@ Readers of this project never trust any of it over the tensors.
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 
-import sd_lora
 from sd_lora.formats.canonical import Adapter
 
 _ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v"}
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}
 
 
-def _most_common(values: list[float]) -> str:
+def _most_common(values: Sequence[float]) -> str:
     return f"{Counter(values).most_common(1)[0][0]:g}"
 
 
@@ -55,7 +55,7 @@ def build(
         "ss_network_dim": _most_common([f.rank for f in factors]),
         "ss_network_alpha": _most_common([f.alpha for f in factors]),
         "ss_output_name": name,
-        "sd_lora_version": sd_lora.__version__,
+        "sd_lora_version": version("sd_lora"),
     }
     if network_args:
         metadata["ss_network_args"] = json.dumps(network_args)

@@ -1,6 +1,6 @@
 """kohya's module names: a prefix for the component, and underscores for dots."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
 """Component → prefix, for SD1 and SD2."""
@@ -11,7 +11,7 @@ def kohya_name(component: str, name: str) -> str:
     return f"{PREFIXES[component]}_{name.replace('.', '_')}"
 
 
-def from_kohya(component_names: dict[str, Iterable[str]]) -> dict[str, tuple[str, str]]:
+def from_kohya(component_names: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, str]]:
     """Returns kohya name → (component, canonical name).
 
     Underscores do not say which of them were dots (`to_q`, `mid_block`), so the way back needs

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ def loaded_deltas(pipeline: "StableDiffusionPipeline") -> dict[str, dict[str, Te
     """
     deltas: dict[str, dict[str, Tensor]] = {}
     for component in ("unet", "text_encoder"):
+        layer: Any
         for name, layer in getattr(pipeline, component).named_modules():
             factors = getattr(layer, "lora_A", None)
             if not isinstance(factors, torch.nn.ModuleDict) or not len(factors):
@@ -97,7 +98,9 @@ def compare(adapter: Adapter, deltas: dict[str, dict[str, Tensor]]) -> tuple[int
     for component in adapter.keys() | deltas.keys():
         trained, loaded = adapter.get(component, {}), deltas.get(component, {})
         wrong += [f"{component} {name} was not loaded" for name in trained.keys() - loaded.keys()]
-        wrong += [f"{component} {name} was never trained" for name in loaded.keys() - trained.keys()]
+        wrong += [
+            f"{component} {name} was never trained" for name in loaded.keys() - trained.keys()
+        ]
         for name in trained.keys() & loaded.keys():
             want = trained[name].delta()
             error = float((loaded[name] - want).abs().max() / want.abs().max().clamp(min=1e-12))
@@ -130,6 +133,7 @@ def verify(path: Path, adapter: Adapter, parts: Parts) -> Verified:
         more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise RunError(
             f"{path} was written but does not load as trained; do not use it:\n  "
-            + "\n  ".join(wrong[:10]) + more
+            + "\n  ".join(wrong[:10])
+            + more
         )
     return Verified(path, count, worst)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
             return load()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:400]
-        where = "" if Path(name).is_dir() else (
-            " (not a folder here; as a hub id it is neither cached nor reachable, or lacks this part)"
-        )
+        where = " (no folder here; as a hub id neither cached nor reachable, or without this part)"
+        where = "" if Path(name).is_dir() else where
         raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
 
 
@@ -141,15 +141,16 @@ def load_parts(
     weights = hub | {"variant": variant, "torch_dtype": torch.float32}
 
     def part(cls: Any, folder: str, **options: Any) -> Any:
-        load = lambda: cls.from_pretrained(name, subfolder=folder, **options)  # noqa: E731
-        return _load(folder, name, load)
+        return _load(folder, name, partial(cls.from_pretrained, name, subfolder=folder, **options))
 
     # the configuration first: a wrong family is told before gigabytes are read
-    config = _load("unet", name, lambda: _unet_config(name, hub))
+    read_config = partial(UNet2DConditionModel.load_config, name, subfolder="unet", **hub)
+    config = _load("unet", name, read_config)
     family = detect(config)
     scheduler = part(DDPMScheduler, "scheduler", **hub)
     if tokenizer_name:
-        tokenizer = _load("tokenizer", tokenizer_name, lambda: CLIPTokenizer.from_pretrained(tokenizer_name, **hub))
+        load = partial(CLIPTokenizer.from_pretrained, tokenizer_name, **hub)
+        tokenizer = _load("tokenizer", tokenizer_name, load)
     else:
         tokenizer = part(CLIPTokenizer, "tokenizer", **hub)
     parts = Parts(
@@ -163,10 +164,6 @@ def load_parts(
     for model in (parts.text_encoder, parts.vae, parts.unet):
         model.requires_grad_(False).eval()
     return parts
-
-
-def _unet_config(name: str, hub: dict[str, Any]) -> dict[str, Any]:
-    return dict(UNet2DConditionModel.load_config(name, subfolder="unet", **hub))
 
 
 def bare_pipeline(parts: Parts) -> StableDiffusionPipeline:

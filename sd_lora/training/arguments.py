@@ -145,7 +145,7 @@ def read_toml(path: str) -> dict[str, Any]:
 
 
 def _unknown(word: str) -> UsageError:
-    """Returns the error for a word that is no flag of ours: refused by name, or with the nearest."""
+    """Returns the error for a word that is no flag: refused by name, or with the nearest one."""
     flag = word.partition("=")[0]
     if not word.startswith("-"):
         return UsageError(f"{word!r} is not expected here; a value with spaces needs quotes")

@@ -108,9 +108,7 @@ def find(output_dir: Path, name: str) -> Path:
             if (path / "progress.json").is_file():
                 return path
     names = ", ".join(path.name for path in there) or "none"
-    raise UsageError(
-        f"resume_from_checkpoint {name}: no such checkpoint; {output_dir} has {names}"
-    )
+    raise UsageError(f"resume_from_checkpoint {name}: no such checkpoint; {output_dir} has {names}")
 
 
 def read_progress(path: Path) -> Progress:

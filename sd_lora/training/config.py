@@ -168,7 +168,9 @@ class TrainConfig:
                 problems.append(f"{field.name} {wrong}, not {value!r}")
             elif choices and value not in choices:
                 hint = did_you_mean(str(value), choices)
-                problems.append(f"{field.name} is one of {', '.join(choices)}, not {value!r}.{hint}")
+                problems.append(
+                    f"{field.name} is one of {', '.join(choices)}, not {value!r}.{hint}"
+                )
             elif field.name in AT_LEAST and value < AT_LEAST[field.name]:
                 least = AT_LEAST[field.name]
                 problems.append(f"{field.name} must be at least {least}, not {value}")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -24,7 +25,7 @@ from sd_lora.formats.verify import Verified, verify
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import TrainConfig
-from sd_lora.training.sampling import grid, sample
+from sd_lora.training.sampling import grid, sample, write_picture
 from sd_lora.training.setup import Run, prepare, weight_dtype
 
 LOG_EVERY = 10
@@ -115,8 +116,8 @@ def stop_requests() -> Iterator[list[str]]:
     try:
         yield requests
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for name, handler in previous.items():
+            signal.signal(name, handler)
 
 
 def _asked_to_stop(run: Run, requests: list[str]) -> bool:
@@ -181,22 +182,12 @@ def _validate(run: Run, step: int) -> None:
         sheet = grid([pictures], [f"step {step}"], sample_prompts(run))
         path = run.output_dir / "samples" / f"step-{step:06}.png"
         write_picture(path, sheet)
+        images = np.stack([np.asarray(p) for p in pictures])  # (N, H, W, 3)
+        layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
         for tracker in run.accelerator.trackers:
-            if tracker.name in ("tensorboard", "wandb"):
-                import numpy as np
-
-                images = np.stack([np.asarray(p) for p in pictures])
-                tracker.log_images({"validation": images}, step=step)
+            if tracker.name in layout:
+                tracker.log_images({"validation": images}, step=step, **layout[tracker.name])
     run.accelerator.wait_for_everyone()
-
-
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Writes a PNG whole or not at all."""
-    import io
-
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    write_whole(path, buffer.getvalue())
 
 
 def _optimise(run: Run, history: History, requests: list[str]) -> int:
@@ -222,7 +213,7 @@ def _optimise(run: Run, history: History, requests: list[str]) -> int:
         if not accelerator.sync_gradients:
             continue
         step += 1
-        history.waiting.append((step, run.lr_scheduler.get_last_lr()[0], total, norm))
+        history.waiting.append((step, float(run.lr_scheduler.get_last_lr()[0]), total, norm))
         run.lr_scheduler.step()
         total = torch.zeros_like(total)
         bar.update()
@@ -286,7 +277,7 @@ def train(config: TrainConfig) -> Result:
             f"interrupted by {requests[0] if requests else 'another process'} at step {step} of "
             f"{run.num_steps}; go on with the same command and --resume_from_checkpoint latest"
         )
-    files, before_after = (_finish(run, before) if run.main else ([], None))
+    files, before_after = _finish(run, before) if run.main else ([], None)
     seconds = time.monotonic() - started
     if run.main:
         _say_result(run, history, files, before_after, seconds)

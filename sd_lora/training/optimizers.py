@@ -1,6 +1,7 @@
 """AdamW over exactly the LoRA parameters, and its learning-rate schedule."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -28,7 +29,7 @@ def build_optimizer(
     def chosen(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    groups = [
+    groups: list[dict[str, Any]] = [
         {
             "params": lora_layers(model),
             "lr": chosen(lrs[component], config.learning_rate) * factor,
@@ -43,7 +44,7 @@ def build_optimizer(
     return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
 
 
-def _adamw_8bit() -> type[torch.optim.Optimizer]:
+def _adamw_8bit() -> Any:
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError:

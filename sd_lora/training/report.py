@@ -42,7 +42,12 @@ def progress(items: Sequence[T], label: str, main: bool) -> Iterator[T]:
 def step_bar(total: int, done: int, main: bool) -> tqdm:
     """Returns the bar of optimiser steps."""
     return tqdm(
-        total=total, initial=done, desc="training", unit="step", disable=not main, dynamic_ncols=True
+        total=total,
+        initial=done,
+        desc="training",
+        unit="step",
+        disable=not main,
+        dynamic_ncols=True,
     )
 
 

@@ -1,13 +1,16 @@
 """Pictures from the model that is being trained, without a second copy of any part of it."""
 
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from sd_lora.formats.files import write_whole
 from sd_lora.models.load import Parts
 from sd_lora.models.prompts import encode, token_ids
 
@@ -123,7 +126,9 @@ def grid(
         draw.text((gap, y), label, fill="black", font=font)
         for column, picture in enumerate(row):
             filter = Image.Resampling.NEAREST if picture.width <= side else Image.Resampling.LANCZOS
-            sheet.paste(picture.resize((side, side), filter), (gap + column * (side + gap), y + line))
+            sheet.paste(
+                picture.resize((side, side), filter), (gap + column * (side + gap), y + line)
+            )
         y += line + side + gap
     for column, caption in enumerate(captions):
         for n, text in enumerate(_wrapped(caption, side, font)):
@@ -131,7 +136,9 @@ def grid(
     return sheet
 
 
-def _wrapped(text: str, width: int, font: ImageFont.ImageFont, lines: int = 2) -> list[str]:
+def _wrapped(
+    text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, lines: int = 2
+) -> list[str]:
     """Returns at most `lines` lines of text that fit the width, ending in … if more is left."""
     rows: list[str] = [""]
     for word in text.split():
@@ -144,3 +151,10 @@ def _wrapped(text: str, width: int, font: ImageFont.ImageFont, lines: int = 2) -
             rows[-1] += " …"
             break
     return rows
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """Writes a PNG whole or not at all; raises RunError if it cannot be written."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    write_whole(path, buffer.getvalue())

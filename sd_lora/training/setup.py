@@ -6,9 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,24 +19,24 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import inject, lora_layers
-from sd_lora.adapters.targets import plan
+from sd_lora.adapters.inject import adapted_layers, inject, lora_layers
 from sd_lora.data.cache import Latents
-from sd_lora.data.images import Framing, is_picture
-from sd_lora.data.sources import Source, captioned_folder, named_dataset, prompted_folder
+from sd_lora.data.sources import Source
 from sd_lora.data.stream import Order, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.errors import RunError, UsageError
-from sd_lora.formats.files import write_whole
+from sd_lora.errors import UsageError
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.models.prompts import encode, encode_captions, token_ids, too_long
-from sd_lora.seeds import seed_for, shuffled
+from sd_lora.models.prompts import token_ids, too_long
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import TrainConfig
+from sd_lora.training.dataset import (
+    DTYPES,
+    cache_embeddings,
+    cache_latents,
+    class_samples,
+    find_samples,
+)
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer
-from sd_lora.training.sampling import sample
-
-_DTYPES = {"no": torch.float32, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -107,7 +105,7 @@ class Run:
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    return _DTYPES[accelerator.mixed_precision]
+    return DTYPES[accelerator.mixed_precision]
 
 
 def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
@@ -163,90 +161,6 @@ def _agreed_seed(config: TrainConfig, accelerator: Accelerator) -> int:
     return int(broadcast_object_list(drawn)[0])
 
 
-def find_samples(config: TrainConfig, seed: int) -> Source:
-    """Returns the training samples that the configuration names."""
-    if config.mode == "dreambooth":
-        return prompted_folder(
-            str(config.instance_data_dir), str(config.instance_prompt), "instance_data_dir"
-        )
-    if config.train_data_dir:
-        source = captioned_folder(
-            config.train_data_dir, config.image_column, config.caption_column
-        )
-    else:
-        source = named_dataset(
-            str(config.dataset_name),
-            config.dataset_config_name,
-            config.cache_dir,
-            config.image_column,
-            config.caption_column,
-        )
-    if config.max_train_samples is not None and config.max_train_samples < len(source.samples):
-        chosen = shuffled(len(source.samples), seed, "max_train_samples")
-        kept = sorted(chosen[: config.max_train_samples])
-        note = f"max_train_samples: {len(kept)} of {len(source.samples)} pictures are trained"
-        return Source([source.samples[i] for i in kept], [*source.notes, note])
-    return source
-
-
-def class_samples(config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int) -> Source:
-    """Returns the class pictures, generating with the bare base model those that are missing.
-
-    Processes share the work. A picture is written whole or not at all, so an interrupted run
-    goes on where it stopped.
-    """
-    folder = Path(str(config.class_data_dir)).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"class_data_dir {folder} is a file, not a folder")
-    there = sum(map(is_picture, folder.iterdir())) if folder.is_dir() else 0
-    missing = range(there, config.num_class_images)
-    mine = list(missing[accelerator.process_index :: accelerator.num_processes])
-    if mine:
-        _generate_class_pictures(config, parts, accelerator, seed, folder, mine)
-    accelerator.wait_for_everyone()
-    return prompted_folder(str(folder), str(config.class_prompt), "class_data_dir")
-
-
-def _generate_class_pictures(
-    config: TrainConfig,
-    parts: Parts,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    numbers: list[int],
-) -> None:
-    device = accelerator.device
-    default = "fp16" if device.type == "cuda" else "fp32"
-    dtype = _DTYPES[config.prior_generation_precision or default]
-    size = config.sample_batch_size
-    starts = range(0, len(numbers), size)
-    for start in report.progress(starts, "class pictures", accelerator.is_main_process):
-        chunk = numbers[start : start + size]
-        # autocast, not a cast of the weights: fp16 there and back would round them
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pictures = sample(
-                parts,
-                [str(config.class_prompt)] * len(chunk),
-                [seed_for(seed, "class picture", n) % 2**32 for n in chunk],
-                resolution=config.resolution,
-                device=device,
-                steps=config.validation_steps,
-                guidance_scale=config.validation_guidance_scale,
-                prediction_type=config.prediction_type,
-                batch_size=size,
-            )
-        for number, picture in zip(chunk, pictures, strict=True):
-            write_whole(folder / f"class-{seed}-{number:05}.png", _png(picture))
-
-
-def _png(picture: Any) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Module]:
     """Adapts the UNet, and the text encoder if it is trained; returns component → model."""
     inject(
@@ -275,7 +189,16 @@ def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Mod
     return models
 
 
-def check_size(config: TrainConfig, parts: Parts) -> None:
+def _check_output(config: TrainConfig) -> None:
+    folder = Path(config.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"output_dir {folder} is a file, not a folder")
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
+
+
+def _check_size(config: TrainConfig, parts: Parts) -> None:
     step = parts.resolution_step
     if config.resolution % step:
         near = max(step, round(config.resolution / step) * step)
@@ -285,41 +208,13 @@ def check_size(config: TrainConfig, parts: Parts) -> None:
         )
 
 
-def cache_latents(
-    config: TrainConfig, parts: Parts, sources: dict[str, Source], accelerator: Accelerator
-) -> Latents:
-    """Decodes every picture and encodes those whose crop is fixed; the VAE leaves the device if
-    training does not need it."""
-    framing = Framing(
-        config.resolution, config.center_crop, config.random_flip, config.image_interpolation_mode
-    )
-    parts.vae.to(accelerator.device)
-    latents = Latents(parts.vae, framing, accelerator.device)
-    for kind, source in sources.items():
-        bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
-        latents.fill(kind, source.samples, bar)
-    if not latents.needs_vae:
-        parts.vae.to("cpu")
-    return latents
-
-
-def cache_embeddings(
-    parts: Parts, sources: dict[str, Source], device: torch.device
-) -> dict[str, Tensor]:
-    """Encodes each distinct caption once; the text encoder leaves the device afterwards."""
-    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
-    parts.text_encoder.to(device)
-    table = encode_captions(parts.tokenizer, parts.text_encoder, captions)
-    parts.text_encoder.to("cpu")
-    return table
-
-
 def prepare(config: TrainConfig) -> Run:
     """Returns a run that is ready for its first step; nothing is written before all is checked.
 
     Raises:
         UsageError, RunError: whatever would stop the run later, where it can be known.
     """
+    _check_output(config)
     summary = report.Summary()
     accelerator = build_accelerator(config, summary)
     seed = _agreed_seed(config, accelerator)
@@ -332,7 +227,7 @@ def prepare(config: TrainConfig) -> Run:
         cache_dir=config.cache_dir,
         tokenizer_name=config.tokenizer_name,
     )
-    check_size(config, parts)
+    _check_size(config, parts)
     models = inject_all(config, parts, seed)
     sources = {"instance": source}
     if config.with_prior_preservation:
@@ -453,12 +348,13 @@ def _summarise(run: Run, sources: dict[str, Source]) -> None:
     rows["pictures"] = f"{pictures}, at {config.resolution}×{config.resolution}"
     rows["batch"] = (
         f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
-        f"= {run.samples_per_step}" + (", as many class pictures on top" if "class" in sources else "")
+        f"= {run.samples_per_step}"
+        + (", as many class pictures on top" if "class" in sources else "")
     )
     epochs = run.num_steps * run.samples_per_step / run.num_samples
     rows["steps"] = f"{run.num_steps} ({epochs:.1f} epochs)"
     parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
-    names = {c: plan_names(m) for c, m in run.models.items()}
+    names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     rows["adapted"] = report.adapted(names, parameters)
     rows["LoRA file"] = f"{report.mib(4 * sum(parameters.values()))} (float32), in two formats"
     rows["objective"] = run.schedule.prediction_type + (
@@ -468,16 +364,13 @@ def _summarise(run: Run, sources: dict[str, Source]) -> None:
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.seed}"
     fresh = sum(map(len, run.latents.uncached.values()))
     if fresh:
-        notes.append(f"{fresh} pictures are not square and are cropped at random: encoded anew each time (--center_crop caches them)")  # fmt: skip
+        notes.append(
+            f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
+            "(--center_crop caches them)"
+        )
     for source in sources.values():
         notes += source.notes
     captions = [c for source in sources.values() for s in source.samples for c in s.captions]
     for caption, count in list(too_long(run.parts.tokenizer, captions).items())[:5]:
         limit = run.parts.tokenizer.model_max_length
         notes.append(f"caption of {count} tokens is cut at {limit}: {caption[:60]!r}…")
-
-
-def plan_names(model: nn.Module) -> list[str]:
-    from sd_lora.adapters.inject import adapted_layers
-
-    return list(adapted_layers(model))

@@ -82,9 +82,14 @@ def test_merged_keeps_what_was_merged_before() -> None:
     sd_lora.inject(unet)
     first, *others = adapted_layers(unet).values()
     first.merge()
-    with pytest.raises(RuntimeError, match="stop"), sd_lora.merged(unet):
-        assert all(layer.is_merged for layer in others)
-        raise RuntimeError("stop")
+
+    def stop() -> None:
+        with sd_lora.merged(unet):
+            assert all(layer.is_merged for layer in others)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stop()
     assert first.is_merged
     assert not any(layer.is_merged for layer in others)
 
@@ -111,7 +116,9 @@ def test_gradients_reach_every_factor_and_only_factors() -> None:
     assert len(layers) == 2 * len(adapted_layers(unet))
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layers)
     trained = {id(p) for p in layers}
-    assert all(p.grad is None and not p.requires_grad for p in unet.parameters() if id(p) not in trained)
+    assert all(
+        p.grad is None and not p.requires_grad for p in unet.parameters() if id(p) not in trained
+    )
 
 
 def test_a_shared_module_is_adapted_once() -> None:
@@ -136,8 +143,20 @@ def test_a_shared_module_is_adapted_once() -> None:
 @pytest.mark.parametrize(
     ("layers", "heads", "linear", "cross", "counts"),
     [
-        (2, 8, False, 768, {"attention": 128, "transformer": 192, "transformer+conv": 278, "all": 282}),
-        (2, (5, 10, 20, 20), True, 1024, {"attention": 128, "transformer": 192, "transformer+conv": 278}),
+        (
+            2,
+            8,
+            False,
+            768,
+            {"attention": 128, "transformer": 192, "transformer+conv": 278, "all": 282},
+        ),
+        (
+            2,
+            (5, 10, 20, 20),
+            True,
+            1024,
+            {"attention": 128, "transformer": 192, "transformer+conv": 278},
+        ),
     ],
     ids=["sd15", "sd21"],
 )
@@ -156,7 +175,7 @@ def test_counts_on_the_real_unets(
 
 
 def test_counts_on_the_real_sdxl_unet() -> None:
-    """The same for SDXL, with the number of parameters of attention at rank 4 (rank 4, 560 modules)."""
+    """The same for SDXL, and the parameters of attention at rank 4 are as many as peft's."""
     with torch.device("meta"):
         unet = UNet2DConditionModel(
             block_out_channels=(320, 640, 1280),
@@ -254,7 +273,7 @@ def test_injecting_twice_is_refused() -> None:
 
 
 def test_state_dict_round_trip_and_its_refusals() -> None:
-    """lora_state_dict → load_lora_state_dict is the identity; another shape or key changes nothing."""
+    """Saving and loading is the identity; another shape or key changes nothing."""
     a, b, c = build_unet(), build_unet(), build_unet()
     sd_lora.inject(a, targets="attention+conv", rank=3, alpha=5.0)
     randomise(a)

@@ -38,7 +38,9 @@ LAYER_KINDS = {
 kinds = pytest.mark.parametrize("kind", LAYER_KINDS)
 
 
-def adapted(kind: str, *, trained: bool = True, **options: object) -> tuple[AdaptedLayer, torch.Tensor]:
+def adapted(
+    kind: str, *, trained: bool = True, **options: object
+) -> tuple[AdaptedLayer, torch.Tensor]:
     """Returns a layer of that kind with an adapter (random A and B if trained), and an input."""
     torch.manual_seed(0)
     make, shape = LAYER_KINDS[kind]

@@ -106,7 +106,7 @@ def test_resize_is_torchvisions(size: tuple[int, int], want: tuple[int, int]) ->
 
 
 def test_crops_and_flips() -> None:
-    """Centre crops are centred; random ones reach both ends; a flip mirrors; values span [-1, 1]."""
+    """Centre crops are centred, random ones reach both ends, a flip mirrors, white is 1."""
     wide = Image.fromarray(np.tile(np.arange(0, 96, dtype=np.uint8)[None, :, None], (64, 1, 3)))
 
     def columns(framing: Framing, u: float, flip: bool = False) -> torch.Tensor:

@@ -26,7 +26,7 @@ def jsonl(folder: Path, *rows: object) -> None:
 
 
 def test_metadata_jsonl_and_csv(tmp_path: Path) -> None:
-    """Both metadata layouts, nested folders, lists of captions, and notes about what is left out."""
+    """Both metadata layouts, nested folders, lists of captions, and notes of what is left out."""
     picture(tmp_path / "a.png")
     picture(tmp_path / "sub" / "b.png")
     picture(tmp_path / "orphan.png")
@@ -56,7 +56,10 @@ def test_text_files_beside_pictures(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"file_name": "a.png", "caption": "x"}], r"line 1 has no caption column 'text'; it has caption"),
+        (
+            [{"file_name": "a.png", "caption": "x"}],
+            r"line 1 has no caption column 'text'; it has caption",
+        ),
         ([{"file_name": "a.png", "txt": "x"}], "Did you mean txt"),
         ([{"file_name": "b.png", "text": "x"}], "line 1 names b.png, which is not there"),
         ([{"text": "x"}], "line 1 has no file_name"),
@@ -113,7 +116,9 @@ def test_a_datasets_set(tmp_path: Path) -> None:
     (sample,) = named_dataset(*load, "image", "text").samples
     assert sample.read() == path.read_bytes()
     assert sample.captions == ("a red square",)
-    with pytest.raises(UsageError, match="no caption column 'txt'; it has image, text. Did you mean text"):
+    with pytest.raises(
+        UsageError, match="no caption column 'txt'; it has image, text. Did you mean text"
+    ):
         named_dataset(*load, "image", "txt")
     with pytest.raises(UsageError, match="could not be loaded"):
         named_dataset(str(tmp_path / "nowhere"), None, str(tmp_path / "cache"), "image", "text")

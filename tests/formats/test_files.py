@@ -47,8 +47,8 @@ def models(parts: Parts) -> dict[str, torch.nn.Module]:
 def test_both_files_load_exactly_in_diffusers(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """Mixed ranks and alphas, convolutions, time embeddings and text encoder: each file, loaded by
-    diffusers into a fresh pipeline from disk, gives every trained ΔW within 1e-5, and no warning."""
+    """Mixed ranks and alphas, convolutions, time embeddings and text encoder: each file, loaded
+    by diffusers into a pipeline from disk, gives every trained ΔW within 1e-5, and no warning."""
     folder = request.getfixturevalue(f"tiny_{family}")
     parts = trained_parts(folder)
     paths = sd_lora.save_adapter(models(parts), tmp_path / "mine", family=family)
@@ -122,7 +122,9 @@ def test_kohya_names_and_metadata(tiny_sd1: Path, tmp_path: Path) -> None:
     assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "5"}
 
 
-@pytest.mark.parametrize("fault", ["lost module", "wrong strength", "lost partner", "loader warning"])
+@pytest.mark.parametrize(
+    "fault", ["lost module", "wrong strength", "lost partner", "loader warning"]
+)
 def test_verify_finds_what_loaders_pass_over(fault: str, tiny_sd1: Path, tmp_path: Path) -> None:
     """A lost module, a wrong scale, a factor without partner, and a mere log line each fail."""
     parts = trained_parts(tiny_sd1)
@@ -196,12 +198,18 @@ def test_families_that_cannot_be_written_are_refused(family: str, tmp_path: Path
     ("tensors", "message"),
     [
         ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "no partner"),
-        ({"unet.conv_in.lora_C.weight": (2, 2), "unet.x.lora_A.weight": (1,)}, "not of the diffusers"),
+        (
+            {"unet.conv_in.lora_C.weight": (2, 2), "unet.x.lora_A.weight": (1,)},
+            "not of the diffusers",
+        ),
         ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "method that cannot be read"),
         ({"lora_unet_nothing.lora_down.weight": (2, 4)}, "names a module that the model has not"),
         ({"model.weight": (2, 2)}, "no LoRA that can be read"),
         (
-            {"unet.conv_in.lora_A.weight": (2, 4, 1, 1), "unet.conv_in.lora_B.weight": (16, 2, 1, 1)},
+            {
+                "unet.conv_in.lora_A.weight": (2, 4, 1, 1),
+                "unet.conv_in.lora_B.weight": (16, 2, 1, 1),
+            },
             r"\(16, 4, 3, 3\) in the model and \(16, 4, 1, 1\) in the file",
         ),
         (

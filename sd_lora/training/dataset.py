@@ -1,0 +1,130 @@
+"""What a run trains on: its samples, class pictures, latents and text embeddings."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sd_lora.data.cache import Latents
+from sd_lora.data.images import Framing, is_picture
+from sd_lora.data.sources import Source, captioned_folder, named_dataset, prompted_folder
+from sd_lora.errors import UsageError
+from sd_lora.models.load import Parts
+from sd_lora.models.prompts import encode_captions
+from sd_lora.seeds import seed_for, shuffled
+from sd_lora.training import report
+from sd_lora.training.config import TrainConfig
+from sd_lora.training.sampling import sample, write_picture
+
+DTYPES = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""What the names of precisions mean."""
+
+
+def find_samples(config: TrainConfig, seed: int) -> Source:
+    """Returns the training samples that the configuration names."""
+    if config.mode == "dreambooth":
+        return prompted_folder(
+            str(config.instance_data_dir), str(config.instance_prompt), "instance_data_dir"
+        )
+    if config.train_data_dir:
+        source = captioned_folder(config.train_data_dir, config.image_column, config.caption_column)
+    else:
+        source = named_dataset(
+            str(config.dataset_name),
+            config.dataset_config_name,
+            config.cache_dir,
+            config.image_column,
+            config.caption_column,
+        )
+    if config.max_train_samples is not None and config.max_train_samples < len(source.samples):
+        chosen = shuffled(len(source.samples), seed, "max_train_samples")
+        kept = sorted(chosen[: config.max_train_samples])
+        note = f"max_train_samples: {len(kept)} of {len(source.samples)} pictures are trained"
+        return Source([source.samples[i] for i in kept], [*source.notes, note])
+    return source
+
+
+def class_samples(config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int) -> Source:
+    """Returns the class pictures, generating with the bare base model those that are missing.
+
+    Processes share the work. A picture is written whole or not at all, so an interrupted run
+    goes on where it stopped.
+    """
+    folder = Path(str(config.class_data_dir)).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"class_data_dir {folder} is a file, not a folder")
+    there = sum(map(is_picture, folder.iterdir())) if folder.is_dir() else 0
+    missing = range(there, config.num_class_images)
+    mine = list(missing[accelerator.process_index :: accelerator.num_processes])
+    if mine:
+        _generate_class_pictures(config, parts, accelerator, seed, folder, mine)
+    accelerator.wait_for_everyone()
+    return prompted_folder(str(folder), str(config.class_prompt), "class_data_dir")
+
+
+def _generate_class_pictures(
+    config: TrainConfig,
+    parts: Parts,
+    accelerator: Accelerator,
+    seed: int,
+    folder: Path,
+    numbers: list[int],
+) -> None:
+    device = accelerator.device
+    default = "fp16" if device.type == "cuda" else "fp32"
+    dtype = DTYPES[config.prior_generation_precision or default]
+    size = config.sample_batch_size
+    starts = range(0, len(numbers), size)
+    for start in report.progress(starts, "class pictures", accelerator.is_main_process):
+        chunk = numbers[start : start + size]
+        # autocast, not a cast of the weights: fp16 there and back would round them
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            pictures = sample(
+                parts,
+                [str(config.class_prompt)] * len(chunk),
+                [seed_for(seed, "class picture", n) % 2**32 for n in chunk],
+                resolution=config.resolution,
+                device=device,
+                steps=config.validation_steps,
+                guidance_scale=config.validation_guidance_scale,
+                prediction_type=config.prediction_type,
+                batch_size=size,
+            )
+        for number, picture in zip(chunk, pictures, strict=True):
+            write_picture(folder / f"class-{seed}-{number:05}.png", picture)
+
+
+def cache_latents(
+    config: TrainConfig, parts: Parts, sources: dict[str, Source], accelerator: Accelerator
+) -> Latents:
+    """Decodes every picture and encodes those whose crop is fixed; the VAE leaves the device if
+    training does not need it."""
+    framing = Framing(
+        config.resolution, config.center_crop, config.random_flip, config.image_interpolation_mode
+    )
+    parts.vae.to(accelerator.device)
+    latents = Latents(parts.vae, framing, accelerator.device)
+    for kind, source in sources.items():
+        bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
+        latents.fill(kind, source.samples, bar)
+    if not latents.needs_vae:
+        parts.vae.to("cpu")
+    return latents
+
+
+def cache_embeddings(
+    parts: Parts, sources: dict[str, Source], device: torch.device
+) -> dict[str, Tensor]:
+    """Encodes each distinct caption once; the text encoder leaves the device afterwards."""
+    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
+    parts.text_encoder.to(device)
+    table = encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    parts.text_encoder.to("cpu")
+    return table

@@ -1,0 +1,92 @@
+"""The front door: help, exit codes, and errors without tracebacks."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import sd_lora
+from sd_lora.cli import main
+from tests.training.runs import pictures
+
+
+def test_help_is_quick_and_complete() -> None:
+    """`sd-lora --help` answers in under 2 seconds and names every command."""
+    started = time.monotonic()
+    command = [sys.executable, "-c", "import sys; from sd_lora.cli import main; sys.exit(main())"]
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - started < 2
+    assert "train" in done.stdout
+    assert "demo" in done.stdout
+
+
+def test_commands_and_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    """No command and an unknown one are usage errors, exit code 2; --version is the version."""
+    assert main([]) == 2
+    assert main(["trian"]) == 2
+    assert "unknown command 'trian'. Did you mean train?" in capsys.readouterr().err
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == sd_lora.__version__
+
+
+def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
+    return [
+        "train", "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data),
+        "--output_dir", str(output), "--resolution", "64", "--max_train_steps", "2",
+        "--num_validation_images", "0", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "message"),
+    [
+        (["--rank", "0"], 2, "error: rank must be at least 1"),
+        (["--rnak", "4"], 2, "error: unknown flag --rnak"),
+        (["--targets", "attentoin"], 2, "Did you mean attention"),
+        (["--targets", "attention+no_such_module.*"], 2, "matches no module"),
+        (["--rank_pattern", "no_such=4"], 2, "matches none of the"),
+        (["--pretrained_model_name_or_path", "./nowhere"], 2, "model ./nowhere does not exist"),
+        (["--train_data_dir", "./nowhere"], 2, "train_data_dir ./nowhere does not exist"),
+        (["--caption_column", "txet"], 2, "Did you mean text"),
+        (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
+        (["--report_to", "nobody"], 2, "report_to is one of"),
+        (["--resume_from_checkpoint", "latest"], 2, "no such checkpoint; "),
+        (["--use_8bit_adam"], 2, "pip install 'sd_lora[8bit]'"),
+    ],
+)
+def test_bad_input_is_told_without_a_traceback(
+    more: list[str], code: int, message: str, tiny_sd1: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Each mistake ends with its exit code and one message, and writes nothing."""
+    data = pictures(tmp_path / "data", 2)
+    output = tmp_path / "out"
+    assert main(arguments(tiny_sd1, data, output, *more)) == code
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not output.exists()
+
+
+def test_a_broken_picture_is_a_failure(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What fails on the way, not in the asking, has exit code 1."""
+    data = pictures(tmp_path / "data", 3)
+    (data / "1.png").write_text("not a picture")
+    assert main(arguments(tiny_sd1, data, tmp_path / "out")) == 1
+    assert "1.png could not be decoded: it is not a picture" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output folder that is a file is told before anything is loaded."""
+    data = pictures(tmp_path / "data", 2)
+    (tmp_path / "out").write_text("I am a file")
+    assert main(arguments(tiny_sd1, data, tmp_path / "out")) == 2
+    assert "out is a file, not a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "I am a file"

@@ -1,0 +1,159 @@
+"""The scripts as users start them, in processes of their own, on the embedded base."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+from sd_lora.formats import verify
+from sd_lora.formats.files import read_adapter
+
+pytestmark = pytest.mark.launch
+BIN = Path(sys.executable).parent
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+
+
+def run(root: Path, *command: str) -> str:
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=root, capture_output=True, text=True,
+        env=environment(),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+TEXT_TO_IMAGE = (
+    "--pretrained_model_name_or_path sample_data/tiny-sd --train_data_dir sample_data/captioned "
+    "--caption_column text --resolution 64 --learning_rate 1e-3 --rank 8 "
+    "--targets attention+conv --seed 0"
+).split()
+DREAMBOOTH = (
+    "--pretrained_model_name_or_path sample_data/tiny-sd "
+    "--instance_data_dir sample_data/dreambooth/instance --with_prior_preservation "
+    "--class_data_dir sample_data/dreambooth/class --num_class_images 24 --resolution 64 "
+    "--learning_rate 1e-3 --rank 8 --targets attention+conv --train_text_encoder --seed 0"
+).split() + [
+    "--instance_prompt",
+    "a photo of a sks monster",
+    "--class_prompt",
+    "a photo of a monster",
+]
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "training_log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def assert_loads_as_trained(root: Path, folder: Path) -> int:
+    """Both files, in a pipeline from disk, give the ΔW of the last checkpoint's raw factors."""
+    (checkpoint,) = folder.glob("checkpoint-*")
+    raw = load_file(checkpoint / "adapter.safetensors")
+    pipeline_of = lambda: StableDiffusionPipeline.from_pretrained(  # noqa: E731
+        root / "sample_data/tiny-sd", torch_dtype=torch.float32
+    )
+    models = {"unet": pipeline_of().unet, "text_encoder": pipeline_of().text_encoder}
+    adapter = read_adapter(folder / "pytorch_lora_weights.safetensors", models)
+    for path in (folder, folder / f"{folder.name}_kohya.safetensors"):
+        pipeline = pipeline_of()
+        pipeline.load_lora_weights(path)
+        deltas = verify.loaded_deltas(pipeline)
+        count, worst, wrong = verify.compare(adapter, deltas)
+        assert wrong == []
+        assert worst < 1e-5
+        assert count == sum(key.endswith(".lora_A") for key in raw)
+        name = "mid_block.resnets.0.conv1"
+        A, B, alpha = (raw[f"unet/{name}.{k}"].double() for k in ("lora_A", "lora_B", "alpha"))
+        delta = alpha / len(A) * B.flatten(1) @ A.flatten(1)
+        torch.testing.assert_close(deltas["unet"][name], delta, rtol=1e-5, atol=1e-7)
+    return count
+
+
+def test_accelerate_launch_text_to_image(root: Path, tmp_path: Path) -> None:
+    """The documented command, bf16, 60 steps: it finishes, the loss falls, and both files load as
+    what was trained, convolutions included."""
+    out = tmp_path / "t2i"
+    text = run(
+        root, "accelerate", "launch", "train_scripts/train_text_to_image_lora.py", *TEXT_TO_IMAGE,
+        "--train_batch_size", "4", "--max_train_steps", "60", "--mixed_precision", "bf16",
+        "--checkpointing_steps", "60", "--output_dir", str(out),
+    )  # fmt: skip
+    assert "verified" in text
+    values = losses(out)
+    assert len(values) == 60
+    assert sum(values[-20:]) < 0.9 * sum(values[:20])
+    assert assert_loads_as_trained(root, out) > 50
+    assert (out / "before_after.png").is_file()
+
+
+def test_accelerate_launch_dreambooth(root: Path, tmp_path: Path) -> None:
+    """The DreamBooth twin, with prior preservation and text encoder."""
+    out = tmp_path / "db"
+    run(
+        root, "accelerate", "launch", "train_scripts/train_dreambooth_lora.py", *DREAMBOOTH,
+        "--train_batch_size", "4", "--max_train_steps", "60", "--mixed_precision", "bf16",
+        "--checkpointing_steps", "60", "--output_dir", str(out),
+    )  # fmt: skip
+    values = losses(out)
+    assert sum(values[-20:]) < 0.9 * sum(values[:20])
+    assert assert_loads_as_trained(root, out) > 68
+
+
+@pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
+def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> None:
+    """Two processes with half the batch each end within 1e-4 of one process, text encoder too."""
+    flags = TEXT_TO_IMAGE if mode == "text_to_image" else DREAMBOOTH
+    script = f"train_scripts/train_{mode}_lora.py"
+    common = [*flags, "--max_train_steps", "10", "--num_validation_images", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    run(root, "python", script, *common, "--train_batch_size", "4", "--output_dir", str(one))
+    run(
+        root, "torchrun", "--nproc_per_node", "2", script, *common,
+        "--train_batch_size", "2", "--output_dir", str(two),
+    )  # fmt: skip
+    a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (one, two))
+    assert a.keys() == b.keys()
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
+    assert losses(one) == pytest.approx(losses(two), rel=1e-4)
+
+
+def test_a_killed_run_goes_on(root: Path, tmp_path: Path) -> None:
+    """SIGTERM to the running script leaves a checkpoint and exit code 1; the same command with
+    --resume_from_checkpoint latest finishes."""
+    out = tmp_path / "cut"
+    command = [
+        str(BIN / "python"), "train_scripts/train_text_to_image_lora.py", *TEXT_TO_IMAGE,
+        "--train_batch_size", "4", "--max_train_steps", "2000", "--num_validation_images", "0",
+        "--output_dir", str(out),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=root, stderr=subprocess.PIPE, text=True, env=environment()
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "training_log.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "interrupted by SIGTERM at step" in err
+    assert "Traceback" not in err
+    (checkpoint,) = out.glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    more = ["--max_train_steps", str(step + 3), "--resume_from_checkpoint", "latest"]
+    run(root, "python", *command[1:], *more)
+    assert len(losses(out)) == step + 3

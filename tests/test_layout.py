@@ -1,0 +1,51 @@
+"""The house keeps its shape: small files and functions, cheap imports, an exact public list."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import sd_lora
+
+FILES = sorted(Path(sd_lora.__file__).parent.rglob("*.py"))
+MAX_FILE, MAX_FUNCTION = 420, 75
+"""Lines. A budget is raised only in the change that needs it, with its reason."""
+
+
+def test_files_and_functions_stay_small() -> None:
+    """No file and no function outgrows what one reads in one sitting."""
+    for path in FILES:
+        text = path.read_text(encoding="utf-8")
+        assert text.count("\n") <= MAX_FILE, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                size = (node.end_lineno or 0) - node.lineno + 1
+                assert size <= MAX_FUNCTION, f"{path}: {node.name} has {size} lines"
+
+
+def test_public_names_exist_and_are_listed() -> None:
+    """Every public name resolves, and `__all__`, the lazy table and `dir` agree."""
+    assert sorted(sd_lora._HOME) == sorted(sd_lora.__all__) == list(sd_lora.__all__)
+    assert all(getattr(sd_lora, name).__name__ == name for name in sd_lora.__all__)
+    assert set(sd_lora.__all__) <= set(dir(sd_lora))
+
+
+def test_public_callables_have_docstrings() -> None:
+    """Everything public says what it does."""
+    assert all(getattr(sd_lora, name).__doc__ for name in sd_lora.__all__)
+
+
+def test_importing_is_cheap() -> None:
+    """`import sd_lora` and parsing flags load neither torch nor diffusers nor transformers."""
+    code = (
+        "import sys, sd_lora; from sd_lora.training import arguments; "
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'peft') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_changelog_knows_the_version(root: Path) -> None:
+    """The newest version in CHANGELOG.md is the package's."""
+    heading = f"## [{sd_lora.__version__}]"
+    assert heading in (root / "CHANGELOG.md").read_text(encoding="utf-8")
