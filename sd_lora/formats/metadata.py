@@ -10,8 +10,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 
 from sd_lora.formats.canonical import Adapter
+from sd_lora.formats.kohya import common_alpha
 
-_ARCHITECTURES = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v"}
+_ARCHITECTURES = {
+    ("sd1", "epsilon"): "stable-diffusion-v1",
+    ("sd1", "v_prediction"): "stable-diffusion-v1",
+    ("sd2", "epsilon"): "stable-diffusion-v2-512",
+    ("sd2", "v_prediction"): "stable-diffusion-v2-768-v",
+}
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}
 
 
@@ -35,17 +41,18 @@ def build(
         prediction_type: "epsilon" or "v_prediction".
         extra: our own record (configuration, data set, base model), kept as JSON.
     """
+    file_alpha = common_alpha(adapter)  # what is in the file: scales are folded
     factors = [f for modules in adapter.values() for f in modules.values()]
     conv = [f for f in factors if any(k > 1 for k in f.A.shape[2:])]
     network_args = {}
     if conv:
-        ranks, alphas = [f.rank for f in conv], [f.alpha for f in conv]
-        network_args = {"conv_dim": _most_common(ranks), "conv_alpha": _most_common(alphas)}
+        conv_dim = _most_common([f.rank for f in conv])
+        network_args = {"conv_dim": conv_dim, "conv_alpha": f"{file_alpha:g}"}
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES[family]}/lora",
-        "modelspec.implementation": "https://github.com/huggingface/diffusers",
+        "modelspec.architecture": f"{_ARCHITECTURES[family, prediction_type]}/lora",
+        "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
@@ -53,7 +60,7 @@ def build(
         "ss_v2": str(family == "sd2"),
         "ss_network_module": "networks.lora",
         "ss_network_dim": _most_common([f.rank for f in factors]),
-        "ss_network_alpha": _most_common([f.alpha for f in factors]),
+        "ss_network_alpha": f"{file_alpha:g}",
         "ss_output_name": name,
         "sd_lora_version": version("sd_lora"),
     }

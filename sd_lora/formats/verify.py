@@ -80,11 +80,12 @@ def loaded_deltas(pipeline: "StableDiffusionPipeline") -> dict[str, dict[str, Te
     for component in ("unet", "text_encoder"):
         layer: Any
         for name, layer in getattr(pipeline, component).named_modules():
-            factors = getattr(layer, "lora_A", None)
-            if not isinstance(factors, torch.nn.ModuleDict) or not len(factors):
-                continue
-            (adapter,) = factors.keys()
-            A, B = factors[adapter].weight, layer.lora_B[adapter].weight
+            if not (
+                isinstance(getattr(layer, "lora_A", None), torch.nn.ModuleDict) and layer.lora_A
+            ):
+                continue  # no peft layer, or one whose adapter was taken out again
+            (adapter,) = layer.lora_A.keys()
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             if A.is_meta or B.is_meta:
                 raise RunError(f"{component} {name} was left without a value by the loader")
             delta = layer.scaling[adapter] * B.double().flatten(1) @ A.double().flatten(1)

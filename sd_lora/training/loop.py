@@ -76,8 +76,12 @@ class History:
             lines.append(json.dumps(row))
             self.losses.append(loss)
         if run.main:
-            with open(run.output_dir / "training_log.jsonl", "a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+            path = run.output_dir / "training_log.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write("\n".join(lines) + "\n")
+            except OSError as error:
+                raise RunError(f"{path} could not be written: {error.strerror}") from None
         return sum(self.losses[-len(lines) :]) / len(lines)
 
 

@@ -114,12 +114,16 @@ def test_kohya_names_and_metadata(tiny_sd1: Path, tmp_path: Path) -> None:
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
     assert {f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", f"{stem}.alpha"} <= keys.keys()
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in keys
-    assert len({float(v) for k, v in keys.items() if k.endswith(".alpha")}) == 1
+    (alpha,) = {float(v) for k, v in keys.items() if k.endswith(".alpha")}
     with safe_open(path, "pt") as file:
         header = file.metadata()
     assert header["ss_base_model_version"] == "sd_v1"
     assert header["ss_output_name"] == "mascot"
-    assert json.loads(header["ss_network_args"]) == {"conv_dim": "2", "conv_alpha": "5"}
+    assert json.loads(header["ss_network_args"]) == {
+        "conv_dim": "2",
+        "conv_alpha": f"{alpha:g}",
+    }
+    assert header["ss_network_alpha"] == f"{alpha:g}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,63 @@
+"""The demo on the embedded base: a subject is learned, the rest stays, and the score says so."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import sd_lora
+from sd_lora.cli import main
+from sd_lora.demo import demo_config, evaluate, find_sample_data
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_short_demo_learns_the_subject(tmp_path: Path) -> None:
+    """150 of the demo's steps: the exported file, loaded into a fresh base, draws pictures clearly
+    nearer to the held-out ones than the base's, and unrelated prompts change little."""
+    sample_data = find_sample_data()
+    config = demo_config(sample_data, str(tmp_path / "out"), max_train_steps=150)
+    result = sd_lora.train(config)
+    outcome, sheet = evaluate(config, result.files[0].path, sample_data)
+    assert outcome.margin > 0.1
+    assert outcome.learned > 0.3
+    assert outcome.unrelated_drift < 0.12
+    assert sheet.width > 1000
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """`sd-lora demo` leaves both LoRA files, the sheet and the score, and says what is next."""
+    import sd_lora.demo as demo
+
+    short = demo.demo_config
+    monkeypatch.setattr(
+        demo, "demo_config", lambda folder, out: short(folder, out, max_train_steps=3)
+    )
+    assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
+    out = capsys.readouterr().out
+    assert "subject:" in out
+    assert "next, on your own pictures" in out
+    names = {p.name for p in (tmp_path / "demo").iterdir()}
+    assert {
+        "before_after.png", "demo_kohya.safetensors", "pytorch_lora_weights.safetensors",
+        "score.json",
+    } <= names  # fmt: skip
+    assert json.loads((tmp_path / "demo" / "score.json").read_text()).keys() >= {
+        "margin",
+        "learned",
+    }
+    with Image.open(tmp_path / "demo" / "before_after.png") as sheet:
+        assert sheet.height > 500
+
+
+def test_outside_a_clone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without sample_data the demo says where it can be run."""
+    import sd_lora.demo as demo
+
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site" / "sd_lora" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 2
+    assert "run it in a clone" in capsys.readouterr().err

@@ -1,0 +1,136 @@
+"""The score of learning: its arithmetic in closed form, and that it sees what a person sees."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sd_lora
+from sd_lora.models.load import Parts, load_parts
+from sd_lora.training.sampling import grid, sample
+from sd_lora.training.validation import (
+    Pictures,
+    Score,
+    drift,
+    features,
+    score,
+    similarity,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base() -> Parts:
+    return load_parts(str(Path(__file__).parents[2] / "sample_data/tiny-sd"))
+
+
+def pictures_of(folder: Path) -> list[Image.Image]:
+    return [Image.open(p).convert("RGB") for p in sorted(folder.glob("*.png"))]
+
+
+def test_similarity_and_drift_in_closed_form() -> None:
+    """Mean pairwise cosine, without self-pairs where both sides are the same; mean pixel change."""
+    a = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
+    b = torch.tensor([[3.0, 0.0]])
+    assert similarity(a, b) == pytest.approx(0.5)
+    assert similarity(a, a, same=True) == pytest.approx(0.0)
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+    assert drift([black, black], [black, grey]) == pytest.approx(0.1)
+    result = Score(before=0.1, after=0.4, held_out=0.6, class_drift=0.0, unrelated_drift=0.0)
+    assert result.learned == pytest.approx(0.6)
+    assert result.margin == pytest.approx(0.3)
+
+
+def test_features_are_deterministic_and_need_the_bare_base(base: Parts, root: Path) -> None:
+    """The same pictures have the same features, whatever was drawn in between; a model with
+    adapters may not judge itself."""
+    mascots = pictures_of(root / "sample_data/dreambooth/instance")[:2]
+    first = features(base, mascots, CPU)
+    torch.randn(100)
+    assert torch.equal(features(base, mascots, CPU), first)
+    adapted = load_parts(str(root / "sample_data/tiny-sd"))
+    sd_lora.inject(adapted.unet)
+    with pytest.raises(sd_lora.UsageError, match="bare base"):
+        features(adapted, mascots, CPU)
+
+
+def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
+    """Real pictures of the subject, taken for a LoRA's, score close to 1; other monsters, even
+    orange ones with purple bands, stay far below."""
+    sys.path.insert(0, str(root / "train_scripts"))
+    import pictures as drawing
+
+    rng = random.Random(5)
+    scenes = [drawing.random_scene(rng) for _ in range(400)]
+    monsters = [drawing.draw(s) for s in scenes if s.thing == "monster"][:8]
+    orange = [
+        drawing.draw(
+            drawing.Scene("monster", "orange", "striped", "black", "big", body="round",
+                          background=place, seed=i)
+        )
+        for i, place in enumerate(drawing.BACKGROUNDS[:8])
+    ]  # fmt: skip
+    things = [drawing.draw(s) for s in scenes if s.thing != "monster"][:16]
+    real = pictures_of(root / "sample_data/dreambooth/holdout")
+    instance = pictures_of(root / "sample_data/dreambooth/instance")
+
+    def learned(after: list[Image.Image]) -> float:
+        before = Pictures(monsters, monsters, things)
+        return score(base, before, Pictures(after, monsters, things), real, CPU).learned
+
+    assert learned(instance) > 0.85
+    assert learned(orange) < 0.6
+    assert learned(monsters) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_picture_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
+    """Sampling is a function of prompt and seed: in one batch or one by one, in any order."""
+    parts = load_parts(str(tiny_sd1))
+    prompts = ["a photo", "a house", "a photo"]
+
+    def draw(words: list[str], seeds: list[int], size: int) -> list[np.ndarray]:
+        drawn = sample(parts, words, seeds, resolution=64, device=CPU, steps=3, batch_size=size)
+        return [np.asarray(p).astype(int) for p in drawn]
+
+    together, alone = draw(prompts, [1, 2, 3], 3), draw(prompts[::-1], [3, 2, 1], 1)[::-1]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(a - b).max() <= 1
+    assert np.abs(together[0] - together[2]).max() > 1
+
+
+def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
+    """Our sampler draws what diffusers' pipeline draws with the same scheduler and noise, for
+    epsilon and for v-prediction."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    for path in (tiny_sd1, tiny_sd2):
+        parts = load_parts(str(path))
+        pipeline = parts.pipeline()
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        theirs = pipeline(
+            "a photo",
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(3),
+            height=64,
+            width=64,
+        ).images[0]
+        (ours,) = sample(
+            parts, ["a photo"], [3], resolution=64, device=CPU, steps=4, guidance_scale=5.0
+        )
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_grid_holds_every_picture() -> None:
+    """Rows under labels, captions below; small pictures are enlarged, sizes add up."""
+    red = Image.new("RGB", (8, 8), "red")
+    sheet = grid([[red, red], [red]], ["before", "after"], ["a caption", "another " * 30], side=64)
+    assert sheet.width == 8 + 2 * 72
+    counts = {c: n for n, c in sheet.getcolors(100000)}
+    assert counts[(255, 0, 0)] == 3 * 64 * 64
