@@ -33,6 +33,10 @@ class Slot:
     crop: float
 
 
+Batch = tuple[list[Slot], list[Tensor | None]]
+"""Slots, and the pixels of those whose latents are not cached."""
+
+
 class Order:
     """The order of the samples of one kind; remembers the permutation of the current epoch."""
 
@@ -98,7 +102,7 @@ class Stream(Dataset):
         positions = range(start, start + self.batch_size)
         return [order.slot(position) for order in self.orders for position in positions]
 
-    def __getitem__(self, micro_batch: int) -> tuple[list[Slot], list[Tensor | None]]:
+    def __getitem__(self, micro_batch: int) -> Batch:
         slots = self.slots(micro_batch)
         return slots, [self._pixels(slot) for slot in slots]
 

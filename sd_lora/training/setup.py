@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from sd_lora.adapters.inject import adapted_layers, inject, lora_layers
 from sd_lora.data.cache import Latents
 from sd_lora.data.sources import Source
-from sd_lora.data.stream import Order, Slot, Stream
+from sd_lora.data.stream import Batch, Order, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
 from sd_lora.models.load import Parts, load_parts
@@ -37,6 +38,10 @@ from sd_lora.training.dataset import (
     find_samples,
 )
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 @dataclass
@@ -81,7 +86,7 @@ class Run:
     def progress(self, step: int) -> checkpoint.Progress:
         return checkpoint.Progress(step, self.seed, self.samples_per_step, self.num_samples)
 
-    def batches(self) -> Iterator[tuple[list[Slot], list[Tensor | None]]]:
+    def batches(self) -> Iterator[Batch]:
         """Yields this process's micro-batches from the run's position on."""
         start = self.first_step * self.config.gradient_accumulation_steps
         loader = DataLoader(
@@ -89,7 +94,7 @@ class Run:
             batch_size=None,
             sampler=range(start, len(self.stream)),
             num_workers=self.config.dataloader_num_workers,
-            collate_fn=lambda batch: batch,
+            collate_fn=_as_is,
         )
         return iter(loader)
 
