@@ -335,7 +335,8 @@ def train_unet(args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         kept = min(0.9995, (step + 1) / (step + 10))
-        torch._foreach_lerp_(average, list(pair.parameters()), 1 - kept)
+        with torch.no_grad():
+            torch._foreach_lerp_(average, list(pair.parameters()), 1 - kept)
         clock.add(loss)
         if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
             clock.row(step + 1)

@@ -155,13 +155,12 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
 
 
-def _agreed_seed(config: TrainConfig, accelerator: Accelerator) -> int:
+def _agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
     """Returns the run's seed, the same on all processes: given, resumed, or drawn."""
     if config.seed is not None:
         return config.seed
-    if config.resume_from_checkpoint:
-        path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
-        return checkpoint.read_progress(path).seed
+    if resumed:
+        return checkpoint.read_progress(resumed).seed
     drawn = [int.from_bytes(os.urandom(4), "little")]
     return int(broadcast_object_list(drawn)[0])
 
@@ -222,7 +221,10 @@ def prepare(config: TrainConfig) -> Run:
     _check_output(config)
     summary = report.Summary()
     accelerator = build_accelerator(config, summary)
-    seed = _agreed_seed(config, accelerator)
+    resumed = None
+    if config.resume_from_checkpoint:
+        resumed = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
+    seed = _agreed_seed(config, resumed)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     source = find_samples(config, seed)
     parts = load_parts(
@@ -246,8 +248,8 @@ def prepare(config: TrainConfig) -> Run:
     run = _assemble(
         config, seed, accelerator, parts, models, prepared, latents, embeddings, sources, summary
     )
-    if config.resume_from_checkpoint:
-        run.first_step = _resume(run, config.resume_from_checkpoint)
+    if resumed:
+        run.first_step = _resume(run, resumed)
     _summarise(run, sources)
     return run
 
@@ -321,9 +323,8 @@ def _assemble(
     )
 
 
-def _resume(run: Run, name: str) -> int:
+def _resume(run: Run, path: Path) -> int:
     """Loads a checkpoint into the run; returns the number of steps that it has done."""
-    path = checkpoint.find(run.output_dir, name)
     progress = checkpoint.read_progress(path)
     checkpoint.check_continues(progress, run.progress(0), path)
     if progress.step >= run.num_steps:
