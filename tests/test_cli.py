@@ -50,8 +50,10 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         (["--pretrained_model_name_or_path", "./nowhere"], 2, "model ./nowhere does not exist"),
         (["--train_data_dir", "./nowhere"], 2, "train_data_dir ./nowhere does not exist"),
         (["--caption_column", "txet"], 2, "Did you mean text"),
-        (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
-        (["--report_to", "nobody"], 2, "report_to is one of"),
+        (["--resolution", "60"], 2, "resolution 60 is not a multiple of 8"),
+        (["--conv_rank", "8"], 2, "conv_rank and conv_alpha are for convolutions"),
+        (["--report_to", "nobody"], 2, "error: report_to is one of"),
+        (["--report_to", "comet_ml"], 2, "error: report_to comet_ml needs the package"),
         (["--resume_from_checkpoint", "latest"], 2, "no such checkpoint; "),
         (["--use_8bit_adam"], 2, "pip install 'sd_lora[8bit]'"),
     ],
@@ -70,6 +72,18 @@ def test_bad_input_is_told_without_a_traceback(
     assert not output.exists()
 
 
+@pytest.mark.parametrize("below", ["out", "out/deeper"])
+def test_a_folder_that_cannot_be_made(
+    below: str, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An output folder that is a file, or lies under one, is told before anything is loaded."""
+    data = pictures(tmp_path / "data", 2)
+    (tmp_path / "out").write_text("I am a file")
+    assert main(arguments(tiny_sd1, data, tmp_path / below)) == 2
+    assert "out is a file, not a folder" in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "I am a file"
+
+
 def test_a_broken_picture_is_a_failure(
     tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,14 +93,3 @@ def test_a_broken_picture_is_a_failure(
     assert main(arguments(tiny_sd1, data, tmp_path / "out")) == 1
     assert "1.png could not be decoded: it is not a picture" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_written(
-    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An output folder that is a file is told before anything is loaded."""
-    data = pictures(tmp_path / "data", 2)
-    (tmp_path / "out").write_text("I am a file")
-    assert main(arguments(tiny_sd1, data, tmp_path / "out")) == 2
-    assert "out is a file, not a folder" in capsys.readouterr().err
-    assert (tmp_path / "out").read_text() == "I am a file"

@@ -5,6 +5,8 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from sd_lora.models.load import Parts
+
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer over bytes alone: 256 symbols, the same at a word's end, start and end."""
@@ -71,6 +73,20 @@ def build_pipeline(family: str = "sd1") -> StableDiffusionPipeline:
         tokenizer=tokenizer,
         unet=build_unet(family),
         scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def pipeline_of(parts: Parts) -> StableDiffusionPipeline:
+    """A diffusers pipeline over these very parts."""
+    return StableDiffusionPipeline(
+        vae=parts.vae,
+        text_encoder=parts.text_encoder,
+        tokenizer=parts.tokenizer,
+        unet=parts.unet,
+        scheduler=parts.scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

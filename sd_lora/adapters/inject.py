@@ -139,13 +139,8 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-@torch.no_grad()
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `lora_state_dict` gave into a model with the same adapters.
-
-    Raises:
-        UsageError: a key or a shape that differs, naming it; nothing is changed then.
-    """
+def check_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises UsageError naming the first key or shape that `model`'s adapters do not have."""
     own = lora_state_dict(model)
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or extra:
@@ -161,6 +156,16 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
                 f"{key} is {tuple(state[key].shape)} in the file and {tuple(value.shape)} in the "
                 "model; was the rank changed?"
             )
+
+
+@torch.no_grad()
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `lora_state_dict` gave into a model with the same adapters.
+
+    Raises:
+        UsageError: a key or a shape that differs, naming it; nothing is changed then.
+    """
+    check_lora_state_dict(model, state)
     layer: Any
     for name, layer in adapted_layers(model).items():
         for key, parameter in layer.named_parameters(recurse=False):

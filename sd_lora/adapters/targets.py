@@ -137,15 +137,20 @@ def plan(
     names = select(model, targets)
     ranks = _matches(rank_pattern, names, "rank_pattern")
     alphas = _matches(alpha_pattern, names, "alpha_pattern")
-    if conv_alpha is None and conv_rank is None:
-        conv_alpha = alpha
-    planned = []
+    default_conv_alpha = alpha if conv_alpha is None and conv_rank is None else conv_alpha
+    planned, any_conv = [], False
     for name in names:
         weight: Any = model.get_submodule(name).weight
         is_conv = any(k > 1 for k in weight.shape[2:])
+        any_conv |= is_conv
         r = int(ranks.get(name, conv_rank if is_conv and conv_rank is not None else rank))
         if r < 1:
             raise UsageError(f"the rank of {name} is {r}; a rank is a whole number of at least 1")
-        default = conv_alpha if is_conv else alpha
+        default = default_conv_alpha if is_conv else alpha
         planned.append(Target(name, r, float(alphas.get(name, r if default is None else default))))
+    if not any_conv and (conv_rank is not None or conv_alpha is not None):
+        raise UsageError(
+            "conv_rank and conv_alpha are for convolutions larger than 1×1, and none of the "
+            f"{len(names)} target modules is one: add the preset conv, as in attention+conv"
+        )
     return planned

@@ -6,7 +6,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from sd_lora.data.images import Framing, decode
+from sd_lora.data.images import Framing
 from sd_lora.data.sources import Sample
 from sd_lora.data.stream import Slot
 from sd_lora.errors import RunError
@@ -49,7 +49,7 @@ class Latents:
         waiting: list[tuple[int, bool, Tensor]] = []
         for index, sample in enumerate(progress(samples)):
             try:
-                image = decode(sample.read(), sample.name)
+                image = sample.picture()
             except RunError as error:
                 broken.append(str(error))
                 continue

@@ -1,6 +1,7 @@
 """Where samples come from: folders with prompts, folders with captions, and `datasets` sets."""
 
 import csv
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,8 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sd_lora.data.images import is_picture
-from sd_lora.errors import UsageError, did_you_mean
+from PIL import Image
+
+from sd_lora.data.images import decode, is_picture
+from sd_lora.errors import RunError, UsageError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,15 @@ class Sample:
     name: str
     read: Callable[[], bytes]
     captions: tuple[str, ...]
+
+    def picture(self) -> Image.Image:
+        """Returns the decoded picture; raises RunError by name if that cannot be done."""
+        try:
+            data = self.read()
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{self.name} could not be read: {reason}") from None
+        return decode(data, self.name)
 
 
 @dataclass(frozen=True)
@@ -76,9 +88,9 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> Sourc
     """
     folder = _folder(path, "train_data_dir")
     pictures = sorted(p for p in folder.rglob("*") if is_picture(p))
-    if not pictures:
-        raise _no_pictures(folder, "train_data_dir")
     tables = sorted((*folder.rglob("metadata.jsonl"), *folder.rglob("metadata.csv")))
+    if not pictures and not tables:
+        raise _no_pictures(folder, "train_data_dir")
     captions: dict[Path, tuple[str, ...]] = {}
     for table in tables:
         captions |= _table_captions(table, image_column, caption_column)
@@ -90,13 +102,14 @@ def captioned_folder(path: str, image_column: str, caption_column: str) -> Sourc
                 f'{{"file_name": "{pictures[0].name}", "{caption_column}": "a photo of …"}}, or a '
                 f"{pictures[0].stem}.txt beside each picture"
             )
-    known = [p for p in pictures if p.resolve() in captions]
+    # what metadata names is trained, whatever its extension: if it is no picture, decoding says so
+    known = sorted(captions)
     orphans = [str(p.relative_to(folder)) for p in pictures if p.resolve() not in captions]
     notes = [f"without a caption, not trained: {_names(orphans)}"] if orphans else []
-    empty = [p.name for p in known if "" in captions[p.resolve()]]
+    empty = [p.name for p in known if "" in captions[p]]
     if empty:
         notes.append(f"trained with an empty caption: {_names(empty)}")
-    return Source([Sample(str(p), p.read_bytes, captions[p.resolve()]) for p in known], notes)
+    return Source([Sample(str(p), p.read_bytes, captions[p]) for p in known], notes)
 
 
 def _sidecar_captions(pictures: list[Path]) -> dict[Path, tuple[str, ...]]:
@@ -122,10 +135,10 @@ def _text(path: Path) -> str:
 def _rows(table: Path) -> list[tuple[int, dict[str, Any]]]:
     """Returns (line number, row) of a metadata file."""
     if table.suffix == ".csv":
-        reader = csv.DictReader(_text(table).splitlines())
-        return [(reader.line_num, dict(row)) for row in reader]
+        reader = csv.DictReader(io.StringIO(_text(table), newline=""))
+        return [(reader.line_num, {str(k): v for k, v in row.items()}) for row in reader]
     rows = []
-    for number, line in enumerate(_text(table).splitlines(), 1):
+    for number, line in enumerate(_text(table).split("\n"), 1):  # a caption may hold U+2028
         if not line.strip():
             continue
         try:
@@ -149,7 +162,10 @@ def _table_captions(
     table: Path, image_column: str, caption_column: str
 ) -> dict[Path, tuple[str, ...]]:
     captions = {}
-    for number, row in _rows(table):
+    rows = _rows(table)
+    if not rows:
+        raise UsageError(f"{table} has no rows")
+    for number, row in rows:
         where = f"{table}, line {number}"
         name = row.get("file_name", row.get(f"{image_column}_file_name", row.get(image_column)))
         if not isinstance(name, str):
@@ -202,8 +218,11 @@ def named_dataset(
                 f"{', '.join(dataset.column_names)}."
                 f"{did_you_mean(column, dataset.column_names)} Choose one with --{flag}"
             )
+    if not isinstance(dataset.features[image_column], datasets.Image):
+        kind = dataset.features[image_column]
+        raise UsageError(f"dataset {name}: column {image_column!r} holds {kind}, not pictures")
+    texts = dataset.select_columns([caption_column])[caption_column]
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    texts = dataset[caption_column]
     samples = []
     for row, text in enumerate(texts):
         where = f"{name}, row {row}"

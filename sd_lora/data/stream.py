@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sd_lora.data.images import Framing, decode
+from sd_lora.data.images import Framing
 from sd_lora.data.sources import Sample
+from sd_lora.errors import RunError
 from sd_lora.seeds import seed_for, shuffled, uniform
 
 
@@ -102,13 +103,17 @@ class Stream(Dataset):
         positions = range(start, start + self.batch_size)
         return [order.slot(position) for order in self.orders for position in positions]
 
-    def __getitem__(self, micro_batch: int) -> Batch:
+    def __getitem__(self, micro_batch: int) -> Batch | RunError:
+        """Returns a micro-batch; an error as a value: a worker would raise it as a traceback."""
         slots = self.slots(micro_batch)
-        return slots, [self._pixels(slot) for slot in slots]
+        try:
+            return slots, [self._pixels(slot) for slot in slots]
+        except RunError as error:
+            return error
 
     def _pixels(self, slot: Slot) -> Tensor | None:
         if slot.index not in self.uncached[slot.kind]:
             return None
         (order,) = (order for order in self.orders if order.kind == slot.kind)
         sample = order.samples[slot.index]
-        return self.framing.pixels(decode(sample.read(), sample.name), slot.crop, slot.flip)
+        return self.framing.pixels(sample.picture(), slot.crop, slot.flip)

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from sd_lora.errors import UsageError
 from sd_lora.seeds import generator_for, seed_for
 
 
@@ -24,9 +25,18 @@ class NoiseSchedule:
 
     @classmethod
     def of(cls, scheduler: DDPMScheduler, prediction_type: str | None = None) -> "NoiseSchedule":
-        """Reads a scheduler's betas; `prediction_type` overrules what its configuration says."""
+        """Reads a scheduler's betas; `prediction_type` overrules what its configuration says.
+
+        Raises:
+            UsageError: a model that predicts neither noise nor velocity.
+        """
         alphas_cumprod = scheduler.alphas_cumprod.double()
         kind = prediction_type or scheduler.config.prediction_type
+        if kind not in ("epsilon", "v_prediction"):
+            raise UsageError(
+                f"the model's scheduler says prediction_type {kind!r}; epsilon and v_prediction "
+                "can be trained (--prediction_type overrules it)"
+            )
         return cls(alphas_cumprod.sqrt().float(), (1 - alphas_cumprod).sqrt().float(), kind)
 
     def to(self, device: torch.device) -> "NoiseSchedule":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.errors import UsageError
+from sd_lora.errors import RunError, UsageError
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def read_models(models: Mapping[str, nn.Module]) -> Adapter:
 
 
 def check_finite(adapter: Adapter) -> None:
-    """Raises UsageError naming the first module whose factors hold a NaN or an infinity."""
+    """Raises RunError naming the first module whose factors hold a NaN or an infinity."""
     for component, modules in adapter.items():
         for name, f in modules.items():
             if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
-                raise UsageError(f"{component} {name} holds NaN or infinite values; not written")
+                raise RunError(f"{component} {name} holds NaN or infinite values; not written")

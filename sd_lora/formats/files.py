@@ -55,8 +55,9 @@ def write_adapter(
     """Writes the diffusers and the kohya file of an adapter; returns their paths.
 
     Raises:
-        UsageError: factors that are not finite, or an unknown family.
-        RunError: a file that could not be written; none of the two is left then.
+        UsageError: an unknown family.
+        RunError: factors that are not finite, or a file that could not be written; none of the
+            two is left then.
     """
     if family not in ("sd1", "sd2"):
         raise UsageError(f"family {family!r} cannot be written yet; 'sd1' and 'sd2' can")
@@ -88,8 +89,9 @@ def save_adapter(
         name: of the kohya file; the folder's name by default.
 
     Raises:
-        UsageError: no adapter in the models, an unknown family, or factors that are not finite.
-        RunError: a file that could not be written; nothing is left half-written.
+        UsageError: no adapter in the models, or an unknown family.
+        RunError: factors that are not finite, or a file that could not be written; nothing is left
+            half-written.
     """
     folder = Path(folder)
     name = name or folder.resolve().name

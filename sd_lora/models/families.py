@@ -8,20 +8,15 @@ from sd_lora.errors import UsageError
 
 @dataclass(frozen=True)
 class Family:
-    """One family.
-
-    name: as in file metadata. resolution: pixels its published models were trained at.
-    text_layers: the usual number of text-encoder layers, for messages only.
-    """
+    """One family: its name in code and metadata, and its name for people."""
 
     name: str
     label: str
-    resolution: int
 
 
 FAMILIES = {
-    "sd1": Family("sd1", "Stable Diffusion 1.x", 512),
-    "sd2": Family("sd2", "Stable Diffusion 2.x", 768),
+    "sd1": Family("sd1", "Stable Diffusion 1.x"),
+    "sd2": Family("sd2", "Stable Diffusion 2.x"),
 }
 
 # _class_name in model_index.json → what it is, for an error that says so

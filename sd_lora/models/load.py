@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +20,7 @@ from sd_lora.models.families import Family, detect, refuse_other_pipelines
 _PART_FILES = {
     "scheduler": ("scheduler_config.json",),
     "text_encoder": ("config.json",),
-    "tokenizer": ("tokenizer_config.json", "vocab.json", "tokenizer.json"),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
     "unet": ("config.json",),
     "vae": ("config.json",),
 }
@@ -40,24 +41,6 @@ class Parts:
     def pixels_per_latent(self) -> int:
         """How many pixels a latent spans on a side: 8 for the published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def resolution_step(self) -> int:
-        """What a picture's sides must be divisible by: VAE factor × the UNet's downsamplings."""
-        return self.pixels_per_latent * 2 ** (len(self.unet.config.block_out_channels) - 1)
-
-    def pipeline(self) -> StableDiffusionPipeline:
-        """Returns a pipeline over these very parts: no second copy of any weight."""
-        return StableDiffusionPipeline(
-            vae=self.vae,
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            unet=self.unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
 
 
 def _check_folder(path: Path) -> None:
@@ -107,15 +90,42 @@ def without_bars() -> Iterator[None]:
 
 
 def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
-    """Runs one from_pretrained, turning its failure into an error that names the part."""
+    """Runs one from_pretrained, turning its failure into an error that names the part.
+
+    Loaders report weights that the files lack and go on with random ones; here that is an error.
+    """
     try:
         with without_bars():
-            return load()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+            loaded = load()
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         where = " (no folder here; as a hub id neither cached nor reachable, or without this part)"
         where = "" if Path(name).is_dir() else where
         raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
+    if not isinstance(loaded, tuple):
+        return loaded
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"the {what} of {name} lacks {len(missing)} of its weights ({missing[0]}, …): the "
+            "files are incomplete or of another model"
+        )
+    return model
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, name: str) -> None:
+    """Raises UsageError for a tokenizer that cannot be this text encoder's.
+
+    transformers 5 builds an empty one, without a word, where the vocabulary's file is missing; a
+    CLIP vocabulary has at least 256 symbols, as many word ends, and two special tokens.
+    """
+    size, known = len(tokenizer), text_encoder.config.vocab_size
+    if not 514 <= size <= known:
+        raise UsageError(
+            f"the tokenizer of {name} has {size} tokens and the text encoder knows {known}: its "
+            "files are missing, broken, or of another model"
+        )
 
 
 def load_parts(
@@ -138,7 +148,11 @@ def load_parts(
     """
     _check_path(name)
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    weights = hub | {"variant": variant, "torch_dtype": torch.float32}
+    weights = hub | {
+        "variant": variant,
+        "torch_dtype": torch.float32,
+        "output_loading_info": True,
+    }
 
     def part(cls: Any, folder: str, **options: Any) -> Any:
         return _load(folder, name, partial(cls.from_pretrained, name, subfolder=folder, **options))
@@ -146,6 +160,8 @@ def load_parts(
     # the configuration first: a wrong family is told before gigabytes are read
     read_config = partial(UNet2DConditionModel.load_config, name, subfolder="unet", **hub)
     config = _load("unet", name, read_config)
+    if not isinstance(config, dict):
+        raise UsageError(f"the configuration of the unet of {name} is not a table of settings")
     family = detect(config)
     scheduler = part(DDPMScheduler, "scheduler", **hub)
     if tokenizer_name:
@@ -161,6 +177,9 @@ def load_parts(
         unet=part(UNet2DConditionModel, "unet", **weights),
         scheduler=scheduler,
     )
+    _check_tokenizer(tokenizer, parts.text_encoder, tokenizer_name or name)
+    limit = parts.text_encoder.config.max_position_embeddings
+    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
     for model in (parts.text_encoder, parts.vae, parts.unet):
         model.requires_grad_(False).eval()
     return parts

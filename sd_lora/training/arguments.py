@@ -38,6 +38,21 @@ REFUSED: dict[str, str] = {
 }
 """Flags of diffusers' scripts that are refused by name, with the reason."""
 
+_BEYOND_BOTH = frozenset(
+    "adam_weight_decay_text_encoder alpha_pattern conv_alpha conv_rank lora_alpha mode "
+    "rank_pattern repeats targets text_encoder_lr validation_guidance_scale "
+    "validation_steps".split()
+)
+_BEYOND: dict[str | None, frozenset[str]] = {
+    None: _BEYOND_BOTH,
+    "text_to_image": _BEYOND_BOTH
+    | {"lora_dropout", "lr_num_cycles", "lr_power", "tokenizer_name", "train_text_encoder"},
+    "dreambooth": _BEYOND_BOTH
+    | {"cache_dir", "noise_offset", "prediction_type", "random_flip", "snr_gamma"},
+}
+"""Mode → flags that diffusers' script of that mode lacks: they must not make its prefixes
+ambiguous."""
+
 ACCEPTED_WITHOUT_EFFECT = {
     "pre_compute_text_embeddings": "text embeddings are always computed once unless trained",
 }
@@ -75,9 +90,9 @@ def build_parser(mode: Mode | None = None, prog: str | None = None) -> argparse.
         section = meta["section"]
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        hidden = mode is not None and meta["only"] not in (None, mode)
-        help_text = argparse.SUPPRESS if hidden else _help(field, mode)
-        groups[section].add_argument(f"--{field.name}", **_argument(field, help_text))
+        if mode is not None and meta["only"] not in (None, mode):
+            continue  # so that prefixes are as unique as in the script of this mode
+        groups[section].add_argument(f"--{field.name}", **_argument(field, _help(field, mode)))
     for name in ACCEPTED_WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -135,6 +150,8 @@ def read_toml(path: str) -> dict[str, Any]:
                 raise UsageError(f"{path}: {name} {REFUSED[name]}")
             if name not in FIELDS:
                 hint = did_you_mean(name, FIELDS)
+                if isinstance(entry, dict):
+                    hint = f" Tables are {', '.join(sorted(sections))}"
                 raise UsageError(f"{path}: {name!r} is not an option.{hint}")
             if name in values:
                 raise UsageError(f"{path}: {name} is given twice")
@@ -144,15 +161,39 @@ def read_toml(path: str) -> dict[str, Any]:
     return values
 
 
+def _of(mode: Mode | None) -> list[str]:
+    """Returns the names of the fields that mean something in a mode."""
+    fields = FIELDS.values()
+    return [f.name for f in fields if mode is None or f.metadata["only"] in (None, mode)]
+
+
+def _expanded(word: str, mode: Mode | None) -> str:
+    """Returns a shortened flag in full if it is unique among those of diffusers' script."""
+    flag, equals, value = word.partition("=")
+    name = flag.removeprefix("--")
+    if not flag.startswith("--") or not name or name in FIELDS:
+        return word
+    matches = [n for n in _of(mode) if n not in _BEYOND[mode] and n.startswith(name)]
+    return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
+
+
 def _unknown(word: str) -> UsageError:
     """Returns the error for a word that is no flag: refused by name, or with the nearest one."""
     flag = word.partition("=")[0]
     if not word.startswith("-"):
         return UsageError(f"{word!r} is not expected here; a value with spaces needs quotes")
     name = flag.lstrip("-")
+
+    def means(known: str) -> bool:
+        return name == known or (len(name) > 3 and known.startswith(name))
+
     for refused, reason in REFUSED.items():
-        if name == refused or (len(name) > 3 and refused.startswith(name)):
+        if means(refused):
             return UsageError(f"--{refused} {reason}")
+    for field in FIELDS.values():
+        if field.metadata["only"] and means(field.name):
+            only = field.metadata["only"]
+            return UsageError(f"{field.name} means something in {only} runs only")
     return UsageError(f"unknown flag {flag}.{did_you_mean(flag, [f'--{n}' for n in FIELDS])}")
 
 
@@ -168,7 +209,7 @@ def parse(argv: Sequence[str], mode: Mode | None = None, prog: str | None = None
         UsageError: an unknown or refused flag, a bad value, a contradiction.
     """
     parser = build_parser(mode, prog)
-    namespace, rest = parser.parse_known_args(list(argv))
+    namespace, rest = parser.parse_known_args([_expanded(word, mode) for word in argv])
     if rest:
         raise _unknown(rest[0])
     flags = vars(namespace)

@@ -14,26 +14,32 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from sd_lora.adapters.inject import load_lora_state_dict, lora_state_dict
+from sd_lora.adapters.inject import (
+    check_lora_state_dict,
+    load_lora_state_dict,
+    lora_state_dict,
+)
 from sd_lora.errors import RunError, UsageError
+from sd_lora.training.config import CHANGEABLE
 
 _PREFIX = "checkpoint-"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands.
+    """Where a run stands, and what it is: a run can only go on as the same one.
 
     step: optimiser steps done. seed, samples_per_step, num_samples: what a position of the data
-    means; a run can only go on with the same ones.
+    means. settings: the configuration.
     """
 
     step: int
     seed: int
     samples_per_step: int
     num_samples: int
+    settings: dict[str, Any]
 
 
 def _step_of(path: Path) -> int:
@@ -89,7 +95,7 @@ def save(
         raise RunError(f"checkpoint {final} could not be written: {error}") from None
     if limit is not None:
         for old in checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -119,8 +125,23 @@ def read_progress(path: Path) -> Progress:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 
 
-def check_continues(progress: Progress, ours: Progress, path: Path) -> None:
-    """Raises UsageError if this run's data order is not the one that the checkpoint stands in."""
+def refuse_others(output_dir: Path) -> None:
+    """Raises UsageError if a new run would put its checkpoints among those of an earlier one."""
+    there = checkpoints(output_dir)
+    if there:
+        raise UsageError(
+            f"{output_dir} has {', '.join(p.name for p in there)} of an earlier run: go on with it "
+            "by --resume_from_checkpoint latest, take another --output_dir, or remove them"
+        )
+
+
+def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Path) -> None:
+    """Raises UsageError if this run is not the one that the checkpoint belongs to, or is done."""
+    if progress.step >= num_steps:
+        raise UsageError(
+            f"{path} has done {progress.step} steps already, and this run is to do {num_steps}: "
+            "raise max_train_steps to go on"
+        )
     for name, meaning in (
         ("seed", "seed"),
         ("samples_per_step", "batch size × accumulation × processes"),
@@ -132,21 +153,50 @@ def check_continues(progress: Progress, ours: Progress, path: Path) -> None:
                 f"{path} was written with {meaning} = {then}, and this run has {now}: it would not "
                 "be the same run; use the same settings, or start anew in another output_dir"
             )
+    changed = [
+        f"{name} was {progress.settings[name]!r} and is {now!r}"
+        for name, now in ours.settings.items()
+        if name not in CHANGEABLE and name in progress.settings and progress.settings[name] != now
+    ]
+    if changed:
+        raise UsageError(
+            f"{path} belongs to a run with other settings: {'; '.join(changed)}. Use the same "
+            "ones, or start anew in another output_dir"
+        )
 
 
-def load(path: Path, models: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Loads the factors into injected models; returns the state dicts that `save` was given.
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint, read and found to fit: factors by component, and what `save` was given."""
+
+    path: Path
+    progress: Progress
+    factors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+    def load_factors(self, models: Mapping[str, nn.Module]) -> None:
+        for component, model in models.items():
+            load_lora_state_dict(model, self.factors[component])
+
+
+def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
+    """Reads a checkpoint for injected models, and changes nothing yet.
 
     Raises:
-        UsageError: adapters of other modules or ranks, or files that cannot be read.
+        UsageError: adapters of other components, modules or ranks, or files that cannot be read.
     """
     try:
         tensors = load_file(path / "adapter.safetensors")
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises what its unpickler raises
         raise UsageError(f"{path} cannot be read: {error}") from None
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        component, _, name = key.partition("/")
+        factors.setdefault(component, {})[name] = tensor
+    if factors.keys() != models.keys():
+        has, trains = ", ".join(sorted(factors)), ", ".join(sorted(models))
+        raise UsageError(f"{path} has adapters of {has}, and this run trains {trains}")
     for component, model in models.items():
-        prefix = f"{component}/"
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        load_lora_state_dict(model, own)
-    return state
+        check_lora_state_dict(model, factors[component])
+    return Saved(path, read_progress(path), factors, state)

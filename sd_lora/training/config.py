@@ -6,8 +6,10 @@ included, so that their command lines carry over. Defaults < file < flags.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from sd_lora.errors import UsageError, did_you_mean
@@ -152,6 +154,7 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             if field.metadata["modes"] and getattr(self, field.name) is None:
                 object.__setattr__(self, field.name, field.metadata["modes"][self.mode])
+        object.__setattr__(self, "output_dir", str(Path(self.output_dir).expanduser()))
         problems = [*self._wrong_values(), *self._contradictions()]
         if problems:
             raise UsageError("\n".join(problems))
@@ -176,7 +179,23 @@ class TrainConfig:
                 problems.append(f"{field.name} must be at least {least}, not {value}")
             elif field.name in ABOVE_ZERO and value <= 0:
                 problems.append(f"{field.name} must be above 0, not {value}")
+            elif field.name in BELOW_ONE and not 0 <= value < 1:
+                problems.append(f"{field.name} must be at least 0 and below 1, not {value}")
+            elif isinstance(value, float) and not math.isfinite(value):
+                problems.append(f"{field.name} must be a finite number, not {value}")
+            elif isinstance(value, dict):
+                problems += self._wrong_patterns(field.name, value)
         return problems
+
+    @staticmethod
+    def _wrong_patterns(name: str, table: dict[str, Any]) -> list[str]:
+        whole = name == "rank_pattern"
+        kinds, least = (int, "a whole number of at least 1") if whole else (int | float, "above 0")
+        return [
+            f"{name} {pattern!r} must be {least}, not {value!r}"
+            for pattern, value in table.items()
+            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0
+        ]
 
     def _contradictions(self) -> list[str]:
         problems = []
@@ -192,8 +211,6 @@ class TrainConfig:
                 problems.append(f"give one of train_data_dir and dataset_name, not {got}")
         else:
             problems += self._dreambooth_contradictions()
-        if isinstance(self.lora_dropout, float) and self.lora_dropout >= 1:
-            problems.append(f"lora_dropout must be below 1, not {self.lora_dropout}")
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             problems.append("text_encoder_lr needs train_text_encoder")
         return problems
@@ -229,7 +246,6 @@ AT_LEAST: dict[str, float] = {
     "conv_rank": 1,
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
-    "lora_dropout": 0,
     "lr_num_cycles": 1,
     "lr_warmup_steps": 0,
     "max_train_samples": 1,
@@ -249,8 +265,33 @@ AT_LEAST: dict[str, float] = {
     "checkpointing_steps": 1,
 }
 ABOVE_ZERO = frozenset(
-    ("adam_epsilon", "learning_rate", "max_grad_norm", "snr_gamma", "text_encoder_lr")
+    (
+        "adam_epsilon",
+        "conv_alpha",
+        "learning_rate",
+        "lora_alpha",
+        "max_grad_norm",
+        "snr_gamma",
+        "text_encoder_lr",
+    )
 )
+BELOW_ONE = frozenset(("adam_beta1", "adam_beta2", "lora_dropout"))
+CHANGEABLE = frozenset(
+    (
+        "allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit class_data_dir "
+        "dataloader_num_workers dataset_name gradient_accumulation_steps gradient_checkpointing "
+        "instance_data_dir learning_rate local_rank logging_dir max_train_steps num_train_epochs "
+        "num_validation_images output_dir pretrained_model_name_or_path prior_generation_precision "
+        "report_to resume_from_checkpoint sample_batch_size seed text_encoder_lr train_batch_size "
+        "train_data_dir validation_epochs validation_guidance_scale validation_prompt "
+        "validation_steps"
+    ).split()
+)
+"""What a resumed run may have otherwise than the run it goes on with.
+
+Places of files, what is shown, and learning rates (a run that diverged is resumed with a lower
+one); batch, accumulation and seed are compared by what they make of the data's order.
+"""
 
 
 def type_name(field: dataclasses.Field) -> str:

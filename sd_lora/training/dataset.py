@@ -1,10 +1,12 @@
 """What a run trains on: its samples, class pictures, latents and text embeddings."""
 
+import itertools
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from sd_lora.data.cache import Latents
@@ -51,72 +53,73 @@ def find_samples(config: TrainConfig, seed: int) -> Source:
     return source
 
 
+CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
+"""Of the sampler for class pictures: they are kept, so quick previews must not make them worse."""
+
+
+def _missing_class_pictures(folder: Path, count: int, seed: int) -> list[str]:
+    """Returns the names of the pictures that fill the folder up to `count`."""
+    names = {p.name for p in folder.iterdir() if is_picture(p)} if folder.is_dir() else set()
+    numbered = (f"class-{seed}-{number:05}.png" for number in itertools.count())
+    free = (name for name in numbered if name not in names)
+    return list(itertools.islice(free, max(0, count - len(names))))
+
+
 def class_samples(config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int) -> Source:
     """Returns the class pictures, generating with the bare base model those that are missing.
 
-    Processes share the work. A picture is written whole or not at all, so an interrupted run
-    goes on where it stopped.
+    The main process says which are missing and all share the work. A picture is written whole or
+    not at all, so an interrupted run goes on where it stopped.
     """
     folder = Path(str(config.class_data_dir)).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"class_data_dir {folder} is a file, not a folder")
-    there = sum(map(is_picture, folder.iterdir())) if folder.is_dir() else 0
-    missing = range(there, config.num_class_images)
-    mine = list(missing[accelerator.process_index :: accelerator.num_processes])
+    missing = [_missing_class_pictures(folder, config.num_class_images, seed)]
+    mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
     if mine:
-        _generate_class_pictures(config, parts, accelerator, seed, folder, mine)
+        _generate_class_pictures(config, parts, accelerator, seed, [folder / n for n in mine])
     accelerator.wait_for_everyone()
     return prompted_folder(str(folder), str(config.class_prompt), "class_data_dir")
 
 
 def _generate_class_pictures(
-    config: TrainConfig,
-    parts: Parts,
-    accelerator: Accelerator,
-    seed: int,
-    folder: Path,
-    numbers: list[int],
+    config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int, paths: list[Path]
 ) -> None:
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[config.prior_generation_precision or default]
     size = config.sample_batch_size
-    starts = range(0, len(numbers), size)
+    starts = range(0, len(paths), size)
     for start in report.progress(starts, "class pictures", accelerator.is_main_process):
-        chunk = numbers[start : start + size]
+        chunk = paths[start : start + size]
         # autocast, not a cast of the weights: fp16 there and back would round them
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pictures = sample(
                 parts,
                 [str(config.class_prompt)] * len(chunk),
-                [seed_for(seed, "class picture", n) % 2**32 for n in chunk],
+                [seed_for(seed, "class picture", path.name) % 2**32 for path in chunk],
                 resolution=config.resolution,
                 device=device,
-                steps=config.validation_steps,
-                guidance_scale=config.validation_guidance_scale,
+                steps=CLASS_STEPS,
+                guidance_scale=CLASS_GUIDANCE,
                 prediction_type=config.prediction_type,
                 batch_size=size,
             )
-        for number, picture in zip(chunk, pictures, strict=True):
-            write_picture(folder / f"class-{seed}-{number:05}.png", picture)
+        for path, picture in zip(chunk, pictures, strict=True):
+            write_picture(path, picture)
 
 
-def cache_latents(
-    config: TrainConfig, parts: Parts, sources: dict[str, Source], accelerator: Accelerator
-) -> Latents:
-    """Decodes every picture and encodes those whose crop is fixed; the VAE leaves the device if
-    training does not need it."""
-    framing = Framing(
+def cache_latents(latents: Latents, kind: str, source: Source, accelerator: Accelerator) -> None:
+    """Decodes every picture and encodes those whose crop is fixed."""
+    bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
+    latents.vae.to(accelerator.device)
+    latents.fill(kind, source.samples, bar)
+
+
+def framing(config: TrainConfig) -> Framing:
+    return Framing(
         config.resolution, config.center_crop, config.random_flip, config.image_interpolation_mode
     )
-    parts.vae.to(accelerator.device)
-    latents = Latents(parts.vae, framing, accelerator.device)
-    for kind, source in sources.items():
-        bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
-        latents.fill(kind, source.samples, bar)
-    if not latents.needs_vae:
-        parts.vae.to("cpu")
-    return latents
 
 
 def cache_embeddings(

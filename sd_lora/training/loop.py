@@ -1,5 +1,6 @@
 """One run, from a configuration to verified files."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -12,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sd_lora.data.stream import Slot
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
@@ -65,13 +68,17 @@ class History:
         self.waiting.clear()
         lines = []
         for (step, lr), (loss, norm) in zip(steps, values, strict=True):
-            if not math.isfinite(loss):
+            # under fp16 the scaler meets infinite gradients now and then, and skips their step
+            bad_norm = not math.isfinite(norm) and run.accelerator.scaler is None
+            if bad_norm or not math.isfinite(loss):
+                finite = math.isfinite(loss)
+                what = f"gradient's norm became {norm}" if finite else f"loss became {loss}"
                 raise RunError(
-                    f"the loss became {loss} at step {step}: the run has diverged and stops here. "
-                    "Lower --learning_rate, or resume an earlier checkpoint with "
-                    "--resume_from_checkpoint"
+                    f"the {what} at step {step}: the run has diverged and stops here. Lower "
+                    "--learning_rate, and start anew or with --resume_from_checkpoint latest"
                 )
-            row = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm}
+            row = {"step": step, "loss": loss, "lr": lr}
+            row |= {"grad_norm": norm} if math.isfinite(norm) else {}
             run.accelerator.log({k: v for k, v in row.items() if k != "step"}, step=step)
             lines.append(json.dumps(row))
             self.losses.append(loss)
@@ -141,7 +148,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         limit = run.config.checkpoints_total_limit
-        checkpoint.save(run.output_dir, run.progress(step), run.models, state, limit)
+        checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, limit)
     run.accelerator.wait_for_everyone()
 
 
@@ -176,10 +183,10 @@ def sample_row(run: Run) -> list[Image.Image]:
 
 def _validate(run: Run, step: int) -> None:
     """Draws the sample pictures after an epoch that asks for them."""
-    per_epoch = run.num_samples / run.samples_per_step
+    per_epoch = run.plan.num_samples / run.plan.samples_per_step
     every = run.config.validation_epochs * per_epoch
     due = int(step / every) > int((step - 1) / every)
-    if not run.config.validation_prompt or not due or step == run.num_steps:
+    if not run.config.validation_prompt or not due or step == run.plan.num_steps:
         return
     pictures = sample_row(run)
     if pictures:
@@ -196,15 +203,19 @@ def _validate(run: Run, step: int) -> None:
 
 def _optimise(run: Run, history: History, requests: list[str]) -> int:
     """Runs the steps from the run's position on; returns how many are done in all."""
+    with report.step_bar(run.plan.num_steps, run.first_step, run.main) as bar:
+        return _steps(run, history, requests, bar)
+
+
+def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
     config, accelerator, step = run.config, run.accelerator, run.first_step
     models, parameters = list(run.prepared.values()), run.parameters
-    bar = report.step_bar(run.num_steps, step, run.main)
     norm = torch.zeros((), device=accelerator.device)
     total = torch.zeros((), device=accelerator.device)
     micro = step * config.gradient_accumulation_steps
     for slots, pixels in run.batches():
         if config.lora_dropout:
-            torch.manual_seed(seed_for(run.seed, "dropout", micro, accelerator.process_index))
+            torch.manual_seed(seed_for(run.plan.seed, "dropout", micro, accelerator.process_index))
         micro += 1
         with accelerator.accumulate(*models):
             loss = batch_loss(run, slots, pixels)
@@ -217,20 +228,19 @@ def _optimise(run: Run, history: History, requests: list[str]) -> int:
         if not accelerator.sync_gradients:
             continue
         step += 1
-        history.waiting.append((step, float(run.lr_scheduler.get_last_lr()[0]), total, norm))
+        history.waiting.append((step, run.optimizer.param_groups[0]["lr"], total, norm))
         run.lr_scheduler.step()
         total = torch.zeros_like(total)
         bar.update()
-        if step % LOG_EVERY == 0 or step == run.num_steps:
+        if step % LOG_EVERY == 0 or step == run.plan.num_steps:
             bar.set_postfix(loss=f"{history.flush(run):.4f}")
         stopping = _asked_to_stop(run, requests)
-        if step % config.checkpointing_steps == 0 or (stopping and step < run.num_steps):
+        if step % config.checkpointing_steps == 0 or (stopping and step < run.plan.num_steps):
             history.flush(run)  # a diverged run leaves no checkpoint
             _save_checkpoint(run, step)
         if stopping:
             break
         _validate(run, step)
-    bar.close()
     return step
 
 
@@ -240,9 +250,9 @@ def export(run: Run) -> list[Verified]:
     config = run.config
     extra = {
         "base_model": config.pretrained_model_name_or_path,
-        "config": config.as_dict() | {"seed": run.seed},
-        "steps": run.num_steps,
-        "num_samples": run.num_samples,
+        "config": config.as_dict() | {"seed": run.plan.seed},
+        "steps": run.plan.num_steps,
+        "num_samples": run.plan.num_samples,
     }
     adapter = read_models(run.models)
     paths = write_adapter(
@@ -262,31 +272,44 @@ def train(config: TrainConfig) -> Result:
             (after a checkpoint).
     """
     started = time.monotonic()
-    run = prepare(config)
-    report.say(f"sd_lora trains a LoRA:\n{run.summary.text()}", run.main)
-    before = sample_row(run)
-    history = History()
+    try:
+        run = prepare(config)
+        report.say(f"sd_lora trains a LoRA:\n{run.summary.text()}", run.main)
+        before = sample_row(run)  # of the bare base, also where a checkpoint goes on
+        run.restore()
+        _open_output(run)
+        history = History()
+        with stop_requests() as requests:
+            step = _optimise(run, history, requests)
+        if step < run.plan.num_steps:
+            run.accelerator.end_training()
+            raise RunError(
+                f"interrupted by {requests[0] if requests else 'another process'} at step {step} "
+                f"of {run.plan.num_steps}; go on with the same command and "
+                "--resume_from_checkpoint latest"
+            )
+        files, before_after = _finish(run, before) if run.main else ([], None)
+        seconds = time.monotonic() - started
+        if run.main:
+            _say_result(run, history, files, before_after, seconds)
+        run.accelerator.end_training()  # the others do not wait for the main process's exports
+        return Result(run.output_dir, files, history.losses, before_after, seconds)
+    finally:
+        # Accelerate keeps precision and devices in a singleton: the next run may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _open_output(run: Run) -> None:
+    """Makes the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
-        text = json.dumps(config.as_dict() | {"seed": run.seed}, indent=2, sort_keys=True)
+        text = dataclasses.replace(run.config, seed=run.plan.seed).to_json()
         write_whole(run.output_dir / "config.json", text.encode())
-        if not run.first_step:
-            (run.output_dir / "training_log.jsonl").unlink(missing_ok=True)
+        log = run.output_dir / "training_log.jsonl"
+        rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        kept = [row + "\n" for row in rows if json.loads(row)["step"] <= run.first_step]
+        write_whole(log, "".join(kept).encode())
     run.accelerator.wait_for_everyone()
-    run.accelerator.init_trackers("sd_lora", config=_plain(config))
-    with stop_requests() as requests:
-        step = _optimise(run, history, requests)
-    if step < run.num_steps:
-        run.accelerator.end_training()
-        raise RunError(
-            f"interrupted by {requests[0] if requests else 'another process'} at step {step} of "
-            f"{run.num_steps}; go on with the same command and --resume_from_checkpoint latest"
-        )
-    files, before_after = _finish(run, before) if run.main else ([], None)
-    seconds = time.monotonic() - started
-    if run.main:
-        _say_result(run, history, files, before_after, seconds)
-    run.accelerator.end_training()  # the others do not wait for the main process's exports
-    return Result(run.output_dir, files, history.losses, before_after, seconds)
+    run.accelerator.init_trackers("sd_lora", config=_plain(run.config))
 
 
 def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], Path | None]:
@@ -294,7 +317,7 @@ def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], Path |
     if not before:
         return files, None
     path = run.output_dir / "before_after.png"
-    rows, labels = [before, sample_row(run)], ["before", f"after {run.num_steps} steps"]
+    rows, labels = [before, sample_row(run)], ["before", f"after {run.plan.num_steps} steps"]
     write_picture(path, grid(rows, labels, sample_prompts(run)))
     return files, path
 

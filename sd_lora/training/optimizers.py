@@ -1,5 +1,6 @@
 """AdamW over exactly the LoRA parameters, and its learning-rate schedule."""
 
+import importlib.util
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,19 +40,19 @@ def build_optimizer(
     ]
     betas = (config.adam_beta1, config.adam_beta2)
     if config.use_8bit_adam:
-        return _adamw_8bit()(groups, betas=betas, eps=config.adam_epsilon)
+        from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
+
+        return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
     fused = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
 
 
-def _adamw_8bit() -> Any:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError:
+def check_installed(config: TrainConfig) -> None:
+    """Raises UsageError if the optimiser needs a package that is not installed."""
+    if config.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
         raise UsageError(
             "use_8bit_adam needs bitsandbytes: pip install 'sd_lora[8bit]', or leave it out"
-        ) from None
-    return AdamW8bit
+        )
 
 
 def build_lr_scheduler(

@@ -10,6 +10,7 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from sd_lora.errors import RunError
 from sd_lora.formats.files import write_whole
 from sd_lora.models.load import Parts
 from sd_lora.models.prompts import encode, token_ids
@@ -101,6 +102,11 @@ def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
     config, vae = parts.vae.config, parts.vae
     x0 = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
     pixels = vae.decode(x0.to(vae.dtype)).sample.float()
+    if not torch.isfinite(pixels).all():
+        raise RunError(
+            "the model drew NaN or infinite pixels: its precision is too low for it (try bf16 or "
+            "no mixed precision), or its weights are broken"
+        )
     array = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(a.permute(1, 2, 0).cpu().numpy()) for a in array]
 

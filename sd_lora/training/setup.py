@@ -20,14 +20,14 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import adapted_layers, inject, lora_layers
+from sd_lora.adapters.inject import inject, lora_layers
 from sd_lora.data.cache import Latents
 from sd_lora.data.sources import Source
 from sd_lora.data.stream import Batch, Order, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.errors import UsageError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.models.prompts import token_ids, too_long
+from sd_lora.models.prompts import token_ids
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import (
@@ -36,12 +36,45 @@ from sd_lora.training.dataset import (
     cache_latents,
     class_samples,
     find_samples,
+    framing,
 )
-from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer
+from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
+from sd_lora.training.summary import summarise
 
 
 def _as_is(batch: Any) -> Any:
     return batch
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run.
+
+    num_samples: pictures × repeats, an epoch. samples_per_step: instances per optimiser step, over
+    all processes. num_steps: optimiser steps in all.
+    """
+
+    config: TrainConfig
+    seed: int
+    num_samples: int
+    samples_per_step: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, seed: int, num_pictures: int, num_processes: int) -> "Plan":
+        num_samples = num_pictures * config.repeats
+        samples_per_step = (
+            config.train_batch_size * config.gradient_accumulation_steps * num_processes
+        )
+        num_steps = config.max_train_steps or math.ceil(
+            config.num_train_epochs * num_samples / samples_per_step
+        )
+        return cls(config, seed, num_samples, samples_per_step, num_steps)
+
+    def progress(self, step: int) -> checkpoint.Progress:
+        return checkpoint.Progress(
+            step, self.seed, self.samples_per_step, self.num_samples, self.config.as_dict()
+        )
 
 
 @dataclass
@@ -50,11 +83,10 @@ class Run:
 
     models: component → injected model. prepared: the same, as Accelerate wrapped them.
     embeddings: caption → (77, D), None when the text encoder is trained.
-    samples_per_step: instances per optimiser step, over all processes.
+    saved: the checkpoint to go on from.
     """
 
-    config: TrainConfig
-    seed: int
+    plan: Plan
     accelerator: Accelerator
     parts: Parts
     models: dict[str, nn.Module]
@@ -65,11 +97,12 @@ class Run:
     stream: Stream
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    num_steps: int
-    num_samples: int
-    samples_per_step: int
     summary: report.Summary
-    first_step: int = 0
+    saved: checkpoint.Saved | None = None
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.plan.config
 
     @property
     def output_dir(self) -> Path:
@@ -83,8 +116,33 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         return [p for model in self.models.values() for p in lora_layers(model)]
 
-    def progress(self, step: int) -> checkpoint.Progress:
-        return checkpoint.Progress(step, self.seed, self.samples_per_step, self.num_samples)
+    @property
+    def first_step(self) -> int:
+        """How many steps are done when the run starts: those of its checkpoint."""
+        return self.saved.progress.step if self.saved else 0
+
+    def restore(self) -> None:
+        """Loads the checkpoint to go on from, with this run's learning rates."""
+        if self.saved is None:
+            return
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.saved.load_factors(self.models)
+        self.optimizer.load_state_dict(self.saved.state["optimizer"])
+        self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
+        if self.lr_scheduler.base_lrs != rates:
+            factors = [
+                group["lr"] / base if base else 0.0
+                for group, base in zip(
+                    self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True
+                )
+            ]
+            self.lr_scheduler.base_lrs = rates
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, rates, factors, strict=True
+            ):
+                group["initial_lr"], group["lr"] = rate, rate * factor
+        if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
 
     def batches(self) -> Iterator[Batch]:
         """Yields this process's micro-batches from the run's position on."""
@@ -96,7 +154,10 @@ class Run:
             num_workers=self.config.dataloader_num_workers,
             collate_fn=_as_is,
         )
-        return iter(loader)
+        for batch in loader:
+            if isinstance(batch, RunError):
+                raise batch
+            yield batch
 
     def conditioning(self, slots: list[Slot]) -> Tensor:
         """Returns the text conditioning (B, 77, D) of a batch, in the base's dtype."""
@@ -133,6 +194,7 @@ def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
 
 def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerator:
     """Returns the Accelerator: device, processes, precision, accumulation, trackers."""
+    log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
         project_dir=config.output_dir,
         logging_dir=str(Path(config.output_dir) / config.logging_dir),
@@ -141,7 +203,7 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
         return Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
-            log_with=trackers(config, summary) or None,
+            log_with=log_with,
             project_config=project,
             # the base and its inputs have one dtype already and the factors are cast once a layer;
             # autocast would cast everything again (shared by no peer: 12 to 20 % of a step)
@@ -195,38 +257,48 @@ def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Mod
 
 def _check_output(config: TrainConfig) -> None:
     folder = Path(config.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"output_dir {folder} is a file, not a folder")
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"output_dir {folder}: {there} is a file, not a folder")
     if not os.access(there, os.W_OK):
         raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
+    if not config.resume_from_checkpoint:
+        checkpoint.refuse_others(folder)
 
 
 def _check_size(config: TrainConfig, parts: Parts) -> None:
-    step = parts.resolution_step
+    step = parts.pixels_per_latent
     if config.resolution % step:
         near = max(step, round(config.resolution / step) * step)
         raise UsageError(
-            f"resolution {config.resolution} is not a multiple of {step} (VAE factor × UNet depth "
-            f"of this model): take {near}"
+            f"resolution {config.resolution} is not a multiple of {step}, the pixels of a latent "
+            f"of this model: take {near}"
         )
 
 
 def prepare(config: TrainConfig) -> Run:
-    """Returns a run that is ready for its first step; nothing is written before all is checked.
+    """Returns a run that is ready for its first step.
+
+    What can be known early is checked early: flags and folders before the model is read, pictures
+    and the checkpoint before class pictures are generated, which takes longest.
 
     Raises:
         UsageError, RunError: whatever would stop the run later, where it can be known.
     """
     _check_output(config)
+    check_installed(config)
+    path = None
+    if config.resume_from_checkpoint:
+        path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
     summary = report.Summary()
     accelerator = build_accelerator(config, summary)
-    resumed = None
-    if config.resume_from_checkpoint:
-        resumed = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
-    seed = _agreed_seed(config, resumed)
+    seed = _agreed_seed(config, path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    source = find_samples(config, seed)
+    sources = {"instance": find_samples(config, seed)}
+    plan = Plan.of(config, seed, len(sources["instance"].samples), accelerator.num_processes)
+    if path:
+        progress = checkpoint.read_progress(path)
+        checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, path)
     parts = load_parts(
         str(config.pretrained_model_name_or_path),
         revision=config.revision,
@@ -235,22 +307,38 @@ def prepare(config: TrainConfig) -> Run:
         tokenizer_name=config.tokenizer_name,
     )
     _check_size(config, parts)
+    schedule = NoiseSchedule.of(parts.scheduler, config.prediction_type)
     models = inject_all(config, parts, seed)
-    sources = {"instance": source}
+    saved = checkpoint.read(path, models) if path else None
+    latents = Latents(parts.vae, framing(config), accelerator.device)
+    cache_latents(latents, "instance", sources["instance"], accelerator)
     if config.with_prior_preservation:
         # the injected model still is the base, bit for bit
         sources["class"] = class_samples(config, parts, accelerator, seed)
-    latents = cache_latents(config, parts, sources, accelerator)
+        cache_latents(latents, "class", sources["class"], accelerator)
+    if not latents.needs_vae:
+        parts.vae.to("cpu")
     embeddings = None
     if not config.train_text_encoder:
         embeddings = cache_embeddings(parts, sources, accelerator.device)
     prepared = _prepare_models(config, accelerator, models)
-    run = _assemble(
-        config, seed, accelerator, parts, models, prepared, latents, embeddings, sources, summary
+    optimizer = build_optimizer(models, config, plan.samples_per_step)
+    run = Run(
+        plan=plan,
+        accelerator=accelerator,
+        parts=parts,
+        models=models,
+        prepared=prepared,
+        schedule=schedule.to(accelerator.device),
+        latents=latents,
+        embeddings=embeddings,
+        stream=_stream(plan, accelerator, sources, latents),
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
+        summary=summary,
+        saved=saved,
     )
-    if resumed:
-        run.first_step = _resume(run, resumed)
-    _summarise(run, sources)
+    summarise(run, sources)
     return run
 
 
@@ -272,111 +360,22 @@ def _prepare_models(
     return {name: accelerator.prepare_model(model) for name, model in models.items()}
 
 
-def _assemble(
-    config: TrainConfig,
-    seed: int,
-    accelerator: Accelerator,
-    parts: Parts,
-    models: dict[str, nn.Module],
-    prepared: dict[str, nn.Module],
-    latents: Latents,
-    embeddings: dict[str, Tensor] | None,
-    sources: dict[str, Source],
-    summary: report.Summary,
-) -> Run:
-    processes, accumulation = accelerator.num_processes, config.gradient_accumulation_steps
-    samples_per_step = config.train_batch_size * accumulation * processes
-    flip = config.random_flip
-    instance = Order(sources["instance"].samples, "instance", config.repeats, flip, seed)
-    prior = Order(sources["class"].samples, "class", 1, flip, seed) if "class" in sources else None
-    num_steps = config.max_train_steps or math.ceil(
-        config.num_train_epochs * instance.length / samples_per_step
-    )
-    stream = Stream(
-        instance,
-        prior,
+def _stream(
+    plan: Plan, accelerator: Accelerator, sources: dict[str, Source], latents: Latents
+) -> Stream:
+    config = plan.config
+    repeats = {"instance": config.repeats, "class": 1}
+    orders = {
+        kind: Order(source.samples, kind, repeats[kind], config.random_flip, plan.seed)
+        for kind, source in sources.items()
+    }
+    return Stream(
+        orders["instance"],
+        orders.get("class"),
         config.train_batch_size,
         accelerator.process_index,
-        processes,
+        accelerator.num_processes,
         latents.framing,
         latents.uncached,
-        num_steps * accumulation,
+        plan.num_steps * config.gradient_accumulation_steps,
     )
-    optimizer = build_optimizer(models, config, samples_per_step)
-    return Run(
-        config=config,
-        seed=seed,
-        accelerator=accelerator,
-        parts=parts,
-        models=models,
-        prepared=prepared,
-        schedule=NoiseSchedule.of(parts.scheduler, config.prediction_type).to(accelerator.device),
-        latents=latents,
-        embeddings=embeddings,
-        stream=stream,
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_scheduler=build_lr_scheduler(optimizer, config, num_steps),
-        num_steps=num_steps,
-        num_samples=instance.length,
-        samples_per_step=samples_per_step,
-        summary=summary,
-    )
-
-
-def _resume(run: Run, path: Path) -> int:
-    """Loads a checkpoint into the run; returns the number of steps that it has done."""
-    progress = checkpoint.read_progress(path)
-    checkpoint.check_continues(progress, run.progress(0), path)
-    if progress.step >= run.num_steps:
-        raise UsageError(
-            f"{path} has done {progress.step} steps already, and this run is to do "
-            f"{run.num_steps}: raise max_train_steps to go on"
-        )
-    state = checkpoint.load(path, run.models)
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    if run.accelerator.scaler is not None and state.get("scaler"):
-        run.accelerator.scaler.load_state_dict(state["scaler"])
-    run.summary.notes.append(f"resumed from {path} at step {progress.step}")
-    return progress.step
-
-
-def _summarise(run: Run, sources: dict[str, Source]) -> None:
-    """Fills the summary that the user sees before the first step."""
-    config, rows, notes = run.config, run.summary.rows, run.summary.notes
-    accumulation, processes = config.gradient_accumulation_steps, run.accelerator.num_processes
-    rows["model"] = f"{config.pretrained_model_name_or_path} ({run.parts.family.label})"
-    pictures = f"{len(sources['instance'].samples)}"
-    if config.repeats > 1:
-        pictures += f" × {config.repeats} repeats = {run.num_samples} an epoch"
-    if "class" in sources:
-        pictures += f", and {len(sources['class'].samples)} of the class"
-    rows["pictures"] = f"{pictures}, at {config.resolution}×{config.resolution}"
-    rows["batch"] = (
-        f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
-        f"= {run.samples_per_step}"
-        + (", as many class pictures on top" if "class" in sources else "")
-    )
-    epochs = run.num_steps * run.samples_per_step / run.num_samples
-    rows["steps"] = f"{run.num_steps} ({epochs:.1f} epochs)"
-    parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
-    names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
-    rows["adapted"] = report.adapted(names, parameters)
-    rows["LoRA file"] = f"{report.mib(4 * sum(parameters.values()))} (float32), in two formats"
-    rows["objective"] = run.schedule.prediction_type + (
-        f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
-    )
-    device = run.accelerator.device
-    rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.seed}"
-    fresh = sum(map(len, run.latents.uncached.values()))
-    if fresh:
-        notes.append(
-            f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
-            "(--center_crop caches them)"
-        )
-    for source in sources.values():
-        notes += source.notes
-    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
-    for caption, count in list(too_long(run.parts.tokenizer, captions).items())[:5]:
-        limit = run.parts.tokenizer.model_max_length
-        notes.append(f"caption of {count} tokens is cut at {limit}: {caption[:60]!r}…")

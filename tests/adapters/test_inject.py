@@ -38,7 +38,7 @@ def test_injected_unet_is_bit_identical(targets: str, dtype: torch.dtype) -> Non
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs().items()}
     with torch.no_grad():
         before = unet(**batch).sample
-        sd_lora.inject(unet, targets=targets, rank=4, conv_rank=2)
+        sd_lora.inject(unet, targets=targets, rank=4)
         assert torch.equal(unet(**batch).sample, before)
 
 
@@ -253,6 +253,7 @@ def test_initial_factors_depend_on_seed_and_name_only() -> None:
         ({"rank_pattern": {"nothing_here": 4}}, "rank_pattern 'nothing_here' matches none"),
         ({"alpha_pattern": {"nor_here": 4.0}}, "alpha_pattern 'nor_here' matches none"),
         ({"dropout": 1.5}, "probability"),
+        ({"conv_rank": 4}, "none of the .* target modules is one: add the preset conv"),
     ],
 )
 def test_bad_requests_name_themselves(options: dict, message: str) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from sd_lora.data.images import Framing
 from sd_lora.data.sources import Sample, captioned_folder, named_dataset, prompted_folder
 from sd_lora.data.stream import Order, Stream
-from sd_lora.errors import UsageError
+from sd_lora.errors import RunError, UsageError
 
 
 def picture(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
@@ -53,9 +53,36 @@ def test_text_files_beside_pictures(tmp_path: Path) -> None:
     assert [s.captions for s in source.samples] == [("a red square",), ("another",)]
 
 
+def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
+    """What metadata names is trained whatever its extension; captions may hold line separators
+    and quoted newlines."""
+    picture(tmp_path / "a.png").rename(tmp_path / "a.jfif")
+    jsonl(tmp_path, {"file_name": "a.jfif", "text": "one\u2028two"})
+    (sample,) = captioned_folder(str(tmp_path), "image", "text").samples
+    assert sample.captions == ("one\u2028two",)
+    assert sample.picture().size == (8, 8)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.csv").write_text('file_name,text\na.jfif,"one\ntwo"\n')
+    (sample,) = captioned_folder(str(tmp_path), "image", "text").samples
+    assert sample.captions == ("one\ntwo",)
+    (tmp_path / "metadata.csv").write_text("file_name,txt\na.jfif,one,surplus\n")
+    with pytest.raises(UsageError, match="no caption column 'text'"):
+        captioned_folder(str(tmp_path), "image", "text")
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """A picture that vanishes, or that the system will not give, is an error by name."""
+    path = picture(tmp_path / "a.png")
+    (sample,) = prompted_folder(str(tmp_path), "a photo", "instance_data_dir").samples
+    path.unlink()
+    with pytest.raises(RunError, match=r"a\.png could not be read: No such file"):
+        sample.picture()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
+        ([], "metadata.jsonl has no rows"),
         (
             [{"file_name": "a.png", "caption": "x"}],
             r"line 1 has no caption column 'text'; it has caption",
@@ -120,6 +147,8 @@ def test_a_datasets_set(tmp_path: Path) -> None:
         UsageError, match="no caption column 'txt'; it has image, text. Did you mean text"
     ):
         named_dataset(*load, "image", "txt")
+    with pytest.raises(UsageError, match="column 'text' holds .*, not pictures"):
+        named_dataset(*load, "text", "text")
     with pytest.raises(UsageError, match="could not be loaded"):
         named_dataset(str(tmp_path / "nowhere"), None, str(tmp_path / "cache"), "image", "text")
 

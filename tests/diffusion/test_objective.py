@@ -7,6 +7,7 @@ from diffusers.training_utils import compute_snr
 
 from sd_lora.diffusion.loss import min_snr_weights, sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import NoiseSchedule, draw_noise, draw_timesteps
+from sd_lora.errors import UsageError
 from tests.tiny import build_pipeline
 
 T = torch.tensor([0, 1, 250, 500, 998, 999])
@@ -35,6 +36,9 @@ def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
     """SD2's v-prediction is read from its scheduler and can be overruled."""
     assert NoiseSchedule.of(scheduler).prediction_type == scheduler.config.prediction_type
     assert NoiseSchedule.of(scheduler, "v_prediction").prediction_type == "v_prediction"
+    scheduler.register_to_config(prediction_type="sample")
+    with pytest.raises(UsageError, match="says prediction_type 'sample'"):
+        NoiseSchedule.of(scheduler)
 
 
 def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:

@@ -15,6 +15,7 @@ from sd_lora.adapters.inject import adapted_layers
 from sd_lora.formats import files, verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import Parts, load_parts
+from tests.tiny import pipeline_of
 
 MIXED = {
     "targets": "all",
@@ -75,9 +76,9 @@ def test_pictures_are_the_trained_models(tiny_sd1: Path, tmp_path: Path) -> None
     """The latents that diffusers samples with the loaded file are those of our injected model."""
     parts = trained_parts(tiny_sd1)
     paths = sd_lora.save_adapter(models(parts), tmp_path)
-    want = sample(parts.pipeline())
+    want = sample(pipeline_of(parts))
     for path in paths:
-        pipeline = load_parts(str(tiny_sd1)).pipeline()
+        pipeline = pipeline_of(load_parts(str(tiny_sd1)))
         assert (sample(pipeline) - want).abs().max() > 1e-3
         pipeline.load_lora_weights(path)
         torch.testing.assert_close(sample(pipeline), want, rtol=1e-4, atol=1e-4)
@@ -167,7 +168,7 @@ def test_not_finite_factors_are_not_written(tiny_sd1: Path, tmp_path: Path) -> N
     """A NaN is refused by module name before a file exists."""
     parts = trained_parts(tiny_sd1)
     parts.unet.conv_in.lora_B.data[0, 0] = float("nan")
-    with pytest.raises(sd_lora.UsageError, match="unet conv_in holds NaN"):
+    with pytest.raises(sd_lora.RunError, match="unet conv_in holds NaN"):
         sd_lora.save_adapter(models(parts), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sd_lora
 from sd_lora.models import prompts
 from sd_lora.models.families import detect, refuse_other_pipelines
 from sd_lora.models.load import bare_pipeline, load_parts
+from tests.tiny import pipeline_of
 
 
 @pytest.mark.parametrize(("family", "name"), [("sd1", "sd1"), ("sd2", "sd2")])
@@ -19,7 +21,6 @@ def test_family_is_detected(family: str, name: str, request: pytest.FixtureReque
     parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
     assert parts.family.name == name
     assert parts.pixels_per_latent == 8
-    assert parts.resolution_step == 32
     kind = "v_prediction" if family == "sd2" else "epsilon"
     assert parts.scheduler.config.prediction_type == kind
     assert not any(p.requires_grad for p in parts.unet.parameters())
@@ -33,7 +34,7 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
     table = prompts.encode_captions(parts.tokenizer, parts.text_encoder, captions)
     assert len(table) == 3
     for caption, embedding in table.items():
-        want, _ = parts.pipeline().encode_prompt(caption, "cpu", 1, False)
+        want, _ = pipeline_of(parts).encode_prompt(caption, "cpu", 1, False)
         assert torch.equal(embedding, want[0])
 
 
@@ -78,10 +79,50 @@ def test_a_truncated_weight_file_is_named(tiny_sd1: Path, tmp_path: Path) -> Non
     """A cut safetensors file is an error that names the part."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd1, copy)
-    weights = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(sd_lora.UsageError, match="the unet of .* could not be loaded"):
+    for part in ("unet", "text_encoder"):
+        (weights,) = (copy / part).glob("*.safetensors")
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:1000])
+        with pytest.raises(sd_lora.UsageError, match=f"the {part} of .* could not be loaded"):
+            load_parts(str(copy))
+        weights.write_bytes(whole)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_missing_weight_is_named(part: str, tiny_sd1: Path, tmp_path: Path) -> None:
+    """Loaders go on with a random or empty weight where a file lacks one; ours says which."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    (weights,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(weights)
+    del tensors[min(tensors)]
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(sd_lora.UsageError, match=f"the {part} of .* lacks 1 of its weights"):
         load_parts(str(copy))
+
+
+def test_an_empty_tokenizer_is_refused(tiny_sd1: Path, tmp_path: Path) -> None:
+    """transformers 5 builds a tokenizer of two tokens where its vocabulary is missing."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    (copy / "tokenizer" / "tokenizer.json").unlink()
+    with pytest.raises(sd_lora.UsageError, match="lacks tokenizer/tokenizer.json"):
+        load_parts(str(copy))
+    (copy / "tokenizer" / "vocab.json").write_text("{}")
+    (copy / "tokenizer" / "merges.txt").write_text("")
+    with pytest.raises(sd_lora.UsageError, match="the tokenizer of"):
+        load_parts(str(copy))
+
+
+def test_a_tokenizer_without_a_length_takes_the_encoders(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A missing model_max_length (transformers then says 1e30) becomes the encoder's 77."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    config = copy / "tokenizer" / "tokenizer_config.json"
+    values = json.loads(config.read_text())
+    del values["model_max_length"]
+    config.write_text(json.dumps(values))
+    assert load_parts(str(copy)).tokenizer.model_max_length == 77
 
 
 @pytest.mark.parametrize(

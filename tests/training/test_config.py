@@ -9,11 +9,12 @@ from sd_lora.errors import UsageError
 from sd_lora.training.arguments import (
     ACCEPTED_WITHOUT_EFFECT,
     REFUSED,
+    _expanded,
     build_parser,
     parse,
     read_toml,
 )
-from sd_lora.training.config import FIELDS, TrainConfig
+from sd_lora.training.config import FIELDS, Mode, TrainConfig
 
 # name → (default in train_text_to_image_lora.py, default in train_dreambooth_lora.py) of diffusers
 # 0.42.1; "-" where the script lacks the flag. None here and a value there are the same thing where
@@ -99,6 +100,37 @@ def test_a_command_line_of_the_scripts_carries_over() -> None:
     assert config.alpha_pattern == {"to_q": 0.5}
 
 
+ALSO_IN_BOTH = "push_to_hub hub_token hub_model_id report_to".split() + [
+    "enable_xformers_memory_efficient_attention"
+]
+ALSO_IN_DREAMBOOTH = (
+    "tokenizer_max_length class_labels_conditioning validation_images pre_compute_text_embeddings "
+    "text_encoder_use_attention_mask"
+).split()
+
+
+@pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
+def test_every_unique_prefix_of_the_scripts_carries_over(mode: Mode) -> None:
+    """Every unique prefix of each flag of a script still means that flag, whatever flags this
+    project has added."""
+    column = 0 if mode == "text_to_image" else 1
+    taken = [name for name, defaults in THEIRS.items() if defaults[column] != "-"]
+    refused = ALSO_IN_BOTH + (ALSO_IN_DREAMBOOTH if mode == "dreambooth" else [])
+    checked = 0
+    for name in taken:
+        others = [n for n in (*taken, *refused) if n != name]
+        for prefix in (name[:n] for n in range(1, len(name))):
+            if not any(other.startswith(prefix) for other in others):
+                assert _expanded(f"--{prefix}", mode) == f"--{name}"
+                assert _expanded(f"--{prefix}=3", mode) == f"--{name}=3"
+                checked += 1
+    assert checked > 200
+    line = ["--pretrained_model", "m", "--max_train", "2"]
+    if mode == "dreambooth":
+        config = parse([*line, "--instance_d", "d", "--instance_p", "p", "--lora", "0.5"], mode)
+        assert (config.max_train_steps, config.lora_dropout) == (2, 0.5)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -111,11 +143,15 @@ def test_a_command_line_of_the_scripts_carries_over() -> None:
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         (["--lr_scheduler", "cosin"], "invalid choice: 'cosin'"),
         (["--dataset_name", "x"], "give one of train_data_dir and dataset_name, not both"),
-        (["--class_prompt", "x"], "class_prompt means something in dreambooth runs only"),
+        (["--class_pr", "x"], "class_prompt means something in dreambooth runs only"),
         (["--text_encoder_lr", "1e-5"], "text_encoder_lr needs train_text_encoder"),
-        (["--lora_dropout", "1.0"], "lora_dropout must be below 1"),
+        (["--lora_dropout", "1.0"], "lora_dropout must be at least 0 and below 1"),
         (["--rank_pattern", "to_q"], "'to_q' is not pattern=number"),
         (["--config", "nowhere.toml"], "config file nowhere.toml does not exist"),
+        (["--lora_alpha", "0"], "lora_alpha must be above 0"),
+        (["--adam_beta1", "1.5"], "adam_beta1 must be at least 0 and below 1"),
+        (["--learning_rate", "nan"], "learning_rate must be a finite number"),
+        (["--instance_d", "x"], "instance_data_dir means something in dreambooth runs only"),
         (["--pre_compute_text_embeddings", "--train_text_encoder"], "contradicts"),
     ],
 )
@@ -174,6 +210,10 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         ('rank = "4"', "rank must be a whole number, not '4'"),
         ("rank = 4.5", "rank must be a whole number, not 4.5"),
         ("center_crop = 1", "center_crop must be true or false, not 1"),
+        ('rank_pattern = { to_q = "x" }', "'to_q' must be a whole number of at least 1, not 'x'"),
+        ("rank_pattern = { to_q = 2.7 }", "'to_q' must be a whole number of at least 1, not 2.7"),
+        ("alpha_pattern = { to_q = -1 }", "'to_q' must be above 0, not -1"),
+        ("[lora]\nrank = 4", "'lora' is not an option. Tables are adapter, data, model"),
         ('lr_scheduler = "cosin"', "lr_scheduler is one of"),
         ('mode = "dreamboth"', "Did you mean dreambooth"),
     ],

@@ -20,6 +20,7 @@ from sd_lora.training.validation import (
     score,
     similarity,
 )
+from tests.tiny import pipeline_of
 
 CPU = torch.device("cpu")
 
@@ -110,7 +111,7 @@ def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
 
     for path in (tiny_sd1, tiny_sd2):
         parts = load_parts(str(path))
-        pipeline = parts.pipeline()
+        pipeline = pipeline_of(parts)
         pipeline.scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
         pipeline.set_progress_bar_config(disable=True)
         theirs = pipeline(

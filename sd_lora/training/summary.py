@@ -1,0 +1,54 @@
+"""What the user knows before the first step."""
+
+from typing import TYPE_CHECKING
+
+from sd_lora.adapters.inject import adapted_layers, lora_layers
+from sd_lora.data.sources import Source
+from sd_lora.models.prompts import too_long
+from sd_lora.training import report
+
+if TYPE_CHECKING:
+    from sd_lora.training.setup import Run
+
+
+def summarise(run: "Run", sources: dict[str, Source]) -> None:
+    """Fills the summary that the user sees before the first step."""
+    config, rows, notes = run.config, run.summary.rows, run.summary.notes
+    accumulation, processes = config.gradient_accumulation_steps, run.accelerator.num_processes
+    rows["model"] = f"{config.pretrained_model_name_or_path} ({run.parts.family.label})"
+    pictures = f"{len(sources['instance'].samples)}"
+    if config.repeats > 1:
+        pictures += f" × {config.repeats} repeats = {run.plan.num_samples} an epoch"
+    if "class" in sources:
+        pictures += f", and {len(sources['class'].samples)} of the class"
+    rows["pictures"] = f"{pictures}, at {config.resolution}×{config.resolution}"
+    rows["batch"] = (
+        f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
+        f"= {run.plan.samples_per_step}"
+        + (", as many class pictures on top" if "class" in sources else "")
+    )
+    epochs = run.plan.num_steps * run.plan.samples_per_step / run.plan.num_samples
+    rows["steps"] = f"{run.plan.num_steps} ({epochs:.1f} epochs)"
+    parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
+    names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
+    rows["adapted"] = report.adapted(names, parameters)
+    rows["LoRA file"] = f"{report.mib(4 * sum(parameters.values()))} (float32), in two formats"
+    rows["objective"] = run.schedule.prediction_type + (
+        f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
+    )
+    device = run.accelerator.device
+    rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
+    fresh = sum(map(len, run.latents.uncached.values()))
+    if fresh:
+        notes.append(
+            f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
+            "(--center_crop caches them)"
+        )
+    if run.saved:
+        notes.append(f"goes on from {run.saved.path}")
+    for source in sources.values():
+        notes += source.notes
+    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
+    for caption, count in list(too_long(run.parts.tokenizer, captions).items())[:5]:
+        limit = run.parts.tokenizer.model_max_length
+        notes.append(f"caption of {count} tokens is cut at {limit}: {caption[:60]!r}…")
