@@ -1,0 +1,157 @@
+"""What ships under sample_data: sizes, reproducibility, and a base model that is what it says."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from sd_lora.data.sources import captioned_folder, prompted_folder
+from sd_lora.formats.verify import captured_complaints
+from sd_lora.models.load import Parts, load_parts
+
+ROOT = Path(__file__).parent.parent
+SAMPLE_DATA = ROOT / "sample_data"
+sys.path.insert(0, str(ROOT / "train_scripts"))
+
+
+@pytest.fixture(scope="module")
+def base() -> Parts:
+    return load_parts(str(SAMPLE_DATA / "tiny-sd"))
+
+
+def size_of(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
+
+
+def test_sizes() -> None:
+    """The model is at most 14 MB, everything else together at most 2 MB: a clone stays quick."""
+    model = size_of(SAMPLE_DATA / "tiny-sd")
+    assert model <= 14e6
+    assert size_of(SAMPLE_DATA) - model <= 2e6
+
+
+def test_pictures_are_what_the_script_draws() -> None:
+    """`draw_sample_data.py --check` redraws every picture and finds the same pixels."""
+    script = ROOT / "train_scripts" / "draw_sample_data.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "all the same\n")
+
+
+def test_sets_are_complete() -> None:
+    """8 pictures of the subject, 8 others for scoring, a class set, and 28 captioned pictures, a
+    few of them not square."""
+    for name, count in (("instance", 8), ("holdout", 8), ("class", 24)):
+        folder = SAMPLE_DATA / "dreambooth" / name
+        assert len(prompted_folder(str(folder), "x", name).samples) == count
+    bytes_of = lambda name: {p.read_bytes() for p in (SAMPLE_DATA / "dreambooth" / name).iterdir()}  # noqa: E731
+    assert not bytes_of("instance") & bytes_of("holdout")
+    source = captioned_folder(str(SAMPLE_DATA / "captioned"), "image", "text")
+    assert len(source.samples) == 28
+    assert source.notes == []
+    shapes = [s.picture().size for s in source.samples]
+    assert sum(width != height for width, height in shapes) >= 4
+
+
+def test_the_base_never_saw_the_subjects() -> None:
+    """Neither the mascot nor the snail is in the world that the base is trained on."""
+    import pictures
+
+    rng = random.Random(0)
+    things = {pictures.random_scene(rng).thing for _ in range(3000)}
+    assert things == set(pictures.THINGS)
+    assert not things & {"mascot", "snail"}
+
+
+def test_the_pipeline_loads_in_diffusers() -> None:
+    """from_pretrained loads the folder as it stands, without a warning about any weight."""
+    with captured_complaints() as complaints:
+        pipeline = StableDiffusionPipeline.from_pretrained(SAMPLE_DATA / "tiny-sd")
+    assert complaints == []
+    assert pipeline.unet.config.sample_size * 4 == 64
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert pipeline.scheduler.config.beta_schedule == "scaled_linear"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo of a big sks monster on the grass, on the left",
+        "a watercolor painting of an astronaut riding a horse, 8k!",
+        "Zürich at night: 100 % naïve, 日本",
+    ],
+)
+def test_any_text_tokenises(text: str, base: Parts) -> None:
+    """The small vocabulary covers any text: it comes back, lower-cased, from its tokens."""
+    ids = base.tokenizer(text).input_ids
+    assert 2 < len(ids) <= 77
+    back = base.tokenizer.decode(ids, skip_special_tokens=True)
+    assert back.replace(" ", "") == text.lower().replace(" ", "")
+
+
+@torch.no_grad()
+def test_the_vae_is_as_good_as_recorded(base: Parts) -> None:
+    """Pictures that no training saw come back from their latents with 28 dB at least, the mascot
+    with 25 dB; the latents have unit scale."""
+    import pictures
+
+    rng = random.Random(12345)
+    scenes = [pictures.random_scene(rng) for _ in range(32)]
+    mascots = [pictures.mascot(place) for place in pictures.BACKGROUNDS]
+    for group, least in ((scenes, 28.0), (mascots, 25.0)):
+        arrays = np.stack([np.asarray(pictures.draw(scene)) for scene in group])
+        x = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = base.vae.encode(x).latent_dist.mean
+        y = base.vae.decode(latents).sample.clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / (y - x).square().mean())
+        assert psnr > least
+        assert 0.8 < float(latents.std() * base.vae.config.scaling_factor) < 1.25
+
+
+def test_the_record_of_training() -> None:
+    """training.json says with what seed, steps and losses the base was trained, and its score."""
+    record = json.loads((SAMPLE_DATA / "tiny-sd" / "training.json").read_text())
+    assert record.keys() >= {"seed", "batch", "pictures", "versions", "vae", "unet", "score"}
+    assert record["vae"]["log"][-1]["psnr"] > 28
+    assert record["unet"]["log"][-1]["loss"] < record["unet"]["log"][0]["loss"]
+    judge = record["score"]["judge on unseen drawings"]
+    assert min(judge.values()) > 0.95
+
+
+def test_a_prompt_draws_what_it_asks_for(base: Parts) -> None:
+    """The base follows its prompts: where the colour of the background is asked for, the corners of
+    the picture have it (median over seeds, within 60 of 255 a channel)."""
+    import pictures
+
+    from sd_lora.training.sampling import sample
+
+    for place in ("white", "yellow", "blue", "pink"):
+        drawn = sample(
+            base,
+            [f"a photo of a red square on a {place} background"] * 4,
+            range(4),
+            resolution=64,
+            device=torch.device("cpu"),
+            steps=15,
+            guidance_scale=4.0,
+        )
+        corners = [np.asarray(p)[y, x] for p in drawn for y in (3, 60) for x in (3, 60)]
+        wanted = np.array(pictures.PALETTE[place])
+        assert np.abs(np.median(corners, axis=0) - wanted).max() < 60, place
+
+
+def test_a_sheet_of_pictures_opens(root: Path) -> None:
+    """The pictures in docs/ that the README shows are there and are pictures."""
+    shown = [
+        line for line in (root / "README.md").read_text().splitlines() if line.startswith("![")
+    ]
+    assert shown
+    for line in shown:
+        with Image.open(root / line.partition("(")[2].rstrip(")")) as picture:
+            assert picture.width > 400
