@@ -1,5 +1,5 @@
 # make demo | test | check | fix | clean. Each makes .venv by itself.
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
@@ -11,6 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 # torch by itself first: CPU machines take the pinned build, and nothing later may replace it
 $(VENV)/.ready: pyproject.toml constraints.txt
+	@echo "making $(VENV), once: PyTorch and the libraries take a few minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch

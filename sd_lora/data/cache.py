@@ -74,7 +74,7 @@ class Latents:
         self, kind: str, samples: list[Sample], batch: list[tuple[int, bool, Tensor]]
     ) -> None:
         means, stds = self._encode(torch.stack([pixels for _, _, pixels in batch]))
-        for (index, flip, _), mean, std in zip(batch, means.cpu(), stds.cpu(), strict=True):
+        for (index, flip, _), mean, std in zip(batch, means, stds, strict=True):
             if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
                 raise RunError(f"the VAE gave NaN or infinite latents for {samples[index].name}")
             self._table[kind, index, flip] = (mean, std)
@@ -82,7 +82,7 @@ class Latents:
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         distribution = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return distribution.mean.float(), distribution.std.float()
+        return distribution.mean.float().cpu(), distribution.std.float().cpu()
 
     @property
     def needs_vae(self) -> bool:
@@ -93,18 +93,13 @@ class Latents:
         """Returns scaled latents x₀ (B, C, H, W) on the device, sampled anew for each slot."""
         fresh = [p for p in pixels if p is not None]
         encoded = iter(zip(*self._encode(torch.stack(fresh)), strict=True)) if fresh else iter(())
-        means, stds = [], []
-        for slot, p in zip(slots, pixels, strict=True):
-            mean, std = (
-                self._table[slot.kind, slot.index, slot.flip] if p is None else next(encoded)
-            )
-            means.append(mean.to(self.device))
-            stds.append(std.to(self.device))
-        noise = torch.stack(
-            [
-                torch.randn(means[0].shape, generator=generator_for(*s.address, "latent"))
-                for s in slots
-            ]
-        ).to(self.device)
-        x0 = torch.stack(means) + torch.stack(stds) * noise
-        return (x0 - self.shift) * self.scaling
+        pairs = [
+            self._table[slot.kind, slot.index, slot.flip] if p is None else next(encoded)
+            for slot, p in zip(slots, pixels, strict=True)
+        ]
+        mean = torch.stack([mean for mean, _ in pairs])
+        std = torch.stack([std for _, std in pairs])
+        generators = [generator_for(*slot.address, "latent") for slot in slots]
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        x0 = (mean + std * noise - self.shift) * self.scaling
+        return x0.to(self.device)  # one copy a batch

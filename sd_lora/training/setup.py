@@ -342,6 +342,14 @@ def prepare(config: TrainConfig) -> Run:
     return run
 
 
+CHECKPOINTING = (
+    "enable_gradient_checkpointing",
+    "activation_checkpointing_enable",
+    "gradient_checkpointing_enable",
+)
+"""What switches it on: diffusers, transformers, transformers before it renamed it."""
+
+
 def _prepare_models(
     config: TrainConfig, accelerator: Accelerator, models: dict[str, nn.Module]
 ) -> dict[str, nn.Module]:
@@ -355,8 +363,7 @@ def _prepare_models(
         model.train()
     if config.gradient_checkpointing:
         for model in models.values():
-            enable = getattr(model, "enable_gradient_checkpointing", None)
-            (enable or model.gradient_checkpointing_enable)()  # type: ignore[operator]
+            getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
     return {name: accelerator.prepare_model(model) for name, model in models.items()}
 
 
