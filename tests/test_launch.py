@@ -81,7 +81,7 @@ def assert_loads_as_trained(root: Path, folder: Path) -> int:
             root / "sample_data/tiny-sd", torch_dtype=torch.float32
         )
         pipeline.load_lora_weights(path)
-        count, worst, wrong = verify.compare(adapter, verify.loaded_deltas(pipeline))
+        count, worst, wrong = verify.compare(adapter, verify.loaded_adapter(pipeline))
         assert wrong == []
         assert worst < 1e-5
     return count

@@ -65,7 +65,7 @@ def test_both_files_load_exactly_in_diffusers(
         with verify.captured_complaints() as complaints:
             pipeline.load_lora_weights(path)
         assert complaints == []
-        count, worst, wrong = verify.compare(adapter, verify.loaded_deltas(pipeline))
+        count, worst, wrong = verify.compare(adapter, verify.loaded_adapter(pipeline))
         assert wrong == []
         assert count == sum(len(m) for m in adapter.values()) > 140
         assert worst < 1e-6

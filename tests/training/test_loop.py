@@ -114,7 +114,7 @@ def test_the_files_are_what_was_trained(
             tiny_sd1, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
         pipeline.load_lora_weights(path)
-        count, worst, wrong = verify.compare(trained, verify.loaded_deltas(pipeline))
+        count, worst, wrong = verify.compare(trained, verify.loaded_adapter(pipeline))
         assert (count, wrong) == (112, [])
         assert worst < 1e-5
     assert [row["step"] for row in log(tmp_path / "mine")] == [1, 2, 3, 4, 5, 6]
