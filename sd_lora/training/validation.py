@@ -3,10 +3,10 @@
 Pictures are compared patch by patch in the latents of the base's own VAE: every Stable Diffusion
 model brings its measure, nothing is downloaded, and the same pictures give the same number. What
 is particular to the subject are the patches of its held-out pictures that are far from everything
-the base draws (novelty as the distance to the nearest patch of a memory bank: Roth et al. 2022,
-"Towards Total Recall in Industrial Anomaly Detection", section 3); backgrounds, which the base
-knows, do not count. The score asks how near a LoRA's pictures come to those patches, wherever in
-the picture they are.
+the base draws and near to the subject's other pictures (novelty as the distance to the nearest
+patch of a memory bank: Roth et al. 2022, "Towards Total Recall in Industrial Anomaly Detection",
+section 3); backgrounds, known or not, do not count. The score asks how near a LoRA's pictures come
+to those patches, wherever in the picture they are.
 """
 
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from sd_lora.models.load import Parts
 
 GRID, PATCH = 16, 2
 """A picture's latents are pooled to GRID × GRID; a patch is PATCH × PATCH of them, an eighth of a
-side. Measured on drawn subjects: 1 sees colours alone, 3 little more than 2."""
+side. Measured on drawn subjects: 1 sees colours alone, 3 no more than 2."""
 
 DISTINCTIVE = 0.2
-"""The share of a held-out picture's patches that counts: the farthest from what the base draws."""
+"""The share of a held-out picture's patches that counts."""
 
 
 @torch.no_grad()
@@ -48,10 +48,14 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
     return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
 
 
-def distinctive(picture: Tensor, known: Tensor) -> Tensor:
-    """Returns the patches of a picture (P, D) that are farthest from all `known` ones (Q, D)."""
-    novelty = nearest(picture, known)
-    return picture[novelty.argsort(descending=True)[: max(1, round(DISTINCTIVE * len(picture)))]]
+def distinctive(picture: Tensor, others: Tensor, known: Tensor) -> Tensor:
+    """Returns the patches of a picture (P, D) that are particular to its subject.
+
+    Those for which the nearest of the `known` patches (Q, D), which are not the subject's, is
+    farther than the nearest one in the subject's `others` (R, D) by most.
+    """
+    contrast = nearest(picture, known) - nearest(picture, others)
+    return picture[contrast.argsort(descending=True)[: max(1, round(DISTINCTIVE * len(picture)))]]
 
 
 def distance(particular: Sequence[Tensor], drawn: Tensor, *, same: bool = False) -> float:
@@ -134,14 +138,19 @@ def score(
     Args:
         base: the base model; its VAE is used.
         before, after: pictures of the base and of the LoRA.
-        held_out: real pictures of the subject that training never saw, of the same size.
+        held_out: two or more real pictures of the subject that training never saw, of the same
+            size, on different backgrounds.
         device: where to compute.
     """
     known = patches(base, [*before.subject, *before.of_class, *before.unrelated], device)
     real, drawn_before, drawn_after = (
         patches(base, p, device) for p in (held_out, before.subject, after.subject)
     )
-    particular = [distinctive(picture, known.flatten(0, 1)) for picture in real]
+    others = [torch.cat([r for j, r in enumerate(real) if j != i]) for i in range(len(real))]
+    particular = [
+        distinctive(picture, rest, known.flatten(0, 1))
+        for picture, rest in zip(real, others, strict=True)
+    ]
     return Score(
         before=distance(particular, drawn_before),
         after=distance(particular, drawn_after),
