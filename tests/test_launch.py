@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sd_lora.formats import verify
+from sd_lora.formats import diffusers, verify
 from sd_lora.formats.canonical import Adapter, Factors, canonical_name
 
 pytestmark = pytest.mark.launch
@@ -53,6 +54,12 @@ DREAMBOOTH = (
     "--class_prompt",
     "a photo of a monster",
 ]
+
+
+def first_batches(text: str) -> tuple[float, float]:
+    """The loss of the first steps' batches and noise, then and now, from a run's last words."""
+    then, now = re.search(r"noise: ([\d.]+) then, ([\d.]+) now", text).groups()
+    return float(then), float(now)
 
 
 def losses(folder: Path) -> list[float]:
@@ -97,9 +104,9 @@ def test_accelerate_launch_text_to_image(root: Path, tmp_path: Path) -> None:
         "--checkpointing_steps", "60", "--output_dir", str(out),
     )  # fmt: skip
     assert "verified" in text
-    values = losses(out)
-    assert len(values) == 60
-    assert sum(values[-20:]) < 0.9 * sum(values[:20])
+    assert len(losses(out)) == 60
+    then, now = first_batches(text)
+    assert now < 0.95 * then
     assert assert_loads_as_trained(root, out) > 50
     assert (out / "before_after.png").is_file()
 
@@ -107,13 +114,13 @@ def test_accelerate_launch_text_to_image(root: Path, tmp_path: Path) -> None:
 def test_accelerate_launch_dreambooth(root: Path, tmp_path: Path) -> None:
     """The DreamBooth twin, with prior preservation and text encoder."""
     out = tmp_path / "db"
-    run(
+    text = run(
         root, "accelerate", "launch", "train_scripts/train_dreambooth_lora.py", *DREAMBOOTH,
         "--train_batch_size", "4", "--max_train_steps", "60", "--mixed_precision", "bf16",
         "--checkpointing_steps", "60", "--output_dir", str(out),
     )  # fmt: skip
-    values = losses(out)
-    assert sum(values[-20:]) < 0.9 * sum(values[:20])
+    then, now = first_batches(text)
+    assert now < 0.95 * then
     assert assert_loads_as_trained(root, out) > 68
 
 
@@ -131,7 +138,9 @@ def test_two_processes_share_the_class_pictures(root: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
 def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> None:
-    """Two processes with half the batch each end within 1e-4 of one process, text encoder too."""
+    """Two processes with half the batch each end within 1e-4 of one process, text encoder too: in
+    every ΔW and in the losses. (A factor's entry whose gradient is rounding noise may differ more:
+    AdamW's first steps are the sign of the gradient times the rate.)"""
     flags = TEXT_TO_IMAGE if mode == "text_to_image" else DREAMBOOTH
     script = f"train_scripts/train_{mode}_lora.py"
     common = [*flags, "--max_train_steps", "10", "--num_validation_images", "0"]
@@ -141,9 +150,12 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
         root, "torchrun", "--nproc_per_node", "2", script, *common,
         "--train_batch_size", "2", "--output_dir", str(two),
     )  # fmt: skip
-    a, b = (load_file(f / "pytorch_lora_weights.safetensors") for f in (one, two))
+    a, b = (diffusers.read(load_file(f / diffusers.FILE_NAME)) for f in (one, two))
     assert a.keys() == b.keys()
-    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-4
+    for component, modules in a.items():
+        assert modules.keys() == b[component].keys()
+        for name, factors in modules.items():
+            assert (factors.delta() - b[component][name].delta()).abs().max() < 1e-4, name
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
 
 

@@ -105,11 +105,15 @@ class Stream(Dataset):
 
     def __getitem__(self, micro_batch: int) -> Batch | RunError:
         """Returns a micro-batch; an error as a value: a worker would raise it as a traceback."""
-        slots = self.slots(micro_batch)
         try:
-            return slots, [self._pixels(slot) for slot in slots]
+            return self.batch(micro_batch)
         except RunError as error:
             return error
+
+    def batch(self, micro_batch: int) -> Batch:
+        """Returns a micro-batch; raises RunError for a picture that cannot be read."""
+        slots = self.slots(micro_batch)
+        return slots, [self._pixels(slot) for slot in slots]
 
     def _pixels(self, slot: Slot) -> Tensor | None:
         if slot.index not in self.uncached[slot.kind]:

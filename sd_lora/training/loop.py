@@ -34,18 +34,25 @@ from sd_lora.training.setup import Run, prepare, weight_dtype
 LOG_EVERY = 10
 """Steps between reads of the loss: each one waits for the device."""
 
+REPLAYED = 20
+"""How many of the first steps are asked once more at the end."""
+
 
 @dataclass(frozen=True)
 class Result:
     """What a run leaves.
 
     files: the verified exports. losses: of every step of this run, averaged over processes.
+    first_losses, replayed: mean loss of the run's first steps as they were, and of the very same
+        batches and noise by the trained model: what was learned, without the luck of the draw.
     before_after: the sample grid, None if no sample pictures were asked for.
     """
 
     output_dir: Path
     files: list[Verified]
     losses: list[float]
+    first_losses: float
+    replayed: float
     before_after: Path | None
     seconds: float
 
@@ -83,13 +90,16 @@ class History:
             lines.append(json.dumps(row))
             self.losses.append(loss)
         if run.main:
-            path = run.output_dir / "training_log.jsonl"
             try:
-                with open(path, "a", encoding="utf-8") as file:
+                with open(_log(run), "a", encoding="utf-8") as file:
                     file.write("\n".join(lines) + "\n")
             except OSError as error:
-                raise RunError(f"{path} could not be written: {error.strerror}") from None
+                raise RunError(f"{_log(run)} could not be written: {error.strerror}") from None
         return sum(self.losses[-len(lines) :]) / len(lines)
+
+
+def _log(run: Run) -> Path:
+    return run.output_dir / "training_log.jsonl"
 
 
 def batch_loss(run: Run, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
@@ -244,6 +254,27 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
     return step
 
 
+@torch.no_grad()
+def replay(run: Run) -> tuple[float, float]:
+    """Returns the mean loss of the first steps as logged, and of the same batches and noise now.
+
+    Single losses say little: they differ tenfold by timestep. Randomness being a function of the
+    position, the first steps can be asked once more. "Then" is NaN on other processes than the
+    main one, and where a resumed run's log is gone.
+    """
+    steps = min(REPLAYED, run.plan.num_steps)
+    then = []
+    if run.main:
+        rows = [json.loads(line) for line in _log(run).read_text(encoding="utf-8").splitlines()]
+        then = [row["loss"] for row in rows if row["step"] <= steps]
+    for model in run.models.values():
+        model.eval()
+    micro_batches = range(steps * run.config.gradient_accumulation_steps)
+    losses = [batch_loss(run, *run.stream.batch(micro)) for micro in micro_batches]
+    now = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    return (sum(then) / steps if len(then) == steps else math.nan), float(now)
+
+
 def export(run: Run) -> list[Verified]:
     """Writes both LoRA files and verifies each by loading it into a fresh pipeline."""
     name = run.output_dir.resolve().name
@@ -288,12 +319,16 @@ def train(config: TrainConfig) -> Result:
                 f"of {run.plan.num_steps}; go on with the same command and "
                 "--resume_from_checkpoint latest"
             )
+        first_losses, replayed = replay(run)
         files, before_after = _finish(run, before) if run.main else ([], None)
         seconds = time.monotonic() - started
+        result = Result(
+            run.output_dir, files, history.losses, first_losses, replayed, before_after, seconds
+        )
         if run.main:
-            _say_result(run, history, files, before_after, seconds)
+            _say_result(run, result)
         run.accelerator.end_training()  # the others do not wait for the main process's exports
-        return Result(run.output_dir, files, history.losses, before_after, seconds)
+        return result
     finally:
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -304,7 +339,7 @@ def _open_output(run: Run) -> None:
     if run.main:
         text = dataclasses.replace(run.config, seed=run.plan.seed).to_json()
         write_whole(run.output_dir / "config.json", text.encode())
-        log = run.output_dir / "training_log.jsonl"
+        log = _log(run)
         rows = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
         kept = [row + "\n" for row in rows if json.loads(row)["step"] <= run.first_step]
         write_whole(log, "".join(kept).encode())
@@ -322,15 +357,18 @@ def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], Path |
     return files, path
 
 
-def _say_result(
-    run: Run, history: History, files: list[Verified], before_after: Path | None, seconds: float
-) -> None:
-    report.say(f"done in {report.duration(seconds)}; loss {report.loss_trend(history.losses)}")
-    report.say(report.verified(files))
+def _say_result(run: Run, result: Result) -> None:
+    steps = min(REPLAYED, run.plan.num_steps)
+    then = "" if math.isnan(result.first_losses) else f"{result.first_losses:.4f} then, "
+    report.say(
+        f"done in {report.duration(result.seconds)}; loss of the first {steps} steps' batches and "
+        f"noise: {then}{result.replayed:.4f} now"
+    )
+    report.say(report.verified(result.files))
     base = str(run.config.pretrained_model_name_or_path)
-    report.say(report.how_to_use(base, run.output_dir, files[1].path))
-    if before_after:
-        report.say(f"  look at {before_after}")
+    report.say(report.how_to_use(base, run.output_dir, result.files[1].path))
+    if result.before_after:
+        report.say(f"  look at {result.before_after}")
 
 
 def _plain(config: TrainConfig) -> dict[str, Any]:

@@ -69,13 +69,6 @@ def adapted(names: Mapping[str, Sequence[str]], parameters: Mapping[str, int]) -
     )
 
 
-def loss_trend(losses: Sequence[float]) -> str:
-    """Returns the mean loss of the first and of the last tenth of the steps."""
-    n = max(1, len(losses) // 10)
-    first, last = sum(losses[:n]) / n, sum(losses[-n:]) / n
-    return f"{first:.4f} → {last:.4f} (mean of the first and last {n} steps)"
-
-
 def verified(files: Sequence[Verified]) -> str:
     return "\n".join(
         f"  {f.path}  {mib(f.path.stat().st_size)}, verified: {f.modules} modules load as trained "

@@ -208,7 +208,7 @@ def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -
         targets="all", rank=8,
     )  # fmt: skip
     run = prepare(config)
-    batches = [run.stream[i] for i in range(8)]
+    batches = [run.stream.batch(i) for i in range(8)]
 
     @torch.no_grad()
     def fixed() -> float:
@@ -217,6 +217,21 @@ def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -
     before = fixed()
     optimise(run)
     assert fixed() < 0.9 * before
+
+
+def test_the_first_batches_are_replayed(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """The loss that is reported compares like with like: the first steps' own batches and noise,
+    then and now; with a rate of nothing it is the same number."""
+    options = {"max_train_steps": 25, "gradient_accumulation_steps": 2}
+    still = text_to_image(tiny_sd1, data, tmp_path / "a", learning_rate=1e-12, **options)
+    result = sd_lora.train(still)
+    assert result.replayed == pytest.approx(result.first_losses, rel=1e-6)
+    assert result.first_losses == pytest.approx(sum(result.losses[:20]) / 20)
+    moving = text_to_image(
+        tiny_sd1, data, tmp_path / "b", learning_rate=3e-3, targets="all", rank=8, **options
+    )
+    result = sd_lora.train(moving)
+    assert result.replayed < 0.99 * result.first_losses
 
 
 def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
@@ -231,7 +246,7 @@ def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path:
     run = prepare(config)
     first = {p.name: p.read_bytes() for p in classes.iterdir()}
     assert len(first) == 3
-    slots, pixels = run.stream[0]
+    slots, pixels = run.stream.batch(0)
     assert [s.kind for s in slots] == ["instance"] * 2 + ["class"] * 2
     assert [s.caption for s in slots] == ["a photo of sks thing"] * 2 + ["a photo of a thing"] * 2
     with torch.no_grad():

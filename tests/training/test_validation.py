@@ -91,7 +91,7 @@ def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
         return score(base, before, Pictures(after, monsters, things), real, CPU).learned
 
     assert learned(instance) > 0.9
-    assert learned(orange) < 0.25
+    assert learned(orange) < 0.35
     assert learned(monsters) == 0
 
 
