@@ -129,18 +129,11 @@ class Run:
         self.saved.load_factors(self.models)
         self.optimizer.load_state_dict(self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
-        if self.lr_scheduler.base_lrs != rates:
-            factors = [
-                group["lr"] / base if base else 0.0
-                for group, base in zip(
-                    self.optimizer.param_groups, self.lr_scheduler.base_lrs, strict=True
-                )
-            ]
-            self.lr_scheduler.base_lrs = rates
-            for group, rate, factor in zip(
-                self.optimizer.param_groups, rates, factors, strict=True
-            ):
-                group["initial_lr"], group["lr"] = rate, rate * factor
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if group["initial_lr"] != rate:
+                group["lr"] *= rate / group["initial_lr"]
+                group["initial_lr"] = rate
+        self.lr_scheduler.base_lrs = rates
         if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
             self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
 
@@ -205,11 +198,11 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
             mixed_precision=config.mixed_precision,
             log_with=log_with,
             project_config=project,
-            # the base and its inputs have one dtype already and the factors are cast once a layer;
-            # autocast would cast everything again (shared by no peer: 12 to 20 % of a step)
-            # the others wait while the main process draws samples: minutes, on a slow device hours
             kwargs_handlers=[
+                # base and inputs have one dtype already, and a layer casts its factors itself;
+                # autocast would look at every operand of every operator once more
                 AutocastKwargs(enabled=False),
+                # processes wait while the main one draws samples: on a slow device, for hours
                 InitProcessGroupKwargs(timeout=timedelta(hours=6)),
             ],
         )
