@@ -270,7 +270,8 @@ def replay(run: Run) -> tuple[float, float]:
     for model in run.models.values():
         model.eval()
     micro_batches = range(steps * run.config.gradient_accumulation_steps)
-    losses = [batch_loss(run, *run.stream.batch(micro)) for micro in micro_batches]
+    alone = dataclasses.replace(run, prepared=run.models)  # no gradients, so nothing to exchange
+    losses = [batch_loss(alone, *run.stream.batch(micro)) for micro in micro_batches]
     now = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
     return (sum(then) / steps if len(then) == steps else math.nan), float(now)
 
@@ -312,14 +313,16 @@ def train(config: TrainConfig) -> Result:
         history = History()
         with stop_requests() as requests:
             step = _optimise(run, history, requests)
-        if step < run.plan.num_steps:
+        whole = step == run.plan.num_steps
+        first_losses, replayed = replay(run) if whole else (math.nan, math.nan)
+        _part_company(run)
+        if not whole:
             run.accelerator.end_training()
             raise RunError(
                 f"interrupted by {requests[0] if requests else 'another process'} at step {step} "
                 f"of {run.plan.num_steps}; go on with the same command and "
                 "--resume_from_checkpoint latest"
             )
-        first_losses, replayed = replay(run)
         files, before_after = _finish(run, before) if run.main else ([], None)
         seconds = time.monotonic() - started
         result = Result(
@@ -327,11 +330,22 @@ def train(config: TrainConfig) -> Result:
         )
         if run.main:
             _say_result(run, result)
-        run.accelerator.end_training()  # the others do not wait for the main process's exports
+        run.accelerator.end_training()
         return result
     finally:
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _part_company(run: Run) -> None:
+    """Ends what the processes do together; the others do not wait for the main one's exports.
+
+    DistributedDataParallel goes first, while all are there: dropped after its process group, the
+    group's destructor waits for a thread that waits for the interpreter (torch 2.13, gloo).
+    """
+    run.prepared.clear()
+    run.accelerator.free_memory()
+    run.accelerator.wait_for_everyone()
 
 
 def _open_output(run: Run) -> None:

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import (
     AutocastKwargs,
+    DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -202,12 +203,27 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
                 # base and inputs have one dtype already, and a layer casts its factors itself;
                 # autocast would look at every operand of every operator once more
                 AutocastKwargs(enabled=False),
+                # all buffers are constants
+                DistributedDataParallelKwargs(broadcast_buffers=False),
                 # processes wait while the main one draws samples: on a slow device, for hours
                 InitProcessGroupKwargs(timeout=timedelta(hours=6)),
             ],
         )
     except ValueError as error:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
+
+
+def _check_processes(accelerator: Accelerator) -> None:
+    """Raises UsageError if a launcher started several processes and Accelerate joined none.
+
+    It does so for torchrun on a CPU, without a word: each would train by itself, into one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UsageError(
+            f"{started} processes were started, and accelerate sees {accelerator.num_processes}: "
+            "on a CPU, set ACCELERATE_USE_CPU=true"
+        )
 
 
 def _agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
@@ -285,6 +301,7 @@ def prepare(config: TrainConfig) -> Run:
         path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
     summary = report.Summary()
     accelerator = build_accelerator(config, summary)
+    _check_processes(accelerator)
     seed = _agreed_seed(config, path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     sources = {"instance": find_samples(config, seed)}
