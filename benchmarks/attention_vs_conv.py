@@ -40,7 +40,7 @@ def main() -> None:
     for targets in TARGETS:
         with tempfile.TemporaryDirectory() as folder:
             # the UNet alone, so that the difference is that of the targets
-            changes = {"targets": targets, "train_text_encoder": False}
+            changes = {"targets": targets, "train_text_encoder": False, "text_encoder_lr": None}
             if args.steps:
                 changes["max_train_steps"] = args.steps
             config = demo_config(sample_data, folder, **changes)
