@@ -111,7 +111,8 @@ class Score:
     def text(self) -> str:
         return (
             f"  subject: {self.learned:.0%} of the way from the base's pictures to real ones "
-            f"(distance {self.before:.2f} → {self.after:.2f}; real to real {self.held_out:.2f})\n"
+            f"(distance {self.before:.2f} → {self.after:.2f}, a margin of {self.margin:.2f}; "
+            f"real to real {self.held_out:.2f})\n"
             f"  drift: class {self.class_drift:.3f}, unrelated prompts {self.unrelated_drift:.3f} "
             "(mean change of a pixel, 0 to 1)"
         )
