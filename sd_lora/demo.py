@@ -133,8 +133,8 @@ def main(argv: Sequence[str]) -> None:
     write_whole(folder / "score.json", (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())
     print(
-        f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: the "
-        "subject is there after, and not before;\nthe other prompts still look right.\n\n"
+        f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
+        "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"
         "next, on your own pictures (any Stable Diffusion 1.x or 2.x in diffusers layout):\n"
         "  python train_scripts/train_dreambooth_lora.py --pretrained_model_name_or_path MODEL \\\n"
         "    --instance_data_dir FOLDER --instance_prompt 'a photo of sks dog' \\\n"
