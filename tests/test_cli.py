@@ -60,11 +60,12 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 )
 def test_bad_input_is_told_without_a_traceback(
     more: list[str], code: int, message: str, tiny_sd1: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each mistake ends with its exit code and one message, and writes nothing."""
     data = pictures(tmp_path / "data", 2)
     output = tmp_path / "out"
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
     assert main(arguments(tiny_sd1, data, output, *more)) == code
     err = capsys.readouterr().err
     assert message in err

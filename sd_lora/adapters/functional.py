@@ -21,7 +21,9 @@ class _LowRankLinear(torch.autograd.Function):
         h = torch.addmm(x2.new_empty(1), x2, A.t(), beta=0, alpha=s)  # (N, r), scaled
         y = F.linear(x, W, bias)
         y.view(-1, y.shape[-1]).addmm_(h, B.t())
-        ctx.save_for_backward(x2, W, A, B, h)
+        # the input is kept for A's gradient alone: LoRA-FA, with a frozen A, needs none of it
+        keep = x2 if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
+        ctx.save_for_backward(keep, W, A, B, h)  # type: ignore[arg-type]
         ctx.s, ctx.x_shape = s, x.shape  # type: ignore[attr-defined]
         return y
 

@@ -1,125 +1,221 @@
-"""Adapted layers: a low-rank update around an untouched frozen layer.
+"""Adapted layers: an update around an untouched frozen layer, one class per kind of layer.
 
-h = W₀x + (α/r)·B(Ax), Hu et al. 2021, equation 3. A convolution's A is the k×k kernel, its B the
-1×1 one, as in LoCon and peft, so that ΔW = (α/r)·B·A reshapes to the kernel of the base.
+h = W₀x + (α/r)·B(Ax), Hu et al. 2021, equation 3, where the update has that form and is added;
+else the layer computes with W' = `Delta.compose(W₀)`, exactly the weight that `merge` puts in.
 """
 
-import math
-from typing import Any
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.functional import lowrank_linear, pointwise
-
-INITS = ("kaiming", "gaussian")
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer `base` plus a trained update; subclasses say what the update is.
+    """A frozen layer `base` plus a trained update of one or more of its parameters.
 
-    The base is wrapped, never changed: `eject` gives back the identical object. Attributes that
-    the wrapper lacks (`weight`, `in_channels`, …) are the base's, for model code that asks.
+    The base is wrapped, never changed: `eject` gives back the identical object. An adapted
+    parameter that model code asks for (`layer.weight`) is the effective one, W'; every other
+    attribute that the wrapper lacks (`in_channels`, `bias`, …) is the base's. This class itself
+    works for any module and computes with W'; its subclasses know cheaper ways.
+
+    Args:
+        base: the layer to adapt.
+        deltas: parameter path in the base ("weight", "bias", "out_proj.weight") → its update.
+        dropout: probability of zeroing an input element of the update in training.
+        neuron_dropout: probability of zeroing an element of h = A x in training.
+        module_dropout: probability of leaving out the whole update in training.
+
+    Each dropout divides what it keeps by 1 − p, so the update's mean in training is the update.
+
+    Raises:
+        ValueError: what this kind of layer cannot do exactly, with the reason.
     """
 
     base: Any
+    _added: Any  # the weight's update, if nothing else but a bias's is there and its rule is add
+    paths: ClassVar[tuple[str, ...]] = ("weight",)
+    """The parameters that a target of this kind adapts, those of them that the base has."""
+    transposed: ClassVar[bool] = False
+    """Whether the weight is (in, out): ΔW is transposed into it."""
+    takes_input_dropout: ClassVar[bool] = False
 
-    def __init__(self, base: Any) -> None:
+    def __init__(
+        self,
+        base: Any,
+        deltas: Mapping[str, Delta],
+        dropout: float = 0.0,
+        neuron_dropout: float = 0.0,
+        module_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.base = base.requires_grad_(False)
-        self._unmerged: Tensor | None = None  # the base's own weight while merged
+        self.base = base
+        self.deltas = nn.ModuleDict({path.replace(".", "/"): d for path, d in deltas.items()})
+        weight = deltas.get("weight")
+        added = weight is not None and weight.magnitude is None and {*deltas} <= {"weight", "bias"}
+        # past nn.Module's lookups, which took a fifth of a small layer's time in the hot path
+        self.__dict__["_added"] = weight if added else None
+        self._scales = bool(weight and {*deltas} <= {"weight", "bias"} and self._can_scale(weight))
+        self._has_bias = "bias" in deltas
+        self.dropout, self.neuron_dropout = dropout, neuron_dropout
+        self.module_dropout, self.strength = module_dropout, 1.0
+        self._unmerged: dict[str, nn.Parameter] = {}  # the base's own parameters while merged
+        if dropout and not self.takes_input_dropout:
+            raise ValueError(f"dropout of the input means nothing for a {type(base).__name__}")
+        factors = self._cheap()
+        if neuron_dropout and factors is None:
+            raise ValueError("neuron_dropout drops elements of A x: it is for lora with rule add")
+        if neuron_dropout and factors is not None and len(factors[0]) != self.delta.rank:
+            raise ValueError("neuron_dropout would drop elements of A x and not those of its start")
 
-    def delta_weight(self) -> Tensor:
-        """Returns ΔW in the base weight's shape, at least in float32."""
-        raise NotImplementedError
+    @classmethod
+    def check(cls, base: Any) -> None:
+        """Raises ValueError with the reason why this layer cannot be adapted exactly."""
+
+    @classmethod
+    def start(cls, base: Any, delta: Delta) -> None:
+        """Makes a fresh update of the weight fit for this layer."""
+
+    @classmethod
+    def adaptable(cls, base: Any) -> list[str]:
+        """Returns the paths of the base's parameters that a target adapts."""
+        own = dict(base.named_parameters())
+        return [path for path in cls.paths if path in own]
+
+    @classmethod
+    def weight_of(cls, base: Any, path: str) -> Tensor:
+        """Returns a frozen parameter in the layout of its update, (out, in/groups, k…)."""
+        W = base.get_parameter(path).detach()
+        return W.T if cls.transposed and W.dim() == 2 else W
+
+    @property
+    def delta(self) -> Delta:
+        """The update of the layer's weight."""
+        return self.deltas["weight"]  # type: ignore[return-value]
 
     @property
     def is_merged(self) -> bool:
-        return self._unmerged is not None
+        # a compiled model is guarded by a dictionary's length, and not by its truth (torch 2.13)
+        return len(self._unmerged) > 0
+
+    def updates(self) -> dict[str, Delta]:
+        """Returns parameter path → update."""
+        return {key.replace("/", "."): delta for key, delta in self.deltas.items()}  # type: ignore[misc]
+
+    def effective(self, path: str = "weight", strength: float | None = None) -> Tensor:
+        """Returns W' in the base parameter's layout, at least in float32."""
+        delta: Any = self.deltas[path.replace(".", "/")]
+        strength = self.strength if strength is None else strength
+        W = delta.compose(self.weight_of(self.base, path), strength)
+        return W.T if self.transposed and W.dim() == 2 else W
+
+    def delta_weight(self, path: str = "weight", strength: float | None = None) -> Tensor:
+        """Returns what merging adds to a parameter, in its layout, at least in float32."""
+        delta: Any = self.deltas[path.replace(".", "/")]
+        strength = self.strength if strength is None else strength
+        if delta.magnitude is None:
+            change = delta.weight() if strength == 1 else strength * delta.weight()
+        else:
+            W = self.weight_of(self.base, path)
+            change = delta.compose(W, strength) - W
+        return change.T if self.transposed and change.dim() == 2 else change
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Puts W + ΔW in the base's place, keeping W itself. Merging twice is one merge."""
+        """Puts W' in the base's place, keeping W itself. Merging twice is one merge.
+
+        The parameter object is exchanged, not its data: a weight that another layer shares (tied
+        embeddings) stays what it is there.
+        """
         if self.is_merged:
             return
-        weight = self.base.weight
-        delta = self.delta_weight()
-        merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
-        self._unmerged, weight.data = weight.data, merged
+        merged = {path: self.effective(path) for path in self.updates()}
+        for path, W in merged.items():
+            own = self.base.get_parameter(path)
+            self._unmerged[path] = own
+            self._put(path, nn.Parameter(W.to(own.dtype).contiguous(), requires_grad=False))
 
     def unmerge(self) -> None:
-        """Restores the base's weight, bit for bit: it is the tensor that was kept."""
-        if self._unmerged is not None:
-            self.base.weight.data = self._unmerged.to(self.base.weight.device)
-            self._unmerged = None
+        """Restores the base's parameters, bit for bit: they are the ones that were kept."""
+        for path, own in self._unmerged.items():
+            now = self.base.get_parameter(path)
+            if own.device != now.device or own.dtype != now.dtype:  # moved while merged
+                own.data = own.data.to(now.device, now.dtype)
+            self._put(path, own)
+        self._unmerged = {}
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_merged:  # torch's load_state_dict would load W into W'
+            raise RuntimeError("a merged layer cannot load a state: unmerge the model before that")
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _put(self, path: str, parameter: nn.Parameter) -> None:
+        module, _, name = path.rpartition(".")
+        setattr(self.base.get_submodule(module), name, parameter)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_merged:
+            return self.base(*args, **kwargs)
+        strength = self.strength
+        if self.module_dropout and self.training:
+            # the CPU's generator: the branch must not wait for a GPU
+            if torch.rand(()) < self.module_dropout:
+                strength = 0.0
+            else:
+                strength = strength / (1 - self.module_dropout)
+        deltas: Any = [d for d in self.deltas.values() if d.rank_dropout] if self.training else []
+        for delta in deltas:
+            delta.dropping = True
+        try:
+            return self._forward(strength, *args, **kwargs)
+        finally:
+            for delta in deltas:
+                delta.dropping = False
+
+    def _forward(self, strength: float, *args: Any, **kwargs: Any) -> Any:
+        """The layer with W + strength·(W' − W)."""
+        changed = {}
+        for path in self.updates():
+            changed[path] = self.effective(path, strength).to(self.base.get_parameter(path).dtype)
+        return torch.func.functional_call(self.base, changed, args, kwargs)
+
+    def _cheap(self) -> tuple[Tensor, Tensor] | None:
+        """Returns A and B if the update is B·A, added, and nothing else but a bias is updated."""
+        return None if self._added is None else self._added.low_rank()
+
+    @staticmethod
+    def _can_scale(delta: Delta) -> bool:
+        """Whether W' x is W x + ΔW x, scaled output by output: DoRA of B·A."""
+        m = delta.magnitude
+        return m is not None and m.shape[0] == delta.shape[0] and delta.low_rank() is not None
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def _drop_neurons(self, h: Tensor) -> Tensor:
+        return F.dropout(h, self.neuron_dropout, self.training) if self.neuron_dropout else h
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base" or name.startswith("__"):  # half-built, as in copy and pickle
+            if name in ("base", "deltas") or name.startswith("__"):  # half-built, as in copies
                 raise
-            return getattr(self.base, name)
+        return self._now(name) if name in self.deltas else getattr(self.base, name)
 
-
-class _LoRA(AdaptedLayer):
-    """The low-rank pair: lora_A (r, in…) and lora_B (out, r…), float32 whatever the base is.
-
-    Args:
-        base: the layer to adapt.
-        rank: r, at least 1.
-        alpha: α; the update is scaled by α/r.
-        dropout: probability of zeroing an input element of the update during training.
-        init: "kaiming" (uniform, a = √5, as loralib and peft) or "gaussian" (std 1/r) for A;
-            B starts at zero, so the first output is the base's.
-        generator: a CPU generator for A.
-    """
-
-    kinds: tuple[type[nn.Module], ...] = ()
-
-    def __init__(
-        self,
-        base: Any,
-        rank: int = 4,
-        alpha: float | None = None,
-        dropout: float = 0.0,
-        init: str = "kaiming",
-        generator: torch.Generator | None = None,
-    ) -> None:
-        if type(base) not in self.kinds:
-            raise ValueError(f"{type(self).__name__} does not adapt {type(base).__name__}")
-        if rank < 1:
-            raise ValueError(f"rank must be at least 1, not {rank}")
-        if init not in INITS:
-            raise ValueError(f"init must be one of {', '.join(INITS)}, not {init!r}")
-        super().__init__(base)
-        self.rank, self.dropout = rank, dropout
-        self.alpha = float(rank if alpha is None else alpha)
-        weight = base.weight
-        ones = (1,) * (weight.dim() - 2)
-        A = torch.empty(rank, *weight.shape[1:])
-        if init == "kaiming":
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-        else:
-            nn.init.normal_(A, std=1 / rank, generator=generator)
-        self.lora_A = nn.Parameter(A.to(weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(weight.shape[0], rank, *ones, device=weight.device))
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def delta_weight(self) -> Tensor:
-        dtype = torch.promote_types(torch.float32, self.base.weight.dtype)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        return (self.scale * B.flatten(1) @ A.flatten(1)).view(self.base.weight.shape)
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
-
-    def extra_repr(self) -> str:
-        return f"rank={self.rank}, alpha={self.alpha:g}"
+    def _now(self, path: str) -> Any:
+        """Returns what the layer computes with in a parameter's place, in the base's dtype."""
+        own = self.base
+        for name in path.split("."):
+            own = getattr(own, name)
+        if self.is_merged or path.replace(".", "/") not in self.deltas:
+            return own
+        return self.effective(path).to(own.dtype)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -127,71 +223,198 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-class LoRALinear(_LoRA):
-    """A low-rank update of `nn.Linear`: lora_A (r, in), lora_B (out, r)."""
+class AdaptedProduct(AdaptedLayer):
+    """A layer that computes W x + b: linear layers and convolutions, which share what follows.
 
-    kinds = (nn.Linear,)
+    With B·A added, the base's output and the pair's are summed; with B·A decomposed (DoRA) both
+    are scaled output by output; everything else computes with W'. Dropout of the input is the
+    update's alone: W x + (W' − W)·drop(x).
+    """
+
+    takes_input_dropout = True
+    keeps_kernel: ClassVar[bool] = False
+    """Whether W x must always be the base's own."""
+
+    def _forward(self, strength: float, input: Tensor) -> Tensor:  # called by keyword, too
+        factors, drops = self._cheap(), bool(self.dropout and self.training)
+        if factors is not None:
+            y = self._added_to(input, *factors, strength * self._added.scale)
+        elif self._scales and not drops:
+            y = self._scaled(strength, input)
+        elif drops or self.keeps_kernel:
+            change = self.delta_weight("weight", strength).to(input.dtype)
+            y = self.base(input) + self._times(self._drop(input), change)
+        else:
+            return super()._forward(strength, input)
+        return self._bias_change(strength, y)
+
+    def _added_to(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        """Returns W x + b + s·B(A x)."""
+        return self.base(input) + self._pair(input, A, B, s)
+
+    def _scaled(self, strength: float, input: Tensor) -> Tensor:
+        """Returns y + k·((c − 1)·(y − b) + c·ΔW x) for y = W x + b: exactly y while c is 1."""
+        factors = self.delta.low_rank()
+        assert factors is not None
+        gain = self.delta.gain(self.weight_of(self.base, "weight"), *factors)
+        y, update = self.base(input), self._pair(input, *factors, self.delta.scale)
+        own = y if self.base.bias is None else y - self._channels(self.base.bias, y)
+        more, c = strength * (gain - 1), strength * gain
+        return y + self._channels(more, y) * own + self._channels(c, y) * update
+
+    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        """Returns s·B(A x) under the dropouts."""
+        raise NotImplementedError
+
+    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
+        """Returns the product with another weight in W's place, without bias."""
+        raise NotImplementedError
+
+    def _channels(self, values: Tensor, y: Tensor) -> Tensor:
+        """Returns one value an output, shaped to go with y."""
+        return values.to(y.dtype)
+
+    def _bias_change(self, strength: float, y: Tensor) -> Tensor:
+        if not self._has_bias:
+            return y
+        change = strength * self.deltas["bias"].weight()  # type: ignore[operator]
+        return y + self._channels(change, y)
+
+
+class AdaptedLinear(AdaptedProduct):
+    """`nn.Linear`, weight (out, in)."""
 
     def _is_plain(self) -> bool:
         """Whether the fused path means the same: no dropout, frozen base, nobody listening."""
         base = self.base
-        listened = bool(base._forward_hooks or base._forward_pre_hooks)
+        # accelerate and diffusers put their hooks into a `forward` of the instance's own
+        listened = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
         frozen = not any(p.requires_grad for p in base.parameters())
-        return frozen and not listened and not (self.dropout and self.training)
+        drops = self.training and (self.dropout or self.neuron_dropout)
+        return frozen and not listened and not drops
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.is_merged:
-            return self.base(x)
-        dtype = _compute_dtype(x)
-        x = x.to(dtype)
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
-        if self._is_plain():
-            bias = self.base.bias
-            W, bias = self.base.weight.to(dtype), None if bias is None else bias.to(dtype)
-            return lowrank_linear(x, W, bias, A, B, self.scale)
-        return self.base(x) + F.linear(F.linear(self._drop(x), A) * self.scale, B)
+    def _added_to(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        if not self._is_plain():
+            return super()._added_to(input, A, B, s)
+        dtype = _compute_dtype(input)
+        W, bias = self._plain()
+        bias = None if bias is None else bias.to(dtype)
+        return lowrank_linear(input.to(dtype), W.to(dtype), bias, A.to(dtype), B.to(dtype), s)
+
+    def _plain(self) -> tuple[Tensor, Tensor | None]:
+        """Returns W (out, in) and the bias."""
+        return self.base.weight, self.base.bias
+
+    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        dtype = _compute_dtype(input)
+        h = F.linear(self._drop(input.to(dtype)), A.to(dtype))
+        return F.linear(self._drop_neurons(h) * s, B.to(dtype))
+
+    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(input, weight)
 
 
-class _LoRAConv(_LoRA):
-    """A low-rank update of a convolution: lora_A (r, in/groups, k…), lora_B (out, r, 1…).
+class AdaptedConv1D(AdaptedLinear):
+    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
 
-    A runs with the base's own stride, padding, padding_mode and dilation. With groups, each group
-    of inputs meets the same A and its own rows of B: that is what ΔW = B·A in the kernel's shape
-    (out, in/groups, k…) means, so merged and unmerged are the same function for any rank.
+    transposed = True
+
+    def _forward(self, strength: float, x: Tensor) -> Tensor:
+        return super()._forward(strength, x)
+
+    def _plain(self) -> tuple[Tensor, Tensor | None]:
+        return self.base.weight.T, self.base.bias
+
+    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
+        return input @ weight
+
+
+class AdaptedConv(AdaptedProduct):
+    """`nn.Conv1d`, `Conv2d`, `Conv3d`: A runs with the base's stride, padding, padding_mode and
+    dilation. With groups, each group of inputs meets the same A and its own rows of B: that is
+    what ΔW = B·A in the kernel's shape (out, in/groups, k…) means, so merged and unmerged are the
+    same function for any rank.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        if self.is_merged:
-            return y
-        dtype, groups = _compute_dtype(x), self.base.groups
-        A, B = self.lora_A.to(dtype), self.lora_B.to(dtype)
+    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
+        dtype, groups = _compute_dtype(input), self.base.groups
+        A, B = A.to(dtype), B.to(dtype)
         if groups > 1:
             A = A.repeat(groups, *(1,) * (A.dim() - 1))  # (r·groups, in/groups, k…)
-        h = self.base._conv_forward(self._drop(x.to(dtype)), A, None)
-        return y + pointwise(h * self.scale, B, groups)
+        h = self._times(self._drop(input.to(dtype)), A)
+        return pointwise(self._drop_neurons(h) * s, B, groups)
+
+    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
+        return self.base._conv_forward(input, weight, None)
+
+    def _channels(self, values: Tensor, y: Tensor) -> Tensor:
+        return values.to(y.dtype).view(-1, *(1,) * len(self.base.kernel_size))
 
 
-class LoRAConv1d(_LoRAConv):
-    """A low-rank update of `nn.Conv1d`."""
+class AdaptedEmbedding(AdaptedLayer):
+    """`nn.Embedding`, weight (rows, dim): ΔW = (s·B·A)ᵀ with A (r, rows) and B (dim, r).
 
-    kinds = (nn.Conv1d,)
+    The row `padding_idx` is not trained, as in the base. With `max_norm` the looked-up rows of W'
+    are scaled down to it; the base itself rewrites its weight at each call, and is not called.
+    """
+
+    transposed = True
+
+    @classmethod
+    def start(cls, base: Any, delta: Delta) -> None:
+        if base.padding_idx is not None:
+            delta.silence_input(base.padding_idx)
+
+    @classmethod
+    def check(cls, base: Any) -> None:
+        if base.sparse:
+            raise ValueError("sparse=True wants sparse gradients, and the update's are dense")
+
+    def _forward(self, strength: float, input: Tensor) -> Tensor:
+        factors = self._cheap()
+        if factors is None:
+            W = self.effective("weight", strength).to(self.base.weight.dtype)
+            rows = self._look_up(input, W)
+        else:
+            rows = self._look_up(input, self.base.weight)
+            A, B = factors[0].to(rows.dtype), factors[1].to(rows.dtype)
+            h = self._drop_neurons(self._look_up(input, A.T))
+            rows = rows + F.linear(h * (strength * self._added.scale), B)
+        return rows if self.base.max_norm is None else self._renorm(rows)
+
+    def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:
+        frequency = self.base.scale_grad_by_freq
+        return F.embedding(ids, weight, self.base.padding_idx, scale_grad_by_freq=frequency)
+
+    def _renorm(self, rows: Tensor) -> Tensor:
+        p, most = self.base.norm_type, self.base.max_norm
+        norm = torch.linalg.vector_norm(rows, p, dim=-1, keepdim=True)
+        shrunk = torch.where(norm > most, rows * (most / (norm + 1e-7)), rows)  # torch's ε
+        with torch.no_grad():  # torch's own operator sums in another order: its last bit is taken
+            own = rows.detach().flatten(0, -2).clone()
+            torch.embedding_renorm_(own, torch.arange(len(own), device=own.device), most, p)
+            rounding = own.view_as(rows) - shrunk
+        return shrunk + rounding
 
 
-class LoRAConv2d(_LoRAConv):
-    """A low-rank update of `nn.Conv2d`."""
+class AdaptedAttention(AdaptedLayer):
+    """`nn.MultiheadAttention`: its packed or separate input projections and its output's."""
 
-    kinds = (nn.Conv2d,)
+    paths = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+
+    @property
+    def out_proj(self) -> SimpleNamespace:
+        """The effective output projection: in eval without gradients a TransformerEncoderLayer
+        calls its own kernel with these weights instead of this forward."""
+        return SimpleNamespace(weight=self._now("out_proj.weight"), bias=self._now("out_proj.bias"))
 
 
-class LoRAConv3d(_LoRAConv):
-    """A low-rank update of `nn.Conv3d`."""
+class AdaptedNorm(AdaptedLayer):
+    """LayerNorm, GroupNorm, RMSNorm, BatchNorm: their gain and their shift, by the method full."""
 
-    kinds = (nn.Conv3d,)
+    paths = ("weight", "bias")
 
-
-LAYERS: dict[type[nn.Module], type[_LoRA]] = {
-    kind: layer
-    for layer in (LoRALinear, LoRAConv1d, LoRAConv2d, LoRAConv3d)
-    for kind in layer.kinds
-}
+    @classmethod
+    def check(cls, base: Any) -> None:
+        if not cls.adaptable(base):
+            raise ValueError(f"this {type(base).__name__} has no gain and no shift to train")

@@ -11,7 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from sd_lora.adapters.layers import LAYERS, AdaptedLayer
+from sd_lora.adapters.kinds import kind_of, kinds
+from sd_lora.adapters.layers import AdaptedLayer
+from sd_lora.adapters.variants import method_named
 from sd_lora.errors import UsageError, did_you_mean
 
 _ATTENTION = r"(.*\.)?to_(q|k|v|out\.0)"
@@ -58,34 +60,39 @@ def _compile(pattern: str, what: str) -> re.Pattern[str]:
         raise UsageError(f"{what} {pattern!r} is not a regular expression: {error}") from None
 
 
-def select(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
+def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora") -> list[str]:
     """Returns the names of the modules of `model` that `targets` selects, in the model's order.
 
     Raises:
-        UsageError: a target that selects nothing, or only layers of a kind that has no adapter.
+        UsageError: a target that selects nothing, or only layers that the method cannot adapt.
     """
     items = targets.split("+") if isinstance(targets, str) else list(targets)
-    layers = {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
+    method_named(method)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    layers = {name: type(module) for name, module in modules.items()}
+    fit = {name for name, module in modules.items() if kind_of(module, method) is not None}
     chosen: set[str] = set()
     for item in items:
         pattern = _compile(PRESETS.get(item, item), "target")
         found = [name for name in layers if name and pattern.fullmatch(name)]
         if not found:
+            hint = "" if item in PRESETS else did_you_mean(item, PRESETS)
             raise UsageError(
-                f"target {item!r} matches no module of {type(model).__name__}."
-                f"{did_you_mean(item, PRESETS)} Presets: {', '.join(PRESETS)}; anything else is a "
+                f"target {item!r} matches no module of {type(model).__name__}.{hint} "
+                f"Presets: {', '.join(PRESETS)}; anything else is a "
                 "regular expression over whole module names, such as 'mid_block.*conv1'"
             )
-        adaptable = [name for name in found if layers[name] in LAYERS]
+        adaptable = [name for name in found if name in fit]
         if not adaptable:
-            kinds = sorted({layers[name].__name__ for name in found})
+            have = sorted({layers[name].__name__ for name in found})
+            can = (name.rpartition(".")[2] for name in kinds(method))
             raise UsageError(
-                f"target {item!r} matches only {', '.join(kinds)} ({found[0]}, …), and none of "
-                f"these can be adapted; {', '.join(k.__name__ for k in LAYERS)} can"
+                f"target {item!r} matches only {', '.join(have)} ({found[0]}, …), and none of "
+                f"these can be adapted; {', '.join(can)} can"
             )
         # a preset names layers by their place, and one that cannot be adapted there must not be
         # passed over in silence; a free pattern naturally covers containers and norms as well
-        left_out = [name for name in found if layers[name] not in LAYERS]
+        left_out = [name for name in found if name not in fit]
         if item in PRESETS and left_out:
             kind = layers[left_out[0]].__name__
             raise UsageError(f"target {item!r}: {left_out[0]} is a {kind}, which has no adapter")
@@ -93,14 +100,20 @@ def select(model: nn.Module, targets: str | Iterable[str]) -> list[str]:
     return [name for name in layers if name in chosen]
 
 
-def _matches(patterns: Mapping[str, float] | None, names: list[str], what: str) -> dict[str, float]:
-    """Returns name → value of the first pattern that matches its end at a dot (peft's rule)."""
+def match_names(
+    patterns: Mapping[str, float] | None, names: list[str], what: str
+) -> dict[str, float]:
+    """Returns name → value of the first pattern that matches its end at a dot (peft's rule).
+
+    Raises:
+        UsageError: a pattern that matches none of the names.
+    """
     values: dict[str, float] = {}
     for pattern, value in (patterns or {}).items():
         regex = _compile(rf"(?:.*\.)?(?:{pattern})", what)
         found = [name for name in names if regex.fullmatch(name)]
         if not found:
-            raise UsageError(f"{what} {pattern!r} matches none of the {len(names)} target modules")
+            raise UsageError(f"{what} {pattern!r} matches none of the {len(names)} modules")
         for name in found:
             values.setdefault(name, value)
     return values
@@ -115,6 +128,7 @@ def plan(
     conv_alpha: float | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    method: str = "lora",
 ) -> list[Target]:
     """Returns what `inject` would adapt, without touching the model.
 
@@ -125,29 +139,34 @@ def plan(
         conv_rank, conv_alpha: of convolutions with a kernel larger than 1 (kohya's conv_dim); by
             default the rank and alpha of the rest. A conv_rank alone means α = conv_rank.
         rank_pattern, alpha_pattern: pattern → value, which win over the above.
+        method: which layers can be adapted depends on it.
 
     Raises:
-        UsageError: a pattern that matches nothing, a rank below 1, or adapters already there.
+        UsageError: a pattern that matches nothing, a rank below 1, an alpha that is not above 0,
+            or adapters already there.
     """
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise UsageError(
             f"this {type(model).__name__} has adapters already: eject them (merge before that to "
             "keep what they learned)"
         )
-    names = select(model, targets)
-    ranks = _matches(rank_pattern, names, "rank_pattern")
-    alphas = _matches(alpha_pattern, names, "alpha_pattern")
+    names = select(model, targets, method)
+    ranks = match_names(rank_pattern, names, "rank_pattern")
+    alphas = match_names(alpha_pattern, names, "alpha_pattern")
     default_conv_alpha = alpha if conv_alpha is None and conv_rank is None else conv_alpha
     planned, any_conv = [], False
     for name in names:
-        weight: Any = model.get_submodule(name).weight
-        is_conv = any(k > 1 for k in weight.shape[2:])
+        module: Any = model.get_submodule(name)
+        is_conv = any(k > 1 for k in getattr(module, "kernel_size", ()))
         any_conv |= is_conv
         r = int(ranks.get(name, conv_rank if is_conv and conv_rank is not None else rank))
         if r < 1:
             raise UsageError(f"the rank of {name} is {r}; a rank is a whole number of at least 1")
         default = default_conv_alpha if is_conv else alpha
-        planned.append(Target(name, r, float(alphas.get(name, r if default is None else default))))
+        a = float(alphas.get(name, r if default is None else default))
+        if not a > 0:
+            raise UsageError(f"the alpha of {name} is {a:g}; it must be above 0")
+        planned.append(Target(name, r, a))
     if not any_conv and (conv_rank is not None or conv_alpha is not None):
         raise UsageError(
             "conv_rank and conv_alpha are for convolutions larger than 1×1, and none of the "

@@ -1,4 +1,4 @@
-"""The one form in the middle: component → canonical module name → the factors of its update.
+"""The one form in the middle: component → canonical name → the update itself.
 
 Formats read into it and write from it; nothing else knows a file's key names. Canonical names are
 diffusers' and transformers' own, with one rule added: a text encoder's always start with
@@ -6,42 +6,21 @@ diffusers' and transformers' own, with one rule added: a text encoder's always s
 CLIPTextModelWithProjection. Files with that level load in every tool; files without do not.
 """
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.inject import adapted_layers
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.inject import updates
 from sd_lora.errors import RunError, UsageError
 
+Adapter = dict[str, dict[str, Delta]]
+"""Component ("unet", "text_encoder"; "" for a model by itself) → canonical update name → update.
 
-@dataclass(frozen=True)
-class Factors:
-    """One module's update ΔW = (alpha/rank)·B·A, unfolded.
-
-    A: (rank, in…), B: (out, rank, 1…), both as the layer holds them.
-    """
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
-    def delta(self) -> Tensor:
-        """Returns ΔW flattened to (out, in·k…), in float64 so that comparing adds no error."""
-        return self.scale * self.B.double().flatten(1) @ self.A.double().flatten(1)
-
-
-Adapter = dict[str, dict[str, Factors]]
-"""Component ("unet", "text_encoder") → canonical module name → factors."""
+An update's name is its parameter's without a final ".weight", as `sd_lora.updates` has it.
+"""
 
 
 def canonical_name(component: str, name: str) -> str:
@@ -52,8 +31,10 @@ def canonical_name(component: str, name: str) -> str:
 
 
 def live_names(component: str, model: nn.Module) -> dict[str, str]:
-    """Returns canonical name → live name of every module of `model`."""
-    return {canonical_name(component, name): name for name, _ in model.named_modules() if name}
+    """Returns canonical name → live name of every module and parameter of `model`."""
+    names = [name for name, _ in model.named_modules() if name]
+    names += [name for name, _ in model.named_parameters() if not name.endswith(".weight")]
+    return {canonical_name(component, name): name for name in names}
 
 
 def read_models(models: Mapping[str, nn.Module]) -> Adapter:
@@ -64,24 +45,42 @@ def read_models(models: Mapping[str, nn.Module]) -> Adapter:
     """
     adapter: Adapter = {}
     for component, model in models.items():
-        layers = adapted_layers(model)
-        if layers:
+        found = updates(model)
+        if found:
             adapter[component] = {
-                canonical_name(component, name): Factors(
-                    layer.lora_A.detach().cpu().clone(),
-                    layer.lora_B.detach().cpu().clone(),
-                    float(layer.alpha),
-                )
-                for name, layer in layers.items()
+                canonical_name(component, name): copy.deepcopy(delta).to("cpu")
+                for name, delta in found.items()
             }
     if not adapter:
         raise UsageError(f"no adapter in {', '.join(models)}: call sd_lora.inject first")
     return adapter
 
 
+def plain(delta: Delta) -> tuple[Tensor, Tensor, float] | None:
+    """Returns A, B and alpha with ΔW = (alpha/r)·B·A if the update has that form, else None."""
+    with torch.no_grad():
+        factors = delta.low_rank()
+    if factors is None:
+        return None
+    A, B = (f.detach().contiguous() for f in factors)
+    return A, B, delta.scale * len(A)
+
+
+def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
+    """Whether every update is B·A (or, if asked, B·A with a magnitude an output)."""
+    for modules in adapter.values():
+        for delta in modules.values():
+            magnitude = delta.magnitude
+            if plain(delta) is None or not (magnitude is None or decomposed):
+                return False
+            if magnitude is not None and magnitude.shape[0] != delta.shape[0]:
+                return False
+    return True
+
+
 def check_finite(adapter: Adapter) -> None:
-    """Raises RunError naming the first module whose factors hold a NaN or an infinity."""
+    """Raises RunError naming the first module whose update holds a NaN or an infinity."""
     for component, modules in adapter.items():
-        for name, f in modules.items():
-            if not (torch.isfinite(f.A).all() and torch.isfinite(f.B).all()):
+        for name, delta in modules.items():
+            if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
                 raise RunError(f"{component} {name} holds NaN or infinite values; not written")

@@ -1,31 +1,48 @@
 """peft's keys, for `pipeline.load_lora_weights`: `unet.<module>.lora_A.weight`, `…lora_B.weight`.
 
 The file has no alpha: a loader takes alpha = rank. So the scale α/r is folded into B, and every
-module loads at its trained strength whatever its rank and alpha.
+module loads at its trained strength whatever its rank and alpha. A magnitude (DoRA) is
+`….lora_magnitude_vector.weight`: without the `.weight` diffusers loses a text encoder's.
 """
 
 from collections.abc import Mapping
 
 from torch import Tensor
 
+from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
-from sd_lora.formats.canonical import Adapter, Factors, canonical_name
+from sd_lora.formats.canonical import Adapter, canonical_name, is_plain, plain
+from sd_lora.formats.peft import group
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
 def detect(keys: list[str]) -> bool:
-    return any(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in keys)
+    prefixes = tuple(f"{component}." for component in _COMPONENTS)
+    return any(key.startswith(prefixes) and ("lora_" in key or "lokr_" in key) for key in keys)
+
+
+def can_write(adapter: Adapter) -> bool:
+    """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude."""
+    return is_plain(adapter, decomposed=True)
 
 
 def write(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the file's tensors."""
+    """Returns the file's tensors, of an adapter that `can_write` allows."""
     tensors = {}
     for component, modules in adapter.items():
-        for name, f in modules.items():
-            tensors[f"{component}.{name}.lora_A.weight"] = f.A.contiguous()
-            tensors[f"{component}.{name}.lora_B.weight"] = (f.B * f.scale).contiguous()
+        for name, delta in modules.items():
+            factors = plain(delta)
+            assert factors is not None, name
+            A, B, alpha = factors
+            tensors[f"{component}.{name}.lora_A.weight"] = A
+            tensors[f"{component}.{name}.lora_B.weight"] = B * (alpha / len(A))
+            if delta.magnitude is not None:
+                m = delta.magnitude.detach().flatten()
+                if len(delta.shape) > 2:
+                    m = m.view(1, -1, *(1,) * (len(delta.shape) - 2))
+                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = m.contiguous()
     return tensors
 
 
@@ -33,18 +50,16 @@ def read(tensors: Mapping[str, Tensor]) -> Adapter:
     """Returns the adapter of a file in this format (alpha = rank).
 
     Raises:
-        UsageError: a key that is not of this format, or a factor without its partner.
+        UsageError: a key that is not of this format, or tensors that do not fit together.
     """
+    grouped, rest = group(tensors)
+    if rest:
+        raise UsageError(f"key {min(rest)!r} is not of the diffusers format")
     adapter: Adapter = {}
-    for key in tensors:
-        component, _, rest = key.partition(".")
-        name, _, kind = rest.rpartition(".lora_")
-        if component not in _COMPONENTS or kind not in ("A.weight", "B.weight"):
-            raise UsageError(f"key {key!r} is not of the diffusers format")
-        stem = f"{component}.{name}.lora_"
-        if f"{stem}A.weight" not in tensors or f"{stem}B.weight" not in tensors:
-            raise UsageError(f"key {key!r} has no partner: lora_A and lora_B come in pairs")
-        A, B = tensors[f"{stem}A.weight"], tensors[f"{stem}B.weight"]
+    for full_name, parts in grouped.items():
+        component, _, name = full_name.partition(".")
+        if component not in _COMPONENTS:
+            raise UsageError(f"key {full_name!r} is not of the diffusers format")
         modules = adapter.setdefault(component, {})
-        modules[canonical_name(component, name)] = Factors(A, B, float(A.shape[0]))
+        modules[canonical_name(component, name)] = make_delta(full_name, parts)
     return adapter

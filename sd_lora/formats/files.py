@@ -5,17 +5,25 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from sd_lora.adapters.inject import adapt, adapted_layers, load_lora_state_dict
-from sd_lora.adapters.targets import Target
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.inject import eject
+from sd_lora.adapters.state import attach_updates, deltas_from_state
 from sd_lora.errors import RunError, UsageError
-from sd_lora.formats import diffusers, kohya, metadata
-from sd_lora.formats.canonical import Adapter, Factors, check_finite, live_names, read_models
+from sd_lora.formats import diffusers, kohya, lycoris, metadata, peft
+from sd_lora.formats.canonical import (
+    Adapter,
+    canonical_name,
+    check_finite,
+    live_names,
+    read_models,
+)
 from sd_lora.formats.names import from_kohya
+
+LYCORIS_END = "_lycoris.safetensors"
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -39,9 +47,18 @@ def write_whole(path: Path, data: bytes) -> None:
         raise RunError(f"{path} ({size}) could not be written: {error.strerror or error}") from None
 
 
-def export_names(name: str) -> tuple[str, str]:
-    """Returns the two file names of an export called `name`: diffusers' and kohya's."""
-    return diffusers.FILE_NAME, f"{name}_kohya.safetensors"
+def exports(adapter: Adapter, name: str) -> dict[str, dict[str, Tensor]]:
+    """Returns file name → tensors: every format that has an exact form for the adapter.
+
+    LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, for the others' readers disagree on
+    its norm. Every other method: LyCORIS'.
+    """
+    files = {}
+    if diffusers.can_write(adapter):
+        files[diffusers.FILE_NAME] = diffusers.write(adapter)
+    if kohya.can_write(adapter):
+        files[f"{name}_kohya.safetensors"] = kohya.write(adapter)
+    return files or {f"{name}{LYCORIS_END}": lycoris.write(adapter)}
 
 
 def write_adapter(
@@ -52,41 +69,43 @@ def write_adapter(
     prediction_type: str = "epsilon",
     extra: Mapping[str, object] | None = None,
 ) -> list[Path]:
-    """Writes the diffusers and the kohya file of an adapter; returns their paths.
+    """Writes the `exports` of an adapter; returns their paths.
 
     Raises:
         UsageError: an unknown family.
-        RunError: factors that are not finite, or a file that could not be written; none of the
-            two is left then.
+        RunError: factors that are not finite, or a file that could not be written; none is left
+            then.
     """
     if family not in ("sd1", "sd2"):
         raise UsageError(f"family {family!r} cannot be written yet; 'sd1' and 'sd2' can")
     check_finite(adapter)
     header = metadata.build(adapter, family, name, prediction_type, extra)
-    tables = (diffusers.write(adapter), kohya.write(adapter))
-    paths = [folder / file_name for file_name in export_names(name)]
     written: list[Path] = []
-    for path, tensors in zip(paths, tables, strict=True):
+    for file_name, tensors in exports(adapter, name).items():
         try:
-            write_whole(path, save(tensors, header))
+            write_whole(folder / file_name, save(tensors, header))
         except RunError:
             for earlier in written:
                 earlier.unlink(missing_ok=True)
             raise
-        written.append(path)
-    return paths
+        written.append(folder / file_name)
+    return written
 
 
 def save_adapter(
     models: Mapping[str, nn.Module], folder: str | Path, family: str = "sd1", name: str = ""
 ) -> list[Path]:
-    """Writes the adapter of injected models in both formats; returns the paths.
+    """Writes the adapter of injected models in every format that has an exact form for it.
 
     Args:
         models: component ("unet", "text_encoder") → injected model.
-        folder: where `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors` go.
+        folder: where `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors` go, or
+            `<name>_lycoris.safetensors` for the methods that need it.
         family: "sd1" or "sd2".
-        name: of the kohya file; the folder's name by default.
+        name: of the kohya or LyCORIS file; the folder's name by default.
+
+    Returns:
+        The paths.
 
     Raises:
         UsageError: no adapter in the models, or an unknown family.
@@ -109,69 +128,76 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
-    """Returns the adapter of a file of either format.
+    """Returns the adapter of a file of any of the formats, or of a peft folder.
 
     Args:
-        path: the file.
-        models: component → model; kohya's names can only be read with the model's own at hand.
+        path: the file or folder.
+        models: component → model; kohya's names can only be read with the model's own at hand,
+            and peft's whole modules need the model's weights.
 
     Raises:
-        UsageError: not a LoRA of a format that can be read, naming the first key that says so.
+        UsageError: not an adapter of a format that can be read, naming the key that says so.
     """
+    if peft.is_folder(path):
+        if len(models) != 1:
+            raise UsageError(f"{path} is a peft folder, for one model: {', '.join(models)} given")
+        ((component, model),) = models.items()
+        tensors = read_tensors(path / peft.WEIGHTS_NAME)
+        deltas = peft.read(tensors, peft.read_config(path), model)
+        return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
     tensors = read_tensors(path)
     keys = list(tensors)
     if diffusers.detect(keys):
         return diffusers.read(tensors)
-    if kohya.detect(keys):
+    if lycoris.detect(keys):
         names = {component: live_names(component, model) for component, model in models.items()}
-        return kohya.read(tensors, from_kohya(names))
+        return lycoris.read(tensors, from_kohya(names))
+    if "" in models and keys:  # what safetensors wrote of `lora_state_dict`
+        return {"": deltas_from_state(tensors)}
     first = f"its first key is {keys[0]!r}" if keys else "it is empty"
     raise UsageError(f"{path} is no LoRA that can be read yet: {first}")
 
 
-def load_adapter(models: Mapping[str, nn.Module], path: str | Path) -> dict[str, list[str]]:
-    """Injects the adapter of a file into bare models; returns component → adapted module names.
+def load_adapter(
+    models: Mapping[str, nn.Module] | nn.Module, path: str | Path
+) -> dict[str, list[str]]:
+    """Injects the adapter of a file into bare models; returns component → names of its updates.
 
     Args:
-        models: component ("unet", "text_encoder") → model without adapters.
-        path: a file, or a folder that holds `pytorch_lora_weights.safetensors`.
+        models: component ("unet", "text_encoder") → model without adapters, or one model by
+            itself, whose component is "".
+        path: a file in diffusers', kohya's or LyCORIS' format, a folder that holds
+            `pytorch_lora_weights.safetensors`, a folder of `PeftModel.save_pretrained`, or, for
+            one model, the file of its `lora_state_dict`.
 
     Raises:
         UsageError: what cannot be read, a component or module that the models lack, shapes that
             differ. The models are then as they were.
     """
+    models = {"": models} if isinstance(models, nn.Module) else models
     path = Path(path)
-    path = path / diffusers.FILE_NAME if path.is_dir() else path
+    if (path / diffusers.FILE_NAME).is_file():
+        path = path / diffusers.FILE_NAME
     adapter = read_adapter(path, models)
-    live = {component: _live_factors(component, models, adapter) for component in adapter}
-    for component, factors in live.items():
-        targets = [Target(name, f.rank, f.alpha) for name, f in factors.items()]
-        adapt(models[component], targets)
-        state: dict[str, Tensor] = {}
-        for name, f in factors.items():
-            state[f"{name}.lora_A"], state[f"{name}.lora_B"] = f.A, f.B
-            state[f"{name}.alpha"] = torch.tensor(f.alpha)
-        load_lora_state_dict(models[component], state)
-    return {component: list(factors) for component, factors in live.items()}
+    live = {component: _live(component, models, adapter) for component in adapter}
+    done = []
+    try:
+        for component, deltas in live.items():
+            attach_updates(models[component], deltas)
+            done.append(models[component])
+    except UsageError as error:
+        for model in done:
+            eject(model)
+        raise UsageError(f"{component}: {error}" if component else str(error)) from None
+    return {component: list(deltas) for component, deltas in live.items()}
 
 
-def _live_factors(
-    component: str, models: Mapping[str, nn.Module], adapter: Adapter
-) -> dict[str, Factors]:
-    """Returns live module name → factors, all checked to fit the model."""
+def _live(component: str, models: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, Delta]:
+    """Returns live update name → update, in the model's order."""
     if component not in models:
         raise UsageError(f"the file adapts {component}, which was not given: {', '.join(models)}")
-    model = models[component]
-    if adapted_layers(model):
-        raise UsageError(f"{component} has adapters already: eject them first")
-    names = live_names(component, model)
-    for name, f in adapter[component].items():
+    names = live_names(component, models[component])
+    for name in adapter[component]:
         if name not in names:
             raise UsageError(f"the file adapts {name}, which the {component} has not")
-        weight = getattr(model.get_submodule(names[name]), "weight", None)
-        shape = (f.B.shape[0], *f.A.shape[1:])
-        if weight is None or tuple(weight.shape) != shape or f.B.shape[1] != f.rank:
-            own = "no weight" if weight is None else str(tuple(weight.shape))
-            raise UsageError(f"{component} {name} is {own} in the model and {shape} in the file")
-    order = [name for name in names if name in adapter[component]]
-    return {names[name]: adapter[component][name] for name in order}
+    return {live: adapter[component][n] for n, live in names.items() if n in adapter[component]}

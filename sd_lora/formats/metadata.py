@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
+from sd_lora.formats import kohya
 from sd_lora.formats.canonical import Adapter
-from sd_lora.formats.kohya import common_alpha
 
 _ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
@@ -21,8 +21,9 @@ _ARCHITECTURES = {
 _BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}
 
 
-def _most_common(values: Sequence[float]) -> str:
-    return f"{Counter(values).most_common(1)[0][0]:g}"
+def _most_common(values: Sequence[float | str]) -> str:
+    value = Counter(values).most_common(1)[0][0]
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 def build(
@@ -41,13 +42,18 @@ def build(
         prediction_type: "epsilon" or "v_prediction".
         extra: our own record (configuration, data set, base model), kept as JSON.
     """
-    file_alpha = common_alpha(adapter)  # what is in the file: scales are folded
-    factors = [f for modules in adapter.values() for f in modules.values()]
-    conv = [f for f in factors if any(k > 1 for k in f.A.shape[2:])]
-    network_args = {}
-    if conv:
-        conv_dim = _most_common([f.rank for f in conv])
-        network_args = {"conv_dim": conv_dim, "conv_alpha": f"{file_alpha:g}"}
+    deltas = [d for modules in adapter.values() for d in modules.values()]
+    ranked = [d for d in deltas if d.rank is not None]
+    conv_ranks = [d.rank or 0 for d in ranked if any(k > 1 for k in d.shape[2:])]
+    plain = kohya.can_write(adapter)
+    # what is in the file: kohya's has its scales folded
+    file_alpha = kohya.common_alpha(adapter)
+    alpha = f"{file_alpha:g}" if plain else _most_common([d.alpha for d in ranked] or [1])
+    network_args = {} if plain else {"algo": _most_common([d.method for d in deltas])}
+    if conv_ranks:
+        network_args |= {"conv_dim": _most_common(conv_ranks), "conv_alpha": alpha}
+    if any(d.magnitude is not None for d in deltas):
+        network_args["dora_wd"] = "True"
     metadata = {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
@@ -58,9 +64,9 @@ def build(
         "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
         "ss_base_model_version": _BASE_VERSIONS[family],
         "ss_v2": str(family == "sd2"),
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": _most_common([f.rank for f in factors]),
-        "ss_network_alpha": f"{file_alpha:g}",
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": _most_common([d.rank or 0 for d in ranked] or [0]),
+        "ss_network_alpha": alpha,
         "ss_output_name": name,
         "sd_lora_version": version("sd_lora"),
     }

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te"}
-"""Component → prefix, for SD1 and SD2."""
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te", "": "lycoris"}
+"""Component → prefix, for SD1 and SD2; LyCORIS' own for a model by itself."""
 
 
 def kohya_name(component: str, name: str) -> str:

@@ -4,6 +4,7 @@ Loaders lose modules and rescale weights with a log line at best, so a line from
 here, and so is a parameter that was left without a value.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError
-from sd_lora.formats.canonical import Adapter, Factors, canonical_name
+from sd_lora.formats.canonical import Adapter, canonical_name
+from sd_lora.formats.files import LYCORIS_END, read_adapter
 from sd_lora.models.load import Parts, bare_pipeline, without_bars
 
 if TYPE_CHECKING:
@@ -83,13 +88,36 @@ def loaded_adapter(pipeline: "StableDiffusionPipeline") -> Adapter:
                 continue  # no peft layer, or one whose adapter was taken out again
             (key,) = layer.lora_A.keys()
             A, B = layer.lora_A[key].weight.detach(), layer.lora_B[key].weight.detach()
-            if A.is_meta or B.is_meta:
+            parts = {"lora_A": A, "lora_B": B, "alpha": torch.tensor(layer.scaling[key] * len(A))}
+            if key in layer.lora_magnitude_vector:
+                parts["magnitude"] = layer.lora_magnitude_vector[key].weight.detach().flatten()
+            if any(tensor.is_meta for tensor in parts.values()):
                 raise RunError(f"{component} {name} was left without a value by the loader")
-            factors = Factors(A, B, alpha=layer.scaling[key] * len(A))
-            adapter.setdefault(component, {})[canonical_name(component, name)] = factors
+            delta = make_delta(name, parts)
+            adapter.setdefault(component, {})[canonical_name(component, name)] = delta
     return adapter
 
 
+def _errors(want: Delta, have: Delta) -> list[float]:
+    """Returns the relative errors of ΔW and, of a weight-decomposed update, of its magnitude."""
+
+    def error(a: Tensor, b: Tensor) -> float:
+        if a.numel() != b.numel():
+            return float("inf")
+        return float((b.reshape(a.shape) - a).abs().max() / a.abs().max().clamp(min=1e-12))
+
+    # in float64, so that comparing adds no error
+    exact = [copy.deepcopy(delta).double() for delta in (want, have)]
+    errors = [error(exact[0].weight(), exact[1].weight())]
+    magnitudes = [delta.magnitude for delta in exact]
+    if magnitudes[0] is not None and magnitudes[1] is not None:
+        errors.append(error(magnitudes[0], magnitudes[1]))
+    elif magnitudes[0] is not magnitudes[1]:
+        errors.append(float("inf"))
+    return errors
+
+
+@torch.no_grad()
 def compare(trained: Adapter, loaded: Adapter) -> tuple[int, float, list[str]]:
     """Returns (modules compared, largest relative error of a ΔW, what is wrong).
 
@@ -101,20 +129,24 @@ def compare(trained: Adapter, loaded: Adapter) -> tuple[int, float, list[str]]:
         wrong += [f"{component} {name} was not loaded" for name in want.keys() - have.keys()]
         wrong += [f"{component} {name} was never trained" for name in have.keys() - want.keys()]
         for name in want.keys() & have.keys():
-            delta = want[name].delta()
-            error = (have[name].delta() - delta).abs().max() / delta.abs().max().clamp(min=1e-12)
-            worst, count = max(worst, float(error)), count + 1
-            if not error <= TOLERANCE:
-                wrong.append(f"{component} {name} is off by {error:.1%} of its largest entry")
+            count += 1
+            for error in _errors(want[name], have[name]):
+                worst = max(worst, error)
+                if not error <= TOLERANCE:
+                    wrong.append(f"{component} {name} is off by {error:.1%} of its largest entry")
     return count, worst, sorted(wrong)
 
 
 def verify(path: Path, adapter: Adapter, parts: Parts) -> Verified:
     """Loads a file into a fresh pipeline and compares every module's ΔW with the trained one.
 
+    A LyCORIS file, for which diffusers has no loader, is read back and compared.
+
     Raises:
         RunError: a loader's complaint, a module lost, added or left empty, or a ΔW that is off.
     """
+    if path.name.endswith(LYCORIS_END):
+        return _verify_reading(path, adapter, parts)
     pipeline = bare_pipeline(parts)
     with captured_complaints() as complaints, without_bars():
         try:
@@ -127,7 +159,19 @@ def verify(path: Path, adapter: Adapter, parts: Parts) -> Verified:
     complaints = [
         c for c in complaints if not ("No LoRA keys" in c and any(e in c for e in expected))
     ]
-    wrong = [*complaints, *wrong]
+    _refuse(path, [*complaints, *wrong])
+    return Verified(path, count, worst)
+
+
+def _verify_reading(path: Path, adapter: Adapter, parts: Parts) -> Verified:
+    """diffusers has no loader for LyCORIS' methods: the file is read back instead."""
+    models = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    count, worst, wrong = compare(adapter, read_adapter(path, models))
+    _refuse(path, wrong)
+    return Verified(path, count, worst)
+
+
+def _refuse(path: Path, wrong: list[str]) -> None:
     if wrong:
         more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise RunError(
@@ -135,4 +179,3 @@ def verify(path: Path, adapter: Adapter, parts: Parts) -> Verified:
             + "\n  ".join(wrong[:10])
             + more
         )
-    return Verified(path, count, worst)

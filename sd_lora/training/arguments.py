@@ -33,15 +33,16 @@ REFUSED: dict[str, str] = {
     "push_to_hub": f"{_NOT_YET}; upload the two files by hand",
     "text_encoder_use_attention_mask": f"{_NOT_YET}: it belongs to DeepFloyd IF",
     "tokenizer_max_length": f"{_NOT_YET}: captions are cut at the model's own length",
-    "use_dora": _NOT_YET,
     "validation_images": f"{_NOT_YET}: it belongs to DeepFloyd IF's upscaler",
 }
 """Flags of diffusers' scripts that are refused by name, with the reason."""
 
 _BEYOND_BOTH = frozenset(
-    "adam_weight_decay_text_encoder alpha_pattern conv_alpha conv_rank lora_alpha mode "
-    "rank_pattern repeats targets text_encoder_lr validation_guidance_scale "
-    "validation_steps".split()
+    "adam_weight_decay_text_encoder alpha_pattern conv_alpha conv_rank init_lora_weights "
+    "lokr_decompose_both lokr_factor lokr_full_matrix lora_alpha loraplus_lr_ratio lr_pattern "
+    "method mode module_dropout modules_to_save neuron_dropout rank_dropout rank_pattern repeats "
+    "scale_weight_norms targets text_encoder_lr train_bias use_dora use_rslora use_tucker "
+    "validation_guidance_scale validation_steps".split()
 )
 _BEYOND: dict[str | None, frozenset[str]] = {
     None: _BEYOND_BOTH,

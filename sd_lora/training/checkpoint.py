@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sd_lora.adapters.inject import (
+from sd_lora.adapters.state import (
     check_lora_state_dict,
     load_lora_state_dict,
     lora_state_dict,

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from sd_lora.errors import UsageError, did_you_mean
 
 Mode = Literal["text_to_image", "dreambooth"]
+METHODS = ("lora", "lora_fa", "loha", "lokr", "full")
+"""The adapters' methods, here without importing torch for them."""
 MODES: tuple[Mode, ...] = ("text_to_image", "dreambooth")
 
 
@@ -106,7 +108,20 @@ class TrainConfig:
     conv_alpha: float | None = option("adapter", "alpha of these convolutions; conv_rank, or else lora_alpha, when not given")
     rank_pattern: dict[str, int] | None = option("adapter", "ranks by module: pattern=rank …, as in peft")
     alpha_pattern: dict[str, float] | None = option("adapter", "alphas by module: pattern=alpha …, as in peft")
+    method: str = option("adapter", "what the update is: lora, lora_fa (A is frozen), loha, lokr, full (of full rank)", "lora", choices=METHODS)
+    use_dora: bool = option("adapter", "train a magnitude per output beside the update's direction (DoRA), with any method", False)
+    use_rslora: bool = option("adapter", "scale by alpha / sqrt(rank) instead of alpha / rank", False)
+    init_lora_weights: str | None = option("adapter", "how lora starts: kaiming when not given; pissa starts from the base's principal singular vectors", choices=("kaiming", "gaussian", "orthogonal", "pissa"))
+    use_tucker: bool = option("adapter", "give convolutions larger than 1x1 a small core instead of a large factor (lora, loha, lokr)", False)
+    lokr_factor: int | None = option("adapter", "side of lokr's first factor; near the square root when not given")
+    lokr_full_matrix: bool = option("adapter", "keep lokr's second factor whole, whatever the rank", False)
+    lokr_decompose_both: bool = option("adapter", "give lokr's first factor the rank too", False)
     lora_dropout: float = option("adapter", "probability of dropping an input element of the update", 0.0)
+    neuron_dropout: float = option("adapter", "probability of dropping an element between the factors A and B", 0.0)
+    rank_dropout: float = option("adapter", "probability of dropping a rank of the update", 0.0)
+    module_dropout: float = option("adapter", "probability of dropping a module's whole update", 0.0)
+    train_bias: str = option("adapter", "biases that are trained too: none, those of adapted layers (lora_only), all", "none", choices=("none", "lora_only", "all"))
+    modules_to_save: str | None = option("adapter", "UNet modules to train whole, such as conv_norm_out: patterns at the end of names, joined by +")
     train_text_encoder: bool = option("adapter", "adapt the text encoder too", False)
 
     train_batch_size: int = option("training", "pictures per process and micro-batch (subject pictures; class pictures come on top)", modes=_per_mode(16, 4))
@@ -118,6 +133,9 @@ class TrainConfig:
     allow_tf32: bool = option("training", "TF32 matrix products on Ampere GPUs and later", False)
     learning_rate: float = option("training", "learning rate after warm-up", modes=_per_mode(1e-4, 5e-4))
     text_encoder_lr: float | None = option("training", "learning rate of the text encoder's LoRA; learning_rate when not given")
+    loraplus_lr_ratio: float | None = option("training", "LoRA+: learning rate of B over that of A; 16 is usual; off when not given")
+    lr_pattern: dict[str, float] | None = option("training", "learning-rate factors by module: pattern=factor …, at the end of names; 'down_blocks.0.*'=0.5 for a block")
+    scale_weight_norms: float | None = option("training", "scale each update down to this Frobenius norm after each step; off when not given")
     scale_lr: bool = option("training", "multiply the learning rates by batch x accumulation x processes", False)
     lr_scheduler: str = option("training", "learning-rate schedule", "constant", choices=("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"))
     lr_warmup_steps: int = option("training", "optimiser steps of warm-up (none for constant)", 500)
@@ -213,6 +231,31 @@ class TrainConfig:
             problems += self._dreambooth_contradictions()
         if self.text_encoder_lr is not None and not self.train_text_encoder:
             problems.append("text_encoder_lr needs train_text_encoder")
+        return problems + self._adapter_contradictions()
+
+    def _adapter_contradictions(self) -> list[str]:
+        """Returns the settings that the method has no use for."""
+        plain_lora = self.method in ("lora", "lora_fa")
+        wants = {
+            "init_lora_weights": (plain_lora, "method lora or lora_fa"),
+            "use_tucker": (self.method != "full", "another method than full"),
+            "use_rslora": (self.method != "full", "another method than full"),
+            "rank_dropout": (self.method != "full", "another method than full"),
+            "neuron_dropout": (plain_lora and not self.use_dora, "method lora without use_dora"),
+            "loraplus_lr_ratio": (self.method == "lora", "method lora"),
+            "lokr_factor": (self.method == "lokr", "method lokr"),
+            "lokr_full_matrix": (self.method == "lokr", "method lokr"),
+            "lokr_decompose_both": (self.method == "lokr", "method lokr"),
+        }
+        problems = [
+            f"{name} needs {what}"
+            for name, (met, what) in wants.items()
+            if getattr(self, name) and not met
+        ]
+        if self.init_lora_weights == "pissa" and (self.use_tucker or self.scale_weight_norms):
+            problems.append(
+                "init_lora_weights pissa goes with neither use_tucker nor scale_weight_norms"
+            )
         return problems
 
     def _dreambooth_contradictions(self) -> list[str]:
@@ -270,12 +313,15 @@ ABOVE_ZERO = frozenset(
         "conv_alpha",
         "learning_rate",
         "lora_alpha",
+        "loraplus_lr_ratio",
         "max_grad_norm",
+        "scale_weight_norms",
         "snr_gamma",
         "text_encoder_lr",
     )
 )
-BELOW_ONE = frozenset(("adam_beta1", "adam_beta2", "lora_dropout"))
+DROPOUTS = ("lora_dropout", "neuron_dropout", "rank_dropout", "module_dropout")
+BELOW_ONE = frozenset(("adam_beta1", "adam_beta2", *DROPOUTS))
 CHANGEABLE = frozenset(
     (
         "allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit class_data_dir "

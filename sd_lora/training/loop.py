@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from sd_lora.adapters.inject import limit_norms
 from sd_lora.data.stream import Slot
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
@@ -27,7 +28,7 @@ from sd_lora.formats.files import write_adapter, write_whole
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
-from sd_lora.training.config import TrainConfig
+from sd_lora.training.config import DROPOUTS, TrainConfig
 from sd_lora.training.sampling import grid, sample, write_picture
 from sd_lora.training.setup import Run, prepare, weight_dtype
 
@@ -224,7 +225,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
     total = torch.zeros((), device=accelerator.device)
     micro = step * config.gradient_accumulation_steps
     for slots, pixels in run.batches():
-        if config.lora_dropout:
+        if any(getattr(config, name) for name in DROPOUTS):
             torch.manual_seed(seed_for(run.plan.seed, "dropout", micro, accelerator.process_index))
         micro += 1
         with accelerator.accumulate(*models):
@@ -234,6 +235,9 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             run.optimizer.step()
+            if accelerator.sync_gradients and config.scale_weight_norms:
+                for model in run.models.values():
+                    limit_norms(model, config.scale_weight_norms)
             run.optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue
@@ -277,7 +281,7 @@ def replay(run: Run) -> tuple[float, float]:
 
 
 def export(run: Run) -> list[Verified]:
-    """Writes both LoRA files and verifies each by loading it into a fresh pipeline."""
+    """Writes the LoRA files and verifies each by loading it into a fresh pipeline."""
     name = run.output_dir.resolve().name
     config = run.config
     extra = {
@@ -294,7 +298,7 @@ def export(run: Run) -> list[Verified]:
 
 
 def train(config: TrainConfig) -> Result:
-    """Trains a LoRA and writes it in both formats, verified.
+    """Trains a LoRA and writes it in the formats that can hold it, verified.
 
     Returns what was written; on other processes than the main one, nothing but the losses.
 
@@ -380,7 +384,7 @@ def _say_result(run: Run, result: Result) -> None:
     )
     report.say(report.verified(result.files))
     base = str(run.config.pretrained_model_name_or_path)
-    report.say(report.how_to_use(base, run.output_dir, result.files[1].path))
+    report.say(report.how_to_use(base, [file.path for file in result.files]))
     if result.before_after:
         report.say(f"  look at {result.before_after}")
 

@@ -1,4 +1,4 @@
-"""AdamW over exactly the LoRA parameters, and its learning-rate schedule."""
+"""AdamW over exactly the trained parameters, and its learning-rate schedule."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from sd_lora.adapters.inject import lora_layers
+from sd_lora.adapters.inject import updates
+from sd_lora.adapters.targets import match_names
 from sd_lora.errors import UsageError
 from sd_lora.training.config import TrainConfig
 
@@ -16,12 +17,16 @@ from sd_lora.training.config import TrainConfig
 def build_optimizer(
     models: Mapping[str, nn.Module], config: TrainConfig, num_samples_per_step: int
 ) -> torch.optim.Optimizer:
-    """Returns AdamW with one parameter group per component; its parameters are `lora_layers`.
+    """Returns AdamW with a parameter group per component and learning rate; its parameters are
+    `lora_layers`.
 
     Args:
         models: component → injected model.
         config: learning rates, betas, weight decays.
         num_samples_per_step: batch × accumulation × processes, for `scale_lr`.
+
+    Raises:
+        UsageError: a pattern of `lr_pattern` that matches no adapted module.
     """
     factor = num_samples_per_step if config.scale_lr else 1
     lrs = {"unet": config.learning_rate, "text_encoder": config.text_encoder_lr}
@@ -30,14 +35,13 @@ def build_optimizer(
     def chosen(value: float | None, default: float) -> float:
         return default if value is None else value
 
-    groups: list[dict[str, Any]] = [
-        {
-            "params": lora_layers(model),
-            "lr": chosen(lrs[component], config.learning_rate) * factor,
-            "weight_decay": chosen(decays.get(component), config.adam_weight_decay),
-        }
-        for component, model in models.items()
-    ]
+    factors = learning_rate_factors(models, config.lr_pattern, config.loraplus_lr_ratio)
+    groups: list[dict[str, Any]] = []
+    for component in models:
+        rate = chosen(lrs[component], config.learning_rate) * factor
+        decay = chosen(decays.get(component), config.adam_weight_decay)
+        for multiple, parameters in factors[component].items():
+            groups.append({"params": parameters, "lr": rate * multiple, "weight_decay": decay})
     betas = (config.adam_beta1, config.adam_beta2)
     if config.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
@@ -45,6 +49,36 @@ def build_optimizer(
         return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
     fused = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
+
+
+def learning_rate_factors(
+    models: Mapping[str, nn.Module],
+    lr_pattern: Mapping[str, float] | None,
+    loraplus_lr_ratio: float | None,
+) -> dict[str, dict[float, list[nn.Parameter]]]:
+    """Returns component → factor of its learning rate → parameters, in the models' order.
+
+    Args:
+        models: component → injected model.
+        lr_pattern: pattern → factor, at the end of a module's name as `rank_pattern`; the first
+            that matches wins.
+        loraplus_lr_ratio: λ of LoRA+ (Hayou et al. 2024, section 4): B learns λ times as fast.
+
+    Raises:
+        UsageError: a pattern that matches no adapted module of any component.
+    """
+    names = [name for model in models.values() for name in updates(model)]
+    multiples = match_names(lr_pattern, names, "lr_pattern")
+    grouped: dict[str, dict[float, list[nn.Parameter]]] = {}
+    for component, model in models.items():
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, delta in updates(model).items():
+            for kind, parameter in delta.named_parameters():
+                plus = loraplus_lr_ratio if kind == "lora_B" else None
+                multiple = multiples.get(name, 1.0) * (plus or 1.0)
+                groups.setdefault(multiple, []).append(parameter)
+        grouped[component] = groups
+    return grouped
 
 
 def check_installed(config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
+from sd_lora.formats import diffusers
 from sd_lora.formats.verify import Verified
 
 T = TypeVar("T")
@@ -77,10 +78,17 @@ def verified(files: Sequence[Verified]) -> str:
     )
 
 
-def how_to_use(base: str, folder: Path, kohya: Path) -> str:
+def how_to_use(base: str, paths: Sequence[Path]) -> str:
     """Returns what to do with the files."""
-    return (
-        f'  diffusers: StableDiffusionPipeline.from_pretrained("{base}")'
-        f'.load_lora_weights("{folder}")\n'
-        f"  A1111, Forge: copy {kohya.name} to models/Lora;  ComfyUI: to models/loras"
-    )
+    lines = []
+    for path in paths:
+        if path.name == diffusers.FILE_NAME:
+            lines.append(
+                f'  diffusers: StableDiffusionPipeline.from_pretrained("{base}")'
+                f'.load_lora_weights("{path.parent}")'
+            )
+        else:
+            lines.append(
+                f"  A1111, Forge: copy {path.name} to models/Lora;  ComfyUI: to models/loras"
+            )
+    return "\n".join(lines)

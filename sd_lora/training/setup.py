@@ -238,28 +238,40 @@ def _agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
 
 def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Module]:
     """Adapts the UNet, and the text encoder if it is trained; returns component → model."""
+    shared: dict[str, Any] = {
+        "rank": config.rank,
+        "alpha": config.lora_alpha,
+        "dropout": config.lora_dropout,
+        "init": config.init_lora_weights,
+        "seed": seed,
+        "method": config.method,
+        "rule": "decompose" if config.use_dora else "add",
+        "rslora": config.use_rslora,
+        "neuron_dropout": config.neuron_dropout,
+        "rank_dropout": config.rank_dropout,
+        "module_dropout": config.module_dropout,
+        "train_bias": config.train_bias,
+    }
+    options = {
+        "tucker": config.use_tucker,
+        "factor": config.lokr_factor,
+        "full_matrix": config.lokr_full_matrix,
+        "decompose_both": config.lokr_decompose_both,
+    }
+    shared |= {name: value for name, value in options.items() if value}
     inject(
         parts.unet,
         config.targets,
-        config.rank,
-        config.lora_alpha,
-        config.conv_rank,
-        config.conv_alpha,
-        config.rank_pattern,
-        config.alpha_pattern,
-        config.lora_dropout,
-        seed=seed,
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        modules_to_save=config.modules_to_save.split("+") if config.modules_to_save else (),
+        **shared,
     )
     models: dict[str, nn.Module] = {"unet": parts.unet}
     if config.train_text_encoder:
-        inject(
-            parts.text_encoder,
-            "text",
-            config.rank,
-            config.lora_alpha,
-            dropout=config.lora_dropout,
-            seed=seed,
-        )
+        inject(parts.text_encoder, "text", **shared)
         models["text_encoder"] = parts.text_encoder
     return models
 

@@ -1,11 +1,16 @@
 """What the user knows before the first step."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from sd_lora.adapters.inject import adapted_layers, lora_layers
+from torch import nn
+
+from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
 from sd_lora.data.sources import Source
+from sd_lora.formats import diffusers, kohya
 from sd_lora.models.prompts import too_long
 from sd_lora.training import report
+from sd_lora.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from sd_lora.training.setup import Run
@@ -31,8 +36,10 @@ def summarise(run: "Run", sources: dict[str, Source]) -> None:
     rows["steps"] = f"{run.plan.num_steps} ({epochs:.1f} epochs)"
     parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
+    rows["method"] = method_of_run(config)
     rows["adapted"] = report.adapted(names, parameters)
-    rows["LoRA file"] = f"{report.mib(4 * sum(parameters.values()))} (float32), in two formats"
+    rows["LoRA file"], lost = files_of(run.models)
+    notes += lost
     rows["objective"] = run.schedule.prediction_type + (
         f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
     )
@@ -52,3 +59,34 @@ def summarise(run: "Run", sources: dict[str, Source]) -> None:
     for caption, count in list(too_long(run.parts.tokenizer, captions).items())[:5]:
         limit = run.parts.tokenizer.model_max_length
         notes.append(f"caption of {count} tokens is cut at {limit}: {caption[:60]!r}…")
+
+
+def method_of_run(config: TrainConfig) -> str:
+    """Returns the method as a line: "lora, rank 16, alpha 16, …"."""
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    words = [config.method]
+    if config.method != "full":
+        words += [f"rank {config.rank}", f"alpha {alpha:g}"]
+    words += ["with magnitudes (DoRA)"] if config.use_dora else []
+    words += ["scaled by alpha / sqrt(rank)"] if config.use_rslora else []
+    words += [f"started by {config.init_lora_weights}"] if config.init_lora_weights else []
+    words += ["with Tucker cores"] if config.use_tucker else []
+    return ", ".join(words)
+
+
+def files_of(models: Mapping[str, nn.Module]) -> tuple[str, list[str]]:
+    """Returns the size and formats of the files to come, and notes on who will not read them."""
+    adapter = {component: updates(model) for component, model in models.items()}
+    deltas = [delta for modules in adapter.values() for delta in modules.values()]
+    size = report.mib(sum(t.numel() * 4 for delta in deltas for t in delta.tensors().values()))
+    if kohya.can_write(adapter):
+        return f"{size} (float32), in two formats", []
+    if diffusers.can_write(adapter):
+        return f"{size} (float32), in diffusers' format", [
+            "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
+            "file would be exact there"
+        ]
+    return f"{size} (float32), in LyCORIS' format", [
+        "diffusers' load_lora_weights has no form for this kind of update: the file is for "
+        "ComfyUI, A1111, LyCORIS and sd_lora.load_adapter"
+    ]

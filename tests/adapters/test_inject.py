@@ -1,17 +1,27 @@
-"""inject, eject, merge, targets and patterns on real UNets."""
+"""inject, eject, merge, targets and patterns, biases and whole modules, refusals."""
 
 import copy
+from collections.abc import Callable
 
+import loralib
 import peft
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import PRESETS, plan, select
+from tests.adapters.layers import randomise_model
 from tests.tiny import build_text_encoder, build_tokenizer, build_unet
 
 
@@ -22,12 +32,6 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
         "timestep": torch.tensor([10, 700]),
         "encoder_hidden_states": torch.randn(2, 77, 32, generator=g),
     }
-
-
-def randomise(model: nn.Module) -> None:
-    g = torch.Generator().manual_seed(1)
-    for layer in adapted_layers(model).values():
-        layer.lora_B.data.normal_(std=0.05, generator=g)
 
 
 @pytest.mark.parametrize("targets", sorted(PRESETS.keys() - {"text"}))
@@ -59,7 +63,7 @@ def test_merge_and_unmerge_on_a_unet() -> None:
         unet = build_unet().to(dtype).eval()
         before = copy.deepcopy(unet.state_dict())
         sd_lora.inject(unet, targets="all", rank=4)
-        randomise(unet)
+        randomise_model(unet)
         if dtype == torch.float32:
             with torch.no_grad():
                 y = unet(**inputs()).sample
@@ -109,7 +113,7 @@ def test_gradients_reach_every_factor_and_only_factors() -> None:
     """lora_layers is a list of exactly the parameters that get a gradient."""
     unet = build_unet()
     sd_lora.inject(unet, targets="all", rank=2)
-    randomise(unet)
+    randomise_model(unet)
     unet(**inputs()).sample.pow(2).sum().backward()
     layers = sd_lora.lora_layers(unet)
     assert isinstance(layers, list)
@@ -229,30 +233,57 @@ def test_rank_and_alpha_patterns_follow_peft() -> None:
     assert (planned[f"{resnet}.conv2"].rank, planned[f"{resnet}.conv2"].alpha) == (2, 2)
     assert (planned[f"{resnet}.conv1"].rank, planned[f"{resnet}.conv1"].alpha) == (2, 9)
     assert planned[f"{resnet}.time_emb_proj"].rank == 4
+    for given, alphas in (
+        ({}, (16, 16)),  # linear layers, convolutions
+        ({"conv_alpha": 3}, (16, 3)),
+        ({"conv_rank": 2}, (16, 2)),
+        ({"conv_rank": 2, "conv_alpha": 3}, (16, 3)),
+    ):
+        planned = {t.name: t.alpha for t in plan(unet, "conv", 4, 16, **given)}
+        names = (f"{resnet}.time_emb_proj", f"{resnet}.conv1")
+        assert tuple(planned[name] for name in names) == alphas
 
 
 def test_initial_factors_depend_on_seed_and_name_only() -> None:
-    """A module's A is the same whatever else is adapted, and another for another seed."""
+    """A module's A is the same whatever else is adapted, and another for another seed or module."""
     a, b, c = build_unet(), build_unet(), build_unet()
     sd_lora.inject(a, targets="attention", seed=3)
     sd_lora.inject(b, targets="all", seed=3)
     sd_lora.inject(c, targets="attention", seed=4)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    assert torch.equal(a.get_submodule(name).lora_A, b.get_submodule(name).lora_A)
-    assert not torch.equal(a.get_submodule(name).lora_A, c.get_submodule(name).lora_A)
+    assert torch.equal(a.get_submodule(name).delta.lora_A, b.get_submodule(name).delta.lora_A)
+    assert not torch.equal(a.get_submodule(name).delta.lora_A, c.get_submodule(name).delta.lora_A)
+    other = name.replace("to_q", "to_k")
+    assert not torch.equal(a.get_submodule(name).delta.lora_A, a.get_submodule(other).delta.lora_A)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"targets": "attentoin"}, "Did you mean attention"),
+        ({"targets": "attentoin"}, "'attentoin' matches no module.*Did you mean attention"),
         ({"targets": "attention+down_blocks.9.*"}, "matches no module"),
         ({"targets": "conv_norm_out"}, "GroupNorm"),
         ({"targets": "(["}, "not a regular expression"),
         ({"rank": 0}, "rank"),
+        ({"alpha": 0}, "the alpha of .* is 0; it must be above 0"),
+        ({"alpha_pattern": {"to_q": -1.0}}, "the alpha of .*to_q is -1; it must be above 0"),
         ({"rank_pattern": {"nothing_here": 4}}, "rank_pattern 'nothing_here' matches none"),
         ({"alpha_pattern": {"nor_here": 4.0}}, "alpha_pattern 'nor_here' matches none"),
-        ({"dropout": 1.5}, "probability"),
+        ({"dropout": 1.5}, "dropout is a probability"),
+        ({"module_dropout": -0.1}, "module_dropout is a probability"),
+        ({"method": "lroa"}, "unknown method 'lroa'.*Did you mean lora"),
+        ({"method": "dora"}, "unknown method 'dora'.*DoRA is the rule decompose"),
+        ({"rule": "decomposed"}, "rule must be add or decompose"),
+        ({"tuckr": True}, "lora has no option 'tuckr'.*Did you mean tucker"),
+        ({"method": "lokr", "factr": 4}, "lokr has no option 'factr'.*Did you mean factor"),
+        ({"weight": torch.zeros(1)}, "lora has no option 'weight'"),
+        ({"method": "full", "rank_dropout": 0.1}, "rank_dropout drops ranks, and full has none"),
+        ({"train_bias": "some"}, "train_bias must be none, lora_only or all"),
+        ({"modules_to_save": ["conv_norm_uot"]}, "modules_to_save 'conv_norm_uot' matches none"),
+        (
+            {"modules_to_save": ["mid_block"]},
+            "mid_block.*to_q is both a target and in modules_to_save",
+        ),
         ({"conv_rank": 4}, "none of the .* target modules is one: add the preset conv"),
     ],
 )
@@ -273,22 +304,249 @@ def test_injecting_twice_is_refused() -> None:
         sd_lora.inject(unet)
 
 
-def test_state_dict_round_trip_and_its_refusals() -> None:
-    """Saving and loading is the identity; another shape or key changes nothing."""
-    a, b, c = build_unet(), build_unet(), build_unet()
-    sd_lora.inject(a, targets="attention+conv", rank=3, alpha=5.0)
-    randomise(a)
-    state = sd_lora.lora_state_dict(a)
-    sd_lora.inject(b, targets="attention+conv", rank=3)
-    sd_lora.load_lora_state_dict(b, state)
-    loaded = sd_lora.lora_state_dict(b)
-    assert all(torch.equal(loaded[k], state[k]) for k in state)
-    sd_lora.inject(c, targets="attention", rank=3)
-    before = sd_lora.lora_state_dict(c)
-    with pytest.raises(sd_lora.UsageError, match="the file has"):
-        sd_lora.load_lora_state_dict(c, state)
-    short = {k: v[:1] if k.endswith("lora_A") else v for k, v in before.items()}
-    with pytest.raises(sd_lora.UsageError, match="was the rank changed"):
-        sd_lora.load_lora_state_dict(c, short)
-    after = sd_lora.lora_state_dict(c)
-    assert all(torch.equal(after[k], before[k]) for k in before)
+def linear(n: int, m: int, **more: object) -> nn.Module:
+    return nn.Sequential(nn.Linear(n, m, **more))
+
+
+class OwnBias(nn.Module):
+    """A model that holds a bias by itself, and a layer with parameters inside another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(4))
+        self.inner = nn.Module()
+        self.inner.token = nn.Parameter(torch.zeros(4))
+        self.inner.proj = nn.Linear(4, 4)
+        self.last = nn.Linear(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: linear(4, 4), {"method": "loha", "neuron_dropout": 0.1}, "0: neuron_dropout"),
+        (lambda: linear(4, 4), {"rule": "decompose", "neuron_dropout": 0.1}, "0: neuron_dropout"),
+        (lambda: linear(4, 4), {"init": "pissa", "neuron_dropout": 0.1}, "0: .* of its start"),
+        (
+            lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+            {"neuron_dropout": 0.1},
+            "0: neuron_dropout",
+        ),
+        (
+            lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
+            {"dropout": 0.1},
+            "0: dropout of the input means nothing for a MultiheadAttention",
+        ),
+        (
+            lambda: nn.Sequential(nn.Embedding(5, 4)),
+            {"dropout": 0.1},
+            "0: dropout of the input means nothing for a Embedding",
+        ),
+        (
+            lambda: nn.Sequential(nn.Embedding(6, 4, padding_idx=1)),
+            {"method": "lokr"},
+            "0: lokr cannot leave out one row",
+        ),
+        (lambda: nn.Sequential(nn.Embedding(5, 4, sparse=True)), {}, "0: sparse=True wants sparse"),
+        (
+            lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 4))),
+            {},
+            "0: the weight of this Linear is no parameter",
+        ),
+        (
+            lambda: nn.Sequential(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))),
+            {},
+            "matches only ParametrizedLinear",
+        ),
+        (
+            lambda: nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(4, 4)),
+            {},
+            "matches only NonDynamicallyQuantizableLinear",
+        ),
+        (lambda: nn.Sequential(nn.GroupNorm(2, 4)), {}, "matches only GroupNorm"),
+        (
+            lambda: nn.Sequential(nn.GroupNorm(2, 4, affine=False)),
+            {"method": "full"},
+            "0: this GroupNorm has no gain",
+        ),
+        (
+            lambda: nn.Sequential(nn.GroupNorm(2, 4)),
+            {"method": "full", "rule": "decompose"},
+            "0: decompose rescales the rows of a matrix",
+        ),
+        (
+            OwnBias,
+            {"targets": ["last"], "train_bias": "all"},
+            "OwnBias itself holds parameters to train",
+        ),
+        (
+            OwnBias,
+            {"targets": ["last"], "modules_to_save": ["inner"]},
+            "inner holds parameters of its own and inner.proj",
+        ),
+    ],
+)
+def test_impossible_layers_name_themselves(
+    make: Callable[[], nn.Module], options: dict, message: str
+) -> None:
+    """What a layer cannot do exactly is refused with its name and the reason, before anything in
+    the model is changed: the same modules, the same gradients wanted, the same values."""
+    model = make()
+    before = dict(model.named_modules()), copy.deepcopy(model.state_dict())
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.inject(model, **({"targets": ["0"]} | options))
+    after = dict(model.named_modules()), model.state_dict()
+    assert after[0].keys() == before[0].keys()
+    assert all(after[0][name] is before[0][name] for name in before[0])
+    assert all(torch.equal(after[1][key], before[1][key]) for key in before[1])
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_layer_by_itself_has_no_place_to_eject_from() -> None:
+    """eject and a state's loading replace modules inside a model; at its root they say so instead
+    of hanging the model into itself."""
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer)
+    sd_lora.inject(model, ["0"])
+    with pytest.raises(sd_lora.UsageError, match="what it adapts is its `base`"):
+        sd_lora.eject(model[0])
+    state = {k.removeprefix("0"): t for k, t in sd_lora.lora_state_dict(model).items()}
+    with pytest.raises(sd_lora.UsageError, match="Linear itself holds parameters"):
+        sd_lora.load_lora_state_dict(nn.Linear(4, 4), state)
+
+
+def roberta() -> RobertaForSequenceClassification:
+    torch.manual_seed(0)
+    config = RobertaConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        vocab_size=50,
+        max_position_embeddings=20,
+    )
+    return RobertaForSequenceClassification(config).eval()
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    """Returns what is trained: `layer.lora_A` of low-rank updates, the parameter's name of full
+    ones; and asserts that this is what `lora_layers` gives and what wants a gradient."""
+    names, trained = set(), set()
+    for name, layer in adapted_layers(model).items():
+        for path, delta in layer.updates().items():
+            trained |= {id(p) for p in delta.parameters()}
+            if delta.method == "full":
+                names.add(f"{name}.{path}")
+            else:
+                names |= {f"{name}.{n}" for n, _ in delta.named_parameters()}
+    assert {id(p) for p in sd_lora.lora_layers(model)} == trained
+    assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+    return names
+
+
+SAVED = ["classifier", "embeddings.LayerNorm", "token_type_embeddings"]
+
+
+@pytest.mark.parametrize("saved", [[], SAVED], ids=["", "modules_to_save"])
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_and_whole_modules_are_those_of_peft(bias: str, saved: list[str]) -> None:
+    """train_bias and modules_to_save (a classifier head, a norm, an embedding) train exactly the
+    parameters that peft trains."""
+    ours = roberta()
+    config = peft.LoraConfig(
+        r=2, target_modules=["query", "value"], bias=bias, modules_to_save=saved or None
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(ours), config)
+    want = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    for part in ("base_model.model.", ".base_layer", ".default", ".modules_to_save"):
+        want = {name.replace(part, "") for name in want}
+    want = {name.removesuffix(".weight") if "lora_" in name else name for name in want}
+    sd_lora.inject(ours, [r".*\.(query|value)"], rank=2, train_bias=bias, modules_to_save=saved)
+    assert trained_names(ours) == want
+
+
+@pytest.mark.parametrize("bias", ["none", "lora_only", "all"])
+def test_biases_are_those_of_loralib(bias: str) -> None:
+    """The same for loralib's mark_only_lora_as_trainable, with norms, a convolution and an LSTM,
+    whose biases are called bias_ih_l0 and so on."""
+
+    def model(first: nn.Module) -> nn.ModuleDict:
+        parts = {"first": first, "norm": nn.LayerNorm(4), "conv": nn.Conv2d(4, 4, 1)}
+        return nn.ModuleDict(parts | {"bare": nn.Linear(4, 4, bias=False), "rnn": nn.LSTM(4, 4)})
+
+    theirs, ours = model(loralib.Linear(4, 4, r=2)), model(nn.Linear(4, 4))
+    loralib.mark_only_lora_as_trainable(theirs, bias)
+    sd_lora.inject(ours, ["first"], rank=2, train_bias=bias)
+    want = {name for name, p in theirs.named_parameters() if p.requires_grad}
+    assert trained_names(ours) == want
+
+
+def test_biases_and_whole_modules_train_and_come_back() -> None:
+    """The first output is the base's bit for bit; a step of training moves every update and no
+    bit of the base; the state reloads into a bare model, merges, and ejecting gives the base."""
+    model, twin, fresh = roberta(), roberta().requires_grad_(False), roberta()
+    before = copy.deepcopy(model.state_dict())
+    ids = torch.randint(3, 50, (4, 7))
+    sd_lora.inject(model, [".*query"], rank=2, train_bias="all", modules_to_save=SAVED)
+    assert torch.equal(model(ids).logits, twin(ids).logits)
+    optimizer = torch.optim.SGD(sd_lora.lora_layers(model), lr=0.5)
+    for _ in range(2):  # B moves in the first step, A in the second
+        optimizer.zero_grad()
+        model(ids).logits.sub(1).pow(2).mean().backward()
+        optimizer.step()
+    zero = [n for n, d in sd_lora.updates(model).items() if not d.norm() > 0]
+    assert all(name.endswith("key.bias") for name in zero)  # softmax does not see a key's bias
+    y = model(ids).logits
+    assert not torch.allclose(y, twin(ids).logits, atol=1e-2)
+    sd_lora.load_lora_state_dict(fresh, sd_lora.lora_state_dict(model))
+    torch.testing.assert_close(fresh(ids).logits, y)
+    sd_lora.merge(model)
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-5)
+    sd_lora.unmerge(model)
+    sd_lora.eject(model)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8, **ends)
+    ).eval()
+
+
+@pytest.mark.parametrize("adapted", ["lm_head", "transformer.wte"])
+def test_merging_leaves_a_tied_weight_alone(adapted: str) -> None:
+    """GPT-2's head is its token embedding: merging an update of one of them leaves the other's
+    weight its bits, the output is that of the update on one of them, and unmerging ties again."""
+    model = gpt2()
+    tied = model.lm_head.weight
+    assert tied is model.transformer.wte.weight
+    before, ids = tied.clone(), torch.randint(0, 30, (2, 5))
+    other = "transformer.wte" if adapted == "lm_head" else "lm_head"
+    sd_lora.inject(model, [adapted], rank=2)
+    randomise_model(model)
+    y = model(ids).logits
+    sd_lora.merge(model)
+    torch.testing.assert_close(model(ids).logits, y, rtol=1e-5, atol=1e-5)
+    assert model.get_submodule(other).weight is tied
+    assert torch.equal(tied, before)
+    assert not torch.equal(model.get_submodule(adapted).base.weight, before)
+    sd_lora.unmerge(model)
+    sd_lora.eject(model)
+    assert model.lm_head.weight is model.transformer.wte.weight is tied
+
+
+def test_ejecting_while_merged_bakes_the_update_in() -> None:
+    """merge and eject leave plain layers with W': the model computes what was trained."""
+    unet = build_unet().eval()
+    kinds = {name: type(module) for name, module in unet.named_modules()}
+    sd_lora.inject(unet, targets="all", rank=2)
+    randomise_model(unet, 0.05)
+    with torch.no_grad():
+        y = unet(**inputs()).sample
+        sd_lora.merge(unet)
+        sd_lora.eject(unet)
+        torch.testing.assert_close(unet(**inputs()).sample, y, rtol=1e-5, atol=1e-5)
+    assert {name: type(module) for name, module in unet.named_modules()} == kinds

@@ -1,220 +1,332 @@
-"""The adapted layers against closed forms, peft and loralib."""
+"""One adapted layer at a time: its input's gradient, hooks, autocast, its attributes, other kinds.
+
+The matrix of kinds × methods × rules is in test_matrix.py, other libraries in test_oracles.py.
+"""
 
 import copy
+from collections.abc import Callable
 
-import loralib
-import peft
 import pytest
 import torch
-from torch import nn
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import Tensor, nn
 
 import sd_lora
-from sd_lora.adapters.layers import LAYERS, AdaptedLayer
+from sd_lora.adapters.deltas import METHODS
+from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.state import make_delta
+from sd_lora.adapters.variants import Variant, new_delta
+from tests.adapters.layers import LAYERS, RULES, VARIANTS, build, out, randomise
 
-LAYER_KINDS = {
-    "linear": (lambda: nn.Linear(12, 10), (3, 5, 12)),
-    "linear without bias": (lambda: nn.Linear(12, 10, bias=False), (3, 12)),
-    "conv1d": (lambda: nn.Conv1d(6, 8, 3, stride=2, padding=1), (2, 6, 11)),
-    "conv1d dilated": (lambda: nn.Conv1d(6, 8, 3, dilation=2, padding=2), (2, 6, 11)),
-    "conv2d 3x3": (lambda: nn.Conv2d(6, 8, 3, padding=1), (2, 6, 9, 9)),
-    "conv2d 1x1": (lambda: nn.Conv2d(6, 8, 1), (2, 6, 9, 9)),
-    "conv2d stride": (lambda: nn.Conv2d(6, 8, 3, stride=2, padding=1), (2, 6, 9, 9)),
-    "conv2d 3x1": (lambda: nn.Conv2d(6, 8, (3, 1), padding=(1, 0)), (2, 6, 9, 9)),
-    "conv2d dilated": (lambda: nn.Conv2d(6, 8, 3, dilation=2, padding=1), (2, 6, 9, 9)),
-    "conv2d same": (lambda: nn.Conv2d(6, 8, 3, dilation=2, padding="same"), (2, 6, 9, 9)),
-    "conv2d circular": (
-        lambda: nn.Conv2d(6, 8, 3, padding=1, padding_mode="circular"),
-        (2, 6, 9, 9),
-    ),
-    "conv2d reflect": (lambda: nn.Conv2d(6, 8, 3, padding=2, padding_mode="reflect"), (2, 6, 9, 9)),
-    "conv2d groups": (lambda: nn.Conv2d(6, 8, 3, padding=1, groups=2), (2, 6, 9, 9)),
-    "conv2d depthwise": (lambda: nn.Conv2d(6, 6, 3, padding=1, groups=6), (2, 6, 9, 9)),
-    "conv3d": (lambda: nn.Conv3d(4, 8, 3, padding=1, stride=(1, 2, 2)), (2, 4, 5, 6, 7)),
-    "conv3d grouped, dilated": (
-        lambda: nn.Conv3d(4, 8, (1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4),
-        (2, 4, 5, 6, 7),
-    ),
-}
-kinds = pytest.mark.parametrize("kind", LAYER_KINDS)
+DENSE = [name for name in LAYERS if not name.startswith(("embedding", "attention"))]
 
 
-def adapted(
-    kind: str, *, trained: bool = True, **options: object
-) -> tuple[AdaptedLayer, torch.Tensor]:
-    """Returns a layer of that kind with an adapter (random A and B if trained), and an input."""
-    torch.manual_seed(0)
-    make, shape = LAYER_KINDS[kind]
-    base = make()
-    options = {"rank": 3, "alpha": 2.0} | options
-    layer = LAYERS[type(base)](base, **options)
-    if trained:
-        nn.init.normal_(layer.lora_B, std=0.3)
-    return layer, torch.randn(shape)
+def delta_of(*shape: int, seed: int = 0, **variant: object) -> sd_lora.Delta:
+    """Returns a trained update of a weight of this shape, rank 2, alpha 3."""
+    g = torch.Generator().manual_seed(seed)
+    delta = new_delta(Variant(**variant), torch.randn(shape, generator=g), 2, 3.0, g)
+    for p in delta.parameters():
+        p.data.add_(0.4 * torch.randn(p.shape, generator=g))
+    return delta
 
 
-@kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_first_output_is_the_base_output_bit_for_bit(kind: str, dtype: torch.dtype) -> None:
-    """B = 0, so the wrapped layer computes exactly what the base does, in every dtype."""
-    layer, x = adapted(kind, trained=False)
-    layer.base.to(dtype)
-    x = x.to(dtype)
-    assert torch.equal(layer(x), layer.base(x))
-    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
-
-
-@kinds
-def test_merged_equals_unmerged_in_double(kind: str) -> None:
-    """The forward pass is the function of W + ΔW to 1e-12: stride, padding, dilation, groups."""
-    layer, x = adapted(kind)
-    layer, x = layer.double(), x.double()
-    y, before = layer(x), layer.base(x)
-    layer.merge()
-    assert not torch.allclose(layer.base(x), before)
-    torch.testing.assert_close(layer(x), y, rtol=1e-12, atol=1e-12)
-
-
-@kinds
-def test_merged_equals_unmerged_in_float32(kind: str) -> None:
-    """The same in float32 within 1e-5."""
-    layer, x = adapted(kind)
-    y = layer(x)
-    layer.merge()
-    torch.testing.assert_close(layer(x), y, rtol=1e-5, atol=1e-5)
-
-
-@kinds
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unmerge_restores_every_bit(kind: str, dtype: torch.dtype) -> None:
-    """merge changes the weight; unmerge gives back the tensor that was there, bit for bit."""
-    layer, _ = adapted(kind)
-    layer.base.to(dtype)
-    before = layer.base.weight.clone()
-    layer.merge()
-    assert not torch.equal(layer.base.weight, before)
-    layer.merge()  # once more is the same merge
-    layer.unmerge()
-    assert torch.equal(layer.base.weight, before)
-
-
-@kinds
-def test_gradients_are_those_of_the_merged_weight(kind: str) -> None:
-    """The backward pass equals autograd's through base(x; W + s·BA), for A, B and the input."""
-    layer, x = adapted(kind)
-    layer, x = layer.double(), x.double().requires_grad_()
-    layer(x).pow(3).sum().backward()
-    got = [layer.lora_A.grad, layer.lora_B.grad, x.grad]
-
-    A, B = (p.detach().clone().requires_grad_() for p in (layer.lora_A, layer.lora_B))
-    x2 = x.detach().clone().requires_grad_()
-    base = layer.base
-    delta = (layer.alpha / layer.rank) * (B.flatten(1) @ A.flatten(1)).view(base.weight.shape)
-    state = {"weight": base.weight + delta}
-    torch.func.functional_call(base, state, (x2,)).pow(3).sum().backward()
-    for ours, theirs in zip(got, (A.grad, B.grad, x2.grad), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", DENSE)
+def test_input_gets_the_gradient_of_the_effective_weight(layer: str, rule: str) -> None:
+    """The gradient of the input is autograd's through base(x; W'), for the hand-written backward
+    and for convolutions; the matrix test has those of the tensors."""
+    adapted, (x,) = build(layer, "lora", rule, torch.float64)
+    x.requires_grad_()
+    (got,) = torch.autograd.grad(adapted(x).pow(3).sum(), x)
+    state = {"weight": adapted.effective().detach()}
+    y = torch.func.functional_call(adapted.base, state, (x,))
+    (want,) = torch.autograd.grad(y.pow(3).sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
 def test_fused_linear_passes_finite_differences() -> None:
-    """The hand-written backward agrees with finite differences in double precision."""
-    layer, x = adapted("linear")
-    layer, x = layer.double(), x.double().requires_grad_()
+    """The hand-written backward agrees with finite differences, each entry of its Jacobian, also
+    for the input; a second derivative, which it does not have, is an error and no zero."""
+    adapted, (x,) = build("linear", dtype=torch.float64)
+    x.requires_grad_()
 
-    def f(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+    def f(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        state = {"deltas.weight.lora_A": A, "deltas.weight.lora_B": B}
+        return torch.func.functional_call(adapted, state, (x,))
 
-    assert torch.autograd.gradcheck(f, (x, layer.lora_A, layer.lora_B))
+    assert torch.autograd.gradcheck(f, (x, adapted.delta.lora_A, adapted.delta.lora_B))
+    (g,) = torch.autograd.grad(adapted(x).pow(2).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
 
 
 def test_an_unfrozen_base_gets_its_gradient() -> None:
     """The fused path is left when someone thaws the base: no gradient is lost in silence."""
-    layer, x = adapted("linear")
-    frozen = layer(x)
-    layer.base.requires_grad_(True)
-    y = layer(x)
+    adapted, (x,) = build("linear")
+    frozen = adapted(x)
+    adapted.base.requires_grad_(True)
+    y = adapted(x)
     torch.testing.assert_close(y, frozen)
     y.sum().backward()
-    assert layer.base.weight.grad.abs().sum() > 0
-    assert layer.lora_A.grad.abs().sum() > 0
+    assert adapted.base.weight.grad.abs().sum() > 0
+    assert adapted.delta.lora_A.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(
-    "kind", ["linear", "linear without bias", "conv1d", "conv2d 3x3", "conv2d stride", "conv3d"]
-)
-def test_equals_peft_where_peft_is_right(kind: str) -> None:
-    """Given peft's factors, our layer computes peft's output (peft errs elsewhere: groups,
-    dilation, padding_mode; there the closed form above is the proof)."""
-    layer, x = adapted(kind)
-    model = nn.Sequential(copy.deepcopy(layer.base))
-    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["0"], init_lora_weights=False)
-    theirs = peft.get_peft_model(model, config)
-    peer = theirs.base_model.model[0]
-    with torch.no_grad():
-        layer.lora_A.copy_(peer.lora_A["default"].weight)
-        layer.lora_B.copy_(peer.lora_B["default"].weight)
-    torch.testing.assert_close(layer(x), theirs(x), rtol=1e-5, atol=1e-5)
+class Doubled(ModelHook):
+    """What accelerate puts on a module: here one that doubles its output."""
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return 2 * output
 
 
-def test_equals_loralib() -> None:
-    """Given loralib's factors, our linear layer computes loralib's output."""
-    layer, x = adapted("linear")
-    peer = loralib.Linear(12, 10, r=3, lora_alpha=2)
-    with torch.no_grad():
-        peer.weight.copy_(layer.base.weight)
-        peer.bias.copy_(layer.base.bias)
-        peer.lora_A.copy_(layer.lora_A)
-        peer.lora_B.copy_(layer.lora_B)
-    torch.testing.assert_close(layer(x), peer(x), rtol=1e-6, atol=1e-6)
+def test_hooks_of_the_base_are_heard() -> None:
+    """A forward hook of torch, and one of accelerate (offloading puts them on each layer), act on
+    the base's product: the fused path, which never calls the base, is left for them."""
+    adapted, (x,) = build("linear")
+    base, update = adapted.base(x), adapted(x) - adapted.base(x)
+    handle = adapted.base.register_forward_hook(lambda module, args, y: 2 * y)
+    torch.testing.assert_close(adapted(x), 2 * base + update)
+    handle.remove()
+    add_hook_to_module(adapted.base, Doubled())
+    torch.testing.assert_close(adapted(x), 2 * base + update)
 
 
-def test_autocast_computes_in_its_dtype() -> None:
-    """Under autocast a float32 base and its update run in bfloat16, for linears and convs."""
-    for kind in ("linear", "conv2d 3x3"):
-        layer, x = adapted(kind)
-        with torch.autocast("cpu", torch.bfloat16):
-            y = layer(x)
-        assert y.dtype == torch.bfloat16
-        torch.testing.assert_close(y.float(), layer(x), rtol=0.05, atol=0.1)
-        y.float().sum().backward()
-        assert layer.lora_A.grad.dtype == torch.float32
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", ["linear", "gpt2 conv1d", "conv2d 3x3", "attention"])
+def test_autocast_computes_in_its_dtype(layer: str, rule: str) -> None:
+    """Under autocast a float32 layer and its update run in bfloat16, to its precision, and the
+    gradients of the float32 tensors are float32."""
+    adapted, args = build(layer, rule=rule)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = out(adapted, args)
+    assert y.dtype == torch.bfloat16
+    full = out(adapted, args)
+    assert torch.linalg.vector_norm(y - full) < 0.02 * torch.linalg.vector_norm(full)
+    y.float().sum().backward()
+    trained = [p for d in adapted.updates().values() for p in d.parameters()]
+    assert {p.grad.dtype for p in trained} == {torch.float32}
 
 
-def test_dropout_drops_in_training_only() -> None:
-    """Dropout changes the update in training, keeps its mean, and is off in eval."""
-    layer, x = adapted("linear", dropout=0.5)
-    y = layer.eval()(x)
-    torch.testing.assert_close(y, layer.base(x) + x @ layer.delta_weight().T)
-    layer.train()
-    many = torch.stack([layer(x) for _ in range(4000)]).mean(0)
-    assert not torch.equal(layer(x), y)
-    torch.testing.assert_close(many, y, rtol=0.1, atol=0.1)
+@pytest.mark.parametrize("layer", ["linear", "conv2d 3x3", "embedding"])
+def test_inputs_are_taken_by_keyword(layer: str) -> None:
+    """Some model code calls `layer(input=x)` (diffusers' motion modules): so does the wrapper."""
+    adapted, (x,) = build(layer)
+    assert torch.equal(adapted(input=x), adapted(x))
+    adapted, (x,) = build("gpt2 conv1d")
+    assert torch.equal(adapted(x=x), adapted(x))
 
 
-def test_wrapper_answers_for_its_base() -> None:
-    """Model code that asks a layer for its weight or sizes gets the base's answer."""
-    layer, _ = adapted("conv2d 3x3")
-    assert layer.weight is layer.base.weight
-    assert (layer.in_channels, layer.out_channels) == (6, 8)
+@pytest.mark.parametrize("rule", RULES)
+def test_wrapper_answers_for_its_base(rule: str) -> None:
+    """Asked for its weight a layer gives W', in the base's dtype and with its gradient (so model
+    code that computes with it trains the update); asked for anything else, the base's own."""
+    adapted, (x,) = build("conv2d 3x3", rule=rule, dtype=torch.bfloat16)
+    weight = adapted.weight
+    assert weight.dtype == torch.bfloat16
+    assert torch.equal(weight, adapted.effective().bfloat16())
+    assert not torch.equal(weight, adapted.base.weight)
+    weight.float().pow(2).sum().backward()
+    assert adapted.delta.lora_B.grad.abs().sum() > 0
+    assert (adapted.in_channels, adapted.out_channels) == (6, 8)
+    assert adapted.bias is adapted.base.bias
     with pytest.raises(AttributeError, match="no_such_thing"):
-        _ = layer.no_such_thing
-    assert torch.equal(copy.deepcopy(layer).lora_A, layer.lora_A)
+        _ = adapted.no_such_thing
+    adapted.merge()
+    assert adapted.weight is adapted.base.weight
+    assert torch.equal(adapted.weight, weight)
+
+
+NORMS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.LayerNorm(8),
+    "group": lambda: nn.GroupNorm(2, 8),
+    "rms": lambda: nn.RMSNorm(8),
+    "batch": lambda: nn.BatchNorm1d(8),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_are_trained_in_full(norm: str) -> None:
+    """A norm's gain and shift by the method full: the first output is the base's bit for bit, and
+    the trained function is the base's with weight + ΔW and bias + Δb."""
+    torch.manual_seed(0)
+    base, x = NORMS[norm]().double().requires_grad_(False), torch.randn(4, 8).double()
+    for p in base.parameters():
+        p.uniform_(-1, 1)
+    plain = copy.deepcopy(base)
+    before = dict(plain.named_parameters())
+    adapted = sd_lora.wrap(base, {n: new_delta(Variant("full"), p) for n, p in before.items()})
+    assert torch.equal(adapted(x), plain(x))
+    randomise(adapted)
+    y = adapted(x)
+    state = {n: p + adapted.updates()[n].diff for n, p in before.items()}
+    torch.testing.assert_close(y, torch.func.functional_call(plain, state, (x,)))
+    y.pow(2).sum().backward()
+    assert all(d.diff.grad.abs().sum() > 0 for d in adapted.updates().values())
+    adapted.merge()
+    torch.testing.assert_close(adapted(x), y, rtol=1e-12, atol=1e-12)
+
+
+def test_any_module_can_be_wrapped() -> None:
+    """A module of a kind without a class of its own computes with W' in the parameter's place: a
+    low-rank update of a GRU's recurrent weight is the GRU with W + s·B·A, merged and unmerged."""
+    torch.manual_seed(0)
+    gru, x = nn.GRU(5, 4).double().requires_grad_(False), torch.randn(7, 2, 5).double()
+    before, delta = gru(x)[0], delta_of(12, 4).double()
+    adapted = sd_lora.wrap(gru, {"weight_hh_l0": delta})
+    y = adapted(x)[0]
+    assert not torch.allclose(y, before, atol=1e-3)
+    twin = copy.deepcopy(gru)
+    with torch.no_grad():
+        twin.weight_hh_l0.add_(1.5 * delta.lora_B @ delta.lora_A)
+    torch.testing.assert_close(y, twin(x)[0], rtol=1e-12, atol=1e-12)
+    adapted.merge()
+    torch.testing.assert_close(adapted(x)[0], y, rtol=1e-12, atol=1e-12)
+    adapted.unmerge()
+    assert torch.equal(gru(x)[0], before)
+
+
+def test_only_known_classes_are_taken_for_their_kind() -> None:
+    """A subclass may compute something else (attention reads its projection's weight), so it is
+    not taken for the plain layer; norms are known to the method full alone."""
+
+    class MyLinear(nn.Linear):
+        pass
+
+    assert kind_of(nn.Linear(4, 4)) is not None
+    assert kind_of(MyLinear(4, 4)) is None
+    assert kind_of(nn.MultiheadAttention(8, 2).out_proj) is None
+    assert kind_of(nn.LayerNorm(4), "lora") is None
+    assert kind_of(nn.LayerNorm(4), "full") is not None
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    """ΔW = (α/√r)·B·A with rslora and (α/r)·B·A without, the same A and B."""
+    W = torch.zeros(6, 8)
+    for rslora, scale in ((False, 5.0 / 4), (True, 5.0 / 2)):
+        delta = new_delta(Variant(rslora=rslora), W, 4, 5.0, torch.Generator().manual_seed(0))
+        nn.init.ones_(delta.lora_B)
+        torch.testing.assert_close(delta.weight(), scale * delta.lora_B @ delta.lora_A)
+        assert delta.weight().abs().sum() > 0
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [({"rank": 0}, "rank must be at least 1"), ({"init": "orthogonall"}, "init must be one of")],
+    ("layer", "shape", "inner"),
+    [
+        ("linear", (50, 12), (50, 3)),
+        ("gpt2 conv1d", (50, 12), (50, 3)),
+        ("conv2d 3x3", (50, 6, 7, 7), (50, 3, 7, 7)),
+    ],
 )
-def test_bad_options_are_refused(options: dict, message: str) -> None:
-    """A rank below 1 and an unknown init are errors that name themselves."""
-    with pytest.raises(ValueError, match=message):
-        LAYERS[nn.Linear](nn.Linear(4, 4), **options)
+def test_lora_fa_keeps_no_input(layer: str, shape: tuple[int, ...], inner: tuple[int, ...]) -> None:
+    """LoRA-FA trains B alone, and of the batch its layer saves nothing for the backward pass but
+    h = A x, of the rank's width; LoRA saves the input too, once."""
+    saved = {}
+    for method in ("lora", "lora_fa"):
+        adapted, _ = build(layer, method)
+        names = {n for n, p in adapted.named_parameters() if p.requires_grad}
+        factors = ("lora_B",) if method == "lora_fa" else ("lora_A", "lora_B")
+        assert names == {f"deltas.weight.{n}" for n in factors}
+        shapes: list[tuple[int, ...]] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, shapes=shapes: shapes.append(tuple(t.shape)) or t, lambda t: t
+        ):
+            y = adapted(torch.randn(shape))
+        y.sum().backward()
+        assert adapted.delta.lora_B.grad.abs().sum() > 0
+        saved[method] = sorted(s for s in shapes if s[0] == 50)  # no weight has 50 rows
+    assert saved == {"lora": sorted([shape, inner]), "lora_fa": [inner]}
 
 
-def test_subclasses_of_linear_are_refused() -> None:
-    """A subclass may compute something else (attention reads its projection's weight), so it is
-    not taken for the plain layer: the error names the class."""
-    attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ValueError, match="does not adapt NonDynamicallyQuantizableLinear"):
-        LAYERS[nn.Linear](attention.out_proj)
-    with pytest.raises(sd_lora.UsageError, match="NonDynamicallyQuantizableLinear"):
-        sd_lora.inject(attention, targets="out_proj")
+def test_magnitudes_are_read_along_either_side() -> None:
+    """A magnitude of one value an output rescales rows; one of (1, in), as LyCORIS' older files
+    have, columns: W' = m·V/‖V‖ with the norm over the rest, by the formula."""
+    torch.manual_seed(0)
+    W, m_out, m_in = torch.randn(6, 4, 3, 3), torch.rand(6), torch.rand(1, 4, 1, 1)
+    tensors = {"lora_A": torch.randn(2, 4, 3, 3), "lora_B": torch.randn(6, 2, 1, 1)}
+    for m, over, view in ((m_out, (1, 2, 3), (6, 1, 1, 1)), (m_in, (0, 2, 3), (1, 4, 1, 1))):
+        delta = make_delta("x", tensors | {"magnitude": m, "alpha": torch.tensor(4.0)})
+        delta.fit((6, 4, 3, 3))
+        V = W + 2.0 * (tensors["lora_B"].flatten(1) @ tensors["lora_A"].flatten(1)).view(W.shape)
+        want = m.view(view) * V / V.pow(2).sum(over, keepdim=True).sqrt()
+        torch.testing.assert_close(delta.compose(W), want)
+        torch.testing.assert_close(delta.compose(W, 0.25), W + 0.25 * (want - W))
+    with pytest.raises(ValueError, match="a magnitude of"):
+        make_delta("x", tensors | {"magnitude": torch.rand(5)}).fit((6, 4, 3, 3))
+
+
+def test_a_row_of_zeros_stays_finite_when_decomposed() -> None:
+    """A row W = 0 has no direction: it stays zero, with finite gradients for everything else."""
+    base = nn.Linear(4, 3)
+    base.weight.data[1] = 0
+    adapted = sd_lora.wrap(base, {"weight": new_delta(Variant(rule="decompose"), base.weight, 2)})
+    y = adapted(torch.randn(5, 4))
+    assert torch.equal(y[:, 1], base.bias[1].expand(5))
+    y.sum().backward()
+    assert all(p.grad.isfinite().all() for p in adapted.delta.parameters())
+
+
+def test_a_new_method_is_a_few_lines() -> None:
+    """A method registered from outside has everything: a first output of the base, gradients,
+    exact merges, a state that is recognised, its rule decompose, linear and convolution."""
+
+    @sd_lora.register_method("ia3")
+    class IA3(sd_lora.Delta):
+        """ΔW = diag(l)·C with a fixed random C: a toy."""
+
+        tensor_names = ("ia3_l", "ia3_c")
+        frozen = ("ia3_c",)
+
+        @classmethod
+        def create(cls, shape, rank, generator, *, spread: float = 1.0):  # type: ignore[no-untyped-def]
+            c = spread * torch.randn(shape, generator=generator)
+            return {"ia3_l": torch.zeros(shape[0], *(1,) * (len(shape) - 1)), "ia3_c": c}
+
+        def matrix(self) -> Tensor:
+            return self.ia3_l * self.ia3_c
+
+    try:
+        for rule in RULES:
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(12, 4)).double()
+            twin, x = copy.deepcopy(model), torch.randn(2, 2, 4, 4).double()
+            sd_lora.inject(model, ["0", "2"], method="ia3", rule=rule, spread=0.5)
+            assert torch.equal(model(x), twin(x))
+            for layer in (model[0], model[2]):
+                nn.init.normal_(layer.delta.ia3_l)
+            y = model(x)
+            y.pow(2).sum().backward()
+            trained = sd_lora.lora_layers(model)
+            assert len(trained) == (2 if rule == "add" else 4)
+            assert "ia3" in repr(model)
+            assert all(p.grad.abs().sum() > 0 for p in trained)
+            state = sd_lora.lora_state_dict(model)
+            assert {"0.ia3_l", "0.ia3_c"} <= state.keys()
+            sd_lora.load_lora_state_dict(twin, state)
+            torch.testing.assert_close(twin(x), y)
+            sd_lora.merge(model)
+            torch.testing.assert_close(model(x), y, rtol=1e-12, atol=1e-12)
+        with pytest.raises(sd_lora.UsageError, match=r"ia3 has no option 'spraed'.*Did you mean"):
+            sd_lora.inject(nn.Sequential(nn.Linear(4, 4)), ["0"], method="ia3", spraed=1.0)
+        with pytest.raises(ValueError, match="registered already: IA3"):
+            sd_lora.register_method("ia3")(IA3)
+    finally:
+        METHODS.pop("ia3")
+    with pytest.raises(sd_lora.UsageError, match="unknown method 'ia3'"):
+        Variant("ia3")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("rule", RULES)
+def test_autocast_does_not_round_the_weight(variant: str, rule: str) -> None:
+    """W', and the norm of DoRA in it, are computed in float32 under autocast too: to the last bit
+    the weight that merging puts in; bfloat16 products would lose what a LoRA has just learned."""
+    adapted, _ = build("conv2d 3x3", variant, rule)
+    want = adapted.effective()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(adapted.effective(), want)
+        factors = adapted.delta.low_rank()
+        if rule == "decompose" and factors is not None:
+            got = adapted.delta.gain(adapted.base.weight, *factors)
+    if rule == "decompose" and factors is not None:
+        norm = (adapted.base.weight + adapted.delta.weight()).flatten(1).norm(dim=1)
+        torch.testing.assert_close(got, adapted.delta.magnitude.flatten() / norm)

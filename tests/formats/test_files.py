@@ -35,8 +35,8 @@ def trained_parts(path: Path, **options: object) -> Parts:
     sd_lora.inject(parts.text_encoder, targets="text", rank=3, alpha=1.5)
     g = torch.Generator().manual_seed(0)
     for model in (parts.unet, parts.text_encoder):
-        for layer in adapted_layers(model).values():
-            layer.lora_B.data.normal_(std=0.1, generator=g)
+        for delta in sd_lora.updates(model).values():
+            delta.lora_B.data.normal_(std=0.1, generator=g)
     return parts
 
 
@@ -102,9 +102,9 @@ def test_reading_back_is_the_identity(tiny_sd1: Path, tmp_path: Path) -> None:
         assert {c: len(n) for c, n in names.items()} == {c: len(m) for c, m in adapter.items()}
         again = read_models(models(bare))
         for component, modules in adapter.items():
-            for name, factors in modules.items():
-                delta = again[component][name].delta()
-                torch.testing.assert_close(delta, factors.delta(), rtol=1e-6, atol=1e-7)
+            for name, delta in modules.items():
+                loaded = again[component][name].weight()
+                torch.testing.assert_close(loaded, delta.weight(), rtol=1e-6, atol=1e-7)
 
 
 def test_kohya_names_and_metadata(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_verify_finds_what_loaders_pass_over(fault: str, tiny_sd1: Path, tmp_pat
 def test_not_finite_factors_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
     """A NaN is refused by module name before a file exists."""
     parts = trained_parts(tiny_sd1)
-    parts.unet.conv_in.lora_B.data[0, 0] = float("nan")
+    parts.unet.conv_in.delta.lora_B.data[0, 0] = float("nan")
     with pytest.raises(sd_lora.RunError, match="unet conv_in holds NaN"):
         sd_lora.save_adapter(models(parts), tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -202,12 +202,12 @@ def test_families_that_cannot_be_written_are_refused(family: str, tmp_path: Path
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "no partner"),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "come in pairs"),
         (
             {"unet.conv_in.lora_C.weight": (2, 2), "unet.x.lora_A.weight": (1,)},
             "not of the diffusers",
         ),
-        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "method that cannot be read"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "loha needs hada_w1_a, hada_w1_b"),
         ({"lora_unet_nothing.lora_down.weight": (2, 4)}, "names a module that the model has not"),
         ({"model.weight": (2, 2)}, "no LoRA that can be read"),
         (
@@ -215,7 +215,7 @@ def test_families_that_cannot_be_written_are_refused(family: str, tmp_path: Path
                 "unet.conv_in.lora_A.weight": (2, 4, 1, 1),
                 "unet.conv_in.lora_B.weight": (16, 2, 1, 1),
             },
-            r"\(16, 4, 3, 3\) in the model and \(16, 4, 1, 1\) in the file",
+            r"conv_in: ΔW is 16×4 and the weight \(16, 4, 3, 3\)",
         ),
         (
             {"unet.nowhere.lora_A.weight": (2, 4), "unet.nowhere.lora_B.weight": (4, 2)},

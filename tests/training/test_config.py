@@ -205,7 +205,7 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         ("rnak = 3", "'rnak' is not an option. Did you mean rank?"),
         ("[adapter]\nrnak = 3", "'rnak' is not an option. Did you mean rank?"),
         ("rank = 3\n[adapter]\nrank = 4", "rank is given twice"),
-        ("use_dora = true", "use_dora is not supported yet"),
+        ("push_to_hub = true", "push_to_hub is not supported yet"),
         ("rank = ", "is not TOML"),
         ('rank = "4"', "rank must be a whole number, not '4'"),
         ("rank = 4.5", "rank must be a whole number, not 4.5"),

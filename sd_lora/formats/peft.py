@@ -1,0 +1,130 @@
+"""peft's keys and folders: `<module>.lora_A.weight`, `….hada_w1_a`, with adapter_config.json."""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
+from sd_lora.adapters.methods import Full
+from sd_lora.adapters.state import locate, make_delta
+from sd_lora.errors import UsageError
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+
+_ENDS = {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_embedding_A": "lora_A",
+    "lora_embedding_B": "lora_B",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_KEY = re.compile(rf"(?P<name>.+?)\.(?P<end>{'|'.join(map(re.escape, _ENDS))}|(?:hada|lokr)_\w+)$")
+
+
+def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """Returns (module name → our tensor name → tensor, what is no update's tensor)."""
+    grouped: dict[str, dict[str, Tensor]] = {}
+    rest: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.match(key)
+        if match is None:
+            rest[key] = tensor
+        else:
+            kind = _ENDS.get(match["end"], match["end"])
+            # a magnitude is one an output: (out,), or (1, out, 1, 1) for a convolution
+            value = tensor.flatten() if kind == "magnitude" else tensor
+            grouped.setdefault(match["name"], {})[kind] = value
+    return grouped, rest
+
+
+def is_folder(path: Path) -> bool:
+    return (path / CONFIG_NAME).is_file()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns a peft folder's configuration, or raises UsageError naming what cannot be read."""
+    try:
+        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path / CONFIG_NAME} cannot be read: {error}") from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("LORA", "LOHA", "LOKR"):
+        raise UsageError(
+            f"{path} holds a peft adapter of type {kind}; LORA, LOHA, LOKR can be read"
+        )
+    return config
+
+
+def read(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module
+) -> dict[str, Delta]:
+    """Returns update name → update of what `PeftModel.save_pretrained` wrote for `model`.
+
+    Biases and modules_to_save are whole in the file; their updates are what differs from the model.
+    A MultiheadAttention's out_proj gets α/r·B·A as everything else; peft 0.21 itself adds that
+    twice (its merge calls the inner layer's merge once more).
+
+    Raises:
+        UsageError: a key that the model has no place for, or tensors that do not fit together.
+    """
+    # what peft saves of the base beside the updates: an embedding's own weight, biases of originals
+    of_base = {k for k in tensors if k.endswith(".base_layer.weight") or ".original_module." in k}
+    stripped = {
+        re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save(?=\.)", "", key): tensor
+        for key, tensor in tensors.items()
+        if key not in of_base
+    }
+    grouped, rest = group(stripped)
+    deltas: dict[str, Delta] = {}
+    modules = dict(model.named_modules())
+    for name, parts in grouped.items():
+        packed = name in modules and kind_of(modules[name]) is AdaptedAttention
+        own = f"{name}.in_proj_weight" if packed else name
+        deltas[own] = _scaled(make_delta(own, parts), _scale(config, own))
+    for key, value in rest.items():
+        name = key.removesuffix(".weight")
+        module_name, path = locate(model, name)
+        module = model.get_submodule(module_name)
+        own_weight = (kind_of(module, "full") or AdaptedLayer).weight_of(module, path)
+        shaped = value.T if own_weight.shape != value.shape and value.dim() == 2 else value
+        if own_weight.shape != shaped.shape:
+            raise UsageError(
+                f"{key} is {tuple(value.shape)} and the model's {tuple(own_weight.shape)}"
+            )
+        diff = shaped.to(own_weight.dtype).float() - own_weight.float()
+        deltas[name] = Full(tuple(diff.shape), {"diff": diff})
+    return deltas
+
+
+def _scale(config: Mapping[str, Any], name: str) -> float:
+    def of(pattern: str, default: str) -> float:
+        for key, value in (config.get(pattern) or {}).items():  # peft's rule: the end, at a dot
+            if re.match(rf"(.*\.)?({key})$", name):
+                return float(value)
+        return float(config[default])
+
+    try:
+        r, alpha = (
+            of("rank_pattern", "r"),
+            of("alpha_pattern", "alpha" if "alpha" in config else "lora_alpha"),
+        )
+    except (KeyError, TypeError, ValueError, re.error) as error:
+        raise UsageError(f"{CONFIG_NAME}: r or alpha of {name} cannot be read: {error!r}") from None
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _scaled(delta: Delta, scale: float) -> Delta:
+    if delta.rank is not None:
+        delta.alpha = scale * delta.rank
+    else:  # a LoKr of two whole matrices: peft scales it, everybody else does not
+        delta.shrink(scale)
+    return delta

@@ -1,0 +1,310 @@
+"""Files of peft and of LyCORIS, every method: into ours with the same ΔW, and ours into theirs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from lycoris.modules import make_module
+from lycoris.modules.full import FullModule
+from lycoris.modules.locon import LoConModule
+from lycoris.modules.loha import LohaModule
+from lycoris.modules.lokr import LokrModule
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import sd_lora
+from sd_lora.adapters.inject import adapted_layers
+from sd_lora.formats import files
+from sd_lora.formats.canonical import read_models
+
+
+class Net(nn.Module):
+    """One layer of every kind that peft and LyCORIS adapt."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 12)
+        self.lin = nn.Linear(12, 10)
+        self.bare = nn.Linear(10, 8, bias=False)
+        self.conv1 = nn.Conv1d(8, 6, 3, padding=1)
+        self.conv2 = nn.Conv2d(6, 8, 3, padding=1)
+        self.point = nn.Conv2d(8, 8, 1)
+        self.conv3 = nn.Conv3d(8, 6, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.bare(self.lin(self.embed(ids)))  # (N, L, 8)
+        x = self.conv1(x.transpose(1, 2))  # (N, 6, L)
+        x = self.point(self.conv2(x.unsqueeze(2)))  # (N, 8, 1, L)
+        x = self.norm(self.conv3(x.unsqueeze(2)))
+        return self.head(x.mean((2, 3, 4)))
+
+
+CONVS = ["conv1", "conv2", "point", "conv3"]
+LINEARS = ["lin", "bare"]
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def shaken(model: nn.Module, seed: int = 1) -> nn.Module:
+    """Gives every trained tensor values as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.data.add_(0.2 * noise)
+    return model.eval()
+
+
+PEFT: dict[str, Callable[[], Any]] = {
+    "lora": lambda: peft.LoraConfig(
+        r=4,
+        lora_alpha=7,
+        target_modules=["embed", *LINEARS, *CONVS],
+        rank_pattern={"conv2": 3},
+        alpha_pattern={"lin": 2},
+    ),
+    "rslora": lambda: peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=[*LINEARS, *CONVS], use_rslora=True
+    ),
+    "dora": lambda: peft.LoraConfig(
+        r=4, lora_alpha=7, target_modules=["embed", *LINEARS, *CONVS], use_dora=True
+    ),
+    "bias lora_only": lambda: peft.LoraConfig(
+        r=4, target_modules=["lin", "conv2"], bias="lora_only"
+    ),
+    "bias all, modules_to_save": lambda: peft.LoraConfig(
+        r=4, target_modules=["lin"], bias="all", modules_to_save=["head", "norm"]
+    ),
+    "loha": lambda: peft.LoHaConfig(r=3, alpha=5, target_modules=[*LINEARS, *CONVS[1:3]]),
+    "loha tucker": lambda: peft.LoHaConfig(
+        r=3, alpha=5, target_modules=["conv1", "conv2", "lin"], use_effective_conv2d=True
+    ),
+    "lokr": lambda: peft.LoKrConfig(
+        r=2, alpha=5, target_modules=[*LINEARS, "conv2", "point"], decompose_factor=2
+    ),
+    "lokr both": lambda: peft.LoKrConfig(
+        r=1, alpha=5, target_modules=[*LINEARS], decompose_both=True, decompose_factor=4
+    ),
+    "lokr whole": lambda: peft.LoKrConfig(r=16, alpha=5, target_modules=[*LINEARS, "conv2"]),
+    "lokr tucker": lambda: peft.LoKrConfig(
+        r=1, alpha=5, target_modules=["conv2"], use_effective_conv2d=True, decompose_factor=2
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PEFT)
+@torch.no_grad()
+def test_peft_folders_load_as_the_same_function(case: str, tmp_path: Path) -> None:
+    """What `PeftModel.save_pretrained` wrote gives, in a bare model, peft's merged weights to 1e-6
+    and its outputs: every method, ranks and alphas by pattern, biases and whole modules."""
+    theirs = shaken(peft.get_peft_model(net(), PEFT[case]()))
+    ids = torch.randint(0, 11, (4, 5))
+    want = theirs(ids)
+    theirs.save_pretrained(tmp_path)
+    ours = net()
+    sd_lora.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(ids), want, rtol=1e-5, atol=1e-5)
+    merged = dict(theirs.merge_and_unload().named_parameters())
+    names = {name for name, _ in adapted_layers(ours).items()}
+    sd_lora.merge(ours)
+    sd_lora.eject(ours)
+    changed = 0
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter, merged[name], rtol=1e-6, atol=1e-6)
+        changed += name.rpartition(".")[0] in names
+    assert changed >= len(names) > 0
+
+
+@torch.no_grad()
+def test_peft_folder_of_gpt2(tmp_path: Path) -> None:
+    """transformers' Conv1D, whose weight is transposed: the same function from peft's file."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=8)
+
+    def model() -> GPT2LMHeadModel:
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(config).eval()
+
+    lora = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    theirs = shaken(peft.get_peft_model(model(), lora))
+    ids = torch.randint(0, 30, (2, 6))
+    want = theirs(ids).logits
+    theirs.save_pretrained(tmp_path)
+    ours = model()
+    sd_lora.load_adapter(ours, tmp_path)
+    torch.testing.assert_close(ours(ids).logits, want, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_peft_folder_of_multihead_attention(tmp_path: Path) -> None:
+    """peft's attention adapter: its input projection's ΔW exactly, its output projection's as the
+    file's α/r·B·A. peft 0.21.2 computes with twice the latter: its merge adds it once itself and
+    once through the inner layer."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attn(x, x, x)[0]
+
+    def model() -> Attention:
+        torch.manual_seed(0)
+        return Attention().eval()
+
+    config = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["attn"])
+    theirs = shaken(peft.get_peft_model(model(), config))
+    theirs.save_pretrained(tmp_path)
+    before, merged = model().attn, theirs.merge_and_unload().attn
+    ours = model()
+    names = sd_lora.load_adapter(ours, tmp_path)
+    assert names == {"": ["attn.out_proj", "attn.in_proj_weight"]}
+    delta = ours.attn.delta_weight("in_proj_weight")
+    torch.testing.assert_close(delta, merged.in_proj_weight - before.in_proj_weight)
+    delta = ours.attn.delta_weight("out_proj.weight")
+    torch.testing.assert_close(2 * delta, merged.out_proj.weight - before.out_proj.weight)
+
+
+def modules(cls: type, **options: Any) -> Callable[[str, nn.Module], nn.Module]:
+    return lambda name, layer: cls(name, layer, 1.0, lora_dim=2, alpha=3, **options)
+
+
+LYCORIS: dict[str, Callable[[str, nn.Module], nn.Module]] = {
+    "locon": modules(LoConModule),
+    "locon rs": modules(LoConModule, rs_lora=True),
+    "locon scalar": modules(LoConModule, use_scalar=True),
+    "locon tucker": modules(LoConModule, use_tucker=True),
+    "dora": modules(LoConModule, weight_decompose=True),
+    "dora, by input": modules(LoConModule, weight_decompose=True, wd_on_out=False),
+    "loha": modules(LohaModule),
+    "loha tucker": modules(LohaModule, use_tucker=True),
+    "loha decomposed": modules(LohaModule, weight_decompose=True),
+    "lokr": modules(LokrModule, factor=2),
+    "lokr whole": modules(LokrModule, full_matrix=True),
+    "lokr both": modules(LokrModule, decompose_both=True, factor=4),
+    "lokr tucker": modules(LokrModule, use_tucker=True, factor=2),
+    "lokr decomposed": modules(LokrModule, weight_decompose=True, factor=2),
+}
+
+
+@pytest.mark.parametrize("case", LYCORIS)
+@torch.no_grad()
+def test_lycoris_files_load_as_the_same_function(case: str, tmp_path: Path) -> None:
+    """The tensors that LyCORIS saves give, in a bare layer, the outputs of LyCORIS' own training
+    forward to 1e-6: LoCon with and without core, LoHa, LoKr, dora_scale on either axis."""
+    layers = [*LINEARS, *CONVS]
+    model, file, trained = net(), {}, {}
+    for name in layers:
+        module = LYCORIS[case](f"lycoris_{name}", model.get_submodule(name))
+        shaken(module)
+        for key, tensor in module.custom_state_dict().items():
+            file[f"lycoris_{name}.{key}"] = tensor.detach().clone().contiguous()
+        trained[name] = module
+    save_file(file, tmp_path / "file.safetensors")
+    ours = net()
+    sd_lora.load_adapter(ours, tmp_path / "file.safetensors")
+    assert list(adapted_layers(ours)) == layers
+    for name in layers:
+        base = model.get_submodule(name)
+        torch.manual_seed(2)
+        x = torch.randn(2, base.weight.shape[1], *(5,) * (base.weight.dim() - 2))
+        torch.testing.assert_close(
+            ours.get_submodule(name)(x), trained[name](x), rtol=1e-5, atol=2e-6, msg=name
+        )
+
+
+@torch.no_grad()
+def test_lycoris_full_and_norms(tmp_path: Path) -> None:
+    """`diff` and `diff_b` of whole layers, `w_norm` and `b_norm` of norms."""
+    model = net()
+    g = torch.Generator().manual_seed(1)
+    file = {
+        "lycoris_lin.diff": torch.randn(10, 12, generator=g),
+        "lycoris_lin.diff_b": torch.randn(10, generator=g),
+        "lycoris_norm.w_norm": torch.randn(6, generator=g),
+        "lycoris_norm.b_norm": torch.randn(6, generator=g),
+    }
+    save_file(file, tmp_path / "file.safetensors")
+    ours = net()
+    sd_lora.load_adapter(ours, tmp_path / "file.safetensors")
+    sd_lora.merge(ours)
+    assert torch.equal(ours.lin.weight, model.lin.weight + file["lycoris_lin.diff"])
+    assert torch.equal(ours.lin.bias, model.lin.bias + file["lycoris_lin.diff_b"])
+    assert torch.equal(ours.norm.weight, model.norm.weight + file["lycoris_norm.w_norm"])
+    assert torch.equal(ours.norm.bias, model.norm.bias + file["lycoris_norm.b_norm"])
+
+
+OURS = {
+    "lora tucker": {"method": "lora", "tucker": True},
+    "loha": {"method": "loha"},
+    "loha tucker": {"method": "loha", "tucker": True},
+    "lokr": {"method": "lokr", "factor": 2},
+    "lokr whole": {"method": "lokr", "full_matrix": True},
+    "lokr both": {"method": "lokr", "decompose_both": True, "factor": 4},
+    "full": {"method": "full"},
+    "dora": {"method": "lora", "rule": "decompose"},
+    "loha decomposed": {"method": "loha", "rule": "decompose"},
+    "pissa": {"method": "lora", "init": "pissa"},
+}
+
+
+@pytest.mark.parametrize("case", OURS)
+@torch.no_grad()
+def test_our_lycoris_files_load_in_lycoris(case: str, tmp_path: Path) -> None:
+    """LyCORIS builds its modules from our file's tensors, and they compute what ours do."""
+    ours = net()
+    names = [*LINEARS, *CONVS]
+    sd_lora.inject(ours, targets=names, rank=2, alpha=3, **OURS[case])
+    shaken(ours)
+    tensors = files.lycoris.write(read_models({"": ours}))
+    for name in names:
+        base = ours.get_submodule(name).base
+        stem = f"lycoris_{name}"
+        theirs, own = make_module_of(tensors, stem, base)
+        x = torch.randn(2, base.weight.shape[1], *(5,) * (base.weight.dim() - 2))
+        if isinstance(theirs, FullModule):  # its forward reads a weight that it has deleted
+            y = torch.func.functional_call(base, {"weight": base.weight + own["diff"]}, (x,))
+        else:
+            y = theirs.eval()(x)
+        torch.testing.assert_close(ours.get_submodule(name)(x), y, rtol=1e-5, atol=2e-6, msg=name)
+
+
+def make_module_of(
+    tensors: dict[str, Tensor], stem: str, base: nn.Module
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    own = {k.partition(".")[2]: t for k, t in tensors.items() if k.partition(".")[0] == stem}
+    from lycoris.modules import get_module
+
+    kind, params = get_module({f"{stem}.{k}": t for k, t in own.items()}, stem)
+    module = make_module(kind, params, stem, base)
+    assert module is not None, own.keys()
+    return module, own
+
+
+def test_our_lycoris_file_reads_back(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Written and read again, every tensor of every method is the same, to the last bit."""
+    from sd_lora.models.load import load_parts
+
+    for number, (case, options) in enumerate(OURS.items()):
+        if case in ("dora", "pissa", "lora tucker"):  # written in other formats
+            continue
+        parts = load_parts(str(tiny_sd1))
+        sd_lora.inject(parts.unet, targets="all", rank=2, alpha=3, train_bias="all", **options)
+        shaken(parts.unet)
+        (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path / str(number), name="x")
+        assert path.name == "x_lycoris.safetensors"
+        bare = load_parts(str(tiny_sd1))
+        sd_lora.load_adapter({"unet": bare.unet}, path)
+        want, have = sd_lora.lora_state_dict(parts.unet), sd_lora.lora_state_dict(bare.unet)
+        assert want.keys() == have.keys()
+        assert all(torch.equal(want[key], have[key]) for key in want)
+    assert any("norm" in key for key in load_file(path))

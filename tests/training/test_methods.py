@@ -1,0 +1,234 @@
+"""Every method through the whole run: configuration, training, resuming, verified files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+
+import sd_lora
+from sd_lora.adapters.deltas import METHODS
+from sd_lora.errors import UsageError
+from sd_lora.formats import verify
+from sd_lora.formats.canonical import read_models
+from sd_lora.models.load import load_parts
+from sd_lora.training import config as config_module
+from sd_lora.training.arguments import parse
+from sd_lora.training.optimizers import build_optimizer, learning_rate_factors
+from sd_lora.training.setup import prepare
+from tests.training.runs import pictures, text_to_image
+
+LYCORIS = ["mine_lycoris.safetensors"]
+BOTH = ["mine_kohya.safetensors", "pytorch_lora_weights.safetensors"]
+RUNS: dict[str, tuple[dict, list[str]]] = {
+    "lora": ({}, BOTH),
+    "lora_fa": ({"method": "lora_fa"}, BOTH),
+    "pissa": ({"init_lora_weights": "pissa"}, BOTH),
+    "tucker, rslora": ({"use_tucker": True, "use_rslora": True}, BOTH),
+    "dora": ({"use_dora": True}, ["pytorch_lora_weights.safetensors"]),
+    "loha": ({"method": "loha", "use_tucker": True}, LYCORIS),
+    "lokr": ({"method": "lokr", "lokr_factor": 4, "lokr_decompose_both": True}, LYCORIS),
+    "lokr, decomposed": ({"method": "lokr", "lokr_full_matrix": True, "use_dora": True}, LYCORIS),
+    "full": ({"method": "full", "targets": "attention+.*norm.*"}, LYCORIS),
+    "biases and norms": ({"train_bias": "all", "modules_to_save": "conv_norm_out"}, LYCORIS),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+
+
+def test_the_configuration_knows_every_method() -> None:
+    """The flag's choices, which are spelled out so that parsing imports no torch, are ours."""
+    assert set(config_module.METHODS) <= METHODS.keys()
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_method_trains_and_its_files_are_the_trained_function(
+    name: str, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A run of each method ends with verified files in the formats that can hold it; loaded into a
+    bare model by our reader they are the checkpoint's function; the loss of the first steps'
+    batches is lower at the end than it was then."""
+    options, expected = RUNS[name]
+    out = tmp_path / "mine"
+    result = sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, out, max_train_steps=12, checkpointing_steps=12,
+            train_text_encoder=True, **options,
+        )
+    )  # fmt: skip
+    assert sorted(path.name for path in out.glob("*.safetensors")) == expected
+    assert all(file.worst_error < 1e-5 for file in result.files)
+    assert result.replayed < result.first_losses
+    state = load_file(out / "checkpoint-12" / "adapter.safetensors")
+    trained = load_parts(str(tiny_sd1))
+    models = {"unet": trained.unet, "text_encoder": trained.text_encoder}
+    for component, model in models.items():
+        own = {k.partition("/")[2]: t for k, t in state.items() if k.startswith(f"{component}/")}
+        sd_lora.load_lora_state_dict(model, own)
+    for file in result.files:
+        bare = load_parts(str(tiny_sd1))
+        loaded = {"unet": bare.unet, "text_encoder": bare.text_encoder}
+        sd_lora.load_adapter(loaded, file.path)
+        count, worst, wrong = verify.compare(read_models(models), read_models(loaded))
+        assert (wrong, count) == ([], file.modules)
+        assert worst < 1e-6
+
+
+def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """The picture of a DoRA run, UNet and text encoder, is that of diffusers with its file."""
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "mine", use_dora=True, train_text_encoder=True,
+            learning_rate=1e-2,
+        )
+    )  # fmt: skip
+
+    def picture(*lora: Path) -> torch.Tensor:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            tiny_sd1, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+        pipeline.set_progress_bar_config(disable=True)
+        for path in lora:
+            pipeline.load_lora_weights(path)
+        generator = torch.Generator().manual_seed(0)
+        return pipeline(
+            "a photo", num_inference_steps=2, generator=generator, output_type="latent"
+        ).images
+
+    parts = load_parts(str(tiny_sd1))
+    models = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    sd_lora.load_adapter(models, tmp_path / "mine")
+    from tests.tiny import pipeline_of
+
+    generator = torch.Generator().manual_seed(0)
+    ours = pipeline_of(parts)
+    ours.set_progress_bar_config(disable=True)
+    want = ours("a photo", num_inference_steps=2, generator=generator, output_type="latent").images
+    have = picture(tmp_path / "mine")
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+    assert (picture() - have).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {
+            "neuron_dropout": 0.1,
+            "rank_dropout": 0.2,
+            "module_dropout": 0.2,
+            "scale_weight_norms": 0.02,
+            "loraplus_lr_ratio": 4.0,
+            "lr_pattern": {"down_blocks.*": 0.5},
+            "train_bias": "lora_only",
+        },
+        {"method": "lokr", "rank_dropout": 0.2, "module_dropout": 0.2, "use_dora": True, "rank": 2},
+        {"init_lora_weights": "pissa", "lora_dropout": 0.1},
+    ],
+    ids=["lora", "lokr", "pissa"],
+)
+def test_resuming_is_exact_with_every_option(
+    options: dict, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Six steps equal three, a stop and three more, to the last bit, with all dropouts, max-norm,
+    LoRA+ and learning rates by block: each draw is a function of seed and step."""
+    options |= {"checkpointing_steps": 3, "train_text_encoder": True}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options))
+    final = tmp_path / "checkpoint-6" / "adapter.safetensors"
+    whole = load_file(final)
+    more = {"resume_from_checkpoint": "checkpoint-3"}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options, **more))
+    resumed = load_file(final)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_parameter_groups(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Learning rates by component, block and factor: each parameter is in exactly one group, at
+    learning rate × block factor × LoRA+ ratio; patterns count over both components."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, learning_rate=1e-4, text_encoder_lr=1e-5, loraplus_lr_ratio=16.0,
+        lr_pattern={"down_blocks.0.*": 0.5, r"layers\.1\..*": 2.0}, train_text_encoder=True,
+    )  # fmt: skip
+    run = prepare(config)
+    optimizer = build_optimizer(run.models, config, 4)
+    rates: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            assert id(parameter) not in rates
+            rates[id(parameter)] = group["lr"]
+    assert rates.keys() == {id(p) for m in run.models.values() for p in sd_lora.lora_layers(m)}
+    for component, base in (("unet", 1e-4), ("text_encoder", 1e-5)):
+        for name, delta in sd_lora.updates(run.models[component]).items():
+            factor = 0.5 if name.startswith("down_blocks.0.") else 2.0 if "layers.1." in name else 1
+            assert rates[id(delta.lora_A)] == pytest.approx(base * factor)
+            assert rates[id(delta.lora_B)] == pytest.approx(base * factor * 16)
+    with pytest.raises(UsageError, match="lr_pattern 'nothing_here' matches none"):
+        learning_rate_factors(run.models, {"nothing_here": 2.0}, None)
+
+
+def test_weight_norms_are_held(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """With scale_weight_norms no ΔW ends above the bound, and some end on it."""
+    bound = 0.01
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path, scale_weight_norms=bound, learning_rate=1e-2,
+            checkpointing_steps=6,
+        )
+    )  # fmt: skip
+    bare = load_parts(str(tiny_sd1))
+    sd_lora.load_adapter({"unet": bare.unet}, tmp_path)
+    norms = torch.stack([delta.norm() for delta in sd_lora.updates(bare.unet).values()])
+    assert norms.max() <= bound * (1 + 1e-5)
+    assert (norms > bound * (1 - 1e-5)).sum() > 10
+
+
+def test_8bit_adam_trains(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """bitsandbytes' AdamW8bit runs on a CPU too, and the files are verified."""
+    pytest.importorskip("bitsandbytes")
+    result = sd_lora.train(
+        text_to_image(tiny_sd1, data, tmp_path, use_8bit_adam=True, max_train_steps=12)
+    )
+    assert result.replayed < result.first_losses
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "lokar"], "invalid choice: 'lokar'"),
+        (["--method", "loha", "--init_lora_weights", "pissa"], "init_lora_weights needs method"),
+        (["--method", "full", "--use_tucker"], "use_tucker needs another method than full"),
+        (["--use_dora", "--neuron_dropout", "0.1"], "neuron_dropout needs method lora without"),
+        (["--lokr_factor", "4"], "lokr_factor needs method lokr"),
+        (["--method", "lokr", "--loraplus_lr_ratio", "16"], "loraplus_lr_ratio needs method lora"),
+        (["--module_dropout", "1"], "module_dropout must be at least 0 and below 1"),
+        (["--scale_weight_norms", "0"], "scale_weight_norms must be above 0"),
+        (["--lr_pattern", "to_q"], "is not pattern=number"),
+        (["--train_bias", "some"], "invalid choice: 'some'"),
+        (["--init_lora_weights", "pissa", "--use_tucker"], "pissa goes with neither"),
+    ],
+)
+def test_contradictions_are_told_before_anything_is_loaded(words: list[str], message: str) -> None:
+    """What a method has no use for is an error that names it."""
+    line = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *words]
+    with pytest.raises(UsageError, match=message):
+        parse(line, "text_to_image")
+
+
+def test_the_summary_says_what_the_files_are_for(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Before the first step the user knows the method, the size and who will read the file."""
+    for options, words in (
+        ({}, ("lora, rank 4, alpha 4", "in two formats", "")),
+        ({"use_dora": True}, ("with magnitudes (DoRA)", "in diffusers' format", "DoRA is written")),
+        ({"method": "loha"}, ("loha, rank 4", "in LyCORIS' format", "no form for this kind")),
+    ):
+        run = prepare(text_to_image(tiny_sd1, data, tmp_path, **options))
+        text = run.summary.text()
+        assert all(word in text for word in words), text
+        assert json.dumps(run.config.as_dict())
