@@ -84,9 +84,8 @@ def seconds(model: nn.Module, x: torch.Tensor) -> float:
 def main() -> None:
     versions = f"peft {peft.__version__}, lycoris-lora {getattr(lycoris, '__version__', '4.1.3')}"
     print(f"torch {torch.__version__}, {versions}, rank {RANK}, {ROUNDS} rounds, float32")
-    print(
-        "| layer | method | ours ÷ frozen | peft ÷ frozen | LyCORIS ÷ frozen |\n|---|---|---|---|---|"
-    )
+    print("| layer | method | ours ÷ frozen | peft ÷ frozen | LyCORIS ÷ frozen |")
+    print("|---|---|---|---|---|")
     for layer, (base, shape) in LAYERS.items():
         for method in METHODS:
             models = candidates(base, method)
