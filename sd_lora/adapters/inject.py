@@ -9,7 +9,8 @@ from torch import nn
 
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.kinds import kind_of, wrap
-from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer, AdaptedLinear
+from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
+from sd_lora.adapters.products import AdaptedLinear
 from sd_lora.adapters.quantized import AdaptedQuantized
 from sd_lora.adapters.targets import Target, match_names, plan
 from sd_lora.adapters.variants import Variant, new_delta

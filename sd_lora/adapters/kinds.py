@@ -6,15 +6,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.layers import (
-    AdaptedAttention,
-    AdaptedConv,
-    AdaptedConv1D,
-    AdaptedEmbedding,
-    AdaptedLayer,
-    AdaptedLinear,
-    AdaptedNorm,
-)
+from sd_lora.adapters.layers import AdaptedAttention, AdaptedEmbedding, AdaptedLayer, AdaptedNorm
+from sd_lora.adapters.products import AdaptedConv, AdaptedConv1D, AdaptedLinear
 from sd_lora.adapters.quantized import AdaptedQuantized
 
 _RANKED: dict[str, type[AdaptedLayer]] = {

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.functional import lowrank_linear, pointwise
 
 
 class AdaptedLayer(nn.Module):
@@ -38,7 +37,6 @@ class AdaptedLayer(nn.Module):
     """
 
     base: Any
-    _added: Any  # the weight's update, if nothing else but a bias's is there and its rule is add
     paths: ClassVar[tuple[str, ...]] = ("weight",)
     """The parameters that a target of this kind adapts, those of them that the base has."""
     transposed: ClassVar[bool] = False
@@ -56,11 +54,9 @@ class AdaptedLayer(nn.Module):
         super().__init__()
         self.base = base
         self.deltas = nn.ModuleDict({path.replace(".", "/"): d for path, d in deltas.items()})
-        weight = deltas.get("weight")
-        added = weight is not None and weight.magnitude is None and {*deltas} <= {"weight", "bias"}
-        # past nn.Module's lookups, which took a fifth of a small layer's time in the hot path
-        self.__dict__["_added"] = weight if added else None
-        self._scales = bool(weight and {*deltas} <= {"weight", "bias"} and self._can_scale(weight))
+        weight = deltas.get("weight") if {*deltas} <= {"weight", "bias"} else None
+        self._adds = weight is not None and weight.magnitude is None
+        self._scales = weight is not None and self._can_scale(weight)
         self._has_bias = "bias" in deltas
         self.dropout, self.neuron_dropout = dropout, neuron_dropout
         self.module_dropout, self.strength = module_dropout, 1.0
@@ -96,7 +92,8 @@ class AdaptedLayer(nn.Module):
     @property
     def delta(self) -> Delta:
         """The update of the layer's weight."""
-        return self.deltas["weight"]  # type: ignore[return-value]
+        # past nn.Module's lookups, which took a tenth of a small layer's time
+        return self._modules["deltas"]._modules["weight"]  # type: ignore[union-attr, return-value]
 
     @property
     def is_merged(self) -> bool:
@@ -111,19 +108,20 @@ class AdaptedLayer(nn.Module):
         """Returns W' in the base parameter's layout, at least in float32."""
         delta: Any = self.deltas[path.replace(".", "/")]
         strength = self.strength if strength is None else strength
-        W = delta.compose(self.weight_of(self.base, path), strength)
-        return W.T if self.transposed and W.dim() == 2 else W
+        return self._layout(delta.compose(self.weight_of(self.base, path), strength))
 
     def delta_weight(self, path: str = "weight", strength: float | None = None) -> Tensor:
         """Returns what merging adds to a parameter, in its layout, at least in float32."""
         delta: Any = self.deltas[path.replace(".", "/")]
         strength = self.strength if strength is None else strength
         if delta.magnitude is None:
-            change = delta.weight() if strength == 1 else strength * delta.weight()
-        else:
-            W = self.weight_of(self.base, path)
-            change = delta.compose(W, strength) - W
-        return change.T if self.transposed and change.dim() == 2 else change
+            change = delta.weight()
+            return self._layout(change if strength == 1 else strength * change)
+        return self.effective(path, strength) - self._layout(self.weight_of(self.base, path))
+
+    def _layout(self, t: Tensor) -> Tensor:
+        """Takes a weight from its update's layout to the base's, or back."""
+        return t.T if self.transposed and t.dim() == 2 else t
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -148,6 +146,11 @@ class AdaptedLayer(nn.Module):
                 own.data = own.data.to(now.device, now.dtype)
             self._put(path, own)
         self._unmerged = {}
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_merged:  # whoever loaded W' and the update would have the update twice
+            raise RuntimeError("a merged layer has no state to save: unmerge or eject it before")
+        super()._save_to_state_dict(*args, **kwargs)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         if self.is_merged:  # torch's load_state_dict would load W into W'
@@ -186,7 +189,7 @@ class AdaptedLayer(nn.Module):
 
     def _cheap(self) -> tuple[Tensor, Tensor] | None:
         """Returns A and B if the update is B·A, added, and nothing else but a bias is updated."""
-        return None if self._added is None else self._added.low_rank()
+        return self.delta.low_rank() if self._adds else None
 
     @staticmethod
     def _can_scale(delta: Delta) -> bool:
@@ -218,139 +221,6 @@ class AdaptedLayer(nn.Module):
         return self.effective(path).to(own.dtype)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-class AdaptedProduct(AdaptedLayer):
-    """A layer that computes W x + b: linear layers and convolutions, which share what follows.
-
-    With B·A added, the base's output and the pair's are summed; with B·A decomposed (DoRA) both
-    are scaled output by output; everything else computes with W'. Dropout of the input is the
-    update's alone: W x + (W' − W)·drop(x).
-    """
-
-    takes_input_dropout = True
-    keeps_kernel: ClassVar[bool] = False
-    """Whether W x must always be the base's own."""
-
-    def _forward(self, strength: float, input: Tensor) -> Tensor:  # called by keyword, too
-        factors, drops = self._cheap(), bool(self.dropout and self.training)
-        if factors is not None:
-            y = self._added_to(input, *factors, strength * self._added.scale)
-        elif self._scales and not drops:
-            y = self._scaled(strength, input)
-        elif drops or self.keeps_kernel:
-            change = self.delta_weight("weight", strength).to(input.dtype)
-            y = self.base(input) + self._times(self._drop(input), change)
-        else:
-            return super()._forward(strength, input)
-        return self._bias_change(strength, y)
-
-    def _added_to(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        """Returns W x + b + s·B(A x)."""
-        return self.base(input) + self._pair(input, A, B, s)
-
-    def _scaled(self, strength: float, input: Tensor) -> Tensor:
-        """Returns y + k·((c − 1)·(y − b) + c·ΔW x) for y = W x + b: exactly y while c is 1."""
-        factors = self.delta.low_rank()
-        assert factors is not None
-        gain = self.delta.gain(self.weight_of(self.base, "weight"), *factors)
-        y, update = self.base(input), self._pair(input, *factors, self.delta.scale)
-        own = y if self.base.bias is None else y - self._channels(self.base.bias, y)
-        more, c = strength * (gain - 1), strength * gain
-        return y + self._channels(more, y) * own + self._channels(c, y) * update
-
-    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        """Returns s·B(A x) under the dropouts."""
-        raise NotImplementedError
-
-    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
-        """Returns the product with another weight in W's place, without bias."""
-        raise NotImplementedError
-
-    def _channels(self, values: Tensor, y: Tensor) -> Tensor:
-        """Returns one value an output, shaped to go with y."""
-        return values.to(y.dtype)
-
-    def _bias_change(self, strength: float, y: Tensor) -> Tensor:
-        if not self._has_bias:
-            return y
-        change = strength * self.deltas["bias"].weight()  # type: ignore[operator]
-        return y + self._channels(change, y)
-
-
-class AdaptedLinear(AdaptedProduct):
-    """`nn.Linear`, weight (out, in)."""
-
-    def _is_plain(self) -> bool:
-        """Whether the fused path means the same: no dropout, frozen base, nobody listening."""
-        base = self.base
-        # accelerate and diffusers put their hooks into a `forward` of the instance's own
-        listened = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
-        frozen = not any(p.requires_grad for p in base.parameters())
-        drops = self.training and (self.dropout or self.neuron_dropout)
-        return frozen and not listened and not drops
-
-    def _added_to(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        if not self._is_plain():
-            return super()._added_to(input, A, B, s)
-        dtype = _compute_dtype(input)
-        W, bias = self._plain()
-        bias = None if bias is None else bias.to(dtype)
-        return lowrank_linear(input.to(dtype), W.to(dtype), bias, A.to(dtype), B.to(dtype), s)
-
-    def _plain(self) -> tuple[Tensor, Tensor | None]:
-        """Returns W (out, in) and the bias."""
-        return self.base.weight, self.base.bias
-
-    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        dtype = _compute_dtype(input)
-        h = F.linear(self._drop(input.to(dtype)), A.to(dtype))
-        return F.linear(self._drop_neurons(h) * s, B.to(dtype))
-
-    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(input, weight)
-
-
-class AdaptedConv1D(AdaptedLinear):
-    """transformers' `Conv1D` (GPT-2): a linear layer whose weight is (in, out)."""
-
-    transposed = True
-
-    def _forward(self, strength: float, x: Tensor) -> Tensor:
-        return super()._forward(strength, x)
-
-    def _plain(self) -> tuple[Tensor, Tensor | None]:
-        return self.base.weight.T, self.base.bias
-
-    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
-        return input @ weight
-
-
-class AdaptedConv(AdaptedProduct):
-    """`nn.Conv1d`, `Conv2d`, `Conv3d`: A runs with the base's stride, padding, padding_mode and
-    dilation. With groups, each group of inputs meets the same A and its own rows of B: that is
-    what ΔW = B·A in the kernel's shape (out, in/groups, k…) means, so merged and unmerged are the
-    same function for any rank.
-    """
-
-    def _pair(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
-        dtype, groups = _compute_dtype(input), self.base.groups
-        A, B = A.to(dtype), B.to(dtype)
-        if groups > 1:
-            A = A.repeat(groups, *(1,) * (A.dim() - 1))  # (r·groups, in/groups, k…)
-        h = self._times(self._drop(input.to(dtype)), A)
-        return pointwise(self._drop_neurons(h) * s, B, groups)
-
-    def _times(self, input: Tensor, weight: Tensor) -> Tensor:
-        return self.base._conv_forward(input, weight, None)
-
-    def _channels(self, values: Tensor, y: Tensor) -> Tensor:
-        return values.to(y.dtype).view(-1, *(1,) * len(self.base.kernel_size))
-
-
 class AdaptedEmbedding(AdaptedLayer):
     """`nn.Embedding`, weight (rows, dim): ΔW = (s·B·A)ᵀ with A (r, rows) and B (dim, r).
 
@@ -370,6 +240,13 @@ class AdaptedEmbedding(AdaptedLayer):
         if base.sparse:
             raise ValueError("sparse=True wants sparse gradients, and the update's are dense")
 
+    def effective(self, path: str = "weight", strength: float | None = None) -> Tensor:
+        W, row = super().effective(path, strength), self.base.padding_idx
+        if path != "weight" or row is None or self.delta.magnitude is None:
+            return W
+        others = torch.arange(len(W), device=W.device) != row  # a magnitude would rescale it
+        return torch.where(others[:, None], W, self.base.weight.to(W.dtype))
+
     def _forward(self, strength: float, input: Tensor) -> Tensor:
         factors = self._cheap()
         if factors is None:
@@ -379,7 +256,7 @@ class AdaptedEmbedding(AdaptedLayer):
             rows = self._look_up(input, self.base.weight)
             A, B = factors[0].to(rows.dtype), factors[1].to(rows.dtype)
             h = self._drop_neurons(self._look_up(input, A.T))
-            rows = rows + F.linear(h * (strength * self._added.scale), B)
+            rows = rows + F.linear(h * (strength * self.delta.scale), B)
         return rows if self.base.max_norm is None else self._renorm(rows)
 
     def _look_up(self, ids: Tensor, weight: Tensor) -> Tensor:

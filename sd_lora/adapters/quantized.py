@@ -5,7 +5,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd_lora.adapters.layers import AdaptedLinear
+from sd_lora.adapters.products import AdaptedLinear
 
 
 def dequantize(base: Any) -> Tensor:

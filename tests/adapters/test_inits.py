@@ -26,11 +26,11 @@ def fresh(shape: tuple[int, ...], rank: int, init: str) -> sd_lora.Delta:
 def test_random_inits_have_their_distribution(shape: tuple[int, ...]) -> None:
     """kaiming: A uniform in ±1/√fan_in, fan_in = 900 for both (loralib's and peft's, a = √5);
     gaussian: normal with standard deviation 1/r. B is zero. Four standard errors are allowed."""
-    A = fresh(shape, 32, "kaiming").lora_A
+    A = fresh(shape, 32, "kaiming").lora_A.detach()
     bound = 1 / math.sqrt(900)
     assert 0.999 * bound < A.abs().max() <= bound
     assert float(A.std()) == pytest.approx(bound / math.sqrt(3), rel=4 / math.sqrt(A.numel()))
-    delta = fresh(shape, 32, "gaussian")
+    delta = fresh(shape, 32, "gaussian").requires_grad_(False)
     assert float(delta.lora_A.std()) == pytest.approx(1 / 32, rel=4 / math.sqrt(2 * A.numel()))
     kurtosis = float((32 * delta.lora_A).pow(4).mean())  # 3 for a normal, 1.8 for a uniform one
     assert kurtosis == pytest.approx(3, abs=4 * math.sqrt(96 / A.numel()))

@@ -330,3 +330,35 @@ def test_autocast_does_not_round_the_weight(variant: str, rule: str) -> None:
     if rule == "decompose" and factors is not None:
         norm = (adapted.base.weight + adapted.delta.weight()).flatten(1).norm(dim=1)
         torch.testing.assert_close(got, adapted.delta.magnitude.flatten() / norm)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if not v.startswith("lokr")])
+def test_the_padding_row_is_not_trained(variant: str, rule: str) -> None:
+    """After steps of an optimiser on batches full of padding the row padding_idx, not zero here, is
+    to the last bit what it was, in the forward pass and merged; the others have moved."""
+    adapted, _ = build("embedding padding_idx", variant, rule, trained=False)
+    row = adapted.padding_idx
+    with torch.no_grad():
+        adapted.base.weight[row] = 0.5
+    ids = torch.arange(12).repeat(2)
+    optimizer = torch.optim.SGD([p for d in adapted.updates().values() for p in d.parameters()], 1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (adapted(ids) - 1).pow(2).sum().mul(0.01).backward()
+        optimizer.step()
+    before = adapted.base.weight.clone()
+    assert torch.equal(adapted(torch.tensor([row]))[0], before[row])
+    adapted.merge()
+    moved = (adapted.base.weight - before).abs().sum(1)
+    assert moved[row] == 0
+    assert (moved > 0).sum() == 11
+
+
+def test_a_merged_layer_has_no_state_to_save() -> None:
+    """W' and the update in one state would be the update twice wherever it is loaded."""
+    adapted, _ = build("linear")
+    adapted.state_dict()
+    adapted.merge()
+    with pytest.raises(RuntimeError, match="unmerge or eject"):
+        adapted.state_dict()

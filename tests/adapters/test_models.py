@@ -208,7 +208,8 @@ def test_torchs_transformer_does_not_bypass_adapters(case: str, whole: bool, bia
     it: both compute what training computes, with the updates, and as merged."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, bias=bias)
-    model = nn.Sequential(nn.TransformerEncoder(layer, 2) if whole else layer).eval()
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=bias) if whole else layer
+    model = nn.Sequential(encoder).eval()
     x, padding = torch.randn(2, 5, 8), torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]).bool()
     kept = ~padding
     with torch.no_grad():

@@ -57,9 +57,12 @@ def layer_and_input(layer: str) -> tuple[nn.Module, Tensor]:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layer", PEFT)
 def test_equals_peft_where_peft_is_right(layer: str, rule: str) -> None:
-    """Given peft's factors, and under DoRA its magnitudes, our layer computes peft's output."""
+    """Given peft's factors, and under DoRA its magnitudes, our layer computes peft's output (the
+    row padding_idx left out, which peft's DoRA rescales and ours leaves as it is)."""
     base, x = layer_and_input(layer)
     theirs = peft_layer(base, rule)
+    if layer == "embedding padding_idx" and rule == "decompose":
+        x = x.masked_fill(x == base.padding_idx, 5)
     y = ours_from_peft(base, theirs)(x)
     assert not torch.allclose(y, base.double()(x), atol=1e-2)
     torch.testing.assert_close(y, theirs(x), rtol=1e-12, atol=1e-12)
