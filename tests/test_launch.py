@@ -14,8 +14,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
+from sd_lora.adapters.state import deltas_from_state
 from sd_lora.formats import diffusers, verify
-from sd_lora.formats.canonical import Adapter, Factors, canonical_name
+from sd_lora.formats.canonical import Adapter, canonical_name
 
 pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
@@ -72,11 +73,9 @@ def trained_adapter(folder: Path) -> Adapter:
     (checkpoint,) = folder.glob("checkpoint-*")
     raw = load_file(checkpoint / "adapter.safetensors")
     adapter: Adapter = {}
-    for key in (key for key in raw if key.endswith(".lora_A")):
-        stem = key.removesuffix(".lora_A")
-        component, name = stem.split("/")
-        factors = Factors(raw[key], raw[f"{stem}.lora_B"], float(raw[f"{stem}.alpha"]))
-        adapter.setdefault(component, {})[canonical_name(component, name)] = factors
+    for path, delta in deltas_from_state(raw).items():
+        component, name = path.split("/")
+        adapter.setdefault(component, {})[canonical_name(component, name)] = delta
     return adapter
 
 
@@ -154,8 +153,8 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
     assert a.keys() == b.keys()
     for component, modules in a.items():
         assert modules.keys() == b[component].keys()
-        for name, factors in modules.items():
-            assert (factors.delta() - b[component][name].delta()).abs().max() < 1e-4, name
+        for name, delta in modules.items():
+            assert (delta.weight() - b[component][name].weight()).abs().max() < 1e-4, name
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
 
 

@@ -50,6 +50,7 @@ class Delta(nn.Module):
     method: ClassVar[str] = ""
     tensor_names: ClassVar[tuple[str, ...]] = ()
     frozen: ClassVar[tuple[str, ...]] = ()  # those that are not trained
+    cores: ClassVar[tuple[str, ...]] = ()  # those that carry a k×k kernel by themselves: tucker
     rank: int | None = None  # None: the method has no rank and no scale
 
     def __init__(
@@ -168,13 +169,17 @@ class Delta(nn.Module):
         with torch.no_grad():
             meta = {n: t.to("meta") for n, t in self.state_dict().items()}
             own = torch.func.functional_call(self, meta, strict=False)
-        natural = shape is None
-        shape = self._natural_shape(own) if shape is None else tuple(shape)
+        natural, own_shape = shape is None, self._natural_shape(own)
+        shape = own_shape if shape is None else tuple(shape)
         rows, columns = own.shape[0], own[0].numel()
         if (rows, columns) != (shape[0], math.prod(shape[1:])):
             raise ValueError(f"ΔW is {rows}×{columns} and the weight {shape}")
+        if len(own_shape) > 2 and _kernel(own_shape) != _kernel(shape):
+            raise ValueError(f"ΔW is {own_shape} and the weight {shape}")
         self.shape, ones = shape, (1,) * (len(shape) - 1)
         m = self.magnitude
+        if m is not None and m.dim() == 0:
+            raise ValueError("a magnitude that is one number for the whole weight")
         if m is None or natural:  # (1, in, …) tells nothing before the kernel is known
             return
         if m.shape[0] == m.numel() == rows:
@@ -237,6 +242,14 @@ class Delta(nn.Module):
 def unrounded(t: Tensor) -> AbstractContextManager[Any]:
     """Returns a context without autocast where `t` is; a meta tensor's device has none."""
     return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
+
+
+def _kernel(shape: tuple[int, ...]) -> list[int]:
+    """Returns the kernel without trailing ones: peft pads a Conv1d's to two dimensions."""
+    kernel = list(shape[2:])
+    while kernel and kernel[-1] == 1:
+        kernel.pop()
+    return kernel
 
 
 def _root(squares: Tensor) -> Tensor:

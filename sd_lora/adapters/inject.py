@@ -137,9 +137,11 @@ def adapt(
                 raise UsageError(f"{target.name} is no module of the reference") from None
             changes[target.name] = _updates_of(target, base, variant, seed, whole)
     adapted = list(changes)
-    ranks = [delta.rank for deltas in changes.values() for delta in deltas.values()]
-    if variant.rank_dropout and not any(ranks):
+    fresh = [delta for deltas in changes.values() for delta in deltas.values()]
+    if variant.rank_dropout and not any(delta.rank for delta in fresh):
         raise UsageError(f"rank_dropout drops ranks, and {variant.method} has none here")
+    if variant.options.get("tucker") and not any({*d.cores} & d.tensors().keys() for d in fresh):
+        raise UsageError("tucker gives kernels above 1×1 a core, and no target takes one here")
     _train_in_full(model, changes, train_bias, modules_to_save)
     dropouts = {n: getattr(variant, n) for n in ("dropout", "neuron_dropout", "module_dropout")}
     attach(model, changes, dict.fromkeys(adapted, dropouts))
@@ -250,7 +252,7 @@ def attach(
         name = names[base]
         try:
             wrapped[base] = wrap(base, deltas, **(dropouts or {}).get(name, {}))
-        except ValueError as error:
+        except (ValueError, RuntimeError, IndexError) as error:
             raise UsageError(f"{name}: {error}") from None
         wrapped[base].train(base.training)
     model.requires_grad_(False)

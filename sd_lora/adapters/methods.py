@@ -39,6 +39,7 @@ class LoRA(Delta):
     """
 
     tensor_names = ("lora_A", "lora_B", "lora_mid", "start_A", "start_B", "lost_A", "lost_B")
+    cores = ("lora_mid",)
     frozen: ClassVar[tuple[str, ...]] = ("start_A", "start_B", "lost_A", "lost_B")
     lora_A: Tensor
     lora_B: Tensor
@@ -186,6 +187,7 @@ class LoHa(Delta):
     """
 
     tensor_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+    cores = ("hada_t1", "hada_t2")
     hada_w1_a: Tensor
     hada_w1_b: Tensor
     hada_w2_a: Tensor
@@ -242,6 +244,7 @@ class LoKr(Delta):
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
         *("lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
     )
+    cores = ("lokr_t2",)
 
     @classmethod
     def create(

@@ -90,6 +90,11 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
     method = method_of(frozenset(rest))
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
+    for key, tensor in tensors.items():
+        if key != "alpha" and not tensor.is_floating_point():
+            raise UsageError(f"{name}.{key} holds {tensor.dtype} and not floating-point numbers")
+        if not tensor.is_meta and not torch.isfinite(tensor).all():
+            raise UsageError(f"{name}.{key} holds NaN or infinite values")
     alpha = tensors.get("alpha")
     try:
         return method(None, rest, None if alpha is None else float(alpha), tensors.get("magnitude"))

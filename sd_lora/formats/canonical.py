@@ -66,6 +66,12 @@ def plain(delta: Delta) -> tuple[Tensor, Tensor, float] | None:
     return A, B, delta.scale * len(A)
 
 
+def file_rank(delta: Delta) -> int | None:
+    """Returns the rank that an update has in a file: a PiSSA of rank r is a LoRA of rank 2r."""
+    factors = plain(delta)
+    return delta.rank if factors is None else len(factors[0])
+
+
 def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
     """Whether every update is B·A (or, if asked, B·A with a magnitude an output)."""
     for modules in adapter.values():

@@ -1,16 +1,19 @@
 """LoRA files on disk: writing both exports whole or not at all, and reading either."""
 
+import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.inject import eject
+from sd_lora.adapters.inject import adapted_layers, eject
+from sd_lora.adapters.layers import AdaptedEmbedding
 from sd_lora.adapters.state import attach_updates, deltas_from_state
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats import diffusers, kohya, lycoris, metadata, peft
@@ -47,18 +50,60 @@ def write_whole(path: Path, data: bytes) -> None:
         raise RunError(f"{path} ({size}) could not be written: {error.strerror or error}") from None
 
 
-def exports(adapter: Adapter, name: str) -> dict[str, dict[str, Tensor]]:
-    """Returns file name → tensors: every format that has an exact form for the adapter.
+@dataclass(frozen=True)
+class Format:
+    """One kind of file: its name for an adapter called `name`, its tensors, who reads it.
+
+    end: of the file's name; the diffusers file has a name of its own. use: what to do with it.
+    """
+
+    title: str
+    end: str
+    write: Callable[[Adapter], dict[str, Tensor]]
+    use: str
+
+    def file_name(self, name: str) -> str:
+        return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
+
+
+_DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, "diffusers")
+_TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
+_KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
+_LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
+
+
+def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
+    """Returns every format that has an exact form for the adapter, and notes on who reads them.
 
     LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, for the others' readers disagree on
-    its norm. Every other method: LyCORIS'.
+    its norm. Everything else: LyCORIS'.
     """
-    files = {}
-    if diffusers.can_write(adapter):
-        files[diffusers.FILE_NAME] = diffusers.write(adapter)
+    deltas = [d for modules in adapter.values() for d in modules.values()]
+    decomposed = any(d.magnitude is not None for d in deltas)
+    full = {
+        f"{c} {n}.bias" for c, ms in adapter.items() for n, d in ms.items() if d.method == "full"
+    }
+    biases = {f"{c} {n}" for c, ms in adapter.items() for n in ms if n.endswith(".bias")}
     if kohya.can_write(adapter):
-        files[f"{name}_kohya.safetensors"] = kohya.write(adapter)
-    return files or {f"{name}{LYCORIS_END}": lycoris.write(adapter)}
+        return [_DIFFUSERS, _KOHYA], []
+    if diffusers.can_write(adapter):
+        return [_DIFFUSERS], [
+            "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
+            "file would be exact there"
+        ]
+    notes = ["diffusers' load_lora_weights has no form for this kind of update"]
+    if decomposed:
+        notes.append(
+            "A1111 and ComfyUI normalise weight-decomposed updates otherwise: the file is exact in "
+            "LyCORIS and sd_lora.load_adapter"
+        )
+        alone = "LyCORIS, or sd_lora.load_adapter: {file}"
+        return [dataclasses.replace(_LYCORIS, use=alone)], notes
+    if biases - full:  # A1111 reads a bias beside `diff` or `w_norm`, and not beside LoRA
+        notes.append("A1111 passes over trained biases: the file is exact in ComfyUI")
+        alone = "ComfyUI: copy {file} to models/loras"
+        return [dataclasses.replace(_LYCORIS, use=alone)], notes
+    return [_LYCORIS], notes
 
 
 def write_adapter(
@@ -69,7 +114,7 @@ def write_adapter(
     prediction_type: str = "epsilon",
     extra: Mapping[str, object] | None = None,
 ) -> list[Path]:
-    """Writes the `exports` of an adapter; returns their paths.
+    """Writes an adapter in each of its formats; returns the paths.
 
     Raises:
         UsageError: an unknown family.
@@ -81,14 +126,15 @@ def write_adapter(
     check_finite(adapter)
     header = metadata.build(adapter, family, name, prediction_type, extra)
     written: list[Path] = []
-    for file_name, tensors in exports(adapter, name).items():
+    for kind in formats_of(adapter)[0]:
+        path = folder / kind.file_name(name)
         try:
-            write_whole(folder / file_name, save(tensors, header))
+            write_whole(path, save(kind.write(adapter), header))
         except RunError:
             for earlier in written:
                 earlier.unlink(missing_ok=True)
             raise
-        written.append(folder / file_name)
+        written.append(path)
     return written
 
 
@@ -108,12 +154,19 @@ def save_adapter(
         The paths.
 
     Raises:
-        UsageError: no adapter in the models, or an unknown family.
+        UsageError: no adapter in the models, an adapted embedding, or an unknown family.
         RunError: factors that are not finite, or a file that could not be written; nothing is left
             half-written.
     """
     folder = Path(folder)
     name = name or folder.resolve().name
+    for component, model in models.items():
+        for module, layer in adapted_layers(model).items():
+            if isinstance(layer, AdaptedEmbedding):
+                raise UsageError(
+                    f"{component} {module} is an Embedding, which no reader of LoRA files takes: "
+                    "keep `lora_state_dict`, or eject it"
+                )
     return write_adapter(read_models(models), folder, family, name)
 
 
@@ -125,6 +178,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """Returns a readable safetensors file's metadata."""
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
@@ -147,13 +206,14 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
         return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
     tensors = read_tensors(path)
     keys = list(tensors)
-    if diffusers.detect(keys):
-        return diffusers.read(tensors)
     if lycoris.detect(keys):
         names = {component: live_names(component, model) for component, model in models.items()}
-        return lycoris.read(tensors, from_kohya(names))
+        stems = {key.partition(".")[0] for key in keys}
+        return lycoris.read(tensors, from_kohya(names, stems))
     if "" in models and keys:  # what safetensors wrote of `lora_state_dict`
         return {"": deltas_from_state(tensors)}
+    if diffusers.detect(keys):
+        return diffusers.read(tensors, read_header(path))
     first = f"its first key is {keys[0]!r}" if keys else "it is empty"
     raise UsageError(f"{path} is no LoRA that can be read yet: {first}")
 
@@ -180,6 +240,7 @@ def load_adapter(
         path = path / diffusers.FILE_NAME
     adapter = read_adapter(path, models)
     live = {component: _live(component, models, adapter) for component in adapter}
+    trainable = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     done = []
     try:
         for component, deltas in live.items():
@@ -188,6 +249,8 @@ def load_adapter(
     except UsageError as error:
         for model in done:
             eject(model)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         raise UsageError(f"{component}: {error}" if component else str(error)) from None
     return {component: list(deltas) for component, deltas in live.items()}
 

@@ -11,18 +11,20 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from sd_lora.formats.canonical import Adapter, is_plain, plain
+from sd_lora.errors import UsageError
+from sd_lora.formats.canonical import Adapter, file_rank, is_plain, plain
 from sd_lora.formats.names import kohya_name
 
 
 def can_write(adapter: Adapter) -> bool:
     """Whether every reader of this format has a form for every update: B·A alone (LoRA)."""
-    return is_plain(adapter)
+    return is_plain(adapter) and "" not in adapter
 
 
 def common_alpha(adapter: Adapter) -> float:
     """Returns the alpha that `write` gives to every layer: the most common rank."""
-    ranks = Counter(d.rank for modules in adapter.values() for d in modules.values() if d.rank)
+    deltas = [delta for modules in adapter.values() for delta in modules.values()]
+    ranks = Counter(rank for delta in deltas if (rank := file_rank(delta)))
     return float(max(ranks, key=lambda rank: (ranks[rank], rank), default=1))
 
 
@@ -36,6 +38,8 @@ def write(adapter: Adapter) -> dict[str, Tensor]:
             assert factors is not None, name
             A, B, alpha = factors
             key = kohya_name(component, name)
+            if f"{key}.alpha" in tensors:
+                raise UsageError(f"{name} and another module are both {key} in kohya's names")
             tensors[f"{key}.lora_down.weight"] = A
             tensors[f"{key}.lora_up.weight"] = B * (alpha / common)
             tensors[f"{key}.alpha"] = torch.tensor(common)

@@ -37,19 +37,21 @@ def write(adapter: Adapter) -> dict[str, Tensor]:
         for name, delta in modules.items():
             for kind, tensor in _tensors(name, delta, modules).items():
                 module = name.removesuffix(".bias") if kind in _OF_BIAS else name
-                tensors[f"{kohya_name(component, module)}.{kind}"] = tensor.contiguous()
+                key = f"{kohya_name(component, module)}.{kind}"
+                if key in tensors:
+                    raise UsageError(f"{name} and another module are both {key} in kohya's names")
+                tensors[key] = tensor.contiguous()
     return tensors
 
 
 def _tensors(name: str, delta: Delta, modules: Mapping[str, Delta]) -> dict[str, Tensor]:
     """Returns the file's kinds of key → tensor of one update."""
     if delta.method == "full":
-        norm = delta if len(delta.shape) == 1 else None
-        if name.endswith(".bias"):
-            norm = modules.get(name.removesuffix(".bias"))
-            is_norm = norm is not None and len(norm.shape) == 1
-            return {"b_norm" if is_norm else "diff_b": delta.weight().detach()}
-        return {"diff" if norm is None else "w_norm": delta.weight().detach()}
+        is_bias = name.endswith(".bias")
+        weight = modules.get(name.removesuffix(".bias")) if is_bias else delta
+        of_norm = weight is not None and len(weight.shape) == 1
+        kind = ("b_norm" if is_bias else "w_norm") if of_norm else ("diff_b" if is_bias else "diff")
+        return {kind: delta.weight().detach()}
     kinds = {_WRITTEN.get(kind, kind): t for kind, t in delta.tensors().items()}
     alpha = delta.alpha
     if any(kind.startswith(("start_", "lost_")) for kind in kinds):  # a LoRA of rank 2r

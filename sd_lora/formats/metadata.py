@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
-from sd_lora.formats import kohya
-from sd_lora.formats.canonical import Adapter
+from sd_lora.formats import diffusers, kohya
+from sd_lora.formats.canonical import Adapter, file_rank
 
 _ARCHITECTURES = {
     ("sd1", "epsilon"): "stable-diffusion-v1",
@@ -44,14 +44,19 @@ def build(
     """
     deltas = [d for modules in adapter.values() for d in modules.values()]
     ranked = [d for d in deltas if d.rank is not None]
-    conv_ranks = [d.rank or 0 for d in ranked if any(k > 1 for k in d.shape[2:])]
+    conv = [d for d in ranked if any(k > 1 for k in d.shape[2:])]
     plain = kohya.can_write(adapter)
-    # what is in the file: kohya's has its scales folded
-    file_alpha = kohya.common_alpha(adapter)
-    alpha = f"{file_alpha:g}" if plain else _most_common([d.alpha for d in ranked] or [1])
-    network_args = {} if plain else {"algo": _most_common([d.method for d in deltas])}
-    if conv_ranks:
-        network_args |= {"conv_dim": _most_common(conv_ranks), "conv_alpha": alpha}
+    dim, conv_dim = (_most_common([file_rank(d) or 0 for d in ds] or [0]) for ds in (ranked, conv))
+    # what is in the file: kohya's has one alpha, diffusers' none, which means the rank
+    if plain:
+        alpha = conv_alpha = f"{kohya.common_alpha(adapter):g}"
+    elif diffusers.can_write(adapter):
+        alpha, conv_alpha = dim, conv_dim
+    else:
+        alpha, conv_alpha = (_most_common([d.alpha for d in ds] or [1]) for ds in (ranked, conv))
+    network_args = {} if plain else {"algo": _most_common([d.method for d in ranked or deltas])}
+    if conv:
+        network_args |= {"conv_dim": conv_dim, "conv_alpha": conv_alpha}
     if any(d.magnitude is not None for d in deltas):
         network_args["dora_wd"] = "True"
     metadata = {
@@ -65,7 +70,7 @@ def build(
         "ss_base_model_version": _BASE_VERSIONS[family],
         "ss_v2": str(family == "sd2"),
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
-        "ss_network_dim": _most_common([d.rank or 0 for d in ranked] or [0]),
+        "ss_network_dim": dim,
         "ss_network_alpha": alpha,
         "ss_output_name": name,
         "sd_lora_version": version("sd_lora"),

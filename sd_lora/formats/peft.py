@@ -61,7 +61,26 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path} holds a peft adapter of type {kind}; LORA, LOHA, LOKR can be read"
         )
+    _refuse_other_functions(path, config)
     return config
+
+
+_KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "lycoris")
+"""Values of `init_lora_weights` that leave the base as it is; pissa, olora, corda, lora_ga and
+loftq change it, so that B·A alone is not what was trained."""
+
+
+def _refuse_other_functions(path: Path, config: Mapping[str, Any]) -> None:
+    """Raises UsageError if the folder's function is not W + s·ΔW on the untouched base."""
+    init = config.get("init_lora_weights")
+    if init not in _KEEPS_BASE:
+        raise UsageError(
+            f"{path} was made with init_lora_weights {init!r}, which changes the base too: convert "
+            "it by peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
+    for name in ("alora_invocation_tokens", "layer_replication", "use_qalora", "lora_bias"):
+        if config.get(name):
+            raise UsageError(f"{path} was made with {name}, which cannot be read yet")
 
 
 def read(
@@ -89,7 +108,10 @@ def read(
     for name, parts in grouped.items():
         packed = name in modules and kind_of(modules[name]) is AdaptedAttention
         own = f"{name}.in_proj_weight" if packed else name
-        deltas[own] = _scaled(make_delta(own, parts), _scale(config, own))
+        holder = name.removesuffix(".out_proj")  # peft gives out_proj the attention's own scale
+        inner = holder in modules and kind_of(modules[holder]) is AdaptedAttention
+        scale = scale_of(config, holder if inner else name)
+        deltas[own] = _scaled(make_delta(own, parts), scale)
     for key, value in rest.items():
         name = key.removesuffix(".weight")
         module_name, path = locate(model, name)
@@ -105,7 +127,13 @@ def read(
     return deltas
 
 
-def _scale(config: Mapping[str, Any], name: str) -> float:
+def scale_of(config: Mapping[str, Any], name: str) -> float:
+    """Returns α/r, or α/√r, of a module by a peft configuration.
+
+    Raises:
+        UsageError: an r or an alpha that is no number above 0, or patterns that are none.
+    """
+
     def of(pattern: str, default: str) -> float:
         for key, value in (config.get(pattern) or {}).items():  # peft's rule: the end, at a dot
             if re.match(rf"(.*\.)?({key})$", name):
@@ -113,13 +141,17 @@ def _scale(config: Mapping[str, Any], name: str) -> float:
         return float(config[default])
 
     try:
-        r, alpha = (
-            of("rank_pattern", "r"),
-            of("alpha_pattern", "alpha" if "alpha" in config else "lora_alpha"),
-        )
-    except (KeyError, TypeError, ValueError, re.error) as error:
-        raise UsageError(f"{CONFIG_NAME}: r or alpha of {name} cannot be read: {error!r}") from None
-    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        r = of("rank_pattern", "r")
+        alpha = of("alpha_pattern", "alpha" if config.get("peft_type") in _PLAIN else "lora_alpha")
+        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+        raise UsageError(f"r or alpha of {name} cannot be read: {error!r}") from None
+    if not (r > 0 and math.isfinite(scale)):
+        raise UsageError(f"r = {r:g} and alpha = {alpha:g} of {name} make no scale")
+    return scale
+
+
+_PLAIN = ("LOHA", "LOKR")  # whose alpha is called that
 
 
 def _scaled(delta: Delta, scale: float) -> Delta:

@@ -22,7 +22,7 @@ from sd_lora.adapters.state import (
     lora_state_dict,
 )
 from sd_lora.errors import RunError, UsageError
-from sd_lora.training.config import CHANGEABLE
+from sd_lora.training.config import CHANGEABLE, FIELDS
 
 _PREFIX = "checkpoint-"
 
@@ -153,10 +153,15 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
                 f"{path} was written with {meaning} = {then}, and this run has {now}: it would not "
                 "be the same run; use the same settings, or start anew in another output_dir"
             )
+
+    def earlier(name: str) -> object:
+        """The setting of the earlier run; of one that it did not have yet, the default."""
+        return progress.settings.get(name, FIELDS[name].default)
+
     changed = [
-        f"{name} was {progress.settings[name]!r} and is {now!r}"
+        f"{name} was {earlier(name)!r} and is {now!r}"
         for name, now in ours.settings.items()
-        if name not in CHANGEABLE and name in progress.settings and progress.settings[name] != now
+        if name not in CHANGEABLE and earlier(name) != now
     ]
     if changed:
         raise UsageError(

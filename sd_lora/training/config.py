@@ -212,7 +212,9 @@ class TrainConfig:
         return [
             f"{name} {pattern!r} must be {least}, not {value!r}"
             for pattern, value in table.items()
-            if isinstance(value, bool) or not isinstance(value, kinds) or not value > 0
+            if isinstance(value, bool)
+            or not isinstance(value, kinds)
+            or not (value > 0 and math.isfinite(value))
         ]
 
     def _contradictions(self) -> list[str]:
@@ -252,6 +254,13 @@ class TrainConfig:
             for name, (met, what) in wants.items()
             if getattr(self, name) and not met
         ]
+        if self.method == "full":  # what has no rank has no use for one
+            ranks = ("lora_alpha", "conv_rank", "conv_alpha", "rank_pattern", "alpha_pattern")
+            given = [name for name in ranks if getattr(self, name) is not None]
+            given += ["rank"] if self.rank != FIELDS["rank"].default else []
+            problems += [f"{name} needs another method than full" for name in given]
+        if self.lokr_decompose_both and self.lokr_full_matrix:
+            problems.append("lokr_decompose_both has no effect with lokr_full_matrix")
         if self.init_lora_weights == "pissa" and (self.use_tucker or self.scale_weight_norms):
             problems.append(
                 "init_lora_weights pissa goes with neither use_tucker nor scale_weight_norms"
@@ -289,6 +298,7 @@ AT_LEAST: dict[str, float] = {
     "conv_rank": 1,
     "dataloader_num_workers": 0,
     "gradient_accumulation_steps": 1,
+    "lokr_factor": 1,
     "lr_num_cycles": 1,
     "lr_warmup_steps": 0,
     "max_train_samples": 1,

@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sd_lora.adapters.inject import limit_norms
+from sd_lora.adapters.inject import limit_norms, updates
 from sd_lora.data.stream import Slot
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
 from sd_lora.formats.canonical import read_models
-from sd_lora.formats.files import write_adapter, write_whole
+from sd_lora.formats.files import formats_of, write_adapter, write_whole
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
@@ -242,7 +242,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
         if not accelerator.sync_gradients:
             continue
         step += 1
-        history.waiting.append((step, run.optimizer.param_groups[0]["lr"], total, norm))
+        history.waiting.append((step, _rate(run.optimizer), total, norm))
         run.lr_scheduler.step()
         total = torch.zeros_like(total)
         bar.update()
@@ -278,6 +278,12 @@ def replay(run: Run) -> tuple[float, float]:
     losses = [batch_loss(alone, *run.stream.batch(micro)) for micro in micro_batches]
     now = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
     return (sum(then) / steps if len(then) == steps else math.nan), float(now)
+
+
+def _rate(optimizer: torch.optim.Optimizer) -> float:
+    """Returns the learning rate that is logged: of modules without a factor of their own."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("multiple", 1.0)
 
 
 def export(run: Run) -> list[Verified]:
@@ -384,7 +390,8 @@ def _say_result(run: Run, result: Result) -> None:
     )
     report.say(report.verified(result.files))
     base = str(run.config.pretrained_model_name_or_path)
-    report.say(report.how_to_use(base, [file.path for file in result.files]))
+    formats, _ = formats_of({name: updates(model) for name, model in run.models.items()})
+    report.say(report.how_to_use(base, [file.path for file in result.files], formats))
     if result.before_after:
         report.say(f"  look at {result.before_after}")
 

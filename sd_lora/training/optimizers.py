@@ -8,7 +8,7 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
-from sd_lora.adapters.inject import updates
+from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
 from sd_lora.errors import UsageError
 from sd_lora.training.config import TrainConfig
@@ -41,7 +41,8 @@ def build_optimizer(
         rate = chosen(lrs[component], config.learning_rate) * factor
         decay = chosen(decays.get(component), config.adam_weight_decay)
         for multiple, parameters in factors[component].items():
-            groups.append({"params": parameters, "lr": rate * multiple, "weight_decay": decay})
+            group = {"params": parameters, "lr": rate * multiple, "weight_decay": decay}
+            groups.append(group | {"multiple": multiple})  # of the rate that is logged
     betas = (config.adam_beta1, config.adam_beta2)
     if config.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
@@ -67,14 +68,14 @@ def learning_rate_factors(
     Raises:
         UsageError: a pattern that matches no adapted module of any component.
     """
-    names = [name for model in models.values() for name in updates(model)]
+    names = [name for model in models.values() for name in adapted_layers(model)]
     multiples = match_names(lr_pattern, names, "lr_pattern")
     grouped: dict[str, dict[float, list[nn.Parameter]]] = {}
     for component, model in models.items():
         groups: dict[float, list[nn.Parameter]] = {}
-        for name, delta in updates(model).items():
-            for kind, parameter in delta.named_parameters():
-                plus = loraplus_lr_ratio if kind == "lora_B" else None
+        for name, layer in adapted_layers(model).items():
+            for kind, parameter in layer.deltas.named_parameters():
+                plus = loraplus_lr_ratio if kind.endswith(".lora_B") else None
                 multiple = multiples.get(name, 1.0) * (plus or 1.0)
                 groups.setdefault(multiple, []).append(parameter)
         grouped[component] = groups

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from tqdm.auto import tqdm
 
-from sd_lora.formats import diffusers
+from sd_lora.formats.files import Format
 from sd_lora.formats.verify import Verified
 
 T = TypeVar("T")
@@ -78,17 +78,13 @@ def verified(files: Sequence[Verified]) -> str:
     )
 
 
-def how_to_use(base: str, paths: Sequence[Path]) -> str:
-    """Returns what to do with the files."""
+def how_to_use(base: str, paths: Sequence[Path], formats: Sequence[Format]) -> str:
+    """Returns what to do with the files, one of each format."""
     lines = []
-    for path in paths:
-        if path.name == diffusers.FILE_NAME:
-            lines.append(
-                f'  diffusers: StableDiffusionPipeline.from_pretrained("{base}")'
-                f'.load_lora_weights("{path.parent}")'
-            )
+    for path, kind in zip(paths, formats, strict=True):
+        if kind.title == "diffusers":
+            load = f'from_pretrained("{base}").load_lora_weights("{path.parent}")'
+            lines.append(f"  diffusers: StableDiffusionPipeline.{load}")
         else:
-            lines.append(
-                f"  A1111, Forge: copy {path.name} to models/Lora;  ComfyUI: to models/loras"
-            )
+            lines.append(f"  {kind.use.format(file=path.name)}")
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from accelerate.utils import (
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import inject, lora_layers
+from sd_lora.adapters.inject import inject, lora_layers, updates
 from sd_lora.data.cache import Latents
 from sd_lora.data.sources import Source
 from sd_lora.data.stream import Batch, Order, Slot, Stream
@@ -271,6 +271,7 @@ def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Mod
     )
     models: dict[str, nn.Module] = {"unet": parts.unet}
     if config.train_text_encoder:
+        shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
         inject(parts.text_encoder, "text", **shared)
         models["text_encoder"] = parts.text_encoder
     return models
@@ -378,9 +379,10 @@ def _prepare_models(
     """Casts the frozen bases to the precision of the run, and hands the models to Accelerate."""
     dtype = weight_dtype(accelerator)
     for model in models.values():
-        trained = {id(p) for p in lora_layers(model)}
+        # an update's frozen tensors stay float32 like its trained ones: LoRA-FA's A, PiSSA's start
+        kept = {id(t) for d in updates(model).values() for t in (*d.parameters(), *d.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in trained and tensor.is_floating_point():
+            if id(tensor) not in kept and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
         model.train()
     if config.gradient_checkpointing:

@@ -7,7 +7,8 @@ from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
 from sd_lora.data.sources import Source
-from sd_lora.formats import diffusers, kohya
+from sd_lora.formats.canonical import Adapter
+from sd_lora.formats.files import formats_of
 from sd_lora.models.prompts import too_long
 from sd_lora.training import report
 from sd_lora.training.config import TrainConfig
@@ -76,17 +77,8 @@ def method_of_run(config: TrainConfig) -> str:
 
 def files_of(models: Mapping[str, nn.Module]) -> tuple[str, list[str]]:
     """Returns the size and formats of the files to come, and notes on who will not read them."""
-    adapter = {component: updates(model) for component, model in models.items()}
-    deltas = [delta for modules in adapter.values() for delta in modules.values()]
-    size = report.mib(sum(t.numel() * 4 for delta in deltas for t in delta.tensors().values()))
-    if kohya.can_write(adapter):
-        return f"{size} (float32), in two formats", []
-    if diffusers.can_write(adapter):
-        return f"{size} (float32), in diffusers' format", [
-            "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
-            "file would be exact there"
-        ]
-    return f"{size} (float32), in LyCORIS' format", [
-        "diffusers' load_lora_weights has no form for this kind of update: the file is for "
-        "ComfyUI, A1111, LyCORIS and sd_lora.load_adapter"
-    ]
+    adapter: Adapter = {component: updates(model) for component, model in models.items()}
+    formats, notes = formats_of(adapter)
+    tensors = formats[0].write(adapter).values()
+    size = report.mib(sum(t.numel() * t.element_size() for t in tensors))
+    return f"{size} (float32), for {' and for '.join(f.title for f in formats)}", notes

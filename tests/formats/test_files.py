@@ -4,9 +4,11 @@ import json
 import logging
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import _collate_lora_metadata
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -243,3 +245,71 @@ def test_unreadable_files(tiny_sd1: Path, tmp_path: Path) -> None:
     (tmp_path / "text.safetensors").write_text("hello, this is not a safetensors file")
     with pytest.raises(sd_lora.UsageError, match="not a readable safetensors"):
         sd_lora.load_adapter(models(parts), tmp_path / "text.safetensors")
+
+
+def test_the_configuration_in_a_header_is_obeyed(tiny_sd1: Path, tmp_path: Path) -> None:
+    """diffusers' own files may carry r and alpha in the header, and diffusers obeys them: so do
+    we, rather than to take alpha = rank (4 times too weak here)."""
+    parts = load_parts(str(tiny_sd1))
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"], init_lora_weights=False)
+    parts.unet.add_adapter(config)
+    layers = peft.get_peft_model_state_dict(parts.unet)
+    header = _collate_lora_metadata({"unet": parts.unet})
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=layers, **header)
+    pipeline = pipeline_of(load_parts(str(tiny_sd1)))
+    pipeline.load_lora_weights(tmp_path)
+    bare = load_parts(str(tiny_sd1))
+    sd_lora.load_adapter({"unet": bare.unet}, tmp_path)
+    loaded = verify.loaded_adapter(pipeline)
+    count, worst, wrong = verify.compare(read_models({"unet": bare.unet}), loaded)
+    assert wrong == []
+    assert count > 10
+    assert {d.scale for d in sd_lora.updates(bare.unet).values()} == {4.0}
+
+
+def test_a_failed_load_leaves_every_model_as_it_was(tiny_sd1: Path, tmp_path: Path) -> None:
+    """With the second component refused, the first is bare again and its parameters trainable."""
+    parts = trained_parts(tiny_sd1)
+    path, _ = sd_lora.save_adapter(models(parts), tmp_path)
+    bare = load_parts(str(tiny_sd1))
+    bare.text_encoder.requires_grad_(True)
+    sd_lora.inject(bare.unet)
+    with pytest.raises(sd_lora.UsageError, match="unet: the model has adapters already"):
+        sd_lora.load_adapter({"text_encoder": bare.text_encoder, "unet": bare.unet}, path)
+    assert not adapted_layers(bare.text_encoder)
+    assert all(p.requires_grad for p in bare.text_encoder.parameters())
+
+
+def test_embeddings_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
+    """No reader of Stable Diffusion LoRAs takes an embedding's update: an error, before a file."""
+    parts = load_parts(str(tiny_sd1))
+    sd_lora.inject(parts.text_encoder, targets="text+.*token_embedding")
+    with pytest.raises(sd_lora.UsageError, match="token_embedding is an Embedding"):
+        sd_lora.save_adapter({"text_encoder": parts.text_encoder}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "want"),
+    [
+        ({"init": "pissa"}, {"ss_network_dim": "8", "ss_network_module": "networks.lora"}),
+        ({"rule": "decompose", "alpha": 1.0}, {"ss_network_dim": "4", "ss_network_alpha": "4"}),
+        ({"method": "loha", "alpha": 8.0}, {"ss_network_alpha": "8"}),
+    ],
+)
+def test_metadata_says_what_is_in_the_file(
+    options: dict, want: dict, tiny_sd1: Path, tmp_path: Path
+) -> None:
+    """Rank and alpha as the file has them: PiSSA's doubled rank, DoRA's folded alpha, and LoHa's
+    convolutions with their own."""
+    parts = load_parts(str(tiny_sd1))
+    conv = {} if options.get("init") else {"conv_rank": 2, "conv_alpha": 1.0}
+    targets = "attention" if options.get("init") else "attention+conv"
+    sd_lora.inject(parts.unet, targets=targets, rank=4, **conv, **options)
+    path = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)[0]
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    assert {key: header[key] for key in want} == want
+    if options.get("method") == "loha":
+        args = json.loads(header["ss_network_args"])
+        assert args == {"algo": "loha", "conv_dim": "2", "conv_alpha": "1"}

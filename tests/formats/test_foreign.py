@@ -1,5 +1,6 @@
 """Files of peft and of LyCORIS, every method: into ours with the same ΔW, and ours into theirs."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -308,3 +309,158 @@ def test_our_lycoris_file_reads_back(tiny_sd1: Path, tmp_path: Path) -> None:
         assert want.keys() == have.keys()
         assert all(torch.equal(want[key], have[key]) for key in want)
     assert any("norm" in key for key in load_file(path))
+
+
+def folder_of(path: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"} | config))
+    save_file(tensors, path / "adapter_model.safetensors")
+    return path
+
+
+LIN = {
+    "base_model.model.lin.lora_A.weight": torch.ones(2, 12),
+    "base_model.model.lin.lora_B.weight": torch.ones(10, 2),
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"r": 0, "lora_alpha": 1}, "cannot be read"),
+        ({"r": -3, "lora_alpha": 1}, "make no scale"),
+        ({"r": -3, "lora_alpha": 1, "use_rslora": True}, "cannot be read"),
+        ({"r": 2}, "KeyError"),
+        ({"r": 2, "lora_alpha": float("nan")}, "make no scale"),
+        ({"r": 2, "lora_alpha": 2, "rank_pattern": ["lin"]}, "cannot be read"),
+        ({"r": 10**400, "lora_alpha": 2}, "cannot be read"),
+        ({"r": 2, "lora_alpha": 2, "init_lora_weights": "pissa"}, "changes the base too"),
+        ({"r": 2, "lora_alpha": 2, "init_lora_weights": "olora"}, "changes the base too"),
+        ({"r": 2, "lora_alpha": 2, "alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+        ({"peft_type": "IA3"}, "LORA, LOHA"),
+    ],
+)
+def test_peft_folders_that_cannot_be_read_say_why(
+    config: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Broken numbers, and starts that change the base as well, are errors; nothing is changed."""
+    model = net()
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.load_adapter(model, folder_of(tmp_path / "peft", config, LIN))
+    assert not adapted_layers(model)
+
+
+def test_a_peft_pissa_that_was_converted_loads(tmp_path: Path) -> None:
+    """The very folder that is refused above is a LoRA once peft has converted it, and loads as the
+    function that peft trained."""
+    config = peft.LoraConfig(r=2, target_modules=["lin"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(net(), config)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    shaken(theirs)
+    want = theirs(torch.arange(10).view(2, 5))
+    theirs.save_pretrained(
+        tmp_path / "done", path_initial_model_for_weight_conversion=str(tmp_path / "start")
+    )
+    ours = net()
+    sd_lora.load_adapter(ours, tmp_path / "done")
+    with torch.no_grad():
+        got = ours(torch.arange(10).view(2, 5))
+    torch.testing.assert_close(got, want.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_peft_attention_patterns(tmp_path: Path) -> None:
+    """peft's rank and alpha patterns name the attention, whose projections both obey them."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.MultiheadAttention(8, 2)
+
+    config = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["attn"], rank_pattern={"attn": 3},
+        alpha_pattern={"attn": 9},
+    )  # fmt: skip
+    theirs = shaken(peft.get_peft_model(Attention(), config))
+    theirs.save_pretrained(tmp_path)
+    ours = Attention()
+    sd_lora.load_adapter(ours, tmp_path)
+    assert {d.scale for d in sd_lora.updates(ours).values()} == {3.0}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"lora_down.weight": (2, 6, 2, 3)}, "ΔW is"),
+        ({"lora_down.weight": (2, 6, 9, 1)}, "ΔW is"),
+        ({"dora_scale": ()}, "one number"),
+        ({"dora_scale": (5, 1, 1, 1)}, "a magnitude of"),
+        ({"lora_up.weight": (8, 3, 1, 1)}, "different ranks"),
+        ({"oft_blocks": (2, 2)}, "no method has the tensors"),
+        ({"on_input": (1,), "weight": (8,)}, "no method has the tensors"),
+    ],
+)
+def test_foreign_tensors_that_do_not_fit(
+    tensors: dict[str, tuple[int, ...]], message: str, tmp_path: Path
+) -> None:
+    """Another kernel of as many numbers, a magnitude of another size, an unknown method."""
+    parts = {"lora_down.weight": (2, 6, 3, 3), "lora_up.weight": (8, 2, 1, 1)} | tensors
+    path = tmp_path / "file.safetensors"
+    save_file({f"lycoris_conv2.{k}": torch.ones(s) for k, s in parts.items()}, path)
+    model = net()
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.load_adapter(model, path)
+    assert not adapted_layers(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1 + 2j, True])
+def test_foreign_tensors_that_are_no_numbers(bad: complex, tmp_path: Path) -> None:
+    """NaN, infinity, complex numbers and truth values are refused by the tensor's name."""
+    path = tmp_path / "file.safetensors"
+    up = torch.full((8, 2, 1, 1), bad)
+    save_file(
+        {
+            "lycoris_conv2.lora_down.weight": torch.ones(2, 6, 3, 3),
+            "lycoris_conv2.lora_up.weight": up,
+        },
+        path,
+    )
+    with pytest.raises(sd_lora.UsageError, match=r"conv2\.lora_B holds"):
+        sd_lora.load_adapter(net(), path)
+
+
+def test_names_that_collide_are_refused(tmp_path: Path) -> None:
+    """kohya's names cannot tell a_b from a.b: neither written nor read as one of them."""
+
+    class Colliding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_b = nn.Linear(4, 4)
+            self.a = nn.ModuleDict({"b": nn.Linear(4, 4)})
+
+    model = Colliding()
+    sd_lora.inject(model, targets=["a_b", r"a\.b"], method="loha")
+    with pytest.raises(sd_lora.UsageError, match="another module are both"):
+        files.lycoris.write(read_models({"": model}))
+    sd_lora.eject(model)
+    sd_lora.inject(model, targets=["a_b"], method="loha")
+    save_file(files.lycoris.write(read_models({"": model})), tmp_path / "file.safetensors")
+    with pytest.raises(sd_lora.UsageError, match="is both"):
+        sd_lora.load_adapter(Colliding(), tmp_path / "file.safetensors")
+
+
+def test_a_model_by_itself_saves_and_loads(tmp_path: Path) -> None:
+    """Its state dict in a safetensors file, and `save_adapter`'s file, load into a bare one; also
+    where a child's name is that of a pipeline's component."""
+    model = nn.ModuleDict({"unet": net()})
+    sd_lora.inject(model, targets=[".*conv2"], rank=2)
+    shaken(model)
+    save_file(sd_lora.lora_state_dict(model), tmp_path / "state.safetensors")
+    (path,) = sd_lora.save_adapter({"": model}, tmp_path, name="x")
+    for file in (tmp_path / "state.safetensors", path):
+        bare = nn.ModuleDict({"unet": net()})
+        assert sd_lora.load_adapter(bare, file) == {"": ["unet.conv2"]}
+        want, got = (m["unet"].conv2.delta_weight() for m in (model, bare))
+        torch.testing.assert_close(got, want)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 import sd_lora
 from sd_lora.adapters.deltas import METHODS
+from sd_lora.adapters.inject import adapted_layers
 from sd_lora.errors import UsageError
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
@@ -153,6 +154,7 @@ def test_parameter_groups(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     config = text_to_image(
         tiny_sd1, data, tmp_path, learning_rate=1e-4, text_encoder_lr=1e-5, loraplus_lr_ratio=16.0,
         lr_pattern={"down_blocks.0.*": 0.5, r"layers\.1\..*": 2.0}, train_text_encoder=True,
+        train_bias="lora_only",
     )  # fmt: skip
     run = prepare(config)
     optimizer = build_optimizer(run.models, config, 4)
@@ -165,8 +167,9 @@ def test_parameter_groups(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     for component, base in (("unet", 1e-4), ("text_encoder", 1e-5)):
         for name, delta in sd_lora.updates(run.models[component]).items():
             factor = 0.5 if name.startswith("down_blocks.0.") else 2.0 if "layers.1." in name else 1
-            assert rates[id(delta.lora_A)] == pytest.approx(base * factor)
-            assert rates[id(delta.lora_B)] == pytest.approx(base * factor * 16)
+            for kind, parameter in delta.named_parameters():
+                ratio = 16 if kind == "lora_B" else 1
+                assert rates[id(parameter)] == pytest.approx(base * factor * ratio)
     with pytest.raises(UsageError, match="lr_pattern 'nothing_here' matches none"):
         learning_rate_factors(run.models, {"nothing_here": 2.0}, None)
 
@@ -200,6 +203,14 @@ def test_8bit_adam_trains(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["--method", "lokar"], "invalid choice: 'lokar'"),
+        (["--method", "full", "--rank", "8"], "rank needs another method than full"),
+        (["--method", "full", "--conv_rank", "8"], "conv_rank needs another method than full"),
+        (["--method", "lokr", "--lokr_factor", "0"], "lokr_factor must be at least 1"),
+        (
+            ["--method", "lokr", "--lokr_full_matrix", "--lokr_decompose_both"],
+            "lokr_decompose_both has no effect",
+        ),
+        (["--lr_pattern", "to_q=inf"], "lr_pattern 'to_q' must be above 0"),
         (["--method", "loha", "--init_lora_weights", "pissa"], "init_lora_weights needs method"),
         (["--method", "full", "--use_tucker"], "use_tucker needs another method than full"),
         (["--use_dora", "--neuron_dropout", "0.1"], "neuron_dropout needs method lora without"),
@@ -224,11 +235,85 @@ def test_the_summary_says_what_the_files_are_for(
 ) -> None:
     """Before the first step the user knows the method, the size and who will read the file."""
     for options, words in (
-        ({}, ("lora, rank 4, alpha 4", "in two formats", "")),
-        ({"use_dora": True}, ("with magnitudes (DoRA)", "in diffusers' format", "DoRA is written")),
-        ({"method": "loha"}, ("loha, rank 4", "in LyCORIS' format", "no form for this kind")),
+        ({}, ("lora, rank 4, alpha 4", "for diffusers and for kohya", "")),
+        ({"use_dora": True}, ("with magnitudes (DoRA)", "for diffusers\n", "DoRA is written")),
+        ({"method": "loha"}, ("loha, rank 4", "for LyCORIS\n", "no form for this kind")),
+        ({"method": "loha", "use_dora": True}, ("exact in LyCORIS and sd_lora.load_adapter",)),
+        ({"train_bias": "all"}, ("A1111 passes over trained biases",)),
     ):
         run = prepare(text_to_image(tiny_sd1, data, tmp_path, **options))
         text = run.summary.text()
         assert all(word in text for word in words), text
         assert json.dumps(run.config.as_dict())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"method": "lora_fa", "use_dora": True},
+        {"method": "lora_fa", "use_tucker": True},
+        {"init_lora_weights": "pissa"},
+        {"method": "loha"},
+        {"method": "lokr", "use_dora": True},
+        {"train_bias": "all"},
+    ],
+)
+def test_the_update_stays_float32_on_a_bf16_base(
+    options: dict, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """With mixed_precision bf16 the base is bfloat16, and every tensor of every update float32,
+    trained or frozen: in the run, in the checkpoint; ΔW of a PiSSA start is zero to rounding."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, mixed_precision="bf16", checkpointing_steps=6, **options
+    )
+    run = prepare(config)
+    for layer in adapted_layers(run.models["unet"]).values():
+        assert all(p.dtype == torch.bfloat16 for p in layer.base.parameters())
+        for delta in layer.updates().values():
+            assert all(t.dtype == torch.float32 for t in delta.tensors().values())
+            assert delta.weight().norm() < 1e-5
+    result = sd_lora.train(config)
+    assert all(file.worst_error < 1e-5 for file in result.files)
+    state = load_file(tmp_path / "checkpoint-6" / "adapter.safetensors")
+    assert {t.dtype for k, t in state.items() if not k.endswith(".alpha")} == {torch.float32}
+
+
+def test_the_logged_rate_is_the_one_given(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """With factors by block and LoRA+ the log shows the rate of a module without a factor."""
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, tmp_path, lr_pattern={".*": 0.5}, loraplus_lr_ratio=3.0,
+            learning_rate=1e-3,
+        )
+    )  # fmt: skip
+    rows = (tmp_path / "training_log.jsonl").read_text().splitlines()
+    assert {json.loads(row)["lr"] for row in rows} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale_weight_norms": 0.1}, {"lr_pattern": {".*": 0.5}}, {"rank_dropout": 0.5}]
+)
+def test_an_older_runs_checkpoint_had_the_defaults(
+    options: dict, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint of a version that lacked a setting is not resumed with it."""
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=3))
+    path = tmp_path / "checkpoint-3" / "progress.json"
+    progress = json.loads(path.read_text())
+    for name in options:
+        del progress["settings"][name]
+    path.write_text(json.dumps(progress))
+    again = text_to_image(
+        tiny_sd1, data, tmp_path, resume_from_checkpoint="checkpoint-3", **options
+    )
+    with pytest.raises(UsageError, match=next(iter(options))):
+        sd_lora.train(again)
+
+
+def test_tucker_without_a_kernel_is_refused(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """use_tucker on linears alone would do nothing, and says so; with convolutions it is welcome,
+    also beside a text encoder."""
+    with pytest.raises(UsageError, match="no target takes one here"):
+        prepare(text_to_image(tiny_sd1, data, tmp_path, targets="attention", use_tucker=True))
+    prepare(text_to_image(tiny_sd1, data, tmp_path, use_tucker=True, train_text_encoder=True))
