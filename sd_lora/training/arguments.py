@@ -21,16 +21,18 @@ REFUSED: dict[str, str] = {
     "enable_xformers_memory_efficient_attention": (
         "is not needed: PyTorch's own memory-efficient attention is always used; leave it out"
     ),
-    "hub_model_id": f"{_NOT_YET}; upload the two files by hand",
+    "hub_model_id": f"{_NOT_YET}; upload the files by hand",
     "hub_token": f"{_NOT_YET}; log in with `hf auth login`",
     "optimizer": f"{_NOT_YET}: AdamW is used; leave it out",
-    "output_kohya_format": "is not needed: the kohya file is always written; leave it out",
+    "output_kohya_format": (
+        "is not needed: kohya's file is always written where it can be exact; leave it out"
+    ),
     "pretrained_vae_model_name_or_path": _NOT_YET,
     "prodigy_beta3": "belongs to Prodigy, which is not supported yet",
     "prodigy_decouple": "belongs to Prodigy, which is not supported yet",
     "prodigy_safeguard_warmup": "belongs to Prodigy, which is not supported yet",
     "prodigy_use_bias_correction": "belongs to Prodigy, which is not supported yet",
-    "push_to_hub": f"{_NOT_YET}; upload the two files by hand",
+    "push_to_hub": f"{_NOT_YET}; upload the files by hand",
     "text_encoder_use_attention_mask": f"{_NOT_YET}: it belongs to DeepFloyd IF",
     "tokenizer_max_length": f"{_NOT_YET}: captions are cut at the model's own length",
     "validation_images": f"{_NOT_YET}: it belongs to DeepFloyd IF's upscaler",
