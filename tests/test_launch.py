@@ -135,14 +135,22 @@ def test_two_processes_share_the_class_pictures(root: Path, tmp_path: Path) -> N
     assert names == [f"class-0-{n:05}.png" for n in range(5)]
 
 
-@pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
-def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "more"),
+    [
+        ("text_to_image", []),
+        ("dreambooth", []),
+        ("text_to_image", ["--method", "lora_fa", "--use_dora"]),
+    ],
+    ids=["text_to_image", "dreambooth", "lora_fa, decomposed"],
+)
+def test_two_processes_train_as_one(mode: str, more: list[str], root: Path, tmp_path: Path) -> None:
     """Two processes with half the batch each end within 1e-4 of one process, text encoder too: in
     every ΔW and in the losses. (A factor's entry whose gradient is rounding noise may differ more:
     AdamW's first steps are the sign of the gradient times the rate.)"""
     flags = TEXT_TO_IMAGE if mode == "text_to_image" else DREAMBOOTH
     script = f"train_scripts/train_{mode}_lora.py"
-    common = [*flags, "--max_train_steps", "10", "--num_validation_images", "0"]
+    common = [*flags, *more, "--max_train_steps", "10", "--num_validation_images", "0"]
     one, two = tmp_path / "one", tmp_path / "two"
     run(root, "python", script, *common, "--train_batch_size", "4", "--output_dir", str(one))
     run(
@@ -154,7 +162,10 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
     for component, modules in a.items():
         assert modules.keys() == b[component].keys()
         for name, delta in modules.items():
-            assert (delta.weight() - b[component][name].weight()).abs().max() < 1e-4, name
+            other = b[component][name]
+            assert (delta.weight() - other.weight()).abs().max() < 1e-4, name
+            if delta.magnitude is not None:
+                torch.testing.assert_close(delta.magnitude, other.magnitude, rtol=0, atol=1e-4)
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
 
 
