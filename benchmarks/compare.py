@@ -1,6 +1,9 @@
-"""Attention alone against attention + convolutions on the same subject, drawn side by side.
+"""Several ways to adapt the embedded base to the demo's subject, scored and drawn side by side.
 
-python benchmarks/attention_vs_conv.py --out docs/attention_vs_conv.png
+    python benchmarks/compare.py targets --out docs/attention_vs_conv.png
+    python benchmarks/compare.py methods --out methods.png
+
+The UNet alone is trained, so that the difference is that of the targets or the method.
 """
 
 import argparse
@@ -21,11 +24,27 @@ from sd_lora.models.load import load_parts
 from sd_lora.training.sampling import grid, write_picture
 from sd_lora.training.validation import score
 
-TARGETS = ("attention", "attention+conv")
+Changes = dict[str, object]
+WAYS: dict[str, dict[str, Changes]] = {
+    "targets": {
+        "LoRA on attention": {"targets": "attention"},
+        "LoRA on attention+conv": {"targets": "attention+conv"},
+    },
+    # about as many parameters each: LoHa has two pairs, a Tucker core is small
+    "methods": {
+        "LoRA, rank 16": {},
+        "DoRA, rank 16": {"use_dora": True},
+        "LoHa, rank 8": {"method": "loha", "rank": 8, "lora_alpha": 8.0},
+        "LoKr, factor 4": {"method": "lokr", "lokr_factor": 4, "rank": 64, "lora_alpha": 64.0},
+        "LoRA, rank 16, PiSSA": {"init_lora_weights": "pissa"},
+    },
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=WAYS)
+    parser.add_argument("--only", help="one of the ways, by name")
     parser.add_argument("--out", type=Path, required=True, help="the picture to write")
     parser.add_argument("--steps", type=int, help="instead of the demo's")
     args = parser.parse_args()
@@ -37,10 +56,10 @@ def main() -> None:
     shown = len(SUBJECT)
     real = [Image.open(p) for p in sorted((sample_data / "dreambooth/instance").glob("*.png"))]
     rows, labels = [real[:shown], before.subject], ["trained on", "base model"]
-    for targets in TARGETS:
+    ways = WAYS[args.what]
+    for name, way in ({args.only: ways[args.only]} if args.only else ways).items():
         with tempfile.TemporaryDirectory() as folder:
-            # the UNet alone, so that the difference is that of the targets
-            changes = {"targets": targets, "train_text_encoder": False, "text_encoder_lr": None}
+            changes = way | {"train_text_encoder": False, "text_encoder_lr": None}
             if args.steps:
                 changes["max_train_steps"] = args.steps
             config = demo_config(sample_data, folder, **changes)
@@ -53,12 +72,10 @@ def main() -> None:
         after = draw(tuned, 64, 4.0)
         outcome = score(base, before, after, held_out, torch.device("cpu"))
         rows.append(after.subject)
-        labels.append(
-            f"LoRA on {targets}, {parameters:,} parameters: {outcome.learned:.0%} of the way"
-        )
-        row = {"targets": targets, "parameters": parameters, "seconds": round(seconds, 1)}
+        labels.append(f"{name}, {parameters:,} parameters: {outcome.learned:.0%} of the way")
+        row = {"way": name, "parameters": parameters, "seconds": round(seconds, 1)}
         losses = result.losses[-50:]
-        print(json.dumps(row | {"loss": sum(losses) / len(losses)} | asdict(outcome)))
+        print(json.dumps(row | {"loss": sum(losses) / len(losses)} | asdict(outcome)), flush=True)
     captions = [p.removeprefix("a photo of ") for p in SUBJECT]
     write_picture(args.out, grid(rows, labels, captions, side=128))
 
