@@ -8,12 +8,12 @@ Interleaved rounds, medians of the ratios within a round, float32, as benchmarks
 
 import copy
 import statistics
-import time
 from typing import Any
 
 import lycoris
 import peft
 import torch
+from layers import seconds
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
@@ -72,13 +72,6 @@ def candidates(base: nn.Module, method: str) -> dict[str, nn.Module]:
         theirs.kept = [wrapped]  # the module holds its layer weakly
         found["lycoris"] = theirs
     return found
-
-
-def seconds(model: nn.Module, x: torch.Tensor) -> float:
-    started = time.perf_counter()
-    y = model(x)
-    y.backward(torch.ones_like(y))
-    return time.perf_counter() - started
 
 
 def main() -> None:
