@@ -319,9 +319,9 @@ def train(config: TrainConfig) -> Result:
         report.say(f"sd_lora trains a LoRA:\n{run.summary.text()}", run.main)
         before = sample_row(run)  # of the bare base, also where a checkpoint goes on
         run.restore()
-        _open_output(run)
         history = History()
         with stop_requests() as requests:
+            _open_output(run)
             step = _optimise(run, history, requests)
         whole = step == run.plan.num_steps
         first_losses, replayed = replay(run) if whole else (math.nan, math.nan)
