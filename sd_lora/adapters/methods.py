@@ -110,6 +110,9 @@ class LoRA(Delta):
     def _rank(self) -> int:
         if self.lora_A is None or self.lora_B is None:
             raise ValueError("lora_A and lora_B come in pairs")
+        for name in ("start", "lost"):
+            if (getattr(self, f"{name}_A") is None) != (getattr(self, f"{name}_B") is None):
+                raise ValueError(f"{name}_A and {name}_B come in pairs")
         if self.lora_B.shape[1] != self.lora_A.shape[0]:
             raise ValueError(
                 f"lora_A {tuple(self.lora_A.shape)} and lora_B {tuple(self.lora_B.shape)} are of "

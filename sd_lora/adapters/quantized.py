@@ -40,6 +40,8 @@ class AdaptedQuantized(AdaptedLinear):
     into the full-precision model.
     """
 
+    keeps_kernel = True
+
     def __init__(self, base: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(base, *args, **kwargs)
         if hasattr(base, "support_avx512bf16_for_cpu"):
@@ -54,8 +56,6 @@ class AdaptedQuantized(AdaptedLinear):
     @classmethod
     def weight_of(cls, base: Any, path: str) -> Tensor:
         return dequantize(base).detach() if path == "weight" else super().weight_of(base, path)
-
-    keeps_kernel = True
 
     def _is_plain(self) -> bool:
         return False

@@ -104,5 +104,7 @@ def new_delta(
     if variant.rule == "decompose":
         if weight.dim() < 2:
             raise ValueError("decompose rescales the rows of a matrix, and this is a vector")
+        if delta.lost is not None:  # a magnitude would rescale Q and not what is added to it
+            raise ValueError("the init loftq goes with the rule add alone")
         delta.decompose(weight)
     return delta

@@ -1,4 +1,4 @@
-"""LoRA files on disk: writing both exports whole or not at all, and reading either."""
+"""LoRA files on disk: each written in every exact format, whole or not at all, and read again."""
 
 import dataclasses
 import os
@@ -54,7 +54,8 @@ def write_whole(path: Path, data: bytes) -> None:
 class Format:
     """One kind of file: its name for an adapter called `name`, its tensors, who reads it.
 
-    end: of the file's name; the diffusers file has a name of its own. use: what to do with it.
+    end: of the file's name; the diffusers file has a name of its own. use: what to do with it, with
+    places for {file}, its {folder} and the {base} model.
     """
 
     title: str
@@ -66,7 +67,10 @@ class Format:
         return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
 
 
-_DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, "diffusers")
+_TO_PIPELINE = (
+    'diffusers: StableDiffusionPipeline.from_pretrained("{base}").load_lora_weights("{folder}")'
+)
+_DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
 _KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
 _LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)

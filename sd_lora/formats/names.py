@@ -14,18 +14,21 @@ def kohya_name(component: str, name: str) -> str:
 
 
 def from_kohya(
-    component_names: Mapping[str, Iterable[str]], used: Container[str] | None = None
+    component_names: Mapping[str, Iterable[str]], used: Container[str]
 ) -> dict[str, tuple[str, str]]:
     """Returns kohya name → (component, canonical name).
 
     Underscores do not say which of them were dots (`to_q`, `mid_block`), so the way back needs
     the model's own names.
+
+    Raises:
+        UsageError: one of the names `used` in a file that means two modules of the model.
     """
     names: dict[str, tuple[str, str]] = {}
     for component, live in component_names.items():
         for name in live:
             key = kohya_name(component, name)
-            if key in names and used is not None and key in used:
+            if key in names and key in used:
                 raise UsageError(f"{key} in the file is both {names[key][1]} and {name}")
             names[key] = (component, name)
     return names

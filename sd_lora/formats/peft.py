@@ -142,16 +142,13 @@ def scale_of(config: Mapping[str, Any], name: str) -> float:
 
     try:
         r = of("rank_pattern", "r")
-        alpha = of("alpha_pattern", "alpha" if config.get("peft_type") in _PLAIN else "lora_alpha")
+        alpha = of("alpha_pattern", "lora_alpha" if "lora_alpha" in config else "alpha")
         scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
         raise UsageError(f"r or alpha of {name} cannot be read: {error!r}") from None
-    if not (r > 0 and math.isfinite(scale)):
+    if not (r > 0 and 0 <= scale < math.inf):
         raise UsageError(f"r = {r:g} and alpha = {alpha:g} of {name} make no scale")
     return scale
-
-
-_PLAIN = ("LOHA", "LOKR")  # whose alpha is called that
 
 
 def _scaled(delta: Delta, scale: float) -> Delta:

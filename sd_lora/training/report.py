@@ -80,11 +80,7 @@ def verified(files: Sequence[Verified]) -> str:
 
 def how_to_use(base: str, paths: Sequence[Path], formats: Sequence[Format]) -> str:
     """Returns what to do with the files, one of each format."""
-    lines = []
-    for path, kind in zip(paths, formats, strict=True):
-        if kind.title == "diffusers":
-            load = f'from_pretrained("{base}").load_lora_weights("{path.parent}")'
-            lines.append(f"  diffusers: StableDiffusionPipeline.{load}")
-        else:
-            lines.append(f"  {kind.use.format(file=path.name)}")
-    return "\n".join(lines)
+    return "\n".join(
+        "  " + kind.use.format(base=base, folder=path.parent, file=path.name)
+        for path, kind in zip(paths, formats, strict=True)
+    )

@@ -191,6 +191,8 @@ def test_loftq_makes_up_for_what_quantisation_lost() -> None:
     model.to("cpu")  # quantises
     Q: Tensor = dequantize(model[0])
     eye = torch.eye(64)
+    with pytest.raises(sd_lora.UsageError, match="0: the init loftq goes with the rule add alone"):
+        sd_lora.inject(model, ["0"], rule="decompose", init="loftq", reference=whole)
     sd_lora.inject(model, ["0"], rank=16, alpha=24.0, init="loftq", reference=whole)
     remains = torch.linalg.svdvals(whole[0].weight - Q)[16:].pow(2).sum().sqrt()
     got = (model(eye).T - whole[0].weight).norm()

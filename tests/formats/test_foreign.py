@@ -331,6 +331,7 @@ LIN = {
         ({"r": -3, "lora_alpha": 1}, "make no scale"),
         ({"r": -3, "lora_alpha": 1, "use_rslora": True}, "cannot be read"),
         ({"r": 2}, "KeyError"),
+        ({"r": 2, "lora_alpha": -4}, "make no scale"),
         ({"r": 2, "lora_alpha": float("nan")}, "make no scale"),
         ({"r": 2, "lora_alpha": 2, "rank_pattern": ["lin"]}, "cannot be read"),
         ({"r": 10**400, "lora_alpha": 2}, "cannot be read"),
