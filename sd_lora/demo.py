@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from sd_lora.errors import UsageError
-from sd_lora.formats.files import load_adapter, write_whole
+from sd_lora.formats.files import load_adapter
+from sd_lora.formats.tensors import write_whole
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.training.arguments import read_toml
 from sd_lora.training.config import TrainConfig

@@ -1,9 +1,21 @@
 """Tiny Stable Diffusion pipelines with random weights, built from the real classes."""
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from sd_lora.models.load import Parts
 
@@ -28,6 +40,19 @@ def build_unet(family: str = "sd1", seed: int = 0, **changes: object) -> UNet2DC
         "attention_head_dim": 4,
         "norm_num_groups": 8,
     }
+    if family == "sdxl":
+        config |= {
+            "layers_per_block": 2,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 1, 2),
+            "attention_head_dim": (2, 4, 4),
+            "cross_attention_dim": 32 + 48,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 48 + 6 * 8,
+        }
     if family == "sd2":
         config |= {"use_linear_projection": True, "attention_head_dim": (2, 4, 4)}
     return UNet2DConditionModel(**(config | changes))
@@ -49,7 +74,25 @@ def build_text_encoder(tokenizer: CLIPTokenizer, family: str = "sd1") -> CLIPTex
     return CLIPTextModel(config)
 
 
-def build_pipeline(family: str = "sd1") -> StableDiffusionPipeline:
+def build_second_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    torch.manual_seed(3)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        projection_dim=48,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def build_pipeline(family: str = "sd1") -> DiffusionPipeline:
+    """A random pipeline: "sd1", "sd2" (v-prediction) or "sdxl" (two text encoders)."""
     tokenizer = build_tokenizer()
     torch.manual_seed(2)
     vae = AutoencoderKL(
@@ -67,6 +110,17 @@ def build_pipeline(family: str = "sd1") -> StableDiffusionPipeline:
         steps_offset=1,
         prediction_type="v_prediction" if family == "sd2" else "epsilon",
     )
+    if family == "sdxl":
+        return StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=build_text_encoder(tokenizer),
+            text_encoder_2=build_second_text_encoder(tokenizer),
+            tokenizer=tokenizer,
+            tokenizer_2=build_tokenizer(),
+            unet=build_unet(family),
+            scheduler=scheduler,
+            add_watermarker=False,
+        )
     return StableDiffusionPipeline(
         vae=vae,
         text_encoder=build_text_encoder(tokenizer, family),

@@ -4,10 +4,13 @@ Formats read into it and write from it; nothing else knows a file's key names. C
 diffusers' and transformers' own, with one rule added: a text encoder's always start with
 `text_model.`, which transformers 5 left out of CLIPTextModel and kept in
 CLIPTextModelWithProjection. Files with that level load in every tool; files without do not.
+
+Both levels are mappings, and those of files and tools are `Lazy`: an update is made when it is
+asked for and forgotten afterwards, so that what streams through them takes the memory of one.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +19,41 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.inject import updates
 from sd_lora.errors import RunError, UsageError
 
-Adapter = dict[str, dict[str, Delta]]
-"""Component ("unet", "text_encoder"; "" for a model by itself) → canonical update name → update.
+Modules = Mapping[str, Delta]
+"""Canonical update name → update. The name is the parameter's without a final ".weight", as
+`sd_lora.updates` has it."""
 
-An update's name is its parameter's without a final ".weight", as `sd_lora.updates` has it.
-"""
+Adapter = Mapping[str, Modules]
+"""Component ("unet", "text_encoder"; "" for a model by itself) → its updates."""
+
+
+class Lazy(Mapping[str, Delta]):
+    """Updates by name, each made anew whenever it is asked for."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Delta]) -> None:
+        self._names = dict.fromkeys(names)
+        self._make = make
+
+    def __getitem__(self, name: str) -> Delta:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def each(adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
+    """Yields component, name and update, one at a time."""
+    for component, modules in adapter.items():
+        for name, delta in modules.items():
+            yield component, name, delta
 
 
 def canonical_name(component: str, name: str) -> str:
@@ -37,13 +70,13 @@ def live_names(component: str, model: nn.Module) -> dict[str, str]:
     return {canonical_name(component, name): name for name in names}
 
 
-def read_models(models: Mapping[str, nn.Module]) -> Adapter:
+def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
     """Returns the adapter that the injected `models` (component → model) hold, on the CPU.
 
     Raises:
         UsageError: none of the models has an adapter.
     """
-    adapter: Adapter = {}
+    adapter = {}
     for component, model in models.items():
         found = updates(model)
         if found:
@@ -74,19 +107,17 @@ def file_rank(delta: Delta) -> int | None:
 
 def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
     """Whether every update is B·A (or, if asked, B·A with a magnitude an output)."""
-    for modules in adapter.values():
-        for delta in modules.values():
-            magnitude = delta.magnitude
-            if plain(delta) is None or not (magnitude is None or decomposed):
-                return False
-            if magnitude is not None and magnitude.shape[0] != delta.shape[0]:
-                return False
+    for _, _, delta in each(adapter):
+        magnitude = delta.magnitude
+        if plain(delta) is None or not (magnitude is None or decomposed):
+            return False
+        if magnitude is not None and magnitude.shape[0] != delta.shape[0]:
+            return False
     return True
 
 
 def check_finite(adapter: Adapter) -> None:
     """Raises RunError naming the first module whose update holds a NaN or an infinity."""
-    for component, modules in adapter.items():
-        for name, delta in modules.items():
-            if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
-                raise RunError(f"{component} {name} holds NaN or infinite values; not written")
+    for component, name, delta in each(adapter):
+        if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
+            raise RunError(f"{component} {name} holds NaN or infinite values; not written")

@@ -1,28 +1,90 @@
-"""peft's keys, for `pipeline.load_lora_weights`: `unet.<module>.lora_A.weight`, `…lora_B.weight`.
+"""diffusers' and peft's keys, of today and of old: `unet.<module>.lora_A.weight`.
 
-The file has no alpha: a loader takes alpha = rank. So the scale α/r is folded into B, and every
-module loads at its trained strength whatever its rank and alpha. A magnitude (DoRA) is
-`….lora_magnitude_vector.weight`: without the `.weight` diffusers loses a text encoder's.
+Written for `pipeline.load_lora_weights`. The file has no alpha: a loader takes alpha = rank. So the
+scale α/r is folded into B, and every module loads at its trained strength whatever its rank and
+alpha. A magnitude (DoRA) is `….lora_magnitude_vector.weight`: without the `.weight` diffusers loses
+a text encoder's.
+
+Read, also side by side in one file: `.lora_A/.lora_B` with or without an adapter's name and
+peft's `base_model.model.`; `.lora.down/.up`, `.lora_linear_layer.`, `.processor.to_q_lora.`
+of older diffusers; and dotted names of kohya's kinds of tensor.
 """
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
-from sd_lora.formats.canonical import Adapter, canonical_name, is_plain, plain
-from sd_lora.formats.peft import group, scale_of
+from sd_lora.formats.canonical import Adapter, each, is_plain, plain
+from sd_lora.formats.names import Naming, canonical
+from sd_lora.models.original import Layout
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+HEADER_KEY = "lora_adapter_metadata"
+
+_PREFIXES = {
+    "unet": "unet",
+    "text_encoder": "text_encoder",
+    "text_encoder_2": "text_encoder_2",
+    "diffusion_model": "unet",  # ComfyUI's word, with original names
+    "model.diffusion_model": "unet",
+}
+_UNET = re.compile(
+    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|(?:time|add|class)_embedding"
+    r"|input_blocks|middle_block|output_blocks|time_embed|label_emb)\."
+)
+_TEXT = re.compile(r"(?:text_model|encoder\.layers|embeddings|text_projection)\.")
+
+_ADAPTER_NAME = r"(?:\.(?!weight$|bias$)\w+)?"
+_ENDS = {
+    "lora_A": rf"\.lora_A{_ADAPTER_NAME}\.weight|\.lora_embedding_A{_ADAPTER_NAME}",
+    "lora_B": rf"\.lora_B{_ADAPTER_NAME}\.weight|\.lora_embedding_B{_ADAPTER_NAME}",
+    "down": r"(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)down\.weight",
+    "up": r"(?:\.lora\.|_lora\.|\.lora_linear_layer\.|\.lora_)up\.weight",
+    "lora_mid": r"\.lora_mid\.weight",
+    "flat_magnitude": r"\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?",
+    "magnitude": r"\.dora_scale",
+    "alpha": r"\.alpha",
+    "other": r"\.(?P<kind>(?:hada|lokr)_\w+)",
+}
+_KEY = re.compile(r"(?P<name>.+?)(?:" + "|".join(f"(?P<{k}>{e})" for k, e in _ENDS.items()) + ")$")
+_OLD_UNET = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)")
+_OLD_TEXT = re.compile(r"(.+\.self_attn)\.to_(q|k|v|out)")
+FLAT = "flat_magnitude"
+"""Kind of a magnitude that is one number an output: (out,), or (1, out, 1, 1) for a convolution."""
 
 
-def detect(keys: list[str]) -> bool:
-    prefixes = tuple(f"{component}." for component in _COMPONENTS)
-    return any(key.startswith(prefixes) and ("lora_" in key or "lokr_" in key) for key in keys)
+def parse(key: str, layout: Layout) -> tuple[str, str, str] | None:
+    """Returns (component, canonical name, kind of tensor) of a key, None if it is of another form.
+
+    Without a component before it, a name tells it: SDXL's second text encoder cannot be told then.
+    """
+    match = _KEY.match(key)
+    if match is None:
+        return None
+    end = next(end for end in _ENDS if match[end])
+    kind = {"down": "lora_A", "up": "lora_B", "other": match["kind"]}.get(end, end)
+    name, component = match["name"], None
+    for prefix, of in _PREFIXES.items():
+        if name.startswith(f"{prefix}."):
+            name, component = name[len(prefix) + 1 :], of
+            break
+    name = name.removeprefix("base_model.model.")
+    if component is None:
+        component = "unet" if _UNET.match(f"{name}.") else "text_encoder"
+        if component == "text_encoder" and not _TEXT.match(f"{name}."):
+            return None
+    if old := _OLD_UNET.fullmatch(name):
+        name = f"{old[1]}.{old[2]}"
+    elif component != "unet" and (old := _OLD_TEXT.fullmatch(name)):
+        name = f"{old[1]}.{old[2]}_proj"
+    if component == "unet" and name.endswith(".to_out"):
+        name += ".0"
+    found = canonical(component, name, layout)
+    return (*found, kind) if found else None
 
 
 def configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -31,59 +93,33 @@ def configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     Raises:
         UsageError: a configuration that is no table.
     """
-    if "lora_adapter_metadata" not in header:
+    if HEADER_KEY not in header:
         return {}
     try:
         found: dict[str, dict[str, Any]] = {}
-        for key, value in json.loads(header["lora_adapter_metadata"]).items():
+        for key, value in json.loads(header[HEADER_KEY]).items():
             component, _, name = key.partition(".")
             found.setdefault(component, {})[name] = value
         return found
-    except (ValueError, AttributeError) as error:
-        raise UsageError(f"lora_adapter_metadata in the header is no table: {error}") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UsageError(f"{HEADER_KEY} in the header is no table: {error}") from None
 
 
 def can_write(adapter: Adapter) -> bool:
     """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude."""
-    return is_plain(adapter, decomposed=True) and "" not in adapter
+    return "" not in adapter and is_plain(adapter, decomposed=True)
 
 
-def write(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the file's tensors, of an adapter that `can_write` allows."""
-    tensors = {}
-    for component, modules in adapter.items():
-        for name, delta in modules.items():
-            factors = plain(delta)
-            assert factors is not None, name
-            A, B, alpha = factors
-            tensors[f"{component}.{name}.lora_A.weight"] = A
-            tensors[f"{component}.{name}.lora_B.weight"] = B * (alpha / len(A))
-            if delta.magnitude is not None:
-                m = delta.magnitude.detach().flatten()
-                if len(delta.shape) > 2:
-                    m = m.view(1, -1, *(1,) * (len(delta.shape) - 2))
-                tensors[f"{component}.{name}.lora_magnitude_vector.weight"] = m.contiguous()
-    return tensors
-
-
-def read(tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> Adapter:
-    """Returns the adapter of a file in this format: alpha = rank, unless the header has a
-    configuration, which diffusers' loader obeys.
-
-    Raises:
-        UsageError: a key that is not of this format, or tensors that do not fit together.
-    """
-    grouped, rest = group(tensors)
-    if rest:
-        raise UsageError(f"key {min(rest)!r} is not of the diffusers format")
-    adapter: Adapter = {}
-    by_component = configs(header or {})
-    for full_name, parts in grouped.items():
-        component, _, name = full_name.partition(".")
-        if component not in _COMPONENTS:
-            raise UsageError(f"key {full_name!r} is not of the diffusers format")
-        modules = adapter.setdefault(component, {})
-        delta = modules[canonical_name(component, name)] = make_delta(full_name, parts)
-        if component in by_component and delta.rank is not None:
-            delta.alpha = scale_of(by_component[component], name) * delta.rank
-    return adapter
+def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
+    """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
+    for component, name, delta in each(adapter):
+        factors = plain(delta)
+        assert factors is not None, name
+        A, B, alpha = factors
+        yield f"{component}.{name}.lora_A.weight", A
+        yield f"{component}.{name}.lora_B.weight", B * (alpha / len(A))
+        if delta.magnitude is not None:
+            m = delta.magnitude.detach().flatten()
+            if len(delta.shape) > 2:
+                m = m.view(1, -1, *(1,) * (len(delta.shape) - 2))
+            yield f"{component}.{name}.lora_magnitude_vector.weight", m.contiguous()

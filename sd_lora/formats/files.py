@@ -1,14 +1,13 @@
 """LoRA files on disk: each written in every exact format, whole or not at all, and read again."""
 
 import dataclasses
-import os
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
@@ -19,35 +18,20 @@ from sd_lora.errors import RunError, UsageError
 from sd_lora.formats import diffusers, kohya, lycoris, metadata, peft
 from sd_lora.formats.canonical import (
     Adapter,
+    Modules,
     canonical_name,
     check_finite,
+    each,
     live_names,
     read_models,
 )
-from sd_lora.formats.names import from_kohya
+from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
+from sd_lora.formats.reading import find_file, open_lora
+from sd_lora.formats.tensors import Spec, TensorFile, write_tensors
+from sd_lora.models.families import family_named
+from sd_lora.models.original import Layout
 
 LYCORIS_END = "_lycoris.safetensors"
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all: beside, fsync, rename.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    beside = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
-        size = f"{len(data) / 2**20:.1f} MiB"
-        raise RunError(f"{path} ({size}) could not be written: {error.strerror or error}") from None
 
 
 @dataclass(frozen=True)
@@ -60,7 +44,7 @@ class Format:
 
     title: str
     end: str
-    write: Callable[[Adapter], dict[str, Tensor]]
+    write: Callable[[Adapter, Naming], Iterator[tuple[str, Tensor]]]
     use: str
 
     def file_name(self, name: str) -> str:
@@ -68,12 +52,12 @@ class Format:
 
 
 _TO_PIPELINE = (
-    'diffusers: StableDiffusionPipeline.from_pretrained("{base}").load_lora_weights("{folder}")'
+    'diffusers: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{folder}")'
 )
-_DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
+DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
-_KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
-_LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
+KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
+LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
 
 
 def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
@@ -82,19 +66,16 @@ def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
     LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, for the others' readers disagree on
     its norm. Everything else: LyCORIS'.
     """
-    deltas = [d for modules in adapter.values() for d in modules.values()]
-    decomposed = any(d.magnitude is not None for d in deltas)
-    full = {
-        f"{c} {n}.bias" for c, ms in adapter.items() for n, d in ms.items() if d.method == "full"
-    }
-    biases = {f"{c} {n}" for c, ms in adapter.items() for n in ms if n.endswith(".bias")}
     if kohya.can_write(adapter):
-        return [_DIFFUSERS, _KOHYA], []
+        return [DIFFUSERS, KOHYA], []
     if diffusers.can_write(adapter):
-        return [_DIFFUSERS], [
+        return [DIFFUSERS], [
             "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
             "file would be exact there"
         ]
+    decomposed = any(delta.magnitude is not None for _, _, delta in each(adapter))
+    full = {f"{c} {n}.bias" for c, n, delta in each(adapter) if delta.method == "full"}
+    biases = {f"{c} {n}" for c, modules in adapter.items() for n in modules if n.endswith(".bias")}
     notes = ["diffusers' load_lora_weights has no form for this kind of update"]
     if decomposed:
         notes.append(
@@ -102,38 +83,91 @@ def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
             "LyCORIS and sd_lora.load_adapter"
         )
         alone = "LyCORIS, or sd_lora.load_adapter: {file}"
-        return [dataclasses.replace(_LYCORIS, use=alone)], notes
+        return [dataclasses.replace(LYCORIS, use=alone)], notes
     if biases - full:  # A1111 reads a bias beside `diff` or `w_norm`, and not beside LoRA
         notes.append("A1111 passes over trained biases: the file is exact in ComfyUI")
         alone = "ComfyUI: copy {file} to models/loras"
-        return [dataclasses.replace(_LYCORIS, use=alone)], notes
-    return [_LYCORIS], notes
+        return [dataclasses.replace(LYCORIS, use=alone)], notes
+    return [LYCORIS], notes
+
+
+def rounded(
+    tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields tensors in the dtype of a file.
+
+    Raises:
+        RunError: a value beyond what the dtype holds, naming the key.
+    """
+    for key, tensor in tensors:
+        cast = tensor.to(dtype)
+        if not torch.isfinite(cast).all():
+            largest, limit = tensor.abs().max(), torch.finfo(dtype).max
+            raise RunError(
+                f"{key} reaches {largest:.3g}, and {str(dtype)[6:]} ends at {limit:.3g}: take "
+                "bfloat16 or float32"
+            )
+        yield key, cast
+
+
+def write_file(
+    path: Path,
+    kind: Format,
+    adapter: Adapter,
+    naming: Naming,
+    header: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Writes an adapter in one format, module by module.
+
+    Raises:
+        UsageError: two modules of one name, or one without a name in this format.
+        RunError: a value beyond the dtype, or a file that could not be written; none is left then.
+    """
+    specs: dict[str, Spec] = {}
+    for key, tensor in rounded(kind.write(adapter, naming), dtype):
+        if key in specs:
+            raise UsageError(f"two modules are both {key} in {kind.title}'s names")
+        specs[key] = tensor.dtype, tuple(tensor.shape)
+    write_tensors(path, specs, rounded(kind.write(adapter, naming), dtype), header)
 
 
 def write_adapter(
     adapter: Adapter,
     folder: Path,
-    family: str,
+    family: str | None,
     name: str,
     prediction_type: str = "epsilon",
     extra: Mapping[str, object] | None = None,
+    facts: Mapping[str, str] | None = None,
+    layout: Layout | None = None,
 ) -> list[Path]:
     """Writes an adapter in each of its formats; returns the paths.
+
+    Args:
+        adapter: what was trained.
+        folder: where the files go.
+        family: "sd1", "sd2" or "sdxl"; None for a model by itself.
+        name: of the kohya or LyCORIS file.
+        prediction_type, extra, facts: see `metadata.build`.
+        layout: of a UNet that is not the published one.
 
     Raises:
         UsageError: an unknown family.
         RunError: factors that are not finite, or a file that could not be written; none is left
             then.
     """
-    if family not in ("sd1", "sd2"):
-        raise UsageError(f"family {family!r} cannot be written yet; 'sd1' and 'sd2' can")
+    row = None if family is None else family_named(family)
     check_finite(adapter)
-    header = metadata.build(adapter, family, name, prediction_type, extra)
+    if row is not None:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        facts = {"modelspec.date": now, **(facts or {})}
+    header = metadata.build(adapter, row, name, prediction_type, extra, facts)
     written: list[Path] = []
     for kind in formats_of(adapter)[0]:
         path = folder / kind.file_name(name)
         try:
-            write_whole(path, save(kind.write(adapter), header))
+            write_file(path, kind, adapter, naming_of(row, layout), header)
         except RunError:
             for earlier in written:
                 earlier.unlink(missing_ok=True)
@@ -142,16 +176,23 @@ def write_adapter(
     return written
 
 
+def layout_of(models: Mapping[str, nn.Module]) -> Layout | None:
+    """Returns the layout of the UNet among live models, if there is one that says it."""
+    config: Any = getattr(models.get("unet"), "config", None)
+    return Layout.of(config) if config is not None and "up_block_types" in config else None
+
+
 def save_adapter(
     models: Mapping[str, nn.Module], folder: str | Path, family: str = "sd1", name: str = ""
 ) -> list[Path]:
     """Writes the adapter of injected models in every format that has an exact form for it.
 
     Args:
-        models: component ("unet", "text_encoder") → injected model.
+        models: component ("unet", "text_encoder", "text_encoder_2") → injected model; "" for a
+            model by itself.
         folder: where `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors` go, or
             `<name>_lycoris.safetensors` for the methods that need it.
-        family: "sd1" or "sd2".
+        family: "sd1", "sd2" or "sdxl"; without meaning for a model by itself.
         name: of the kohya or LyCORIS file; the folder's name by default.
 
     Returns:
@@ -171,55 +212,51 @@ def save_adapter(
                     f"{component} {module} is an Embedding, which no reader of LoRA files takes: "
                     "keep `lora_state_dict`, or eject it"
                 )
-    return write_adapter(read_models(models), folder, family, name)
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Returns a safetensors file's tensors, or raises UsageError naming what is wrong with it."""
-    if not path.is_file():
-        raise UsageError(f"{path} is not a file")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path} is not a readable safetensors file: {error}") from None
-
-
-def read_header(path: Path) -> dict[str, str]:
-    """Returns a readable safetensors file's metadata."""
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+    alone = None if "" in models else family
+    return write_adapter(read_models(models), folder, alone, name, layout=layout_of(models))
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
-    """Returns the adapter of a file of any of the formats, or of a peft folder.
+    """Returns the adapter of a file of any of the formats, or of a peft folder, for live models.
 
     Args:
         path: the file or folder.
-        models: component → model; kohya's names can only be read with the model's own at hand,
-            and peft's whole modules need the model's weights.
+        models: component → model; other models' names can only be read with the model at hand,
+            and peft's whole modules need its weights.
 
     Raises:
         UsageError: not an adapter of a format that can be read, naming the key that says so.
     """
+    path = find_file(path)
     if peft.is_folder(path):
         if len(models) != 1:
             raise UsageError(f"{path} is a peft folder, for one model: {', '.join(models)} given")
         ((component, model),) = models.items()
-        tensors = read_tensors(path / peft.WEIGHTS_NAME)
+        tensors = dict(TensorFile(path / peft.WEIGHTS_NAME))
         deltas = peft.read(tensors, peft.read_config(path), model)
         return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
-    tensors = read_tensors(path)
-    keys = list(tensors)
-    if lycoris.detect(keys):
-        names = {component: live_names(component, model) for component, model in models.items()}
-        stems = {key.partition(".")[0] for key in keys}
-        return lycoris.read(tensors, from_kohya(names, stems))
-    if "" in models and keys:  # what safetensors wrote of `lora_state_dict`
-        return {"": deltas_from_state(tensors)}
-    if diffusers.detect(keys):
-        return diffusers.read(tensors, read_header(path))
-    first = f"its first key is {keys[0]!r}" if keys else "it is empty"
-    raise UsageError(f"{path} is no LoRA that can be read yet: {first}")
+    if "" in models:
+        tensors = dict(TensorFile(path))
+        if tensors and not all(key.startswith(f"{ALONE}_") for key in tensors):
+            return {"": deltas_from_state(tensors)}  # what safetensors wrote of `lora_state_dict`
+    stems = {key.partition(".")[0] for key in TensorFile(path)}
+    lora = open_lora(path, layout_of(models), _live_stems(models, stems))
+    lora.check()
+    return lora.adapter
+
+
+def _live_stems(models: Mapping[str, nn.Module], stems: set[str]) -> dict[str, tuple[str, str]]:
+    """Returns kohya name → (component, canonical name) of live models, for the stems of a file."""
+    known: dict[str, tuple[str, str]] = {}
+    for component, model in models.items():
+        names = {component: live_names(component, model)}
+        mine = (p for p, of in PREFIXES.items() if of == component or p == ALONE and not component)
+        for prefix in mine:
+            plain = {s.replace(prefix, ALONE, 1): s for s in stems if s.startswith(f"{prefix}_")}
+            for stem, place in of_live(names, plain).items():
+                if stem in plain:
+                    known[plain[stem]] = place
+    return known
 
 
 def load_adapter(
@@ -228,21 +265,17 @@ def load_adapter(
     """Injects the adapter of a file into bare models; returns component → names of its updates.
 
     Args:
-        models: component ("unet", "text_encoder") → model without adapters, or one model by
-            itself, whose component is "".
-        path: a file in diffusers', kohya's or LyCORIS' format, a folder that holds
-            `pytorch_lora_weights.safetensors`, a folder of `PeftModel.save_pretrained`, or, for
-            one model, the file of its `lora_state_dict`.
+        models: component ("unet", "text_encoder", "text_encoder_2") → model without adapters, or
+            one model by itself, whose component is "".
+        path: a LoRA file in anybody's format (see docs/files.md), a folder that holds one, a folder
+            of `PeftModel.save_pretrained`, or, for one model, the file of its `lora_state_dict`.
 
     Raises:
         UsageError: what cannot be read, a component or module that the models lack, shapes that
             differ. The models are then as they were.
     """
     models = {"": models} if isinstance(models, nn.Module) else models
-    path = Path(path)
-    if (path / diffusers.FILE_NAME).is_file():
-        path = path / diffusers.FILE_NAME
-    adapter = read_adapter(path, models)
+    adapter = read_adapter(Path(path), models)
     live = {component: _live(component, models, adapter) for component in adapter}
     trainable = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     done = []
@@ -264,7 +297,8 @@ def _live(component: str, models: Mapping[str, nn.Module], adapter: Adapter) -> 
     if component not in models:
         raise UsageError(f"the file adapts {component}, which was not given: {', '.join(models)}")
     names = live_names(component, models[component])
-    for name in adapter[component]:
+    modules: Modules = adapter[component]
+    for name in modules:
         if name not in names:
-            raise UsageError(f"the file adapts {name}, which the {component} has not")
-    return {live: adapter[component][n] for n, live in names.items() if n in adapter[component]}
+            raise UsageError(f"the file adapts {name}, which the {component or 'model'} has not")
+    return {live: modules[n] for n, live in names.items() if n in modules}

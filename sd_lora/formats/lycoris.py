@@ -4,47 +4,70 @@
 Each module has its own alpha; for a LoKr of two whole matrices it means nothing, the scale is 1.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.state import make_delta
-from sd_lora.errors import UsageError
-from sd_lora.formats.canonical import Adapter, plain
-from sd_lora.formats.names import PREFIXES, kohya_name
+from sd_lora.formats.canonical import Adapter, Modules, each, plain
+from sd_lora.formats.names import Naming, from_kohya
+from sd_lora.models.original import Layout
 
 _WRITTEN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"}
 _READ = {kind: name for name, kind in _WRITTEN.items()} | {
+    "lora_A.weight": "lora_A",
+    "lora_B.weight": "lora_B",
     "dora_scale": "magnitude",
+    "alpha": "alpha",
+    "diff": "diff",
     "w_norm": "diff",
     "diff_b": "diff",
     "b_norm": "diff",
 }
 _OF_BIAS = ("diff_b", "b_norm")
+_METHODS = re.compile(r"(?:hada|lokr)_\w+")
+
+OTHER_METHODS = {
+    "oft_blocks": "OFT or BOFT",
+    "oft_diag": "OFT",
+    "on_input": "(IA)³",
+    "a1.weight": "GLoRA",
+    "glora_a": "GLoRA",
+    "lora_down.weight.0": "DyLoRA",
+}
+"""Kinds of tensor that belong to methods which cannot be read → the method."""
 
 
-def detect(keys: list[str]) -> bool:
-    prefixes = tuple(f"{p}_" for p in PREFIXES.values())
-    return any(key.startswith(prefixes) for key in keys)
+def parse(
+    key: str, layout: Layout, live: Mapping[str, tuple[str, str]] | None = None
+) -> tuple[str, str, str] | None:
+    """Returns (component, canonical name, kind of tensor) of a key, None if it is of another form.
+
+    Args:
+        key: in kohya's or LyCORIS' form.
+        layout: of the UNet, for original names.
+        live: kohya name → (component, canonical name) of models at hand, which are looked up first.
+    """
+    stem, _, kind = key.partition(".")
+    found = (live or {}).get(stem) or from_kohya(stem, layout)
+    ours = _READ.get(kind) or (kind if _METHODS.fullmatch(kind) else None)
+    if found is None or ours is None:
+        return None
+    component, name = found
+    return component, f"{name}.bias" if kind in _OF_BIAS else name, ours
 
 
-def write(adapter: Adapter) -> dict[str, Tensor]:
-    """Returns the file's tensors, SD1/SD2 names."""
-    tensors = {}
-    for component, modules in adapter.items():
-        for name, delta in modules.items():
-            for kind, tensor in _tensors(name, delta, modules).items():
-                module = name.removesuffix(".bias") if kind in _OF_BIAS else name
-                key = f"{kohya_name(component, module)}.{kind}"
-                if key in tensors:
-                    raise UsageError(f"{name} and another module are both {key} in kohya's names")
-                tensors[key] = tensor.contiguous()
-    return tensors
+def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
+    """Yields the file's keys and tensors."""
+    for component, name, delta in each(adapter):
+        for kind, tensor in _tensors(name, delta, adapter[component]).items():
+            module = name.removesuffix(".bias") if kind in _OF_BIAS else name
+            yield f"{naming.kohya(component, module)}.{kind}", tensor.contiguous()
 
 
-def _tensors(name: str, delta: Delta, modules: Mapping[str, Delta]) -> dict[str, Tensor]:
+def _tensors(name: str, delta: Delta, modules: Modules) -> dict[str, Tensor]:
     """Returns the file's kinds of key → tensor of one update."""
     if delta.method == "full":
         is_bias = name.endswith(".bias")
@@ -65,28 +88,3 @@ def _tensors(name: str, delta: Delta, modules: Mapping[str, Delta]) -> dict[str,
     # LyCORIS' reader fails without an alpha, also where it has no use for it
     kinds["alpha"] = torch.tensor(alpha)
     return kinds
-
-
-def read(tensors: Mapping[str, Tensor], names: Mapping[str, tuple[str, str]]) -> Adapter:
-    """Returns the adapter of a file in this format or in kohya's.
-
-    Args:
-        tensors: the file's tensors.
-        names: kohya name → (component, canonical name), see `names.from_kohya`.
-
-    Raises:
-        UsageError: a module that `names` lacks, a kind of key that no method has, or tensors that
-            do not fit together.
-    """
-    grouped: dict[str, dict[str, dict[str, Tensor]]] = {}
-    for key, tensor in tensors.items():
-        stem, _, kind = key.partition(".")
-        if stem not in names:
-            raise UsageError(f"key {key!r} names a module that the model has not")
-        component, name = names[stem]
-        name = f"{name}.bias" if kind in _OF_BIAS else name
-        grouped.setdefault(component, {}).setdefault(name, {})[_READ.get(kind, kind)] = tensor
-    return {
-        component: {name: make_delta(name, parts) for name, parts in modules.items()}
-        for component, modules in grouped.items()
-    }

@@ -6,19 +6,15 @@ Readers of this project never trust any of it over the tensors.
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from importlib.metadata import version
 
 from sd_lora.formats import diffusers, kohya
-from sd_lora.formats.canonical import Adapter, file_rank
+from sd_lora.formats.canonical import Adapter, each, file_rank
+from sd_lora.formats.tensors import HASH_KEY
+from sd_lora.models.families import Family
 
-_ARCHITECTURES = {
-    ("sd1", "epsilon"): "stable-diffusion-v1",
-    ("sd1", "v_prediction"): "stable-diffusion-v1",
-    ("sd2", "epsilon"): "stable-diffusion-v2-512",
-    ("sd2", "v_prediction"): "stable-diffusion-v2-768-v",
-}
-_BASE_VERSIONS = {"sd1": "sd_v1", "sd2": "sd_v2"}
+OWN_KEY = "sd_lora"
+"""Our own record (configuration, base model, pictures), as JSON."""
 
 
 def _most_common(values: Sequence[float | str]) -> str:
@@ -28,55 +24,71 @@ def _most_common(values: Sequence[float | str]) -> str:
 
 def build(
     adapter: Adapter,
-    family: str,
+    family: Family | None,
     name: str,
     prediction_type: str = "epsilon",
     extra: Mapping[str, object] | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Returns a safetensors header's metadata: every value a string.
 
     Args:
         adapter: what is written.
-        family: "sd1" or "sd2".
+        family: of Stable Diffusion; None for a model by itself, of which less can be said.
         name: of the output, shown by model sites.
         prediction_type: "epsilon" or "v_prediction".
-        extra: our own record (configuration, data set, base model), kept as JSON.
+        extra: our own record, kept as JSON.
+        facts: further keys (`ss_…`, `modelspec.…`) as they are, such as those of a converted file.
     """
-    deltas = [d for modules in adapter.values() for d in modules.values()]
-    ranked = [d for d in deltas if d.rank is not None]
-    conv = [d for d in ranked if any(k > 1 for k in d.shape[2:])]
+    metadata = {"format": "pt", **(facts or {}), **network(adapter)}
+    metadata |= {"ss_output_name": name, "sd_lora_version": version("sd_lora"), HASH_KEY: ""}
+    if family is not None:
+        metadata |= {
+            "modelspec.sai_model_spec": "1.0.0",
+            "modelspec.architecture": f"{family.architectures[prediction_type]}/lora",
+            "modelspec.implementation": "diffusers",
+            "modelspec.title": name,
+            "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
+            "ss_base_model_version": family.base_versions[prediction_type],
+            "ss_v2": str(family.name == "sd2"),
+        }
+    if extra:
+        metadata[OWN_KEY] = json.dumps(extra, sort_keys=True)
+    return metadata
+
+
+def network(adapter: Adapter) -> dict[str, str]:
+    """Returns the keys about ranks and method, as they are in the file: kohya's has one alpha,
+    diffusers' none, which means the rank."""
+    ranks, conv_ranks, alphas, conv_alphas, methods = [], [], [], [], []
+    decomposed = False
+    for _, _, delta in each(adapter):
+        decomposed |= delta.magnitude is not None
+        if delta.rank is None:
+            continue
+        rank = file_rank(delta) or 0
+        ranks.append(rank)
+        alphas.append(delta.alpha)
+        methods.append(delta.method)
+        if any(k > 1 for k in delta.shape[2:]):
+            conv_ranks.append(rank)
+            conv_alphas.append(delta.alpha)
     plain = kohya.can_write(adapter)
-    dim, conv_dim = (_most_common([file_rank(d) or 0 for d in ds] or [0]) for ds in (ranked, conv))
-    # what is in the file: kohya's has one alpha, diffusers' none, which means the rank
+    dim, conv_dim = _most_common(ranks or [0]), _most_common(conv_ranks or [0])
     if plain:
         alpha = conv_alpha = f"{kohya.common_alpha(adapter):g}"
     elif diffusers.can_write(adapter):
         alpha, conv_alpha = dim, conv_dim
     else:
-        alpha, conv_alpha = (_most_common([d.alpha for d in ds] or [1]) for ds in (ranked, conv))
-    network_args = {} if plain else {"algo": _most_common([d.method for d in ranked or deltas])}
-    if conv:
-        network_args |= {"conv_dim": conv_dim, "conv_alpha": conv_alpha}
-    if any(d.magnitude is not None for d in deltas):
-        network_args["dora_wd"] = "True"
-    metadata = {
-        "format": "pt",
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{_ARCHITECTURES[family, prediction_type]}/lora",
-        "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
-        "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-        "ss_base_model_version": _BASE_VERSIONS[family],
-        "ss_v2": str(family == "sd2"),
+        alpha, conv_alpha = _most_common(alphas or [1]), _most_common(conv_alphas or [1])
+    args = {} if plain else {"algo": _most_common(methods or ["full"])}
+    if conv_ranks:
+        args |= {"conv_dim": conv_dim, "conv_alpha": conv_alpha}
+    if decomposed:
+        args["dora_wd"] = "True"
+    keys = {
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": dim,
         "ss_network_alpha": alpha,
-        "ss_output_name": name,
-        "sd_lora_version": version("sd_lora"),
     }
-    if network_args:
-        metadata["ss_network_args"] = json.dumps(network_args)
-    if extra:
-        metadata["sd_lora"] = json.dumps(extra, sort_keys=True)
-    return metadata
+    return keys | ({"ss_network_args": json.dumps(args)} if args else {})

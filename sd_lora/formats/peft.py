@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +110,7 @@ def read(
         own = f"{name}.in_proj_weight" if packed else name
         holder = name.removesuffix(".out_proj")  # peft gives out_proj the attention's own scale
         inner = holder in modules and kind_of(modules[holder]) is AdaptedAttention
-        scale = scale_of(config, holder if inner else name)
-        deltas[own] = _scaled(make_delta(own, parts), scale)
+        deltas[own] = rescale(make_delta(own, parts), config, [holder if inner else name])
     for key, value in rest.items():
         name = key.removesuffix(".weight")
         module_name, path = locate(model, name)
@@ -127,8 +126,13 @@ def read(
     return deltas
 
 
-def scale_of(config: Mapping[str, Any], name: str) -> float:
+def scale_of(config: Mapping[str, Any], names: Collection[str], rank: int | None = None) -> float:
     """Returns α/r, or α/√r, of a module by a peft configuration.
+
+    Args:
+        config: with r, lora_alpha (or alpha), and patterns.
+        names: the module's, of which one suffices for a pattern.
+        rank: that of the tensors, which is believed rather than the configuration's.
 
     Raises:
         UsageError: an r or an alpha that is no number above 0, or patterns that are none.
@@ -136,22 +140,25 @@ def scale_of(config: Mapping[str, Any], name: str) -> float:
 
     def of(pattern: str, default: str) -> float:
         for key, value in (config.get(pattern) or {}).items():  # peft's rule: the end, at a dot
-            if re.match(rf"(.*\.)?({key})$", name):
+            if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
                 return float(value)
         return float(config[default])
 
     try:
         r = of("rank_pattern", "r")
         alpha = of("alpha_pattern", "lora_alpha" if "lora_alpha" in config else "alpha")
-        scale = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+        own = r if rank is None else rank
+        scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
-        raise UsageError(f"r or alpha of {name} cannot be read: {error!r}") from None
+        raise UsageError(f"r or alpha of {min(names)} cannot be read: {error!r}") from None
     if not (r > 0 and 0 <= scale < math.inf):
-        raise UsageError(f"r = {r:g} and alpha = {alpha:g} of {name} make no scale")
+        raise UsageError(f"r = {r:g} and alpha = {alpha:g} of {min(names)} make no scale")
     return scale
 
 
-def _scaled(delta: Delta, scale: float) -> Delta:
+def rescale(delta: Delta, config: Mapping[str, Any], names: Collection[str]) -> Delta:
+    """Gives an update the scale of a peft configuration; returns it. Raises: see `scale_of`."""
+    scale = scale_of(config, names, delta.rank)
     if delta.rank is not None:
         delta.alpha = scale * delta.rank
     else:  # a LoKr of two whole matrices: peft scales it, everybody else does not

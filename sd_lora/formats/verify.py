@@ -7,9 +7,10 @@ here, and so is a parameter that was left without a value.
 import copy
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.state import make_delta
+from sd_lora.adapters.state import locate, make_delta
 from sd_lora.errors import RunError
-from sd_lora.formats.canonical import Adapter, canonical_name
-from sd_lora.formats.files import LYCORIS_END, read_adapter
-from sd_lora.models.load import Parts, bare_pipeline, without_bars
+from sd_lora.formats.canonical import Adapter, Lazy, canonical_name, live_names
+from sd_lora.formats.files import DIFFUSERS, KOHYA, formats_of
+from sd_lora.formats.reading import open_lora
+from sd_lora.models.skeleton import Skeleton, without_bars
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DiffusionPipeline
 
-TOLERANCE = 1e-5
-"""Largest accepted error of a ΔW, relative to its own largest entry; float32 gives 1e-7."""
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+"""Largest accepted error of a ΔW by the file's dtype, relative to its own largest entry; float32
+gives 1e-7, and a factor that is rounded to float16 is off by up to 5e-4, to bfloat16 by 4e-3."""
 
 _LOADERS = ("diffusers", "transformers", "peft")
 
@@ -39,6 +42,14 @@ class Verified:
     path: Path
     modules: int
     worst_error: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What diffusers made of a file: the adapter, and every line that its loaders logged."""
+
+    adapter: Adapter
+    complaints: list[str]
 
 
 class _Collector(logging.Handler):
@@ -74,28 +85,35 @@ def captured_complaints() -> Iterator[list[str]]:
             ]
 
 
-def loaded_adapter(pipeline: "StableDiffusionPipeline") -> Adapter:
+def loaded_adapter(pipeline: "DiffusionPipeline") -> Adapter:
     """Returns the adapter that a pipeline's peft layers hold.
 
     Raises:
         RunError: a parameter on the meta device, which would compute with uninitialised memory.
     """
-    adapter: Adapter = {}
-    for component in ("unet", "text_encoder"):
-        layer: Any
-        for name, layer in getattr(pipeline, component).named_modules():
+    adapter: dict[str, Lazy] = {}
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        model = getattr(pipeline, component, None)
+        layers: dict[str, Any] = {}
+        for name, layer in model.named_modules() if model is not None else ():
             if not (isinstance(getattr(layer, "lora_A", None), nn.ModuleDict) and layer.lora_A):
                 continue  # no peft layer, or one whose adapter was taken out again
-            (key,) = layer.lora_A.keys()
-            A, B = layer.lora_A[key].weight.detach(), layer.lora_B[key].weight.detach()
-            parts = {"lora_A": A, "lora_B": B, "alpha": torch.tensor(layer.scaling[key] * len(A))}
-            if key in layer.lora_magnitude_vector:
-                parts["magnitude"] = layer.lora_magnitude_vector[key].weight.detach().flatten()
-            if any(tensor.is_meta for tensor in parts.values()):
+            if any(p.is_meta for n, p in layer.named_parameters() if "lora_" in n):
                 raise RunError(f"{component} {name} was left without a value by the loader")
-            delta = make_delta(name, parts)
-            adapter.setdefault(component, {})[canonical_name(component, name)] = delta
+            layers[canonical_name(component, name)] = layer
+        if layers:
+            adapter[component] = Lazy(layers, partial(_loaded, layers))
     return adapter
+
+
+def _loaded(layers: Mapping[str, Any], name: str) -> Delta:
+    layer = layers[name]
+    (key,) = layer.lora_A.keys()
+    A, B = layer.lora_A[key].weight.detach(), layer.lora_B[key].weight.detach()
+    parts = {"lora_A": A, "lora_B": B, "alpha": torch.tensor(layer.scaling[key] * len(A))}
+    if key in layer.lora_magnitude_vector:
+        parts["magnitude"] = layer.lora_magnitude_vector[key].weight.detach().flatten()
+    return make_delta(name, parts)
 
 
 def _errors(want: Delta, have: Delta) -> list[float]:
@@ -118,7 +136,9 @@ def _errors(want: Delta, have: Delta) -> list[float]:
 
 
 @torch.no_grad()
-def compare(trained: Adapter, loaded: Adapter) -> tuple[int, float, list[str]]:
+def compare(
+    trained: Adapter, loaded: Adapter, tolerance: float = TOLERANCE[torch.float32]
+) -> tuple[int, float, list[str]]:
     """Returns (modules compared, largest relative error of a ΔW, what is wrong).
 
     One module's ΔW at a time: those of a whole SD1.5 take 7 GB.
@@ -132,46 +152,75 @@ def compare(trained: Adapter, loaded: Adapter) -> tuple[int, float, list[str]]:
             count += 1
             for error in _errors(want[name], have[name]):
                 worst = max(worst, error)
-                if not error <= TOLERANCE:
+                if not error <= tolerance:
                     wrong.append(f"{component} {name} is off by {error:.1%} of its largest entry")
     return count, worst, sorted(wrong)
 
 
-def verify(path: Path, adapter: Adapter, parts: Parts) -> Verified:
+def misfits(adapter: Adapter, skeleton: Skeleton) -> Iterator[str]:
+    """Yields what of an adapter has no place in a model: components, modules, shapes."""
+    for component, modules in adapter.items():
+        if component not in skeleton.models:
+            yield f"{skeleton.family.label} has no {component}"
+            continue
+        model = skeleton.models[component]
+        live = live_names(component, model)
+        for name, delta in modules.items():
+            if name not in live:
+                yield f"{component} {name} is no module of {skeleton.source}"
+                continue
+            module, path = locate(model, live[name])
+            weight = model.get_parameter(f"{module}.{path}")
+            try:
+                delta.fit(tuple(weight.shape))
+            except (ValueError, RuntimeError) as error:
+                yield f"{component} {name}: {error}"
+
+
+def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[str]) -> Loaded:
+    """Loads a file by diffusers' own loader into a fresh pipeline of the family.
+
+    Args:
+        path: of the file.
+        skeleton: of the pipeline.
+        components: those that the file adapts; of the others diffusers rightly says so.
+    """
+    pipeline = skeleton.pipeline()
+    with captured_complaints() as complaints, without_bars():
+        try:
+            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
+            complaints.append(" ".join(str(error).split()))
+    expected = [f"prefix='{c}'" for c in skeleton.family.components if c not in components]
+    complaints = [
+        c for c in complaints if not ("No LoRA keys" in c and any(e in c for e in expected))
+    ]
+    return Loaded(loaded_adapter(pipeline), complaints)
+
+
+def verify(path: Path, adapter: Adapter, skeleton: Skeleton) -> Verified:
     """Loads a file into a fresh pipeline and compares every module's ΔW with the trained one.
 
-    A LyCORIS file, for which diffusers has no loader, is read back and compared.
+    It is read back by our own reader as well; of a LyCORIS file, for which diffusers has no loader,
+    that is all.
 
     Raises:
         RunError: a loader's complaint, a module lost, added or left empty, or a ΔW that is off.
     """
-    if path.name.endswith(LYCORIS_END):
-        return _verify_reading(path, adapter, parts)
-    pipeline = bare_pipeline(parts)
-    with captured_complaints() as complaints, without_bars():
-        try:
-            pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
-        except (RuntimeError, ValueError, LookupError, TypeError) as error:
-            complaints.append(" ".join(str(error).split()))
-    count, worst, wrong = compare(adapter, loaded_adapter(pipeline))
-    # diffusers says of every component without keys that there are none: right if it has no adapter
-    expected = [f"prefix='{c}'" for c in ("unet", "text_encoder") if c not in adapter]
-    complaints = [
-        c for c in complaints if not ("No LoRA keys" in c and any(e in c for e in expected))
-    ]
-    _refuse(path, [*complaints, *wrong])
-    return Verified(path, count, worst)
-
-
-def _verify_reading(path: Path, adapter: Adapter, parts: Parts) -> Verified:
-    """diffusers has no loader for LyCORIS' methods: the file is read back instead."""
-    models = {"unet": parts.unet, "text_encoder": parts.text_encoder}
-    count, worst, wrong = compare(adapter, read_adapter(path, models))
+    lora = open_lora(path, skeleton.layout)
+    tolerance = TOLERANCE.get(lora.dtype, TOLERANCE[torch.float32])
+    count, worst, wrong = 0, 0.0, list(lora.problems())
+    if not wrong:
+        count, worst, wrong = compare(adapter, lora.adapter, tolerance)
+    if formats_of(adapter)[0][0] is DIFFUSERS and lora.format in (DIFFUSERS.title, KOHYA.title):
+        loaded = load_into_pipeline(path, skeleton, adapter)
+        count, error, lost = compare(adapter, loaded.adapter, tolerance)
+        worst, wrong = max(worst, error), [*loaded.complaints, *sorted({*wrong, *lost})]
     _refuse(path, wrong)
     return Verified(path, count, worst)
 
 
-def _refuse(path: Path, wrong: list[str]) -> None:
+def _refuse(path: Path, wrong: Sequence[str]) -> None:
     if wrong:
         more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise RunError(

@@ -1,21 +1,20 @@
 """Loading a model's parts from a diffusers folder or a hub id, each part once."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import Family, detect, refuse_other_pipelines
+from sd_lora.models.families import Family, refuse_other_pipelines, trainable_family
+from sd_lora.models.skeleton import Skeleton, without_bars
 
 _PART_FILES = {
     "scheduler": ("scheduler_config.json",),
@@ -41,6 +40,12 @@ class Parts:
     def pixels_per_latent(self) -> int:
         """How many pixels a latent spans on a side: 8 for the published models."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def skeleton(self) -> Skeleton:
+        """The modules that a LoRA of this model is made for."""
+        models = {"unet": self.unet, "text_encoder": self.text_encoder}
+        return Skeleton.of_models(models, self.family)
 
 
 def _check_folder(path: Path) -> None:
@@ -75,18 +80,6 @@ def _check_path(name: str) -> None:
         )
     elif name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
         raise UsageError(f"model {name} does not exist: there is no such folder")
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keeps transformers from drawing a bar for every file that it reads, for a while."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
@@ -162,7 +155,7 @@ def load_parts(
     config = _load("unet", name, read_config)
     if not isinstance(config, dict):
         raise UsageError(f"the configuration of the unet of {name} is not a table of settings")
-    family = detect(config)
+    family = trainable_family(config)
     scheduler = part(DDPMScheduler, "scheduler", **hub)
     if tokenizer_name:
         load = partial(CLIPTokenizer.from_pretrained, tokenizer_name, **hub)
@@ -183,27 +176,3 @@ def load_parts(
     for model in (parts.text_encoder, parts.vae, parts.unet):
         model.requires_grad_(False).eval()
     return parts
-
-
-def bare_pipeline(parts: Parts) -> StableDiffusionPipeline:
-    """Returns a fresh pipeline of the same configurations whose weights are never written.
-
-    What a LoRA file loads into depends on the modules alone, so verifying an export needs
-    neither the base's weights nor the time to read them again; and since memory that is not
-    touched is not taken, a second SD1.5 costs nothing.
-    """
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(parts.unet.config)
-        text_encoder = CLIPTextModel(parts.text_encoder.config)
-    unet.to_empty(device="cpu")
-    text_encoder.to_empty(device="cpu")
-    return StableDiffusionPipeline(
-        vae=None,
-        text_encoder=text_encoder,
-        tokenizer=None,
-        unet=unet,
-        scheduler=None,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )

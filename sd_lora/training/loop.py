@@ -24,7 +24,8 @@ from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
 from sd_lora.formats.canonical import read_models
-from sd_lora.formats.files import formats_of, write_adapter, write_whole
+from sd_lora.formats.files import formats_of, write_adapter
+from sd_lora.formats.tensors import write_whole
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
@@ -300,7 +301,7 @@ def export(run: Run) -> list[Verified]:
     paths = write_adapter(
         adapter, run.output_dir, run.parts.family.name, name, run.schedule.prediction_type, extra
     )
-    return [verify(path, adapter, run.parts) for path in paths]
+    return [verify(path, adapter, run.parts.skeleton) for path in paths]
 
 
 def train(config: TrainConfig) -> Result:

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from sd_lora.errors import RunError
-from sd_lora.formats.files import write_whole
+from sd_lora.formats.tensors import write_whole
 from sd_lora.models.load import Parts
 from sd_lora.models.prompts import encode, token_ids
 

@@ -9,6 +9,8 @@ from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
 from sd_lora.data.sources import Source
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
+from sd_lora.formats.names import naming_of
+from sd_lora.models.families import Family
 from sd_lora.models.prompts import too_long
 from sd_lora.training import report
 from sd_lora.training.config import TrainConfig
@@ -39,7 +41,7 @@ def summarise(run: "Run", sources: dict[str, Source]) -> None:
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     rows["method"] = method_of_run(config)
     rows["adapted"] = report.adapted(names, parameters)
-    rows["LoRA file"], lost = files_of(run.models)
+    rows["LoRA file"], lost = files_of(run.models, run.parts.family)
     notes += lost
     rows["objective"] = run.schedule.prediction_type + (
         f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
@@ -75,10 +77,10 @@ def method_of_run(config: TrainConfig) -> str:
     return ", ".join(words)
 
 
-def files_of(models: Mapping[str, nn.Module]) -> tuple[str, list[str]]:
+def files_of(models: Mapping[str, nn.Module], family: Family) -> tuple[str, list[str]]:
     """Returns the size and formats of the files to come, and notes on who will not read them."""
     adapter: Adapter = {component: updates(model) for component, model in models.items()}
     formats, notes = formats_of(adapter)
-    tensors = formats[0].write(adapter).values()
-    size = report.mib(sum(t.numel() * t.element_size() for t in tensors))
+    tensors = formats[0].write(adapter, naming_of(family))
+    size = report.mib(sum(t.numel() * t.element_size() for _, t in tensors))
     return f"{size} (float32), for {' and for '.join(f.title for f in formats)}", notes

@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.formats import files
+from sd_lora.formats.names import naming_of
 from sd_lora.formats.canonical import read_models
 
 
@@ -266,7 +267,7 @@ def test_our_lycoris_files_load_in_lycoris(case: str, tmp_path: Path) -> None:
     names = [*LINEARS, *CONVS]
     sd_lora.inject(ours, targets=names, rank=2, alpha=3, **OURS[case])
     shaken(ours)
-    tensors = files.lycoris.write(read_models({"": ours}))
+    tensors = dict(files.lycoris.write(read_models({"": ours}), naming_of(None)))
     for name in names:
         base = ours.get_submodule(name).base
         stem = f"lycoris_{name}"
@@ -327,9 +328,9 @@ LIN = {
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"r": 0, "lora_alpha": 1}, "cannot be read"),
+        ({"r": 0, "lora_alpha": 1}, "make no scale"),
         ({"r": -3, "lora_alpha": 1}, "make no scale"),
-        ({"r": -3, "lora_alpha": 1, "use_rslora": True}, "cannot be read"),
+        ({"r": -3, "lora_alpha": 1, "use_rslora": True}, "make no scale"),
         ({"r": 2}, "KeyError"),
         ({"r": 2, "lora_alpha": -4}, "make no scale"),
         ({"r": 2, "lora_alpha": float("nan")}, "make no scale"),
@@ -398,8 +399,8 @@ def test_peft_attention_patterns(tmp_path: Path) -> None:
         ({"dora_scale": ()}, "one number"),
         ({"dora_scale": (5, 1, 1, 1)}, "a magnitude of"),
         ({"lora_up.weight": (8, 3, 1, 1)}, "different ranks"),
-        ({"oft_blocks": (2, 2)}, "no method has the tensors"),
-        ({"on_input": (1,), "weight": (8,)}, "no method has the tensors"),
+        ({"oft_blocks": (2, 2)}, "of the method OFT"),
+        ({"on_input": (1,), "weight": (8,)}, r"of the method \(IA\)³"),
     ],
 )
 def test_foreign_tensors_that_do_not_fit(
@@ -443,13 +444,14 @@ def test_names_that_collide_are_refused(tmp_path: Path) -> None:
 
     model = Colliding()
     sd_lora.inject(model, targets=["a_b", r"a\.b"], method="loha")
-    with pytest.raises(sd_lora.UsageError, match="another module are both"):
-        files.lycoris.write(read_models({"": model}))
+    with pytest.raises(sd_lora.UsageError, match="two modules are both"):
+        sd_lora.save_adapter({"": model}, tmp_path)
+    assert not list(tmp_path.iterdir())
     sd_lora.eject(model)
     sd_lora.inject(model, targets=["a_b"], method="loha")
-    save_file(files.lycoris.write(read_models({"": model})), tmp_path / "file.safetensors")
+    (path,) = sd_lora.save_adapter({"": model}, tmp_path)
     with pytest.raises(sd_lora.UsageError, match="is both"):
-        sd_lora.load_adapter(Colliding(), tmp_path / "file.safetensors")
+        sd_lora.load_adapter(Colliding(), path)
 
 
 def test_a_model_by_itself_saves_and_loads(tmp_path: Path) -> None:

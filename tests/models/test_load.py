@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import sd_lora
 from sd_lora.models import prompts
-from sd_lora.models.families import detect, refuse_other_pipelines
-from sd_lora.models.load import bare_pipeline, load_parts
+from sd_lora.models.families import detect, refuse_other_pipelines, trainable_family
+from sd_lora.models.load import load_parts
 from tests.tiny import pipeline_of
 
 
@@ -50,7 +50,7 @@ def test_long_captions_are_counted(tiny_sd1: Path) -> None:
 def test_bare_pipeline_has_the_modules(tiny_sd1: Path) -> None:
     """The pipeline for verification has the real one's module names and shapes."""
     parts = load_parts(str(tiny_sd1))
-    bare = bare_pipeline(parts)
+    bare = parts.skeleton.pipeline()
     for part in ("unet", "text_encoder"):
         want = {n: p.shape for n, p in getattr(parts, part).named_parameters()}
         assert {n: p.shape for n, p in getattr(bare, part).named_parameters()} == want
@@ -148,6 +148,6 @@ def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_
 def test_other_unets_are_named() -> None:
     """SDXL's added conditions and inpainting's nine channels are recognised in the UNet itself."""
     with pytest.raises(sd_lora.UsageError, match="added conditions"):
-        detect({"addition_embed_type": "text_time"})
+        trainable_family({"addition_embed_type": "text_time"})
     with pytest.raises(sd_lora.UsageError, match="inpainting"):
         detect({"in_channels": 9, "out_channels": 4})

@@ -1,0 +1,215 @@
+"""Anybody's LoRA file → the canonical form, by its keys alone: no model is needed.
+
+Every key must be of one format: a file with one key too many is refused by that key's name, and
+nothing is left out of what is read.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.state import make_delta
+from sd_lora.errors import UsageError
+from sd_lora.formats import diffusers, lycoris, peft
+from sd_lora.formats.canonical import Adapter, Lazy
+from sd_lora.formats.tensors import TensorFile
+from sd_lora.models.original import Layout
+
+Places = dict[str, dict[str, dict[str, str]]]
+"""Component → canonical update name → kind of tensor → the file's key."""
+
+_WHAT_IT_IS = (
+    ("model.diffusion_model.", "a whole checkpoint: `sd-lora extract` makes a LoRA of it"),
+    ("first_stage_model.", "a checkpoint's VAE, or a whole checkpoint"),
+    ("cond_stage_model.", "a checkpoint's text encoder, or a whole checkpoint"),
+    ("conditioner.embedders.", "an SDXL checkpoint: `sd-lora extract` makes a LoRA of it"),
+    ("control_model.", "a ControlNet"),
+    ("controlnet_", "a ControlNet"),
+    ("emb_params", "a textual-inversion embedding"),
+    ("string_to_param", "a textual-inversion embedding"),
+    ("clip_g", "a textual-inversion embedding of SDXL"),
+    ("bundle_emb.", "a LoRA with an embedding bundled: this project reads files of a LoRA alone"),
+    ("transformer.", "a LoRA of a diffusion transformer (Flux, SD3, …) and not of a UNet"),
+    ("lora_transformer_", "a LoRA of a diffusion transformer (Flux, SD3, …) and not of a UNet"),
+    ("lora_unet_double_blocks_", "a LoRA of Flux"),
+    ("lora_unet_joint_blocks_", "a LoRA of Stable Diffusion 3"),
+    ("lora_prior_", "a LoRA of Kandinsky or Stable Cascade"),
+    ("decoder.", "a VAE"),
+    ("ip_adapter.", "an IP-Adapter"),
+)
+
+
+@dataclass(frozen=True)
+class LoRAFile:
+    """A LoRA file that was read: its updates are made from it as they are asked for.
+
+    format: "diffusers", "kohya", "LyCORIS", "peft". dtype: that of most of its factors.
+    places: which keys make up which update.
+    """
+
+    path: Path
+    format: str
+    adapter: Adapter
+    header: dict[str, str]
+    dtype: torch.dtype
+    file: Mapping[str, Tensor]
+    places: Places
+    notes: tuple[str, ...] = field(default=())
+
+    def check(self) -> None:
+        """Makes every update once; raises UsageError at the first that the file has not whole."""
+        for problem in self.problems():
+            raise UsageError(f"{self.path}: {problem}")
+
+    def problems(self) -> Iterator[str]:
+        """Yields what is wrong with each of the updates: partners, shapes, values."""
+        for component, modules in self.places.items():
+            for name in modules:
+                try:
+                    self.adapter[component][name]
+                except UsageError as error:
+                    yield str(error)
+
+
+def open_lora(
+    path: Path, layout: Layout | None = None, live: Mapping[str, tuple[str, str]] | None = None
+) -> LoRAFile:
+    """Opens a LoRA file or folder of any of the formats and sorts its keys.
+
+    Args:
+        path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
+        layout: of the UNet, for original names; by default the published families'.
+        live: kohya name → (component, canonical name) of models at hand.
+
+    Raises:
+        UsageError: no LoRA, mixed formats, or a key that no format has, naming it. What the tensors
+            are is seen when they are read: see `LoRAFile.check`.
+    """
+    path = find_file(path)
+    folder = path if path.is_dir() else None
+    if folder is not None:
+        path = next(p for n in _PEFT_WEIGHTS if (p := folder / n).is_file())
+    file = TensorFile(path)
+    layout = layout or Layout()
+    config = peft.read_config(folder) if folder else None
+    if not len(file):
+        raise UsageError(f"{path} is no LoRA: it has no tensors")
+    parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
+        "kohya": lambda key: lycoris.parse(key, layout, live),
+        "diffusers": lambda key: diffusers.parse(key, layout),
+    }
+    parsed = {title: {key: parse(key) for key in file} for title, parse in parsers.items()}
+    known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
+    title = max(known, key=lambda t: known[t])
+    if known[title] < len(file):
+        raise UsageError(f"{path} {_refusal(parsed, known)}")
+    places = _places(path, parsed[title])
+    header = {} if folder else file.header
+    configs = dict.fromkeys(places, config) if config else diffusers.configs(header)
+    scaled = configs if config or title == "diffusers" else {}
+    adapter = {
+        component: Lazy(modules, partial(_make, file, component, modules, scaled.get(component)))
+        for component, modules in places.items()
+    }
+    kinds = {kind for ms in places.values() for kinds in ms.values() for kind in kinds}
+    if title == "kohya" and kinds & {"magnitude", "lora_mid", "diff"} | {
+        kind for kind in kinds if kind.startswith(("hada_", "lokr_"))
+    }:
+        title = "LyCORIS"
+    dtypes = Counter(file.spec(key)[0] for key, _, kind in _keys(places) if kind != "alpha")
+    dtype = max(dtypes, key=lambda d: dtypes[d]) if dtypes else torch.float32
+    return LoRAFile(path, "peft" if config else title, adapter, header, dtype, file, places)
+
+
+_PEFT_WEIGHTS = (peft.WEIGHTS_NAME, "adapter_model.bin")
+
+
+def find_file(path: Path) -> Path:
+    """Returns the LoRA file that a path means: itself, a peft folder, or a folder's only one.
+
+    Raises:
+        UsageError: nothing there, or several, which are named.
+    """
+    if not path.is_dir():
+        return path
+    if peft.is_folder(path):
+        if not any((path / name).is_file() for name in _PEFT_WEIGHTS):
+            raise UsageError(f"{path} has {peft.CONFIG_NAME} and no {peft.WEIGHTS_NAME}")
+        return path
+    if (path / diffusers.FILE_NAME).is_file():
+        return path / diffusers.FILE_NAME
+    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    if len(found) == 1:
+        return found[0]
+    have = ", ".join(p.name for p in found[:4]) or "no .safetensors or .bin file"
+    raise UsageError(f"{path} is a folder with {have}: give the LoRA file itself")
+
+
+def _keys(places: Places) -> Iterator[tuple[str, str, str]]:
+    for modules in places.values():
+        for name, kinds in modules.items():
+            for kind, key in kinds.items():
+                yield key, name, kind
+
+
+def _places(path: Path, parsed: Mapping[str, tuple[str, str, str] | None]) -> Places:
+    places: Places = {}
+    for key, place in parsed.items():
+        assert place is not None
+        component, name, kind = place
+        kinds = places.setdefault(component, {}).setdefault(name, {})
+        if kind in kinds:
+            raise UsageError(f"{path}: {kinds[kind]!r} and {key!r} are the same tensor's names")
+        kinds[kind] = key
+    return places
+
+
+def _make(
+    file: TensorFile,
+    component: str,
+    modules: Mapping[str, Mapping[str, str]],
+    config: Mapping[str, object] | None,
+    name: str,
+) -> Delta:
+    """Returns one update of a file; raises UsageError naming it."""
+    parts = {}
+    for kind, key in modules[name].items():
+        tensor = file[key]
+        flat = kind == diffusers.FLAT
+        parts["magnitude" if flat else kind] = tensor.flatten() if flat else tensor
+    delta = make_delta(f"{component} {name}" if component else name, parts)
+    if config is not None and "alpha" not in parts and delta.method != "full":
+        # patterns may be written for a transformers without `text_model.` in its names
+        names = {name, name.removeprefix("text_model.")}
+        peft.rescale(delta, config, names)
+    return delta
+
+
+def _refusal(parsed: Mapping[str, Mapping[str, object]], known: Mapping[str, int]) -> str:
+    """Returns why a file whose keys are not all of one format is refused."""
+    title = max(known, key=lambda t: known[t])
+    unknown = [key for key, place in parsed[title].items() if place is None]
+    first = min(unknown)
+    whole = not known[title]
+    for start, what in _WHAT_IT_IS:
+        if any(key.startswith(start) for key in unknown):
+            return f"is {what} (key {first!r})"
+    other = next((t for t in known if t != title), title)
+    mixed = [key for key in unknown if parsed[other][key] is not None]
+    if mixed:
+        return (
+            f"mixes two formats: {known[title]} keys are {title}'s and {len(mixed)} {other}'s "
+            f"({min(mixed)!r}), so that every loader passes over some of them"
+        )
+    for end, method in lycoris.OTHER_METHODS.items():
+        if any(key.endswith(f".{end}") for key in unknown):
+            return f"is of the method {method}, which cannot be read yet (key {first!r})"
+    if whole:
+        return f"is no LoRA that can be read: its first key is {first!r}"
+    return f"has {len(unknown)} keys that are not of the {title} format, the first {first!r}"
