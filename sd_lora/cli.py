@@ -14,6 +14,15 @@ commands:
   train   train a LoRA on a folder of pictures; `sd-lora train --help` lists the flags
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
+  inspect  what is in a LoRA file, who reads it, and what is wrong with it
+  verify   load a LoRA file with diffusers and compare every module
+  convert  from anybody's format to diffusers', kohya's or LyCORIS'
+  merge    several LoRAs into one, exactly or at a lower rank
+  resize   cut a LoRA to fewer ranks, with its error
+  extract  the difference of two models as a LoRA
+  bake     LoRAs into a model: a pipeline folder or a checkpoint
+           `sd-lora <command> --help` explains each
+
 start with `sd-lora demo` in a clone of the project, or
   sd-lora train --config my.toml
 """
@@ -34,7 +43,21 @@ def _demo(argv: Sequence[str]) -> None:
     demo(argv)
 
 
-_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"train": _train, "demo": _demo}
+def _tool(name: str) -> Callable[[Sequence[str]], None]:
+    def run(argv: Sequence[str]) -> None:
+        from sd_lora import commands
+
+        commands.run(name, argv)
+
+    return run
+
+
+_TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
+_COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": _train,
+    "demo": _demo,
+    **{name: _tool(name) for name in _TOOLS},
+}
 
 
 def guarded(work: Callable[[], None]) -> int:

@@ -20,6 +20,7 @@ from sd_lora.errors import RunError, UsageError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 HASH_KEY = "sshs_model_hash"
+_POINTER = b"version https://git-lfs"
 
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -47,8 +48,9 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         self.header: dict[str, str] = {}
         self._pickled: dict[str, Tensor] | None = None
-        if not path.is_file():
+        if not os.path.isfile(path):  # False, too, for a name that the system refuses
             raise UsageError(f"{path} is not a file")
+        _refuse_pointer(path)
         if path.suffix in PICKLES:
             self._pickled = _unpickle(path)
             return
@@ -65,7 +67,11 @@ class TensorFile(Mapping[str, Tensor]):
             return self._pickled[key]
         if key not in self._keys:
             raise KeyError(key)
-        return self._file.get_tensor(key)
+        try:
+            return self._file.get_tensor(key)
+        # shapes and dtypes that are lies, and dtypes that torch has not
+        except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
+            raise UsageError(f"{self.path}: {key!r} cannot be read: {_reason(error)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys if self._pickled is None else self._pickled)
@@ -80,7 +86,7 @@ class TensorFile(Mapping[str, Tensor]):
             return tensor.dtype, tuple(tensor.shape)
         view = self._file.get_slice(key)
         name = view.get_dtype()
-        dtype = _OF_NAME.get(name) or self._file.get_tensor(key).dtype
+        dtype = _OF_NAME.get(name) or self[key].dtype
         return dtype, tuple(view.get_shape())
 
 
@@ -88,19 +94,20 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
         raise UsageError(
-            f"{path} was not opened: it holds more than tensors, and a pickle may run code as it "
-            f"is read ({reason[:160]}). Take a .safetensors file of it from where you trust"
+            f"{path} was not opened: it is no pickle of tensors alone ({_reason(error)}), and any "
+            "other may run code as it is read. Take a .safetensors file of it from where you trust"
         ) from None
+    except MemoryError:
+        raise RunError(f"{path} asks for more memory than there is") from None
     # a foreign parser over foreign bytes: whatever it stumbles over is the file's fault
     except Exception as error:
-        if isinstance(error, MemoryError):
-            raise
         kind = "zip" if zipfile.is_zipfile(path) else "pickle"
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UsageError(f"{path} is not a readable {kind} of tensors: {reason}") from None
-    while isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        raise UsageError(f"{path} is not a readable {kind} of tensors: {_reason(error)}") from None
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        beside = [key for key, value in found.items() if isinstance(value, Tensor)]
+        if beside:
+            raise UsageError(f"{path} holds tensors beside its state_dict: {beside[0]!r}")
         found = found["state_dict"]
     if not isinstance(found, dict):
         raise UsageError(f"{path} holds a {type(found).__name__} and not tensors by name")
@@ -108,10 +115,34 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     if len(tensors) < len(found):
         odd = next(k for k in found if k not in tensors)
         raise UsageError(f"{path} holds {odd!r}, a {type(found[odd]).__name__} and no tensor")
-    dense = {k: t.detach() for k, t in tensors.items() if t.layout is torch.strided}
-    if len(dense) < len(tensors):
-        raise UsageError(f"{path} holds sparse or quantised tensors, which cannot be read")
-    return dense
+    size = path.stat().st_size
+    for key, t in tensors.items():
+        plain = t.layout is torch.strided and not (t.is_quantized or t.is_nested or t.is_meta)
+        # one number of the file may be a tensor of any size, by strides of 0
+        if not plain or t.numel() * t.element_size() > size:
+            raise UsageError(
+                f"{path}: {key!r} is sparse, quantised, or without values of its own in the file: "
+                "it cannot be read"
+            )
+    return {key: t.detach() for key, t in tensors.items()}
+
+
+def _reason(error: Exception) -> str:
+    """Returns what an error found, without torch's advice to open the file all the same."""
+    advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
+    lines = (line for line in str(error).splitlines() if not line.startswith(advice))
+    found = " ".join(" ".join(lines).split())[:160]
+    # a KeyError's text is a bare key, an EOFError's is none
+    return found if " " in found else f"{type(error).__name__} {found}".strip()
+
+
+def _refuse_pointer(path: Path) -> None:
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise UsageError(
+                f"{path} is a git-lfs pointer, which stands for the file and is not it: run "
+                "`git lfs pull` in its folder, or download the file itself"
+            )
 
 
 @contextmanager
@@ -165,7 +196,8 @@ def write_tensors(
         RunError: the file could not be written; nothing is left behind.
     """
     hashed = HASH_KEY in header
-    header = dict(header) | ({HASH_KEY: "0" * 64} if hashed else {})
+    # sorted: the safetensors library gives a header's keys in another order each time
+    header = dict(sorted(header.items())) | ({HASH_KEY: "0" * 64} if hashed else {})
     table: dict[str, Any] = {"__metadata__": header} if header else {}
     end, starts = 0, {}
     for key in sorted(specs, key=lambda k: (-specs[k][0].itemsize, k)):

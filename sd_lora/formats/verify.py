@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.state import locate, make_delta
-from sd_lora.errors import RunError
-from sd_lora.formats.canonical import Adapter, Lazy, canonical_name, live_names
-from sd_lora.formats.files import DIFFUSERS, KOHYA, formats_of
+from sd_lora.adapters.state import make_delta
+from sd_lora.errors import RunError, UsageError
+from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name
+from sd_lora.formats.files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.reading import open_lora
 from sd_lora.models.skeleton import Skeleton, without_bars
 
@@ -163,18 +163,42 @@ def misfits(adapter: Adapter, skeleton: Skeleton) -> Iterator[str]:
         if component not in skeleton.models:
             yield f"{skeleton.family.label} has no {component}"
             continue
-        model = skeleton.models[component]
-        live = live_names(component, model)
-        for name, delta in modules.items():
-            if name not in live:
-                yield f"{component} {name} is no module of {skeleton.source}"
-                continue
-            module, path = locate(model, live[name])
-            weight = model.get_parameter(f"{module}.{path}")
+        shapes = _shapes(component, skeleton)
+        for name in modules:
             try:
-                delta.fit(tuple(weight.shape))
+                _fit(component, name, modules, shapes)
+            except KeyError:
+                yield f"{component} {name} is no module of {skeleton.source}"
             except (ValueError, RuntimeError) as error:
                 yield f"{component} {name}: {error}"
+
+
+def fitted(adapter: Adapter, skeleton: Skeleton) -> Adapter:
+    """Returns an adapter without `misfits` in the model's own shapes: the factors of a 1×1
+    convolution come as matrices in some files, and those of a linear layer as kernels."""
+    return {
+        component: Lazy(
+            modules,
+            partial(_fit, component, modules=modules, shapes=_shapes(component, skeleton)),
+        )
+        for component, modules in adapter.items()
+    }
+
+
+def _shapes(component: str, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+    """Returns canonical update name → shape of every parameter of a component."""
+    return {
+        canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
+        for name, parameter in skeleton.models[component].named_parameters()
+    }
+
+
+def _fit(
+    component: str, name: str, modules: Modules, shapes: Mapping[str, tuple[int, ...]]
+) -> Delta:
+    shape, delta = shapes[name], modules[name]
+    delta.fit(shape)
+    return delta
 
 
 def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[str]) -> Loaded:
@@ -198,11 +222,11 @@ def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[st
     return Loaded(loaded_adapter(pipeline), complaints)
 
 
-def verify(path: Path, adapter: Adapter, skeleton: Skeleton) -> Verified:
+def verify(path: Path, adapter: Adapter, skeleton: Skeleton, kind: Format = DIFFUSERS) -> Verified:
     """Loads a file into a fresh pipeline and compares every module's ΔW with the trained one.
 
-    It is read back by our own reader as well; of a LyCORIS file, for which diffusers has no loader,
-    that is all.
+    It is read back by our own reader as well; of a LyCORIS file, which is not for diffusers, that
+    is all.
 
     Raises:
         RunError: a loader's complaint, a module lost, added or left empty, or a ΔW that is off.
@@ -212,12 +236,34 @@ def verify(path: Path, adapter: Adapter, skeleton: Skeleton) -> Verified:
     count, worst, wrong = 0, 0.0, list(lora.problems())
     if not wrong:
         count, worst, wrong = compare(adapter, lora.adapter, tolerance)
-    if formats_of(adapter)[0][0] is DIFFUSERS and lora.format in (DIFFUSERS.title, KOHYA.title):
+    if kind in (DIFFUSERS, KOHYA):
         loaded = load_into_pipeline(path, skeleton, adapter)
         count, error, lost = compare(adapter, loaded.adapter, tolerance)
         worst, wrong = max(worst, error), [*loaded.complaints, *sorted({*wrong, *lost})]
     _refuse(path, wrong)
     return Verified(path, count, worst)
+
+
+def verify_file(path: Path, skeleton: Skeleton) -> tuple[Verified | None, list[str]]:
+    """Compares what diffusers loads of any file with what is in it.
+
+    Returns what was compared (None of a file that diffusers has no loader for), and all that is
+    lost, rescaled or complained about.
+
+    Raises:
+        UsageError: no LoRA that can be read whole, or one that does not fit the model.
+    """
+    lora = open_lora(path, skeleton.layout)
+    lora.check()
+    for wrong in misfits(lora.adapter, skeleton):
+        raise UsageError(f"{path} does not fit {skeleton.source}: {wrong}")
+    adapter = fitted(lora.adapter, skeleton)
+    if lora.format not in (DIFFUSERS.title, KOHYA.title):
+        return None, []
+    loaded = load_into_pipeline(lora.path, skeleton, adapter)
+    tolerance = TOLERANCE.get(lora.dtype, TOLERANCE[torch.float32])
+    count, worst, wrong_ones = compare(adapter, loaded.adapter, tolerance)
+    return Verified(lora.path, count, worst), [*loaded.complaints, *wrong_ones]
 
 
 def _refuse(path: Path, wrong: Sequence[str]) -> None:

@@ -301,7 +301,9 @@ def export(run: Run) -> list[Verified]:
     paths = write_adapter(
         adapter, run.output_dir, run.parts.family.name, name, run.schedule.prediction_type, extra
     )
-    return [verify(path, adapter, run.parts.skeleton) for path in paths]
+    kinds = formats_of(adapter)[0]
+    skeleton = run.parts.skeleton
+    return [verify(p, adapter, skeleton, kind) for p, kind in zip(paths, kinds, strict=True)]
 
 
 def train(config: TrainConfig) -> Result:

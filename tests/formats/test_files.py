@@ -71,7 +71,9 @@ def test_both_files_load_exactly_in_diffusers(
         assert wrong == []
         assert count == sum(len(m) for m in adapter.values()) > 140
         assert worst < 1e-6
-    assert [verify.verify(p, adapter, parts.skeleton).modules for p in paths] == [count, count]
+    both = zip(paths, (files.DIFFUSERS, files.KOHYA), strict=True)
+    checked = [verify.verify(p, adapter, parts.skeleton, kind).modules for p, kind in both]
+    assert checked == [count, count]
 
 
 def test_pictures_are_the_trained_models(tiny_sd1: Path, tmp_path: Path) -> None:
@@ -160,7 +162,7 @@ def test_verify_finds_what_loaders_pass_over(fault: str, tiny_sd1: Path, tmp_pat
     save_file(tensors, path)
     try:
         with pytest.raises(sd_lora.RunError, match=message):
-            verify.verify(path, read_models(models(parts)), parts.skeleton)
+            verify.verify(path, read_models(models(parts)), parts.skeleton, files.DIFFUSERS)
     finally:
         if fault == "loader warning":
             StableDiffusionPipeline.load_lora_weights = load

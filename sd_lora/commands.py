@@ -1,0 +1,304 @@
+"""The tools' command lines: `sd-lora inspect`, `verify`, `convert`, `merge`, …"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from sd_lora.errors import RunError, UsageError, did_you_mean
+
+T = TypeVar("T")
+
+_ABOUT = {
+    "inspect": "Say what is in a LoRA file: format, family, ranks, norms by block, who reads it, "
+    "and what is wrong with it.",
+    "verify": "Load a LoRA file with diffusers into a fresh pipeline of its family and compare "
+    "every module's ΔW with what is in the file.",
+    "convert": "Write a LoRA file in another format or dtype, exactly.",
+    "merge": "Write one LoRA whose every ΔW is the weighted sum of several LoRAs' ΔW.",
+    "resize": "Cut a LoRA to fewer ranks by its singular values, and state the error.",
+    "extract": "Write the difference of two models as a LoRA, by singular values.",
+    "bake": "Write a model with LoRAs merged into its weights.",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See {self.prog} --help")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            raise UsageError(
+                f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], flags)} "
+                f"See {self.prog} --help"
+            )
+        return args
+
+
+def _parser(command: str) -> _Parser:
+    parser = _Parser(prog=f"sd-lora {command}", description=_ABOUT[command])
+    if command in ("inspect", "verify", "convert", "resize"):
+        parser.add_argument("file", type=Path, help="a LoRA file, or a folder with one")
+    if command in ("extract", "bake"):
+        parser.add_argument("base", type=Path, help="a diffusers folder or a single checkpoint")
+    if command == "extract":
+        parser.add_argument("tuned", type=Path, help="the finetuned model, in either form")
+    if command in ("merge", "bake"):
+        parser.add_argument("files", type=Path, nargs="+", help="LoRA files")
+        parser.add_argument(
+            "--weights", type=float, nargs="+", metavar="W", help="one a file (default: 1 each)"
+        )
+    if command not in ("inspect", "verify"):
+        parser.add_argument("--out", type=Path, required=True, help="what to write")
+        parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    _add_writing(parser, command)
+    if command != "bake":
+        parser.add_argument(
+            "--model",
+            help="diffusers folder, checkpoint or cached hub id that the LoRA is for (default: the "
+            "published model of its family)",
+        )
+    if command in ("convert", "merge", "resize", "verify", "inspect"):
+        parser.add_argument("--family", help="sd1, sd2 or sdxl, where the file does not say it")
+    if command in ("extract", "bake"):
+        parser.add_argument("--variant", help="of a folder's weights, such as fp16")
+    if command == "inspect":
+        parser.add_argument("--json", action="store_true", help="everything, for scripts")
+    return parser
+
+
+def _add_writing(parser: _Parser, command: str) -> None:
+    if command in ("convert", "merge", "resize", "extract"):
+        parser.add_argument(
+            "--to",
+            required=command == "convert",
+            help="diffusers, kohya (A1111, ComfyUI, …) or lycoris (every method)"
+            + ("" if command == "convert" else "; default: the first of kohya, diffusers, lycoris")
+            + " that is exact" * (command != "convert"),
+        )
+        parser.add_argument(
+            "--dtype",
+            default="auto",
+            help="float32, float16, bfloat16, or auto: the source's where that is exact",
+        )
+        parser.add_argument("--no_verify", action="store_true", help="do not load what was written")
+        what = {
+            "convert": "approximate what the format cannot hold by LoRAs of this rank",
+            "merge": "cut the sums to this rank (default: exact, all ranks)",
+        }.get(command, "ranks to keep at most")
+        parser.add_argument("--rank", type=int, help=what)
+        parser.add_argument("--conv_rank", type=int, help="the same for kernels above 1×1")
+        parser.add_argument("--energy", type=float, help="keep this share of Σσ², such as 0.95")
+        parser.add_argument("--ratio", type=float, help="keep σ of at least the largest / ratio")
+    if command == "bake":
+        parser.add_argument("--dtype", default="keep", help="keep, float32, float16 or bfloat16")
+    if command == "convert":
+        parser.add_argument(
+            "--drop_vectors", action="store_true", help="leave out biases and norms"
+        )
+    if command == "merge":
+        parser.add_argument(
+            "--blocks",
+            nargs="+",
+            default=[],
+            metavar="[FILE:]PATTERN=W",
+            help="factors on the weights of some modules: up_blocks=0.5 2:text_encoder=0",
+        )
+    if command == "extract":
+        parser.add_argument("--components", nargs="+", help="unet text_encoder … (default: all)")
+        parser.add_argument("--v_prediction", action="store_true", help="what the header says")
+
+
+def run(command: str, argv: Sequence[str]) -> None:
+    """Runs a tool with its arguments.
+
+    Raises:
+        UsageError, RunError: for people.
+    """
+    args = _parser(command).parse(argv)
+    _RUN[command](args)
+
+
+def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
+    from tqdm.auto import tqdm
+
+    return tqdm(items, total=total, desc=label, leave=False, disable=None, dynamic_ncols=True)
+
+
+def _skeleton(args: argparse.Namespace) -> Any:
+    """Returns the skeleton of --model, None without one."""
+    from sd_lora.formats.checkpoints import Checkpoint
+    from sd_lora.models.families import family_named
+    from sd_lora.models.skeleton import Skeleton
+
+    family = family_named(args.family) if getattr(args, "family", None) else None
+    if args.model is None:
+        return None
+    path = Path(args.model).expanduser()
+    skeleton = Checkpoint(path).skeleton if path.is_file() else Skeleton.of_folder(args.model)
+    if family not in (None, skeleton.family):
+        raise UsageError(
+            f"--model {args.model} is {skeleton.family.label}, and --family says {args.family}"
+        )
+    return skeleton
+
+
+def _output(args: argparse.Namespace) -> Any:
+    from sd_lora.formats.output import Output
+
+    check, skeleton = not args.no_verify, _skeleton(args)
+    return Output(args.out, args.to, args.dtype, args.overwrite, check, skeleton)
+
+
+def _cut(args: argparse.Namespace, required: bool = False) -> Any:
+    from sd_lora.formats.approximate import Cut
+
+    given = (args.rank, args.conv_rank, args.energy, args.ratio)
+    if not required and given == (None,) * 4:
+        return None
+    return Cut(*given)
+
+
+def _base(args: argparse.Namespace, cut: object) -> Any:
+    """Returns the base model's weights, if they may be needed: of what is weight-decomposed."""
+    from sd_lora.formats.checkpoints import Checkpoint
+
+    if cut is None or args.model is None or not Path(args.model).expanduser().exists():
+        return None
+    return Checkpoint(Path(args.model).expanduser())
+
+
+def _weights(args: argparse.Namespace) -> list[float]:
+    return [1.0] * len(args.files) if args.weights is None else args.weights
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    import shutil
+
+    from sd_lora.formats import inspect
+
+    found = inspect.inspect(args.file, _skeleton(args), _bar)
+    print(found.as_json() if args.json else inspect.text(found, _width(shutil)))
+
+
+def _width(shutil: Any) -> int:
+    return max(80, min(100, shutil.get_terminal_size((100, 24)).columns))
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from sd_lora.formats.reading import open_lora
+    from sd_lora.formats.recognise import family_of
+    from sd_lora.formats.verify import verify_file
+    from sd_lora.models.skeleton import Skeleton
+
+    skeleton = _skeleton(args)
+    if skeleton is None:
+        skeleton = Skeleton.of_family(family_of(open_lora(args.file), args.family))
+    print(f"loading {args.file} into {skeleton.source} …", file=sys.stderr)
+    verified, wrong = verify_file(args.file, skeleton)
+    if verified is None:
+        print(f"{args.file} can be read whole; diffusers has no loader for this kind of file")
+        return
+    if wrong:
+        shown = "\n  ".join(wrong[:20]) + (f"\n  … and {len(wrong) - 20} more" * (len(wrong) > 20))
+        raise RunError(
+            f"diffusers does not load {args.file} as it is ({verified.modules} modules compared):"
+            f"\n  {shown}\n`sd-lora convert {args.file} --to diffusers --out FILE` writes one that "
+            "it does"
+        )
+    print(
+        f"{args.file}: diffusers loads all {verified.modules} modules as they are (worst error "
+        f"{verified.worst_error:.0e})"
+    )
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from sd_lora.formats import tools
+
+    cut = _cut(args)
+    result = tools.convert(
+        args.file, _output(args), args.family, cut, _base(args, cut), args.drop_vectors, _bar
+    )
+    _say(result)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from sd_lora.formats import tools
+
+    cut = _cut(args)
+    blocks = [tools.BlockWeight.parse(text) for text in args.blocks]
+    output, base = _output(args), _base(args, cut)
+    _say(tools.merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar))
+
+
+def _resize(args: argparse.Namespace) -> None:
+    from sd_lora.formats import tools
+
+    cut = _cut(args, required=True)
+    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args, cut), _bar))
+
+
+def _extract(args: argparse.Namespace) -> None:
+    from sd_lora.formats.checkpoints import Checkpoint
+    from sd_lora.formats.extract import extract
+
+    output, cut = _output(args), _cut(args, required=True)
+    base, tuned = (Checkpoint(path, args.variant) for path in (args.base, args.tuned))
+    components = tuple(args.components) if args.components else None
+    if unknown := [c for c in components or () if c not in base.skeleton.configs]:
+        known = ", ".join(base.skeleton.configs)
+        hint = did_you_mean(unknown[0], base.skeleton.configs)
+        raise UsageError(f"{args.base} has no {unknown[0]!r}; components: {known}.{hint}")
+    prediction = "v_prediction" if args.v_prediction else "epsilon"
+    _say(extract(base, tuned, output, cut, components, prediction, _bar))
+
+
+def _bake(args: argparse.Namespace) -> None:
+    from sd_lora.formats.bake import bake
+    from sd_lora.formats.checkpoints import Checkpoint
+
+    base = Checkpoint(args.base, args.variant)
+    done = bake(base, args.files, _weights(args), args.out, args.dtype, args.overwrite, _bar)
+    print(f"{done.path}: {done.changed} parameters of {base.family.label} changed")
+    for note in done.notes:
+        print(f"  note: {note}")
+
+
+def _say(result: Any) -> None:
+    """Prints what a tool wrote, what it lost, and what to do with the file."""
+    written = result.written
+    size = written.path.stat().st_size / 2**20
+    dtype = str(written.dtype)[6:]
+    checked = "not verified"
+    if written.verified is not None:
+        checked = (
+            f"verified: {written.verified.modules} modules load as they should (worst error "
+            f"{written.verified.worst_error:.0e})"
+        )
+    print(f"{written.path}: {written.format.title}, {size:.1f} MiB, {dtype}, {checked}")
+    if result.losses:
+        (component, name), worst = max(result.losses.items(), key=lambda item: item[1].error)
+        ranks = [after for _, after in result.ranks.values()]
+        print(
+            f"  {len(ranks)} modules approximated, ranks {min(ranks)} to {max(ranks)}: error "
+            f"‖ΔW − BA‖ / ‖ΔW‖ = {result.error:.3%}, at worst {worst.error:.3%} in {component} "
+            f"{name}"
+        )
+    for note in [*written.notes, *result.notes]:
+        print(f"  note: {note}")
+    use = written.format.use.format(base="MODEL", folder=written.path, file=written.path.name)
+    print(f"  {use}")
+
+
+_RUN: dict[str, Callable[[argparse.Namespace], None]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "convert": _convert,
+    "merge": _merge,
+    "resize": _resize,
+    "extract": _extract,
+    "bake": _bake,
+}

@@ -1,0 +1,159 @@
+"""The nearest plain LoRA to any update: singular vectors, and what is lost by cutting them.
+
+By Eckart and Young (1936) the first r singular triplets of ΔW are its best approximation of rank r,
+and the squared error is the sum of the squared singular values left out. Large matrices take the
+randomised method of Halko, Martinsson and Tropp (2011, algorithm 4.4); what it keeps is a
+projection of ΔW, so the error is known exactly there too: ‖ΔW‖² − Σ σᵢ².
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.methods import LoRA
+from sd_lora.errors import UsageError
+
+_EXACT = 256
+"""Up to this many rows or columns the whole decomposition is as quick as the randomised one."""
+
+Triplets = tuple[Tensor, Tensor, Tensor]
+"""U (rows, n), σ (n,) descending, Vᵀ (n, columns), in float64."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many singular values to keep; the smallest of what is asked for.
+
+    rank: at most so many. conv_rank: of kernels above 1×1 instead; None is the rank. energy: as few
+    as hold this share of Σ σ², in (0, 1]. ratio: those that are at least σ₁/ratio, above 1.
+    """
+
+    rank: int | None = None
+    conv_rank: int | None = None
+    energy: float | None = None
+    ratio: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rank", "conv_rank"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be a whole number of at least 1, not {value}")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise UsageError(f"energy is a share in (0, 1], not {self.energy:g}")
+        if self.ratio is not None and not self.ratio >= 1:
+            raise UsageError(f"ratio must be at least 1, not {self.ratio:g}")
+        if self.rank is None and self.energy is None and self.ratio is None:
+            raise UsageError("give a rank, an energy or a ratio to keep")
+
+    def limit(self, shape: tuple[int, ...]) -> int | None:
+        """Returns the largest rank for a weight of this shape, None if only its values say it."""
+        kernel = any(k > 1 for k in shape[2:])
+        return self.conv_rank if kernel and self.conv_rank is not None else self.rank
+
+    def count(self, sigma: Tensor, total: float, shape: tuple[int, ...]) -> int:
+        """Returns how many of the singular values σ (descending) to keep, at least one."""
+        keep = len(sigma)
+        if self.ratio is not None:
+            keep = min(keep, int((sigma * self.ratio >= sigma[0]).sum()))
+        if self.energy is not None:
+            held = torch.cumsum(sigma**2, 0)
+            enough = self.energy * total * (1 - 1e-12)  # a sum of all of them is all of it
+            keep = min(keep, int((held < enough).sum()) + 1)
+        limit = self.limit(shape)
+        return max(1, keep if limit is None else min(keep, limit))
+
+
+@dataclass
+class Loss:
+    """What approximating left out, of one update or of many: ‖ΔW − BA‖² and ‖ΔW‖²."""
+
+    lost: float = 0.0
+    total: float = 0.0
+
+    @property
+    def error(self) -> float:
+        """‖ΔW − BA‖ / ‖ΔW‖, in the Frobenius norm."""
+        return math.sqrt(self.lost / self.total) if self.total else 0.0
+
+    def __add__(self, other: "Loss") -> "Loss":
+        return Loss(self.lost + other.lost, self.total + other.total)
+
+    @classmethod
+    def sum(cls, losses: Iterable["Loss"]) -> "Loss":
+        return sum(losses, cls())
+
+
+@torch.no_grad()
+def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
+    """Returns the nearest plain LoRA to an update of the rule add, and what it leaves out.
+
+    An update that is B·A already, of no more ranks than the cut allows, is given back as it is.
+
+    Raises:
+        UsageError: a weight-decomposed update: its ΔW depends on the base weight.
+    """
+    if delta.magnitude is not None:
+        raise UsageError("a weight-decomposed update (DoRA) has a ΔW only on its base model")
+    factors = delta.low_rank()
+    if factors is None:
+        return nearest_to(delta.weight(), cut)
+    A, B = (f.flatten(1).double() for f in factors)
+    Qb, Rb = torch.linalg.qr(delta.scale * B)
+    Qa, Ra = torch.linalg.qr(A.T)
+    U, sigma, Vh = torch.linalg.svd(Rb @ Ra.T)
+    n = len(sigma)
+    total = float((sigma**2).sum())
+    keep = cut.count(sigma, total, delta.shape)
+    if keep >= len(A):
+        return delta, Loss(0.0, total)
+    return _lora((Qb @ U[:, :n], sigma, Vh[:n] @ Qa.T), keep, total, delta.shape)
+
+
+@torch.no_grad()
+def nearest_to(weight: Tensor, cut: Cut) -> tuple[Delta, Loss]:
+    """Returns the nearest plain LoRA to a ΔW (out, in/groups, k…), and what it leaves out."""
+    matrix = weight.flatten(1).double()
+    total = float((matrix**2).sum())
+    smallest = min(matrix.shape)
+    limit = cut.limit(tuple(weight.shape))
+    wanted = min(smallest, 64 if limit is None else limit)
+    while True:
+        triplets = _triplets(matrix, wanted)
+        sigma = triplets[1]
+        keep = cut.count(sigma, total, tuple(weight.shape))
+        # fewer than were found: more would change nothing; else energy or ratio may want more
+        if len(sigma) == smallest or keep < wanted or (limit is not None and wanted >= limit):
+            return _lora(triplets, keep, total, tuple(weight.shape))
+        wanted = min(2 * wanted, smallest)
+
+
+def _triplets(matrix: Tensor, wanted: int) -> Triplets:
+    rows, columns = matrix.shape
+    width = wanted + 16
+    if min(rows, columns) <= max(_EXACT, width):
+        U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
+        return U, sigma, Vh
+    generator = torch.Generator().manual_seed(0)  # a function of the matrix alone
+    start = torch.randn(columns, width, generator=generator, dtype=matrix.dtype)
+    Q = torch.linalg.qr(matrix @ start).Q
+    for _ in range(4):  # subspace iterations: σ⁹ decays where σ hardly does
+        Q = torch.linalg.qr(matrix.T @ Q).Q
+        Q = torch.linalg.qr(matrix @ Q).Q
+    U, sigma, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
+    return (Q @ U)[:, :wanted], sigma[:wanted], Vh[:wanted]
+
+
+def _lora(
+    triplets: Triplets, keep: int, total: float, shape: tuple[int, ...]
+) -> tuple[Delta, Loss]:
+    U, sigma, Vh = (t[..., :keep] if i < 2 else t[:keep] for i, t in enumerate(triplets))
+    root = sigma.sqrt()  # shared evenly: both factors stay within half precision's range
+    ones = (1,) * len(shape[2:])
+    A = (root[:, None] * Vh).float().reshape(keep, *shape[1:])
+    B = (U * root).float().reshape(shape[0], keep, *ones)
+    lost = max(0.0, total - float((sigma**2).sum()))
+    return LoRA(shape, {"lora_A": A, "lora_B": B}), Loss(lost, total)

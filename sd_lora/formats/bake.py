@@ -1,0 +1,205 @@
+"""LoRAs merged into a base model for good: a pipeline folder, or a single checkpoint."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd_lora.errors import RunError, UsageError
+from sd_lora.formats.canonical import each
+from sd_lora.formats.checkpoints import Checkpoint, Slot
+from sd_lora.formats.output import DTYPES, Progress, silently
+from sd_lora.formats.reading import LoRAFile, open_lora
+from sd_lora.formats.recognise import family_by_tensors
+from sd_lora.formats.tensors import Spec, write_tensors
+
+_WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
+
+
+@dataclass(frozen=True)
+class Baked:
+    """What was written, how many parameters were changed, and what to know about it."""
+
+    path: Path
+    changed: int
+    notes: list[str]
+
+
+def bake(
+    base: Checkpoint,
+    sources: Sequence[Path],
+    weights: Sequence[float],
+    out: Path,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    progress: Progress = silently,
+) -> Baked:
+    """Writes the base with W + Σ weightᵢ·(Wᵢ' − W) in place of every adapted W.
+
+    Every method and rule is exact here, weight-decomposed ones too: each update is composed with
+    the base's own W. Everything else of the model is copied as it is.
+
+    Args:
+        base: a diffusers folder or a single checkpoint.
+        sources: LoRA files.
+        weights: one a file.
+        out: a folder for a folder, a .safetensors file for a checkpoint.
+        dtype: "keep", or "float32", "float16", "bfloat16" for the files that a LoRA may change.
+        overwrite: whether to replace what is there.
+        progress: shows the work.
+
+    Raises:
+        UsageError: a LoRA that cannot be read or does not fit, or an output that exists.
+        RunError: a value beyond the dtype, or a file that could not be written; nothing is left.
+    """
+    if dtype not in ("keep", *DTYPES):
+        raise UsageError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
+    if len(weights) != len(sources):
+        raise UsageError(f"{len(sources)} LoRAs and {len(weights)} weights: give one weight a file")
+    _check_output(base, out, overwrite)
+    loras = list(zip((_opened(path, base) for path in sources), weights, strict=True))
+    total = sum(len(tensors) for tensors in base.files.values())
+    baker = _Baker(base, loras, dtype, iter(progress(range(total), total, "baking")))
+    if not base.path.is_dir():
+        (name,) = base.files
+        baker.write(name, out)
+        return Baked(out, baker.changed, [])
+    beside = out.with_name(f".{out.name}.part")
+    try:
+        _remove(beside)
+        notes = _copy_rest(base, beside)
+        for name in base.files:
+            baker.write(name, beside / _safetensors_name(name))
+        if out.exists():
+            _remove(out)
+        os.replace(beside, out)
+    except OSError as error:
+        raise RunError(f"{out} could not be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            _remove(beside)
+    return Baked(out, baker.changed, notes)
+
+
+@dataclass
+class _Baker:
+    """Writes a base's files with the updates in them."""
+
+    base: Checkpoint
+    loras: Sequence[tuple[LoRAFile, float]]
+    dtype: str
+    bar: Iterator[int]
+    changed: int = 0
+
+    def write(self, name: str, path: Path) -> None:
+        tensors = self.base.files[name]
+        specs = {key: self._spec(tensors.spec(key)) for key in tensors}
+        stream = ((key, self._tensor(name, key, specs[key][0])) for key in tensors)
+        write_tensors(path, specs, stream, {"format": "pt"} | tensors.header)
+
+    def _spec(self, spec: Spec) -> Spec:
+        dtype, shape = spec
+        cast = self.dtype != "keep" and dtype.is_floating_point
+        return (DTYPES[self.dtype] if cast else dtype), shape
+
+    @torch.no_grad()
+    def _tensor(self, name: str, key: str, dtype: torch.dtype) -> Tensor:
+        next(self.bar, None)
+        tensor = self.base.files[name][key]
+        slots = [s for s in self.base.slots(name, key) if self._updates(s)]
+        if slots:
+            tensor = tensor.to(torch.promote_types(torch.float32, tensor.dtype), copy=True)
+        for slot in slots:
+            W = slot.view(tensor)
+            before = W.clone()
+            for lora, weight in self._updates(slot):
+                delta = lora.adapter[slot.component][slot.name]
+                delta.fit(tuple(before.shape))
+                W += weight * (delta.compose(before) - before)
+            self.changed += 1
+        cast = tensor.to(dtype)
+        if tensor.is_floating_point() and not torch.isfinite(cast).all():
+            if torch.isfinite(tensor).all():
+                raise RunError(
+                    f"{key} reaches {tensor.abs().max():.3g}, more than {str(dtype)[6:]} holds: "
+                    "take --dtype bfloat16 or float32"
+                )
+            if slots:
+                raise RunError(f"{key} of {self.base.path} holds NaN or infinite values")
+        return cast
+
+    def _updates(self, slot: Slot) -> list[tuple[LoRAFile, float]]:
+        return [pair for pair in self.loras if slot.name in pair[0].adapter.get(slot.component, {})]
+
+
+def _opened(path: Path, base: Checkpoint) -> LoRAFile:
+    """Opens a LoRA and checks that every update has its place in the base."""
+    lora = open_lora(path, base.skeleton.layout)
+    lora.check()
+    known = family_by_tensors(lora)
+    for component, name, delta in each(lora.adapter):
+        try:
+            delta.fit(base.shape(component, name))
+        except ValueError as error:  # UsageError is one
+            kinds = f" (this is a LoRA for {known[0].label}: {known[1]})" if known else ""
+            raise UsageError(
+                f"{path} does not fit {base.path}, {base.family.label}{kinds}: {component} {name}: "
+                f"{error}"
+            ) from None
+    return lora
+
+
+def _check_output(base: Checkpoint, out: Path, overwrite: bool) -> None:
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists: take another name, or --overwrite")
+    if out.resolve() == base.path.resolve():
+        raise UsageError(f"{out} is the base model itself: give the output another name")
+    if base.path.is_dir():
+        inside = out.resolve().is_relative_to(base.path.resolve())
+        if inside or base.path.resolve().is_relative_to(out.resolve()):
+            raise UsageError(f"{out} and {base.path} lie in each other: take another place")
+        if out.is_file():
+            raise UsageError(f"{out} is a file, and a pipeline folder is written")
+    elif out.suffix != ".safetensors" or out.is_dir():
+        raise UsageError(f"{out}: a checkpoint is written into a file that ends with .safetensors")
+
+
+def _safetensors_name(name: str) -> Path:
+    """Returns where a file of weights goes: pickled ones as loaders look for them first."""
+    path = Path(name)
+    if path.suffix == ".safetensors":
+        return path
+    stem = "model" if path.stem == "pytorch_model" else path.stem
+    return path.with_name(f"{stem}.safetensors")
+
+
+def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
+    """Copies everything but the parts' weights; returns notes on weights that were left out."""
+    left_out = []
+    for source in sorted(base.path.rglob("*")):
+        name = source.relative_to(base.path)
+        if source.is_dir() or str(name) in base.files:
+            continue
+        adapted = name.parts[0] in base.family.components
+        if adapted and _WEIGHTS.search(source.name) and str(name) not in base.indexes:
+            left_out.append(str(name))
+            continue
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, out / name)
+    out.mkdir(parents=True, exist_ok=True)
+    if not left_out:
+        return []
+    return [f"left out, for they hold the unchanged weights: {', '.join(left_out)}"]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,204 @@
+"""A base model's own files, one tensor at a time: a diffusers folder or a single checkpoint.
+
+Every tensor's key is read as the parameters that it holds, in canonical names; OpenCLIP's three
+input projections share one tensor, and its text projection lies transposed.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sd_lora.errors import UsageError
+from sd_lora.formats.canonical import canonical_name
+from sd_lora.formats.tensors import PICKLES, TensorFile
+from sd_lora.models.families import FAMILIES, Family
+from sd_lora.models.original import Layout, open_clip_parameter, unet_from_original
+from sd_lora.models.skeleton import Skeleton
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A parameter's place in a tensor: which third of the rows (None: all), and if transposed.
+
+    name: the update's, which is the parameter's without a final ".weight".
+    """
+
+    component: str
+    name: str
+    third: int | None = None
+    transposed: bool = False
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Returns the parameter as a view of its tensor."""
+        if self.third is not None:
+            tensor = tensor.unflatten(0, (3, -1))[self.third]
+        return tensor.T if self.transposed else tensor
+
+
+class Checkpoint:
+    """A base model on disk.
+
+    files: path relative to the folder (or the file's name) → its tensors. Only the components that
+    a LoRA may adapt are opened in a folder; a single checkpoint has all parts in one. indexes:
+    those of sharded parts.
+
+    Raises:
+        UsageError: neither a diffusers folder nor a checkpoint of Stable Diffusion, or a part that
+            lacks its weights.
+    """
+
+    def __init__(self, path: Path, variant: str | None = None) -> None:
+        self.path = path
+        self.files: dict[str, TensorFile] = {}
+        self.indexes: set[str] = set()
+        self._components: dict[str, str] = {}
+        if path.is_dir():
+            self.skeleton = Skeleton.of_folder(str(path))
+            for component in self.family.components:
+                weights, index = weight_files(path / component, variant)
+                self.indexes |= {str(index.relative_to(path))} if index else set()
+                for file in weights:
+                    name = str(file.relative_to(path))
+                    self.files[name] = TensorFile(file)
+                    self._components[name] = component
+        else:
+            self.files[path.name] = TensorFile(path)
+            self.skeleton = Skeleton.of_family(_family_of(path, self.files[path.name]))
+
+    @property
+    def family(self) -> Family:
+        return self.skeleton.family
+
+    def slots(self, file: str, key: str) -> list[Slot]:
+        """Returns the parameters that a tensor holds; none for the VAE's and the like."""
+        if file in self._components:
+            component = self._components[file]
+            return [Slot(component, canonical_name(component, key.removesuffix(".weight")))]
+        return _slots_of_single(key, self.family)
+
+    @cached_property
+    def places(self) -> dict[tuple[str, str], tuple[str, str, Slot]]:
+        """(component, update name) → file, key and place there."""
+        return {
+            (slot.component, slot.name): (file, key, slot)
+            for file, tensors in self.files.items()
+            for key in tensors
+            for slot in self.slots(file, key)
+        }
+
+    def weight(self, component: str, name: str) -> Tensor:
+        """Returns the parameter of an update's name.
+
+        Raises:
+            UsageError: the checkpoint has none.
+        """
+        if (component, name) not in self.places:
+            raise UsageError(f"{self.path} has no {component} {name}")
+        file, key, slot = self.places[component, name]
+        return slot.view(self.files[file][key])
+
+    def shape(self, component: str, name: str) -> tuple[int, ...]:
+        """Returns the shape of `weight`, without reading it. Raises UsageError: as `weight`."""
+        if (component, name) not in self.places:
+            raise UsageError(f"{self.path} has no {component} {name}")
+        file, key, slot = self.places[component, name]
+        _, shape = self.files[file].spec(key)
+        return tuple(slot.view(torch.empty(shape, device="meta")).shape)
+
+
+def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], Path | None]:
+    """Returns the files that a part's weights are in: one, or the shards of an index, and that.
+
+    Raises:
+        UsageError: none, naming what is there.
+    """
+    dot = f".{variant}" if variant else ""
+    for stem in ("diffusion_pytorch_model", "model"):
+        index = folder / f"{stem}.safetensors.index{dot}.json"
+        if (folder / f"{stem}{dot}.safetensors").is_file():
+            return [folder / f"{stem}{dot}.safetensors"], None
+        if index.is_file():
+            try:
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / Path(name).name for name in sorted(set(names))], index
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UsageError(f"{index} is no index of weights: {error}") from None
+    for stem in ("diffusion_pytorch_model", "pytorch_model"):
+        if (folder / f"{stem}{dot}.bin").is_file():
+            return [folder / f"{stem}{dot}.bin"], None
+    there = sorted(p.name for p in folder.glob("*")) if folder.is_dir() else []
+    other = {m[1] for n in there if (m := re.search(r"\.(\w+)\.(?:safetensors|bin)$", n))}
+    hint = f"; --variant {min(other)} is there" if other and not variant else ""
+    raise UsageError(f"{folder} has no weights (found {', '.join(there) or 'nothing'}){hint}")
+
+
+_UNET = ("model.diffusion_model.", "diffusion_model.")
+_CLIP = {
+    "cond_stage_model.transformer.": "text_encoder",
+    "conditioner.embedders.0.transformer.": "text_encoder",
+}
+_OPEN_CLIP = {
+    "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
+_BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
+_IN_LAYER = (
+    *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+    *(f"self_attn.{x}_proj" for x in ("q", "k", "v", "out")),
+)
+_OUTSIDE = (
+    "text_projection.weight",
+    *(f"text_model.final_layer_norm.{kind}" for kind in ("weight", "bias")),
+    *(f"text_model.embeddings.{kind}_embedding.weight" for kind in ("token", "position")),
+)
+
+
+def _family_of(path: Path, tensors: TensorFile) -> Family:
+    if any(key.startswith("conditioner.embedders.1.") for key in tensors):
+        return FAMILIES["sdxl"]
+    if any(key.startswith("cond_stage_model.model.") for key in tensors):
+        return FAMILIES["sd2"]
+    if any(key.startswith(_UNET[0]) for key in tensors):
+        return FAMILIES["sd1"]
+    first = next(iter(tensors), None)
+    kinds = f".safetensors, {', '.join(PICKLES)}"
+    raise UsageError(
+        f"{path} is no checkpoint of Stable Diffusion 1.x, 2.x or XL (its first key is {first!r}): "
+        f"give a diffusers folder or a single file ({kinds})"
+    )
+
+
+def _slots_of_single(key: str, family: Family) -> list[Slot]:
+    for prefix in _UNET:
+        if key.startswith(prefix):
+            module, _, kind = key[len(prefix) :].rpartition(".")
+            found = unet_from_original(module, Layout())
+            name = found if kind == "weight" else f"{found}.{kind}"
+            return [Slot("unet", name)] if found and name else []
+    for prefix, component in _CLIP.items():
+        if key.startswith(prefix) and not key.endswith(".position_ids"):
+            name = key[len(prefix) :].removesuffix(".weight")
+            return [Slot(component, canonical_name(component, name))]
+    for prefix, component in _OPEN_CLIP.items():
+        if key.startswith(prefix):
+            return list(_open_clip_slots(component, key[len(prefix) :]))
+    return []
+
+
+def _open_clip_slots(component: str, key: str) -> Iterator[Slot]:
+    names: list[str] = list(_OUTSIDE)
+    if block := _BLOCK.match(key):
+        layer = f"text_model.encoder.layers.{block[1]}"
+        names = [f"{layer}.{module}.{kind}" for module in _IN_LAYER for kind in ("weight", "bias")]
+    for name in names:
+        place = open_clip_parameter(name)
+        if place and place[0] == key:
+            yield Slot(component, name.removesuffix(".weight"), place[1], place[2])

@@ -1,0 +1,142 @@
+"""The difference of two checkpoints as a LoRA: what a finetune learned, in a file of a few MiB."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sd_lora.errors import UsageError
+from sd_lora.formats.approximate import Cut, Loss, nearest_to
+from sd_lora.formats.checkpoints import Checkpoint
+from sd_lora.formats.output import Output, Progress, Spool, silently, write
+from sd_lora.formats.tools import Result
+
+UNCHANGED = 1e-6
+"""A module whose ‖tuned − base‖ is below this share of ‖base‖ is unchanged: float32 rounding gives
+1e-7 of it."""
+
+
+@dataclass
+class Difference:
+    """What of two checkpoints differs, by squared Frobenius norm.
+
+    kept, unchanged: modules. without_form: parameters that differ and that no LoRA can hold (norms,
+    biases, embeddings), and their share of ‖tuned − base‖².
+    """
+
+    kept: int = 0
+    unchanged: int = 0
+    without_form: list[str] = field(default_factory=list)
+    lost: Loss = field(default_factory=Loss)
+
+
+def extract(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    output: Output,
+    cut: Cut,
+    components: tuple[str, ...] | None = None,
+    prediction_type: str = "epsilon",
+    progress: Progress = silently,
+) -> Result:
+    """Writes the LoRA nearest to tuned − base: linear layers and convolutions, every component.
+
+    Args:
+        base, tuned: two models of one architecture, in any of the forms, also different ones.
+        output: where and how.
+        cut: how many ranks to keep.
+        components: which ("unet", "text_encoder", …); None: all.
+        prediction_type: for the header.
+        progress: shows the work.
+
+    Raises:
+        UsageError: different architectures, no difference at all, or a value that is not finite.
+        RunError: a file that could not be written or does not load as it should; none is left.
+    """
+    if base.family is not tuned.family:
+        raise UsageError(
+            f"{base.path} is {base.family.label} and {tuned.path} {tuned.family.label}: a LoRA is "
+            "the difference of two models of one family"
+        )
+    _check_same(base, tuned, components)
+    pairs = [p for p in tuned.places if components is None or p[0] in components]
+    losses: dict[tuple[str, str], Loss] = {}
+    ranks: dict[tuple[str, str], tuple[int | None, int]] = {}
+    difference = Difference()
+    with Spool(output.path.parent) as spool, torch.no_grad():
+        for component, name in progress(pairs, len(pairs), "extracting"):
+            change, norm = _change(base, tuned, component, name)
+            squares = float((change.double() ** 2).sum())
+            difference.lost.total += squares
+            if squares <= (UNCHANGED * norm) ** 2:
+                difference.unchanged += 1
+            elif change.dim() == 1 or ".embeddings." in name or name == "class_embedding":
+                difference.without_form.append(f"{component} {name}")
+                difference.lost.lost += squares
+            else:
+                near, loss = nearest_to(change, cut)
+                spool.add(component, name, near)
+                losses[component, name] = loss
+                ranks[component, name] = (None, near.rank or 0)
+                difference.kept += 1
+        if not difference.kept:
+            raise UsageError(
+                f"{tuned.path} differs from {base.path} in no module that a LoRA can hold"
+            )
+        record = {
+            "extracted": {"base": base.path.name, "tuned": tuned.path.name},
+            "approximation_error": Loss.sum(losses.values()).error,
+        }
+        family, float32 = tuned.family, torch.float32
+        written = write(spool.adapter, output, family, float32, prediction_type, record)
+    return Result(written, losses, ranks, list(_notes(difference)))
+
+
+def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:
+    """Returns tuned − base of a parameter in float32, and ‖base‖."""
+    before = base.weight(component, name).float()
+    after = tuned.weight(component, name).float()
+    if before.shape != after.shape and before.numel() == after.numel():
+        before = before.reshape(after.shape)  # a 1×1 convolution here, a linear layer there
+    change = after - before
+    if not torch.isfinite(change).all():
+        raise UsageError(f"{component} {name} is not finite in {base.path} or {tuned.path}")
+    return change, float(torch.linalg.vector_norm(before.double()))
+
+
+def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...] | None) -> None:
+    """Raises UsageError naming the first parameter that only one of two models has."""
+    mine, theirs = (
+        {p for p in m.places if components is None or p[0] in components} for m in (base, tuned)
+    )
+    for have, lack, only in ((base, tuned, mine - theirs), (tuned, base, theirs - mine)):
+        if only:
+            component, name = min(only)
+            raise UsageError(
+                f"{have.path} has {component} {name} and {lack.path} has not ({len(only)} such): "
+                "these are not two models of one architecture"
+            )
+    if not mine:
+        raise UsageError(
+            f"{base.path} has none of {', '.join(components or base.skeleton.configs)}"
+        )
+    for place in sorted(mine):
+        shapes = [model.shape(*place) for model in (base, tuned)]
+        if math.prod(shapes[0]) != math.prod(shapes[1]):
+            raise UsageError(
+                f"{' '.join(place)} is {shapes[0]} in {base.path} and {shapes[1]} in {tuned.path}: "
+                "these are not two models of one architecture"
+            )
+
+
+def _notes(difference: Difference) -> Iterator[str]:
+    if difference.unchanged:
+        yield f"{difference.unchanged} parameters are unchanged and not in the file"
+    if difference.without_form:
+        names = ", ".join(difference.without_form[:3])
+        yield (
+            f"{len(difference.without_form)} parameters changed that no LoRA can hold (norms, "
+            f"biases, embeddings: {names}, …): {difference.lost.error:.1%} of the whole difference"
+        )

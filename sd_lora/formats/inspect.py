@@ -1,0 +1,325 @@
+"""What is in a LoRA file: a table for people, a record for scripts, and the problems found."""
+
+import hashlib
+import json
+import math
+import re
+import struct
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.formats import diffusers
+from sd_lora.formats.canonical import file_rank
+from sd_lora.formats.metadata import OWN_KEY
+from sd_lora.formats.output import Progress, silently
+from sd_lora.formats.readers import readers
+from sd_lora.formats.reading import LoRAFile, open_lora
+from sd_lora.formats.recognise import family_by_header, family_by_tensors
+from sd_lora.formats.tensors import HASH_KEY
+from sd_lora.formats.verify import misfits
+from sd_lora.models.families import Family
+from sd_lora.models.skeleton import Skeleton
+
+
+@dataclass
+class Block:
+    """What a part of a model gets. norm: ‖ΔW‖, the Frobenius norm over its modules."""
+
+    component: str
+    name: str
+    modules: int = 0
+    linear: int = 0
+    conv: int = 0
+    vectors: int = 0
+    ranks: list[int] = field(default_factory=list)
+    alphas: list[float] = field(default_factory=list)
+    methods: list[str] = field(default_factory=list)
+    norm: float = 0.0
+
+    def add(self, delta: Delta, norm: float) -> None:
+        self.modules += 1
+        if len(delta.shape) == 1:
+            self.vectors += 1
+        elif any(k > 1 for k in delta.shape[2:]):
+            self.conv += 1
+        else:
+            self.linear += 1
+        rank = file_rank(delta)
+        if rank:
+            self.ranks.append(rank)
+            self.alphas.append(round(delta.alpha, 6))
+        method = delta.method if delta.magnitude is None else f"{delta.method}+dora"
+        if method not in self.methods:
+            self.methods.append(method)
+        self.norm = math.hypot(self.norm, norm)
+
+
+@dataclass
+class Inspection:
+    """A file's contents."""
+
+    path: Path
+    size: int
+    format: str
+    dtype: str
+    family: str | None
+    family_by: str
+    components: list[Block]
+    blocks: list[Block]
+    readers: dict[str, str]
+    problems: list[str]
+    header: dict[str, str]
+
+    def as_json(self) -> str:
+        """Returns everything as JSON, ranks and alphas as counts."""
+        record = asdict(self) | {"path": str(self.path)}
+        for kind in ("components", "blocks"):
+            for block in record[kind]:
+                block["ranks"] = _counts(block["ranks"])
+                block["alphas"] = _counts(block["alphas"])
+        return json.dumps(record, indent=2, ensure_ascii=False)
+
+
+def inspect(
+    path: Path, skeleton: Skeleton | None = None, progress: Progress = silently
+) -> Inspection:
+    """Reads a LoRA file and says what is in it, and what is wrong with it.
+
+    Args:
+        path: any LoRA file or folder that can be read.
+        skeleton: of the model it is for; None takes the published one of its family.
+        progress: shows the work.
+
+    Raises:
+        UsageError: no LoRA file, or keys that no format has.
+    """
+    lora = open_lora(path, skeleton.layout if skeleton else None)
+    problems = list(lora.problems())
+    components: dict[str, Block] = {}
+    blocks: dict[tuple[str, str], Block] = {}
+    zero: list[str] = []
+    whole = not problems
+    if whole:
+        names = [(c, n) for c, modules in lora.adapter.items() for n in modules]
+        layers = {c: _layers(modules) for c, modules in lora.adapter.items()}
+        for component, name in progress(names, len(names), "reading"):
+            delta = lora.adapter[component][name]
+            with torch.no_grad():
+                norm = float(delta.norm())
+            if norm == 0 and delta.magnitude is None:
+                zero.append(f"{component} {name}")
+            part = _block(component, name, layers[component])
+            components.setdefault(component, Block(component, "")).add(delta, norm)
+            blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
+    if zero:
+        problems.append(f"{len(zero)} updates are zero ({zero[0]}, …): they were never trained")
+    family, how = _family(lora, skeleton, whole)
+    verdicts = readers(lora, family) if whole else {}
+    problems += _of_header(lora, family)
+    problems += _of_place(lora, skeleton, family) if components else []
+    return Inspection(
+        path=lora.path,
+        size=lora.path.stat().st_size,
+        format=lora.format,
+        dtype=str(lora.dtype)[6:],
+        family=family.name if family else None,
+        family_by=how,
+        components=sorted(components.values(), key=_order),
+        blocks=sorted(blocks.values(), key=_order),
+        readers=verdicts,
+        problems=problems,
+        header=lora.header,
+    )
+
+
+def _family(lora: LoRAFile, skeleton: Skeleton | None, whole: bool) -> tuple[Family | None, str]:
+    if skeleton is not None:
+        return skeleton.family, f"as {skeleton.source} is"
+    found = family_by_tensors(lora) if whole else None
+    if found:
+        return found
+    family = family_by_header(lora.header)
+    return family, "its header says so" if family else "nothing in the file says it"
+
+
+def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
+    """Yields what the header says that the file is not."""
+    said = family_by_header(lora.header)
+    if said is not None and family is not None and said is not family:
+        yield f"the header says {said.label}, the tensors {family.label}: the tensors are right"
+    if lora.header.get(HASH_KEY) and lora.path.suffix == ".safetensors":
+        if body_hash(lora.path) != lora.header[HASH_KEY]:
+            yield f"{HASH_KEY} in the header is not that of this file: its tensors were changed"
+    if lora.format == "diffusers" and diffusers.HEADER_KEY not in lora.header:
+        if not any("alpha" in kinds for ms in lora.places.values() for kinds in ms.values()):
+            if "sd_lora_version" not in lora.header:
+                yield (
+                    "the file has no alpha, so everybody takes alpha = rank: if it was trained "
+                    "with another, its strength is not as trained"
+                )
+    if lora.format == "kohya":
+        none = sum("alpha" not in kinds for ms in lora.places.values() for kinds in ms.values())
+        some = sum(len(ms) for ms in lora.places.values())
+        if 0 < none < some:
+            yield f"{none} of {some} modules have no alpha; readers disagree on what that means"
+
+
+def _of_place(lora: LoRAFile, skeleton: Skeleton | None, family: Family | None) -> Iterator[str]:
+    """Yields how the file does not fit its model."""
+    skeleton = skeleton or (Skeleton.of_family(family) if family else None)
+    if skeleton is not None:
+        wrong = list(misfits(lora.adapter, skeleton))
+        if wrong:
+            count = sum(len(modules) for modules in lora.adapter.values())
+            yield f"{len(wrong)} of {count} updates do not fit {skeleton.source}: {wrong[0]}"
+
+
+def body_hash(path: Path) -> str:
+    """Returns the SHA-256 of what follows a safetensors header: kohya's `sshs_model_hash`."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        file.seek(8 + length)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+_UNET_BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)")
+_LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
+
+
+def _layers(modules: Mapping[str, object]) -> int:
+    return 1 + max((int(m[1]) for n in modules if (m := _LAYER.match(n))), default=-1)
+
+
+def _block(component: str, name: str, layers: int) -> str:
+    """Returns the part of a model that a module belongs to."""
+    if match := _UNET_BLOCK.match(name):
+        return match[1]
+    if match := _LAYER.match(name):
+        chunk = max(1, math.ceil(layers / 4))
+        first = int(match[1]) // chunk * chunk
+        last = min(first + chunk, layers) - 1
+        return f"layers {first}–{last}" if last > first else f"layer {first}"
+    return "ends"
+
+
+def _order(block: Block) -> tuple[str, int, int]:
+    number = int(match[0]) if (match := re.search(r"\d+", block.name)) else 0
+    sides = ("down", "mid", "up", "layer", "ends")
+    side = next((i for i, s in enumerate(sides) if block.name.startswith(s)), 0)
+    return ("" if block.component == "unet" else block.component), side, number
+
+
+def _counts(values: list[Any]) -> dict[str, int]:
+    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
+
+
+_SHOWN = (
+    ("modelspec.title", "title"),
+    ("ss_output_name", "name"),
+    ("ss_base_model_version", "base version"),
+    ("ss_sd_model_name", "base model"),
+    ("modelspec.prediction_type", "prediction"),
+    ("ss_network_module", "network"),
+    ("ss_num_train_images", "pictures"),
+    ("ss_steps", "steps"),
+    ("ss_learning_rate", "learning rate"),
+    ("ss_resolution", "resolution"),
+    ("ss_training_comment", "comment"),
+    ("modelspec.date", "date"),
+    ("sd_lora_version", "sd_lora"),
+)
+
+
+def text(found: Inspection, width: int = 100) -> str:
+    """Returns an inspection as lines of at most `width` characters."""
+    family = f"{found.family} ({found.family_by})" if found.family else found.family_by
+    lines = [
+        str(found.path),
+        f"  {found.format} keys, {_size(found.size)}, {found.dtype}; family {family}",
+        "",
+        *_table(found.components, found.blocks, width),
+    ]
+    if found.readers:
+        lines += ["", "loaded by"]
+        for program, verdict in found.readers.items():
+            lines += _wrapped(f"  {program:<10} ", verdict, width)
+    shown = [(label, found.header[key]) for key, label in _SHOWN if found.header.get(key)]
+    if shown:
+        lines += ["", f"header ({len(found.header)} keys{_ours(found.header)})"]
+        for label, value in shown:
+            lines += _wrapped(f"  {label:<14} ", value, width)
+    lines += ["", "problems" if found.problems else "no problems found"]
+    for problem in found.problems[:12]:
+        lines += _wrapped("  - ", problem, width)
+    if len(found.problems) > 12:
+        lines.append(f"  … and {len(found.problems) - 12} more (--json lists all)")
+    return "\n".join(lines)
+
+
+def _ours(header: Mapping[str, str]) -> str:
+    return ", with the training configuration" if '"config"' in header.get(OWN_KEY, "") else ""
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.1f} KiB"
+
+
+def _wrapped(head: str, value: str, width: int) -> list[str]:
+    words, lines, line = value.split(), [], head
+    for word in words:
+        while len(word) > width - len(head):  # a caption or path without a space
+            lines.append(line + word[: width - len(line)])
+            word, line = word[width - len(line) :], " " * len(head)
+        if len(line) + len(word) > width:
+            lines.append(line.rstrip())
+            line = " " * len(head)
+        line += word + " "
+    return [*lines, line.rstrip()]
+
+
+def _table(components: list[Block], blocks: list[Block], width: int) -> list[str]:
+    if not components:
+        return ["  no update could be read whole"]
+    head = f"  {'':<20} {'modules':>7} {'linear':>6} {'conv':>5} {'rank':>9} {'alpha':>11}  "
+    head += f"{'method':<12} {'‖ΔW‖':>9}"
+    loudest = max((_loudness(block) for block in blocks), default=0.0) or 1.0
+    lines = [head[:width]]
+    for component in components:
+        lines.append(_row(component.component, component))
+        for block in blocks:
+            if block.component == component.component:
+                room = min(12, max(0, width - 90))
+                bar = "▇" * round(room * _loudness(block) / loudest)
+                lines.append(f"{_row('  ' + block.name, block)} {bar}".rstrip())
+    if any("+dora" in m for block in components for m in block.methods):
+        lines.append("  +dora: ‖ΔW‖ is of the directions alone; their magnitudes need the base")
+    if any(block.vectors for block in components):
+        count = sum(block.vectors for block in components)
+        lines.append(f"  with {count} biases and norms among the modules")
+    return lines
+
+
+def _loudness(block: Block) -> float:
+    """The root mean square of a block's ‖ΔW‖: comparable between blocks of different sizes."""
+    return block.norm / math.sqrt(block.modules)
+
+
+def _row(label: str, block: Block) -> str:
+    method = "+".join(block.methods) if len(block.methods) < 3 else f"{len(block.methods)} methods"
+    return (
+        f"  {label:<20} {block.modules:>7} {block.linear:>6} {block.conv:>5} "
+        f"{_range(block.ranks):>9} {_range(block.alphas):>11}  {method[:12]:<12} {block.norm:>9.3g}"
+    )
+
+
+def _range(values: list[Any]) -> str:
+    if not values:
+        return "–"
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:.4g}–{high:.4g}"

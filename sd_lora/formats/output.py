@@ -1,0 +1,213 @@
+"""Where the tools write: one file, in one format, verified before it takes its name."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.state import make_delta
+from sd_lora.errors import RunError, UsageError, did_you_mean
+from sd_lora.formats import diffusers, kohya, metadata
+from sd_lora.formats.canonical import Adapter, Lazy, each
+from sd_lora.formats.files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
+from sd_lora.formats.names import naming_of
+from sd_lora.formats.verify import Verified, fitted, misfits, verify
+from sd_lora.models.families import Family
+from sd_lora.models.skeleton import Skeleton
+
+T = TypeVar("T")
+Progress = Callable[[Iterable[T], int, str], Iterable[T]]
+"""(items, how many, what is done to them) → the items, under a bar."""
+
+FORMATS = {"diffusers": DIFFUSERS, "kohya": KOHYA, "lycoris": LYCORIS}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def silently(items: Iterable[T], total: int, label: str) -> Iterable[T]:
+    """A `Progress` that shows nothing."""
+    return items
+
+
+@dataclass(frozen=True)
+class Output:
+    """What to write, and how.
+
+    path: of the .safetensors file. to: "diffusers", "kohya" or "lycoris"; None takes the first of
+    kohya, diffusers, lycoris that is exact. dtype: "float32", "float16", "bfloat16", or "auto":
+    that of the source where it holds every number exactly, else float32. skeleton: of the model
+    that the file is for; None takes the published one of its family. check: whether to verify.
+    """
+
+    path: Path
+    to: str | None = None
+    dtype: str = "auto"
+    overwrite: bool = False
+    check: bool = True
+    skeleton: Skeleton | None = None
+
+    def __post_init__(self) -> None:
+        if self.path.suffix != ".safetensors":
+            raise UsageError(f"{self.path}: give the output a name that ends with .safetensors")
+        if self.path.exists() and not self.overwrite:
+            raise UsageError(f"{self.path} exists: take another name, or --overwrite")
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder")
+        for value, known in ((self.to, FORMATS), (self.dtype, {"auto", *DTYPES})):
+            if value is not None and value not in known:
+                hint = did_you_mean(value, known)
+                raise UsageError(f"{value!r} is none of {', '.join(sorted(known))}.{hint}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that a tool wrote."""
+
+    path: Path
+    format: Format
+    dtype: torch.dtype
+    modules: int
+    verified: Verified | None
+    notes: list[str] = field(default_factory=list)
+
+
+def format_for(adapter: Adapter, to: str | None) -> Format:
+    """Returns the format to write, as asked for, or the first that is exact.
+
+    Raises:
+        UsageError: the format asked for has no form for an update; with what would do instead.
+    """
+    if to is None:
+        to = "kohya" if kohya.can_write(adapter) else "lycoris"
+        to = "diffusers" if to == "lycoris" and diffusers.can_write(adapter) else to
+    can = {"kohya": kohya.can_write, "diffusers": diffusers.can_write}.get(to)
+    if can is not None and not can(adapter):
+        raise UsageError(_inexpressible(adapter, to))
+    return FORMATS[to]
+
+
+def _inexpressible(adapter: Adapter, to: str) -> str:
+    kinds: dict[str, int] = {}
+    for _, _, delta in each(adapter):
+        kind = "DoRA" if delta.magnitude is not None else delta.method
+        kind = "bias or norm" if len(delta.shape) == 1 else kind
+        if kind not in ("lora", "lora_fa") and not (kind == "DoRA" and to == "diffusers"):
+            kinds[kind] = kinds.get(kind, 0) + 1
+    what = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))
+    base = " and --model MODEL" if "DoRA" in kinds else ""
+    vectors = ", --drop_vectors leaves biases and norms out" if "bias or norm" in kinds else ""
+    return (
+        f"{to}'s readers have no form for {what}. --rank N{base} writes the nearest plain LoRA and "
+        f"states its error{vectors}; `sd-lora bake` makes a merged model; --to lycoris keeps every "
+        "tensor"
+    )
+
+
+def write(
+    adapter: Adapter,
+    output: Output,
+    family: Family,
+    source_dtype: torch.dtype,
+    prediction_type: str = "epsilon",
+    extra: Mapping[str, object] | None = None,
+    facts: Mapping[str, str] | None = None,
+) -> Written:
+    """Writes an adapter as asked for; the file takes its name when it is verified.
+
+    Raises:
+        UsageError: no form for it in that format, or no place for it in that model.
+        RunError: values beyond the dtype, a file that could not be written or does not load as it
+            should; nothing is left then.
+    """
+    kind = format_for(adapter, output.to)
+    skeleton = output.skeleton or Skeleton.of_family(family)
+    if output.check:
+        adapter = fitted(adapter, skeleton)
+    naming = naming_of(family, skeleton.layout)
+    notes: list[str] = []
+    if output.dtype == "auto":
+        dtype = source_dtype if source_dtype in DTYPES.values() else torch.float32
+        if not _is_exact(kind.write(adapter, naming), dtype):
+            notes.append(f"written in float32: {str(dtype)[6:]} would round the folded scales")
+            dtype = torch.float32
+    else:
+        dtype = DTYPES[output.dtype]
+    header = metadata.build(adapter, family, output.path.stem, prediction_type, extra, facts)
+    beside = output.path.with_name(f".{output.path.stem}.unverified.safetensors")
+    try:
+        write_file(beside, kind, adapter, naming, header, dtype)
+        verified = verify(beside, adapter, skeleton, kind) if output.check else None
+        os.replace(beside, output.path)
+    except RunError as error:
+        text = str(error).replace(str(beside), str(output.path))
+        raise RunError(text.replace("; do not use it", "; it was not kept")) from None
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    count = sum(len(modules) for modules in adapter.values())
+    return Written(output.path, kind, dtype, count, verified, notes)
+
+
+def check_place(adapter: Adapter, output: Output, family: Family, what: str) -> None:
+    """Raises UsageError if an adapter has modules or shapes that the model has not."""
+    skeleton = output.skeleton or Skeleton.of_family(family)
+    wrong = list(misfits(adapter, skeleton)) if output.check else []
+    if wrong:
+        other = ": for a LoRA of another model give its folder as --model" * (not output.skeleton)
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UsageError(
+            f"{what} does not fit {skeleton.source}{other}, or --no_verify to write it unchecked: "
+            f"{wrong[0]}{more}"
+        )
+
+
+def _is_exact(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> bool:
+    return all(torch.equal(t.to(dtype).to(t.dtype), t) for _, t in tensors)
+
+
+class Spool:
+    """Computed updates on disk, one small file each, beside the output: what took long is computed
+    once, and memory holds one. A context manager; the files go when it ends."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = tempfile.TemporaryDirectory(prefix=".sd-lora-", dir=folder)
+        self._paths: dict[str, dict[str, Path]] = {}
+        self._count = 0
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._folder.cleanup()
+
+    def add(self, component: str, name: str, delta: Delta) -> None:
+        """Keeps an update. Raises RunError if the disk is full."""
+        path = Path(self._folder.name) / f"{self._count}.safetensors"
+        self._count += 1
+        tensors = {k: t.contiguous() for k, t in delta.tensors().items()}
+        if delta.rank is not None:
+            tensors["alpha"] = torch.tensor(delta.alpha, dtype=torch.float64)
+        try:
+            save_file(tensors, path)
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path} could not be written: {error}") from None
+        self._paths.setdefault(component, {})[name] = path
+
+    @property
+    def adapter(self) -> Adapter:
+        """What was added, read anew whenever it is asked for."""
+        return {c: Lazy(paths, partial(_kept, paths)) for c, paths in self._paths.items()}
+
+
+def _kept(paths: Mapping[str, Path], name: str) -> Delta:
+    return make_delta(name, load_file(paths[name]))

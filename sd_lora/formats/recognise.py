@@ -1,0 +1,82 @@
+"""Which family a LoRA file is for: its tensors say it, and only where they do not, its header."""
+
+import re
+from collections.abc import Mapping
+
+from sd_lora.errors import UsageError
+from sd_lora.formats.reading import LoRAFile
+from sd_lora.models.families import FAMILIES, Family, family_named
+
+_TEXT_WIDTHS = {768: None, 1024: "sd2", 1280: "sdxl"}  # CLIP-L is in SD1 and in SDXL
+
+
+def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
+    """Returns the family that a file's tensors are for, with what says so; None if none does."""
+    if "text_encoder_2" in lora.adapter:
+        return FAMILIES["sdxl"], "it has a second text encoder"
+    unet = lora.adapter.get("unet", {})
+    for name in unet:
+        if re.search(r"\.attn2\.to_[kv]$", name):
+            width = unet[name].shape[1]
+            for family in FAMILIES.values():
+                if family.cross_attention_dim == width:
+                    return family, f"its cross-attention is {width} wide"
+            break
+    for name in unet:
+        if name.startswith("add_embedding") or re.search(r"transformer_blocks\.[1-9]", name):
+            return FAMILIES["sdxl"], f"it has {name}"
+    text = lora.adapter.get("text_encoder", {})
+    for name in text:
+        if name.endswith("_proj"):
+            width = text[name].shape[1]
+            known = _TEXT_WIDTHS.get(width)
+            if known:
+                return FAMILIES[known], f"its text encoder is {width} wide"
+            four_levels = any(re.match(r"(up|down)_blocks\.3|down_blocks\.0\.att", n) for n in unet)
+            if width == 768 and four_levels:
+                return FAMILIES["sd1"], "its text encoder is 768 wide, its UNet of four levels"
+            break
+    return None
+
+
+def family_by_header(header: Mapping[str, str]) -> Family | None:
+    """Returns the family that a header names, as kohya's and Stability's keys have it."""
+    version = header.get("ss_base_model_version", "")
+    for family in FAMILIES.values():
+        if version in family.base_versions.values():
+            return family
+    architecture = header.get("modelspec.architecture", "").removesuffix("/lora")
+    for family in FAMILIES.values():
+        if architecture in family.architectures.values():
+            return family
+    return None
+
+
+def prediction_type(header: Mapping[str, str]) -> str:
+    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it."""
+    version = header.get("ss_base_model_version", "")
+    v = header.get("modelspec.prediction_type") == "v" or version in ("sd_v1_v", "sd_v2_v")
+    return "v_prediction" if v else "epsilon"
+
+
+def family_of(lora: LoRAFile, given: str | None = None) -> Family:
+    """Returns the family of a file: as given, by its tensors, or else by its header.
+
+    Raises:
+        UsageError: nothing says it, or the given one contradicts the tensors.
+    """
+    by_tensors = family_by_tensors(lora)
+    if given is not None:
+        family = family_named(given)
+        if by_tensors and by_tensors[0] is not family:
+            raise UsageError(
+                f"{lora.path} is for {by_tensors[0].label} ({by_tensors[1]}), not {family.label}"
+            )
+        return family
+    family_found = by_tensors[0] if by_tensors else family_by_header(lora.header)
+    if family_found is None:
+        raise UsageError(
+            f"neither the tensors nor the header of {lora.path} say which family it is for: give "
+            f"--model, or --family {', '.join(FAMILIES)}"
+        )
+    return family_found

@@ -1,0 +1,71 @@
+"""Adapters with random values, as after training, on the tiny pipelines of the real classes."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+import sd_lora
+from sd_lora.adapters.deltas import Delta
+from sd_lora.formats.canonical import Adapter, each, read_models
+from sd_lora.formats.files import Format, write_file
+from sd_lora.formats.metadata import build
+from sd_lora.formats.names import naming_of
+from sd_lora.models.families import FAMILIES
+from sd_lora.models.skeleton import Skeleton
+
+MIXED = {
+    "targets": "all",
+    "rank": 4,
+    "alpha": 3.0,
+    "conv_rank": 2,
+    "conv_alpha": 5.0,
+    "rank_pattern": {"mid_block.*to_q": 7},
+    "alpha_pattern": {"to_k": 0.5},
+}
+
+
+def models_of(folder: Path) -> dict[str, nn.Module]:
+    """Component → model of a pipeline folder."""
+    options = {"safety_checker": None, "feature_extractor": None}
+    xl = Skeleton.of_folder(str(folder)).family.name == "sdxl"
+    pipeline = DiffusionPipeline.from_pretrained(
+        folder, **({} if xl else options | {"requires_safety_checker": False})
+    )
+    components = Skeleton.of_folder(str(folder)).family.components
+    return {component: getattr(pipeline, component) for component in components}
+
+
+def trained(folder: Path, seed: int = 0, text: bool = True, **options: object) -> Adapter:
+    """A random adapter on a pipeline folder's UNet and text encoders."""
+    models = models_of(folder)
+    sd_lora.inject(models["unet"], **(MIXED | options), seed=seed)
+    method = {k: v for k, v in options.items() if k in ("method", "rule")}
+    for component, model in models.items():
+        if component != "unet" and text:
+            targets = "text+text_projection" if component == "text_encoder_2" else "text"
+            sd_lora.inject(model, targets=targets, rank=3, alpha=1.5, seed=seed, **method)
+    g = torch.Generator().manual_seed(seed)
+    for model in models.values():
+        for delta in sd_lora.updates(model).values():
+            for parameter in delta.parameters():
+                noise = torch.randn(parameter.shape, generator=g)
+                parameter.data.add_(0.1 * noise)
+    return read_models({c: m for c, m in models.items() if sd_lora.updates(m)})
+
+
+def weights(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
+    """(component, name) → ΔW in float64."""
+    return {(c, n): delta.double().weight().detach() for c, n, delta in each(adapter)}
+
+
+def saved(
+    path: Path, kind: Format, adapter: Mapping[str, Mapping[str, Delta]], folder: Path
+) -> Path:
+    """Writes an adapter in one format for a pipeline folder."""
+    skeleton = Skeleton.of_folder(str(folder))
+    header = build(adapter, FAMILIES[skeleton.family.name], path.stem)
+    write_file(path, kind, adapter, naming_of(skeleton.family, skeleton.layout), header)
+    return path
