@@ -36,7 +36,7 @@ def tiny_sd2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SDXL-like pipeline folder: two text encoders, added conditions, two layers a block."""
+    """A random SDXL-like pipeline folder: two text encoders, added conditions, 2 layers a block."""
     path = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     build_pipeline("sdxl").save_pretrained(path)
     return path

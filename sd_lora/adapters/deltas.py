@@ -180,7 +180,11 @@ class Delta(nn.Module):
         m = self.magnitude
         if m is not None and m.dim() == 0:
             raise ValueError("a magnitude that is one number for the whole weight")
-        if m is None or natural:  # (1, in, …) tells nothing before the kernel is known
+        if m is None:
+            return
+        if natural:  # (1, in, …) tells little before the kernel is known
+            if not (m.shape[0] == m.numel() == rows or m.shape[0] == 1 <= m.numel() <= columns):
+                raise ValueError(f"a magnitude of {tuple(m.shape)} for ΔW of {rows}×{columns}")
             return
         if m.shape[0] == m.numel() == rows:
             m.data = m.data.reshape(rows, *ones)

@@ -225,6 +225,8 @@ class LoHa(Delta):
     def _rank(self) -> int:
         if any(getattr(self, name) is None for name in self.tensor_names[:4]):
             raise ValueError("loha needs hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b")
+        if (self.hada_t1 is None) != (self.hada_t2 is None):
+            raise ValueError("hada_t1 and hada_t2 come in pairs")
         return int(self.hada_w1_b.shape[0])
 
     def matrix(self) -> Tensor:
@@ -294,6 +296,8 @@ class LoKr(Delta):
             if (a is None) != (b is None) or (a is None) == (w is None):
                 raise ValueError(f"lokr needs lokr_w{half}, or lokr_w{half}_a and lokr_w{half}_b")
             rank = rank if b is None else int(b.shape[0])
+        if self.lokr_t2 is not None and self.lokr_w2_a is None:
+            raise ValueError("lokr_t2 comes with lokr_w2_a and lokr_w2_b")
         return rank
 
     def matrix(self) -> Tensor:

@@ -1,5 +1,6 @@
 """The adapters of a model as plain tensors: out, in again, and several combined into one."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -86,20 +87,62 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
     Raises:
         UsageError: see `deltas_from_state`.
     """
+    name = name or "the layer itself"
     rest = {k: t for k, t in tensors.items() if k not in ("alpha", "magnitude")}
     method = method_of(frozenset(rest))
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
-    for key, tensor in tensors.items():
-        if key != "alpha" and not tensor.is_floating_point():
-            raise UsageError(f"{name}.{key} holds {tensor.dtype} and not floating-point numbers")
-        if not tensor.is_meta and not torch.isfinite(tensor).all():
-            raise UsageError(f"{name}.{key} holds NaN or infinite values")
-    alpha = tensors.get("alpha")
+    parts = {k: _checked(f"{name}.{k}", t) for k, t in tensors.items() if k != "alpha"}
+    alpha = _alpha(name, tensors["alpha"]) if "alpha" in tensors else None
+    if any(tensor.dtype is torch.float64 for tensor in parts.values()):
+        parts = {key: tensor.double() for key, tensor in parts.items()}  # they are multiplied
+    magnitude = parts.pop("magnitude", None)
     try:
-        return method(None, rest, None if alpha is None else float(alpha), tensors.get("magnitude"))
-    except (ValueError, RuntimeError, IndexError) as error:
+        delta = method(None, parts, alpha, magnitude)
+    except ValueError as error:
         raise UsageError(f"{name}: {error}") from None
+    except (RuntimeError, IndexError):  # torch's, on products of other shapes
+        shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
+        raise UsageError(f"{name}: {shapes} do not fit together") from None
+    refuse_overflow(name, delta)
+    return delta
+
+
+@torch.no_grad()
+def refuse_overflow(name: str, delta: Delta) -> None:
+    """Raises UsageError naming an update whose finite factors may make an infinite ΔW."""
+    parts = [tensor for key, tensor in delta.tensors().items() if key != "magnitude"]
+    if any(tensor.is_meta for tensor in parts):
+        return
+    norms = (float(torch.linalg.vector_norm(tensor.float())) for tensor in parts)
+    # every method is a product of its tensors in one sense or another: ‖ΔW‖ is at most this
+    if not abs(delta.scale) * math.prod(norms) < torch.finfo(torch.float32).max:
+        raise UsageError(f"{name}: its numbers are so large that ΔW would be infinite")
+
+
+def _checked(key: str, tensor: Tensor) -> Tensor:
+    """Returns one of an update's tensors, 8-bit numbers as float32; raises UsageError naming it."""
+    if not tensor.is_floating_point():
+        raise UsageError(f"{key} holds {tensor.dtype} and not floating-point numbers")
+    if not tensor.numel():
+        raise UsageError(f"{key} is empty: its shape is {tuple(tensor.shape)}")
+    try:
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    except RuntimeError:  # float4, two numbers a byte
+        raise UsageError(f"{key} holds {tensor.dtype}, which cannot be read") from None
+    if not tensor.is_meta and not torch.isfinite(tensor).all():
+        raise UsageError(f"{key} holds NaN or infinite values")
+    return tensor
+
+
+def _alpha(name: str, tensor: Tensor) -> float:
+    if tensor.numel() != 1 or tensor.is_complex():
+        kind = f"{tensor.dtype} of the shape {tuple(tensor.shape)}"
+        raise UsageError(f"{name}.alpha is {kind} and not one number")
+    alpha = float(tensor)
+    if not math.isfinite(alpha):
+        raise UsageError(f"{name}.alpha is NaN or infinite")
+    return alpha
 
 
 def attach_updates(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
@@ -161,7 +204,7 @@ def combine(
             parts.setdefault(name, []).append((delta, weight))
     combined: dict[str, Tensor] = {}
     for name, summands in parts.items():
-        delta = _sum(name, summands)
+        delta = sum_of(name, summands)
         combined |= {f"{name}.{key}": t for key, t in delta.tensors().items()}
         if delta.rank is not None:
             combined[f"{name}.alpha"] = torch.tensor(delta.alpha, dtype=torch.float64)
@@ -169,7 +212,12 @@ def combine(
 
 
 @torch.no_grad()
-def _sum(name: str, summands: Sequence[tuple[Delta, float]]) -> Delta:
+def sum_of(name: str, summands: Sequence[tuple[Delta, float]]) -> Delta:
+    """Returns the update whose ΔW is Σ weightᵢ·ΔWᵢ, exactly: ranks are concatenated.
+
+    Raises:
+        UsageError: see `combine`.
+    """
     factors = [delta.low_rank() for delta, _ in summands]
     if any(delta.magnitude is not None for delta, _ in summands):
         raise UsageError(f"{name} is weight-decomposed (DoRA): its change has no exact sum")

@@ -114,7 +114,8 @@ class _Baker:
         tensor = self.base.files[name][key]
         slots = [s for s in self.base.slots(name, key) if self._updates(s)]
         if slots:
-            tensor = tensor.to(torch.promote_types(torch.float32, tensor.dtype), copy=True)
+            wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+            tensor = tensor.to(wide, copy=True)
         for slot in slots:
             W = slot.view(tensor)
             before = W.clone()

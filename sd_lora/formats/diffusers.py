@@ -15,10 +15,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError
-from sd_lora.formats.canonical import Adapter, each, is_plain, plain
+from sd_lora.formats.canonical import Adapter, Modules, each, file_rank, is_plain, plain
 from sd_lora.formats.names import Naming, canonical
 from sd_lora.models.original import Layout
 
@@ -50,7 +51,8 @@ _ENDS = {
     "alpha": r"\.alpha",
     "other": r"\.(?P<kind>(?:hada|lokr)_\w+)",
 }
-_KEY = re.compile(r"(?P<name>.+?)(?:" + "|".join(f"(?P<{k}>{e})" for k, e in _ENDS.items()) + ")$")
+_END = "|".join(f"(?P<{kind}>{end})" for kind, end in _ENDS.items())
+_KEY = re.compile(rf"(?P<name>.+?)(?:{_END})\Z")
 _OLD_UNET = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out)")
 _OLD_TEXT = re.compile(r"(.+\.self_attn)\.to_(q|k|v|out)")
 FLAT = "flat_magnitude"
@@ -102,22 +104,68 @@ def configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
             found.setdefault(component, {})[name] = value
         return found
     except (ValueError, AttributeError, RecursionError) as error:
-        raise UsageError(f"{HEADER_KEY} in the header is no table: {error}") from None
+        reason = str(error)[:160]
+        raise UsageError(f"{HEADER_KEY} in the header is no table: {reason}") from None
+
+
+_QKVO = tuple(f".self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
+_MLP = (".mlp.fc1", ".mlp.fc2")
 
 
 def can_write(adapter: Adapter) -> bool:
-    """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude."""
-    return "" not in adapter and is_plain(adapter, decomposed=True)
+    """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude.
+
+    Of a text encoder it must find the attention or the MLP, and magnitudes with the attention's.
+    """
+    if "" in adapter or not is_plain(adapter, decomposed=True):
+        return False
+    for component, modules in adapter.items():
+        if component != "unet" and not any(name.endswith(_QKVO) for name in modules):
+            decomposed = any(delta.magnitude is not None for delta in modules.values())
+            if decomposed or not any(name.endswith(_MLP) for name in modules):
+                return False
+    return True
+
+
+def padded_ranks(component: str, modules: Modules) -> dict[str, int]:
+    """Returns name → rank to fill up with zeros, where diffusers' loader needs it.
+
+    It reads the ranks of a text encoder's attention and MLP, and gives `text_projection` the most
+    common of them.
+    """
+    ranks = {name: file_rank(delta) or 0 for name, delta in modules.items()}
+    projections = {name for name in ranks if name.startswith("text_projection")}
+    others = {rank for name, rank in ranks.items() if name not in projections}
+    if component == "unet" or not others or all(others == {ranks[name]} for name in projections):
+        return {}
+    largest = max(ranks.values())
+    return dict.fromkeys(projections if others == {largest} else ranks, largest)
+
+
+def padded(A: Tensor, B: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Returns factors with zeros up to a rank, None for no more than they have."""
+    more = 0 if rank is None else rank - len(A)
+    if more <= 0:
+        return A, B
+    ones = (1,) * (B.dim() - 2)
+    zeros = A.new_zeros(more, *A.shape[1:]), B.new_zeros(len(B), more, *ones)
+    return torch.cat((A, zeros[0])), torch.cat((B, zeros[1]), 1)
 
 
 def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
     """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
+    fill = {component: padded_ranks(component, modules) for component, modules in adapter.items()}
+    # without attention diffusers knows a text encoder's keys by older names alone
+    old = {c for c, ms in adapter.items() if c != "unet" and not any(n.endswith(_QKVO) for n in ms)}
     for component, name, delta in each(adapter):
         factors = plain(delta)
         assert factors is not None, name
         A, B, alpha = factors
-        yield f"{component}.{name}.lora_A.weight", A
-        yield f"{component}.{name}.lora_B.weight", B * (alpha / len(A))
+        A, B = padded(A, B * (alpha / len(A)), fill[component].get(name))
+        ends = ("lora_linear_layer.down", "lora_linear_layer.up")
+        down, up = ends if component in old else ("lora_A", "lora_B")
+        yield f"{component}.{name}.{down}.weight", A
+        yield f"{component}.{name}.{up}.weight", B
         if delta.magnitude is not None:
             m = delta.magnitude.detach().flatten()
             if len(delta.shape) > 2:

@@ -60,6 +60,12 @@ KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
 LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
 
 
+_ONLY_KOHYA = (
+    "diffusers does not read kohya's names of so small a part of a text encoder: the kohya file is "
+    "for A1111 and ComfyUI alone"
+)
+
+
 def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
     """Returns every format that has an exact form for the adapter, and notes on who reads them.
 
@@ -67,7 +73,8 @@ def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
     its norm. Everything else: LyCORIS'.
     """
     if kohya.can_write(adapter):
-        return [DIFFUSERS, KOHYA], []
+        notes = [] if kohya.diffusers_reads(adapter) else [_ONLY_KOHYA]
+        return [DIFFUSERS, KOHYA] if diffusers.can_write(adapter) else [KOHYA], notes
     if diffusers.can_write(adapter):
         return [DIFFUSERS], [
             "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
@@ -232,7 +239,7 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
         if len(models) != 1:
             raise UsageError(f"{path} is a peft folder, for one model: {', '.join(models)} given")
         ((component, model),) = models.items()
-        tensors = dict(TensorFile(path / peft.WEIGHTS_NAME))
+        tensors = dict(TensorFile(peft.weights_of(path)))
         deltas = peft.read(tensors, peft.read_config(path), model)
         return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
     if "" in models:
@@ -276,7 +283,10 @@ def load_adapter(
     """
     models = {"": models} if isinstance(models, nn.Module) else models
     adapter = read_adapter(Path(path), models)
-    live = {component: _live(component, models, adapter) for component in adapter}
+    try:
+        live = {component: _live(component, models, adapter) for component in adapter}
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
     trainable = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     done = []
     try:
@@ -288,7 +298,8 @@ def load_adapter(
             eject(model)
         for parameter in trainable:
             parameter.requires_grad_(True)
-        raise UsageError(f"{component}: {error}" if component else str(error)) from None
+        where = f"{path}: {component}" if component else str(path)
+        raise UsageError(f"{where}: {error}") from None
     return {component: list(deltas) for component, deltas in live.items()}
 
 

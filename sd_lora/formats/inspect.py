@@ -240,8 +240,10 @@ def text(found: Inspection, width: int = 100) -> str:
     """Returns an inspection as lines of at most `width` characters."""
     family = f"{found.family} ({found.family_by})" if found.family else found.family_by
     lines = [
-        str(found.path),
-        f"  {found.format} keys, {_size(found.size)}, {found.dtype}; family {family}",
+        *_wrapped("", str(found.path), width),
+        *_wrapped(
+            "  ", f"{found.format} keys, {_size(found.size)}, {found.dtype}; family {family}", width
+        ),
         "",
         *_table(found.components, found.blocks, width),
     ]

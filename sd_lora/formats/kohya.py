@@ -13,12 +13,27 @@ import torch
 from torch import Tensor
 
 from sd_lora.formats.canonical import Adapter, each, file_rank, is_plain, plain
+from sd_lora.formats.diffusers import padded, padded_ranks
 from sd_lora.formats.names import Naming
 
 
 def can_write(adapter: Adapter) -> bool:
     """Whether every reader of this format has a form for every update: B·A alone (LoRA)."""
     return "" not in adapter and is_plain(adapter)
+
+
+def diffusers_reads(adapter: Adapter) -> bool:
+    """Whether diffusers' loader takes this form too: it knows a text encoder's projections of
+    queries, keys and values only beside that of the output, and its MLP only beside these."""
+    for component, modules in adapter.items():
+        if component == "unet":
+            continue
+        has = {x: any(n.endswith(f".self_attn.{x}_proj") for n in modules) for x in "qkv"}
+        out = any(name.endswith(".self_attn.out_proj") for name in modules)
+        mlp = any(name.endswith((".mlp.fc1", ".mlp.fc2")) for name in modules)
+        if (any(has.values()) and not out) or not (out or mlp):
+            return False
+    return True
 
 
 def common_alpha(adapter: Adapter) -> float:
@@ -30,11 +45,14 @@ def common_alpha(adapter: Adapter) -> float:
 def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
     """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
     common = common_alpha(adapter)
+    fill = {component: padded_ranks(component, modules) for component, modules in adapter.items()}
     for component, name, delta in each(adapter):
         factors = plain(delta)
         assert factors is not None, name
         A, B, alpha = factors
+        rank = fill[component].get(name, len(A))
+        A, B = padded(A, B * (alpha / common * (rank / len(A))), rank)
         key = naming.kohya(component, name)
         yield f"{key}.lora_down.weight", A
-        yield f"{key}.lora_up.weight", B * (alpha / common)
+        yield f"{key}.lora_up.weight", B
         yield f"{key}.alpha", torch.tensor(common)

@@ -105,7 +105,10 @@ def from_kohya(stem: str, layout: Layout) -> tuple[str, str] | None:
 def canonical(component: str, name: str, layout: Layout) -> tuple[str, str] | None:
     """Returns (component, canonical name) of a dotted name, which may be an original one."""
     if component == "unet":
-        found = unet_from_original(name, layout)
+        try:
+            found = unet_from_original(name, layout)
+        except ValueError:  # Python reads no number of more than 4300 digits
+            return None
         if found is None and name.startswith(("input_blocks", "middle_block", "output_blocks")):
             return None
         return component, found or name

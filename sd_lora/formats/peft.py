@@ -2,18 +2,19 @@
 
 import json
 import math
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.kinds import kind_of
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
-from sd_lora.adapters.methods import Full
-from sd_lora.adapters.state import locate, make_delta
+from sd_lora.adapters.state import locate, make_delta, refuse_overflow
 from sd_lora.errors import UsageError
 
 CONFIG_NAME = "adapter_config.json"
@@ -27,7 +28,7 @@ _ENDS = {
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-_KEY = re.compile(rf"(?P<name>.+?)\.(?P<end>{'|'.join(map(re.escape, _ENDS))}|(?:hada|lokr)_\w+)$")
+_KEY = re.compile(rf"(?P<name>.+?)\.(?P<end>{'|'.join(map(re.escape, _ENDS))}|(?:hada|lokr)_\w+)\Z")
 
 
 def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
@@ -42,19 +43,30 @@ def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], 
             kind = _ENDS.get(match["end"], match["end"])
             # a magnitude is one an output: (out,), or (1, out, 1, 1) for a convolution
             value = tensor.flatten() if kind == "magnitude" else tensor
-            grouped.setdefault(match["name"], {})[kind] = value
+            kinds = grouped.setdefault(match["name"], {})
+            if kind in kinds:
+                raise UsageError(f"{key} is in the file by two names")
+            kinds[kind] = value
     return grouped, rest
 
 
 def is_folder(path: Path) -> bool:
-    return (path / CONFIG_NAME).is_file()
+    return os.path.isfile(path / CONFIG_NAME)
+
+
+def weights_of(path: Path) -> Path:
+    """Returns the file of a folder's tensors, or raises UsageError."""
+    for name in (WEIGHTS_NAME, "adapter_model.bin"):
+        if (path / name).is_file():
+            return path / name
+    raise UsageError(f"{path} has {CONFIG_NAME} and no {WEIGHTS_NAME}")
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Returns a peft folder's configuration, or raises UsageError naming what cannot be read."""
     try:
         config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path / CONFIG_NAME} cannot be read: {error}") from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "LOHA", "LOKR"):
@@ -95,14 +107,7 @@ def read(
     Raises:
         UsageError: a key that the model has no place for, or tensors that do not fit together.
     """
-    # what peft saves of the base beside the updates: an embedding's own weight, biases of originals
-    of_base = {k for k in tensors if k.endswith(".base_layer.weight") or ".original_module." in k}
-    stripped = {
-        re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save(?=\.)", "", key): tensor
-        for key, tensor in tensors.items()
-        if key not in of_base
-    }
-    grouped, rest = group(stripped)
+    grouped, rest = group(_stripped(tensors))
     deltas: dict[str, Delta] = {}
     modules = dict(model.named_modules())
     for name, parts in grouped.items():
@@ -110,20 +115,62 @@ def read(
         own = f"{name}.in_proj_weight" if packed else name
         holder = name.removesuffix(".out_proj")  # peft gives out_proj the attention's own scale
         inner = holder in modules and kind_of(modules[holder]) is AdaptedAttention
+        if own in deltas:
+            raise UsageError(f"{own} is in the file by two names")
         deltas[own] = rescale(make_delta(own, parts), config, [holder if inner else name])
     for key, value in rest.items():
         name = key.removesuffix(".weight")
+        if name in deltas:
+            raise UsageError(f"{key} is in the file both whole and as an update")
         module_name, path = locate(model, name)
         module = model.get_submodule(module_name)
+        if path not in dict(module.named_parameters()):
+            raise UsageError(f"the file has {key!r}, which the model has not")
         own_weight = (kind_of(module, "full") or AdaptedLayer).weight_of(module, path)
         shaped = value.T if own_weight.shape != value.shape and value.dim() == 2 else value
         if own_weight.shape != shaped.shape:
             raise UsageError(
                 f"{key} is {tuple(value.shape)} and the model's {tuple(own_weight.shape)}"
             )
-        diff = shaped.to(own_weight.dtype).float() - own_weight.float()
-        deltas[name] = Full(tuple(diff.shape), {"diff": diff})
+        if not value.is_floating_point():
+            raise UsageError(f"{key} holds {value.dtype} and not floating-point numbers")
+        diff = shaped.to(own_weight).float() - own_weight.float()
+        deltas[name] = make_delta(name, {"diff": diff})
     return deltas
+
+
+def _stripped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns a folder's tensors by the model's own names.
+
+    Without what peft saves of the base beside the updates: an embedding's own weight, and the
+    originals of modules that are there whole.
+    """
+    names = {
+        key: re.sub(r"^base_model\.model\.|\.base_layer(?=\.)|\.modules_to_save(?=\.)", "", key)
+        for key in tensors
+    }
+    present = {*names.values()}
+    updated = {name.rpartition(".lora_")[0] for name in present}
+    stripped: dict[str, Tensor] = {}
+    for key, name in names.items():
+        if key.endswith(".base_layer.weight") and name.removesuffix(".weight") in updated:
+            continue
+        if ".original_module." in name and name.replace(".original_module.", ".") in present:
+            continue
+        if name in stripped and not _same(stripped[name], tensors[key]):  # peft's own are
+            raise UsageError(f"{key} is in the file by two names")
+        stripped[name] = tensors[key]
+    return stripped
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    alike = a.dtype is b.dtype and a.shape == b.shape
+    return alike and torch.equal(a.flatten().view(torch.uint8), b.flatten().view(torch.uint8))
+
+
+_UNREADABLE = (
+    KeyError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, re.error,
+)  # fmt: skip
 
 
 def scale_of(config: Mapping[str, Any], names: Collection[str], rank: int | None = None) -> float:
@@ -140,7 +187,7 @@ def scale_of(config: Mapping[str, Any], names: Collection[str], rank: int | None
 
     def of(pattern: str, default: str) -> float:
         for key, value in (config.get(pattern) or {}).items():  # peft's rule: the end, at a dot
-            if any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+            if any(_fits(key, name) for name in names):
                 return float(value)
         return float(config[default])
 
@@ -149,11 +196,37 @@ def scale_of(config: Mapping[str, Any], names: Collection[str], rank: int | None
         alpha = of("alpha_pattern", "lora_alpha" if "lora_alpha" in config else "alpha")
         own = r if rank is None else rank
         scale = alpha / (math.sqrt(own) if config.get("use_rslora") else own)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, re.error) as error:
+    except UsageError:
+        raise
+    except _UNREADABLE as error:
         raise UsageError(f"r or alpha of {min(names)} cannot be read: {error!r}") from None
     if not (r > 0 and 0 <= scale < math.inf):
         raise UsageError(f"r = {r:g} and alpha = {alpha:g} of {min(names)} make no scale")
     return scale
+
+
+_MOST_WAYS = 23.0
+"""log₂ of the ways in which Python's matcher may try a pattern on a name: a second at the worst."""
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a pattern of a configuration is the end of a name, at a dot: peft's rule.
+
+    Raises:
+        UsageError: a pattern that could take Python's matcher for ever.
+        re.error: one that is none.
+    """
+    if not re.search(r"[^\w.]", pattern):  # a name, as nearly always; a dot is any letter
+        start = len(name) - len(pattern)
+        same = start >= 0 and all(p in (".", c) for p, c in zip(pattern, name[start:], strict=True))
+        return same and (not start or name[start - 1] == ".")
+    bones = "".join(re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern).split())
+    ways = math.log2(len(name) + 1) * len(re.findall(r"[*+{]", bones)) + bones.count("?")
+    ways += sum(math.log2(part.count("|") + 1) for part in re.split(r"[()]", bones))
+    # a repeated group tries exponentially many ways; the flag x hides one behind blanks
+    if ways > _MOST_WAYS or re.search(r"\)[*+{]|\(\?[^:=!<]", bones):
+        raise UsageError(f"the configuration's pattern {pattern!r} could take for ever to match")
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
 
 
 def rescale(delta: Delta, config: Mapping[str, Any], names: Collection[str]) -> Delta:
@@ -163,4 +236,5 @@ def rescale(delta: Delta, config: Mapping[str, Any], names: Collection[str]) -> 
         delta.alpha = scale * delta.rank
     else:  # a LoKr of two whole matrices: peft scales it, everybody else does not
         delta.shrink(scale)
+    refuse_overflow(min(names), delta)
     return delta

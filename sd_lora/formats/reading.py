@@ -4,11 +4,13 @@ Every key must be of one format: a file with one key too many is refused by that
 nothing is left out of what is read.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,9 +94,9 @@ def open_lora(
             are is seen when they are read: see `LoRAFile.check`.
     """
     path = find_file(path)
-    folder = path if path.is_dir() else None
+    folder = path if os.path.isdir(path) else None
     if folder is not None:
-        path = next(p for n in _PEFT_WEIGHTS if (p := folder / n).is_file())
+        path = peft.weights_of(folder)
     file = TensorFile(path)
     layout = layout or Layout()
     config = peft.read_config(folder) if folder else None
@@ -111,8 +113,9 @@ def open_lora(
         raise UsageError(f"{path} {_refusal(parsed, known)}")
     places = _places(path, parsed[title])
     header = {} if folder else file.header
-    configs = dict.fromkeys(places, config) if config else diffusers.configs(header)
-    scaled = configs if config or title == "diffusers" else {}
+    scaled = dict.fromkeys(places, config) if config else {}
+    if title == "diffusers" and not config:
+        scaled = _configs(path, header)
     adapter = {
         component: Lazy(modules, partial(_make, file, component, modules, scaled.get(component)))
         for component, modules in places.items()
@@ -127,28 +130,34 @@ def open_lora(
     return LoRAFile(path, "peft" if config else title, adapter, header, dtype, file, places)
 
 
-_PEFT_WEIGHTS = (peft.WEIGHTS_NAME, "adapter_model.bin")
-
-
 def find_file(path: Path) -> Path:
     """Returns the LoRA file that a path means: itself, a peft folder, or a folder's only one.
 
     Raises:
         UsageError: nothing there, or several, which are named.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):  # False, too, for a name that the system refuses
         return path
     if peft.is_folder(path):
-        if not any((path / name).is_file() for name in _PEFT_WEIGHTS):
-            raise UsageError(f"{path} has {peft.CONFIG_NAME} and no {peft.WEIGHTS_NAME}")
+        peft.weights_of(path)
         return path
     if (path / diffusers.FILE_NAME).is_file():
         return path / diffusers.FILE_NAME
-    found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    try:
+        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if len(found) == 1:
         return found[0]
     have = ", ".join(p.name for p in found[:4]) or "no .safetensors or .bin file"
     raise UsageError(f"{path} is a folder with {have}: give the LoRA file itself")
+
+
+def _configs(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    try:
+        return diffusers.configs(header)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _keys(places: Places) -> Iterator[tuple[str, str, str]]:

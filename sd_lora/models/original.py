@@ -121,7 +121,8 @@ def unet_from_original(name: str, layout: Layout) -> str | None:
         kind = "attentions" if slot else "resnets"
     if kind == "resnets":
         return f"{stem}.resnets.{index}.{resnet}" if resnet else None
-    return f"{stem}.attentions.{index}.{rest}" if rest and not resnet else None
+    other = resnet or rest in ("", "op", "conv")
+    return None if other else f"{stem}.attentions.{index}.{rest}"
 
 
 _OPEN_CLIP = {

@@ -645,7 +645,10 @@ def test_weights_of_a_folder_are_found(tiny_sd1: Path, tmp_path: Path) -> None:
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, keys in shards.items():
         save_file({k: whole[k] for k in keys}, copy / "unet" / file)
-    index = {"metadata": {"total_size": 0}, "weight_map": {k: file for file, keys in shards.items() for k in keys}}
+    index = {
+        "metadata": {"total_size": 0},
+        "weight_map": {k: file for file, keys in shards.items() for k in keys},
+    }
     os.remove(copy / "unet" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(sd_lora.UsageError, match=r"unet has no weights \(found a.safetensors"):
         Checkpoint(copy)

@@ -1,0 +1,143 @@
+"""The tools from the command line: what people type, what they read, and the exit codes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from sd_lora.cli import main
+from sd_lora.formats import files
+from tests.formats.trained import saved, trained
+
+
+@pytest.fixture
+def lora(tiny_sd1: Path, tmp_path: Path) -> Path:
+    return saved(tmp_path / "a.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
+
+
+def test_the_tools_in_a_row(
+    lora: Path, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """convert, merge, resize, bake, extract, verify and inspect, each on the output of another;
+    each says where the file is, that it was verified, and what was lost."""
+
+    def run(*words: object) -> str:
+        assert main([str(word) for word in words]) == 0
+        return capsys.readouterr().out
+
+    def out(name: str) -> list[object]:
+        return ["--model", tiny_sd1, "--out", tmp_path / name]
+
+    said = run("convert", lora, "--to", "diffusers", *out("b.safetensors"))
+    assert "b.safetensors: diffusers" in said
+    assert "verified: 144 modules load as they should" in said
+    assert "load_lora_weights(" in said
+    said = run("merge", lora, tmp_path / "b.safetensors", "--weights", 2, -1, *out("c.safetensors"))
+    assert "c.safetensors: kohya" in said
+    said = run("resize", tmp_path / "c.safetensors", "--rank", 2, *out("d.safetensors"))
+    assert "144 modules approximated, ranks 2 to 2: error ‖ΔW − BA‖ / ‖ΔW‖ = " in said
+    words = ["bake", tiny_sd1, lora, "--weights", "0.5", "--out", tmp_path / "baked"]
+    assert "144 parameters of Stable Diffusion 1.x changed" in run(*words)
+    words = ["extract", tiny_sd1, tmp_path / "baked", "--energy", "0.999"]
+    said = run(*words, "--out", tmp_path / "e.safetensors", "--model", tiny_sd1)
+    assert "parameters are unchanged and not in the file" in said
+    said = run("verify", tmp_path / "e.safetensors", "--model", tiny_sd1)
+    assert "diffusers loads all 144 modules as they are" in said
+    said = run("inspect", tmp_path / "e.safetensors", "--model", tiny_sd1)
+    assert "no problems found" in said
+    record = json.loads(run("inspect", lora, "--model", tiny_sd1, "--json"))
+    assert [part["modules"] for part in record["components"]] == [132, 12]
+
+
+def test_verify_finds_what_diffusers_does(
+    lora: Path, tiny_sd1: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An alpha of its own on one attention layer (T3) is exit code 1, with the module and what to
+    do; and a LyCORIS file is said to have no loader there."""
+    tensors = load_file(lora)
+    stem = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors[f"{stem}.alpha"] *= 2
+    save_file(tensors, lora)
+    assert main(["verify", str(lora), "--model", str(tiny_sd1)]) == 1
+    said = capsys.readouterr().err
+    assert "attn1.to_q is off by 50.0%" in said
+    assert "sd-lora convert" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["convert", "FILE", "--to", "kohya"], "required: --out"),
+        (["convert", "FILE", "--out", "x.safetensors"], "required: --to"),
+        (["convert", "none.safetensors", "--to", "kohya", "--out", "x.safetensors"], "not a file"),
+        (["inspect", "FILE", "--jsn"], "unknown argument '--jsn'. Did you mean --json?"),
+        (["inspect", "FILE", "--family", "sdxl", "--model", "MODEL"], "and --family says sdxl"),
+        (["inspect", "FILE", "--model", "nowhere"], "no folder here"),
+        (["merge", "FILE", "--weights", "1", "2", "--out", "x.safetensors"], "2 weights"),
+        (["resize", "FILE", "--out", "x.safetensors"], "give a rank, an energy or a ratio"),
+        (["resize", "FILE", "--rank", "x", "--out", "x.safetensors"], "invalid int value"),
+        (
+            [
+                "extract",
+                "MODEL",
+                "MODEL",
+                "--components",
+                "vae",
+                "--rank",
+                "4",
+                "--out",
+                "x.safetensors",
+            ],
+            "has no 'vae'",
+        ),
+        (["bake", "FILE", "FILE", "--out", "x.safetensors"], "no checkpoint of Stable Diffusion"),
+        (["verify", "MODEL"], "is a folder with"),
+        (["bak"], "Did you mean bake?"),
+    ],
+)
+def test_mistakes_are_explained(
+    words: list[str],
+    message: str,
+    lora: Path,
+    tiny_sd1: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each is exit code 2 and one line that says what to do; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    places = {"FILE": str(lora), "MODEL": str(tiny_sd1)}
+    assert main([places.get(word, word) for word in words]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "verify", "convert", "merge", "resize", "extract", "bake"]
+)
+def test_every_tool_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """--help explains a tool, and the front door lists it."""
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    assert f"usage: sd-lora {command}" in capsys.readouterr().out
+    assert main(["--help"]) == 0
+    assert f"\n  {command}  " in capsys.readouterr().out
+
+
+def test_a_file_of_the_published_size_needs_no_model(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --model a file is held against its family's published model; a tiny one is refused
+    with what to give."""
+    lora = saved(tmp_path / "a.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
+    words = ["convert", str(lora), "--to", "diffusers", "--out", str(tmp_path / "b.safetensors")]
+    assert main(words) == 2
+    assert "for a LoRA of another model give its folder as --model" in capsys.readouterr().err
+    assert main([*words, "--no_verify"]) == 0
+    assert "not verified" in capsys.readouterr().out
+    shutil.rmtree(tmp_path)
