@@ -119,6 +119,7 @@ def run(command: str, argv: Sequence[str]) -> None:
         UsageError, RunError: for people.
     """
     args = _parser(command).parse(argv)
+    args.command = command
     _RUN[command](args)
 
 
@@ -129,14 +130,15 @@ def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 
 
 def _skeleton(args: argparse.Namespace) -> Any:
-    """Returns the skeleton of --model, None without one."""
+    """Returns the skeleton of --model; without one, of the --family that a file is held against."""
     from sd_lora.formats.checkpoints import Checkpoint
     from sd_lora.models.families import family_named
     from sd_lora.models.skeleton import Skeleton
 
     family = family_named(args.family) if getattr(args, "family", None) else None
     if args.model is None:
-        return None
+        tool = args.command
+        return Skeleton.of_family(family) if family and tool in ("inspect", "verify") else None
     path = Path(args.model).expanduser()
     skeleton = Checkpoint(path).skeleton if path.is_file() else Skeleton.of_folder(args.model)
     if family not in (None, skeleton.family):

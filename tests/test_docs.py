@@ -1,12 +1,14 @@
 """The documents name what there is, and their code runs."""
 
 import re
+import shlex
 from pathlib import Path
 
 import torch
 from torch import nn
 
 import sd_lora
+from sd_lora import cli, commands
 from sd_lora.adapters.deltas import METHODS
 from sd_lora.training import config
 
@@ -20,6 +22,23 @@ def test_every_adapter_flag_is_documented(root: Path) -> None:
     names += ["loraplus_lr_ratio", "lr_pattern", "scale_weight_norms", "text_encoder_lr"]
     assert len(names) > 20
     assert [name for name in names if f"--{name}" not in text] == []
+
+
+def test_every_tool_command_is_one(root: Path) -> None:
+    """Each `sd-lora` line of a tool, as printed, is understood by it, and each flag of the tools is
+    printed."""
+    text = "".join((root / name).read_text() for name in ("README.md", "docs/files.md"))
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if "sd-lora" in line]
+    shown = [shlex.split(line, comments=True)[1:] for line in lines]
+    tools = [words for words in shown if words[0] in cli._TOOLS]
+    assert {words[0] for words in tools} == {*cli._TOOLS}
+    for words in tools:
+        commands._parser(words[0]).parse(words[1:])
+    for tool in cli._TOOLS:
+        for action in commands._parser(tool)._actions:
+            flags = [flag for flag in action.option_strings if flag.startswith("--")]
+            assert all(flag == "--help" or f"{flag}" in text for flag in flags), (tool, flags)
 
 
 def test_every_method_is_documented(root: Path) -> None:

@@ -148,6 +148,7 @@ def write_adapter(
     extra: Mapping[str, object] | None = None,
     facts: Mapping[str, str] | None = None,
     layout: Layout | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
     """Writes an adapter in each of its formats; returns the paths.
 
@@ -158,6 +159,7 @@ def write_adapter(
         name: of the kohya or LyCORIS file.
         prediction_type, extra, facts: see `metadata.build`.
         layout: of a UNet that is not the published one.
+        dtype: of the files.
 
     Raises:
         UsageError: an unknown family.
@@ -174,7 +176,7 @@ def write_adapter(
     for kind in formats_of(adapter)[0]:
         path = folder / kind.file_name(name)
         try:
-            write_file(path, kind, adapter, naming_of(row, layout), header)
+            write_file(path, kind, adapter, naming_of(row, layout), header, dtype)
         except RunError:
             for earlier in written:
                 earlier.unlink(missing_ok=True)

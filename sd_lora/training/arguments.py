@@ -43,8 +43,8 @@ _BEYOND_BOTH = frozenset(
     "adam_weight_decay_text_encoder alpha_pattern conv_alpha conv_rank init_lora_weights "
     "lokr_decompose_both lokr_factor lokr_full_matrix lora_alpha loraplus_lr_ratio lr_pattern "
     "method mode module_dropout modules_to_save neuron_dropout rank_dropout rank_pattern repeats "
-    "scale_weight_norms targets text_encoder_lr train_bias use_dora use_rslora use_tucker "
-    "validation_guidance_scale validation_steps".split()
+    "save_precision scale_weight_norms targets text_encoder_lr train_bias use_dora use_rslora "
+    "use_tucker validation_guidance_scale validation_steps".split()
 )
 _BEYOND: dict[str | None, frozenset[str]] = {
     None: _BEYOND_BOTH,

@@ -150,6 +150,7 @@ class TrainConfig:
     max_grad_norm: float = option("training", "gradients are scaled down to this norm", 1.0)
     checkpointing_steps: int = option("training", "optimiser steps between checkpoints", 500)
     checkpoints_total_limit: int | None = option("training", "keep this many checkpoints, the newest ones")
+    save_precision: str = option("training", "precision of the LoRA files; checkpoints keep float32", "fp32", choices=("fp32", "fp16", "bf16"))
     resume_from_checkpoint: str | None = option("training", "a checkpoint folder, its name inside output_dir, or latest")
 
     prediction_type: str | None = option("objective", "what the model predicts; the base's scheduler says when not given", choices=("epsilon", "v_prediction"))
@@ -338,8 +339,8 @@ CHANGEABLE = frozenset(
         "dataloader_num_workers dataset_name gradient_accumulation_steps gradient_checkpointing "
         "instance_data_dir learning_rate local_rank logging_dir max_train_steps num_train_epochs "
         "num_validation_images output_dir pretrained_model_name_or_path prior_generation_precision "
-        "report_to resume_from_checkpoint sample_batch_size seed text_encoder_lr train_batch_size "
-        "train_data_dir validation_epochs validation_guidance_scale validation_prompt "
+        "report_to resume_from_checkpoint sample_batch_size save_precision seed text_encoder_lr "
+        "train_batch_size train_data_dir validation_epochs validation_guidance_scale validation_prompt "
         "validation_steps"
     ).split()
 )

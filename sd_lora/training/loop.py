@@ -23,13 +23,13 @@ from sd_lora.data.stream import Slot
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
-from sd_lora.formats.canonical import read_models
-from sd_lora.formats.files import formats_of, write_adapter
+from sd_lora.formats.files import formats_of
 from sd_lora.formats.tensors import write_whole
-from sd_lora.formats.verify import Verified, verify
+from sd_lora.formats.verify import Verified
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import DROPOUTS, TrainConfig
+from sd_lora.training.export import export
 from sd_lora.training.sampling import grid, sample, write_picture
 from sd_lora.training.setup import Run, prepare, weight_dtype
 
@@ -285,25 +285,6 @@ def _rate(optimizer: torch.optim.Optimizer) -> float:
     """Returns the learning rate that is logged: of modules without a factor of their own."""
     group = optimizer.param_groups[0]
     return group["lr"] / group.get("multiple", 1.0)
-
-
-def export(run: Run) -> list[Verified]:
-    """Writes the LoRA files and verifies each by loading it into a fresh pipeline."""
-    name = run.output_dir.resolve().name
-    config = run.config
-    extra = {
-        "base_model": config.pretrained_model_name_or_path,
-        "config": config.as_dict() | {"seed": run.plan.seed},
-        "steps": run.plan.num_steps,
-        "num_samples": run.plan.num_samples,
-    }
-    adapter = read_models(run.models)
-    paths = write_adapter(
-        adapter, run.output_dir, run.parts.family.name, name, run.schedule.prediction_type, extra
-    )
-    kinds = formats_of(adapter)[0]
-    skeleton = run.parts.skeleton
-    return [verify(p, adapter, skeleton, kind) for p, kind in zip(paths, kinds, strict=True)]
 
 
 def train(config: TrainConfig) -> Result:

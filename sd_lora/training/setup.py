@@ -84,6 +84,7 @@ class Run:
 
     models: component → injected model. prepared: the same, as Accelerate wrapped them.
     embeddings: caption → (77, D), None when the text encoder is trained.
+    sources: "instance", "class" → where the pictures came from.
     saved: the checkpoint to go on from.
     """
 
@@ -96,6 +97,7 @@ class Run:
     latents: Latents
     embeddings: dict[str, Tensor] | None
     stream: Stream
+    sources: dict[str, Source]
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     summary: report.Summary
@@ -356,12 +358,13 @@ def prepare(config: TrainConfig) -> Run:
         latents=latents,
         embeddings=embeddings,
         stream=_stream(plan, accelerator, sources, latents),
+        sources=sources,
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
         summary=summary,
         saved=saved,
     )
-    summarise(run, sources)
+    summarise(run)
     return run
 
 

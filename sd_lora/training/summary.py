@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
-from sd_lora.data.sources import Source
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
 from sd_lora.formats.names import naming_of
@@ -19,9 +18,10 @@ if TYPE_CHECKING:
     from sd_lora.training.setup import Run
 
 
-def summarise(run: "Run", sources: dict[str, Source]) -> None:
+def summarise(run: "Run") -> None:
     """Fills the summary that the user sees before the first step."""
     config, rows, notes = run.config, run.summary.rows, run.summary.notes
+    sources = run.sources
     accumulation, processes = config.gradient_accumulation_steps, run.accelerator.num_processes
     rows["model"] = f"{config.pretrained_model_name_or_path} ({run.parts.family.label})"
     pictures = f"{len(sources['instance'].samples)}"
@@ -41,7 +41,7 @@ def summarise(run: "Run", sources: dict[str, Source]) -> None:
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     rows["method"] = method_of_run(config)
     rows["adapted"] = report.adapted(names, parameters)
-    rows["LoRA file"], lost = files_of(run.models, run.parts.family)
+    rows["LoRA file"], lost = files_of(run.models, run.parts.family, config.save_precision)
     notes += lost
     rows["objective"] = run.schedule.prediction_type + (
         f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
@@ -77,10 +77,13 @@ def method_of_run(config: TrainConfig) -> str:
     return ", ".join(words)
 
 
-def files_of(models: Mapping[str, nn.Module], family: Family) -> tuple[str, list[str]]:
+def files_of(
+    models: Mapping[str, nn.Module], family: Family, precision: str
+) -> tuple[str, list[str]]:
     """Returns the size and formats of the files to come, and notes on who will not read them."""
     adapter: Adapter = {component: updates(model) for component, model in models.items()}
     formats, notes = formats_of(adapter)
     tensors = formats[0].write(adapter, naming_of(family))
-    size = report.mib(sum(t.numel() * t.element_size() for _, t in tensors))
-    return f"{size} (float32), for {' and for '.join(f.title for f in formats)}", notes
+    width = 4 if precision == "fp32" else 2
+    size = report.mib(sum(t.numel() * width for _, t in tensors))
+    return f"{size} ({precision}), for {' and for '.join(f.title for f in formats)}", notes

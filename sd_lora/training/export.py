@@ -1,0 +1,147 @@
+"""What a run leaves for others: the LoRA files, verified, and what they say of how they came."""
+
+import hashlib
+import json
+import platform
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from sd_lora.errors import UsageError
+from sd_lora.formats.canonical import read_models
+from sd_lora.formats.checkpoints import weight_files
+from sd_lora.formats.files import formats_of, write_adapter
+from sd_lora.formats.verify import Verified, verify
+from sd_lora.training.config import TrainConfig
+from sd_lora.training.setup import Run
+
+SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""Value of `save_precision` → dtype of the files."""
+
+_LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+MOST_TAGS = 1000
+"""So many of the most frequent tags go into a header: a set of 50,000 captions would fill it."""
+
+
+def export(run: Run) -> list[Verified]:
+    """Writes the LoRA files and verifies each by loading it into a fresh pipeline.
+
+    Raises:
+        RunError: values that are not finite or beyond the precision, a file that could not be
+            written or does not load as trained.
+    """
+    adapter = read_models(run.models)
+    paths = write_adapter(
+        adapter,
+        run.output_dir,
+        run.parts.family.name,
+        run.output_dir.resolve().name,
+        run.schedule.prediction_type,
+        record(run),
+        facts(run),
+        run.parts.skeleton.layout,
+        SAVED[run.config.save_precision],
+    )
+    kinds = formats_of(adapter)[0]
+    skeleton = run.parts.skeleton
+    return [verify(p, adapter, skeleton, kind) for p, kind in zip(paths, kinds, strict=True)]
+
+
+def record(run: Run) -> dict[str, object]:
+    """Returns our own part of the header: everything that another run would need."""
+    config = run.config
+    versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
+    return {
+        "base_model": config.pretrained_model_name_or_path,
+        "base_model_sha256": base_hash(config),
+        "family": run.parts.family.name,
+        "config": config.as_dict() | {"seed": run.plan.seed},
+        "steps": run.plan.num_steps,
+        "num_samples": run.plan.num_samples,
+        "pictures": {kind: len(source.samples) for kind, source in run.sources.items()},
+        "versions": versions | {"python": platform.python_version()},
+    }
+
+
+def base_hash(config: TrainConfig) -> str | None:
+    """Returns the SHA-256 of the base UNet's weights: of its file, or of its shards one after
+    another; None if it is not found as files."""
+    name, variant = str(config.pretrained_model_name_or_path), config.variant
+    folder = Path(name).expanduser() / "unet"
+    if not folder.is_dir():
+        options = {"cache_dir": config.cache_dir, "revision": config.revision}
+        cached = try_to_load_from_cache(name, "unet/config.json", **options)
+        if not isinstance(cached, str):
+            return None
+        folder = Path(cached).parent
+    try:
+        files, _ = weight_files(folder, variant)
+        digest = hashlib.sha256()
+        for path in files:
+            with open(path, "rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+    except (UsageError, OSError):
+        return None
+    return digest.hexdigest()
+
+
+def facts(run: Run) -> dict[str, str]:
+    """Returns kohya's keys about the training, as A1111 and model sites show them."""
+    config, plan = run.config, run.plan
+    size, instance = config.resolution, run.sources["instance"].samples
+    reg = run.sources.get("class")
+    values: dict[str, object] = {
+        "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
+        "ss_resolution": f"({size}, {size})",
+        "ss_num_train_images": len(instance) * config.repeats,
+        "ss_num_reg_images": len(reg.samples) if reg else 0,
+        "ss_num_epochs": max(1, round(plan.num_steps * plan.samples_per_step / plan.num_samples)),
+        "ss_steps": plan.num_steps,
+        "ss_max_train_steps": plan.num_steps,
+        "ss_batch_size_per_device": config.train_batch_size,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ss_total_batch_size": plan.samples_per_step,
+        "ss_learning_rate": config.learning_rate,
+        "ss_unet_lr": config.learning_rate,
+        "ss_text_encoder_lr": (
+            (config.text_encoder_lr or config.learning_rate) if config.train_text_encoder else None
+        ),
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_lr_warmup_steps": config.lr_warmup_steps,
+        "ss_optimizer": "AdamW8bit" if config.use_8bit_adam else "torch.optim.adamw.AdamW",
+        "ss_mixed_precision": run.accelerator.mixed_precision,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_gradient_checkpointing": config.gradient_checkpointing,
+        "ss_network_dropout": config.neuron_dropout or None,
+        "ss_min_snr_gamma": config.snr_gamma,
+        "ss_noise_offset": config.noise_offset or None,
+        "ss_prior_loss_weight": config.prior_loss_weight,
+        "ss_scale_weight_norms": config.scale_weight_norms,
+        "ss_random_crop": not config.center_crop,
+        "ss_flip_aug": config.random_flip,
+        "ss_seed": plan.seed,
+        "ss_clip_skip": None,
+        "modelspec.resolution": f"{size}x{size}",
+    }
+    named = {key: str(value) for key, value in values.items()}
+    named["ss_tag_frequency"] = json.dumps(_tags(run), ensure_ascii=False)
+    if config.instance_prompt:
+        named["modelspec.trigger_phrase"] = config.instance_prompt
+    return named
+
+
+def _tags(run: Run) -> dict[str, dict[str, int]]:
+    """Returns set → how often each part of a caption between commas occurs, as kohya counts."""
+    counted = {}
+    for kind, source in run.sources.items():
+        tags: Counter[str] = Counter()
+        for sample in source.samples:
+            for caption in sample.captions:
+                tags.update(tag for part in caption.split(",") if (tag := part.strip()))
+        counted[kind] = dict(tags.most_common(MOST_TAGS))
+    return counted
