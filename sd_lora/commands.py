@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -205,7 +206,8 @@ def _verify(args: argparse.Namespace) -> None:
         print(f"{args.file} can be read whole; diffusers has no loader for this kind of file")
         return
     if wrong:
-        shown = "\n  ".join(wrong[:20]) + (f"\n  … and {len(wrong) - 20} more" * (len(wrong) > 20))
+        lines = [textwrap.shorten(line, 200, placeholder=" …") for line in wrong[:20]]
+        shown = "\n  ".join(lines) + (f"\n  … and {len(wrong) - 20} more" * (len(wrong) > 20))
         raise RunError(
             f"diffusers does not load {args.file} as it is ({verified.modules} modules compared):"
             f"\n  {shown}\n`sd-lora convert {args.file} --to diffusers --out FILE` writes one that "

@@ -87,6 +87,11 @@ class Loss:
         return sum(losses, cls())
 
 
+def squared_norm(t: Tensor) -> float:
+    """‖t‖², the squared Frobenius norm, summed in float64."""
+    return float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2
+
+
 @torch.no_grad()
 def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
     """Returns the nearest plain LoRA to an update of the rule add, and what it leaves out.
@@ -117,7 +122,7 @@ def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
 def nearest_to(weight: Tensor, cut: Cut) -> tuple[Delta, Loss]:
     """Returns the nearest plain LoRA to a ΔW (out, in/groups, k…), and what it leaves out."""
     matrix = weight.flatten(1).double()
-    total = float((matrix**2).sum())
+    total = squared_norm(matrix)
     smallest = min(matrix.shape)
     limit = cut.limit(tuple(weight.shape))
     wanted = min(smallest, 64 if limit is None else limit)
@@ -138,11 +143,13 @@ def _triplets(matrix: Tensor, wanted: int) -> Triplets:
         U, sigma, Vh = torch.linalg.svd(matrix, full_matrices=False)
         return U, sigma, Vh
     generator = torch.Generator().manual_seed(0)  # a function of the matrix alone
-    start = torch.randn(columns, width, generator=generator, dtype=matrix.dtype)
-    Q = torch.linalg.qr(matrix @ start).Q
+    # the subspace is looked for in float32, at half the cost; what is kept of ΔW in it is float64
+    rough = (matrix / matrix.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).float()
+    Q = torch.linalg.qr(rough @ torch.randn(columns, width, generator=generator)).Q
     for _ in range(4):  # subspace iterations: σ⁹ decays where σ hardly does
-        Q = torch.linalg.qr(matrix.T @ Q).Q
-        Q = torch.linalg.qr(matrix @ Q).Q
+        Q = torch.linalg.qr(rough.T @ Q).Q
+        Q = torch.linalg.qr(rough @ Q).Q
+    Q = torch.linalg.qr(Q.double()).Q
     U, sigma, Vh = torch.linalg.svd(Q.T @ matrix, full_matrices=False)
     return (Q @ U)[:, :wanted], sigma[:wanted], Vh[:wanted]
 

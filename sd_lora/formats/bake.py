@@ -125,8 +125,8 @@ class _Baker:
                 W += weight * (delta.compose(before) - before)
             self.changed += 1
         cast = tensor.to(dtype)
-        if tensor.is_floating_point() and not torch.isfinite(cast).all():
-            if torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not _is_finite(cast):
+            if _is_finite(tensor):
                 raise RunError(
                     f"{key} reaches {tensor.abs().max():.3g}, more than {str(dtype)[6:]} holds: "
                     "take --dtype bfloat16 or float32"
@@ -137,6 +137,11 @@ class _Baker:
 
     def _updates(self, slot: Slot) -> list[tuple[LoRAFile, float]]:
         return [pair for pair in self.loras if slot.name in pair[0].adapter.get(slot.component, {})]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    eight_bits = tensor.dtype.itemsize == 1  # torch has no isfinite of these
+    return bool(torch.isfinite(tensor.float() if eight_bits else tensor).all())
 
 
 def _opened(path: Path, base: Checkpoint) -> LoRAFile:

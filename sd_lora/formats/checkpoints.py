@@ -78,11 +78,25 @@ class Checkpoint:
         return self.skeleton.family
 
     def slots(self, file: str, key: str) -> list[Slot]:
-        """Returns the parameters that a tensor holds; none for the VAE's and the like."""
+        """Returns the parameters that a tensor holds; none for the VAE's and the like.
+
+        Of a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
+        and both have buffers.
+        """
         if file in self._components:
             component = self._components[file]
-            return [Slot(component, canonical_name(component, key.removesuffix(".weight")))]
-        return _slots_of_single(key, self.family)
+            slots = [Slot(component, canonical_name(component, key.removesuffix(".weight")))]
+        else:
+            slots = _slots_of_single(key)
+        return [slot for slot in slots if (slot.component, slot.name) in self._known]
+
+    @cached_property
+    def _known(self) -> set[tuple[str, str]]:
+        return {
+            (component, canonical_name(component, name.removesuffix(".weight")))
+            for component, model in self.skeleton.models.items()
+            for name, _ in model.named_parameters()
+        }
 
     @cached_property
     def places(self) -> dict[tuple[str, str], tuple[str, str, Slot]]:
@@ -176,7 +190,7 @@ def _family_of(path: Path, tensors: TensorFile) -> Family:
     )
 
 
-def _slots_of_single(key: str, family: Family) -> list[Slot]:
+def _slots_of_single(key: str) -> list[Slot]:
     for prefix in _UNET:
         if key.startswith(prefix):
             module, _, kind = key[len(prefix) :].rpartition(".")
@@ -184,7 +198,7 @@ def _slots_of_single(key: str, family: Family) -> list[Slot]:
             name = found if kind == "weight" else f"{found}.{kind}"
             return [Slot("unet", name)] if found and name else []
     for prefix, component in _CLIP.items():
-        if key.startswith(prefix) and not key.endswith(".position_ids"):
+        if key.startswith(prefix):
             name = key[len(prefix) :].removesuffix(".weight")
             return [Slot(component, canonical_name(component, name))]
     for prefix, component in _OPEN_CLIP.items():

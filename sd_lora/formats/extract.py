@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError
-from sd_lora.formats.approximate import Cut, Loss, nearest_to
+from sd_lora.formats.approximate import Cut, Loss, nearest_to, squared_norm
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.output import Output, Progress, Spool, silently, write
 from sd_lora.formats.tools import Result
@@ -68,7 +68,7 @@ def extract(
     with Spool(output.path.parent) as spool, torch.no_grad():
         for component, name in progress(pairs, len(pairs), "extracting"):
             change, norm = _change(base, tuned, component, name)
-            squares = float((change.double() ** 2).sum())
+            squares = squared_norm(change)
             difference.lost.total += squares
             if squares <= (UNCHANGED * norm) ** 2:
                 difference.unchanged += 1
@@ -103,7 +103,7 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> t
     change = after - before
     if not torch.isfinite(change).all():
         raise UsageError(f"{component} {name} is not finite in {base.path} or {tuned.path}")
-    return change, float(torch.linalg.vector_norm(before.double()))
+    return change, squared_norm(before) ** 0.5
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...] | None) -> None:
@@ -116,7 +116,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...]
             component, name = min(only)
             raise UsageError(
                 f"{have.path} has {component} {name} and {lack.path} has not ({len(only)} such): "
-                "these are not two models of one architecture"
+                "these are not two models of one architecture; --components takes some parts alone"
             )
     if not mine:
         raise UsageError(

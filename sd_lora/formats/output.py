@@ -179,8 +179,12 @@ class Spool:
     once, and memory holds one. A context manager; the files go when it ends."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = tempfile.TemporaryDirectory(prefix=".sd-lora-", dir=folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._folder = tempfile.TemporaryDirectory(prefix=".sd-lora-", dir=folder)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"nothing can be written into {folder}: {reason}") from None
         self._paths: dict[str, dict[str, Path]] = {}
         self._count = 0
 

@@ -114,7 +114,8 @@ def _scaled_by_header(lora: LoRAFile) -> int:
 
 
 def _a1111_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
-    yield "reads none of these keys: convert it with --to kohya"
+    plain = not (_beyond_lora(lora) or _decomposed(lora))
+    yield "reads none of these keys" + ": convert it with --to kohya" * plain
 
 
 def _diffusers_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:

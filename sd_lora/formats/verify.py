@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 """Largest accepted ‖ΔW − loaded‖ / ‖ΔW‖ of a module by the file's dtype; float32
 gives 1e-7, and a factor that is rounded to float16 is off by up to 5e-4, to bfloat16 by 4e-3."""
 
-_LOADERS = ("diffusers", "transformers", "peft")
+_LOADERS = ("diffusers", "transformers", "peft", "accelerate", "huggingface_hub")
 
 
 @dataclass(frozen=True)

@@ -697,3 +697,50 @@ def test_tools_hold_one_module_in_memory(tmp_path: Path) -> None:
     assert alive == 30
     assert peak < 2**21
     assert load_file(tmp_path / "copy.safetensors").keys() == specs.keys()
+
+
+def test_an_sd2_checkpoint_has_more_than_sd2_uses(tmp_path: Path) -> None:
+    """OpenCLIP's tower in SD2's single file has a 24th layer, a projection and buffers: they are
+    copied, and are no part of what a LoRA adapts or what two models are compared by."""
+    prefix = "cond_stage_model.model."
+    key = prefix + "transformer.resblocks.{}.attn.in_proj_weight"
+    file = {
+        key.format(22): torch.zeros(3 * 1024, 1024),
+        key.format(23): torch.ones(3 * 1024, 1024),
+        f"{prefix}text_projection": torch.ones(1024, 1024),
+        f"{prefix}logit_scale": torch.ones(()),
+        "model.diffusion_model.input_blocks.1.1.proj_in.weight": torch.zeros(320, 320),
+        "model_ema.decay": torch.ones(()),
+    }
+    save_file(file, tmp_path / "base.safetensors")
+    base = Checkpoint(tmp_path / "base.safetensors")
+    assert base.family.name == "sd2"
+    layer = "text_model.encoder.layers.22.self_attn"
+    assert set(base.places) == {
+        ("text_encoder", f"{layer}.q_proj"),
+        ("text_encoder", f"{layer}.k_proj"),
+        ("text_encoder", f"{layer}.v_proj"),
+        ("unet", "down_blocks.0.attentions.0.proj_in"),
+    }
+    assert base.shape("text_encoder", f"{layer}.k_proj") == (1024, 1024)
+    lora = {
+        f"lora_te_{layer.replace('.', '_')}_k_proj.lora_down.weight": torch.ones(1, 1024),
+        f"lora_te_{layer.replace('.', '_')}_k_proj.lora_up.weight": torch.ones(1024, 1),
+    }
+    save_file(lora, tmp_path / "lora.safetensors")
+    bake.bake(base, [tmp_path / "lora.safetensors"], [1.0], tmp_path / "baked.safetensors")
+    baked = load_file(tmp_path / "baked.safetensors")
+    assert torch.equal(baked[key.format(23)], file[key.format(23)])
+    thirds = baked[key.format(22)].unflatten(0, (3, -1))
+    assert [float(third.mean()) for third in thirds] == [0, 1, 0]
+
+
+def test_a_folder_that_cannot_be_written(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A place where nothing can be written is an error before the work, and no traceback."""
+    source = saved(tmp_path / "a.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
+    (tmp_path / "file").write_text("in the way")
+    out = output(tmp_path / "file" / "b.safetensors", tiny_sd1)
+    with pytest.raises(sd_lora.RunError, match="nothing can be written into"):
+        tools.resize(source, out, Cut(rank=2))
+    with pytest.raises(sd_lora.RunError, match="could not be written"):
+        tools.convert(source, output(tmp_path / "file" / "c.safetensors", tiny_sd1, to="kohya"))

@@ -1,11 +1,14 @@
 """Adapters with random values, as after training, on the tiny pipelines of the real classes."""
 
+import copy
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import sd_lora
 from sd_lora.adapters.deltas import Delta
@@ -29,18 +32,25 @@ MIXED = {
 
 def models_of(folder: Path) -> dict[str, nn.Module]:
     """Component → model of a pipeline folder."""
-    options = {"safety_checker": None, "feature_extractor": None}
-    xl = Skeleton.of_folder(str(folder)).family.name == "sdxl"
-    pipeline = DiffusionPipeline.from_pretrained(
-        folder, **({} if xl else options | {"requires_safety_checker": False})
-    )
-    components = Skeleton.of_folder(str(folder)).family.components
-    return {component: getattr(pipeline, component) for component in components}
+    family = Skeleton.of_folder(str(folder)).family
+    models: dict[str, nn.Module] = {
+        "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
+        "text_encoder": CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
+    }
+    if "text_encoder_2" in family.components:
+        cls = CLIPTextModelWithProjection
+        models["text_encoder_2"] = cls.from_pretrained(folder, subfolder="text_encoder_2")
+    return models
 
 
 def trained(folder: Path, seed: int = 0, text: bool = True, **options: object) -> Adapter:
     """A random adapter on a pipeline folder's UNet and text encoders."""
-    models = models_of(folder)
+    return copy.deepcopy(_trained(folder, seed, text, tuple(options.items())))
+
+
+@lru_cache(maxsize=32)
+def _trained(folder: Path, seed: int, text: bool, items: tuple[tuple[str, object], ...]) -> Adapter:
+    options, models = dict(items), models_of(folder)
     sd_lora.inject(models["unet"], **(MIXED | options), seed=seed)
     method = {k: v for k, v in options.items() if k in ("method", "rule")}
     for component, model in models.items():
