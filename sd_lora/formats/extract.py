@@ -10,7 +10,7 @@ from torch import Tensor
 from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest_to, squared_norm
 from sd_lora.formats.checkpoints import Checkpoint
-from sd_lora.formats.output import Output, Progress, Spool, silently, write
+from sd_lora.formats.output import Origin, Output, Progress, Spool, silently, write
 from sd_lora.formats.tools import Result
 
 UNCHANGED = 1e-6
@@ -89,8 +89,8 @@ def extract(
             "extracted": {"base": base.path.name, "tuned": tuned.path.name},
             "approximation_error": Loss.sum(losses.values()).error,
         }
-        family, float32 = tuned.family, torch.float32
-        written = write(spool.adapter, output, family, float32, prediction_type, record)
+        origin = Origin(prediction_type=prediction_type, record=record)
+        written = write(spool.adapter, output, tuned.family, origin)
     return Result(written, losses, ranks, list(_notes(difference)))
 
 

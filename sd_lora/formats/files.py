@@ -177,7 +177,7 @@ def write_adapter(
         path = folder / kind.file_name(name)
         try:
             write_file(path, kind, adapter, naming_of(row, layout), header, dtype)
-        except RunError:
+        except (RunError, UsageError):
             for earlier in written:
                 earlier.unlink(missing_ok=True)
             raise

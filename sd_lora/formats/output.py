@@ -69,6 +69,19 @@ class Output:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where an output comes from: the dtype of its source, and what its header says of it.
+
+    record: our own part of the header. facts: the source's keys that stay true.
+    """
+
+    dtype: torch.dtype = torch.float32
+    prediction_type: str = "epsilon"
+    record: Mapping[str, object] = field(default_factory=dict)
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Written:
     """A file that a tool wrote."""
 
@@ -112,15 +125,7 @@ def _inexpressible(adapter: Adapter, to: str) -> str:
     )
 
 
-def write(
-    adapter: Adapter,
-    output: Output,
-    family: Family,
-    source_dtype: torch.dtype,
-    prediction_type: str = "epsilon",
-    extra: Mapping[str, object] | None = None,
-    facts: Mapping[str, str] | None = None,
-) -> Written:
+def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> Written:
     """Writes an adapter as asked for; the file takes its name when it is verified.
 
     Raises:
@@ -135,13 +140,15 @@ def write(
     naming = naming_of(family, skeleton.layout)
     notes: list[str] = []
     if output.dtype == "auto":
-        dtype = source_dtype if source_dtype in DTYPES.values() else torch.float32
+        dtype = origin.dtype if origin.dtype in DTYPES.values() else torch.float32
         if not _is_exact(kind.write(adapter, naming), dtype):
             notes.append(f"written in float32: {str(dtype)[6:]} would round the folded scales")
             dtype = torch.float32
     else:
         dtype = DTYPES[output.dtype]
-    header = metadata.build(adapter, family, output.path.stem, prediction_type, extra, facts)
+    header = metadata.build(
+        adapter, family, output.path.stem, origin.prediction_type, origin.record, origin.facts
+    )
     beside = output.path.with_name(f".{output.path.stem}.unverified.safetensors")
     try:
         write_file(beside, kind, adapter, naming, header, dtype)

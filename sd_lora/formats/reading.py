@@ -7,7 +7,7 @@ nothing is left out of what is read.
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -62,7 +62,6 @@ class LoRAFile:
     dtype: torch.dtype
     file: Mapping[str, Tensor]
     places: Places
-    notes: tuple[str, ...] = field(default=())
 
     def check(self) -> None:
         """Makes every update once; raises UsageError at the first that the file has not whole."""

@@ -1,7 +1,10 @@
 """What is done to LoRA files: convert, merge, resize; one update at a time."""
 
+import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,9 +16,19 @@ from sd_lora.adapters.methods import Full
 from sd_lora.adapters.state import sum_of
 from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
-from sd_lora.formats.canonical import Adapter, Lazy, each, file_rank, plain
+from sd_lora.formats.canonical import Adapter, Lazy, each, file_rank, is_plain, plain
 from sd_lora.formats.checkpoints import Checkpoint
-from sd_lora.formats.output import Output, Progress, Spool, Written, check_place, silently, write
+from sd_lora.formats.metadata import OWN_KEY
+from sd_lora.formats.output import (
+    Origin,
+    Output,
+    Progress,
+    Spool,
+    Written,
+    check_place,
+    silently,
+    write,
+)
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_of, prediction_type
 from sd_lora.formats.tensors import HASH_KEY
@@ -79,7 +92,13 @@ def convert(
         RunError: a file that could not be written or does not load as it should; none is left.
     """
     lora, row = opened(source, output, family)
-    adapter, notes = lora.adapter, list(lora.notes)
+    adapter: Adapter = lora.adapter
+    notes: list[str] = []
+    if cut is not None and output.to == "lycoris":
+        raise UsageError(
+            "--to lycoris keeps every update as it is: `sd-lora resize` cuts ranks, and --to kohya "
+            "or diffusers approximates what they have no form for"
+        )
     if drop_vectors:
         adapter, dropped = _without_vectors(adapter)
         notes.append(f"{dropped} biases and norms were left out, as asked")
@@ -90,19 +109,22 @@ def convert(
                     f"{component} {name} is a bias or a norm, which no plain LoRA can hold: "
                     "--drop_vectors leaves these out, `sd-lora bake` keeps them"
                 )
-    kind, record = prediction_type(lora.header), _record(lora)
-    facts = kept_facts(lora.header)
     if cut is None:
-        return Result(write(adapter, output, row, lora.dtype, kind, record, facts), notes=notes)
-    result = _cut(
-        adapter, cut, base, output, row, lora.dtype, kind, record, facts, progress, _is_not_plain
-    )
+        return Result(write(adapter, output, row, _origin(lora)), notes=notes)
+    only = _has_no_diffusers_form if output.to == "diffusers" else _is_not_plain
+    result = _cut(adapter, cut, base, output, row, _origin(lora), progress, only)
+    if not result.losses:
+        notes.append("nothing needed approximating (`sd-lora resize` cuts ranks)")
     result.notes += notes
     return result
 
 
 def _is_not_plain(delta: Delta) -> bool:
     return len(delta.shape) > 1 and (delta.magnitude is not None or plain(delta) is None)
+
+
+def _has_no_diffusers_form(delta: Delta) -> bool:
+    return len(delta.shape) > 1 and not is_plain({"unet": {"": delta}}, decomposed=True)
 
 
 def _without_vectors(adapter: Adapter) -> tuple[Adapter, int]:
@@ -127,11 +149,18 @@ def kept_facts(header: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in header.items() if not k.startswith(_OF_TENSORS)}
 
 
+def _origin(lora: LoRAFile) -> Origin:
+    kind, facts = prediction_type(lora.header), kept_facts(lora.header)
+    return Origin(lora.dtype, kind, _record(lora), facts)
+
+
 def _record(lora: LoRAFile) -> dict[str, object]:
     """Returns where an output came from, for our own part of its header."""
     record: dict[str, object] = {"source": lora.path.name}
     if HASH_KEY in lora.header:
         record["source_hash"] = lora.header[HASH_KEY]
+    with suppress(ValueError, RecursionError):  # a foreign header may hold anything
+        record["source_record"] = json.loads(lora.header.get(OWN_KEY, ""))
     return record
 
 
@@ -237,10 +266,10 @@ def merge(
     if blocks:
         record["blocks"] = [vars(block) for block in blocks]
     dtype = loras[0].dtype if len({lora.dtype for lora in loras}) == 1 else torch.float32
-    kind = prediction_type(loras[0].header)
+    origin = Origin(dtype, prediction_type(loras[0].header), record)
     if cut is None:
-        return Result(write(sums, output, rows[0], dtype, kind, record), notes=notes)
-    result = _cut(sums, cut, base, output, rows[0], dtype, kind, record, None, progress)
+        return Result(write(sums, output, rows[0], origin), notes=notes)
+    result = _cut(sums, cut, base, output, rows[0], origin, progress)
     result.notes += notes
     return result
 
@@ -355,18 +384,7 @@ def resize(
         UsageError, RunError: see `convert`.
     """
     lora, row = opened(source, output, family)
-    return _cut(
-        lora.adapter,
-        cut,
-        base,
-        output,
-        row,
-        lora.dtype,
-        prediction_type(lora.header),
-        _record(lora),
-        kept_facts(lora.header),
-        progress,
-    )
+    return _cut(lora.adapter, cut, base, output, row, _origin(lora), progress)
 
 
 def _cut(
@@ -375,10 +393,7 @@ def _cut(
     base: Checkpoint | None,
     output: Output,
     family: Family,
-    dtype: torch.dtype,
-    prediction: str,
-    record: dict[str, object],
-    facts: Mapping[str, str] | None,
+    origin: Origin,
     progress: Progress,
     only: Callable[[Delta], bool] = lambda delta: len(delta.shape) > 1,
 ) -> Result:
@@ -399,6 +414,8 @@ def _cut(
                 ranks[component, name] = (before, near.rank or 0)
             spool.add(component, name, near)
         if losses:
-            record["approximation_error"] = Loss.sum(losses.values()).error
-        written = write(spool.adapter, output, family, dtype, prediction, record, facts)
+            error = Loss.sum(losses.values()).error
+            record = {**origin.record, "approximation_error": error}
+            origin = dataclasses.replace(origin, record=record)
+        written = write(spool.adapter, output, family, origin)
     return Result(written, losses, ranks)

@@ -744,3 +744,23 @@ def test_a_folder_that_cannot_be_written(tiny_sd1: Path, tmp_path: Path) -> None
         tools.resize(source, out, Cut(rank=2))
     with pytest.raises(sd_lora.RunError, match="could not be written"):
         tools.convert(source, output(tmp_path / "file" / "c.safetensors", tiny_sd1, to="kohya"))
+
+
+def test_convert_approximates_only_what_it_must(tiny_sd1: Path, tmp_path: Path) -> None:
+    """With a rank, DoRA stays as it is for diffusers, which has a form for it, and plain LoRA for
+    everybody, with a note; for LyCORIS, which holds everything, a rank is an error."""
+    dora = trained(tiny_sd1, rule="decompose")
+    source = saved(tmp_path / "a.safetensors", files.DIFFUSERS, dora, tiny_sd1)
+    plain = saved(tmp_path / "b.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
+    for number, (path, to) in enumerate([(source, "diffusers"), (plain, "kohya")]):
+        out = output(tmp_path / f"{number}.safetensors", tiny_sd1, to=to)
+        result = tools.convert(path, out, cut=Cut(rank=1))
+        assert result.losses == {}
+        assert any("nothing needed approximating" in note for note in result.notes)
+        before, after = load_file(path), load_file(out.path)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[k], after[k]) for k in before)
+    with pytest.raises(sd_lora.UsageError, match="keeps every update as it is"):
+        tools.convert(
+            plain, output(tmp_path / "c.safetensors", tiny_sd1, to="lycoris"), cut=Cut(rank=1)
+        )
