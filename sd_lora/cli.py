@@ -1,5 +1,6 @@
 """The front door: `sd-lora <command>`. Imports are inside commands, so that help is quick."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -73,6 +74,8 @@ def guarded(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -1,9 +1,14 @@
 """The tools' command lines: `sd-lora inspect`, `verify`, `convert`, `merge`, …"""
 
 import argparse
+import io
+import math
+import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +29,26 @@ _ABOUT = {
 }
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"a weight is a finite number, not {text!r}")
+    return weight
+
+
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        # -1e-3 is a number and no flag; Python 3.11 knows -0.001 alone
+        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. See {self.prog} --help")
 
@@ -42,18 +66,18 @@ class _Parser(argparse.ArgumentParser):
 def _parser(command: str) -> _Parser:
     parser = _Parser(prog=f"sd-lora {command}", description=_ABOUT[command])
     if command in ("inspect", "verify", "convert", "resize"):
-        parser.add_argument("file", type=Path, help="a LoRA file, or a folder with one")
+        parser.add_argument("file", type=_path, help="a LoRA file, or a folder with one")
     if command in ("extract", "bake"):
-        parser.add_argument("base", type=Path, help="a diffusers folder or a single checkpoint")
+        parser.add_argument("base", type=_path, help="a diffusers folder or a single checkpoint")
     if command == "extract":
-        parser.add_argument("tuned", type=Path, help="the finetuned model, in either form")
+        parser.add_argument("tuned", type=_path, help="the finetuned model, in either form")
     if command in ("merge", "bake"):
-        parser.add_argument("files", type=Path, nargs="+", help="LoRA files")
+        parser.add_argument("files", type=_path, nargs="+", help="LoRA files")
         parser.add_argument(
-            "--weights", type=float, nargs="+", metavar="W", help="one a file (default: 1 each)"
+            "--weights", type=_weight, nargs="+", metavar="W", help="one a file (default: 1 each)"
         )
     if command not in ("inspect", "verify"):
-        parser.add_argument("--out", type=Path, required=True, help="what to write")
+        parser.add_argument("--out", type=_path, required=True, help="what to write")
         parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     _add_writing(parser, command)
     if command != "bake":
@@ -64,8 +88,8 @@ def _parser(command: str) -> _Parser:
         )
     if command in ("convert", "merge", "resize", "verify", "inspect"):
         parser.add_argument("--family", help="sd1, sd2 or sdxl, where the file does not say it")
-    if command in ("extract", "bake"):
-        parser.add_argument("--variant", help="of a folder's weights, such as fp16")
+    if command not in ("inspect", "verify"):
+        parser.add_argument("--variant", help="of a model folder's weights, such as fp16")
     if command == "inspect":
         parser.add_argument("--json", action="store_true", help="everything, for scripts")
     return parser
@@ -110,7 +134,11 @@ def _add_writing(parser: _Parser, command: str) -> None:
         )
     if command == "extract":
         parser.add_argument("--components", nargs="+", help="unet text_encoder … (default: all)")
-        parser.add_argument("--v_prediction", action="store_true", help="what the header says")
+        parser.add_argument(
+            "--v_prediction",
+            action="store_true",
+            help="what the header says (default: the scheduler's)",
+        )
 
 
 def run(command: str, argv: Sequence[str]) -> None:
@@ -121,7 +149,16 @@ def run(command: str, argv: Sequence[str]) -> None:
     """
     args = _parser(command).parse(argv)
     args.command = command
-    _RUN[command](args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every console has ‖ and ▇
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with suppress(ValueError):  # not in the main thread: nobody sends it a signal
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays behind
+        _RUN[command](args)
+    finally:
+        with suppress(ValueError):
+            signal.signal(signal.SIGTERM, before)
 
 
 def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
@@ -141,7 +178,8 @@ def _skeleton(args: argparse.Namespace) -> Any:
         tool = args.command
         return Skeleton.of_family(family) if family and tool in ("inspect", "verify") else None
     path = Path(args.model).expanduser()
-    skeleton = Checkpoint(path).skeleton if path.is_file() else Skeleton.of_folder(args.model)
+    name = str(path) if path.is_dir() else args.model
+    skeleton = Checkpoint(path).skeleton if path.is_file() else Skeleton.of_folder(name)
     if family not in (None, skeleton.family):
         raise UsageError(
             f"--model {args.model} is {skeleton.family.label}, and --family says {args.family}"
@@ -171,7 +209,7 @@ def _base(args: argparse.Namespace, cut: object) -> Any:
 
     if cut is None or args.model is None or not Path(args.model).expanduser().exists():
         return None
-    return Checkpoint(Path(args.model).expanduser())
+    return Checkpoint(Path(args.model).expanduser(), args.variant)
 
 
 def _weights(args: argparse.Namespace) -> list[float]:
@@ -230,12 +268,12 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
-    from sd_lora.formats import tools
+    from sd_lora.formats.merge import BlockWeight, merge
 
     cut = _cut(args)
-    blocks = [tools.BlockWeight.parse(text) for text in args.blocks]
+    blocks = [BlockWeight.parse(text) for text in args.blocks]
     output, base = _output(args), _base(args, cut)
-    _say(tools.merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar))
+    _say(merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar))
 
 
 def _resize(args: argparse.Namespace) -> None:
@@ -256,7 +294,7 @@ def _extract(args: argparse.Namespace) -> None:
         known = ", ".join(base.skeleton.configs)
         hint = did_you_mean(unknown[0], base.skeleton.configs)
         raise UsageError(f"{args.base} has no {unknown[0]!r}; components: {known}.{hint}")
-    prediction = "v_prediction" if args.v_prediction else "epsilon"
+    prediction = "v_prediction" if args.v_prediction else None
     _say(extract(base, tuned, output, cut, components, prediction, _bar))
 
 

@@ -1,7 +1,11 @@
 """The tools from the command line: what people type, what they read, and the exit codes."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,6 +80,8 @@ def test_verify_finds_what_diffusers_does(
         (["inspect", "FILE", "--family", "sdxl", "--model", "MODEL"], "and --family says sdxl"),
         (["inspect", "FILE", "--model", "nowhere"], "no folder here"),
         (["merge", "FILE", "--weights", "1", "2", "--out", "x.safetensors"], "2 weights"),
+        (["merge", "FILE", "--weights", "nan", "--out", "x.safetensors"], "finite number"),
+        (["bake", "MODEL", "FILE", "--weights", "-1e-1", "2", "--out", "x"], "2 weights"),
         (["resize", "FILE", "--out", "x.safetensors"], "give a rank, an energy or a ratio"),
         (["resize", "FILE", "--rank", "x", "--out", "x.safetensors"], "invalid int value"),
         (
@@ -114,6 +120,34 @@ def test_mistakes_are_explained(
     assert message in said
     assert "Traceback" not in said
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+def test_an_interrupted_tool_leaves_nothing(lora: Path, tiny_sd1: Path, tmp_path: Path) -> None:
+    """SIGTERM in the middle of the work ends it with 143 and no file beside the output."""
+    words = ["resize", str(lora), "--rank", "2", "--model", str(tiny_sd1)]
+    words += ["--out", str(tmp_path / "out" / "b.safetensors")]
+    code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *words])
+    while process.poll() is None and not list((tmp_path).glob("out/.sd-lora-*/*")):
+        time.sleep(0.001)
+    process.terminate()
+    assert process.wait(60) == 143
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_output_goes_anywhere(lora: Path, tiny_sd1: Path) -> None:
+    """Into a pipe that closes early, and into a console that has no ‖ or ▇: no traceback."""
+    code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
+    words = [sys.executable, "-c", code, "inspect", str(lora), "--model", str(tiny_sd1)]
+    narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(words, capture_output=True, text=True, env=narrow)
+    assert done.returncode == 0
+    assert "down_blocks.0" in done.stdout
+    pipe = subprocess.Popen([*words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert pipe.stdout is not None
+    pipe.stdout.close()
+    assert b"Traceback" not in pipe.stderr.read()  # type: ignore[union-attr]
+    assert pipe.wait(60) == 0
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from sd_lora.adapters.state import deltas_from_state
 from sd_lora.formats import diffusers, verify
 from sd_lora.formats.canonical import Adapter, canonical_name
+from sd_lora.formats.reading import open_lora
 
 pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
@@ -157,7 +158,7 @@ def test_two_processes_train_as_one(mode: str, more: list[str], root: Path, tmp_
         root, "torchrun", "--nproc_per_node", "2", script, *common,
         "--train_batch_size", "2", "--output_dir", str(two),
     )  # fmt: skip
-    a, b = (diffusers.read(load_file(f / diffusers.FILE_NAME)) for f in (one, two))
+    a, b = (open_lora(f / diffusers.FILE_NAME).adapter for f in (one, two))
     assert a.keys() == b.keys()
     for component, modules in a.items():
         assert modules.keys() == b[component].keys()

@@ -144,7 +144,8 @@ def _triplets(matrix: Tensor, wanted: int) -> Triplets:
         return U, sigma, Vh
     generator = torch.Generator().manual_seed(0)  # a function of the matrix alone
     # the subspace is looked for in float32, at half the cost; what is kept of ΔW in it is float64
-    rough = (matrix / matrix.abs().max().clamp(min=torch.finfo(torch.float32).tiny)).float()
+    rough = matrix.float()
+    rough /= rough.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     Q = torch.linalg.qr(rough @ torch.randn(columns, width, generator=generator)).Q
     for _ in range(4):  # subspace iterations: σ⁹ decays where σ hardly does
         Q = torch.linalg.qr(rough.T @ Q).Q

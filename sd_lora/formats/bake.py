@@ -14,6 +14,7 @@ from torch import Tensor
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats.canonical import each
 from sd_lora.formats.checkpoints import Checkpoint, Slot
+from sd_lora.formats.merge import check_weights
 from sd_lora.formats.output import DTYPES, Progress, silently
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_by_tensors
@@ -60,29 +61,34 @@ def bake(
     """
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
-    if len(weights) != len(sources):
-        raise UsageError(f"{len(sources)} LoRAs and {len(weights)} weights: give one weight a file")
+    check_weights(sources, weights)
     _check_output(base, out, overwrite)
     loras = list(zip((_opened(path, base) for path in sources), weights, strict=True))
     total = sum(len(tensors) for tensors in base.files.values())
     baker = _Baker(base, loras, dtype, iter(progress(range(total), total, "baking")))
     if not base.path.is_dir():
-        (name,) = base.files
+        ((name, tensors),) = base.files.items()
         baker.write(name, out)
-        return Baked(out, baker.changed, [])
-    beside = out.with_name(f".{out.name}.part")
+        ema = sum(key.startswith("model_ema.") for key in tensors)
+        notes = [f"{ema} averaged weights (model_ema.) are those of before"] if ema else []
+        return Baked(out, baker.changed, notes)
+    beside, aside = (out.with_name(f".{out.name}.{end}") for end in ("part", "before"))
     try:
         _remove(beside)
         notes = _copy_rest(base, beside)
         for name in base.files:
             baker.write(name, beside / _safetensors_name(name))
+        _remove(aside)
         if out.exists():
-            _remove(out)
+            os.replace(out, aside)
         os.replace(beside, out)
+        _remove(aside)
     except OSError as error:
         raise RunError(f"{out} could not be written: {error.strerror or error}") from None
     finally:
         with suppress(OSError):
+            if aside.exists() and not out.exists():
+                os.replace(aside, out)
             _remove(beside)
     return Baked(out, baker.changed, notes)
 
@@ -101,7 +107,8 @@ class _Baker:
         tensors = self.base.files[name]
         specs = {key: self._spec(tensors.spec(key)) for key in tensors}
         stream = ((key, self._tensor(name, key, specs[key][0])) for key in tensors)
-        write_tensors(path, specs, stream, {"format": "pt"} | tensors.header)
+        header = {k: v for k, v in tensors.header.items() if k != "modelspec.hash_sha256"}
+        write_tensors(path, specs, stream, {"format": "pt"} | header)
 
     def _spec(self, spec: Spec) -> Spec:
         dtype, shape = spec
@@ -172,6 +179,8 @@ def _check_output(base: Checkpoint, out: Path, overwrite: bool) -> None:
             raise UsageError(f"{out} and {base.path} lie in each other: take another place")
         if out.is_file():
             raise UsageError(f"{out} is a file, and a pipeline folder is written")
+        if out.exists() and not (out / "model_index.json").is_file():
+            raise UsageError(f"{out} is no pipeline folder, so it is not replaced by one")
     elif out.suffix != ".safetensors" or out.is_dir():
         raise UsageError(f"{out}: a checkpoint is written into a file that ends with .safetensors")
 
@@ -181,27 +190,44 @@ def _safetensors_name(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".safetensors":
         return path
-    stem = "model" if path.stem == "pytorch_model" else path.stem
+    stem = path.stem
+    if stem.startswith("pytorch_model"):
+        stem = stem.removeprefix("pytorch_")
     return path.with_name(f"{stem}.safetensors")
 
 
 def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
-    """Copies everything but the parts' weights; returns notes on weights that were left out."""
+    """Copies everything but the parts' weights; returns notes on what was left out."""
     left_out = []
-    for source in sorted(base.path.rglob("*")):
+    for source in _files_below(base.path):
         name = source.relative_to(base.path)
-        if source.is_dir() or str(name) in base.files:
+        if str(name) in base.files:
             continue
-        adapted = name.parts[0] in base.family.components
+        adapted = len(name.parts) == 1 or name.parts[0] in base.family.components
         if adapted and _WEIGHTS.search(source.name) and str(name) not in base.indexes:
             left_out.append(str(name))
             continue
         (out / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, out / name)
+        with open(source, "rb") as old, open(out / name, "wb") as new:
+            shutil.copyfileobj(old, new)
+            os.fsync(new.fileno())
     out.mkdir(parents=True, exist_ok=True)
     if not left_out:
         return []
     return [f"left out, for they hold the unchanged weights: {', '.join(left_out)}"]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yields the files in a folder, also behind links, without what downloads keep beside them."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = sorted(f for f in folders if f not in (".git", ".cache"))
+        if real in seen:  # a link in a loop
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(parent) / name for name in sorted(names))
 
 
 def _remove(path: Path) -> None:

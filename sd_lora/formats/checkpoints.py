@@ -5,6 +5,7 @@ input projections share one tensor, and its text projection lies transposed.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,7 +49,11 @@ class Checkpoint:
 
     files: path relative to the folder (or the file's name) → its tensors. Only the components that
     a LoRA may adapt are opened in a folder; a single checkpoint has all parts in one. indexes:
-    those of sharded parts.
+    those of sharded parts. They are opened when they are first asked for.
+
+    Args:
+        path: of the folder or file.
+        variant: of a folder's weights, such as "fp16"; a part without it is taken as it is.
 
     Raises:
         UsageError: neither a diffusers folder nor a checkpoint of Stable Diffusion, or a part that
@@ -56,22 +61,30 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
+        if not os.path.exists(path):
+            raise UsageError(f"{path} does not exist: there is no such folder or file")
         self.path = path
-        self.files: dict[str, TensorFile] = {}
+        self.variant = variant
         self.indexes: set[str] = set()
         self._components: dict[str, str] = {}
         if path.is_dir():
             self.skeleton = Skeleton.of_folder(str(path))
-            for component in self.family.components:
-                weights, index = weight_files(path / component, variant)
-                self.indexes |= {str(index.relative_to(path))} if index else set()
-                for file in weights:
-                    name = str(file.relative_to(path))
-                    self.files[name] = TensorFile(file)
-                    self._components[name] = component
         else:
-            self.files[path.name] = TensorFile(path)
             self.skeleton = Skeleton.of_family(_family_of(path, self.files[path.name]))
+
+    @cached_property
+    def files(self) -> dict[str, TensorFile]:
+        if not self.path.is_dir():
+            return {self.path.name: TensorFile(self.path)}
+        files = {}
+        for component in self.family.components:
+            weights, index = weight_files(self.path / component, self.variant)
+            self.indexes |= {str(index.relative_to(self.path))} if index else set()
+            for file in weights:
+                name = str(file.relative_to(self.path))
+                files[name] = TensorFile(file)
+                self._components[name] = component
+        return files
 
     @property
     def family(self) -> Family:
@@ -134,6 +147,8 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
     Raises:
         UsageError: none, naming what is there.
     """
+    if variant and not any(f".{variant}." in path.name for path in folder.glob("*")):
+        variant = None
     dot = f".{variant}" if variant else ""
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index{dot}.json"
@@ -176,11 +191,20 @@ _OUTSIDE = (
 
 
 def _family_of(path: Path, tensors: TensorFile) -> Family:
+    """Returns the family of a single file: by the width of the text that its UNet attends to, or,
+    of an unpublished width, by its text encoders."""
+    for key in tensors:
+        if key.startswith(_UNET) and key.endswith(".attn2.to_k.weight"):
+            width = tensors.spec(key)[1][-1]
+            for family in FAMILIES.values():
+                if family.cross_attention_dim == width:
+                    return family
+            break
     if any(key.startswith("conditioner.embedders.1.") for key in tensors):
         return FAMILIES["sdxl"]
     if any(key.startswith("cond_stage_model.model.") for key in tensors):
         return FAMILIES["sd2"]
-    if any(key.startswith(_UNET[0]) for key in tensors):
+    if any(key.startswith("cond_stage_model.transformer.") for key in tensors):
         return FAMILIES["sd1"]
     first = next(iter(tensors), None)
     kinds = f".safetensors, {', '.join(PICKLES)}"

@@ -1,5 +1,7 @@
 """The difference of two checkpoints as a LoRA: what a finetune learned, in a file of a few MiB."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from sd_lora.formats.approximate import Cut, Loss, nearest_to, squared_norm
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.output import Origin, Output, Progress, Spool, silently, write
 from sd_lora.formats.tools import Result
+from sd_lora.formats.verify import shapes_of
 
 UNCHANGED = 1e-6
 """A module whose ‖tuned − base‖ is below this share of ‖base‖ is unchanged: float32 rounding gives
@@ -38,7 +41,7 @@ def extract(
     output: Output,
     cut: Cut,
     components: tuple[str, ...] | None = None,
-    prediction_type: str = "epsilon",
+    prediction_type: str | None = None,
     progress: Progress = silently,
 ) -> Result:
     """Writes the LoRA nearest to tuned − base: linear layers and convolutions, every component.
@@ -48,7 +51,7 @@ def extract(
         output: where and how.
         cut: how many ranks to keep.
         components: which ("unet", "text_encoder", …); None: all.
-        prediction_type: for the header.
+        prediction_type: for the header; None takes that of a folder's scheduler.
         progress: shows the work.
 
     Raises:
@@ -61,6 +64,8 @@ def extract(
             "the difference of two models of one family"
         )
     _check_same(base, tuned, components)
+    output = dataclasses.replace(output, skeleton=output.skeleton or base.skeleton)
+    _check_skeleton(tuned, output)
     pairs = [p for p in tuned.places if components is None or p[0] in components]
     losses: dict[tuple[str, str], Loss] = {}
     ranks: dict[tuple[str, str], tuple[int | None, int]] = {}
@@ -72,7 +77,7 @@ def extract(
             difference.lost.total += squares
             if squares <= (UNCHANGED * norm) ** 2:
                 difference.unchanged += 1
-            elif change.dim() == 1 or ".embeddings." in name or name == "class_embedding":
+            elif change.dim() < 2 or ".embeddings." in name or name == "class_embedding":
                 difference.without_form.append(f"{component} {name}")
                 difference.lost.lost += squares
             else:
@@ -89,9 +94,22 @@ def extract(
             "extracted": {"base": base.path.name, "tuned": tuned.path.name},
             "approximation_error": Loss.sum(losses.values()).error,
         }
-        origin = Origin(prediction_type=prediction_type, record=record)
+        kind = prediction_type or _prediction_of(tuned)
+        origin = Origin(prediction_type=kind, computed=True, record=record)
         written = write(spool.adapter, output, tuned.family, origin)
     return Result(written, losses, ranks, list(_notes(difference)))
+
+
+def _prediction_of(model: Checkpoint) -> str | None:
+    """Returns what a folder's scheduler says that the model predicts."""
+    try:
+        text = (model.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
+        said = json.loads(text).get("prediction_type")
+    except (OSError, ValueError, AttributeError):
+        said = None
+    if said in ("epsilon", "v_prediction"):
+        return said
+    return None if model.family.name == "sd2" else "epsilon"
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:
@@ -104,6 +122,24 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> t
     if not torch.isfinite(change).all():
         raise UsageError(f"{component} {name} is not finite in {base.path} or {tuned.path}")
     return change, squared_norm(before) ** 0.5
+
+
+def _check_skeleton(tuned: Checkpoint, output: Output) -> None:
+    """Raises UsageError, before the work, if the LoRA's model is another one than was given."""
+    skeleton = output.skeleton
+    if skeleton is None or not output.check:
+        return
+    if skeleton.family is not tuned.family:
+        raise UsageError(f"{skeleton.source} is {skeleton.family.label}, not {tuned.family.label}")
+    for component in skeleton.models:
+        for name, shape in shapes_of(component, skeleton).items():
+            if (component, name) not in tuned.places:
+                continue
+            if math.prod(shape) != math.prod(tuned.shape(component, name)):
+                raise UsageError(
+                    f"{component} {name} is {tuned.shape(component, name)} in {tuned.path} and "
+                    f"{shape} in {skeleton.source}: give the folder of its model as --model"
+                )
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...] | None) -> None:

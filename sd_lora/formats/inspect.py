@@ -1,5 +1,6 @@
 """What is in a LoRA file: a table for people, a record for scripts, and the problems found."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -7,6 +8,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ from typing import Any
 import torch
 
 from sd_lora.adapters.deltas import Delta
+from sd_lora.errors import UsageError
 from sd_lora.formats import diffusers
-from sd_lora.formats.canonical import file_rank
+from sd_lora.formats.canonical import Adapter, Lazy, file_rank
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import Progress, silently
 from sd_lora.formats.readers import readers
@@ -104,12 +107,15 @@ def inspect(
     components: dict[str, Block] = {}
     blocks: dict[tuple[str, str], Block] = {}
     zero: list[str] = []
-    whole = not problems
-    if whole:
-        names = [(c, n) for c, modules in lora.adapter.items() for n in modules]
-        layers = {c: _layers(modules) for c, modules in lora.adapter.items()}
+    adapter = lora.adapter
+    if problems:
+        adapter, count = _whole_ones(lora)
+        problems.append(f"the table is of the {count} updates that can be read whole")
+    if adapter:
+        names = [(c, n) for c, modules in adapter.items() for n in modules]
+        layers = {c: _layers(modules) for c, modules in adapter.items()}
         for component, name in progress(names, len(names), "reading"):
-            delta = lora.adapter[component][name]
+            delta = adapter[component][name]
             with torch.no_grad():
                 norm = float(delta.norm())
             if norm == 0 and delta.magnitude is None:
@@ -119,10 +125,11 @@ def inspect(
             blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
     if zero:
         problems.append(f"{len(zero)} updates are zero ({zero[0]}, …): they were never trained")
-    family, how = _family(lora, skeleton, whole)
-    verdicts = readers(lora, family) if whole else {}
+    whole = dataclasses.replace(lora, adapter=adapter)
+    family, how = _family(whole, skeleton)
+    verdicts = readers(lora, family) if adapter is lora.adapter else {}
     problems += _of_header(lora, family)
-    problems += _of_place(lora, skeleton, family) if components else []
+    problems += _of_place(whole, skeleton, family) if components else []
     return Inspection(
         path=lora.path,
         size=lora.path.stat().st_size,
@@ -138,10 +145,22 @@ def inspect(
     )
 
 
-def _family(lora: LoRAFile, skeleton: Skeleton | None, whole: bool) -> tuple[Family | None, str]:
+def _whole_ones(lora: LoRAFile) -> tuple[Adapter, int]:
+    """Returns the updates of a file that can be made, and how many they are."""
+    kept: dict[str, dict[str, None]] = {}
+    for component, modules in lora.adapter.items():
+        for name in modules:
+            with suppress(UsageError):
+                modules[name]
+                kept.setdefault(component, {})[name] = None
+    adapter = {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
+    return adapter, sum(map(len, kept.values()))
+
+
+def _family(lora: LoRAFile, skeleton: Skeleton | None) -> tuple[Family | None, str]:
     if skeleton is not None:
         return skeleton.family, f"as {skeleton.source} is"
-    found = family_by_tensors(lora) if whole else None
+    found = family_by_tensors(lora) if lora.adapter else None
     if found:
         return found
     family = family_by_header(lora.header)
@@ -216,7 +235,7 @@ def _order(block: Block) -> tuple[str, int, int]:
 
 
 def _counts(values: list[Any]) -> dict[str, int]:
-    return {f"{value:g}": count for value, count in sorted(Counter(values).items())}
+    return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 _SHOWN = (
@@ -273,7 +292,9 @@ def _size(num_bytes: int) -> str:
 
 
 def _wrapped(head: str, value: str, width: int) -> list[str]:
-    words, lines, line = value.split(), [], head
+    # a header may hold anything, and a terminal obeys what it is sent
+    shown = "".join(c if c.isprintable() else " " for c in value)
+    words, lines, line = shown.split(), [], head
     for word in words:
         while len(word) > width - len(head):  # a caption or path without a space
             lines.append(line + word[: width - len(line)])

@@ -26,7 +26,7 @@ def build(
     adapter: Adapter,
     family: Family | None,
     name: str,
-    prediction_type: str = "epsilon",
+    prediction_type: str | None = "epsilon",
     extra: Mapping[str, object] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
@@ -36,7 +36,7 @@ def build(
         adapter: what is written.
         family: of Stable Diffusion; None for a model by itself, of which less can be said.
         name: of the output, shown by model sites.
-        prediction_type: "epsilon" or "v_prediction".
+        prediction_type: "epsilon" or "v_prediction"; None if nothing says it.
         extra: our own record, kept as JSON.
         facts: further keys (`ss_…`, `modelspec.…`) as they are, such as those of a converted file.
     """
@@ -45,13 +45,18 @@ def build(
     if family is not None:
         metadata |= {
             "modelspec.sai_model_spec": "1.0.0",
-            "modelspec.architecture": f"{family.architectures[prediction_type]}/lora",
             "modelspec.implementation": "diffusers",
             "modelspec.title": name,
-            "modelspec.prediction_type": "v" if prediction_type == "v_prediction" else "epsilon",
-            "ss_base_model_version": family.base_versions[prediction_type],
+            "ss_base_model_version": family.base_versions[prediction_type or "epsilon"],
             "ss_v2": str(family.name == "sd2"),
         }
+        if prediction_type is not None:
+            short = "v" if prediction_type == "v_prediction" else "epsilon"
+            architecture = f"{family.architectures[prediction_type]}/lora"
+            metadata |= {
+                "modelspec.architecture": architecture,
+                "modelspec.prediction_type": short,
+            }
     if extra:
         metadata[OWN_KEY] = json.dumps(extra, sort_keys=True)
     return metadata

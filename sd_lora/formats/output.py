@@ -30,7 +30,10 @@ Progress = Callable[[Iterable[T], int, str], Iterable[T]]
 """(items, how many, what is done to them) → the items, under a bar."""
 
 FORMATS = {"diffusers": DIFFUSERS, "kohya": KOHYA, "lycoris": LYCORIS}
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
+    "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
+}  # fmt: skip
 
 
 def silently(items: Iterable[T], total: int, label: str) -> Iterable[T]:
@@ -58,10 +61,10 @@ class Output:
     def __post_init__(self) -> None:
         if self.path.suffix != ".safetensors":
             raise UsageError(f"{self.path}: give the output a name that ends with .safetensors")
-        if self.path.exists() and not self.overwrite:
-            raise UsageError(f"{self.path} exists: take another name, or --overwrite")
-        if self.path.is_dir():
+        if os.path.isdir(self.path):  # os.path's: False for a name that the system refuses
             raise UsageError(f"{self.path} is a folder")
+        if os.path.exists(self.path) and not self.overwrite:
+            raise UsageError(f"{self.path} exists: take another name, or --overwrite")
         for value, known in ((self.to, FORMATS), (self.dtype, {"auto", *DTYPES})):
             if value is not None and value not in known:
                 hint = did_you_mean(value, known)
@@ -72,11 +75,14 @@ class Output:
 class Origin:
     """Where an output comes from: the dtype of its source, and what its header says of it.
 
-    record: our own part of the header. facts: the source's keys that stay true.
+    prediction_type: None if nothing says it. record: our own part of the header. facts: the
+    source's keys that stay true. computed: whether the factors are singular vectors, which are
+    approximations anyway, and not the source's own.
     """
 
     dtype: torch.dtype = torch.float32
-    prediction_type: str = "epsilon"
+    prediction_type: str | None = "epsilon"
+    computed: bool = False
     record: Mapping[str, object] = field(default_factory=dict)
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -115,6 +121,8 @@ def _inexpressible(adapter: Adapter, to: str) -> str:
         kind = "bias or norm" if len(delta.shape) == 1 else kind
         if kind not in ("lora", "lora_fa") and not (kind == "DoRA" and to == "diffusers"):
             kinds[kind] = kinds.get(kind, 0) + 1
+    if not kinds:
+        return f"{to}'s readers take no text encoder of which so little is adapted: --to kohya"
     what = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))
     base = " and --model MODEL" if "DoRA" in kinds else ""
     vectors = ", --drop_vectors leaves biases and norms out" if "bias or norm" in kinds else ""
@@ -141,8 +149,12 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     notes: list[str] = []
     if output.dtype == "auto":
         dtype = origin.dtype if origin.dtype in DTYPES.values() else torch.float32
-        if not _is_exact(kind.write(adapter, naming), dtype):
-            notes.append(f"written in float32: {str(dtype)[6:]} would round the folded scales")
+        short = str(dtype)[6:]
+        if not origin.computed and not _is_exact(kind.write(adapter, naming), dtype):
+            notes.append(
+                f"written in float32, for {short} would round factors that take up a scale or a "
+                f"weight; --dtype {short} takes half the room"
+            )
             dtype = torch.float32
     else:
         dtype = DTYPES[output.dtype]
@@ -153,7 +165,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     try:
         write_file(beside, kind, adapter, naming, header, dtype)
         verified = verify(beside, adapter, skeleton, kind) if output.check else None
-        os.replace(beside, output.path)
+        _rename(beside, output.path)
     except RunError as error:
         text = str(error).replace(str(beside), str(output.path))
         raise RunError(text.replace("; do not use it", "; it was not kept")) from None
@@ -162,6 +174,13 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
             beside.unlink(missing_ok=True)
     count = sum(len(modules) for modules in adapter.values())
     return Written(output.path, kind, dtype, count, verified, notes)
+
+
+def _rename(beside: Path, path: Path) -> None:
+    try:
+        os.replace(beside, path)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 def check_place(adapter: Adapter, output: Output, family: Family, what: str) -> None:
@@ -190,7 +209,8 @@ class Spool:
             folder.mkdir(parents=True, exist_ok=True)
             self._folder = tempfile.TemporaryDirectory(prefix=".sd-lora-", dir=folder)
         except OSError as error:
-            reason = error.strerror or error
+            a_file = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "it is a file" if a_file else error.strerror or error
             raise RunError(f"nothing can be written into {folder}: {reason}") from None
         self._paths: dict[str, dict[str, Path]] = {}
         self._count = 0

@@ -16,7 +16,7 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
         return FAMILIES["sdxl"], "it has a second text encoder"
     unet = lora.adapter.get("unet", {})
     for name in unet:
-        if re.search(r"\.attn2\.to_[kv]$", name):
+        if re.search(r"\.attn2\.to_[kv]$", name) and len(unet[name].shape) > 1:
             width = unet[name].shape[1]
             for family in FAMILIES.values():
                 if family.cross_attention_dim == width:
@@ -27,7 +27,7 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
             return FAMILIES["sdxl"], f"it has {name}"
     text = lora.adapter.get("text_encoder", {})
     for name in text:
-        if name.endswith("_proj"):
+        if name.endswith("_proj") and len(text[name].shape) > 1:
             width = text[name].shape[1]
             known = _TEXT_WIDTHS.get(width)
             if known:
@@ -52,11 +52,17 @@ def family_by_header(header: Mapping[str, str]) -> Family | None:
     return None
 
 
-def prediction_type(header: Mapping[str, str]) -> str:
-    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it."""
+def prediction_type(header: Mapping[str, str], family: Family) -> str | None:
+    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it.
+
+    Without a word of it SD1 and SDXL are taken to predict epsilon, as nearly all do; of SD2, which
+    was published in both kinds, nothing is known then: None.
+    """
     version = header.get("ss_base_model_version", "")
-    v = header.get("modelspec.prediction_type") == "v" or version in ("sd_v1_v", "sd_v2_v")
-    return "v_prediction" if v else "epsilon"
+    said = header.get("modelspec.prediction_type")
+    if said == "v" or version in ("sd_v1_v", "sd_v2_v"):
+        return "v_prediction"
+    return "epsilon" if said == "epsilon" or family.name != "sd2" else None
 
 
 def family_of(lora: LoRAFile, given: str | None = None) -> Family:

@@ -1,19 +1,15 @@
-"""What is done to LoRA files: convert, merge, resize; one update at a time."""
+"""What is done to a LoRA file: convert, resize; one update at a time."""
 
 import dataclasses
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.methods import Full
-from sd_lora.adapters.state import sum_of
 from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, each, file_rank, is_plain, plain
@@ -110,9 +106,9 @@ def convert(
                     "--drop_vectors leaves these out, `sd-lora bake` keeps them"
                 )
     if cut is None:
-        return Result(write(adapter, output, row, _origin(lora)), notes=notes)
+        return Result(write(adapter, output, row, origin_of(lora, row)), notes=notes)
     only = _has_no_diffusers_form if output.to == "diffusers" else _is_not_plain
-    result = _cut(adapter, cut, base, output, row, _origin(lora), progress, only)
+    result = cut_to(adapter, cut, base, output, row, origin_of(lora, row), progress, only)
     if not result.losses:
         notes.append("nothing needed approximating (`sd-lora resize` cuts ranks)")
     result.notes += notes
@@ -149,12 +145,13 @@ def kept_facts(header: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in header.items() if not k.startswith(_OF_TENSORS)}
 
 
-def _origin(lora: LoRAFile) -> Origin:
-    kind, facts = prediction_type(lora.header), kept_facts(lora.header)
-    return Origin(lora.dtype, kind, _record(lora), facts)
+def origin_of(lora: LoRAFile, family: Family) -> Origin:
+    """Returns what a file that is made from another one says of it."""
+    kind, facts = prediction_type(lora.header, family), kept_facts(lora.header)
+    return Origin(lora.dtype, kind, record=record_of(lora), facts=facts)
 
 
-def _record(lora: LoRAFile) -> dict[str, object]:
+def record_of(lora: LoRAFile) -> dict[str, object]:
     """Returns where an output came from, for our own part of its header."""
     record: dict[str, object] = {"source": lora.path.name}
     if HASH_KEY in lora.header:
@@ -162,181 +159,6 @@ def _record(lora: LoRAFile) -> dict[str, object]:
     with suppress(ValueError, RecursionError):  # a foreign header may hold anything
         record["source_record"] = json.loads(lora.header.get(OWN_KEY, ""))
     return record
-
-
-@dataclass(frozen=True)
-class BlockWeight:
-    """A factor for the modules of one file, or of all: `2:unet.up_blocks=0.5`.
-
-    pattern: a regular expression that matches the beginning of `component.module` at a dot, with or
-    without the component.
-    """
-
-    pattern: str
-    factor: float
-    file: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> "BlockWeight":
-        """Reads `[FILE:]PATTERN=NUMBER`, files counted from 1. Raises UsageError."""
-        match = re.fullmatch(r"(?:(\d+):)?(.+)=([^=]+)", text)
-        try:
-            assert match is not None
-            re.compile(match[2])
-            number = None if match[1] is None else int(match[1])
-            return cls(match[2], float(match[3]), number)
-        except (AssertionError, ValueError, re.error):
-            raise UsageError(
-                f"block weight {text!r} is not [FILE:]PATTERN=NUMBER, such as up_blocks=0.5 or "
-                "2:text_encoder=0"
-            ) from None
-
-    def covers(self, file: int, component: str, name: str) -> bool:
-        """Whether the factor is for a module of the file of this number."""
-        if self.file not in (None, file):
-            return False
-        regex = rf"(?:{self.pattern})(?:\..*)?"
-        return any(re.fullmatch(regex, n) for n in (f"{component}.{name}", name))
-
-
-def merge(
-    sources: Sequence[Path],
-    weights: Sequence[float],
-    output: Output,
-    family: str | None = None,
-    blocks: Sequence[BlockWeight] = (),
-    cut: Cut | None = None,
-    base: Checkpoint | None = None,
-    progress: Progress = silently,
-) -> Result:
-    """Writes one LoRA whose every ΔW is Σ weightᵢ·ΔWᵢ.
-
-    Without a cut it is exact: ranks are concatenated. With one, each sum is cut to fewer ranks and
-    its error stated; methods without an exact sum (LoHa, LoKr, DoRA) need one.
-
-    Args:
-        sources: LoRA files of one family.
-        weights: one a file.
-        output: where and how.
-        family: where the files do not say it.
-        blocks: factors on the weights of some modules; of those that cover one, the first counts.
-        cut: how many ranks to keep.
-        base: the base model, for weight-decomposed updates.
-        progress: shows the work.
-
-    Raises:
-        UsageError: files of different families or shapes, a sum that has no exact form, a block
-            weight that covers nothing.
-        RunError: a file that could not be written or does not load as it should; none is left.
-    """
-    if len(weights) != len(sources):
-        raise UsageError(f"{len(sources)} files and {len(weights)} weights: give one weight a file")
-    found = [opened(path, output, family) for path in sources]
-    loras, rows = [lora for lora, _ in found], [row for _, row in found]
-    for lora, row in found:
-        if row is not rows[0]:
-            raise UsageError(
-                f"{loras[0].path} is for {rows[0].label} and {lora.path} for {row.label}: LoRAs of "
-                "different families have no sum"
-            )
-    factors = _factors(loras, weights, blocks)
-    names: dict[str, dict[str, None]] = {}
-    for lora in loras:
-        for component, modules in lora.adapter.items():
-            names.setdefault(component, {}).update(dict.fromkeys(modules))
-    silent = {
-        (c, n)
-        for c, ns in names.items()
-        for n in ns
-        if not any(factors[i].get((c, n)) for i in range(len(loras)))
-    }
-    notes = [f"{len(silent)} modules have weight 0 and were left out"] if silent else []
-    sums: Adapter = {
-        c: Lazy(kept, partial(_sum, loras, factors, c, cut is not None, base))
-        for c, ns in names.items()
-        if (kept := [n for n in ns if (c, n) not in silent])
-    }
-    if not sums:
-        raise UsageError("every module has weight 0: nothing is left to write")
-    record: dict[str, object] = {
-        "merged": [
-            _record(lora) | {"weight": weight} for lora, weight in zip(loras, weights, strict=True)
-        ]
-    }
-    if blocks:
-        record["blocks"] = [vars(block) for block in blocks]
-    dtype = loras[0].dtype if len({lora.dtype for lora in loras}) == 1 else torch.float32
-    origin = Origin(dtype, prediction_type(loras[0].header), record)
-    if cut is None:
-        return Result(write(sums, output, rows[0], origin), notes=notes)
-    result = _cut(sums, cut, base, output, rows[0], origin, progress)
-    result.notes += notes
-    return result
-
-
-def _factors(
-    loras: Sequence[LoRAFile], weights: Sequence[float], blocks: Sequence[BlockWeight]
-) -> list[dict[tuple[str, str], float]]:
-    """Returns (component, name) → factor, one table a file. Raises UsageError: a pattern that
-    covers nothing, or a file number that is none."""
-    used: set[BlockWeight] = set()
-    tables = []
-    for number, (lora, weight) in enumerate(zip(loras, weights, strict=True), start=1):
-        table: dict[tuple[str, str], float] = {}
-        for component, modules in lora.adapter.items():
-            for name in modules:
-                block = next((b for b in blocks if b.covers(number, component, name)), None)
-                table[component, name] = weight * (1.0 if block is None else block.factor)
-                used |= {b for b in blocks if b.covers(number, component, name)}
-        tables.append(table)
-    for block in blocks:
-        if block not in used:
-            raise UsageError(
-                f"block weight {block.pattern!r} covers no module"
-                + (f" of file {block.file} of {len(loras)}" if block.file is not None else "")
-            )
-    return tables
-
-
-@torch.no_grad()
-def _sum(
-    loras: Sequence[LoRAFile],
-    factors: Sequence[Mapping[tuple[str, str], float]],
-    component: str,
-    dense: bool,
-    base: Checkpoint | None,
-    name: str,
-) -> Delta:
-    """Returns Σ factorᵢ·ΔWᵢ of one module: by its factors, or, if `dense`, else as a whole ΔW."""
-    summands: list[tuple[Delta, float]] = []
-    for lora, table in zip(loras, factors, strict=True):
-        factor = table.get((component, name), 0.0)
-        if factor:
-            delta = lora.adapter[component][name]
-            if summands and delta.shape != summands[0][0].shape:
-                _match(lora, component, name, delta, summands[0][0])
-            summands.append((delta, factor))
-    label = f"{component} {name}"
-    by_factors = all(plain(d) is not None and d.magnitude is None for d, _ in summands)
-    whole = all(isinstance(d, Full) and d.magnitude is None for d, _ in summands)
-    if by_factors or whole or not dense:
-        try:
-            return sum_of(label, summands)
-        except UsageError as error:
-            raise UsageError(
-                f"{error}. --rank N writes the nearest LoRA of rank N and states its error"
-            ) from None
-    total = sum(factor * whole_change(label, component, name, d, base) for d, factor in summands)
-    return Full(summands[0][0].shape, {"diff": total})  # type: ignore[dict-item]
-
-
-def _match(lora: LoRAFile, component: str, name: str, delta: Delta, first: Delta) -> None:
-    try:
-        delta.fit(first.shape)  # the factors of a 1×1 convolution come as matrices in some files
-    except ValueError:
-        raise UsageError(
-            f"{component} {name} is {delta.shape} in {lora.path} and {first.shape} in another file"
-        ) from None
 
 
 def whole_change(
@@ -384,10 +206,10 @@ def resize(
         UsageError, RunError: see `convert`.
     """
     lora, row = opened(source, output, family)
-    return _cut(lora.adapter, cut, base, output, row, _origin(lora), progress)
+    return cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
 
 
-def _cut(
+def cut_to(
     adapter: Adapter,
     cut: Cut,
     base: Checkpoint | None,
@@ -416,6 +238,6 @@ def _cut(
         if losses:
             error = Loss.sum(losses.values()).error
             record = {**origin.record, "approximation_error": error}
-            origin = dataclasses.replace(origin, record=record)
+            origin = dataclasses.replace(origin, record=record, computed=True)
         written = write(spool.adapter, output, family, origin)
     return Result(written, losses, ranks)

@@ -183,7 +183,7 @@ def misfits(adapter: Adapter, skeleton: Skeleton) -> Iterator[str]:
         if component not in skeleton.models:
             yield f"{skeleton.family.label} has no {component}"
             continue
-        shapes = _shapes(component, skeleton)
+        shapes = shapes_of(component, skeleton)
         for name in modules:
             try:
                 _fit(component, name, modules, shapes)
@@ -199,13 +199,13 @@ def fitted(adapter: Adapter, skeleton: Skeleton) -> Adapter:
     return {
         component: Lazy(
             modules,
-            partial(_fit, component, modules=modules, shapes=_shapes(component, skeleton)),
+            partial(_fit, component, modules=modules, shapes=shapes_of(component, skeleton)),
         )
         for component, modules in adapter.items()
     }
 
 
-def _shapes(component: str, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+def shapes_of(component: str, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
     """Returns canonical update name → shape of every parameter of a component."""
     return {
         canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
