@@ -59,7 +59,9 @@ class Cut:
         keep = len(sigma)
         if self.ratio is not None:
             keep = min(keep, int((sigma * self.ratio >= sigma[0]).sum()))
-        if self.energy is not None:
+        if self.energy == 1:  # all but rounding
+            keep = min(keep, int((sigma > len(sigma) * 2.0**-52 * sigma[0]).sum()))
+        elif self.energy is not None:
             held = torch.cumsum(sigma**2, 0)
             enough = self.energy * total * (1 - 1e-12)  # a sum of all of them is all of it
             keep = min(keep, int((held < enough).sum()) + 1)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -135,7 +134,7 @@ def _check_skeleton(tuned: Checkpoint, output: Output) -> None:
         for name, shape in shapes_of(component, skeleton).items():
             if (component, name) not in tuned.places:
                 continue
-            if math.prod(shape) != math.prod(tuned.shape(component, name)):
+            if _significant(shape) != _significant(tuned.shape(component, name)):
                 raise UsageError(
                     f"{component} {name} is {tuned.shape(component, name)} in {tuned.path} and "
                     f"{shape} in {skeleton.source}: give the folder of its model as --model"
@@ -160,11 +159,16 @@ def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...]
         )
     for place in sorted(mine):
         shapes = [model.shape(*place) for model in (base, tuned)]
-        if math.prod(shapes[0]) != math.prod(shapes[1]):
+        if _significant(shapes[0]) != _significant(shapes[1]):
             raise UsageError(
                 f"{' '.join(place)} is {shapes[0]} in {base.path} and {shapes[1]} in {tuned.path}: "
                 "these are not two models of one architecture"
             )
+
+
+def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns a shape without trailing ones: a 1×1 convolution is a linear layer."""
+    return _significant(shape[:-1]) if shape[2:] and shape[-1] == 1 else shape
 
 
 def _notes(difference: Difference) -> Iterator[str]:
