@@ -96,7 +96,7 @@ class Checkpoint:
         Of a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
         and both have buffers.
         """
-        if file in self._components:
+        if self.files and file in self._components:  # filled with the files
             component = self._components[file]
             slots = [Slot(component, canonical_name(component, key.removesuffix(".weight")))]
         else:

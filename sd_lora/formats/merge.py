@@ -124,13 +124,21 @@ def merge(
     if blocks:
         record["blocks"] = [vars(block) for block in blocks]
     dtype = loras[0].dtype if len({lora.dtype for lora in loras}) == 1 else torch.float32
-    kind = prediction_type(loras[0].header, rows[0])
-    origin = Origin(dtype, kind, record=record, facts=kept_facts(loras[0].header))
+    kinds = {prediction_type(lora.header, rows[0]) for lora in loras}
+    if len(kinds) > 1:
+        notes.append("the files are for models of different predictions, by their headers")
+    origin = Origin(dtype, kinds.pop() if len(kinds) == 1 else None, False, record, _shared(loras))
     if cut is None:
         return Result(write(sums, output, rows[0], origin), notes=notes)
     result = cut_to(sums, cut, base, output, rows[0], origin, progress)
     result.notes += notes
     return result
+
+
+def _shared(loras: Sequence[LoRAFile]) -> dict[str, str]:
+    """Returns what all headers say alike: how many pictures one was trained on is not the sum's."""
+    first, *others = (kept_facts(lora.header) for lora in loras)
+    return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def check_weights(sources: Sequence[Path], weights: Sequence[float]) -> None:

@@ -512,3 +512,22 @@ def test_resizing_and_merging_hold_a_few_modules(
     merge(two, [0.7, 0.3], to("c.safetensors"), cut=Cut(rank=2))
     assert alive.total > 1000
     assert alive.most <= 4
+
+
+def test_a_merge_says_what_all_of_its_files_say(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A fact that differs, or that one file lacks, is not the sum's; different predictions are
+    noted, and none is claimed."""
+    paths = []
+    headers = ({"ss_clip_skip": "2", "ss_steps": "10"}, {"ss_clip_skip": "2", "ss_steps": "20"})
+    for number, (header, kind) in enumerate(zip(headers, ("v", "epsilon"), strict=True)):
+        adapter = trained(tiny_sd1, number, text=False)
+        path = saved(tmp_path / f"{number}.safetensors", files.KOHYA, adapter, tiny_sd1)
+        save_file(load_file(path), path, header | {"modelspec.prediction_type": kind})
+        paths.append(path)
+    out = Output(tmp_path / "m.safetensors", skeleton=Skeleton.of_folder(str(tiny_sd1)))
+    result = merge(paths, [1, 1], out)
+    said = TensorFile(out.path).header
+    assert said["ss_clip_skip"] == "2"
+    assert "ss_steps" not in said
+    assert "modelspec.prediction_type" not in said
+    assert any("different predictions" in note for note in result.notes)
