@@ -17,17 +17,8 @@ from sd_lora.adapters.inject import adapted_layers
 from sd_lora.formats import files, tensors, verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import Parts, load_parts
+from tests.formats.trained import MIXED
 from tests.tiny import pipeline_of
-
-MIXED = {
-    "targets": "all",
-    "rank": 4,
-    "alpha": 3.0,
-    "conv_rank": 2,
-    "conv_alpha": 5.0,
-    "rank_pattern": {"mid_block.*to_q": 7},
-    "alpha_pattern": {"to_k": 0.5},
-}
 
 
 def trained_parts(path: Path, **options: object) -> Parts:
