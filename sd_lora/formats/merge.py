@@ -20,6 +20,7 @@ from sd_lora.formats.output import Origin, Output, Progress, silently, write
 from sd_lora.formats.reading import LoRAFile
 from sd_lora.formats.recognise import prediction_type
 from sd_lora.formats.tools import Result, cut_to, kept_facts, opened, record_of, whole_change
+from sd_lora.models.families import Family
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,7 @@ def merge(
     """
     check_weights(sources, weights)
     found = [opened(path, output, family) for path in sources]
-    loras, rows = [lora for lora, _ in found], [row for _, row in found]
-    for lora, row in found:
-        if row is not rows[0]:
-            raise UsageError(
-                f"{loras[0].path} is for {rows[0].label} and {lora.path} for {row.label}: LoRAs of "
-                "different families have no sum"
-            )
+    loras, row = [lora for lora, _ in found], _one_family(found)
     factors = _factors(loras, weights, blocks)
     names: dict[str, dict[str, None]] = {}
     for lora in loras:
@@ -124,15 +119,27 @@ def merge(
     if blocks:
         record["blocks"] = [vars(block) for block in blocks]
     dtype = loras[0].dtype if len({lora.dtype for lora in loras}) == 1 else torch.float32
-    kinds = {prediction_type(lora.header, rows[0]) for lora in loras}
+    kinds = {prediction_type(lora.header, row) for lora in loras}
     if len(kinds) > 1:
         notes.append("the files are for models of different predictions, by their headers")
     origin = Origin(dtype, kinds.pop() if len(kinds) == 1 else None, False, record, _shared(loras))
     if cut is None:
-        return Result(write(sums, output, rows[0], origin), notes=notes)
-    result = cut_to(sums, cut, base, output, rows[0], origin, progress)
+        return Result(write(sums, output, row, origin), notes=notes)
+    result = cut_to(sums, cut, base, output, row, origin, progress)
     result.notes += notes
     return result
+
+
+def _one_family(found: Sequence[tuple[LoRAFile, Family]]) -> Family:
+    """Returns the family of all files, or raises UsageError naming two that differ."""
+    first, family = found[0]
+    for lora, row in found:
+        if row is not family:
+            raise UsageError(
+                f"{first.path} is for {family.label} and {lora.path} for {row.label}: LoRAs of "
+                "different families have no sum"
+            )
+    return family
 
 
 def _shared(loras: Sequence[LoRAFile]) -> dict[str, str]:
