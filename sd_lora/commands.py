@@ -151,11 +151,20 @@ def run(command: str, argv: Sequence[str]) -> None:
     args.command = command
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every console has ‖ and ▇
-    before = signal.getsignal(signal.SIGTERM)
+    before, stopped = signal.getsignal(signal.SIGTERM), []
+
+    def stop(*_: object) -> NoReturn:
+        stopped.append(True)
+        sys.exit(143)  # so that nothing stays behind
+
     try:
         with suppress(ValueError):  # not in the main thread: nobody sends it a signal
-            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing stays behind
+            signal.signal(signal.SIGTERM, stop)
         _RUN[command](args)
+    except (UsageError, RunError):
+        if stopped:  # libraries turn what is raised within them into errors of their own
+            sys.exit(143)
+        raise
     finally:
         with suppress(ValueError):
             signal.signal(signal.SIGTERM, before)
