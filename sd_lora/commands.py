@@ -4,6 +4,7 @@ import argparse
 import io
 import math
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -226,16 +227,11 @@ def _weights(args: argparse.Namespace) -> list[float]:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    import shutil
-
     from sd_lora.formats import inspect
 
     found = inspect.inspect(args.file, _skeleton(args), _bar)
-    print(found.as_json() if args.json else inspect.text(found, _width(shutil)))
-
-
-def _width(shutil: Any) -> int:
-    return max(80, min(100, shutil.get_terminal_size((100, 24)).columns))
+    width = max(80, min(100, shutil.get_terminal_size((100, 24)).columns))
+    print(found.as_json() if args.json else inspect.text(found, width))
 
 
 def _verify(args: argparse.Namespace) -> None:
@@ -320,8 +316,10 @@ def _bake(args: argparse.Namespace) -> None:
 
 def _say(result: Any) -> None:
     """Prints what a tool wrote, what it lost, and what to do with the file."""
+    from sd_lora.formats.tensors import mib
+
     written = result.written
-    size = written.path.stat().st_size / 2**20
+    size = mib(written.path.stat().st_size)
     dtype = str(written.dtype)[6:]
     checked = "not verified"
     if written.verified is not None:
@@ -329,10 +327,10 @@ def _say(result: Any) -> None:
             f"verified: {written.verified.modules} modules load as they should (worst error "
             f"{written.verified.worst_error:.0e})"
         )
-    print(f"{written.path}: {written.format.title}, {size:.1f} MiB, {dtype}, {checked}")
+    print(f"{written.path}: {written.format.title}, {size}, {dtype}, {checked}")
     if result.losses:
         (component, name), worst = max(result.losses.items(), key=lambda item: item[1].error)
-        ranks = [after for _, after in result.ranks.values()]
+        ranks = list(result.ranks.values())
         print(
             f"  {len(ranks)} modules approximated, ranks {min(ranks)} to {max(ranks)}: error "
             f"‖ΔW − BA‖ / ‖ΔW‖ = {result.error:.3%}, at worst {worst.error:.3%} in {component} "

@@ -68,6 +68,22 @@ def test_verify_finds_what_diffusers_does(
     said = capsys.readouterr().err
     assert "attn1.to_q is off by 50.0%" in said
     assert "sd-lora convert" in said
+    loha = trained(tiny_sd1, method="loha")
+    path = saved(lora.with_name("loha.safetensors"), files.LYCORIS, loha, tiny_sd1)
+    assert main(["verify", str(path), "--model", str(tiny_sd1)]) == 0
+    assert "diffusers has no loader for this kind of file" in capsys.readouterr().out
+
+
+def test_a_broken_model_is_explained(
+    lora: Path, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A configuration of which no model can be made is exit code 2 and no traceback."""
+    shutil.copytree(tiny_sd1, tmp_path / "model")
+    path = tmp_path / "model" / "unet" / "config.json"
+    config = json.loads(path.read_text()) | {"norm_num_groups": 7}
+    path.write_text(json.dumps(config))
+    assert main(["inspect", str(lora), "--model", str(tmp_path / "model")]) == 2
+    assert "has a configuration that fails" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,11 @@ def each(adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
             yield component, name, delta
 
 
+def count(adapter: Adapter) -> int:
+    """Returns how many updates an adapter has."""
+    return sum(len(modules) for modules in adapter.values())
+
+
 def canonical_name(component: str, name: str) -> str:
     """Returns the canonical form of a live module's name."""
     if component.startswith("text_encoder") and not name.startswith(("text_model.", "text_proj")):

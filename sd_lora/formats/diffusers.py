@@ -12,7 +12,7 @@ of older diffusers; and dotted names of kohya's kinds of tensor.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -112,6 +112,11 @@ _QKVO = tuple(f".self_attn.{x}_proj" for x in ("q", "k", "v", "out"))
 _MLP = (".mlp.fc1", ".mlp.fc2")
 
 
+def has_attention(modules: Iterable[str]) -> bool:
+    """Whether any of a text encoder's modules is of its attention."""
+    return any(name.endswith(_QKVO) for name in modules)
+
+
 def can_write(adapter: Adapter) -> bool:
     """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude.
 
@@ -120,7 +125,7 @@ def can_write(adapter: Adapter) -> bool:
     if "" in adapter or not is_plain(adapter, decomposed=True):
         return False
     for component, modules in adapter.items():
-        if component != "unet" and not any(name.endswith(_QKVO) for name in modules):
+        if component != "unet" and not has_attention(modules):
             decomposed = any(delta.magnitude is not None for delta in modules.values())
             if decomposed or not any(name.endswith(_MLP) for name in modules):
                 return False
@@ -156,7 +161,7 @@ def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
     """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
     fill = {component: padded_ranks(component, modules) for component, modules in adapter.items()}
     # without attention diffusers knows a text encoder's keys by older names alone
-    old = {c for c, ms in adapter.items() if c != "unet" and not any(n.endswith(_QKVO) for n in ms)}
+    old = {c for c, modules in adapter.items() if c != "unet" and not has_attention(modules)}
     for component, name, delta in each(adapter):
         factors = plain(delta)
         assert factors is not None, name

@@ -12,6 +12,7 @@ from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest_to, squared_norm
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.output import Origin, Output, Progress, Spool, silently, write
+from sd_lora.formats.recognise import usual_prediction
 from sd_lora.formats.tools import Result
 from sd_lora.formats.verify import shapes_of
 
@@ -24,11 +25,10 @@ UNCHANGED = 1e-6
 class Difference:
     """What of two checkpoints differs, by squared Frobenius norm.
 
-    kept, unchanged: modules. without_form: parameters that differ and that no LoRA can hold (norms,
+    unchanged: modules. without_form: parameters that differ and that no LoRA can hold (norms,
     biases, embeddings), and their share of ‖tuned − base‖².
     """
 
-    kept: int = 0
     unchanged: int = 0
     without_form: list[str] = field(default_factory=list)
     lost: Loss = field(default_factory=Loss)
@@ -67,7 +67,7 @@ def extract(
     _check_skeleton(tuned, output)
     pairs = [p for p in tuned.places if components is None or p[0] in components]
     losses: dict[tuple[str, str], Loss] = {}
-    ranks: dict[tuple[str, str], tuple[int | None, int]] = {}
+    ranks: dict[tuple[str, str], int] = {}
     difference = Difference()
     with Spool(output.path.parent) as spool, torch.no_grad():
         for component, name in progress(pairs, len(pairs), "extracting"):
@@ -83,9 +83,8 @@ def extract(
                 near, loss = nearest_to(change, cut)
                 spool.add(component, name, near)
                 losses[component, name] = loss
-                ranks[component, name] = (None, near.rank or 0)
-                difference.kept += 1
-        if not difference.kept:
+                ranks[component, name] = near.rank or 0
+        if not losses:
             raise UsageError(
                 f"{tuned.path} differs from {base.path} in no module that a LoRA can hold"
             )
@@ -106,17 +105,14 @@ def _prediction_of(model: Checkpoint) -> str | None:
         said = json.loads(text).get("prediction_type")
     except (OSError, ValueError, AttributeError):
         said = None
-    if said in ("epsilon", "v_prediction"):
-        return said
-    return None if model.family.name == "sd2" else "epsilon"
+    return said if said in ("epsilon", "v_prediction") else usual_prediction(model.family)
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:
     """Returns tuned − base of a parameter in float32, and ‖base‖."""
-    before = base.weight(component, name).float()
     after = tuned.weight(component, name).float()
-    if before.shape != after.shape and before.numel() == after.numel():
-        before = before.reshape(after.shape)  # a 1×1 convolution here, a linear layer there
+    # a 1×1 convolution here may be a linear layer there
+    before = base.weight(component, name).float().reshape(after.shape)
     change = after - before
     if not torch.isfinite(change).all():
         raise UsageError(f"{component} {name} is not finite in {base.path} or {tuned.path}")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -248,8 +249,7 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
         tensors = dict(TensorFile(path))
         if tensors and not all(key.startswith(f"{ALONE}_") for key in tensors):
             return {"": deltas_from_state(tensors)}  # what safetensors wrote of `lora_state_dict`
-    stems = {key.partition(".")[0] for key in TensorFile(path)}
-    lora = open_lora(path, layout_of(models), _live_stems(models, stems))
+    lora = open_lora(path, layout_of(models), partial(_live_stems, models))
     lora.check()
     return lora.adapter
 

@@ -18,13 +18,13 @@ import torch
 from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
 from sd_lora.formats import diffusers
-from sd_lora.formats.canonical import Adapter, Lazy, file_rank
+from sd_lora.formats.canonical import Adapter, Lazy, count, file_rank
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import Progress, silently
 from sd_lora.formats.readers import readers
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_by_header, family_by_tensors
-from sd_lora.formats.tensors import HASH_KEY
+from sd_lora.formats.tensors import HASH_KEY, mib
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import Family
 from sd_lora.models.skeleton import Skeleton
@@ -109,8 +109,8 @@ def inspect(
     zero: list[str] = []
     adapter = lora.adapter
     if problems:
-        adapter, count = _whole_ones(lora)
-        problems.append(f"the table is of the {count} updates that can be read whole")
+        adapter = _whole_ones(lora)
+        problems.append(f"the table is of the {count(adapter)} updates that can be read whole")
     if adapter:
         names = [(c, n) for c, modules in adapter.items() for n in modules]
         layers = {c: _layers(modules) for c, modules in adapter.items()}
@@ -145,16 +145,15 @@ def inspect(
     )
 
 
-def _whole_ones(lora: LoRAFile) -> tuple[Adapter, int]:
-    """Returns the updates of a file that can be made, and how many they are."""
+def _whole_ones(lora: LoRAFile) -> Adapter:
+    """Returns the updates of a file that can be made."""
     kept: dict[str, dict[str, None]] = {}
     for component, modules in lora.adapter.items():
         for name in modules:
             with suppress(UsageError):
                 modules[name]
                 kept.setdefault(component, {})[name] = None
-    adapter = {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
-    return adapter, sum(map(len, kept.values()))
+    return {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
 
 
 def _family(lora: LoRAFile, skeleton: Skeleton | None) -> tuple[Family | None, str]:
@@ -184,7 +183,7 @@ def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
                 )
     if lora.format == "kohya":
         none = sum("alpha" not in kinds for ms in lora.places.values() for kinds in ms.values())
-        some = sum(len(ms) for ms in lora.places.values())
+        some = count(lora.adapter)
         if 0 < none < some:
             yield f"{none} of {some} modules have no alpha; readers disagree on what that means"
 
@@ -195,8 +194,8 @@ def _of_place(lora: LoRAFile, skeleton: Skeleton | None, family: Family | None) 
     if skeleton is not None:
         wrong = list(misfits(lora.adapter, skeleton))
         if wrong:
-            count = sum(len(modules) for modules in lora.adapter.values())
-            yield f"{len(wrong)} of {count} updates do not fit {skeleton.source}: {wrong[0]}"
+            of = f"{len(wrong)} of {count(lora.adapter)} updates"
+            yield f"{of} do not fit {skeleton.source}: {wrong[0]}"
 
 
 def body_hash(path: Path) -> str:
@@ -261,7 +260,7 @@ def text(found: Inspection, width: int = 100) -> str:
     lines = [
         *_wrapped("", str(found.path), width),
         *_wrapped(
-            "  ", f"{found.format} keys, {_size(found.size)}, {found.dtype}; family {family}", width
+            "  ", f"{found.format} keys, {mib(found.size)}, {found.dtype}; family {family}", width
         ),
         "",
         *_table(found.components, found.blocks, width),
@@ -285,10 +284,6 @@ def text(found: Inspection, width: int = 100) -> str:
 
 def _ours(header: Mapping[str, str]) -> str:
     return ", with the training configuration" if '"config"' in header.get(OWN_KEY, "") else ""
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.1f} KiB"
 
 
 def _wrapped(head: str, value: str, width: int) -> list[str]:

@@ -122,7 +122,12 @@ def merge(
     kinds = {prediction_type(lora.header, row) for lora in loras}
     if len(kinds) > 1:
         notes.append("the files are for models of different predictions, by their headers")
-    origin = Origin(dtype, kinds.pop() if len(kinds) == 1 else None, False, record, _shared(loras))
+    origin = Origin(
+        dtype,
+        kinds.pop() if len(kinds) == 1 else None,
+        record=record,
+        facts=_shared(loras),
+    )
     if cut is None:
         return Result(write(sums, output, row, origin), notes=notes)
     result = cut_to(sums, cut, base, output, row, origin, progress)
@@ -209,7 +214,7 @@ def _sum(
             raise UsageError(
                 f"{error}. --rank N writes the nearest LoRA of rank N and states its error"
             ) from None
-    total = sum(factor * whole_change(label, component, name, d, base) for d, factor in summands)
+    total = sum(factor * whole_change(component, name, d, base) for d, factor in summands)
     return Full(summands[0][0].shape, {"diff": total})  # type: ignore[dict-item]
 
 

@@ -18,7 +18,7 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError, UsageError, did_you_mean
 from sd_lora.formats import diffusers, kohya, metadata
-from sd_lora.formats.canonical import Adapter, Lazy, each
+from sd_lora.formats.canonical import Adapter, Lazy, count, each
 from sd_lora.formats.files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
@@ -172,8 +172,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-    count = sum(len(modules) for modules in adapter.values())
-    return Written(output.path, kind, dtype, count, verified, notes)
+    return Written(output.path, kind, dtype, count(adapter), verified, notes)
 
 
 def _rename(beside: Path, path: Path) -> None:

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from sd_lora.formats import diffusers
-from sd_lora.formats.reading import LoRAFile
+from sd_lora.formats.kohya import diffusers_reads
+from sd_lora.formats.reading import LoRAFile, kinds_and_keys
 from sd_lora.models.families import Family
 
 EXACT = "exact"
@@ -35,9 +36,7 @@ def _is_dotted(lora: LoRAFile) -> bool:
 
 def _kinds(lora: LoRAFile) -> Counter[str]:
     """Returns how many updates have each kind of tensor."""
-    return Counter(
-        kind for modules in lora.places.values() for ks in modules.values() for kind in ks
-    )
+    return Counter(kind for kind, _ in kinds_and_keys(lora.places))
 
 
 def _beyond_lora(lora: LoRAFile) -> list[str]:
@@ -47,9 +46,7 @@ def _beyond_lora(lora: LoRAFile) -> list[str]:
 
 
 def _keys(lora: LoRAFile) -> list[str]:
-    return [
-        key for modules in lora.places.values() for ks in modules.values() for key in ks.values()
-    ]
+    return [key for _, key in kinds_and_keys(lora.places)]
 
 
 def _decomposed(lora: LoRAFile) -> int:
@@ -81,6 +78,18 @@ def _diffusers_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     lost_m = [k for k in keys if k.startswith("text_enc") and k.endswith("lora_magnitude_vector")]
     if lost_m:
         yield f"resets {len(lost_m)} magnitudes of the text encoder (keys without `.weight`)"
+    for component, modules in lora.adapter.items():
+        new_names = any(key.startswith(f"{component}.") and ".lora_A." in key for key in keys)
+        if component != "unet" and new_names and not diffusers.has_attention(modules):
+            yield f"does not read so small a part of the {component}"
+
+    yield from _projection_of_other_rank(lora)
+
+
+def _projection_of_other_rank(lora: LoRAFile) -> Iterator[str]:
+    for component, modules in lora.adapter.items():
+        if diffusers.padded_ranks(component, modules):
+            yield f"refuses text_projection at another rank than the {component}'s"
 
 
 def _comfyui_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
@@ -92,15 +101,8 @@ def _comfyui_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     if plain:
         total = len(lora.places["unet"])
         yield f"passes over {len(plain)} of {total} UNet modules: all of the attention"
-    nameless = [
-        name
-        for component, modules in lora.places.items()
-        if component.startswith("text_encoder")
-        for name, kinds in modules.items()
-        if not any("text_model." in key or "text_proj" in key for key in kinds.values())
-    ]
-    if nameless:
-        yield f"passes over {len(nameless)} text-encoder modules (no `text_model.`)"
+    if nameless := _nameless(lora):
+        yield f"passes over {nameless} text-encoder modules (no `text_model.`)"
     if rescaled := _scaled_by_header(lora):
         yield f"takes {rescaled} modules at another strength: it does not read the header's alphas"
     if _decomposed(lora):
@@ -140,6 +142,9 @@ def _diffusers_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     lost = {k.partition(".")[0] for k in keys if "_add_embedding_linear" in k}
     if lost:
         yield f"loses {len(lost)} modules (add_embedding)"
+    if not diffusers_reads(lora.adapter):
+        yield "does not read so small a part of a text encoder in these names"
+    yield from _projection_of_other_rank(lora)
     if wrong := _off_by_alpha(lora):
         yield f"takes {wrong} modules at another strength: it knows one alpha a component there"
 

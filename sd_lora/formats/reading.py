@@ -79,14 +79,16 @@ class LoRAFile:
 
 
 def open_lora(
-    path: Path, layout: Layout | None = None, live: Mapping[str, tuple[str, str]] | None = None
+    path: Path,
+    layout: Layout | None = None,
+    live: Callable[[set[str]], Mapping[str, tuple[str, str]]] | None = None,
 ) -> LoRAFile:
     """Opens a LoRA file or folder of any of the formats and sorts its keys.
 
     Args:
         path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
         layout: of the UNet, for original names; by default the published families'.
-        live: kohya name → (component, canonical name) of models at hand.
+        live: kohya names of the file → (component, canonical name) of models at hand, by them.
 
     Raises:
         UsageError: no LoRA, mixed formats, or a key that no format has, naming it. What the tensors
@@ -101,8 +103,9 @@ def open_lora(
     config = peft.read_config(folder) if folder else None
     if not len(file):
         raise UsageError(f"{path} is no LoRA: it has no tensors")
+    known_here = live({key.partition(".")[0] for key in file}) if live else {}
     parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
-        "kohya": lambda key: lycoris.parse(key, layout, live),
+        "kohya": lambda key: lycoris.parse(key, layout, known_here),
         "diffusers": lambda key: diffusers.parse(key, layout),
     }
     parsed = {title: {key: parse(key) for key in file} for title, parse in parsers.items()}
@@ -119,12 +122,12 @@ def open_lora(
         component: Lazy(modules, partial(_make, file, component, modules, scaled.get(component)))
         for component, modules in places.items()
     }
-    kinds = {kind for ms in places.values() for kinds in ms.values() for kind in kinds}
+    kinds = {kind for kind, _ in kinds_and_keys(places)}
     if title == "kohya" and kinds & {"magnitude", "lora_mid", "diff"} | {
         kind for kind in kinds if kind.startswith(("hada_", "lokr_"))
     }:
         title = "LyCORIS"
-    dtypes = Counter(file.spec(key)[0] for key, _, kind in _keys(places) if kind != "alpha")
+    dtypes = Counter(file.spec(key)[0] for kind, key in kinds_and_keys(places) if kind != "alpha")
     dtype = max(dtypes, key=lambda d: dtypes[d]) if dtypes else torch.float32
     return LoRAFile(path, "peft" if config else title, adapter, header, dtype, file, places)
 
@@ -159,11 +162,11 @@ def _configs(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]
         raise UsageError(f"{path}: {error}") from None
 
 
-def _keys(places: Places) -> Iterator[tuple[str, str, str]]:
+def kinds_and_keys(places: Places) -> Iterator[tuple[str, str]]:
+    """Yields the kind of tensor and the key of everything in a file."""
     for modules in places.values():
-        for name, kinds in modules.items():
-            for kind, key in kinds.items():
-                yield key, name, kind
+        for kinds in modules.values():
+            yield from kinds.items()
 
 
 def _places(path: Path, parsed: Mapping[str, tuple[str, str, str] | None]) -> Places:

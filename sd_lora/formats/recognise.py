@@ -53,16 +53,19 @@ def family_by_header(header: Mapping[str, str]) -> Family | None:
 
 
 def prediction_type(header: Mapping[str, str], family: Family) -> str | None:
-    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it.
-
-    Without a word of it SD1 and SDXL are taken to predict epsilon, as nearly all do; of SD2, which
-    was published in both kinds, nothing is known then: None.
-    """
+    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it. Without a
+    word of it: `usual_prediction`."""
     version = header.get("ss_base_model_version", "")
     said = header.get("modelspec.prediction_type")
     if said == "v" or version in ("sd_v1_v", "sd_v2_v"):
         return "v_prediction"
-    return "epsilon" if said == "epsilon" or family.name != "sd2" else None
+    return "epsilon" if said == "epsilon" else usual_prediction(family)
+
+
+def usual_prediction(family: Family) -> str | None:
+    """Returns "epsilon" for SD1 and SDXL, as nearly all predict it; None for SD2, which was
+    published in both kinds."""
+    return None if family.name == "sd2" else "epsilon"
 
 
 def family_of(lora: LoRAFile, given: str | None = None) -> Family:

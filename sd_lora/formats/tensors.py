@@ -145,6 +145,11 @@ def _refuse_pointer(path: Path) -> None:
             )
 
 
+def mib(num_bytes: float) -> str:
+    """Returns a size for people: "3.8 MiB", "290 KiB"."""
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
+
+
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
     """Yields a file to write that will be there whole or not at all: beside, fsync, rename.

@@ -12,7 +12,7 @@ import torch
 from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
-from sd_lora.formats.canonical import Adapter, Lazy, each, file_rank, is_plain, plain
+from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import (
@@ -35,12 +35,12 @@ from sd_lora.models.families import Family
 class Result:
     """What a tool did: the file, what was approximated by how much, and what to know about it.
 
-    losses: (component, update name) → what was left out. ranks: → ranks before and after.
+    losses: (component, update name) → what was left out. ranks: → the rank that was kept.
     """
 
     written: Written
     losses: dict[tuple[str, str], Loss] = field(default_factory=dict)
-    ranks: dict[tuple[str, str], tuple[int | None, int]] = field(default_factory=dict)
+    ranks: dict[tuple[str, str], int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -131,11 +131,6 @@ def _without_vectors(adapter: Adapter) -> tuple[Adapter, int]:
     return {c: ms for c, ms in keep.items() if ms}, count(adapter) - count(keep)
 
 
-def count(adapter: Adapter) -> int:
-    """Returns how many updates an adapter has."""
-    return sum(len(modules) for modules in adapter.values())
-
-
 # what describes the tensors of the source and not those that are written
 _OF_TENSORS = ("ss_network_", "sshs_", "lora_adapter_metadata", "format", "sd_lora", "ss_output_")
 
@@ -161,9 +156,7 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     return record
 
 
-def whole_change(
-    label: str, component: str, name: str, delta: Delta, base: Checkpoint | None
-) -> torch.Tensor:
+def whole_change(component: str, name: str, delta: Delta, base: Checkpoint | None) -> torch.Tensor:
     """Returns W' − W of an update, in its own shape.
 
     Raises:
@@ -173,14 +166,15 @@ def whole_change(
         return delta.weight()
     if base is None:
         raise UsageError(
-            f"{label} is weight-decomposed (DoRA): its ΔW depends on the base model, so give the "
-            "base as --model"
+            f"{component} {name} is weight-decomposed (DoRA): its ΔW depends on the base model, so "
+            "give the base as --model"
         )
     W = base.weight(component, name).float()
     try:
         delta.fit(tuple(W.shape))
     except ValueError as error:
-        raise UsageError(f"{label} does not fit {base.path}: {error}") from None
+        what = f"{component} {name}"
+        raise UsageError(f"{what} does not fit {base.path}: {error}") from None
     return delta.compose(W) - W
 
 
@@ -221,19 +215,17 @@ def cut_to(
 ) -> Result:
     """Cuts the updates that `only` names, once each, and writes the result."""
     losses: dict[tuple[str, str], Loss] = {}
-    ranks: dict[tuple[str, str], tuple[int | None, int]] = {}
+    ranks: dict[tuple[str, str], int] = {}
     with Spool(output.path.parent) as spool:
         for component, name, delta in progress(each(adapter), count(adapter), "cutting ranks"):
             near = delta
             if only(delta):
-                label, before = f"{component} {name}", file_rank(delta)
                 if delta.magnitude is None:
                     near, loss = nearest(delta, cut)
                 else:
-                    change = whole_change(label, component, name, delta, base)
-                    near, loss = nearest_to(change, cut)
+                    near, loss = nearest_to(whole_change(component, name, delta, base), cut)
                 losses[component, name] = loss
-                ranks[component, name] = (before, near.rank or 0)
+                ranks[component, name] = near.rank or 0
             spool.add(component, name, near)
         if losses:
             error = Loss.sum(losses.values()).error

@@ -8,7 +8,7 @@ SD1.5 costs nothing.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from transformers.utils import logging as transformers_logging
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import Family, detect
+from sd_lora.models.families import FAMILIES, Family, detect
 from sd_lora.models.original import Layout
 from sd_lora.models.published import CONFIGS
 
@@ -39,8 +39,8 @@ class Skeleton:
 
     @classmethod
     def of_family(cls, family: Family) -> "Skeleton":
-        """The published model of a family."""
-        return cls(family, CONFIGS[family.name], f"the published {family.label}")
+        """The published model of a family, the same object each time: SDXL's takes seconds."""
+        return _published(family.name)
 
     @classmethod
     def of_models(cls, models: Mapping[str, Any], family: Family) -> "Skeleton":
@@ -68,14 +68,24 @@ class Skeleton:
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        """Component → model on the meta device: names and shapes."""
-        with torch.device("meta"):
-            return {component: self._build(component) for component in self.configs}
+        """Component → model on the meta device: names and shapes.
+
+        Raises:
+            UsageError: configurations of which no model can be made.
+        """
+        return self._on_meta()
+
+    def _on_meta(self) -> dict[str, nn.Module]:
+        try:
+            with torch.device("meta"):
+                return {component: self._build(component) for component in self.configs}
+        except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UsageError(f"{self.source} has a configuration that fails: {reason}") from None
 
     def pipeline(self) -> DiffusionPipeline:
         """Returns a fresh pipeline whose weights are never written."""
-        with torch.device("meta"):
-            models = {component: self._build(component) for component in self.configs}
+        models = self._on_meta()
         for model in models.values():
             model.to_empty(device="cpu")
         parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "scheduler"))
@@ -107,6 +117,12 @@ def without_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@cache
+def _published(name: str) -> Skeleton:
+    family = FAMILIES[name]
+    return Skeleton(family, CONFIGS[name], f"the published {family.label}")
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 from sd_lora.formats.files import Format
+from sd_lora.formats.tensors import mib
 from sd_lora.formats.verify import Verified
 
 T = TypeVar("T")
@@ -50,10 +51,6 @@ def step_bar(total: int, done: int, main: bool) -> tqdm:
         disable=not main,
         dynamic_ncols=True,
     )
-
-
-def mib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 def duration(seconds: float) -> str:

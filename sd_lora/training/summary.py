@@ -9,6 +9,7 @@ from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
 from sd_lora.formats.names import naming_of
+from sd_lora.formats.tensors import mib
 from sd_lora.models.families import Family
 from sd_lora.models.prompts import too_long
 from sd_lora.training import report
@@ -85,5 +86,5 @@ def files_of(
     formats, notes = formats_of(adapter)
     tensors = formats[0].write(adapter, naming_of(family))
     width = 4 if precision == "fp32" else 2
-    size = report.mib(sum(t.numel() * width for _, t in tensors))
+    size = mib(sum(t.numel() * width for _, t in tensors))
     return f"{size} ({precision}), for {' and for '.join(f.title for f in formats)}", notes

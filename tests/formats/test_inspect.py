@@ -141,6 +141,38 @@ def test_the_verdict_on_diffusers_is_what_diffusers_does(
     assert (form == "LyCORIS") == bool(off)
 
 
+@pytest.mark.parametrize("names", ["kohya", "peft"])
+@pytest.mark.parametrize(
+    "part",
+    ["q_proj", "fc1", "q_proj fc1", "q_proj out_proj", "text_projection", "fc1 text_projection"],
+)
+def test_the_verdict_on_parts_of_a_text_encoder(
+    part: str, names: str, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """Which parts of a text encoder diffusers loads, by kohya's names and by peft's, alone and with
+    a text_projection of another rank: inspect says "exact" exactly where verify finds it so."""
+    model = models_of(tiny_sdxl)["text_encoder_2"]
+    sd_lora.inject(
+        model,
+        targets="|".join(rf".*{module}" for module in part.split()),
+        rank=2,
+        rank_pattern={"text_projection": 3} if "projection" in part else None,
+    )
+    file = {}
+    for name, delta in sd_lora.updates(model).items():
+        stem = f"text_encoder_2.{name}.lora_" if names == "peft" else ""
+        down, up = (f"{stem}A.weight", f"{stem}B.weight")
+        if names == "kohya":
+            stem = f"lora_te2_{name.replace('.', '_')}"
+            down, up = (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight")
+        file |= {down: delta.lora_A.detach(), up: torch.ones_like(delta.lora_B)}
+    save_file(file, tmp_path / "file.safetensors")
+    skeleton = Skeleton.of_folder(str(tiny_sdxl))
+    found = inspect.inspect(tmp_path / "file.safetensors", skeleton)
+    _, wrong = verify.verify_file(tmp_path / "file.safetensors", skeleton)
+    assert (found.readers["diffusers"] == "exact") == (wrong == []), (found.readers, wrong)
+
+
 def test_problems_are_listed(tiny_sd1: Path, tmp_path: Path) -> None:
     """A key without its partner, NaN, zero updates, a changed body, an untrue header, and another
     model's shapes: each is a line, and none of them a traceback."""

@@ -34,21 +34,14 @@ from tests.formats.test_traps import (
     written,
     wrong,
 )
+from tests.formats.trained import MIXED as UNET
 from tests.tiny import build_pipeline
 
 FAMILIES = ["sd1", "sd2", "sdxl"]
 PLAIN = [files.DIFFUSERS, files.KOHYA, files.LYCORIS]
 
 MIXED = {
-    "unet": {
-        "targets": "all",
-        "rank": 4,
-        "alpha": 3.0,
-        "conv_rank": 2,
-        "conv_alpha": 5.0,
-        "rank_pattern": {"mid_block.*to_q": 7},
-        "alpha_pattern": {"to_k": 0.3},
-    },
+    "unet": UNET | {"alpha_pattern": {"to_k": 0.3}},
     "text_encoder": {
         "targets": "text",
         "rank": 3,
