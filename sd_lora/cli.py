@@ -29,10 +29,10 @@ start with `sd-lora demo` in a clone of the project, or
 """
 
 
-def _train(argv: Sequence[str], mode: str | None = None, prog: str = "sd-lora train") -> None:
+def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.training.arguments import parse
 
-    config = parse(argv, mode, prog)  # type: ignore[arg-type]
+    config = parse(argv, script, script or "sd-lora train")
     from sd_lora.training.loop import train  # seconds of import, after the flags are known good
 
     train(config)
@@ -96,6 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return guarded(lambda: _COMMANDS[command](words[1:]))
 
 
-def train_script(mode: str, prog: str) -> int:
-    """Runs a training script of one mode with the process's flags; returns the exit code."""
-    return guarded(lambda: _train(sys.argv[1:], mode, prog))
+def train_script(name: str) -> int:
+    """Runs one of the training scripts with the process's flags; returns the exit code."""
+    return guarded(lambda: _train(sys.argv[1:], name))

@@ -88,7 +88,9 @@ def _parser(command: str) -> _Parser:
             "published model of its family)",
         )
     if command in ("convert", "merge", "resize", "verify", "inspect"):
-        parser.add_argument("--family", help="sd1, sd2 or sdxl, where the file does not say it")
+        parser.add_argument(
+            "--family", help="sd1, sd2, sdxl or sdxl_refiner, where the file does not say it"
+        )
     if command not in ("inspect", "verify"):
         parser.add_argument("--variant", help="of a model folder's weights, such as fp16")
     if command == "inspect":

@@ -61,6 +61,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> Pictures:
     def pictures(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
         return sample(
             parts,
+            parts.reader(),
             prompts,
             range(first_seed, first_seed + len(prompts)),
             resolution=resolution,
@@ -91,11 +92,11 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     The file is loaded into a fresh base: what is judged is what the user gets.
     """
     base = str(config.pretrained_model_name_or_path)
-    guidance = config.validation_guidance_scale
-    before = draw(bare := load_parts(base), config.resolution, guidance)
+    guidance, side = config.validation_guidance_scale, config.side
+    before = draw(bare := load_parts(base), side, guidance)
     tuned = load_parts(base)
-    load_adapter({"unet": tuned.unet, "text_encoder": tuned.text_encoder}, lora)
-    after = draw(tuned, config.resolution, guidance)
+    load_adapter(tuned.models, lora)
+    after = draw(tuned, side, guidance)
     held_out = [Image.open(p) for p in sorted((sample_data / "dreambooth/holdout").glob("*.png"))]
     result = score(bare, before, after, held_out, torch.device("cpu"))
 

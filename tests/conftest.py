@@ -6,6 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,19 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tiny-sdxl"
     build_pipeline("sdxl").save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Kind of pipeline of `tests.tiny.KINDS` → its folder, made when it is first asked for."""
+
+    @cache
+    def folder(kind: str) -> Path:
+        path = tmp_path_factory.mktemp("models") / f"tiny-{kind}"
+        build_pipeline(kind).save_pretrained(path)
+        return path
+
+    return folder
 
 
 @pytest.fixture

@@ -50,7 +50,7 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         (["--pretrained_model_name_or_path", "./nowhere"], 2, "model ./nowhere does not exist"),
         (["--train_data_dir", "./nowhere"], 2, "train_data_dir ./nowhere does not exist"),
         (["--caption_column", "txet"], 2, "Did you mean text"),
-        (["--resolution", "60"], 2, "resolution 60 is not a multiple of 8"),
+        (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
         (["--conv_rank", "8"], 2, "conv_rank and conv_alpha are for convolutions"),
         (["--report_to", "nobody"], 2, "error: report_to is one of"),
         (["--report_to", "comet_ml"], 2, "error: report_to comet_ml needs the package"),

@@ -89,9 +89,10 @@ def test_the_pipeline_loads_in_diffusers() -> None:
 )
 def test_any_text_tokenises(text: str, base: Parts) -> None:
     """The small vocabulary covers any text: it comes back, lower-cased, from its tokens."""
-    ids = base.tokenizer(text).input_ids
+    (tokenizer,) = base.tokenizers.values()
+    ids = tokenizer(text).input_ids
     assert 2 < len(ids) <= 77
-    back = base.tokenizer.decode(ids, skip_special_tokens=True)
+    back = tokenizer.decode(ids, skip_special_tokens=True)
     assert back.replace(" ", "") == text.lower().replace(" ", "")
 
 
@@ -135,6 +136,7 @@ def test_a_prompt_draws_what_it_asks_for(base: Parts) -> None:
     wanted = [place for place in places for _ in range(4)]
     drawn = sample(
         base,
+        base.reader(),
         [f"a photo of a red square on a {place} background" for place in wanted],
         range(len(wanted)),
         resolution=64,

@@ -5,8 +5,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
@@ -17,7 +15,10 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from sd_lora.models.families import detect
+from sd_lora.models.folder import tokenizer_of
 from sd_lora.models.load import Parts
+from sd_lora.models.skeleton import build_pipeline as make_pipeline
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -91,8 +92,33 @@ def build_second_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProj
     return CLIPTextModelWithProjection(config)
 
 
-def build_pipeline(family: str = "sd1") -> DiffusionPipeline:
-    """A random pipeline: "sd1", "sd2" (v-prediction) or "sdxl" (two text encoders)."""
+KINDS = {
+    "sd1": ("sd1", {}, {}),
+    "sd2": ("sd2", {}, {"prediction_type": "v_prediction"}),
+    "sdxl": ("sdxl", {}, {}),
+    "sdxl-v": (
+        "sdxl",
+        {},
+        {
+            "prediction_type": "v_prediction",
+            "rescale_betas_zero_snr": True,
+            "timestep_spacing": "trailing",
+        },
+    ),
+    "refiner": (
+        "sdxl",
+        {"cross_attention_dim": 48, "projection_class_embeddings_input_dim": 48 + 5 * 8},
+        {},
+    ),
+    "sd1-inpainting": ("sd1", {"in_channels": 9}, {}),
+    "sdxl-inpainting": ("sdxl", {"in_channels": 9}, {}),
+}
+"""Kind of pipeline → family, changes to its UNet's configuration, and to its scheduler's."""
+
+
+def build_pipeline(kind: str = "sd1") -> DiffusionPipeline:
+    """A random pipeline of `KINDS`: v-prediction, zero terminal SNR, inpainting, the refiner."""
+    family, of_unet, of_scheduler = KINDS[kind]
     tokenizer = build_tokenizer()
     torch.manual_seed(2)
     vae = AutoencoderKL(
@@ -108,40 +134,26 @@ def build_pipeline(family: str = "sd1") -> DiffusionPipeline:
         beta_schedule="scaled_linear",
         clip_sample=False,
         steps_offset=1,
-        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+        **of_scheduler,
     )
+    parts = {
+        "vae": vae,
+        "text_encoder": build_text_encoder(tokenizer, family),
+        "tokenizer": tokenizer,
+        "unet": build_unet(family, **of_unet),
+        "scheduler": scheduler,
+    }
     if family == "sdxl":
-        return StableDiffusionXLPipeline(
-            vae=vae,
-            text_encoder=build_text_encoder(tokenizer),
-            text_encoder_2=build_second_text_encoder(tokenizer),
-            tokenizer=tokenizer,
-            tokenizer_2=build_tokenizer(),
-            unet=build_unet(family),
-            scheduler=scheduler,
-            add_watermarker=False,
-        )
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=build_text_encoder(tokenizer, family),
-        tokenizer=tokenizer,
-        unet=build_unet(family),
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+        parts["text_encoder_2"] = build_second_text_encoder(tokenizer)
+        parts["tokenizer_2"] = build_tokenizer()
+        parts["tokenizer_2"].pad_token = "!"  # as OpenCLIP's
+    if kind == "refiner":
+        parts = {name: parts[name] for name in parts if name not in ("text_encoder", "tokenizer")}
+    return make_pipeline(detect(parts["unet"].config), parts["unet"].config, parts)
 
 
-def pipeline_of(parts: Parts) -> StableDiffusionPipeline:
+def pipeline_of(parts: Parts) -> DiffusionPipeline:
     """A diffusers pipeline over these very parts."""
-    return StableDiffusionPipeline(
-        vae=parts.vae,
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=parts.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    models = {"vae": parts.vae, "scheduler": parts.scheduler, **parts.models}
+    tokenizers = {tokenizer_of(c): t for c, t in parts.tokenizers.items()}
+    return make_pipeline(parts.family, parts.unet.config, models | tokenizers)

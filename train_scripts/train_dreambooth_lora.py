@@ -5,4 +5,4 @@ import sys
 from sd_lora.cli import train_script
 
 if __name__ == "__main__":
-    sys.exit(train_script("dreambooth", "train_dreambooth_lora.py"))
+    sys.exit(train_script("train_dreambooth_lora.py"))

@@ -5,4 +5,4 @@ import sys
 from sd_lora.cli import train_script
 
 if __name__ == "__main__":
-    sys.exit(train_script("text_to_image", "train_text_to_image_lora.py"))
+    sys.exit(train_script("train_text_to_image_lora.py"))

@@ -1,12 +1,15 @@
 """Latents computed once: the mean and deviation of each picture's latent, ready for every epoch."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sd_lora.data.images import Framing
+from sd_lora.data.masks import draw_mask
 from sd_lora.data.sources import Sample
 from sd_lora.data.stream import Slot
 from sd_lora.errors import RunError
@@ -16,18 +19,57 @@ MAX_NAMED = 20
 """How many broken pictures one error names."""
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """How a VAE's latents z become what its UNet works on: x₀ = (z - mean) · factor.
+
+    mean, factor: (C, 1, 1).
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, vae: AutoencoderKL) -> "Scaling":
+        """Reads a VAE's configuration: one factor and shift, or, as Playground v2.5's has them,
+        means and deviations of the channels."""
+        config = vae.config
+        mean = torch.full((config.latent_channels,), float(config.get("shift_factor") or 0.0))
+        factor = torch.full((config.latent_channels,), float(config.scaling_factor))
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean = torch.tensor(config.latents_mean, dtype=torch.float32).flatten()
+            factor = factor / torch.tensor(config.latents_std, dtype=torch.float32).flatten()
+        return cls(mean.view(-1, 1, 1), factor.view(-1, 1, 1))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Returns x₀ of latents z (…, C, H, W)."""
+        return (z - self.mean.to(z.device)) * self.factor.to(z.device)
+
+    def unscaled(self, x0: Tensor) -> Tensor:
+        """Returns the latents z of x₀ (…, C, H, W)."""
+        return x0 / self.factor.to(x0.device) + self.mean.to(x0.device)
+
+
 class Latents:
     """Latent distributions of pictures whose crop does not change, in memory, on the CPU.
 
     A picture with a random crop is decoded and encoded each time it is seen; `uncached` says
-    which ones these are. Encoding is in float32: it happens once, and SDXL-like VAEs overflow.
+    which ones these are. Encoding is in the VAE's own dtype, float32 unless the user wants it
+    otherwise: SDXL's VAE overflows in float16. sizes: (kind, index) → (width, height) in pixels.
+
+    Args:
+        vae, framing, device: the encoder, how pictures become pixels, and where that is computed.
+        fresh: keep none, since the pixels are needed each time (inpainting).
     """
 
-    def __init__(self, vae: AutoencoderKL, framing: Framing, device: torch.device) -> None:
-        self.vae, self.framing, self.device = vae, framing, device
-        self.scaling: float = vae.config.scaling_factor
-        self.shift: float = getattr(vae.config, "shift_factor", None) or 0.0
+    def __init__(
+        self, vae: AutoencoderKL, framing: Framing, device: torch.device, fresh: bool = False
+    ) -> None:
+        self.vae, self.framing, self.device, self.fresh = vae, framing, device, fresh
+        self.scaling = Scaling.of(vae)
         self.uncached: dict[str, set[int]] = {}
+        self.sizes: dict[tuple[str, int], tuple[int, int]] = {}
+        self._names: dict[tuple[str, int], str] = {}
         self._table: dict[tuple[str, int, bool], tuple[Tensor, Tensor]] = {}
 
     def fill(
@@ -53,12 +95,14 @@ class Latents:
             except RunError as error:
                 broken.append(str(error))
                 continue
-            if self.framing.is_random(image.size):
+            self.sizes[kind, index] = image.size
+            self._names[kind, index] = sample.name
+            if self.fresh or self.framing.is_random(image.size):
                 self.uncached[kind].add(index)
                 continue
             waiting += [(index, flip, self.framing.pixels(image, 0.0, flip)) for flip in flips]
             while len(waiting) >= batch_size and not broken:
-                self._store(kind, samples, waiting[:batch_size])
+                self._store(kind, waiting[:batch_size])
                 waiting = waiting[batch_size:]
         if broken:
             more = len(broken) - MAX_NAMED
@@ -68,16 +112,27 @@ class Latents:
                 + (f"\n  … and {more} more" if more > 0 else "")
             )
         if waiting:
-            self._store(kind, samples, waiting)
+            self._store(kind, waiting)
 
-    def _store(
-        self, kind: str, samples: list[Sample], batch: list[tuple[int, bool, Tensor]]
-    ) -> None:
+    def _store(self, kind: str, batch: list[tuple[int, bool, Tensor]]) -> None:
         means, stds = self._encode(torch.stack([pixels for _, _, pixels in batch]))
         for (index, flip, _), mean, std in zip(batch, means, stds, strict=True):
-            if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
-                raise RunError(f"the VAE gave NaN or infinite latents for {samples[index].name}")
+            self._check(mean, std, kind, index)
             self._table[kind, index, flip] = (mean, std)
+
+    def _check(self, mean: Tensor, std: Tensor, kind: str, index: int) -> None:
+        if torch.isfinite(mean).all() and torch.isfinite(std).all():
+            return
+        name = self._names[kind, index]
+        precision = str(self.vae.dtype).removeprefix("torch.")
+        remedy = "its weights or the picture are broken"
+        if self.vae.dtype != torch.float32:
+            remedy = (
+                "it overflows, as SDXL's does in float16: leave --vae_precision at fp32, or give "
+                "--pretrained_vae_model_name_or_path a VAE mended for it, such as "
+                "madebyollin/sdxl-vae-fp16-fix"
+            )
+        raise RunError(f"the VAE gave NaN or infinite latents for {name} in {precision}: {remedy}")
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,16 +145,41 @@ class Latents:
         return any(self.uncached.values())
 
     def latents(self, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
-        """Returns scaled latents x₀ (B, C, H, W) on the device, sampled anew for each slot."""
-        fresh = [p for p in pixels if p is not None]
-        encoded = iter(zip(*self._encode(torch.stack(fresh)), strict=True)) if fresh else iter(())
+        """Returns scaled latents x₀ (B, C, H, W) on the device, sampled anew for each slot.
+
+        Raises:
+            RunError: a picture whose latent is not finite.
+        """
+        fresh = [(slot, p) for slot, p in zip(slots, pixels, strict=True) if p is not None]
+        encoded: Iterator[tuple[Tensor, Tensor]] = iter(())
+        if fresh:
+            means, stds = self._encode(torch.stack([p for _, p in fresh]))
+            for (slot, _), m, s in zip(fresh, means, stds, strict=True):
+                self._check(m, s, slot.kind, slot.index)
+            encoded = iter(zip(means, stds, strict=True))
         pairs = [
             self._table[slot.kind, slot.index, slot.flip] if p is None else next(encoded)
             for slot, p in zip(slots, pixels, strict=True)
         ]
         mean = torch.stack([mean for mean, _ in pairs])
         std = torch.stack([std for _, std in pairs])
-        generators = [generator_for(*slot.address, "latent") for slot in slots]
+        return self._drawn(mean, std, slots, "latent")
+
+    def _drawn(self, mean: Tensor, std: Tensor, slots: list[Slot], what: str) -> Tensor:
+        generators = [generator_for(*slot.address, what) for slot in slots]
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        x0 = (mean + std * noise - self.shift) * self.scaling
-        return x0.to(self.device)  # one copy a batch
+        return self.scaling.scaled(mean + std * noise).to(self.device)  # one copy a batch
+
+    def masked(self, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
+        """Returns what an inpainting UNet sees besides x_t, (B, 1 + C, H, W) on the device.
+
+        The mask (1: to be painted), and the latents of the picture with grey in its place.
+        """
+        whole = torch.stack([p for p in pixels if p is not None])
+        masks = torch.stack([draw_mask(whole.shape[-1], slot.address) for slot in slots])
+        mean, std = self._encode(whole * (1 - masks))
+        for slot, m, s in zip(slots, mean, std, strict=True):
+            self._check(m, s, slot.kind, slot.index)
+        seen = self._drawn(mean, std, slots, "masked latent")
+        small = F.interpolate(masks, size=seen.shape[-2:])  # nearest, as diffusers' pipeline
+        return torch.cat([small.to(seen), seen], dim=1)

@@ -114,16 +114,26 @@ class Framing:
         width, height = self.resized(size)
         return not self.center_crop and width != height
 
-    def pixels(self, image: Image.Image, u: float, flip: bool) -> Tensor:
-        """Returns (3, resolution, resolution) in [-1, 1]; u in [0, 1) places a random crop."""
-        width, height = self.resized(image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+    def corner(self, size: tuple[int, int], u: float, flip: bool = False) -> tuple[int, int]:
+        """Returns (left, top) of the crop in the resized picture, of a picture of this size.
+
+        With `flip`, in the mirrored picture: what is seen starts as far from its left as it ended
+        from the right.
+        """
+        width, height = self.resized(size)
         r = self.resolution
         if self.center_crop:  # rounding as torchvision's CenterCrop
             left, top = round((width - r) / 2), round((height - r) / 2)
         else:
             left, top = int(u * (width - r + 1)), int(u * (height - r + 1))
+        return (width - r - left if flip else left), top
+
+    def pixels(self, image: Image.Image, u: float, flip: bool) -> Tensor:
+        """Returns (3, resolution, resolution) in [-1, 1]; u in [0, 1) places a random crop."""
+        (left, top), r = self.corner(image.size, u), self.resolution
+        width, height = self.resized(image.size)
+        if (width, height) != image.size:
+            image = image.resize((width, height), INTERPOLATIONS[self.interpolation])
         image = image.crop((left, top, left + r, top + r))
         array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         return (array.flip(-1) if flip else array).float() / 127.5 - 1

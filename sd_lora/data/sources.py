@@ -194,9 +194,12 @@ def named_dataset(
     config_name: str | None,
     cache_dir: str | None,
     image_column: str,
-    caption_column: str,
+    caption_column: str | None,
+    prompt: str | None = None,
 ) -> Source:
     """Returns the train split of a `datasets` set: a hub name, or a local folder of parquet files.
+
+    Without a caption column, or where a caption is missing, `prompt` is the caption.
 
     Raises:
         UsageError: a set that cannot be loaded, without a train split, or without the columns.
@@ -212,6 +215,8 @@ def named_dataset(
         raise UsageError(f"dataset {name} has no train split; it has {', '.join(loaded)}")
     dataset = loaded["train"]
     for flag, column in (("image_column", image_column), ("caption_column", caption_column)):
+        if column is None:
+            continue
         if column not in dataset.column_names:
             raise UsageError(
                 f"dataset {name} has no {flag.replace('_', ' ')} {column!r}; it has "
@@ -221,11 +226,13 @@ def named_dataset(
     if not isinstance(dataset.features[image_column], datasets.Image):
         kind = dataset.features[image_column]
         raise UsageError(f"dataset {name}: column {image_column!r} holds {kind}, not pictures")
-    texts = dataset.select_columns([caption_column])[caption_column]
+    texts = [None] * len(dataset)
+    if caption_column is not None:
+        texts = dataset.select_columns([caption_column])[caption_column]
     dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     samples = []
     for row, text in enumerate(texts):
         where = f"{name}, row {row}"
-        captions = _captions(text, where, caption_column)
+        captions = (prompt,) if prompt and not text else _captions(text, where, str(caption_column))
         samples.append(Sample(where, partial(_row_bytes, dataset, row, image_column), captions))
     return Source(samples)

@@ -23,13 +23,14 @@ class Slot:
     """One sample of a batch.
 
     address: from which its noise, timestep and latents are drawn. kind: "instance" or "class".
-    index: which sample of its kind. crop: in [0, 1), where a random crop lies.
+    index: which sample of its kind. caption: None where it is dropped. crop: in [0, 1), where a
+    random crop lies.
     """
 
     address: tuple[int | str, ...]
     kind: str
     index: int
-    caption: str
+    caption: str | None
     flip: bool
     crop: float
 
@@ -39,10 +40,22 @@ Batch = tuple[list[Slot], list[Tensor | None]]
 
 
 class Order:
-    """The order of the samples of one kind; remembers the permutation of the current epoch."""
+    """The order of the samples of one kind; remembers the permutation of the current epoch.
 
-    def __init__(self, samples: list[Sample], kind: str, repeats: int, flip: bool, seed: int):
+    caption_dropout: the part of the samples that are shown without their caption.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        kind: str,
+        repeats: int,
+        flip: bool,
+        seed: int,
+        caption_dropout: float = 0.0,
+    ) -> None:
         self.samples, self.kind, self.seed, self.flip = samples, kind, seed, flip
+        self.caption_dropout = caption_dropout
         self.length = len(samples) * repeats
         self._epoch, self._permutation = -1, list[int]()
 
@@ -56,11 +69,12 @@ class Order:
         index = entry % len(self.samples)
         address = (self.seed, self.kind, epoch, entry)
         captions = self.samples[index].captions
+        dropped = uniform(*address, "caption dropout") < self.caption_dropout
         return Slot(
             address=(self.seed, self.kind, "position", position),
             kind=self.kind,
             index=index,
-            caption=captions[seed_for(*address, "caption") % len(captions)],
+            caption=None if dropped else captions[seed_for(*address, "caption") % len(captions)],
             flip=self.flip and uniform(*address, "flip") < 0.5,
             crop=uniform(*address, "crop"),
         )

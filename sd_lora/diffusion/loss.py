@@ -10,10 +10,12 @@ from sd_lora.diffusion.schedule import NoiseSchedule
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda x0, noise, alpha, sigma: noise,
     "v_prediction": lambda x0, noise, alpha, sigma: alpha * noise - sigma * x0,
+    "edm": lambda x0, noise, alpha, sigma: sigma * x0 - alpha * noise,
 }
 """Name → target(x0, noise, alpha, sigma).
 
-epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D.
+epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. edm: Karras et
+al. 2022, equation 8, with x0 in units of σ_data.
 """
 
 
@@ -37,13 +39,15 @@ def sample_losses(
     schedule: NoiseSchedule,
     snr_gamma: float | None = None,
 ) -> Tensor:
-    """Returns each sample's mean squared error (B,) in float32, min-SNR weighted if asked.
+    """Returns each sample's mean squared error (B,) in float32, weighted by the schedule, and by
+    min-SNR if asked.
 
     prediction, x0, noise: (B, C, H, W); t: (B,).
     """
     alpha, sigma = schedule.at(t, x0.dim())
-    target = PREDICTIONS[schedule.prediction_type](x0, noise, alpha, sigma)
+    target = PREDICTIONS[schedule.prediction_type](x0 / schedule.data_std, noise, alpha, sigma)
     losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    losses = losses * schedule.weights[t]
     if snr_gamma is not None:
         losses = losses * min_snr_weights(schedule.snr(t), snr_gamma, schedule.prediction_type)
     return losses

@@ -176,6 +176,7 @@ _CLIP = {
 }
 _OPEN_CLIP = {
     "cond_stage_model.model.": "text_encoder",
+    "conditioner.embedders.0.model.": "text_encoder_2",  # the refiner's only one
     "conditioner.embedders.1.model.": "text_encoder_2",
 }
 _BLOCK = re.compile(r"transformer\.resblocks\.(\d+)\.")
@@ -202,6 +203,8 @@ def _family_of(path: Path, tensors: TensorFile) -> Family:
             break
     if any(key.startswith("conditioner.embedders.1.") for key in tensors):
         return FAMILIES["sdxl"]
+    if any(key.startswith("conditioner.embedders.0.model.") for key in tensors):
+        return FAMILIES["sdxl_refiner"]
     if any(key.startswith("cond_stage_model.model.") for key in tensors):
         return FAMILIES["sd2"]
     if any(key.startswith("cond_stage_model.transformer.") for key in tensors):

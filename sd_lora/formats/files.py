@@ -62,19 +62,24 @@ LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
 
 
 _ONLY_KOHYA = (
-    "diffusers does not read kohya's names of so small a part of a text encoder: the kohya file is "
-    "for A1111 and ComfyUI alone"
+    "diffusers does not read kohya's names of {what}: the kohya file is for A1111 and ComfyUI alone"
 )
 
 
-def formats_of(adapter: Adapter) -> tuple[list[Format], list[str]]:
+def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[Format], list[str]]:
     """Returns every format that has an exact form for the adapter, and notes on who reads them.
+
+    layout: of the UNet, where kohya's file calls its modules as the original code does.
 
     LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, for the others' readers disagree on
     its norm. Everything else: LyCORIS'.
     """
     if kohya.can_write(adapter):
-        notes = [] if kohya.diffusers_reads(adapter) else [_ONLY_KOHYA]
+        notes = []
+        if not kohya.diffusers_reads(adapter, layout):
+            parts = "so small a part of a text encoder"
+            what = "an upsampler as the refiner's" if kohya.diffusers_reads(adapter) else parts
+            notes.append(_ONLY_KOHYA.format(what=what))
         return [DIFFUSERS, KOHYA] if diffusers.can_write(adapter) else [KOHYA], notes
     if diffusers.can_write(adapter):
         return [DIFFUSERS], [
@@ -156,7 +161,7 @@ def write_adapter(
     Args:
         adapter: what was trained.
         folder: where the files go.
-        family: "sd1", "sd2" or "sdxl"; None for a model by itself.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; None for a model by itself.
         name: of the kohya or LyCORIS file.
         prediction_type, extra, facts: see `metadata.build`.
         layout: of a UNet that is not the published one.
@@ -202,7 +207,7 @@ def save_adapter(
             model by itself.
         folder: where `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors` go, or
             `<name>_lycoris.safetensors` for the methods that need it.
-        family: "sd1", "sd2" or "sdxl"; without meaning for a model by itself.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; without meaning for a model by itself.
         name: of the kohya or LyCORIS file; the folder's name by default.
 
     Returns:

@@ -15,6 +15,7 @@ from torch import Tensor
 from sd_lora.formats.canonical import Adapter, each, file_rank, is_plain, plain
 from sd_lora.formats.diffusers import padded, padded_ranks
 from sd_lora.formats.names import Naming
+from sd_lora.models.original import Layout
 
 
 def can_write(adapter: Adapter) -> bool:
@@ -22,11 +23,22 @@ def can_write(adapter: Adapter) -> bool:
     return "" not in adapter and is_plain(adapter)
 
 
-def diffusers_reads(adapter: Adapter) -> bool:
-    """Whether diffusers' loader takes this form too: it knows a text encoder's projections of
-    queries, keys and values only beside that of the output, and its MLP only beside these."""
+def diffusers_reads(adapter: Adapter, layout: Layout | None = None) -> bool:
+    """Whether diffusers' loader takes this form too.
+
+    It knows a text encoder's projections of queries, keys and values only beside that of the
+    output, and its MLP only beside these; in original names, whose `layout` is then given, no
+    upsampler of a block without attention, as the first one of SDXL's refiner is.
+    """
     for component, modules in adapter.items():
         if component == "unet":
+            bare = (
+                (i for i, attends in enumerate(layout.up_attention) if not attends)
+                if layout
+                else ()
+            )
+            if any(f"up_blocks.{i}.upsamplers.0.conv" in modules for i in bare):
+                return False
             continue
         has = {x: any(n.endswith(f".self_attn.{x}_proj") for n in modules) for x in "qkv"}
         out = any(name.endswith(".self_attn.out_proj") for name in modules)

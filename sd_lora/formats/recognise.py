@@ -12,16 +12,16 @@ _TEXT_WIDTHS = {768: None, 1024: "sd2", 1280: "sdxl"}  # CLIP-L is in SD1 and in
 
 def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
     """Returns the family that a file's tensors are for, with what says so; None if none does."""
-    if "text_encoder_2" in lora.adapter:
-        return FAMILIES["sdxl"], "it has a second text encoder"
     unet = lora.adapter.get("unet", {})
-    for name in unet:
-        if re.search(r"\.attn2\.to_[kv]$", name) and len(unet[name].shape) > 1:
-            width = unet[name].shape[1]
-            for family in FAMILIES.values():
-                if family.cross_attention_dim == width:
-                    return family, f"its cross-attention is {width} wide"
-            break
+    attending = (n for n in unet if re.search(r"\.attn2\.to_[kv]$", n) and len(unet[n].shape) > 1)
+    name = next(attending, None)
+    width = unet[name].shape[1] if name else None
+    known = next((f for f in FAMILIES.values() if f.cross_attention_dim == width), None)
+    if "text_encoder_2" in lora.adapter and (known is None or not known.is_xl):
+        # the refiner's too; few train that one without its UNet
+        return FAMILIES["sdxl"], "it has a second text encoder"
+    if known:
+        return known, f"its cross-attention is {width} wide"
     for name in unet:
         if name.startswith("add_embedding") or re.search(r"transformer_blocks\.[1-9]", name):
             return FAMILIES["sdxl"], f"it has {name}"
@@ -29,9 +29,9 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
     for name in text:
         if name.endswith("_proj") and len(text[name].shape) > 1:
             width = text[name].shape[1]
-            known = _TEXT_WIDTHS.get(width)
-            if known:
-                return FAMILIES[known], f"its text encoder is {width} wide"
+            by_text = _TEXT_WIDTHS.get(width)
+            if by_text:
+                return FAMILIES[by_text], f"its text encoder is {width} wide"
             four_levels = any(re.match(r"(up|down)_blocks\.3|down_blocks\.0\.att", n) for n in unet)
             if width == 768 and four_levels:
                 return FAMILIES["sd1"], "its text encoder is 768 wide, its UNet of four levels"

@@ -77,7 +77,7 @@ def convert(
     Args:
         source: any LoRA file or folder that can be read.
         output: where and how.
-        family: "sd1", "sd2" or "sdxl", where the file does not say it.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner", where the file does not say it.
         cut: how to approximate what the format has no form for; the rest stays exact.
         base: the base model, on which alone a weight-decomposed update has a ΔW.
         drop_vectors: leave out biases and norms, which no plain LoRA can hold.

@@ -235,7 +235,9 @@ def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[st
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             complaints.append(" ".join(str(error).split()))
-    expected = [f"prefix='{c}'" for c in skeleton.family.components if c not in components]
+    # diffusers looks for a first text encoder's in the refiner's files too, which has none
+    sought = {*skeleton.family.components, "text_encoder"}
+    expected = [f"prefix='{c}'" for c in sought if c not in components]
     complaints = [
         c for c in complaints if not ("No LoRA keys" in c and any(e in c for e in expected))
     ]
@@ -256,7 +258,8 @@ def verify(path: Path, adapter: Adapter, skeleton: Skeleton, kind: Format = DIFF
     count, worst, wrong = 0, 0.0, list(lora.problems())
     if not wrong:
         count, worst, wrong = compare(adapter, lora.adapter, tolerance)
-    if kind is DIFFUSERS or (kind is KOHYA and diffusers_reads(adapter)):
+    layout = skeleton.layout if skeleton.family.original_names else None
+    if kind is DIFFUSERS or (kind is KOHYA and diffusers_reads(adapter, layout)):
         loaded = load_into_pipeline(path, skeleton, adapter)
         count, error, lost = compare(adapter, loaded.adapter, tolerance)
         worst, wrong = max(worst, error), [*loaded.complaints, *sorted({*wrong, *lost})]

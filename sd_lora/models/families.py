@@ -1,46 +1,96 @@
-"""The families of Stable Diffusion, as rows of a table: what they are called, and by whom."""
+"""The families of Stable Diffusion, as rows of a table: what they are called, by whom, and what
+their UNets are told besides the noisy latents."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from sd_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
-class Family:
-    """One family.
+class Task:
+    """What a UNet is made for: known by the input channels that it has beyond the latents' own.
 
-    name, label: in code and metadata, and for people. cross_attention_dim: width of the text that
-    its UNet attends to, by which its files are known. kohya_prefixes: component → what kohya's keys
-    start with. original_names: whether kohya's files call the UNet's modules as the original code
-    does (`input_blocks_4_1`) and not as diffusers does. base_versions, architectures: prediction
-    type → kohya's and Stability's words for it. trainable: whether this project trains it today.
+    refused: why it is not trained here, if it is not.
     """
 
     name: str
     label: str
-    pipeline: str
+    refused: str = ""
+
+
+TEXT_TO_IMAGE = Task("text_to_image", "text to image")
+INPAINTING = Task("inpainting", "inpainting")
+_PAIRS = "its training needs pairs of pictures, which no data source here has"
+_TASKS: dict[int | None, Task] = {
+    0: TEXT_TO_IMAGE,
+    5: INPAINTING,  # a mask, and the latents of what is left to see
+    4: Task("instruct_pix2pix", "InstructPix2Pix", _PAIRS),
+    1: Task("depth", "depth to image", "its training needs depth maps, which are not made here"),
+    3: Task("upscaling", "upscaling", "its training needs small pictures and a noise level"),
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    name, label: in code and metadata, and for people. pipelines: task → diffusers' class.
+    cross_attention_dim: width of the text that its UNet attends to, by which its files are known.
+    kohya_prefixes: component → what kohya's keys start with. original_names: whether kohya's files
+    call the UNet's modules as the original code does (`input_blocks_4_1`) and not as diffusers
+    does. base_versions, architectures: prediction type → kohya's and Stability's words for it.
+    penultimate: whether it reads the text encoders' last hidden state but one, without the final
+    norm. time_ids: what its UNet is told of a picture besides the pooled text: "original_size",
+    "crop", "target_size" (two numbers each), "aesthetic_score". max_timestep: those from here on it
+    was not made for.
+    """
+
+    name: str
+    label: str
+    pipelines: Mapping[str, str]
     cross_attention_dim: int
     kohya_prefixes: Mapping[str, str]
     original_names: bool
     base_versions: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
-    trainable: bool = True
+    penultimate: bool = False
+    time_ids: tuple[str, ...] = ()
+    max_timestep: int | None = None
 
     @property
     def components(self) -> tuple[str, ...]:
         """What a LoRA may adapt: "unet", "text_encoder", …"""
         return tuple(self.kohya_prefixes)
 
+    @property
+    def text_encoders(self) -> tuple[str, ...]:
+        """Its text encoders, in the order in which their outputs are joined."""
+        return self.components[1:]
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether its UNet takes pooled text and time ids: SDXL and its refiner."""
+        return bool(self.time_ids)
+
 
 _ONE_ENCODER = {"unet": "lora_unet", "text_encoder": "lora_te"}
 _TWO_ENCODERS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+_SECOND_ENCODER = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
+_PIPELINES = {
+    "text_to_image": "StableDiffusionPipeline",
+    "inpainting": "StableDiffusionInpaintPipeline",
+}
+_XL_PIPELINES = {
+    "text_to_image": "StableDiffusionXLPipeline",
+    "inpainting": "StableDiffusionXLInpaintPipeline",
+}
 
 FAMILIES = {
     "sd1": Family(
         name="sd1",
         label="Stable Diffusion 1.x",
-        pipeline="StableDiffusionPipeline",
+        pipelines=_PIPELINES,
         cross_attention_dim=768,
         kohya_prefixes=_ONE_ENCODER,
         original_names=False,
@@ -53,7 +103,7 @@ FAMILIES = {
     "sd2": Family(
         name="sd2",
         label="Stable Diffusion 2.x",
-        pipeline="StableDiffusionPipeline",
+        pipelines=_PIPELINES,
         cross_attention_dim=1024,
         kohya_prefixes=_ONE_ENCODER,
         original_names=False,
@@ -66,7 +116,7 @@ FAMILIES = {
     "sdxl": Family(
         name="sdxl",
         label="Stable Diffusion XL",
-        pipeline="StableDiffusionXLPipeline",
+        pipelines=_XL_PIPELINES,
         cross_attention_dim=2048,
         kohya_prefixes=_TWO_ENCODERS,
         original_names=True,
@@ -75,21 +125,61 @@ FAMILIES = {
             "epsilon": "stable-diffusion-xl-v1-base",
             "v_prediction": "stable-diffusion-xl-v1-base",
         },
-        trainable=False,
+        penultimate=True,
+        time_ids=("original_size", "crop", "target_size"),
+    ),
+    "sdxl_refiner": Family(
+        name="sdxl_refiner",
+        label="Stable Diffusion XL refiner",
+        pipelines={"text_to_image": "StableDiffusionXLImg2ImgPipeline"},
+        cross_attention_dim=1280,
+        kohya_prefixes=_SECOND_ENCODER,
+        original_names=True,
+        base_versions={"epsilon": "sdxl_refiner_v1-0", "v_prediction": "sdxl_refiner_v1-0"},
+        architectures={
+            "epsilon": "stable-diffusion-xl-v1-refiner",
+            "v_prediction": "stable-diffusion-xl-v1-refiner",
+        },
+        penultimate=True,
+        time_ids=("original_size", "crop", "aesthetic_score"),
+        max_timestep=200,  # Podell et al. 2023, section 2.5: trained on the first 200 noise levels
     ),
 }
 
-# _class_name in model_index.json → what it is, for an error that says so
-_KNOWN_OTHERS = {
-    "StableDiffusionXL": "Stable Diffusion XL",
+_OTHERS = {
     "StableDiffusion3": "Stable Diffusion 3",
+    "StableDiffusionLatentUpscale": "a latent upscaler",
+    "StableDiffusionUpscale": "Stable Diffusion's upscaler",
+    "StableDiffusionInstructPix2Pix": "InstructPix2Pix",
+    "StableDiffusionXLInstructPix2Pix": "InstructPix2Pix for Stable Diffusion XL",
+    "StableDiffusionDepth2Img": "Stable Diffusion 2's depth model",
+    "StableDiffusionControlNet": "a ControlNet pipeline",
+    "StableDiffusionXLControlNet": "a ControlNet pipeline",
+    "StableUnCLIP": "Stable unCLIP",
+    "StableVideo": "Stable Video Diffusion",
+    "StableCascade": "Stable Cascade",
+    "LatentConsistency": "a latent consistency model",
     "Flux": "Flux",
     "PixArt": "PixArt",
-    "KolorsPipeline": "Kolors",
+    "Kolors": "Kolors",
     "Kandinsky": "Kandinsky",
-    "StableCascade": "Stable Cascade",
+    "Sana": "Sana",
+    "AuraFlow": "AuraFlow",
+    "Hunyuan": "Hunyuan",
+    "Lumina": "Lumina",
+    "QwenImage": "Qwen-Image",
+    "ZImage": "Z-Image",
+    "AnimateDiff": "AnimateDiff",
+    "Wuerstchen": "Würstchen",
+    "LDMTextToImage": "latent diffusion before Stable Diffusion",
     "IFPipeline": "DeepFloyd IF",
+    "IFImg2Img": "DeepFloyd IF",
 }
+"""How the class of a pipeline starts → what it is, for an error that says so."""
+
+TRAINED = (
+    "Stable Diffusion 1.x, 2.x, XL and its refiner can be trained, and their inpainting models"
+)
 
 
 def family_named(name: str) -> Family:
@@ -99,51 +189,68 @@ def family_named(name: str) -> Family:
     return FAMILIES[name]
 
 
+def _starts_as(word: str, names: Iterable[str]) -> str | None:
+    return next((name for name in names if word.startswith(name)), None)
+
+
 def refuse_other_pipelines(class_name: str) -> None:
     """Raises UsageError, naming what it is, for a pipeline class that cannot be trained."""
-    for prefix, label in _KNOWN_OTHERS.items():
-        if class_name.startswith(prefix):
-            raise UsageError(
-                f"this is a {label} model ({class_name}); today SD 1.x and 2.x can be trained"
-            )
-    if class_name != "StableDiffusionPipeline":
-        raise UsageError(
-            f"model_index.json says {class_name!r}; today StableDiffusionPipeline folders of "
-            "SD 1.x and 2.x can be trained"
-        )
+    known = _starts_as(class_name, _OTHERS)
+    if known:
+        raise UsageError(f"this is {_OTHERS[known]} ({class_name}); {TRAINED}")
+    if not class_name.startswith("StableDiffusion"):
+        raise UsageError(f"model_index.json says {class_name!r}; {TRAINED}")
 
 
 def detect(unet_config: Mapping[str, object]) -> Family:
     """Returns the family of a UNet's configuration.
 
-    SDXL's UNet takes added conditions; SD2's is SD1's with linear projections around its attention
-    (and a head count a level).
+    The UNets of SDXL and its refiner take added conditions; the refiner attends to text as wide as
+    the pooled one. SD2's UNet is SD1's with linear projections around its attention (and a head
+    count a level).
 
     Raises:
-        UsageError: other added conditions, or input channels of an inpainting or other model.
+        UsageError: other added conditions: no Stable Diffusion UNet.
     """
     added = unet_config.get("addition_embed_type")
-    if added not in (None, "text_time"):
-        raise UsageError(f"this UNet takes added conditions (addition_embed_type = {added!r})")
-    channels = unet_config.get("in_channels")
-    if channels != unet_config.get("out_channels"):
-        kind = {9: "an inpainting", 8: "an InstructPix2Pix", 5: "a depth"}.get(channels)  # type: ignore[call-overload]
+    hidden = unet_config.get("encoder_hid_dim_type")
+    if added not in (None, "text_time") or hidden is not None:
+        what = "addition_embed_type" if hidden is None else "encoder_hid_dim_type"
         raise UsageError(
-            f"this is {kind or 'a'} UNet with {channels} input channels; today text-to-image UNets "
-            "can be adapted"
+            f"this UNet takes conditions of another kind ({what} = {hidden or added!r}); {TRAINED}"
         )
     if added:
-        return FAMILIES["sdxl"]
+        pooled = _int(unet_config, "projection_class_embeddings_input_dim")
+        pooled -= 5 * _int(unet_config, "addition_time_embed_dim")  # the refiner has 5 time ids
+        refines = unet_config.get("cross_attention_dim") == pooled
+        return FAMILIES["sdxl_refiner" if refines else "sdxl"]
     return FAMILIES["sd2" if unet_config.get("use_linear_projection") else "sd1"]
 
 
-def trainable_family(unet_config: Mapping[str, object]) -> Family:
-    """Returns the family of a UNet's configuration, or raises UsageError if it is not trained."""
-    family = detect(unet_config)
-    if not family.trainable:
+def _int(config: Mapping[str, object], key: str) -> int:
+    value = config.get(key)
+    return value if isinstance(value, int) else 0
+
+
+def detect_task(unet_config: Mapping[str, object]) -> Task:
+    """Returns what a UNet is made for: how many channels it takes in beyond those it gives out.
+
+    Raises:
+        UsageError: channels of no known kind.
+    """
+    channels, given = unet_config.get("in_channels", 4), unet_config.get("out_channels", 4)
+    extra = channels - given if isinstance(channels, int) and isinstance(given, int) else None
+    if extra not in _TASKS:
         raise UsageError(
-            "this UNet takes added conditions (addition_embed_type = "
-            f"{unet_config['addition_embed_type']!r}), as {family.label}'s; today SD 1.x and 2.x "
-            "can be trained"
+            f"this is a UNet with {channels} input and {given} output channels: not one of Stable "
+            f"Diffusion; {TRAINED}"
         )
-    return family
+    return _TASKS[extra]
+
+
+def refuse_task(task: Task, family: Family) -> None:
+    """Raises UsageError for a UNet that is recognised and cannot be trained."""
+    if task.refused:
+        raise UsageError(f"this is {family.label}'s {task.label} model: {task.refused}; {TRAINED}")
+    if task.name not in family.pipelines:
+        raise UsageError(f"there is no {task.label} model of {family.label}; {TRAINED}")

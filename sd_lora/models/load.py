@@ -1,178 +1,342 @@
-"""Loading a model's parts from a diffusers folder or a hub id, each part once."""
+"""Loading a base model's parts, each once: a diffusers folder, a hub id, or a single checkpoint."""
 
+import copy
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import Family, refuse_other_pipelines, trainable_family
-from sd_lora.models.skeleton import Skeleton, without_bars
+from sd_lora.models.families import (
+    Family,
+    Task,
+    detect,
+    detect_task,
+    refuse_task,
+)
+from sd_lora.models.folder import (
+    CLASSES,
+    check_classes,
+    check_folder,
+    guarded,
+    looked_into,
+    part_config,
+    pipeline_index,
+    tokenizer_of,
+)
+from sd_lora.models.prompts import Reader
+from sd_lora.models.single import SingleFile
+from sd_lora.models.skeleton import Skeleton
 
-_PART_FILES = {
-    "scheduler": ("scheduler_config.json",),
-    "text_encoder": ("config.json",),
-    "tokenizer": ("tokenizer.json", "vocab.json"),
-    "unet": ("config.json",),
-    "vae": ("config.json",),
-}
+CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
+"""The hub id of the vocabulary that all Stable Diffusion models share: single checkpoints have none
+in them."""
+
+
+_LEAST_TOKENS = 514
+"""A CLIP vocabulary has at least 256 symbols, as many word ends, and two special tokens."""
 
 
 @dataclass
 class Parts:
-    """The parts of a Stable Diffusion 1.x or 2.x model, on the CPU, in evaluation mode, frozen."""
+    """The parts of a Stable Diffusion model, on the CPU, in evaluation mode, frozen.
+
+    text_encoders, tokenizers: component ("text_encoder", "text_encoder_2") → its encoder and
+    tokenizer, in the order in which the UNet reads their outputs. zero_unconditional: whether the
+    model knows the absence of a prompt as zeros, and not as an empty prompt.
+    """
 
     family: Family
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
+    text_encoders: dict[str, CLIPTextModel | CLIPTextModelWithProjection]
+    tokenizers: dict[str, CLIPTokenizer]
     vae: AutoencoderKL
     unet: UNet2DConditionModel
-    scheduler: DDPMScheduler
+    scheduler: DDPMScheduler | EDMEulerScheduler
+    zero_unconditional: bool = False
+
+    @property
+    def task(self) -> Task:
+        """What the UNet is made for."""
+        return detect_task(self.unet.config)
 
     @property
     def pixels_per_latent(self) -> int:
         """How many pixels a latent spans on a side: 8 for the published models."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return _vae_factor(self.vae.config)
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """Component → what a LoRA may adapt."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def reader(self, **options: Any) -> Reader:
+        """Returns how captions are read; see `Reader` for the options."""
+        return Reader(
+            self.family,
+            self.tokenizers,
+            zero_unconditional=self.zero_unconditional,
+            **options,
+        )
 
     @property
     def skeleton(self) -> Skeleton:
         """The modules that a LoRA of this model is made for."""
-        models = {"unet": self.unet, "text_encoder": self.text_encoder}
-        return Skeleton.of_models(models, self.family)
+        return Skeleton.of_models(self.models, self.family)
 
 
-def _check_folder(path: Path) -> None:
-    """Raises UsageError naming what a local diffusers folder lacks."""
-    index = path / "model_index.json"
-    if not index.is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        single = [p.name for p in path.glob("*.safetensors")]
-        hint = f"; for a single checkpoint such as {single[0]}" if single else "; for a checkpoint"
-        raise UsageError(
-            f"{path} is no diffusers folder: it has no model_index.json (found {found}){hint}, "
-            "convert it first with diffusers' from_single_file(…).save_pretrained(…)"
-        )
-    try:
-        class_name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{index} is not a pipeline's index: {error}") from None
-    refuse_other_pipelines(str(class_name))
-    for part, names in _PART_FILES.items():
-        if not any((path / part / name).is_file() for name in names):
-            raise UsageError(f"{path} lacks {part}/{names[0]}: the model folder is incomplete")
+def _vae_factor(config: Mapping[str, Any]) -> int:
+    return 2 ** (len(config["block_out_channels"]) - 1)
 
 
-def _check_path(name: str) -> None:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        _check_folder(path)
-    elif path.is_file():
-        raise UsageError(
-            f"{name} is a file; today a model is a diffusers folder or a hub id. Convert it with "
-            "diffusers' StableDiffusionPipeline.from_single_file(…).save_pretrained(…)"
-        )
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name:
-        raise UsageError(f"model {name} does not exist: there is no such folder")
+@dataclass(frozen=True)
+class Base:
+    """A base model that has been found and named, its weights not yet read.
 
-
-def _load(what: str, name: str, load: Callable[[], Any]) -> Any:
-    """Runs one from_pretrained, turning its failure into an error that names the part.
-
-    Loaders report weights that the files lack and go on with random ones; here that is an error.
+    name: folder, hub id or file. single: the file, if it is one. index: the pipeline's own
+    model_index.json, {} of a file. vae: where another VAE comes from. options: `revision`,
+    `cache_dir` and `variant` of `from_pretrained`.
     """
-    try:
-        with without_bars():
-            loaded = load()
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
-        where = " (no folder here; as a hub id neither cached nor reachable, or without this part)"
-        where = "" if Path(name).is_dir() else where
-        raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
-    if not isinstance(loaded, tuple):
-        return loaded
-    model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise UsageError(
-            f"the {what} of {name} lacks {len(missing)} of its weights ({missing[0]}, …): the "
-            "files are incomplete or of another model"
+
+    name: str
+    family: Family
+    task: Task
+    unet_config: Mapping[str, Any]
+    vae_config: Mapping[str, Any]
+    single: SingleFile | None
+    index: Mapping[str, Any]
+    vae: str | None
+    options: Mapping[str, Any]
+
+    @cached_property
+    def resolution(self) -> int:
+        """The side in pixels of the pictures that the model was made for."""
+        size = self.unet_config.get("sample_size") or 64
+        return (size if isinstance(size, int) else max(size)) * _vae_factor(self.vae_config)
+
+    def load(
+        self,
+        *,
+        dtype: torch.dtype = torch.float32,
+        vae_dtype: torch.dtype = torch.float32,
+        tokenizer_name: str | None = None,
+        prediction_type: str | None = None,
+        zero_terminal_snr: bool | None = None,
+    ) -> Parts:
+        """Reads the parts; text encoders are float32: captions are read once, with all digits.
+
+        Args:
+            dtype, vae_dtype: of the UNet and of the VAE.
+            tokenizer_name: another tokenizer's folder or hub id; a single file has none.
+            prediction_type: if it is to differ from what the model says.
+            zero_terminal_snr: whether the betas are rescaled so that the last step is pure noise,
+                if that is to differ from what the model says.
+
+        Raises:
+            UsageError: what is missing or broken.
+        """
+        scheduler = self._scheduler(prediction_type, zero_terminal_snr)
+        # first, when nothing else is there: while it is read, its file's pages are mapped beside it
+        unet = self._part("unet", dtype)
+        encoders = self.family.text_encoders
+        tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in encoders}
+        parts = Parts(
+            family=self.family,
+            text_encoders={c: self._part(c, torch.float32) for c in encoders},
+            tokenizers=tokenizers,
+            vae=self._vae(vae_dtype),
+            unet=unet,
+            scheduler=scheduler,
+            zero_unconditional=self.family.is_xl
+            and bool(self.index.get("force_zeros_for_empty_prompt", True)),
         )
-    return model
+        for component, encoder in parts.text_encoders.items():
+            tokenizer = tokenizers[component]
+            _check_tokenizer(tokenizer, encoder, tokenizer_name or self.name)
+            limit = encoder.config.max_position_embeddings
+            tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
+        for model in (*parts.models.values(), parts.vae):
+            model.requires_grad_(False).eval()
+        return parts
+
+    def _part(self, part: str, dtype: torch.dtype) -> Any:
+        if self.single:
+            return self.single.load(part, dtype)
+        weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
+        load = partial(CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
+        return guarded(part, self.name, load)
+
+    def _vae(self, dtype: torch.dtype) -> AutoencoderKL:
+        if self.vae is None:
+            return self._part("vae", dtype)
+        if Path(self.vae).expanduser().is_file():
+            return _vae_of_file(Path(self.vae).expanduser(), self.vae_config, dtype)
+        weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
+        weights["subfolder"] = _vae_folder(self.vae)
+        return guarded("vae", self.vae, partial(AutoencoderKL.from_pretrained, self.vae, **weights))
+
+    def _tokenizer(self, component: str, other: str | None) -> CLIPTokenizer:
+        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+        folder = tokenizer_of(component)
+        if not other and not self.single:
+            load = partial(CLIPTokenizer.from_pretrained, self.name, subfolder=folder, **hub)
+            return guarded(folder, self.name, load)
+        name = other or CLIP_TOKENIZER
+        inside = (Path(name).expanduser() / "tokenizer").is_dir()
+        options = {"cache_dir": hub["cache_dir"], "subfolder": "tokenizer" if inside else ""}
+        try:
+            load = partial(CLIPTokenizer.from_pretrained, name, **options)
+            tokenizer = guarded("tokenizer", name, load)
+            if len(tokenizer) < _LEAST_TOKENS:  # transformers makes an empty one of nothing
+                raise UsageError(f"the tokenizer of {name} is not there: {looked_into(options)}")
+        except UsageError as error:
+            if other:
+                raise
+            raise UsageError(
+                f"{self.name} is a single file, which holds no tokenizer: {error}. Give the "
+                "tokenizer folder of any Stable Diffusion with --tokenizer_name, or go online once"
+            ) from None
+        if self.single and (component == "text_encoder_2" or self.family.name == "sd2"):
+            tokenizer = copy.deepcopy(tokenizer)  # OpenCLIP pads with the token of id 0
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        return tokenizer
+
+    def _scheduler(
+        self, prediction_type: str | None, zero_terminal_snr: bool | None
+    ) -> DDPMScheduler | EDMEulerScheduler:
+        if self.single:
+            kind = prediction_type or self.single.prediction_type
+            if kind is None:
+                raise UsageError(
+                    f"{self.name} does not say what it predicts, as no file of {self.family.label} "
+                    "does: give --prediction_type, epsilon for models of 512 pixels (2-base), "
+                    "v_prediction for those of 768 (2, 2.1)"
+                )
+            config = self.single.scheduler_config(kind)
+        else:
+            hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+            read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
+            config = dict(guarded("scheduler", self.name, read))
+        changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
+        if zero_terminal_snr is not None:
+            changes["rescale_betas_zero_snr"] = zero_terminal_snr
+        if changes.get("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr")):
+            changes["timestep_spacing"] = "trailing"  # sampling must start from the last step
+        edm = str(config.get("_class_name")).startswith("EDM")
+        if edm and zero_terminal_snr:
+            raise UsageError(
+                f"{self.name} is an EDM model, whose noise levels have no betas to rescale: leave "
+                "out rescale_betas_zero_snr"
+            )
+        cls = EDMEulerScheduler if edm else DDPMScheduler
+        return guarded("scheduler", self.name, partial(cls.from_config, config, **changes))
 
 
-def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, name: str) -> None:
-    """Raises UsageError for a tokenizer that cannot be this text encoder's.
-
-    transformers 5 builds an empty one, without a word, where the vocabulary's file is missing; a
-    CLIP vocabulary has at least 256 symbols, as many word ends, and two special tokens.
-    """
-    size, known = len(tokenizer), text_encoder.config.vocab_size
-    if not 514 <= size <= known:
-        raise UsageError(
-            f"the tokenizer of {name} has {size} tokens and the text encoder knows {known}: its "
-            "files are missing, broken, or of another model"
-        )
-
-
-def load_parts(
+def find_base(
     name: str,
     *,
     revision: str | None = None,
     variant: str | None = None,
     cache_dir: str | None = None,
-    tokenizer_name: str | None = None,
-) -> Parts:
-    """Loads a model's parts in float32.
+    vae: str | None = None,
+    prediction_type: str | None = None,
+) -> Base:
+    """Finds a base model and says what it is, from its configurations alone.
 
     Args:
-        name: a diffusers folder, or a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5".
+        name: a diffusers folder, a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5", or
+            a single checkpoint (.safetensors, .ckpt) in the original layout.
         revision, variant, cache_dir: as in diffusers' `from_pretrained`.
-        tokenizer_name: another tokenizer's folder or hub id.
+        vae: another VAE: a folder, a hub id or a file.
+        prediction_type: what the caller knows of a single file; SD 2's with v-prediction were made
+            for larger pictures.
 
     Raises:
-        UsageError: what is missing or broken, or a model of a family that cannot be trained.
+        UsageError: nothing there, a missing part, a model that is no Stable Diffusion (named as
+            what it is), a VAE of other latents than the UNet's.
     """
-    _check_path(name)
-    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir}
-    weights = hub | {
-        "variant": variant,
-        "torch_dtype": torch.float32,
-        "output_loading_info": True,
-    }
-
-    def part(cls: Any, folder: str, **options: Any) -> Any:
-        return _load(folder, name, partial(cls.from_pretrained, name, subfolder=folder, **options))
-
-    # the configuration first: a wrong family is told before gigabytes are read
-    read_config = partial(UNet2DConditionModel.load_config, name, subfolder="unet", **hub)
-    config = _load("unet", name, read_config)
-    if not isinstance(config, dict):
-        raise UsageError(f"the configuration of the unet of {name} is not a table of settings")
-    family = trainable_family(config)
-    scheduler = part(DDPMScheduler, "scheduler", **hub)
-    if tokenizer_name:
-        load = partial(CLIPTokenizer.from_pretrained, tokenizer_name, **hub)
-        tokenizer = _load("tokenizer", tokenizer_name, load)
+    options = {"revision": revision, "cache_dir": cache_dir, "variant": variant}
+    single: SingleFile | None = None
+    index: Mapping[str, Any] = {}
+    path = Path(name).expanduser()
+    if path.is_file():
+        single = SingleFile.open(path)
+        unet_config: Any = dict(single.configs["unet"])
+        if single.family == "sd2" and prediction_type == "v_prediction":
+            unet_config["sample_size"] = 96
     else:
-        tokenizer = part(CLIPTokenizer, "tokenizer", **hub)
-    parts = Parts(
-        family=family,
-        tokenizer=tokenizer,
-        text_encoder=part(CLIPTextModel, "text_encoder", **weights),
-        vae=part(AutoencoderKL, "vae", **weights),
-        unet=part(UNet2DConditionModel, "unet", **weights),
-        scheduler=scheduler,
-    )
-    _check_tokenizer(tokenizer, parts.text_encoder, tokenizer_name or name)
-    limit = parts.text_encoder.config.max_position_embeddings
-    tokenizer.model_max_length = min(tokenizer.model_max_length, limit)
-    for model in (parts.text_encoder, parts.vae, parts.unet):
-        model.requires_grad_(False).eval()
-    return parts
+        index = pipeline_index(name, options)
+        unet_config = part_config(UNet2DConditionModel, name, "unet", options)
+    family, task = detect(unet_config), detect_task(unet_config)
+    refuse_task(task, family)
+    if path.is_dir():
+        check_folder(path, family)
+    if not single:
+        check_classes(name, index, family)
+    if vae and not Path(vae).expanduser().is_file():
+        vae_config = part_config(AutoencoderKL, vae, _vae_folder(vae), options)
+    elif single:
+        vae_config = single.configs.get("vae", {"block_out_channels": (128, 256, 512, 512)})
+    else:
+        vae_config = part_config(AutoencoderKL, name, "vae", options)
+    base = Base(name, family, task, unet_config, vae_config, single, index, vae, options)
+    _check_vae(base)
+    return base
+
+
+def load_parts(name: str, **options: Any) -> Parts:
+    """Finds a base model and reads its parts in float32; see `find_base` and `Base.load`."""
+    where = ("revision", "variant", "cache_dir", "vae")
+    found = find_base(name, **{key: options.pop(key) for key in where if key in options})
+    return found.load(**options)
+
+
+def _vae_folder(vae: str) -> str:
+    """Returns the subfolder of a VAE: a whole pipeline may be given for it, too."""
+    return "vae" if (Path(vae).expanduser() / "model_index.json").is_file() else ""
+
+
+def _check_vae(base: Base) -> None:
+    channels, wanted = base.vae_config.get("latent_channels", 4), base.unet_config["out_channels"]
+    if channels != wanted:
+        raise UsageError(
+            f"the VAE of {base.vae or base.name} has {channels} latent channels, and the UNet of "
+            f"{base.name} reads {wanted}: it is another model's VAE"
+        )
+
+
+def _vae_of_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
+    """Reads a VAE's own single file; its layers are those of the base's VAE."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
+        load = partial(AutoencoderKL.from_single_file, str(path), config=folder, torch_dtype=dtype)
+        vae = guarded("vae", str(path), load)
+    missing = [n for n, p in vae.named_parameters() if p.is_meta]
+    if missing:
+        raise UsageError(f"{path} lacks {len(missing)} weights of a VAE ({missing[0]}, …)")
+    return vae
+
+
+def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: Any, name: str) -> None:
+    """Raises UsageError for a tokenizer that cannot be this text encoder's.
+
+    transformers 5 builds an empty one, without a word, where the vocabulary's file is missing.
+    """
+    size, known = len(tokenizer), text_encoder.config.vocab_size
+    if not _LEAST_TOKENS <= size <= known:
+        raise UsageError(
+            f"the tokenizer of {name} has {size} tokens and the text encoder knows {known}: its "
+            "files are missing, broken, or of another model"
+        )

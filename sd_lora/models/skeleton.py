@@ -12,19 +12,15 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import FAMILIES, Family, detect
+from sd_lora.models.families import FAMILIES, TEXT_TO_IMAGE, Family, detect, detect_task
 from sd_lora.models.original import Layout
 from sd_lora.models.published import CONFIGS
 
@@ -58,7 +54,7 @@ class Skeleton:
         unet = _config(name, "unet")
         family = detect(unet)
         configs = {"unet": unet}
-        for component in family.components[1:]:
+        for component in family.text_encoders:
             configs[component] = _config(name, component)
         return cls(family, configs, name)
 
@@ -90,14 +86,7 @@ class Skeleton:
             model.to_empty(device="cpu")
         parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "scheduler"))
         parts |= dict.fromkeys(self.family.components) | models
-        if self.family.name == "sdxl":
-            return StableDiffusionXLPipeline(**parts, tokenizer_2=None, add_watermarker=False)
-        return StableDiffusionPipeline(
-            **parts,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
+        return build_pipeline(self.family, self.configs.get("unet", {}), parts)
 
     def _build(self, component: str) -> nn.Module:
         config = dict(self.configs[component])
@@ -105,6 +94,22 @@ class Skeleton:
             return UNet2DConditionModel.from_config(config)
         cls = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
         return cls(CLIPTextConfig(**config))
+
+
+def build_pipeline(
+    family: Family, unet_config: Mapping[str, Any], parts: Mapping[str, Any]
+) -> DiffusionPipeline:
+    """Returns diffusers' pipeline of a family, for what its UNet is made for, over these parts."""
+    classes = family.pipelines
+    name = classes.get(detect_task(unet_config).name, classes[TEXT_TO_IMAGE.name])
+    if family.is_xl:
+        more: dict[str, Any] = dict.fromkeys(("text_encoder", "tokenizer", "tokenizer_2"))
+        if "aesthetic_score" in family.time_ids:
+            more["requires_aesthetics_score"] = True
+        more["add_watermarker"] = False
+    else:
+        more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return getattr(diffusers, name)(**(more | dict(parts)))
 
 
 @contextmanager

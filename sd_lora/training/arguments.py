@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from sd_lora.errors import UsageError, did_you_mean
-from sd_lora.training.config import FIELDS, Mode, TrainConfig, type_name
+from sd_lora.training.config import FIELDS, Mode, TrainConfig
+from sd_lora.training.rules import type_name
 
 _NOT_YET = "is not supported yet"
-_XL = "belongs to Stable Diffusion XL, which cannot be trained yet"
+_IF = "belongs to DeepFloyd IF, which is not trained here"
+_PRODIGY = f"belongs to Prodigy, which {_NOT_YET}"
+_STEPS = "is a part of the epochs in the advanced scripts; here it is a number of steps: give"
 
 REFUSED: dict[str, str] = {
-    "class_labels_conditioning": "belongs to DeepFloyd IF, which is not trained here",
+    "class_labels_conditioning": _IF,
     "debug_loss": f"{_NOT_YET}; training_log.jsonl holds each step's loss",
-    "do_edm_style_training": _XL,
-    "enable_npu_flash_attention": _NOT_YET,
+    "enable_npu_flash_attention": f"{_NOT_YET}: no such device was at hand to prove it on",
     "enable_xformers_memory_efficient_attention": (
         "is not needed: PyTorch's own memory-efficient attention is always used; leave it out"
     ),
@@ -27,34 +29,115 @@ REFUSED: dict[str, str] = {
     "output_kohya_format": (
         "is not needed: kohya's file is always written where it can be exact; leave it out"
     ),
-    "pretrained_vae_model_name_or_path": _NOT_YET,
-    "prodigy_beta3": "belongs to Prodigy, which is not supported yet",
-    "prodigy_decouple": "belongs to Prodigy, which is not supported yet",
-    "prodigy_safeguard_warmup": "belongs to Prodigy, which is not supported yet",
-    "prodigy_use_bias_correction": "belongs to Prodigy, which is not supported yet",
+    "prodigy_beta3": _PRODIGY,
+    "prodigy_decouple": _PRODIGY,
+    "prodigy_safeguard_warmup": _PRODIGY,
+    "prodigy_use_bias_correction": _PRODIGY,
     "push_to_hub": f"{_NOT_YET}; upload the files by hand",
-    "text_encoder_use_attention_mask": f"{_NOT_YET}: it belongs to DeepFloyd IF",
-    "tokenizer_max_length": f"{_NOT_YET}: captions are cut at the model's own length",
-    "validation_images": f"{_NOT_YET}: it belongs to DeepFloyd IF's upscaler",
+    "text_encoder_use_attention_mask": _IF,
+    "tokenizer_max_length": "has another meaning here: --max_token_length, a multiple of 75",
+    "validation_images": "belongs to DeepFloyd IF's upscaler, which is not trained here",
+    # of the advanced scripts
+    "cache_latents": "is not needed: latents are cached wherever the crop does not change",
+    "lora_unet_blocks": "is --targets here: regular expressions over the UNet's modules",
+    "train_text_encoder_frac": f"{_STEPS} --text_encoder_stop_step",
+    "train_text_encoder_ti": "is not needed: give the new words with --token_abstraction",
+    "train_text_encoder_ti_frac": f"{_STEPS} --embedding_stop_step",
+    "use_blora": "is --targets here: the two blocks of B-LoRA are up_blocks.0.attentions.0 and .1",
 }
 """Flags of diffusers' scripts that are refused by name, with the reason."""
 
-_BEYOND_BOTH = frozenset(
-    "adam_weight_decay_text_encoder alpha_pattern conv_alpha conv_rank init_lora_weights "
-    "lokr_decompose_both lokr_factor lokr_full_matrix lora_alpha loraplus_lr_ratio lr_pattern "
-    "method mode module_dropout modules_to_save neuron_dropout rank_dropout rank_pattern repeats "
-    "save_precision scale_weight_norms targets text_encoder_lr train_bias use_dora use_rslora "
-    "use_tucker validation_guidance_scale validation_steps".split()
+_ALL_SCRIPTS = (
+    "pretrained_model_name_or_path revision variant seed max_train_steps checkpoints_total_limit "
+    "resume_from_checkpoint hub_token hub_model_id validation_prompt mixed_precision center_crop "
+    "gradient_checkpointing scale_lr use_8bit_adam allow_tf32 push_to_hub "
+    "enable_xformers_memory_efficient_attention num_validation_images validation_epochs output_dir "
+    "resolution train_batch_size num_train_epochs checkpointing_steps gradient_accumulation_steps "
+    "learning_rate lr_scheduler lr_warmup_steps dataloader_num_workers adam_beta1 adam_beta2 "
+    "adam_epsilon max_grad_norm adam_weight_decay logging_dir report_to local_rank rank "
+    "image_interpolation_mode"
 )
-_BEYOND: dict[str | None, frozenset[str]] = {
-    None: _BEYOND_BOTH,
-    "text_to_image": _BEYOND_BOTH
-    | {"lora_dropout", "lr_num_cycles", "lr_power", "tokenizer_name", "train_text_encoder"},
-    "dreambooth": _BEYOND_BOTH
-    | {"cache_dir", "noise_offset", "prediction_type", "random_flip", "snr_gamma"},
+_CAPTIONED = (
+    "dataset_name dataset_config_name cache_dir train_data_dir max_train_samples image_column "
+    "caption_column random_flip snr_gamma noise_offset prediction_type"
+)
+_SUBJECT = (
+    "train_text_encoder instance_data_dir instance_prompt class_data_dir class_prompt "
+    "with_prior_preservation prior_loss_weight num_class_images sample_batch_size "
+    "prior_generation_precision lr_num_cycles lr_power lora_dropout"
+)
+
+
+FOREIGN: dict[str, str] = {
+    "bucket_reso_steps": "not there yet: pictures are cropped to squares",
+    "cache_latents_to_disk": "not there: latents are cached in memory wherever the crop is fixed",
+    "caption_dropout_rate": "--caption_dropout",
+    "enable_bucket": "not there yet: pictures are cropped to squares",
+    "keep_tokens": "not there yet",
+    "max_train_epochs": "--num_train_epochs",
+    "min_snr_gamma": "--snr_gamma",
+    "network_alpha": "--lora_alpha",
+    "network_args": "--conv_rank, --conv_alpha and --method",
+    "network_dim": "--rank",
+    "network_module": "--targets and --method",
+    "network_train_unet_only": "what is done without --train_text_encoder",
+    "optimizer_type": "AdamW, or --use_8bit_adam",
+    "output_name": "the last part of --output_dir",
+    "sample_prompts": "--validation_prompt",
+    "save_every_n_steps": "--checkpointing_steps",
+    "shuffle_caption": "not there yet",
+    "unet_lr": "--learning_rate",
+    "v2": "not needed: the model tells its family",
+    "v_parameterization": "--prediction_type v_prediction",
+    "vae": "--pretrained_vae_model_name_or_path",
+    "xformers": "not needed: PyTorch's own memory-efficient attention is always used",
+    "zero_terminal_snr": "--rescale_betas_zero_snr",
 }
-"""Mode → flags that diffusers' script of that mode lacks: they must not make its prefixes
-ambiguous."""
+"""Flags of kohya's scripts → what they are here, for an error that says so."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+    """A command line: its mode, the family that it insists on, and the flags of diffusers' script
+    of that name, whose unique prefixes carry over."""
+
+    mode: Mode
+    family: str | None
+    flags: frozenset[str]
+
+
+def _script(mode: Mode, family: str | None, *flags: str) -> Script:
+    return Script(mode, family, frozenset(" ".join((_ALL_SCRIPTS, *flags)).split()))
+
+
+SCRIPTS: dict[str, Script] = {
+    "train_text_to_image_lora.py": _script("text_to_image", None, _CAPTIONED),
+    "train_text_to_image_lora_sdxl.py": _script(
+        "text_to_image",
+        "sdxl",
+        _CAPTIONED,
+        "pretrained_vae_model_name_or_path train_text_encoder enable_npu_flash_attention "
+        "debug_loss",
+    ),
+    "train_dreambooth_lora.py": _script(
+        "dreambooth",
+        None,
+        _SUBJECT,
+        "tokenizer_name tokenizer_max_length class_labels_conditioning validation_images "
+        "pre_compute_text_embeddings text_encoder_use_attention_mask",
+    ),
+    "train_dreambooth_lora_sdxl.py": _script(
+        "dreambooth",
+        "sdxl",
+        _SUBJECT,
+        "dataset_name dataset_config_name cache_dir image_column caption_column random_flip "
+        "snr_gamma pretrained_vae_model_name_or_path text_encoder_lr "
+        "adam_weight_decay_text_encoder repeats optimizer prodigy_beta3 prodigy_decouple "
+        "prodigy_use_bias_correction prodigy_safeguard_warmup use_dora output_kohya_format "
+        "do_edm_style_training",
+    ),
+}
+"""Script → what it is. diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
 
 ACCEPTED_WITHOUT_EFFECT = {
     "pre_compute_text_embeddings": "text embeddings are always computed once unless trained",
@@ -81,8 +164,11 @@ class _Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def build_parser(mode: Mode | None = None, prog: str | None = None) -> argparse.ArgumentParser:
-    """Returns the parser of all flags; with a mode, the help shows that mode's flags alone."""
+def build_parser(
+    mode: Mode | None = None, prog: str | None = None, xl: bool = False
+) -> argparse.ArgumentParser:
+    """Returns the parser of all flags; with a mode, the help shows that mode's flags alone, with
+    the defaults for SDXL if `xl` says so."""
     parser = _Parser(prog=prog, argument_default=argparse.SUPPRESS, description=_DESCRIPTION)
     parser.add_argument("--config", metavar="FILE", help="TOML file with any of the fields below")
     groups: dict[str, Any] = {}
@@ -95,7 +181,7 @@ def build_parser(mode: Mode | None = None, prog: str | None = None) -> argparse.
             groups[section] = parser.add_argument_group(section)
         if mode is not None and meta["only"] not in (None, mode):
             continue  # so that prefixes are as unique as in the script of this mode
-        groups[section].add_argument(f"--{field.name}", **_argument(field, _help(field, mode)))
+        groups[section].add_argument(f"--{field.name}", **_argument(field, _help(field, mode, xl)))
     for name in ACCEPTED_WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -107,14 +193,17 @@ _DESCRIPTION = (
 )
 
 
-def _help(field: dataclasses.Field, mode: Mode | None) -> str:
-    modes = field.metadata["modes"]
+def _help(field: dataclasses.Field, mode: Mode | None, xl: bool) -> str:
+    modes, default = field.metadata["modes"], field.default
     if modes and mode:
-        default = modes[mode]
+        default = field.metadata["xl"].get(mode, modes[mode]) if xl else modes[mode]
     elif modes:
-        default = " / ".join(f"{value} ({name})" for name, value in modes.items())
-    else:
-        default = field.default
+        of_mode = [f"{value} ({name})" for name, value in modes.items() if value is not None]
+        default = " / ".join(of_mode) or None
+    if not xl and field.metadata["xl"]:
+        others = {m: v for m, v in field.metadata["xl"].items() if mode in (None, m)}
+        words = [f"{value} ({name}, SDXL)" for name, value in others.items()]
+        default = " / ".join([str(default)] * (default is not None) + words) or None
     text = field.metadata["help"].replace("%", "%%")
     return text if default is None or default is False else f"{text} (default: {default})"
 
@@ -164,19 +253,13 @@ def read_toml(path: str) -> dict[str, Any]:
     return values
 
 
-def _of(mode: Mode | None) -> list[str]:
-    """Returns the names of the fields that mean something in a mode."""
-    fields = FIELDS.values()
-    return [f.name for f in fields if mode is None or f.metadata["only"] in (None, mode)]
-
-
-def _expanded(word: str, mode: Mode | None) -> str:
+def _expanded(word: str, script: Script | None) -> str:
     """Returns a shortened flag in full if it is unique among those of diffusers' script."""
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--")
-    if not flag.startswith("--") or not name or name in FIELDS:
+    if not flag.startswith("--") or not name or name in FIELDS or script is None:
         return word
-    matches = [n for n in _of(mode) if n not in _BEYOND[mode] and n.startswith(name)]
+    matches = [n for n in script.flags if n.startswith(name)]
     return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
 
 
@@ -197,22 +280,27 @@ def _unknown(word: str) -> UsageError:
         if field.metadata["only"] and means(field.name):
             only = field.metadata["only"]
             return UsageError(f"{field.name} means something in {only} runs only")
+    if name in FOREIGN:
+        return UsageError(f"unknown flag {flag}: here it is {FOREIGN[name]} (docs/flags.md)")
     return UsageError(f"unknown flag {flag}.{did_you_mean(flag, [f'--{n}' for n in FIELDS])}")
 
 
-def parse(argv: Sequence[str], mode: Mode | None = None, prog: str | None = None) -> TrainConfig:
+def parse(argv: Sequence[str], script: str | None = None, prog: str | None = None) -> TrainConfig:
     """Returns the configuration of a command line.
 
     Args:
         argv: the words after the program's name.
-        mode: of a script that has one; None lets `--mode` or the file say.
+        script: the script of `SCRIPTS` that they are for; None lets `--mode` or the file say the
+            mode, and the model its family.
         prog: the program's name in help texts.
 
     Raises:
         UsageError: an unknown or refused flag, a bad value, a contradiction.
     """
-    parser = build_parser(mode, prog)
-    namespace, rest = parser.parse_known_args([_expanded(word, mode) for word in argv])
+    known = SCRIPTS[script] if script else None
+    mode = known.mode if known else None
+    parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
+    namespace, rest = parser.parse_known_args([_expanded(word, known) for word in argv])
     if rest:
         raise _unknown(rest[0])
     flags = vars(namespace)
@@ -222,4 +310,8 @@ def parse(argv: Sequence[str], mode: Mode | None = None, prog: str | None = None
         raise UsageError("pre_compute_text_embeddings contradicts train_text_encoder")
     if mode and values.get("mode", mode) != mode:
         raise UsageError(f"{file} is for {values['mode']}, and this script is for {mode}")
-    return TrainConfig(**({"mode": mode} if mode else {}) | values)
+    if known:
+        values["mode"] = known.mode
+        if known.family and values.setdefault("family", known.family) != known.family:
+            raise UsageError(f"family is {values['family']}, and this script is for {known.family}")
+    return TrainConfig(**values)

@@ -7,18 +7,17 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from sd_lora.data.cache import Latents
 from sd_lora.data.images import Framing, is_picture
 from sd_lora.data.sources import Source, captioned_folder, named_dataset, prompted_folder
 from sd_lora.errors import UsageError
 from sd_lora.models.load import Parts
-from sd_lora.models.prompts import encode_captions
+from sd_lora.models.prompts import Reader
 from sd_lora.seeds import seed_for, shuffled
 from sd_lora.training import report
 from sd_lora.training.config import TrainConfig
-from sd_lora.training.sampling import sample, write_picture
+from sd_lora.training.sampling import draws, sample, write_picture
 
 DTYPES = {
     "no": torch.float32,
@@ -32,25 +31,32 @@ DTYPES = {
 def find_samples(config: TrainConfig, seed: int) -> Source:
     """Returns the training samples that the configuration names."""
     if config.mode == "dreambooth":
-        return prompted_folder(
-            str(config.instance_data_dir), str(config.instance_prompt), "instance_data_dir"
-        )
+        prompt = str(config.instance_prompt)
+        if config.instance_data_dir:
+            return prompted_folder(config.instance_data_dir, prompt, "instance_data_dir")
+        return _dataset(config, prompt)
     if config.train_data_dir:
-        source = captioned_folder(config.train_data_dir, config.image_column, config.caption_column)
+        column = str(config.caption_column)
+        source = captioned_folder(config.train_data_dir, config.image_column, column)
     else:
-        source = named_dataset(
-            str(config.dataset_name),
-            config.dataset_config_name,
-            config.cache_dir,
-            config.image_column,
-            config.caption_column,
-        )
+        source = _dataset(config)
     if config.max_train_samples is not None and config.max_train_samples < len(source.samples):
         chosen = shuffled(len(source.samples), seed, "max_train_samples")
         kept = sorted(chosen[: config.max_train_samples])
         note = f"max_train_samples: {len(kept)} of {len(source.samples)} pictures are trained"
         return Source([source.samples[i] for i in kept], [*source.notes, note])
     return source
+
+
+def _dataset(config: TrainConfig, prompt: str | None = None) -> Source:
+    return named_dataset(
+        str(config.dataset_name),
+        config.dataset_config_name,
+        config.cache_dir,
+        config.image_column,
+        config.caption_column,
+        prompt,
+    )
 
 
 CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
@@ -65,7 +71,9 @@ def _missing_class_pictures(folder: Path, count: int, seed: int) -> list[str]:
     return list(itertools.islice(free, max(0, count - len(names))))
 
 
-def class_samples(config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int) -> Source:
+def class_samples(
+    config: TrainConfig, parts: Parts, reader: Reader, accelerator: Accelerator, seed: int
+) -> Source:
     """Returns the class pictures, generating with the bare base model those that are missing.
 
     The main process says which are missing and all share the work. A picture is written whole or
@@ -76,14 +84,25 @@ def class_samples(config: TrainConfig, parts: Parts, accelerator: Accelerator, s
         raise UsageError(f"class_data_dir {folder} is a file, not a folder")
     missing = [_missing_class_pictures(folder, config.num_class_images, seed)]
     mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
+    if mine and not draws(parts):
+        raise UsageError(
+            f"class_data_dir {folder} lacks {len(missing[0])} of {config.num_class_images} class "
+            f"pictures, and {parts.family.label} cannot draw them by itself: put them there"
+        )
     if mine:
-        _generate_class_pictures(config, parts, accelerator, seed, [folder / n for n in mine])
+        paths = [folder / name for name in mine]
+        _generate_class_pictures(config, parts, reader, accelerator, seed, paths)
     accelerator.wait_for_everyone()
     return prompted_folder(str(folder), str(config.class_prompt), "class_data_dir")
 
 
 def _generate_class_pictures(
-    config: TrainConfig, parts: Parts, accelerator: Accelerator, seed: int, paths: list[Path]
+    config: TrainConfig,
+    parts: Parts,
+    reader: Reader,
+    accelerator: Accelerator,
+    seed: int,
+    paths: list[Path],
 ) -> None:
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
@@ -96,13 +115,13 @@ def _generate_class_pictures(
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             pictures = sample(
                 parts,
+                reader,
                 [str(config.class_prompt)] * len(chunk),
                 [seed_for(seed, "class picture", path.name) % 2**32 for path in chunk],
-                resolution=config.resolution,
+                resolution=config.side,
                 device=device,
                 steps=CLASS_STEPS,
                 guidance_scale=CLASS_GUIDANCE,
-                prediction_type=config.prediction_type,
                 batch_size=size,
             )
         for path, picture in zip(chunk, pictures, strict=True):
@@ -118,16 +137,5 @@ def cache_latents(latents: Latents, kind: str, source: Source, accelerator: Acce
 
 def framing(config: TrainConfig) -> Framing:
     return Framing(
-        config.resolution, config.center_crop, config.random_flip, config.image_interpolation_mode
+        config.side, config.center_crop, config.random_flip, config.image_interpolation_mode
     )
-
-
-def cache_embeddings(
-    parts: Parts, sources: dict[str, Source], device: torch.device
-) -> dict[str, Tensor]:
-    """Encodes each distinct caption once; the text encoder leaves the device afterwards."""
-    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
-    parts.text_encoder.to(device)
-    table = encode_captions(parts.tokenizer, parts.text_encoder, captions)
-    parts.text_encoder.to("cpu")
-    return table

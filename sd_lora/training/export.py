@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections import Counter
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from huggingface_hub import try_to_load_from_cache
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
+from sd_lora.formats.embeddings import verify_embeddings, write_embeddings
 from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.training.config import TrainConfig
+from sd_lora.training.optimizers import learning_rate
 from sd_lora.training.setup import Run
 
 SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,12 +46,29 @@ def export(run: Run) -> list[Verified]:
         run.schedule.prediction_type,
         record(run),
         facts(run),
-        run.parts.skeleton.layout,
+        run.skeleton.layout,
         SAVED[run.config.save_precision],
     )
     kinds = formats_of(adapter)[0]
-    skeleton = run.parts.skeleton
+    skeleton = run.skeleton
     return [verify(p, adapter, skeleton, kind) for p, kind in zip(paths, kinds, strict=True)]
+
+
+def export_words(run: Run) -> list[Path]:
+    """Writes the new words' embeddings, a file each, and verifies them by diffusers' loader.
+
+    Raises:
+        RunError: embeddings that are not finite, or a file that does not load as trained.
+    """
+    tokens = run.texts.tokens
+    if tokens is None:
+        return []
+    name = run.output_dir.resolve().name
+    architecture = run.parts.family.architectures.get(run.schedule.prediction_type)
+    header = {"modelspec.architecture": f"{architecture}/textual-inversion"} if architecture else {}
+    paths = write_embeddings(tokens, run.output_dir, name, record(run), header)
+    verify_embeddings(paths, tokens)
+    return paths
 
 
 def record(run: Run) -> dict[str, object]:
@@ -69,9 +89,11 @@ def record(run: Run) -> dict[str, object]:
 
 def base_hash(config: TrainConfig) -> str | None:
     """Returns the SHA-256 of the base UNet's weights: of its file, or of its shards one after
-    another; None if it is not found as files."""
+    another; of a single checkpoint whole; None if it is not found as files."""
     name, variant = str(config.pretrained_model_name_or_path), config.variant
     folder = Path(name).expanduser() / "unet"
+    if Path(name).expanduser().is_file():  # of a single checkpoint: the hash that sites show
+        return _sha256([Path(name).expanduser()])
     if not folder.is_dir():
         options = {"cache_dir": config.cache_dir, "revision": config.revision}
         cached = try_to_load_from_cache(name, "unet/config.json", **options)
@@ -80,12 +102,19 @@ def base_hash(config: TrainConfig) -> str | None:
         folder = Path(cached).parent
     try:
         files, _ = weight_files(folder, variant)
-        digest = hashlib.sha256()
+    except UsageError:
+        return None
+    return _sha256(files)
+
+
+def _sha256(files: Sequence[Path]) -> str | None:
+    digest = hashlib.sha256()
+    try:
         for path in files:
             with open(path, "rb") as file:
                 while block := file.read(1 << 22):
                     digest.update(block)
-    except (UsageError, OSError):
+    except OSError:
         return None
     return digest.hexdigest()
 
@@ -93,7 +122,7 @@ def base_hash(config: TrainConfig) -> str | None:
 def facts(run: Run) -> dict[str, str]:
     """Returns kohya's keys about the training, as A1111 and model sites show them."""
     config, plan = run.config, run.plan
-    size, instance = config.resolution, run.sources["instance"].samples
+    size, instance = config.side, run.sources["instance"].samples
     reg = run.sources.get("class")
     values: dict[str, object] = {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
@@ -109,7 +138,9 @@ def facts(run: Run) -> dict[str, str]:
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
         "ss_text_encoder_lr": (
-            (config.text_encoder_lr or config.learning_rate) if config.train_text_encoder else None
+            learning_rate(config, run.parts.family.text_encoders[0])
+            if config.train_text_encoder
+            else None
         ),
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
@@ -125,7 +156,13 @@ def facts(run: Run) -> dict[str, str]:
         "ss_random_crop": not config.center_crop,
         "ss_flip_aug": config.random_flip,
         "ss_seed": plan.seed,
-        "ss_clip_skip": None,
+        "ss_clip_skip": config.clip_skip + 1 if config.clip_skip else None,  # kohya's 1 is none
+        "ss_max_token_length": config.max_token_length if config.max_token_length > 75 else None,
+        "ss_caption_dropout_rate": config.caption_dropout,
+        "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
+        "ss_min_timestep": config.min_timestep or None,
+        "ss_max_timestep": config.max_timestep,
+        "ss_vae_name": config.pretrained_vae_model_name_or_path,
         "modelspec.resolution": f"{size}x{size}",
     }
     named = {key: str(value) for key, value in values.items()}

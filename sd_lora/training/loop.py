@@ -23,15 +23,17 @@ from sd_lora.data.stream import Slot
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
+from sd_lora.formats.embeddings import how_to_load
 from sd_lora.formats.files import formats_of
 from sd_lora.formats.tensors import write_whole
 from sd_lora.formats.verify import Verified
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
-from sd_lora.training.config import DROPOUTS, TrainConfig
-from sd_lora.training.export import export
-from sd_lora.training.sampling import grid, sample, write_picture
-from sd_lora.training.setup import Run, prepare, weight_dtype
+from sd_lora.training.config import TrainConfig
+from sd_lora.training.export import export, export_words
+from sd_lora.training.rules import DROPOUTS
+from sd_lora.training.sampling import draws, grid, sample, write_picture
+from sd_lora.training.setup import Run, prepare
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each one waits for the device."""
@@ -44,7 +46,8 @@ REPLAYED = 20
 class Result:
     """What a run leaves.
 
-    files: the verified exports. losses: of every step of this run, averaged over processes.
+    files: the verified exports. words: files of new words' embeddings.
+    losses: of every step of this run, averaged over processes.
     first_losses, replayed: mean loss of the run's first steps as they were, and of the very same
         batches and noise by the trained model: what was learned, without the luck of the draw.
     before_after: the sample grid, None if no sample pictures were asked for.
@@ -52,6 +55,7 @@ class Result:
 
     output_dir: Path
     files: list[Verified]
+    words: list[Path]
     losses: list[float]
     first_losses: float
     replayed: float
@@ -104,15 +108,21 @@ def _log(run: Run) -> Path:
     return run.output_dir / "training_log.jsonl"
 
 
-def batch_loss(run: Run, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
-    """Returns the loss of one micro-batch, a function of its slots' addresses and the model."""
+def batch_loss(run: Run, slots: list[Slot], pixels: list[Tensor | None], step: int) -> Tensor:
+    """Returns the loss of one micro-batch, a function of its slots' addresses and the model.
+
+    step: how many steps are done, since text encoders and new words may stop learning.
+    """
     config, schedule, device = run.config, run.schedule, run.accelerator.device
     addresses = [slot.address for slot in slots]
     x0 = run.latents.latents(slots, pixels)  # (B, C, H, W)
     noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
-    t = draw_timesteps(addresses, schedule.num_timesteps).to(device)
-    x_t = schedule.add_noise(x0, noise, t).to(weight_dtype(run.accelerator))
-    prediction = run.prepared["unet"](x_t, t, run.conditioning(slots)).sample
+    first, last = run.timesteps
+    t = draw_timesteps(addresses, last, first).to(device)
+    x_t = run.unet_input(schedule.add_noise(x0, noise, t), slots, pixels)
+    conditions = run.conditioning(slots, step)
+    unet = run.prepared["unet"]
+    prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
     losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma)
     instances = [slot.kind == "instance" for slot in slots]
     weights = [1.0 if instance else config.prior_loss_weight for instance in instances]
@@ -158,6 +168,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
             "optimizer": run.optimizer.state_dict(),
             "lr_scheduler": run.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
+            "tokens": run.texts.tokens.state_dict() if run.texts.tokens else None,
         }
         limit = run.config.checkpoints_total_limit
         checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, limit)
@@ -179,17 +190,18 @@ def sample_prompts(run: Run) -> list[str]:
 def sample_row(run: Run) -> list[Image.Image]:
     """Returns the run's sample pictures as the model draws them now, with seeds 0, 1, 2, …"""
     prompts = sample_prompts(run)
-    if not prompts or not run.main:
+    if not prompts or not run.main or not draws(run.parts):
         return []
     return sample(
         run.parts,
+        run.texts.reader,
         prompts,
         range(len(prompts)),
-        resolution=run.config.resolution,
+        resolution=run.latents.framing.resolution,
         device=run.accelerator.device,
         steps=run.config.validation_steps,
         guidance_scale=run.config.validation_guidance_scale,
-        prediction_type=run.config.prediction_type,
+        batch_size=min(4, run.config.train_batch_size),  # what training has room for
     )
 
 
@@ -230,11 +242,14 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
             torch.manual_seed(seed_for(run.plan.seed, "dropout", micro, accelerator.process_index))
         micro += 1
         with accelerator.accumulate(*models):
-            loss = batch_loss(run, slots, pixels)
+            loss = batch_loss(run, slots, pixels, step)
             accelerator.backward(loss)
             total = total + loss.detach() / config.gradient_accumulation_steps
+            for parameter in run.texts.stopped(step):
+                parameter.grad = None  # no step, no decay, and no part in the norm
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                limit = config.max_grad_norm or math.inf
+                norm = accelerator.clip_grad_norm_(parameters, limit)
             run.optimizer.step()
             if accelerator.sync_gradients and config.scale_weight_norms:
                 for model in run.models.values():
@@ -275,8 +290,10 @@ def replay(run: Run) -> tuple[float, float]:
     for model in run.models.values():
         model.eval()
     micro_batches = range(steps * run.config.gradient_accumulation_steps)
-    alone = dataclasses.replace(run, prepared=run.models)  # no gradients, so nothing to exchange
-    losses = [batch_loss(alone, *run.stream.batch(micro)) for micro in micro_batches]
+    # no gradients, so nothing to exchange
+    texts = dataclasses.replace(run.texts, trained={})
+    alone = dataclasses.replace(run, prepared=run.models, texts=texts)
+    losses = [batch_loss(alone, *run.stream.batch(m), run.plan.num_steps) for m in micro_batches]
     now = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
     return (sum(then) / steps if len(then) == steps else math.nan), float(now)
 
@@ -317,11 +334,12 @@ def train(config: TrainConfig) -> Result:
                 f"of {run.plan.num_steps}; go on with the same command and "
                 "--resume_from_checkpoint latest"
             )
-        files, before_after = _finish(run, before) if run.main else ([], None)
+        files, words, before_after = _finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         result = Result(
-            run.output_dir, files, history.losses, first_losses, replayed, before_after, seconds
-        )
+            run.output_dir, files, words, history.losses, first_losses, replayed, before_after,
+            seconds,
+        )  # fmt: skip
         if run.main:
             _say_result(run, result)
         run.accelerator.end_training()
@@ -338,6 +356,7 @@ def _part_company(run: Run) -> None:
     group's destructor waits for a thread that waits for the interpreter (torch 2.13, gloo).
     """
     run.prepared.clear()
+    run.texts.trained.clear()
     run.accelerator.free_memory()
     run.accelerator.wait_for_everyone()
 
@@ -355,14 +374,14 @@ def _open_output(run: Run) -> None:
     run.accelerator.init_trackers("sd_lora", config=_plain(run.config))
 
 
-def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], Path | None]:
-    files = export(run)
+def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:
+    files, words = export(run), export_words(run)
     if not before:
-        return files, None
+        return files, words, None
     path = run.output_dir / "before_after.png"
     rows, labels = [before, sample_row(run)], ["before", f"after {run.plan.num_steps} steps"]
     write_picture(path, grid(rows, labels, sample_prompts(run)))
-    return files, path
+    return files, words, path
 
 
 def _say_result(run: Run, result: Result) -> None:
@@ -376,6 +395,11 @@ def _say_result(run: Run, result: Result) -> None:
     base = str(run.config.pretrained_model_name_or_path)
     formats, _ = formats_of({name: updates(model) for name, model in run.models.items()})
     report.say(report.how_to_use(base, [file.path for file in result.files], formats))
+    if run.texts.tokens:
+        for path, concept in zip(result.words, run.texts.tokens.concepts, strict=True):
+            lines = how_to_load(path, concept.word, run.parts.family.text_encoders)
+            report.say(f"  {path}  the word {concept.word}, verified; in diffusers:")
+            report.say("    " + lines.replace("\n", "\n    "))
     if result.before_after:
         report.say(f"  look at {result.before_after}")
 

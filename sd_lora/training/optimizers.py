@@ -11,14 +11,18 @@ from torch import nn
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
 from sd_lora.errors import UsageError
+from sd_lora.models.tokens import NewTokens
 from sd_lora.training.config import TrainConfig
 
 
 def build_optimizer(
-    models: Mapping[str, nn.Module], config: TrainConfig, num_samples_per_step: int
+    models: Mapping[str, nn.Module],
+    config: TrainConfig,
+    num_samples_per_step: int,
+    tokens: NewTokens | None = None,
 ) -> torch.optim.Optimizer:
     """Returns AdamW with a parameter group per component and learning rate; its parameters are
-    `lora_layers`.
+    `lora_layers`, and the embeddings of new words, whose weights do not decay.
 
     Args:
         models: component → injected model.
@@ -29,8 +33,8 @@ def build_optimizer(
         UsageError: a pattern of `lr_pattern` that matches no adapted module.
     """
     factor = num_samples_per_step if config.scale_lr else 1
-    lrs = {"unet": config.learning_rate, "text_encoder": config.text_encoder_lr}
-    decays = {"text_encoder": config.adam_weight_decay_text_encoder}
+    te_decay = config.adam_weight_decay_text_encoder
+    decays = {"text_encoder": te_decay, "text_encoder_2": te_decay}
 
     def chosen(value: float | None, default: float) -> float:
         return default if value is None else value
@@ -38,11 +42,15 @@ def build_optimizer(
     factors = learning_rate_factors(models, config.lr_pattern, config.loraplus_lr_ratio)
     groups: list[dict[str, Any]] = []
     for component in models:
-        rate = chosen(lrs[component], config.learning_rate) * factor
+        rate = learning_rate(config, component) * factor
         decay = chosen(decays.get(component), config.adam_weight_decay)
         for multiple, parameters in factors[component].items():
             group = {"params": parameters, "lr": rate * multiple, "weight_decay": decay}
             groups.append(group | {"multiple": multiple})  # of the rate that is logged
+    if tokens:
+        rate = chosen(config.embedding_lr, learning_rate(config, "text_encoder")) * factor
+        group = {"params": tokens.parameters(), "lr": rate, "weight_decay": 0.0}
+        groups.append(group | {"multiple": 1.0})
     betas = (config.adam_beta1, config.adam_beta2)
     if config.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
@@ -50,6 +58,14 @@ def build_optimizer(
         return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
     fused = all(p.is_cuda for group in groups for p in group["params"])
     return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
+
+
+def learning_rate(config: TrainConfig, component: str) -> float:
+    """Returns a component's learning rate: its own, or else the more general one."""
+    rates: list[float | None] = [config.learning_rate]
+    rates += [config.text_encoder_lr] if component != "unet" else []
+    rates += [config.text_encoder_2_lr] if component == "text_encoder_2" else []
+    return next(rate for rate in reversed(rates) if rate is not None)
 
 
 def learning_rate_factors(

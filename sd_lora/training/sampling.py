@@ -6,20 +6,26 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+)
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
+from sd_lora.data.cache import Scaling
 from sd_lora.errors import RunError
 from sd_lora.formats.tensors import write_whole
+from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
-from sd_lora.models.prompts import encode, token_ids
+from sd_lora.models.prompts import Geometry, Reader, collate
 
 
 @contextmanager
 def _ready(parts: Parts, device: torch.device) -> Iterator[None]:
     """Puts all parts on the device, in evaluation mode, and back as they were."""
-    models: list[nn.Module] = [parts.unet, parts.text_encoder, parts.vae]
+    models: list[nn.Module] = [*parts.models.values(), parts.vae]
     places = [next(model.parameters()).device for model in models]
     modes = [model.training for model in models]
     for model in models:
@@ -31,9 +37,15 @@ def _ready(parts: Parts, device: torch.device) -> Iterator[None]:
             model.to(place).train(mode)
 
 
+def draws(parts: Parts) -> bool:
+    """Whether a model draws pictures from noise: SDXL's refiner finishes those of another one."""
+    return parts.family.max_timestep is None
+
+
 @torch.no_grad()
 def sample(
     parts: Parts,
+    reader: Reader,
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
@@ -41,7 +53,6 @@ def sample(
     device: torch.device,
     steps: int = 25,
     guidance_scale: float = 7.5,
-    prediction_type: str | None = None,
     batch_size: int = 4,
 ) -> list[Image.Image]:
     """Returns one picture per prompt and seed, by DPM-Solver++ (2M) with classifier-free guidance.
@@ -50,12 +61,13 @@ def sample(
     nor of any generator's state. Lu et al. 2022, "DPM-Solver++", algorithm 2.
 
     Args:
-        parts: the model, with or without adapters, of any base precision.
+        parts: the model, with or without adapters, of any base precision. An inpainting model
+            paints the whole picture.
+        reader: how it reads prompts.
         prompts, seeds: one each per picture.
         resolution: side in pixels.
         device: where to compute; the parts are put back where they were.
         steps, guidance_scale: of the sampler.
-        prediction_type: if it differs from what the model's scheduler says.
         batch_size: pictures at once.
     """
     images: list[Image.Image] = []
@@ -63,45 +75,73 @@ def sample(
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
             latents = _denoise(
-                parts, prompts[chunk], seeds[chunk], resolution, steps, guidance_scale,
-                prediction_type, device,
-            )  # fmt: skip
+                parts,
+                reader,
+                prompts[chunk],
+                seeds[chunk],
+                resolution,
+                steps,
+                guidance_scale,
+                device,
+            )
             images += _decode(parts, latents)
     return images
 
 
 def _denoise(
     parts: Parts,
+    reader: Reader,
     prompts: Sequence[str],
     seeds: Sequence[int],
     resolution: int,
     steps: int,
     guidance_scale: float,
-    prediction_type: str | None,
     device: torch.device,
 ) -> Tensor:
     unet, side = parts.unet, resolution // parts.pixels_per_latent
     dtype = unet.conv_in.weight.dtype  # the base's: LoRA parameters are float32 in any case
-    ids = token_ids(parts.tokenizer, [*[""] * len(prompts), *prompts])
-    conditioning = encode(parts.text_encoder, ids).to(dtype)
-    changes = {"prediction_type": prediction_type} if prediction_type else {}
-    scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config, **changes)
+    embeddings = reader.encode(parts.text_encoders, [*[None] * len(prompts), *prompts])
+    whole = Geometry((resolution, resolution), (0, 0), (resolution, resolution))
+    conditions = collate(embeddings, [whole] * len(embeddings), parts.family).to(device, dtype)
+    scheduler = _sampler(parts)
     scheduler.set_timesteps(steps, device=device)
-    shape = (unet.config.in_channels, side, side)
+    shape = (unet.config.out_channels, side, side)
     noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
     x = torch.stack(noise).to(device) * scheduler.init_noise_sigma
+    beside = _all_to_be_painted(parts, resolution, device).expand(len(embeddings), -1, side, side)
     for t in scheduler.timesteps:
-        x_in = scheduler.scale_model_input(torch.cat([x, x]), t).to(dtype)
-        unconditional, conditional = unet(x_in, t, conditioning).sample.float().chunk(2)
+        x_in = scheduler.scale_model_input(torch.cat([x, x]), t)
+        x_in = torch.cat([x_in, beside], dim=1).to(dtype)
+        out = unet(x_in, t, **conditions.arguments()).sample
+        unconditional, conditional = out.float().chunk(2)
         prediction = unconditional + guidance_scale * (conditional - unconditional)
         x = scheduler.step(prediction, t, x).prev_sample
     return x
 
 
+def _sampler(parts: Parts) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
+    """Returns DPM-Solver++ (2M) for a model's own schedule."""
+    edm = isinstance(parts.scheduler, EDMEulerScheduler)
+    cls = EDMDPMSolverMultistepScheduler if edm else DPMSolverMultistepScheduler
+    return cls.from_config(parts.scheduler.config)
+
+
+def _all_to_be_painted(parts: Parts, resolution: int, device: torch.device) -> Tensor:
+    """Returns what an inpainting UNet sees besides the noisy latents where nothing is given,
+    (1, 1 + C, h, w); no channels for other UNets."""
+    side = resolution // parts.pixels_per_latent
+    if parts.task is not INPAINTING:
+        return torch.zeros(1, 0, side, side, device=device)
+    grey = torch.zeros(1, 3, resolution, resolution, device=device, dtype=parts.vae.dtype)
+    seen = Scaling.of(parts.vae).scaled(parts.vae.encode(grey).latent_dist.mean.float())
+    return torch.cat([torch.ones_like(seen[:, :1]), seen], dim=1)
+
+
 def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
-    config, vae = parts.vae.config, parts.vae
-    x0 = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-    pixels = vae.decode(x0.to(vae.dtype)).sample.float()
+    vae = parts.vae
+    x0 = Scaling.of(vae).unscaled(latents).to(vae.dtype)
+    # one by one: at 1024 pixels each activation of a float32 decoder is up to 1 GiB a picture
+    pixels = torch.cat([vae.decode(z).sample.float() for z in x0.split(1)])
     if not torch.isfinite(pixels).all():
         raise RunError(
             "the model drew NaN or infinite pixels: its precision is too low for it (try bf16 or "

@@ -1,46 +1,47 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-import importlib.util
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import (
-    AutocastKwargs,
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    broadcast_object_list,
-)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import inject, lora_layers, updates
+from sd_lora.adapters.inject import lora_layers, updates
 from sd_lora.data.cache import Latents
 from sd_lora.data.sources import Source
 from sd_lora.data.stream import Batch, Order, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import RunError, UsageError
-from sd_lora.models.load import Parts, load_parts
-from sd_lora.models.prompts import token_ids
+from sd_lora.models.families import INPAINTING
+from sd_lora.models.load import Base, Parts, find_base
+from sd_lora.models.prompts import Conditioning, Geometry, collate
+from sd_lora.models.skeleton import Skeleton
 from sd_lora.training import checkpoint, report
+from sd_lora.training.adapt import inject_all
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import (
     DTYPES,
-    cache_embeddings,
     cache_latents,
     class_samples,
     find_samples,
     framing,
 )
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
+from sd_lora.training.processes import (
+    agreed_seed,
+    build_accelerator,
+    check_processes,
+    weight_dtype,
+)
+from sd_lora.training.sampling import draws
 from sd_lora.training.summary import summarise
+from sd_lora.training.texts import Texts, add_new_words, reader_of, used_captions
 
 
 def _as_is(batch: Any) -> Any:
@@ -82,10 +83,10 @@ class Plan:
 class Run:
     """Everything that the loop needs.
 
-    models: component → injected model. prepared: the same, as Accelerate wrapped them.
-    embeddings: caption → (77, D), None when the text encoder is trained.
-    sources: "instance", "class" → where the pictures came from.
-    saved: the checkpoint to go on from.
+    models: component → injected model. prepared: what is trained, as Accelerate wrapped it.
+    texts: what captions become. sources: "instance", "class" → where the pictures came from.
+    skeleton: the modules that the LoRA is for. timesteps: the first that is trained, and the one
+    after the last. saved: the checkpoint to go on from.
     """
 
     plan: Plan
@@ -94,8 +95,10 @@ class Run:
     models: dict[str, nn.Module]
     prepared: dict[str, nn.Module]
     schedule: NoiseSchedule
+    timesteps: tuple[int, int]
     latents: Latents
-    embeddings: dict[str, Tensor] | None
+    texts: Texts
+    skeleton: Skeleton
     stream: Stream
     sources: dict[str, Source]
     optimizer: torch.optim.Optimizer
@@ -117,7 +120,10 @@ class Run:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        return [p for model in self.models.values() for p in lora_layers(model)]
+        """What is trained: the updates, and the new words."""
+        tokens = self.texts.tokens
+        layers = [p for model in self.models.values() for p in lora_layers(model)]
+        return [*layers, *(tokens.parameters() if tokens else [])]
 
     @property
     def first_step(self) -> int:
@@ -130,6 +136,8 @@ class Run:
             return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.saved.load_factors(self.models)
+        if self.texts.tokens:
+            self.texts.tokens.load_state_dict(self.saved.state["tokens"])
         self.optimizer.load_state_dict(self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
@@ -155,128 +163,26 @@ class Run:
                 raise batch
             yield batch
 
-    def conditioning(self, slots: list[Slot]) -> Tensor:
-        """Returns the text conditioning (B, 77, D) of a batch, in the base's dtype."""
-        captions = [slot.caption for slot in slots]
-        if self.embeddings is None:
-            ids = token_ids(self.parts.tokenizer, captions).to(self.accelerator.device)
-            hidden = self.prepared["text_encoder"](ids)[0]
-        else:
-            hidden = torch.stack([self.embeddings[c] for c in captions])
-        return hidden.to(self.accelerator.device, weight_dtype(self.accelerator))
+    def conditioning(self, slots: list[Slot], step: int) -> Conditioning:
+        """Returns what the UNet is told of a batch besides its noisy latents, on the device, in the
+        base's dtype; `step`: how many steps are done."""
+        embeddings = self.texts.embeddings([slot.caption for slot in slots], step)
+        geometries = [self._geometry(slot) for slot in slots]
+        conditions = collate(embeddings, geometries, self.parts.family)
+        return conditions.to(self.accelerator.device, weight_dtype(self.accelerator))
 
+    def _geometry(self, slot: Slot) -> Geometry:
+        width, height = size = self.latents.sizes[slot.kind, slot.index]
+        left, top = self.latents.framing.corner(size, slot.crop, slot.flip)
+        side = self.latents.framing.resolution
+        return Geometry((height, width), (top, left), (side, side))
 
-def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    return DTYPES[accelerator.mixed_precision]
-
-
-def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
-    """Returns Accelerate's tracker names; says so when the usual one is not installed."""
-    chosen = config.report_to
-    if chosen == "none":
-        return []
-    if chosen is None:
-        if importlib.util.find_spec("tensorboard"):
-            return ["tensorboard"]
-        summary.notes.append("no tracker: pip install 'sd_lora[tensorboard]' for curves")
-        return []
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
-    if chosen != "all" and chosen not in packages:
-        raise UsageError(f"report_to is one of {', '.join(packages)}, all, none, not {chosen!r}")
-    if chosen != "all" and not importlib.util.find_spec(packages[chosen]):
-        raise UsageError(f"report_to {chosen} needs the package {packages[chosen]}: pip install it")
-    return [chosen]
-
-
-def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerator:
-    """Returns the Accelerator: device, processes, precision, accumulation, trackers."""
-    log_with = trackers(config, summary) or None
-    project = ProjectConfiguration(
-        project_dir=config.output_dir,
-        logging_dir=str(Path(config.output_dir) / config.logging_dir),
-    )
-    try:
-        return Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            mixed_precision=config.mixed_precision,
-            log_with=log_with,
-            project_config=project,
-            kwargs_handlers=[
-                # base and inputs have one dtype already, and a layer casts its factors itself;
-                # autocast would look at every operand of every operator once more
-                AutocastKwargs(enabled=False),
-                # all buffers are constants
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-                # processes wait while the main one draws samples: on a slow device, for hours
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-            ],
-        )
-    except ValueError as error:
-        raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
-
-
-def _check_processes(accelerator: Accelerator) -> None:
-    """Raises UsageError if a launcher started several processes and Accelerate joined none.
-
-    It does so for torchrun on a CPU, without a word: each would train by itself, into one folder.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise UsageError(
-            f"{started} processes were started, and accelerate sees {accelerator.num_processes}: "
-            "on a CPU, set ACCELERATE_USE_CPU=true"
-        )
-
-
-def _agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
-    """Returns the run's seed, the same on all processes: given, resumed, or drawn."""
-    if config.seed is not None:
-        return config.seed
-    if resumed:
-        return checkpoint.read_progress(resumed).seed
-    drawn = [int.from_bytes(os.urandom(4), "little")]
-    return int(broadcast_object_list(drawn)[0])
-
-
-def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Module]:
-    """Adapts the UNet, and the text encoder if it is trained; returns component → model."""
-    shared: dict[str, Any] = {
-        "rank": config.rank,
-        "alpha": config.lora_alpha,
-        "dropout": config.lora_dropout,
-        "init": config.init_lora_weights,
-        "seed": seed,
-        "method": config.method,
-        "rule": "decompose" if config.use_dora else "add",
-        "rslora": config.use_rslora,
-        "neuron_dropout": config.neuron_dropout,
-        "rank_dropout": config.rank_dropout,
-        "module_dropout": config.module_dropout,
-        "train_bias": config.train_bias,
-    }
-    options = {
-        "tucker": config.use_tucker,
-        "factor": config.lokr_factor,
-        "full_matrix": config.lokr_full_matrix,
-        "decompose_both": config.lokr_decompose_both,
-    }
-    shared |= {name: value for name, value in options.items() if value}
-    inject(
-        parts.unet,
-        config.targets,
-        conv_rank=config.conv_rank,
-        conv_alpha=config.conv_alpha,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        modules_to_save=config.modules_to_save.split("+") if config.modules_to_save else (),
-        **shared,
-    )
-    models: dict[str, nn.Module] = {"unet": parts.unet}
-    if config.train_text_encoder:
-        shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
-        inject(parts.text_encoder, "text", **shared)
-        models["text_encoder"] = parts.text_encoder
-    return models
+    def unet_input(self, x_t: Tensor, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
+        """Returns x_t (B, C, H, W) in the base's dtype, with the mask and what it leaves to see
+        where the UNet is for inpainting (B, 2C + 1, H, W)."""
+        if self.parts.task is INPAINTING:
+            x_t = torch.cat([x_t, self.latents.masked(slots, pixels)], dim=1)
+        return x_t.to(weight_dtype(self.accelerator))
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -290,14 +196,30 @@ def _check_output(config: TrainConfig) -> None:
         checkpoint.refuse_others(folder)
 
 
-def _check_size(config: TrainConfig, parts: Parts) -> None:
-    step = parts.pixels_per_latent
-    if config.resolution % step:
-        near = max(step, round(config.resolution / step) * step)
+def _check_size(config: TrainConfig, base: Base) -> None:
+    """Raises UsageError for a side that the levels of VAE and UNet cannot halve so often."""
+    vae, unet = (
+        2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
+    )
+    side, step = config.side, vae * unet
+    if side % step:
+        near = max(step, round(side / step) * step)
         raise UsageError(
-            f"resolution {config.resolution} is not a multiple of {step}, the pixels of a latent "
-            f"of this model: take {near}"
+            f"resolution {side} is not a multiple of {step} ({vae} pixels a latent of this "
+            f"model, halved to {unet} by its UNet): take {near}"
         )
+
+
+def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
+    """Returns the first timestep that is trained, and the one after the last."""
+    num = schedule.num_timesteps
+    last = config.max_timestep or min(num, parts.family.max_timestep or num)
+    if not config.min_timestep < last <= num:
+        raise UsageError(
+            f"timesteps from min_timestep {config.min_timestep} to max_timestep {last}: the model "
+            f"has {num}, and max_timestep must be above min_timestep"
+        )
+    return config.min_timestep, last
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -316,38 +238,69 @@ def prepare(config: TrainConfig) -> Run:
         path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
     summary = report.Summary()
     accelerator = build_accelerator(config, summary)
-    _check_processes(accelerator)
-    seed = _agreed_seed(config, path)
+    check_processes(accelerator)
+    seed = agreed_seed(config, path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    base = find_base(
+        str(config.pretrained_model_name_or_path),
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
+        prediction_type=config.prediction_type,
+    )
+    config = config.for_base(base.family.name, base.resolution)
+    _check_size(config, base)
     sources = {"instance": find_samples(config, seed)}
     plan = Plan.of(config, seed, len(sources["instance"].samples), accelerator.num_processes)
     if path:
         progress = checkpoint.read_progress(path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, path)
-    parts = load_parts(
-        str(config.pretrained_model_name_or_path),
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
+    parts = base.load(
+        dtype=weight_dtype(accelerator),
+        vae_dtype=DTYPES[config.vae_precision],
         tokenizer_name=config.tokenizer_name,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.rescale_betas_zero_snr,
     )
-    _check_size(config, parts)
-    schedule = NoiseSchedule.of(parts.scheduler, config.prediction_type)
+    return _ready(plan, accelerator, parts, sources, summary, path)
+
+
+def _ready(
+    plan: Plan,
+    accelerator: Accelerator,
+    parts: Parts,
+    sources: dict[str, Source],
+    summary: report.Summary,
+    path: Path | None,
+) -> Run:
+    """Adapts the model, reads pictures and captions, and puts a run together."""
+    config, seed = plan.config, plan.seed
+    schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
+    if config.snr_gamma is not None and schedule.data_std != 1:
+        raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
+    timesteps = _timesteps(config, parts, schedule)
+    skeleton = parts.skeleton
     models = inject_all(config, parts, seed)
+    tokens = add_new_words(config, parts, sources, seed)
+    texts = Texts(reader_of(config, parts, tokens), parts.text_encoders, tokens)
     saved = checkpoint.read(path, models) if path else None
-    latents = Latents(parts.vae, framing(config), accelerator.device)
+    inpaints = parts.task is INPAINTING
+    latents = Latents(parts.vae, framing(config), accelerator.device, fresh=inpaints)
     cache_latents(latents, "instance", sources["instance"], accelerator)
     if config.with_prior_preservation:
         # the injected model still is the base, bit for bit
-        sources["class"] = class_samples(config, parts, accelerator, seed)
+        sources["class"] = class_samples(config, parts, texts.reader, accelerator, seed)
         cache_latents(latents, "class", sources["class"], accelerator)
     if not latents.needs_vae:
         parts.vae.to("cpu")
-    embeddings = None
-    if not config.train_text_encoder:
-        embeddings = cache_embeddings(parts, sources, accelerator.device)
-    prepared = _prepare_models(config, accelerator, models)
-    optimizer = build_optimizer(models, config, plan.samples_per_step)
+    prepared = _prepare_models(config, accelerator, models, texts)
+    texts.settle(config, prepared)
+    if not texts.trained:
+        texts.fill(used_captions(config, sources), accelerator.device)
+        if not (config.num_validation_images and draws(parts)):
+            parts.text_encoders.clear()  # nothing more is read: of SDXL's, 3 GiB
+    optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
     run = Run(
         plan=plan,
         accelerator=accelerator,
@@ -355,8 +308,10 @@ def prepare(config: TrainConfig) -> Run:
         models=models,
         prepared=prepared,
         schedule=schedule.to(accelerator.device),
+        timesteps=timesteps,
         latents=latents,
-        embeddings=embeddings,
+        texts=texts,
+        skeleton=skeleton,
         stream=_stream(plan, accelerator, sources, latents),
         sources=sources,
         optimizer=accelerator.prepare_optimizer(optimizer),
@@ -377,21 +332,26 @@ CHECKPOINTING = (
 
 
 def _prepare_models(
-    config: TrainConfig, accelerator: Accelerator, models: dict[str, nn.Module]
+    config: TrainConfig, accelerator: Accelerator, models: dict[str, nn.Module], texts: Texts
 ) -> dict[str, nn.Module]:
-    """Casts the frozen bases to the precision of the run, and hands the models to Accelerate."""
+    """Casts the frozen bases to the run's precision, and hands what is trained to Accelerate."""
     dtype = weight_dtype(accelerator)
-    for model in models.values():
+    trained = models | (texts.encoders if texts.tokens else {})
+    running = trained | (texts.encoders if len(trained) > 1 else {})  # captions are read each step
+    words = {id(p) for p in texts.tokens.parameters()} if texts.tokens else set()
+    for model in running.values():
         # an update's frozen tensors stay float32 like its trained ones: LoRA-FA's A, PiSSA's start
         kept = {id(t) for d in updates(model).values() for t in (*d.parameters(), *d.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in kept and tensor.is_floating_point():
+            if id(tensor) not in kept | words and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+    for model in trained.values():
         model.train()
-    if config.gradient_checkpointing:
-        for model in models.values():
+        if config.gradient_checkpointing:
             getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
-    return {name: accelerator.prepare_model(model) for name, model in models.items()}
+    for name in running.keys() - trained.keys():
+        running[name].to(accelerator.device)
+    return {name: accelerator.prepare_model(model) for name, model in trained.items()}
 
 
 def _stream(
@@ -400,7 +360,14 @@ def _stream(
     config = plan.config
     repeats = {"instance": config.repeats, "class": 1}
     orders = {
-        kind: Order(source.samples, kind, repeats[kind], config.random_flip, plan.seed)
+        kind: Order(
+            source.samples,
+            kind,
+            repeats[kind],
+            config.random_flip,
+            plan.seed,
+            config.caption_dropout if kind == "instance" else 0.0,
+        )
         for kind, source in sources.items()
     }
     return Stream(

@@ -1,19 +1,23 @@
 """What the user knows before the first step."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
+from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.tensors import mib
-from sd_lora.models.families import Family
-from sd_lora.models.prompts import too_long
+from sd_lora.models.families import INPAINTING
+from sd_lora.models.prompts import PIECE
+from sd_lora.models.skeleton import Skeleton
 from sd_lora.training import report
 from sd_lora.training.config import TrainConfig
+from sd_lora.training.sampling import draws
 
 if TYPE_CHECKING:
     from sd_lora.training.setup import Run
@@ -24,7 +28,9 @@ def summarise(run: "Run") -> None:
     config, rows, notes = run.config, run.summary.rows, run.summary.notes
     sources = run.sources
     accumulation, processes = config.gradient_accumulation_steps, run.accelerator.num_processes
-    rows["model"] = f"{config.pretrained_model_name_or_path} ({run.parts.family.label})"
+    parts = run.parts
+    task = f", {parts.task.label}" if parts.task is INPAINTING else ""
+    rows["model"] = f"{config.pretrained_model_name_or_path} ({parts.family.label}{task})"
     pictures = f"{len(sources['instance'].samples)}"
     if config.repeats > 1:
         pictures += f" × {config.repeats} repeats = {run.plan.num_samples} an epoch"
@@ -42,11 +48,27 @@ def summarise(run: "Run") -> None:
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     rows["method"] = method_of_run(config)
     rows["adapted"] = report.adapted(names, parameters)
-    rows["LoRA file"], lost = files_of(run.models, run.parts.family, config.save_precision)
+    if run.texts.tokens:
+        words = run.texts.tokens
+        count = sum(p.numel() for p in words.parameters())
+        rows["new words"] = (
+            ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in words.concepts)
+            + f", {count:,} parameters"
+        )
+    stops = {c: s for c, s in run.texts.stops.items() if s is not None}
+    stops |= {"new words": run.texts.tokens_stop} if run.texts.tokens_stop is not None else {}
+    if stops:
+        rows["stop early"] = ", ".join(f"{what} after step {step}" for what, step in stops.items())
+    rows["LoRA file"], lost = files_of(run.models, run.skeleton, config.save_precision)
     notes += lost
-    rows["objective"] = run.schedule.prediction_type + (
-        f", min-SNR γ {config.snr_gamma:g}" if config.snr_gamma else ""
-    )
+    rows["objective"] = objective_of(run)
+    if config.do_edm_style_training and not weighed(run.schedule):
+        notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
+    if not draws(parts):
+        notes.append(
+            f"no sample pictures: {parts.family.label} finishes those of another model, and draws "
+            "none by itself"
+        )
     device = run.accelerator.device
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
     fresh = sum(map(len, run.latents.uncached.values()))
@@ -60,9 +82,33 @@ def summarise(run: "Run") -> None:
     for source in sources.values():
         notes += source.notes
     captions = [c for source in sources.values() for s in source.samples for c in s.captions]
-    for caption, count in list(too_long(run.parts.tokenizer, captions).items())[:5]:
-        limit = run.parts.tokenizer.model_max_length
-        notes.append(f"caption of {count} tokens is cut at {limit}: {caption[:60]!r}…")
+    reader = run.texts.reader
+    cut = reader.too_long(captions)
+    for caption, count in list(cut.items())[:5]:
+        notes.append(f"caption of {count} tokens is cut at {reader.limit}: {caption[:60]!r}…")
+    if cut:
+        enough = math.ceil(max(cut.values()) / PIECE) * PIECE
+        notes.append(f"{len(cut)} captions are cut; --max_token_length {enough} reads them whole")
+
+
+def weighed(schedule: NoiseSchedule) -> bool:
+    """Whether a schedule weighs the losses."""
+    return bool((schedule.weights != 1).any())
+
+
+def objective_of(run: "Run") -> str:
+    """Returns the objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
+    config, schedule = run.config, run.schedule
+    words = [schedule.prediction_type]
+    words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
+    words += ["weighed as EDM does"] if weighed(schedule) else []
+    words += [f"min-SNR γ {config.snr_gamma:g}"] if config.snr_gamma else []
+    first, last = run.timesteps
+    if (first, last) != (0, schedule.num_timesteps):
+        words.append(f"timesteps {first} to {last - 1}")
+    if config.caption_dropout:
+        words.append(f"{config.caption_dropout:.0%} without caption")
+    return ", ".join(words)
 
 
 def method_of_run(config: TrainConfig) -> str:
@@ -79,11 +125,12 @@ def method_of_run(config: TrainConfig) -> str:
 
 
 def files_of(
-    models: Mapping[str, nn.Module], family: Family, precision: str
+    models: Mapping[str, nn.Module], skeleton: Skeleton, precision: str
 ) -> tuple[str, list[str]]:
     """Returns the size and formats of the files to come, and notes on who will not read them."""
     adapter: Adapter = {component: updates(model) for component, model in models.items()}
-    formats, notes = formats_of(adapter)
+    family = skeleton.family
+    formats, notes = formats_of(adapter, skeleton.layout if family.original_names else None)
     tensors = formats[0].write(adapter, naming_of(family))
     width = 4 if precision == "fp32" else 2
     size = mib(sum(t.numel() * width for _, t in tensors))

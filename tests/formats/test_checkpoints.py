@@ -196,6 +196,7 @@ TEXT = {
     "sd1": f"{CLIP}encoder.layers.3.mlp.fc1.weight",
     "sd2": f"{OPEN_CLIP}ln_final.weight",
     "sdxl": "conditioner.embedders.1.model.ln_final.weight",
+    "sdxl_refiner": "conditioner.embedders.0.model.ln_final.weight",
 }
 
 
@@ -210,13 +211,6 @@ def test_the_text_encoder_tells_the_family(family: str, tmp_path: Path) -> None:
 
 
 OTHERS = {
-    "SDXL's refiner": {
-        f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280),
-        "conditioner.embedders.0.model.transformer.resblocks.0.attn.in_proj_bias": (3840,),
-    },
-    "SDXL's refiner, its UNet alone": {
-        f"{UNET}input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight": (768, 1280)
-    },
     "SD3": {
         f"{UNET}joint_blocks.0.context_block.attn.qkv.weight": (12, 4),
         "text_encoders.clip_l.transformer.text_model.final_layer_norm.bias": (4,),

@@ -25,16 +25,16 @@ def trained_parts(path: Path, **options: object) -> Parts:
     """A pipeline's parts with random adapters on the UNet and the text encoder."""
     parts = load_parts(str(path))
     sd_lora.inject(parts.unet, **(MIXED | options))
-    sd_lora.inject(parts.text_encoder, targets="text", rank=3, alpha=1.5)
+    sd_lora.inject(parts.text_encoders["text_encoder"], targets="text", rank=3, alpha=1.5)
     g = torch.Generator().manual_seed(0)
-    for model in (parts.unet, parts.text_encoder):
+    for model in (parts.unet, parts.text_encoders["text_encoder"]):
         for delta in sd_lora.updates(model).values():
             delta.lora_B.data.normal_(std=0.1, generator=g)
     return parts
 
 
 def models(parts: Parts) -> dict[str, torch.nn.Module]:
-    return {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    return {"unet": parts.unet, "text_encoder": parts.text_encoders["text_encoder"]}
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
@@ -271,20 +271,22 @@ def test_a_failed_load_leaves_every_model_as_it_was(tiny_sd1: Path, tmp_path: Pa
     parts = trained_parts(tiny_sd1)
     path, _ = sd_lora.save_adapter(models(parts), tmp_path)
     bare = load_parts(str(tiny_sd1))
-    bare.text_encoder.requires_grad_(True)
+    bare.text_encoders["text_encoder"].requires_grad_(True)
     sd_lora.inject(bare.unet)
     with pytest.raises(sd_lora.UsageError, match="unet: the model has adapters already"):
-        sd_lora.load_adapter({"text_encoder": bare.text_encoder, "unet": bare.unet}, path)
-    assert not adapted_layers(bare.text_encoder)
-    assert all(p.requires_grad for p in bare.text_encoder.parameters())
+        sd_lora.load_adapter(dict(reversed(bare.models.items())), path)
+    assert not adapted_layers(bare.text_encoders["text_encoder"])
+    assert all(p.requires_grad for p in bare.text_encoders["text_encoder"].parameters())
 
 
 def test_embeddings_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
     """No reader of Stable Diffusion LoRAs takes an embedding's update: an error, before a file."""
     parts = load_parts(str(tiny_sd1))
-    sd_lora.inject(parts.text_encoder, targets="text+.*token_embedding")
+    sd_lora.inject(parts.text_encoders["text_encoder"], targets="text+.*token_embedding")
     with pytest.raises(sd_lora.UsageError, match="token_embedding is an Embedding"):
-        sd_lora.save_adapter({"text_encoder": parts.text_encoder}, tmp_path / "out")
+        sd_lora.save_adapter(
+            {"text_encoder": parts.text_encoders["text_encoder"]}, tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -76,7 +76,7 @@ def net() -> Models:
 @pytest.fixture(scope="module")
 def sd1(tiny_sd1: Path) -> Models:
     parts = load_parts(str(tiny_sd1))
-    return Models(unet=parts.unet, text_encoder=parts.text_encoder)
+    return Models(unet=parts.unet, text_encoder=parts.text_encoders["text_encoder"])
 
 
 @pytest.fixture(scope="module")

@@ -30,6 +30,7 @@ COUNTS = {
     "sd1": {"unet": 282, "text_encoder": 72},
     "sd2": {"unet": 282, "text_encoder": 138},
     "sdxl": {"unet": 794, "text_encoder": 72, "text_encoder_2": 192},
+    "sdxl_refiner": {"unet": 554, "text_encoder_2": 192},
 }
 
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sd_lora
-from sd_lora.models import prompts
-from sd_lora.models.families import detect, refuse_other_pipelines, trainable_family
+from sd_lora.models.families import detect, detect_task, refuse_other_pipelines
 from sd_lora.models.load import load_parts
+from sd_lora.models.prompts import in_batches
 from tests.tiny import pipeline_of
 
 
@@ -31,20 +31,19 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
     """Our conditioning is what diffusers' pipeline computes for the same captions, bit for bit."""
     parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
     captions = ["a photo of sks monster", "", "word " * 100, "a photo of sks monster"]
-    table = prompts.encode_captions(parts.tokenizer, parts.text_encoder, captions)
+    table = dict(in_batches(parts.reader(), parts.text_encoders, captions))
     assert len(table) == 3
     for caption, embedding in table.items():
         want, _ = pipeline_of(parts).encode_prompt(caption, "cpu", 1, False)
-        assert torch.equal(embedding, want[0])
+        assert torch.equal(embedding.hidden, want[0])
+        assert embedding.pooled is None
 
 
 def test_long_captions_are_counted(tiny_sd1: Path) -> None:
-    """Captions beyond 77 tokens are named with their length, and only those."""
-    tokenizer = load_parts(str(tiny_sd1)).tokenizer
-    assert prompts.too_long(tokenizer, ["short", "x" * 75, "x" * 76, "x" * 100]) == {
-        "x" * 76: 78,
-        "x" * 100: 102,
-    }
+    """Captions beyond 75 tokens are named with their length, and only those."""
+    reader = load_parts(str(tiny_sd1)).reader()
+    captions = ["short", "x" * 75, "x" * 76, "x" * 100]
+    assert reader.too_long(captions) == {"x" * 76: 76, "x" * 100: 100}
 
 
 def test_bare_pipeline_has_the_modules(tiny_sd1: Path) -> None:
@@ -52,7 +51,7 @@ def test_bare_pipeline_has_the_modules(tiny_sd1: Path) -> None:
     parts = load_parts(str(tiny_sd1))
     bare = parts.skeleton.pipeline()
     for part in ("unet", "text_encoder"):
-        want = {n: p.shape for n, p in getattr(parts, part).named_parameters()}
+        want = {n: p.shape for n, p in parts.models[part].named_parameters()}
         assert {n: p.shape for n, p in getattr(bare, part).named_parameters()} == want
 
 
@@ -60,13 +59,13 @@ def test_missing_and_broken_folders(tiny_sd1: Path, tmp_path: Path) -> None:
     """Every way a model path can be wrong gives an error that names the thing and the remedy."""
     with pytest.raises(sd_lora.UsageError, match="does not exist"):
         load_parts(str(tmp_path / "nowhere"))
-    with pytest.raises(sd_lora.UsageError, match="neither cached nor reachable"):
+    with pytest.raises(sd_lora.UsageError, match=r"not in .*, or .* and not reachable"):
         load_parts("nobody/no-such-model")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
-    with pytest.raises(sd_lora.UsageError, match=r"no model_index.json.*from_single_file"):
+    with pytest.raises(sd_lora.UsageError, match=r"no model_index.json.*give its own path"):
         load_parts(str(tmp_path / "folder"))
-    with pytest.raises(sd_lora.UsageError, match="is a file"):
+    with pytest.raises(sd_lora.UsageError, match="model.safetensors"):
         load_parts(str(tmp_path / "folder" / "model.safetensors"))
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd1, copy)
@@ -122,13 +121,13 @@ def test_a_tokenizer_without_a_length_takes_the_encoders(tiny_sd1: Path, tmp_pat
     values = json.loads(config.read_text())
     del values["model_max_length"]
     config.write_text(json.dumps(values))
-    assert load_parts(str(copy)).tokenizer.model_max_length == 77
+    assert load_parts(str(copy)).tokenizers["text_encoder"].model_max_length == 77
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("StableDiffusionXLPipeline", "Stable Diffusion XL"),
+        ("StableDiffusionInstructPix2PixPipeline", "InstructPix2Pix"),
         ("StableDiffusion3Pipeline", "Stable Diffusion 3"),
         ("FluxPipeline", "Flux"),
         ("SomethingElse", "SomethingElse"),
@@ -146,8 +145,11 @@ def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_
 
 
 def test_other_unets_are_named() -> None:
-    """SDXL's added conditions and inpainting's nine channels are recognised in the UNet itself."""
-    with pytest.raises(sd_lora.UsageError, match="added conditions"):
-        trainable_family({"addition_embed_type": "text_time"})
-    with pytest.raises(sd_lora.UsageError, match="inpainting"):
-        detect({"in_channels": 9, "out_channels": 4})
+    """What a UNet takes in beside text and latents is recognised in its configuration."""
+    with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_image"):
+        detect({"addition_embed_type": "text_image"})
+    with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_proj"):
+        detect({"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"})
+    assert detect_task({"in_channels": 9, "out_channels": 4}).name == "inpainting"
+    with pytest.raises(sd_lora.UsageError, match="12 input and 4 output channels"):
+        detect_task({"in_channels": 12, "out_channels": 4})

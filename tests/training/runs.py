@@ -5,7 +5,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from safetensors.torch import load_file
 
+from sd_lora.adapters.state import deltas_from_state
+from sd_lora.formats.canonical import Adapter, canonical_name
 from sd_lora.training.config import TrainConfig
 
 
@@ -57,3 +60,14 @@ def dreambooth(model: Path, data: Path, output: Path, **changes: object) -> Trai
         "report_to": "none",
     }
     return TrainConfig(mode="dreambooth", **(values | changes))
+
+
+def trained_adapter(folder: Path) -> Adapter:
+    """The adapter of the last checkpoint: the raw factors, which no writer has folded."""
+    (checkpoint,) = folder.glob("checkpoint-*")
+    raw = load_file(checkpoint / "adapter.safetensors")
+    adapter: Adapter = {}
+    for path, delta in deltas_from_state(raw).items():
+        component, name = path.split("/")
+        adapter.setdefault(component, {})[canonical_name(component, name)] = delta
+    return adapter

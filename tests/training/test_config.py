@@ -9,53 +9,72 @@ from sd_lora.errors import UsageError
 from sd_lora.training.arguments import (
     ACCEPTED_WITHOUT_EFFECT,
     REFUSED,
+    SCRIPTS,
     _expanded,
     build_parser,
     parse,
     read_toml,
 )
-from sd_lora.training.config import FIELDS, Mode, TrainConfig
+from sd_lora.training.config import FIELDS, TrainConfig
 
-# name → (default in train_text_to_image_lora.py, default in train_dreambooth_lora.py) of diffusers
-# 0.42.1; "-" where the script lacks the flag. None here and a value there are the same thing where
-# our help says what None means.
-THEIRS: dict[str, tuple[object, object]] = {
-    "pretrained_model_name_or_path": (None, None), "revision": (None, None),
-    "variant": (None, None), "seed": (None, None), "max_train_steps": (None, None),
-    "checkpoints_total_limit": (None, None), "resume_from_checkpoint": (None, None),
-    "validation_prompt": (None, None), "mixed_precision": (None, None),
-    "center_crop": (False, False), "gradient_checkpointing": (False, False),
-    "scale_lr": (False, False), "use_8bit_adam": (False, False), "allow_tf32": (False, False),
-    "num_validation_images": (4, 4), "validation_epochs": (1, 50),
-    "output_dir": ("sd-model-finetuned-lora", "lora-dreambooth-model"),
-    "resolution": (512, 512), "train_batch_size": (16, 4), "num_train_epochs": (100, 1),
-    "checkpointing_steps": (500, 500), "gradient_accumulation_steps": (1, 1),
-    "learning_rate": (1e-4, 5e-4), "lr_scheduler": ("constant", "constant"),
-    "lr_warmup_steps": (500, 500), "dataloader_num_workers": (0, 0), "adam_beta1": (0.9, 0.9),
-    "adam_beta2": (0.999, 0.999), "adam_epsilon": (1e-8, 1e-8), "max_grad_norm": (1.0, 1.0),
-    "adam_weight_decay": (1e-2, 1e-2), "logging_dir": ("logs", "logs"), "local_rank": (-1, -1),
-    "rank": (4, 4), "image_interpolation_mode": ("lanczos", "lanczos"),
-    "dataset_name": (None, "-"), "dataset_config_name": (None, "-"), "cache_dir": (None, "-"),
-    "train_data_dir": (None, "-"), "max_train_samples": (None, "-"), "image_column": ("image", "-"),
-    "caption_column": ("text", "-"), "random_flip": (False, "-"), "snr_gamma": (None, "-"),
-    "noise_offset": (0, "-"), "prediction_type": (None, "-"), "train_text_encoder": ("-", False),
-    "instance_data_dir": ("-", None), "instance_prompt": ("-", None), "class_data_dir": ("-", None),
-    "class_prompt": ("-", None), "with_prior_preservation": ("-", False),
-    "prior_loss_weight": ("-", 1.0), "num_class_images": ("-", 100), "sample_batch_size": ("-", 4),
-    "prior_generation_precision": ("-", None), "lr_num_cycles": ("-", 1), "lr_power": ("-", 1.0),
-    "lora_dropout": ("-", 0.0), "tokenizer_name": ("-", None),
+# script → name → default of diffusers 0.42.1, in the order of SCRIPTS; "-" where the script lacks
+# the flag. None here and a value there are the same thing where our help says what None means.
+THEIRS: dict[str, tuple[object, ...]] = {
+    "pretrained_model_name_or_path": (None,) * 4, "revision": (None,) * 4, "variant": (None,) * 4,
+    "seed": (None,) * 4, "max_train_steps": (None,) * 4, "checkpoints_total_limit": (None,) * 4,
+    "resume_from_checkpoint": (None,) * 4, "validation_prompt": (None,) * 4,
+    "mixed_precision": (None,) * 4, "center_crop": (False,) * 4,
+    "gradient_checkpointing": (False,) * 4, "scale_lr": (False,) * 4, "use_8bit_adam": (False,) * 4,
+    "allow_tf32": (False,) * 4, "num_validation_images": (4,) * 4,
+    "validation_epochs": (1, 1, 50, 50),
+    "output_dir": ("sd-model-finetuned-lora",) * 2 + ("lora-dreambooth-model",) * 2,
+    "resolution": (512, 1024, 512, 1024), "train_batch_size": (16, 16, 4, 4),
+    "num_train_epochs": (100, 100, 1, 1), "checkpointing_steps": (500,) * 4,
+    "gradient_accumulation_steps": (1,) * 4, "learning_rate": (1e-4, 1e-4, 5e-4, 1e-4),
+    "lr_scheduler": ("constant",) * 4, "lr_warmup_steps": (500,) * 4,
+    "dataloader_num_workers": (0,) * 4, "adam_beta1": (0.9,) * 4, "adam_beta2": (0.999,) * 4,
+    "adam_epsilon": (1e-8,) * 4, "max_grad_norm": (1.0,) * 4,
+    "adam_weight_decay": (1e-2, 1e-2, 1e-2, 1e-4), "logging_dir": ("logs",) * 4,
+    "local_rank": (-1,) * 4, "rank": (4,) * 4, "image_interpolation_mode": ("lanczos",) * 4,
+    "dataset_name": (None, None, "-", None), "dataset_config_name": (None, None, "-", None),
+    "cache_dir": (None, None, "-", None), "train_data_dir": (None, None, "-", "-"),
+    "max_train_samples": (None, None, "-", "-"), "image_column": ("image", "image", "-", "image"),
+    "caption_column": ("text", "text", "-", None), "random_flip": (False, False, "-", False),
+    "snr_gamma": (None, None, "-", None), "noise_offset": (0, 0, "-", "-"),
+    "prediction_type": (None, None, "-", "-"),
+    "pretrained_vae_model_name_or_path": ("-", None, "-", None),
+    "train_text_encoder": ("-", False, False, False), "instance_data_dir": ("-", "-", None, None),
+    "instance_prompt": ("-", "-", None, None), "class_data_dir": ("-", "-", None, None),
+    "class_prompt": ("-", "-", None, None), "with_prior_preservation": ("-", "-", False, False),
+    "prior_loss_weight": ("-", "-", 1.0, 1.0), "num_class_images": ("-", "-", 100, 100),
+    "sample_batch_size": ("-", "-", 4, 4), "prior_generation_precision": ("-", "-", None, None),
+    "lr_num_cycles": ("-", "-", 1, 1), "lr_power": ("-", "-", 1.0, 1.0),
+    "lora_dropout": ("-", "-", 0.0, 0.0), "tokenizer_name": ("-", "-", None, "-"),
+    "text_encoder_lr": ("-", "-", "-", 5e-6),
+    "adam_weight_decay_text_encoder": ("-", "-", "-", 1e-3), "repeats": ("-", "-", "-", 1),
+    "use_dora": ("-", "-", "-", False), "do_edm_style_training": ("-", "-", "-", False),
 }  # fmt: skip
+# those that are refused, or accepted without effect; report_to is the tracker that is installed
 ALSO_THEIRS = (
     "push_to_hub hub_token hub_model_id enable_xformers_memory_efficient_attention report_to "
     "tokenizer_max_length class_labels_conditioning validation_images pre_compute_text_embeddings "
-    "text_encoder_use_attention_mask text_encoder_lr adam_weight_decay_text_encoder repeats "
-    "optimizer prodigy_beta3 prodigy_decouple prodigy_use_bias_correction "
-    "prodigy_safeguard_warmup use_dora output_kohya_format do_edm_style_training "
-    "pretrained_vae_model_name_or_path enable_npu_flash_attention debug_loss"
+    "text_encoder_use_attention_mask optimizer prodigy_beta3 prodigy_decouple "
+    "prodigy_use_bias_correction prodigy_safeguard_warmup output_kohya_format "
+    "enable_npu_flash_attention debug_loss"
 ).split()
+ADVANCED = (
+    "cache_latents lora_unet_blocks train_text_encoder_frac train_text_encoder_ti "
+    "train_text_encoder_ti_frac use_blora"
+).split()
+A, B, C, D = SCRIPTS
+MODELS = {A: ("sd1", 512), B: ("sdxl", 1024), C: ("sd1", 512), D: ("sdxl", 1024)}
 
 T2I = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d"]
 DB = ["--pretrained_model_name_or_path", "m", "--instance_data_dir", "d", "--instance_prompt", "p"]
+
+
+def words_of(script: str) -> list[str]:
+    return T2I if SCRIPTS[script].mode == "text_to_image" else DB
 
 
 def test_every_flag_of_the_scripts_is_taken_or_refused_by_name() -> None:
@@ -63,23 +82,45 @@ def test_every_flag_of_the_scripts_is_taken_or_refused_by_name() -> None:
     reason; none is unknown."""
     names = [*THEIRS, *ALSO_THEIRS]
     assert len(set(names)) == len(names) == 84
+    assert set(names) == set().union(*(script.flags for script in SCRIPTS.values()))
     known = FIELDS.keys() | REFUSED.keys() | ACCEPTED_WITHOUT_EFFECT.keys()
     assert set(names) <= known
+    assert REFUSED.keys() <= {*ALSO_THEIRS, *ADVANCED}
     for name, reason in REFUSED.items():
         with pytest.raises(UsageError) as error:
-            parse([*T2I, f"--{name}", "x"], "text_to_image")
+            parse([*T2I, f"--{name}", "x"], A)
         assert str(error.value) == f"--{name} {reason}"
 
 
-@pytest.mark.parametrize(("mode", "words"), [("text_to_image", T2I), ("dreambooth", DB)])
-def test_defaults_are_those_of_each_script(mode: str, words: list[str]) -> None:
-    """Each mode's defaults equal its script's."""
-    config = parse(words, mode)
-    column = 0 if mode == "text_to_image" else 1
-    given = {w.removeprefix("--") for w in words}
-    for name, defaults in THEIRS.items():
-        if defaults[column] != "-" and name not in given:
-            assert getattr(config, name) == defaults[column], name
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_defaults_are_those_of_each_script(script: str) -> None:
+    """Each script's defaults equal those of diffusers' script of that name, once the model that it
+    is for is known."""
+    words = words_of(script)
+    config = parse([*words, *(["--train_text_encoder"] if script == D else [])], script)
+    config = config.for_base(*MODELS[script])
+    column = list(SCRIPTS).index(script)
+    given = {w.removeprefix("--") for w in words} | {"train_text_encoder"}
+    flags = {name for name, defaults in THEIRS.items() if defaults[column] != "-"}
+    assert flags | set(ALSO_THEIRS) >= SCRIPTS[script].flags >= flags
+    for name in flags - given:
+        assert getattr(config, name) == THEIRS[name][column], name
+
+
+def test_defaults_follow_the_model() -> None:
+    """One command line serves all families: SDXL's resolution, rates and decay come with the model,
+    what the user gives stays, and a model of another family than the script's is refused."""
+    config = parse(DB, C)
+    small, large = config.for_base("sd1", 512), config.for_base("sdxl", 1024)
+    assert (small.resolution, small.learning_rate, small.adam_weight_decay) == (512, 5e-4, 1e-2)
+    assert (large.resolution, large.learning_rate, large.adam_weight_decay) == (1024, 1e-4, 1e-4)
+    given = parse([*DB, "--resolution", "768", "--learning_rate", "3e-4"], C).for_base("sdxl", 1024)
+    assert (given.resolution, given.learning_rate) == (768, 3e-4)
+    with pytest.raises(UsageError, match="is a model of family sd1, and family says sdxl"):
+        parse(DB, D).for_base("sd1", 512)
+    one = parse([*DB, "--train_text_encoder", "--text_encoder_2_lr", "1e-5"], C)
+    with pytest.raises(UsageError, match="text_encoder_2_lr needs two text encoders"):
+        one.for_base("sd2", 512)
 
 
 def test_a_command_line_of_the_scripts_carries_over() -> None:
@@ -92,7 +133,7 @@ def test_a_command_line_of_the_scripts_carries_over() -> None:
             "--lr_scheduler=cosine", "--lr_warmup_steps=0", "--seed=1337", "--rank=16",
             "--rank_pattern", "mid_block.*=8", "to_q=2", "--alpha_pattern", "to_q=0.5",
         ],
-        "text_to_image",
+        A,
     )  # fmt: skip
     assert (config.train_batch_size, config.gradient_accumulation_steps) == (1, 4)
     assert config.random_flip
@@ -100,34 +141,21 @@ def test_a_command_line_of_the_scripts_carries_over() -> None:
     assert config.alpha_pattern == {"to_q": 0.5}
 
 
-ALSO_IN_BOTH = "push_to_hub hub_token hub_model_id report_to".split() + [
-    "enable_xformers_memory_efficient_attention"
-]
-ALSO_IN_DREAMBOOTH = (
-    "tokenizer_max_length class_labels_conditioning validation_images pre_compute_text_embeddings "
-    "text_encoder_use_attention_mask"
-).split()
-
-
-@pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
-def test_every_unique_prefix_of_the_scripts_carries_over(mode: Mode) -> None:
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
     """Every unique prefix of each flag of a script still means that flag, whatever flags this
     project has added."""
-    column = 0 if mode == "text_to_image" else 1
-    taken = [name for name, defaults in THEIRS.items() if defaults[column] != "-"]
-    refused = ALSO_IN_BOTH + (ALSO_IN_DREAMBOOTH if mode == "dreambooth" else [])
-    checked = 0
-    for name in taken:
-        others = [n for n in (*taken, *refused) if n != name]
+    flags, checked = SCRIPTS[script].flags, 0
+    for name in flags:
         for prefix in (name[:n] for n in range(1, len(name))):
-            if not any(other.startswith(prefix) for other in others):
-                assert _expanded(f"--{prefix}", mode) == f"--{name}"
-                assert _expanded(f"--{prefix}=3", mode) == f"--{name}=3"
+            if prefix not in FIELDS and sum(f.startswith(prefix) for f in flags) == 1:
+                assert _expanded(f"--{prefix}", SCRIPTS[script]) == f"--{name}"
+                assert _expanded(f"--{prefix}=3", SCRIPTS[script]) == f"--{name}=3"
                 checked += 1
     assert checked > 200
-    line = ["--pretrained_model", "m", "--max_train", "2"]
-    if mode == "dreambooth":
-        config = parse([*line, "--instance_d", "d", "--instance_p", "p", "--lora", "0.5"], mode)
+    line = ["--pretrained_model", "m", "--max_train_st", "2"]
+    if SCRIPTS[script].mode == "dreambooth":
+        config = parse([*line, "--instance_d", "d", "--instance_p", "p", "--lora", "0.5"], script)
         assert (config.max_train_steps, config.lora_dropout) == (2, 0.5)
 
 
@@ -153,12 +181,23 @@ def test_every_unique_prefix_of_the_scripts_carries_over(mode: Mode) -> None:
         (["--learning_rate", "nan"], "learning_rate must be a finite number"),
         (["--instance_d", "x"], "instance_data_dir means something in dreambooth runs only"),
         (["--pre_compute_text_embeddings", "--train_text_encoder"], "contradicts"),
+        (["--max_token_length", "80"], "max_token_length must be a multiple of 75, not 80"),
+        (["--clip_skip", "-1"], "clip_skip must be at least 0, not -1"),
+        (["--caption_dropout", "1"], "caption_dropout must be at least 0 and below 1"),
+        (["--min_timestep", "500", "--max_timestep", "500"], "max_timestep must be above min"),
+        (["--weighted_prompts", "--train_text_encoder"], "weighted_prompts needs text encoders"),
+        (["--weighted_prompts", "--clip_skip", "2"], "clip_skip 0 and 1 only"),
+        (["--embedding_lr", "1"], "embedding_lr needs token_abstraction"),
+        (["--text_encoder_2_rank", "8"], "text_encoder_2_rank needs train_text_encoder"),
+        (["--train_text_encoder", "--text_encoder_rank", "0"], "trains no text encoder"),
+        (["--do_edm_style_training", "--snr_gamma", "5"], "goes without snr_gamma"),
+        (["--family", "sd3"], "invalid choice: 'sd3'"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
     """Each mistake is an error that names the flag and what would be right."""
     with pytest.raises(UsageError) as error:
-        parse([*T2I, *words], "text_to_image")
+        parse([*T2I, *words], A)
     assert message in str(error.value)
 
 
@@ -173,7 +212,7 @@ def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
 def test_contradictions_of_dreambooth(words: list[str], message: str) -> None:
     """DreamBooth's flags that need or exclude each other are told at once."""
     with pytest.raises(UsageError) as error:
-        parse([*DB, *words], "dreambooth")
+        parse([*DB, *words], C)
     assert message in str(error.value)
 
 
@@ -181,7 +220,7 @@ def test_all_problems_are_told_at_once() -> None:
     """Several mistakes give one error with a line each."""
     with pytest.raises(UsageError) as error:
         TrainConfig(mode="dreambooth", rank=0, lr_scheduler="x", prior_loss_weight=-1.0)
-    assert len(str(error.value).splitlines()) == 6
+    assert len(str(error.value).splitlines()) == 7
 
 
 def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
@@ -193,10 +232,15 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         'rank_pattern = { "to_q" = 2 }\n'
     )
     config = parse(["--config", str(file), "--rank", "32"])
-    assert (config.seed, config.rank, config.lora_alpha, config.resolution) == (3, 32, 8.0, 512)
+    assert (config.seed, config.rank, config.lora_alpha, config.train_batch_size) == (
+        3,
+        32,
+        8.0,
+        16,
+    )
     assert config.rank_pattern == {"to_q": 2}
     with pytest.raises(UsageError, match="is for text_to_image, and this script is for dreambooth"):
-        parse(["--config", str(file)], "dreambooth")
+        parse(["--config", str(file)], C)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def test_only_the_lora_is_trained(tiny_sd1: Path, data: Path, tmp_path: Path) ->
     base = load_parts(str(tiny_sd1))
     for component, model in run.models.items():
         sd_lora.eject(model)
-        trained, untouched = model.state_dict(), getattr(base, component).state_dict()
+        trained, untouched = model.state_dict(), base.models[component].state_dict()
         assert trained.keys() == untouched.keys()
         assert all(torch.equal(trained[k], untouched[k]) for k in untouched)
 
@@ -194,7 +194,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_
     config = text_to_image(tiny_sd1, data, tmp_path / "b", gradient_checkpointing=True, **options)
     run = prepare(config)
     assert run.parts.unet.is_gradient_checkpointing
-    layers = run.parts.text_encoder.encoder.layers
+    layers = run.parts.text_encoders["text_encoder"].encoder.layers
     assert all(layer.gradient_checkpointing for layer in layers)
     optimise(run)
     loop.export(run)
@@ -212,7 +212,7 @@ def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -
 
     @torch.no_grad()
     def fixed() -> float:
-        return sum(float(loop.batch_loss(run, *batch)) for batch in batches)
+        return sum(float(loop.batch_loss(run, *batch, 0)) for batch in batches)
 
     before = fixed()
     optimise(run)
@@ -250,12 +250,12 @@ def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path:
     assert [s.kind for s in slots] == ["instance"] * 2 + ["class"] * 2
     assert [s.caption for s in slots] == ["a photo of sks thing"] * 2 + ["a photo of a thing"] * 2
     with torch.no_grad():
-        both = float(loop.batch_loss(run, slots, pixels))
-        instance = float(loop.batch_loss(run, slots[:2], pixels[:2]))
+        both = float(loop.batch_loss(run, slots, pixels, 0))
+        instance = float(loop.batch_loss(run, slots[:2], pixels[:2], 0))
         as_instances = [torch.tensor(0.0)]
         for slot in slots[2:]:
-            alone = loop.batch_loss(run, [slots[0], slot], [None, None])
-            only = loop.batch_loss(run, [slots[0]], [None])
+            alone = loop.batch_loss(run, [slots[0], slot], [None, None], 0)
+            only = loop.batch_loss(run, [slots[0]], [None], 0)
             as_instances.append((alone - only) / 0.5)
     prior = float(sum(as_instances)) / 2
     assert both == pytest.approx(instance + 0.5 * prior, rel=1e-5)

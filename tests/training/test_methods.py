@@ -67,13 +67,13 @@ def test_every_method_trains_and_its_files_are_the_trained_function(
     assert result.replayed < result.first_losses
     state = load_file(out / "checkpoint-12" / "adapter.safetensors")
     trained = load_parts(str(tiny_sd1))
-    models = {"unet": trained.unet, "text_encoder": trained.text_encoder}
+    models = trained.models
     for component, model in models.items():
         own = {k.partition("/")[2]: t for k, t in state.items() if k.startswith(f"{component}/")}
         sd_lora.load_lora_state_dict(model, own)
     for file in result.files:
         bare = load_parts(str(tiny_sd1))
-        loaded = {"unet": bare.unet, "text_encoder": bare.text_encoder}
+        loaded = bare.models
         sd_lora.load_adapter(loaded, file.path)
         count, worst, wrong = verify.compare(read_models(models), read_models(loaded))
         assert (wrong, count) == ([], file.modules)
@@ -102,7 +102,7 @@ def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         ).images
 
     parts = load_parts(str(tiny_sd1))
-    models = {"unet": parts.unet, "text_encoder": parts.text_encoder}
+    models = {"unet": parts.unet, "text_encoder": parts.text_encoders["text_encoder"]}
     sd_lora.load_adapter(models, tmp_path / "mine")
     from tests.tiny import pipeline_of
 
@@ -227,7 +227,7 @@ def test_contradictions_are_told_before_anything_is_loaded(words: list[str], mes
     """What a method has no use for is an error that names it."""
     line = ["--pretrained_model_name_or_path", "m", "--train_data_dir", "d", *words]
     with pytest.raises(UsageError, match=message):
-        parse(line, "text_to_image")
+        parse(line, "train_text_to_image_lora.py")
 
 
 def test_the_summary_says_what_the_files_are_for(

@@ -101,7 +101,9 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
     prompts = ["a photo", "a house", "a photo"]
 
     def draw(words: list[str], seeds: list[int], size: int) -> list[np.ndarray]:
-        drawn = sample(parts, words, seeds, resolution=64, device=CPU, steps=3, batch_size=size)
+        drawn = sample(
+            parts, parts.reader(), words, seeds, resolution=64, device=CPU, steps=3, batch_size=size
+        )
         return [np.asarray(p).astype(int) for p in drawn]
 
     together, alone = draw(prompts, [1, 2, 3], 3), draw(prompts[::-1], [3, 2, 1], 1)[::-1]
@@ -129,7 +131,14 @@ def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
             width=64,
         ).images[0]
         (ours,) = sample(
-            parts, ["a photo"], [3], resolution=64, device=CPU, steps=4, guidance_scale=5.0
+            parts,
+            parts.reader(),
+            ["a photo"],
+            [3],
+            resolution=64,
+            device=CPU,
+            steps=4,
+            guidance_scale=5.0,
         )
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
 

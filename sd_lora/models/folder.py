@@ -1,0 +1,138 @@
+"""A pipeline's folder or hub id: what it says of itself, read and checked part by part."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.constants import HF_HUB_CACHE
+from safetensors import SafetensorError
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+from sd_lora.errors import UsageError
+from sd_lora.models.families import Family, refuse_other_pipelines
+from sd_lora.models.skeleton import without_bars
+
+CLASSES: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
+_PART_FILES: dict[str, tuple[str, ...]] = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer.json", "vocab.json"),
+    "tokenizer_2": ("tokenizer.json", "vocab.json"),
+}
+
+
+def tokenizer_of(component: str) -> str:
+    """Returns the folder of a text encoder's tokenizer."""
+    return component.replace("text_encoder", "tokenizer")
+
+
+def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a pipeline's model_index.json, or raises UsageError if there is none of ours."""
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
+        single = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".ckpt"))
+        hint = f"; to train {single[0].name}, give its own path" if single else ""
+        raise UsageError(
+            f"{path} is no diffusers folder: it has no model_index.json (found {found}){hint}"
+        )
+    if not path.is_dir() and (
+        name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
+    ):
+        raise UsageError(f"model {name} does not exist: there is no such folder or file")
+    hub = {key: options[key] for key in ("revision", "cache_dir")}
+    index = guarded("model_index.json", name, partial(DiffusionPipeline.load_config, name, **hub))
+    if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
+        raise UsageError(f"the model_index.json of {name} is not a pipeline's index")
+    refuse_other_pipelines(index["_class_name"])
+    return index
+
+
+def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the configuration of a part, or raises UsageError."""
+    path = Path(name).expanduser() / part
+    if Path(name).expanduser().is_dir() and not (path / "config.json").is_file():
+        where = f"{part}/config.json" if part else "config.json"
+        raise UsageError(f"{name} lacks {where}: the model folder is incomplete")
+    hub = {key: options[key] for key in ("revision", "cache_dir")}
+    read = partial(cls.load_config, name, subfolder=part, **hub)
+    config = guarded(part or "vae", name, read)
+    if not isinstance(config, dict):
+        raise UsageError(f"the configuration of the {part} of {name} is not a table of settings")
+    if config.get("_class_name", cls.__name__) != cls.__name__:
+        raise UsageError(
+            f"the {part or 'vae'} of {name} is a {config['_class_name']}; {cls.__name__} is what "
+            "can be used here"
+        )
+    return config
+
+
+def check_folder(path: Path, family: Family) -> None:
+    """Raises UsageError naming what a local diffusers folder lacks."""
+    needed = {"scheduler": _PART_FILES["scheduler"]}
+    for component in family.text_encoders:
+        needed[component] = ("config.json",)
+        needed[tokenizer_of(component)] = _PART_FILES[tokenizer_of(component)]
+    for part, names in needed.items():
+        if not any((path / part / name).is_file() for name in names):
+            raise UsageError(f"{path} lacks {part}/{names[0]}: the model folder is incomplete")
+
+
+def check_classes(name: str, index: Mapping[str, Any], family: Family) -> None:
+    """Raises UsageError for a part of another class than Stable Diffusion's, by its index."""
+    for part in (*family.components, "vae"):
+        entry = index.get(part)
+        found = entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
+        wanted = CLASSES[part].__name__
+        if found != wanted and entry is not None:
+            kind = f"a {found}" if found else "nothing"
+            raise UsageError(
+                f"the model_index.json of {name} names {kind} as its {part}; {family.label} has a "
+                f"{wanted} there"
+            )
+
+
+def guarded(what: str, name: str, load: Callable[[], Any]) -> Any:
+    """Runs one from_pretrained, turning its failure into an error that names the part.
+
+    Loaders report weights that the files lack and go on with random ones; here that is an error.
+    """
+    try:
+        with without_bars():
+            loaded = load()
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:400]
+        here = Path(name).expanduser().exists()
+        where = (
+            ""
+            if here
+            else f" (no folder here; as a hub id not in {_cache(load)}, or {what} \
+is not in it, and not reachable)"
+        )
+        raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
+    if not isinstance(loaded, tuple):
+        return loaded
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UsageError(
+            f"the {what} of {name} lacks {len(missing)} of its weights ({missing[0]}, …): the "
+            "files are incomplete or of another model"
+        )
+    return model
+
+
+def _cache(load: Callable[[], Any]) -> str:
+    """Returns the cache that a loader looks into."""
+    given = load.keywords.get("cache_dir") if isinstance(load, partial) else None
+    return str(given or HF_HUB_CACHE)
+
+
+def looked_into(options: Mapping[str, Any]) -> str:
+    return f"no such folder, and not in the cache {options['cache_dir'] or HF_HUB_CACHE}"

@@ -1,0 +1,86 @@
+"""What is adapted in each model of a run, by its configuration."""
+
+import re
+from typing import Any
+
+from torch import nn
+
+from sd_lora.adapters.inject import inject
+from sd_lora.adapters.targets import select
+from sd_lora.models.families import Family
+from sd_lora.models.load import Parts
+from sd_lora.training.config import TrainConfig
+
+
+def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Module]:
+    """Adapts the UNet, and the text encoders if they are trained; returns component → model."""
+    shared: dict[str, Any] = {
+        "dropout": config.lora_dropout,
+        "init": config.init_lora_weights,
+        "seed": seed,
+        "method": config.method,
+        "rule": "decompose" if config.use_dora else "add",
+        "rslora": config.use_rslora,
+        "neuron_dropout": config.neuron_dropout,
+        "rank_dropout": config.rank_dropout,
+        "module_dropout": config.module_dropout,
+        "train_bias": config.train_bias,
+    }
+    options = {
+        "tucker": config.use_tucker,
+        "factor": config.lokr_factor,
+        "full_matrix": config.lokr_full_matrix,
+        "decompose_both": config.lokr_decompose_both,
+    }
+    shared |= {name: value for name, value in options.items() if value}
+    inject(
+        parts.unet,
+        config.targets,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        conv_rank=config.conv_rank,
+        conv_alpha=config.conv_alpha,
+        rank_pattern=config.rank_pattern,
+        alpha_pattern=config.alpha_pattern,
+        modules_to_save=config.modules_to_save.split("+") if config.modules_to_save else (),
+        **shared,
+    )
+    models: dict[str, nn.Module] = {"unet": parts.unet}
+    shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
+    for component, encoder in parts.text_encoders.items():
+        rank, alpha = rank_and_alpha(config, component)
+        if config.train_text_encoder and rank:
+            names = read_modules(parts.family, component, encoder, config.clip_skip)
+            inject(encoder, names, rank=rank, alpha=alpha, **shared)
+            models[component] = encoder
+    return models
+
+
+def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -> list[str]:
+    """Returns the linears of a text encoder, as patterns, whose outputs reach the UNet.
+
+    SDXL's first encoder is read before its last layer, and clip skip leaves out more; only the
+    pooled text, of the second, goes through all. What nothing reads could learn nothing, and
+    several processes would wait for its gradients.
+    """
+    num = encoder.config.num_hidden_layers
+    if component != "text_encoder_2":
+        num -= family.penultimate + clip_skip
+    names = select(encoder, "text")
+    layers = {name: int(name.partition("layers.")[2].partition(".")[0]) for name in names}
+    return [re.escape(name) for name in names if layers[name] < num]
+
+
+def rank_and_alpha(config: TrainConfig, component: str) -> tuple[int, float | None]:
+    """Returns the rank and alpha of a text encoder; rank 0 leaves it out.
+
+    An alpha that is not given is the rank where that is given, and else the more general alpha.
+    """
+    rank, alpha = config.rank, config.lora_alpha
+    names = ["text_encoder"] + (["text_encoder_2"] if component == "text_encoder_2" else [])
+    for name in names:  # from the general to the particular
+        own_rank, own_alpha = getattr(config, f"{name}_rank"), getattr(config, f"{name}_alpha")
+        if own_rank is not None:
+            rank, alpha = own_rank, float(own_rank)
+        alpha = alpha if own_alpha is None else own_alpha
+    return rank, alpha

@@ -1,0 +1,98 @@
+"""Devices, processes, precision and trackers of a run: Accelerate, set up and checked."""
+
+import importlib.util
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+)
+
+from sd_lora.errors import UsageError
+from sd_lora.training import checkpoint, report
+from sd_lora.training.config import TrainConfig
+from sd_lora.training.dataset import DTYPES
+
+
+def weight_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Returns the dtype of the frozen base."""
+    return DTYPES[accelerator.mixed_precision]
+
+
+def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
+    """Returns Accelerate's tracker names; says so when the usual one is not installed."""
+    chosen = config.report_to
+    if chosen == "none":
+        return []
+    if chosen is None:
+        if importlib.util.find_spec("tensorboard"):
+            return ["tensorboard"]
+        summary.notes.append("no tracker: pip install 'sd_lora[tensorboard]' for curves")
+        return []
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml"}
+    if chosen != "all" and chosen not in packages:
+        raise UsageError(f"report_to is one of {', '.join(packages)}, all, none, not {chosen!r}")
+    if chosen != "all" and not importlib.util.find_spec(packages[chosen]):
+        raise UsageError(f"report_to {chosen} needs the package {packages[chosen]}: pip install it")
+    return [chosen]
+
+
+def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerator:
+    """Returns the Accelerator: device, processes, precision, accumulation, trackers."""
+    log_with = trackers(config, summary) or None
+    project = ProjectConfiguration(
+        project_dir=config.output_dir,
+        logging_dir=str(Path(config.output_dir) / config.logging_dir),
+    )
+    try:
+        return Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            log_with=log_with,
+            project_config=project,
+            kwargs_handlers=[
+                # base and inputs have one dtype already, and a layer casts its factors itself;
+                # autocast would look at every operand of every operator once more
+                AutocastKwargs(enabled=False),
+                # all buffers are constants
+                DistributedDataParallelKwargs(
+                    broadcast_buffers=False,
+                    # all biases: those of layers that nothing reads among them
+                    find_unused_parameters=config.train_text_encoder and config.train_bias == "all",
+                ),
+                # processes wait while the main one draws samples: on a slow device, for hours
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+            ],
+        )
+    except ValueError as error:
+        raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Raises UsageError if a launcher started several processes and Accelerate joined none.
+
+    It does so for torchrun on a CPU, without a word: each would train by itself, into one folder.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise UsageError(
+            f"{started} processes were started, and accelerate sees {accelerator.num_processes}: "
+            "on a CPU, set ACCELERATE_USE_CPU=true"
+        )
+
+
+def agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
+    """Returns the run's seed, the same on all processes: given, resumed, or drawn."""
+    if config.seed is not None:
+        return config.seed
+    if resumed:
+        return checkpoint.read_progress(resumed).seed
+    drawn = [int.from_bytes(os.urandom(4), "little")]
+    return int(broadcast_object_list(drawn)[0])

@@ -1,0 +1,276 @@
+"""Every family trains: UNet and text encoders, attention and convolutions, files that load."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import sd_lora
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.formats import verify
+from sd_lora.models.families import FAMILIES
+from sd_lora.training import loop
+from sd_lora.training.setup import Run, prepare
+from tests.training.runs import dreambooth, pictures, text_to_image, trained_adapter
+
+Folder = Callable[[str], Path]
+PIPELINES = {
+    "sd1": "StableDiffusionPipeline",
+    "sd2": "StableDiffusionPipeline",
+    "sdxl": "StableDiffusionXLPipeline",
+    "sdxl-v": "StableDiffusionXLPipeline",
+    "refiner": "StableDiffusionXLImg2ImgPipeline",
+    "sd1-inpainting": "StableDiffusionInpaintPipeline",
+    "sdxl-inpainting": "StableDiffusionXLInpaintPipeline",
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six pictures that are not square, so that crops are drawn."""
+    return pictures(tmp_path_factory.mktemp("data"), size=(96, 64))
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_a_family_trains_and_its_files_load(
+    kind: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """A run on each kind of UNet, attention + convolutions and all its text encoders: the loss of
+    the first steps' own batches falls, and both files give diffusers' own pipeline of that kind
+    every ΔW of the checkpoint's raw factors."""
+    config = text_to_image(
+        tiny(kind), data, tmp_path / kind, train_text_encoder=True, learning_rate=3e-3,
+        max_train_steps=8, checkpointing_steps=8, caption_dropout=0.2,
+    )  # fmt: skip
+    result = sd_lora.train(config)
+    assert result.replayed < result.first_losses
+    adapter = trained_adapter(tmp_path / kind)
+    encoders = [name for name in adapter if name != "unet"]
+    assert encoders == {"refiner": ["text_encoder_2"], "sd": ["text_encoder"]}.get(
+        kind if kind == "refiner" else kind[:2] if "xl" not in kind else "",
+        ["text_encoder", "text_encoder_2"],
+    )
+    for path in (tmp_path / kind, tmp_path / kind / f"{kind}_kohya.safetensors"):
+        off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        off = {} if "xl" in kind or kind == "refiner" else off
+        pipeline = getattr(diffusers, PIPELINES[kind]).from_pretrained(tiny(kind), **off)
+        pipeline.load_lora_weights(path)
+        count, worst, wrong = verify.compare(adapter, verify.loaded_adapter(pipeline))
+        assert wrong == []
+        assert worst < 1e-5
+        assert count == sum(map(len, adapter.values()))
+    if "xl" in kind:  # kohya's own names for SDXL, whole: ComfyUI and A1111 know no others
+        keys = load_file(tmp_path / kind / f"{kind}_kohya.safetensors").keys()
+        unet = {key for key in keys if key.startswith("lora_unet_")}
+        assert all(("_blocks_" in key or "_block_" in key) for key in unet)
+        assert not any("down_blocks" in key or "mid_block" in key for key in unet)
+        assert {key[:8] for key in keys} == {"lora_une", "lora_te1", "lora_te2"}
+
+
+def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """The schedule ends in pure noise where the model's scheduler says so or the user does; for a
+    model that predicts noise that is refused."""
+    run = prepare(text_to_image(tiny("sdxl-v"), data, tmp_path))
+    assert run.schedule.alpha[-1] == 0
+    assert "zero terminal SNR" in run.summary.rows["objective"]
+    assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).schedule.alpha[-1] > 0
+    asked = text_to_image(tiny("sd2"), data, tmp_path, rescale_betas_zero_snr=True)
+    assert prepare(asked).schedule.alpha[-1] == 0
+    with pytest.raises(sd_lora.UsageError, match="Zero terminal SNR is for v_prediction"):
+        prepare(text_to_image(tiny("sdxl"), data, tmp_path, rescale_betas_zero_snr=True))
+    given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
+    assert (run.schedule.alpha[-1], run.schedule.prediction_type) == (0, "v_prediction")
+
+
+def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """Ranks, alphas and learning rates of SDXL's two text encoders are their own."""
+    options = {
+        "train_text_encoder": True, "rank": 8, "text_encoder_rank": 4, "text_encoder_2_rank": 2,
+        "text_encoder_2_alpha": 6.0, "learning_rate": 1e-3, "text_encoder_lr": 2e-4,
+        "text_encoder_2_lr": 3e-5,
+    }  # fmt: skip
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options))
+    for component, rank, alpha in (
+        ("unet", 8, 8.0),
+        ("text_encoder", 4, 4.0),
+        ("text_encoder_2", 2, 6.0),
+    ):
+        layers = sd_lora.adapters.inject.updates(run.models[component])
+        assert {delta.rank for delta in layers.values()} == {rank}
+        assert {delta.alpha for delta in layers.values()} == {alpha}
+    rates = {id(p): g["lr"] for g in run.optimizer.param_groups for p in g["params"]}
+    for component, rate in (("unet", 1e-3), ("text_encoder", 2e-4), ("text_encoder_2", 3e-5)):
+        assert {rates[id(p)] for p in lora_layers(run.models[component])} == {rate}
+    options |= {"text_encoder_rank": 0}
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options))
+    assert list(run.models) == ["unet", "text_encoder_2"]
+
+
+def states(run: Run) -> dict[str, list[torch.Tensor]]:
+    return {c: [p.detach().clone() for p in lora_layers(m)] for c, m in run.models.items()}
+
+
+def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """From its stop step on a text encoder's LoRA does not change by a bit, weight decay and
+    momentum included, and until then and elsewhere it does."""
+    options = {
+        "train_text_encoder": True, "text_encoder_stop_step": 2, "text_encoder_2_stop_step": 4,
+        "max_train_steps": 6, "adam_weight_decay": 0.1,
+    }  # fmt: skip
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options))
+    seen, original = [states(run)], loop.batch_loss
+
+    def watched(run: Run, *batch: object) -> torch.Tensor:
+        seen.append(states(run))
+        return original(run, *batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "batch_loss", watched)
+        loop._open_output(run)
+        with loop.stop_requests() as requests:
+            loop._optimise(run, loop.History(), requests)
+    seen = [*seen[1:], states(run)]  # before each step, and after the last
+    for component, stop in (("unet", 6), ("text_encoder", 2), ("text_encoder_2", 4)):
+        for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+            pairs = zip(before[component], after[component], strict=True)
+            same = [torch.equal(a, b) for a, b in pairs]
+            assert all(same) if step >= stop else not all(same), (component, step)
+    assert "text_encoder after step 2" in run.summary.rows["stop early"]
+
+
+def test_stopping_resumes_exactly(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """A run whose text encoders stop is the same when it is resumed before and after that."""
+    options = {
+        "train_text_encoder": True, "text_encoder_stop_step": 3, "checkpointing_steps": 2,
+        "max_train_steps": 6,
+    }  # fmt: skip
+    sd_lora.train(text_to_image(tiny("sd1"), data, tmp_path / "whole", **options))
+    for start in (2, 4):
+        part = options | {"max_train_steps": start}
+        sd_lora.train(text_to_image(tiny("sd1"), data, tmp_path / f"cut{start}", **part))
+        again = options | {"resume_from_checkpoint": "latest"}
+        sd_lora.train(text_to_image(tiny("sd1"), data, tmp_path / f"cut{start}", **again))
+        files = [
+            load_file(tmp_path / name / "checkpoint-6" / "adapter.safetensors")
+            for name in ("whole", f"cut{start}")
+        ]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_inpainting_sees_masks_and_what_they_leave(
+    tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """The UNet's further channels are a mask of zeros and ones that changes from sample to sample,
+    and latents that differ from the picture's where it is masked; nothing is cached."""
+    run = prepare(text_to_image(tiny("sd1-inpainting"), data, tmp_path))
+    slots, pixels = run.stream.batch(0)
+    x0 = run.latents.latents(slots, pixels)
+    whole = run.unet_input(x0, slots, pixels)
+    assert whole.shape == (4, 9, 8, 8)
+    assert torch.equal(whole[:, :4], x0)
+    assert set(whole[:, 4].unique().tolist()) <= {0.0, 1.0}
+    masks = {
+        tuple(run.unet_input(x0, *run.stream.batch(i))[0, 4].flatten().tolist()) for i in range(9)
+    }
+    assert len(masks) > 3
+    assert all(run.latents.uncached[kind] == set(range(6)) for kind in ("instance",))
+
+
+def test_timesteps_are_those_that_the_user_and_the_family_have(
+    tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """The refiner learns its first 200 timesteps; min and max bound them; impossible ones are
+    refused."""
+    run = prepare(text_to_image(tiny("refiner"), data, tmp_path))
+    assert run.timesteps == (0, 200)
+    bounds = {"min_timestep": 300, "max_timestep": 400}
+    run = prepare(text_to_image(tiny("sd1"), data, tmp_path, **bounds))
+    told = []
+    run.prepared["unet"].register_forward_pre_hook(lambda m, args: told.extend(args[1].tolist()))
+    for i in range(30):
+        loop.batch_loss(run, *run.stream.batch(i), 0)
+    assert min(told) >= 300
+    assert max(told) < 400
+    with pytest.raises(sd_lora.UsageError, match="the model has 1000"):
+        prepare(text_to_image(tiny("sd1"), data, tmp_path, max_timestep=1001))
+
+
+def test_defaults_of_sdxl_come_with_the_model(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """Without a word of it, SDXL is trained at its resolution and DreamBooth's rate for it."""
+    run = prepare(dreambooth(tiny("sdxl"), data, tmp_path, resolution=None, learning_rate=None))
+    assert (run.config.side, run.config.learning_rate) == (64, 1e-4)  # 8 latents of 8 pixels
+    run = prepare(dreambooth(tiny("sd1"), data, tmp_path, resolution=None, learning_rate=None))
+    assert (run.config.side, run.config.learning_rate) == (64, 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("sd1", {"resolution": 72}, "resolution 72 is not a multiple of 32 .* take 64"),
+        ("sd1", {"clip_skip": 2}, "clip_skip 2 is more than the text_encoder .* at most 1"),
+        ("sdxl", {"clip_skip": 1}, "clip_skip 1 is more than the text_encoder .* at most 0"),
+        ("sdxl", {"family": "sd1"}, "is a model of family sdxl, and family says sd1"),
+    ],
+)
+def test_what_a_model_cannot_do_is_told_first(
+    kind: str, changes: dict, message: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """Sizes, layers and families that do not fit the model are errors before any training."""
+    with pytest.raises(sd_lora.UsageError, match=message):
+        prepare(text_to_image(tiny(kind), data, tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"snr_gamma": 5.0}, "snr_gamma is for models of diffusion's usual kind"),
+        ({"rescale_betas_zero_snr": True}, "is an EDM model, whose noise levels have no betas"),
+    ],
+)
+def test_what_an_edm_model_cannot_do(
+    changes: dict, message: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """Playground v2.5's kind of model is trained so without a word, and refuses what it has no use
+    for."""
+    model = tmp_path / "edm"
+    shutil.copytree(tiny("sdxl"), model)
+    diffusers.EDMEulerScheduler().save_pretrained(model / "scheduler")
+    run = prepare(text_to_image(model, data, tmp_path / "out"))
+    assert run.summary.rows["objective"] == "edm, weighed as EDM does"
+    with pytest.raises(sd_lora.UsageError, match=message):
+        prepare(text_to_image(model, data, tmp_path / "out", **changes))
+
+
+def test_the_schedule_of_a_zero_snr_base_can_be_undone(
+    tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """--no-rescale_betas_zero_snr overrules the base's scheduler."""
+    config = text_to_image(tiny("sdxl-v"), data, tmp_path, rescale_betas_zero_snr=False)
+    assert prepare(config).schedule.alpha[-1] > 0
+
+
+@pytest.mark.parametrize(
+    "caption", ["a cat.swap(dog) here", '("a cat", "a dog").blend(1, 1)', '("a", "b").and()']
+)
+def test_syntax_beyond_weights_is_refused(
+    caption: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """What compel would drop from the pooled text, or cut, is an error by the caption."""
+    config = dreambooth(
+        tiny("sdxl"), data, tmp_path, instance_prompt=caption, weighted_prompts=True
+    )
+    with pytest.raises(sd_lora.UsageError, match=r"of compel's syntax \.blend\(\)"):
+        prepare(config)
+
+
+def test_every_family_has_a_loadable_row() -> None:
+    """The table's pipelines are classes of diffusers, and each has the parts that the row names."""
+    for family in FAMILIES.values():
+        for name in family.pipelines.values():
+            pipeline = getattr(diffusers, name)
+            assert set(family.components) <= set(pipeline.__init__.__annotations__)

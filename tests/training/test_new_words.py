@@ -1,0 +1,164 @@
+"""Pivotal tuning: new words trained beside the LoRA, through whole runs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from safetensors.torch import load_file
+
+import sd_lora
+from sd_lora.models.load import load_parts
+from sd_lora.training import loop
+from sd_lora.training.setup import Run, prepare
+from tests.training.runs import dreambooth, pictures
+
+Folder = Callable[[str], Path]
+WORDS = {
+    "instance_prompt": "a photo of a <dog> on <grass>",
+    "token_abstraction": "<dog>, <grass>",
+    "num_new_tokens_per_abstraction": 2,
+    "embedding_lr": 1e-2,
+}
+OFF = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data"), count=4)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+@pytest.mark.parametrize("with_lora", [False, True], ids=["words alone", "and LoRA"])
+def test_words_and_lora_give_the_trained_model(
+    kind: str, with_lora: bool, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """A run with two new words of two vectors each, with and without a LoRA in the text encoders:
+    diffusers' pipeline with the LoRA file and the words' files reads the prompt to the hidden
+    states and pooled text that the trained model had; the base's embeddings are untouched; the
+    words moved."""
+    seen: dict[str, object] = {}
+    export = loop.export
+
+    def spy(run: Run) -> list:
+        with torch.no_grad():
+            seen["text"] = run.texts.reader.encode(run.texts.encoders, [WORDS["instance_prompt"]])
+        seen["start"] = prepare(config).texts.tokens.state_dict()
+        seen["end"] = run.texts.tokens.state_dict()
+        seen["tables"] = [e.base.weight.clone() for e in run.texts.tokens.embeddings.values()]
+        return export(run)
+
+    changes = WORDS | {"train_text_encoder": with_lora, "max_train_steps": 8}
+    config = dreambooth(tiny(kind), data, tmp_path / "out", **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "export", spy)
+        result = sd_lora.train(config)
+    assert result.replayed < result.first_losses
+    assert [path.name for path in result.words] == [
+        "out_dog.safetensors", "out_grass.safetensors",
+    ]  # fmt: skip
+    assert all((seen["start"][k] - seen["end"][k]).abs().max() > 1e-3 for k in seen["end"])
+    bare = load_parts(str(tiny(kind)))
+    for table, encoder in zip(seen["tables"], bare.text_encoders.values(), strict=True):
+        assert torch.equal(table, encoder.get_input_embeddings().weight)
+
+    cls, off = (StableDiffusionXLPipeline, {}) if kind == "sdxl" else (StableDiffusionPipeline, OFF)
+    pipe = cls.from_pretrained(tiny(kind), **off)
+    for path, word in zip(result.words, ("<dog>", "<grass>"), strict=True):
+        if kind == "sd1":
+            pipe.load_textual_inversion(path)
+            continue
+        state = load_file(path)
+        for key, end in (("clip_l", ""), ("clip_g", "_2")):
+            options = {
+                name: getattr(pipe, f"{name}{end}") for name in ("text_encoder", "tokenizer")
+            }
+            pipe.load_textual_inversion(state[key], token=word, **options)
+    pipe.load_lora_weights(result.files[0].path)
+    prompt = WORDS["instance_prompt"]
+    (embedding,) = seen["text"]
+    if kind == "sd1":
+        hidden, _ = pipe.encode_prompt(prompt, "cpu", 1, False)
+    else:
+        hidden, _, pooled, _ = pipe.encode_prompt(
+            prompt, do_classifier_free_guidance=False, device="cpu"
+        )
+        torch.testing.assert_close(pooled[0], embedding.pooled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden[0], embedding.hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_words_alone_leave_the_encoders_alone(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """Without train_text_encoder the text encoders get no LoRA, and the optimiser has the UNet's
+    LoRA and the new rows alone, which do not decay."""
+    run = prepare(dreambooth(tiny("sdxl"), data, tmp_path, **WORDS, adam_weight_decay=0.3))
+    assert list(run.models) == ["unet"]
+    rows = {id(p) for p in run.texts.tokens.parameters()}
+    groups = {id(p): g for g in run.optimizer.param_groups for p in g["params"]}
+    assert groups.keys() == {id(p) for p in run.parameters}
+    assert {(groups[i]["lr"], groups[i]["weight_decay"]) for i in rows} == {(1e-2, 0.0)}
+    trained = {id(p) for m in run.parts.models.values() for p in m.parameters() if p.requires_grad}
+    assert trained == groups.keys()
+
+
+@pytest.mark.parametrize("stop", [None, 3])
+def test_words_resume_exactly_and_stop(
+    stop: int | None, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """Six steps are two, four and a resumption of each, to the last bit; after the stop step the
+    words do not change and the rest does."""
+    options = WORDS | {
+        "train_text_encoder": True, "checkpointing_steps": 2, "embedding_stop_step": stop,
+    }  # fmt: skip
+    ends = {}
+    for name, cut in (("whole", None), ("cut2", 2), ("cut4", 4)):
+        more = {}
+        if cut:
+            sd_lora.train(
+                dreambooth(tiny("sd1"), data, tmp_path / name, **options, max_train_steps=cut)
+            )
+            more = {"resume_from_checkpoint": "latest"}
+        sd_lora.train(
+            dreambooth(tiny("sd1"), data, tmp_path / name, **options, max_train_steps=6, **more)
+        )
+        words = load_file(tmp_path / name / f"{name}_dog.safetensors")["<dog>"]
+        ends[name] = (words, trained_of(tmp_path / name, 6))
+    for words, factors in ends.values():
+        assert torch.equal(words, ends["whole"][0])
+        assert all(torch.equal(factors[k], ends["whole"][1][k]) for k in factors)
+    at4, at6 = (words_of(tmp_path / "whole", step) for step in (4, 6))
+    assert torch.equal(at4, at6) == (stop is not None)
+
+
+def trained_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / f"checkpoint-{step}" / "adapter.safetensors")
+
+
+def words_of(folder: Path, step: int) -> torch.Tensor:
+    state = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
+    return state["tokens"]["text_encoder.<dog>"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"token_abstraction": "<cat>"}, "'<cat>' is in none of the captions"),
+        ({"token_abstraction": "<dog>, <dog>"}, "'<dog>' cannot be a new word: it is there twice"),
+        ({"token_abstraction": "photo", "initializer_token": " "}, "has no tokens"),
+    ],
+)
+def test_words_that_cannot_be(
+    changes: dict, message: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """Words that no caption has, that are not new or have no start are refused before training."""
+    with pytest.raises(sd_lora.UsageError, match=message):
+        prepare(dreambooth(tiny("sd1"), data, tmp_path, **WORDS | changes))
+
+
+def test_a_word_starts_from_an_initializer(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """With initializer_token the new word's vectors are those of its letters in the base."""
+    config = dreambooth(tiny("sd1"), data, tmp_path, **WORDS, initializer_token="ab")
+    tokens = prepare(config).texts.tokens
+    ids = tokens.given_tokenizers["text_encoder"]("ab", add_special_tokens=False).input_ids
+    table = tokens.embeddings["text_encoder"].base.weight
+    assert torch.equal(tokens.vectors(tokens.concepts[0], "text_encoder"), table[ids])

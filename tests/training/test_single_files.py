@@ -1,0 +1,203 @@
+"""Training from single checkpoints in the original layout, offline, as from the same folder."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+
+import sd_lora
+from sd_lora.models.load import find_base, load_parts
+from sd_lora.training.setup import prepare
+from tests.single import build_single_pipeline, write_single
+from tests.training.runs import dreambooth, pictures, text_to_image
+
+Folder = Callable[[str], Path]
+# kind of single file → what the command line must say of it
+SAID = {
+    "sd1": {},
+    "sd2": {"prediction_type": "v_prediction"},
+    "sdxl": {},
+    "refiner": {},
+    "sd1-inpainting": {},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data"), size=(96, 64))
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Kind → the same random pipeline as a folder and as a single file."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(kind: str) -> tuple[Path, Path]:
+        if kind not in made:
+            place = tmp_path_factory.mktemp("single")
+            pipeline = build_single_pipeline(kind)
+            for name in ("tokenizer_2", "tokenizer" if kind == "sd2" else ""):
+                if getattr(pipeline, name, None):
+                    getattr(pipeline, name).pad_token = "!"  # as OpenCLIP's
+            pipeline.save_pretrained(place / kind)
+            made[kind] = (place / kind, write_single(pipeline, place / f"{kind}.safetensors"))
+        return made[kind]
+
+    return make
+
+
+def tokenizer(folder: Path) -> str:
+    names = [folder / name for name in ("tokenizer", "tokenizer_2")]
+    return str(next(name for name in names if name.is_dir()))
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_single_file_trains_as_its_folder(
+    kind: str, both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
+) -> None:
+    """A run from the single file, UNet and text encoders, attention + convolutions, has the losses
+    and the LoRA of the run from the folder of the same weights, to the last bit; nothing is looked
+    for in the hub."""
+    folder, file = both(kind)
+    options = SAID[kind] | {"train_text_encoder": True, "max_train_steps": 3, "resolution": 64}
+    results = {}
+    for name, model in (("folder", folder), ("file", file)):
+        words = {"tokenizer_name": tokenizer(folder)} if name == "file" else {}
+        config = text_to_image(model, data, tmp_path / name, **options | words)
+        results[name] = sd_lora.train(config)
+    assert results["file"].losses == results["folder"].losses
+    first, second = (load_file(results[name].files[0].path) for name in results)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_the_header_has_the_hash_of_the_whole_file(
+    both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
+) -> None:
+    """What model sites show of a checkpoint, its SHA-256, is in the LoRA's header."""
+    import hashlib
+
+    from sd_lora.training.export import base_hash
+
+    folder, file = both("sd1")
+    config = text_to_image(file, data, tmp_path, tokenizer_name=tokenizer(folder))
+    assert base_hash(config) == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_what_a_single_file_does_not_say_is_asked_for(
+    both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
+) -> None:
+    """SD2's prediction type and the tokenizer are not in a file: both are named, and the remedy."""
+    folder, file = both("sd2")
+    config = text_to_image(file, data, tmp_path, resolution=64, tokenizer_name=tokenizer(folder))
+    with pytest.raises(sd_lora.UsageError, match="does not say what it predicts.*v_prediction"):
+        prepare(config)
+    sides = {
+        find_base(str(file), prediction_type=p).resolution for p in ("epsilon", "v_prediction")
+    }
+    assert sides == {512, 768}
+    with pytest.raises(sd_lora.UsageError, match="holds no tokenizer: .* --tokenizer_name"):
+        load_parts(str(both("sd1")[1]))
+
+
+def test_marks_of_v_prediction_and_zero_snr_are_heeded(tmp_path: Path) -> None:
+    """The keys that v-prediction finetunes of SDXL carry set the schedule."""
+    pipeline = build_single_pipeline("sdxl")
+    file = write_single(pipeline, tmp_path / "v.safetensors", marks=("v_pred", "ztsnr"))
+    pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    scheduler = load_parts(str(file), tokenizer_name=str(tmp_path / "tokenizer")).scheduler
+    assert scheduler.config.prediction_type == "v_prediction"
+    assert scheduler.alphas_cumprod[-1] == 0
+
+
+def test_the_second_tokenizer_pads_as_openclip(both: Callable[[str], tuple[Path, Path]]) -> None:
+    """From one vocabulary both tokenizers of SDXL are made: the second pads with the token of id 0
+    and the first with the end token, as the published ones."""
+    folder, file = both("sdxl")
+    parts = load_parts(str(file), tokenizer_name=str(folder))  # its tokenizer/ is found
+    first, second = parts.tokenizers.values()
+    assert first.pad_token_id == first.eos_token_id
+    assert second.pad_token_id == 0
+    assert first.get_vocab() == second.get_vocab()
+
+
+@pytest.mark.parametrize("form", ["folder", "pipeline", "file"])
+def test_another_vae_is_used(form: str, tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """--pretrained_vae_model_name_or_path takes a VAE's folder, a pipeline's, and a single file;
+    its weights and its scaling are those that encode."""
+    torch.manual_seed(7)
+    base = find_base(str(tiny("sd1")))
+    vae = AutoencoderKL.from_config(dict(base.vae_config), scaling_factor=0.5)
+    where = tmp_path / form
+    if form == "folder":
+        vae.save_pretrained(where)
+    elif form == "pipeline":
+        vae.save_pretrained(where / "vae")
+        (where / "model_index.json").write_text("{}")
+    else:
+        where = tmp_path / "vae.safetensors"
+        save_file(vae.state_dict(), where)
+    parts = load_parts(str(tiny("sd1")), vae=str(where))
+    want = vae.state_dict()
+    assert all(torch.equal(t, want[k]) for k, t in parts.vae.state_dict().items())
+    run = prepare(
+        text_to_image(
+            tiny("sd1"), data, tmp_path / "o", pretrained_vae_model_name_or_path=str(where)
+        )
+    )
+    factor = 0.18215 if form == "file" else 0.5  # a VAE's file does not say it: the base's
+    assert run.latents.scaling.factor.unique().item() == pytest.approx(factor)
+
+
+def test_a_vae_of_other_latents_is_refused(tiny: Folder, tmp_path: Path) -> None:
+    """A VAE with other latent channels than the UNet reads is named before anything is loaded."""
+    config = dict(find_base(str(tiny("sd1"))).vae_config) | {"latent_channels": 16}
+    AutoencoderKL.from_config(config).save_pretrained(tmp_path)
+    with pytest.raises(sd_lora.UsageError, match="has 16 latent channels, and the UNet .* reads 4"):
+        find_base(str(tiny("sd1")), vae=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "found", "message"),
+    [
+        ("text_encoder", ["transformers", "T5EncoderModel"], "names a T5EncoderModel as its text"),
+        ("vae", ["diffusers", "AutoencoderTiny"], "names a AutoencoderTiny as its vae"),
+        ("unet", [None, None], "names nothing as its unet"),
+    ],
+)
+def test_a_part_of_another_class_is_named(
+    part: str, found: list, message: str, tiny: Folder, tmp_path: Path
+) -> None:
+    """A pipeline whose parts are of other classes than Stable Diffusion's is refused by name."""
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny("sd1"), copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {part: found}))
+    with pytest.raises(sd_lora.UsageError, match=message):
+        find_base(str(copy))
+
+
+def test_an_id_that_is_not_cached_names_the_cache(data: Path, tmp_path: Path) -> None:
+    """Offline, a hub id that is not in the cache is an error that says which cache was asked."""
+    cache = tmp_path / "cache"
+    config = dreambooth(Path("somebody/some-model"), data, tmp_path / "out", cache_dir=str(cache))
+    with pytest.raises(sd_lora.UsageError, match=f"somebody/some-model .*not in {cache}"):
+        prepare(config)
+
+
+def test_a_truncated_file_is_told_before_any_work(
+    both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint that is cut off says so, and the output folder is not made."""
+    whole = both("sd1")[1].read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(sd_lora.UsageError, match=r"cut\.safetensors cannot be read: .*cut off"):
+        prepare(text_to_image(cut, data, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
