@@ -1,4 +1,4 @@
-"""Train a LoRA of Stable Diffusion XL on one subject by DreamBooth: diffusers' flags and defaults."""
+"""Train a LoRA of Stable Diffusion XL on one subject by DreamBooth, as diffusers' script does."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Train a LoRA of Stable Diffusion XL on captioned pictures: diffusers' flags and defaults."""
+"""Train a LoRA of Stable Diffusion XL on captioned pictures, as diffusers' script does."""
 
 import sys
 

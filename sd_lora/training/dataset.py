@@ -132,7 +132,9 @@ def cache_latents(latents: Latents, kind: str, source: Source, accelerator: Acce
     """Decodes every picture and encodes those whose crop is fixed."""
     bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
     latents.vae.to(accelerator.device)
-    latents.fill(kind, source.samples, bar)
+    side = latents.framing.resolution
+    # a float32 encoder's memory grows with the pixels: four of 512 are one of 1024
+    latents.fill(kind, source.samples, bar, batch_size=min(4, max(1, 4 * 512**2 // side**2)))
 
 
 def framing(config: TrainConfig) -> Framing:
