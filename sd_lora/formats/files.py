@@ -40,7 +40,7 @@ class Format:
     """One kind of file: its name for an adapter called `name`, its tensors, who reads it.
 
     end: of the file's name; the diffusers file has a name of its own. use: what to do with it, with
-    places for {file}, its {folder} and the {base} model.
+    places for {file}, its {folder} and the {pipeline} that loads the base.
     """
 
     title: str
@@ -52,9 +52,7 @@ class Format:
         return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
 
 
-_TO_PIPELINE = (
-    'diffusers: DiffusionPipeline.from_pretrained("{base}").load_lora_weights("{folder}")'
-)
+_TO_PIPELINE = 'diffusers: {pipeline}.load_lora_weights("{folder}")'
 DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
 KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)

@@ -1,5 +1,6 @@
 """A pipeline's folder or hub id: what it says of itself, read and checked part by part."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -104,18 +105,20 @@ def guarded(what: str, name: str, load: Callable[[], Any]) -> Any:
     Loaders report weights that the files lack and go on with random ones; here that is an error.
     """
     try:
-        with without_bars():
+        with without_bars(), warnings.catch_warnings():
+            # diffusers passes on an option that huggingface_hub has taken away
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             loaded = load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:400]
         here = Path(name).expanduser().exists()
-        where = (
-            ""
-            if here
-            else f" (no folder here; as a hub id not in {_cache(load)}, or {what} \
-is not in it, and not reachable)"
-        )
-        raise UsageError(f"the {what} of {name}{where} could not be loaded: {reason}") from None
+        where = ""
+        if not here:
+            where = (
+                "there is no such folder here, and as a hub id it is neither in the cache "
+                f"{_cache(load)} nor reachable, or lacks this part: "
+            )
+        raise UsageError(f"the {what} of {name} could not be loaded: {where}{reason}") from None
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded

@@ -393,8 +393,12 @@ def _say_result(run: Run, result: Result) -> None:
     )
     report.say(report.verified(result.files))
     base = str(run.config.pretrained_model_name_or_path)
+    pipeline = f'DiffusionPipeline.from_pretrained("{base}")'
+    if Path(base).expanduser().is_file():
+        name = run.parts.family.pipelines[run.parts.task.name]
+        pipeline = f'{name}.from_single_file("{base}")'
     formats, _ = formats_of({name: updates(model) for name, model in run.models.items()})
-    report.say(report.how_to_use(base, [file.path for file in result.files], formats))
+    report.say(report.how_to_use(pipeline, [file.path for file in result.files], formats))
     if run.texts.tokens:
         for path, concept in zip(result.words, run.texts.tokens.concepts, strict=True):
             lines = how_to_load(path, concept.word, run.parts.family.text_encoders)

@@ -75,9 +75,9 @@ def verified(files: Sequence[Verified]) -> str:
     )
 
 
-def how_to_use(base: str, paths: Sequence[Path], formats: Sequence[Format]) -> str:
-    """Returns what to do with the files, one of each format."""
+def how_to_use(pipeline: str, paths: Sequence[Path], formats: Sequence[Format]) -> str:
+    """Returns what to do with the files, one of each format; pipeline: the code that loads it."""
     return "\n".join(
-        "  " + kind.use.format(base=base, folder=path.parent, file=path.name)
+        "  " + kind.use.format(pipeline=pipeline, folder=path.parent, file=path.name)
         for path, kind in zip(paths, formats, strict=True)
     )

@@ -48,6 +48,9 @@ def summarise(run: "Run") -> None:
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     rows["method"] = method_of_run(config)
     rows["adapted"] = report.adapted(names, parameters)
+    reading = reading_of(config)
+    if reading:
+        rows["captions"] = reading
     if run.texts.tokens:
         words = run.texts.tokens
         count = sum(p.numel() for p in words.parameters())
@@ -72,7 +75,9 @@ def summarise(run: "Run") -> None:
     device = run.accelerator.device
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
     fresh = sum(map(len, run.latents.uncached.values()))
-    if fresh:
+    if parts.task is INPAINTING:
+        notes.append("masks are drawn and pictures encoded anew each time they are seen")
+    elif fresh:
         notes.append(
             f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
             "(--center_crop caches them)"
@@ -106,8 +111,17 @@ def objective_of(run: "Run") -> str:
     first, last = run.timesteps
     if (first, last) != (0, schedule.num_timesteps):
         words.append(f"timesteps {first} to {last - 1}")
-    if config.caption_dropout:
-        words.append(f"{config.caption_dropout:.0%} without caption")
+    return ", ".join(words)
+
+
+def reading_of(config: TrainConfig) -> str:
+    """Returns what is particular to the reading of captions, as a line; empty if nothing is."""
+    words = []
+    if config.max_token_length > PIECE:
+        words.append(f"up to {config.max_token_length} tokens, in pieces of {PIECE}")
+    words += [f"clip skip {config.clip_skip}"] if config.clip_skip else []
+    words += ["weighted"] if config.weighted_prompts else []
+    words += [f"{config.caption_dropout:.0%} dropped"] if config.caption_dropout else []
     return ", ".join(words)
 
 

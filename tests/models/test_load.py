@@ -59,7 +59,7 @@ def test_missing_and_broken_folders(tiny_sd1: Path, tmp_path: Path) -> None:
     """Every way a model path can be wrong gives an error that names the thing and the remedy."""
     with pytest.raises(sd_lora.UsageError, match="does not exist"):
         load_parts(str(tmp_path / "nowhere"))
-    with pytest.raises(sd_lora.UsageError, match=r"not in .*, or .* and not reachable"):
+    with pytest.raises(sd_lora.UsageError, match=r"neither in the cache .* nor reachable"):
         load_parts("nobody/no-such-model")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "model.safetensors").write_bytes(b"")
@@ -153,3 +153,38 @@ def test_other_unets_are_named() -> None:
     assert detect_task({"in_channels": 9, "out_channels": 4}).name == "inpainting"
     with pytest.raises(sd_lora.UsageError, match="12 input and 4 output channels"):
         detect_task({"in_channels": 12, "out_channels": 4})
+
+
+def test_a_cached_hub_id_loads_offline(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A hub id whose files are in the cache, in the hub's own layout, loads without a network, also
+    by revision, and gives the folder's weights; another revision is an error."""
+    home, commit = tmp_path / "cache" / "models--someone--small-sd", "a" * 40
+    shutil.copytree(tiny_sd1, home / "snapshots" / commit)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(commit)
+    options = {"cache_dir": str(tmp_path / "cache")}
+    want = load_parts(str(tiny_sd1)).unet.state_dict()
+    for revision in (None, commit):
+        found = load_parts("someone/small-sd", revision=revision, **options)
+        assert all(torch.equal(t, want[k]) for k, t in found.unet.state_dict().items())
+        assert list(found.tokenizers) == ["text_encoder"]
+    with pytest.raises(
+        sd_lora.UsageError, match=r"someone/small-sd .* in the cache .*cache nor reach"
+    ):
+        load_parts("someone/small-sd", revision="other", **options)
+
+
+def test_a_variant_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
+    """--variant fp16 takes the files of that variant, in float32."""
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_sd1, copy)
+    for part in ("unet", "vae", "text_encoder"):
+        (weights,) = (copy / part).glob("*.safetensors")
+        tensors = {key: tensor.half() for key, tensor in load_file(weights).items()}
+        weights.unlink()
+        name = weights.name.replace(".safetensors", ".fp16.safetensors")
+        save_file(tensors, weights.with_name(name), {"format": "pt"})
+    parts = load_parts(str(copy), variant="fp16")
+    assert parts.unet.conv_in.weight.dtype == torch.float32
+    want = load_parts(str(tiny_sd1)).unet.conv_in.weight
+    assert torch.equal(parts.unet.conv_in.weight, want.half().float())
