@@ -59,7 +59,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> Pictures:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def pictures(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
-        return sample(
+        drawn = sample(
             parts,
             parts.reader(),
             prompts,
@@ -69,6 +69,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> Pictures:
             steps=20,
             guidance_scale=guidance_scale,
         )
+        return list(drawn)
 
     return Pictures(pictures(SUBJECT, 0), pictures(CLASS, 100), pictures(UNRELATED, 200))
 

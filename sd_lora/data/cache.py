@@ -59,7 +59,7 @@ class Latents:
 
     Args:
         vae, framing, device: the encoder, how pictures become pixels, and where that is computed.
-        fresh: keep none, since the pixels are needed each time (inpainting).
+        fresh: the pixels are needed each time, too (inpainting).
     """
 
     def __init__(
@@ -77,7 +77,6 @@ class Latents:
         kind: str,
         samples: list[Sample],
         progress: Callable[[list[Sample]], Iterator[Sample]],
-        batch_size: int = 4,
     ) -> None:
         """Decodes every picture and encodes those whose crop is fixed, with and without flip.
 
@@ -97,13 +96,15 @@ class Latents:
                 continue
             self.sizes[kind, index] = image.size
             self._names[kind, index] = sample.name
-            if self.fresh or self.framing.is_random(image.size):
+            drawn = self.framing.is_random(image.size)
+            if self.fresh or drawn:
                 self.uncached[kind].add(index)
+            if drawn:
                 continue
             waiting += [(index, flip, self.framing.pixels(image, 0.0, flip)) for flip in flips]
-            while len(waiting) >= batch_size and not broken:
-                self._store(kind, waiting[:batch_size])
-                waiting = waiting[batch_size:]
+            while len(waiting) >= self.at_once and not broken:
+                self._store(kind, waiting[: self.at_once])
+                waiting = waiting[self.at_once :]
         if broken:
             more = len(broken) - MAX_NAMED
             raise RunError(
@@ -136,8 +137,18 @@ class Latents:
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        distribution = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return distribution.mean.float().cpu(), distribution.std.float().cpu()
+        means, stds = [], []
+        for part in pixels.split(self.at_once):
+            distribution = self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist
+            means.append(distribution.mean.float().cpu())
+            stds.append(distribution.std.float().cpu())
+        return torch.cat(means), torch.cat(stds)
+
+    @property
+    def at_once(self) -> int:
+        """How many pictures are encoded at once: four of 512 pixels take as much memory as one of
+        1024."""
+        return min(4, max(1, 4 * 512**2 // self.framing.resolution**2))
 
     @property
     def needs_vae(self) -> bool:
@@ -150,17 +161,19 @@ class Latents:
         Raises:
             RunError: a picture whose latent is not finite.
         """
-        fresh = [(slot, p) for slot, p in zip(slots, pixels, strict=True) if p is not None]
+        keys = [(slot.kind, slot.index, slot.flip) for slot in slots]
+        fresh = [
+            (slot, p)
+            for slot, key, p in zip(slots, keys, pixels, strict=True)
+            if p is not None and key not in self._table
+        ]
         encoded: Iterator[tuple[Tensor, Tensor]] = iter(())
         if fresh:
             means, stds = self._encode(torch.stack([p for _, p in fresh]))
             for (slot, _), m, s in zip(fresh, means, stds, strict=True):
                 self._check(m, s, slot.kind, slot.index)
             encoded = iter(zip(means, stds, strict=True))
-        pairs = [
-            self._table[slot.kind, slot.index, slot.flip] if p is None else next(encoded)
-            for slot, p in zip(slots, pixels, strict=True)
-        ]
+        pairs = [self._table[key] if key in self._table else next(encoded) for key in keys]
         mean = torch.stack([mean for mean, _ in pairs])
         std = torch.stack([std for _, std in pairs])
         return self._drawn(mean, std, slots, "latent")

@@ -52,7 +52,7 @@ class Format:
         return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
 
 
-_TO_PIPELINE = 'diffusers: {pipeline}.load_lora_weights("{folder}")'
+_TO_PIPELINE = 'diffusers: pipe = {pipeline}; pipe.load_lora_weights("{folder}")'
 DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
 KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)

@@ -154,6 +154,10 @@ _OTHERS = {
     "StableDiffusionXLInstructPix2Pix": "InstructPix2Pix for Stable Diffusion XL",
     "StableDiffusionDepth2Img": "Stable Diffusion 2's depth model",
     "StableDiffusionControlNet": "a ControlNet pipeline",
+    "StableDiffusionGLIGEN": "GLIGEN",
+    "StableDiffusionImageVariation": "Stable Diffusion Image Variations",
+    "StableDiffusionLDM3D": "LDM3D",
+    "StableDiffusionPanorama": "a panorama pipeline",
     "StableDiffusionXLControlNet": "a ControlNet pipeline",
     "StableUnCLIP": "Stable unCLIP",
     "StableVideo": "Stable Video Diffusion",
@@ -177,6 +181,12 @@ _OTHERS = {
 }
 """How the class of a pipeline starts → what it is, for an error that says so."""
 
+_TRAINED = {
+    *(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "PAG")),
+    *(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "PAG")),
+}
+"""Pipelines over the families' own parts."""
+
 TRAINED = (
     "Stable Diffusion 1.x, 2.x, XL and its refiner can be trained, and their inpainting models"
 )
@@ -198,7 +208,7 @@ def refuse_other_pipelines(class_name: str) -> None:
     known = _starts_as(class_name, _OTHERS)
     if known:
         raise UsageError(f"this is {_OTHERS[known]} ({class_name}); {TRAINED}")
-    if not class_name.startswith("StableDiffusion"):
+    if class_name not in _TRAINED:
         raise UsageError(f"model_index.json says {class_name!r}; {TRAINED}")
 
 

@@ -1,18 +1,24 @@
 """A pipeline's folder or hub id: what it says of itself, read and checked part by part."""
 
+import inspect
+import pickle
+import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
-from safetensors import SafetensorError
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_lora.errors import UsageError
 from sd_lora.models.families import Family, refuse_other_pipelines
+from sd_lora.models.recognise import FAILURES, reason
 from sd_lora.models.skeleton import without_bars
 
 CLASSES: dict[str, Any] = {
@@ -48,7 +54,7 @@ def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     ):
         raise UsageError(f"model {name} does not exist: there is no such folder or file")
     hub = {key: options[key] for key in ("revision", "cache_dir")}
-    index = guarded("model_index.json", name, partial(DiffusionPipeline.load_config, name, **hub))
+    index = read_part("model_index.json", name, partial(DiffusionPipeline.load_config, name, **hub))
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UsageError(f"the model_index.json of {name} is not a pipeline's index")
     refuse_other_pipelines(index["_class_name"])
@@ -63,7 +69,7 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
         raise UsageError(f"{name} lacks {where}: the model folder is incomplete")
     hub = {key: options[key] for key in ("revision", "cache_dir")}
     read = partial(cls.load_config, name, subfolder=part, **hub)
-    config = guarded(part or "vae", name, read)
+    config = read_part(part or "vae", name, read)
     if not isinstance(config, dict):
         raise UsageError(f"the configuration of the {part} of {name} is not a table of settings")
     if config.get("_class_name", cls.__name__) != cls.__name__:
@@ -71,7 +77,9 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
             f"the {part or 'vae'} of {name} is a {config['_class_name']}; {cls.__name__} is what "
             "can be used here"
         )
-    return config
+    defaults = inspect.signature(cls.__init__).parameters
+    known = {n: p.default for n, p in defaults.items() if p.default is not inspect.Parameter.empty}
+    return known | config
 
 
 def check_folder(path: Path, family: Family) -> None:
@@ -99,26 +107,30 @@ def check_classes(name: str, index: Mapping[str, Any], family: Family) -> None:
             )
 
 
-def guarded(what: str, name: str, load: Callable[[], Any]) -> Any:
+def read_part(what: str, name: str, load: Callable[[], Any]) -> Any:
     """Runs one from_pretrained, turning its failure into an error that names the part.
 
     Loaders report weights that the files lack and go on with random ones; here that is an error.
     """
     try:
-        with without_bars(), warnings.catch_warnings():
+        with without_bars(), quiet(), warnings.catch_warnings():
             # diffusers passes on an option that huggingface_hub has taken away
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             loaded = load()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:400]
-        here = Path(name).expanduser().exists()
+    except (pickle.UnpicklingError, EOFError):
+        raise UsageError(
+            f"the {what} of {name} could not be loaded: its file is no file of weights; it is cut "
+            "off, or a pointer that git-lfs has not exchanged for what it stands for"
+        ) from None
+    except FAILURES as error:
         where = ""
-        if not here:
+        if not Path(name).expanduser().exists():
             where = (
                 "there is no such folder here, and as a hub id it is neither in the cache "
                 f"{_cache(load)} nor reachable, or lacks this part: "
             )
-        raise UsageError(f"the {what} of {name} could not be loaded: {where}{reason}") from None
+        where = _variants(what, name, load) or where + reason(error)
+        raise UsageError(f"the {what} of {name} could not be loaded: {where}") from None
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded
@@ -131,11 +143,40 @@ def guarded(what: str, name: str, load: Callable[[], Any]) -> Any:
     return model
 
 
+def _variants(what: str, name: str, load: Callable[[], Any]) -> str:
+    """Returns that a part has its weights in variants alone; empty if that is not what is wrong."""
+    folder = Path(name).expanduser() / what
+    if not folder.is_dir():
+        options = {"cache_dir": _cache(load)}
+        options |= {k: v for k, v in _given(load).items() if k == "revision" and v}
+        try:
+            config = try_to_load_from_cache(name, f"{what}/config.json", **options)
+        except ValueError:  # no hub id
+            return ""
+        folder = Path(config).parent if isinstance(config, str) else folder
+    names = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
+    found = {m[1] for n in names if (m := re.search(r"\.(\w+)\.(?:safetensors|bin)$", n))}
+    if _given(load).get("variant") or not found or any(n.count(".") == 1 for n in names):
+        return ""
+    return f"its weights are there as variant {' and '.join(sorted(found))} alone: give --variant"
+
+
+def _given(load: Callable[[], Any]) -> dict[str, Any]:
+    return load.keywords if isinstance(load, partial) else {}
+
+
 def _cache(load: Callable[[], Any]) -> str:
     """Returns the cache that a loader looks into."""
-    given = load.keywords.get("cache_dir") if isinstance(load, partial) else None
-    return str(given or HF_HUB_CACHE)
+    return str(_given(load).get("cache_dir") or HF_HUB_CACHE)
 
 
-def looked_into(options: Mapping[str, Any]) -> str:
-    return f"no such folder, and not in the cache {options['cache_dir'] or HF_HUB_CACHE}"
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps diffusers from warning of each cast, that it leaves an empty list in float32, and of
+    looking for other files; what goes wrong is raised."""
+    level = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,8 +1,6 @@
 """Loading a base model's parts, each once: a diffusers folder, a hub id, or a single checkpoint."""
 
 import copy
-import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,6 +14,7 @@ from diffusers import (
     EDMEulerScheduler,
     UNet2DConditionModel,
 )
+from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -31,15 +30,15 @@ from sd_lora.models.folder import (
     CLASSES,
     check_classes,
     check_folder,
-    guarded,
-    looked_into,
     part_config,
     pipeline_index,
+    read_part,
     tokenizer_of,
 )
 from sd_lora.models.prompts import Reader
 from sd_lora.models.single import SingleFile
 from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.vae import load_other, other_config, standard_config
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
 """The hub id of the vocabulary that all Stable Diffusion models share: single checkpoints have none
@@ -105,7 +104,8 @@ def _vae_factor(config: Mapping[str, Any]) -> int:
 class Base:
     """A base model that has been found and named, its weights not yet read.
 
-    name: folder, hub id or file. single: the file, if it is one. index: the pipeline's own
+    name: folder, hub id or file. vae_config: of the VAE that is used; own_vae_config: of the base's
+    own. single: the file, if it is one. index: the pipeline's own
     model_index.json, {} of a file. vae: where another VAE comes from. options: `revision`,
     `cache_dir` and `variant` of `from_pretrained`.
     """
@@ -115,6 +115,7 @@ class Base:
     task: Task
     unet_config: Mapping[str, Any]
     vae_config: Mapping[str, Any]
+    own_vae_config: Mapping[str, Any]
     single: SingleFile | None
     index: Mapping[str, Any]
     vae: str | None
@@ -125,6 +126,16 @@ class Base:
         """The side in pixels of the pictures that the model was made for."""
         size = self.unet_config.get("sample_size") or 64
         return (size if isinstance(size, int) else max(size)) * _vae_factor(self.vae_config)
+
+    def notes(self) -> list[str]:
+        """Returns what a user must know of the base: a VAE that scales its latents otherwise."""
+        own, used = (c.get("scaling_factor") for c in (self.own_vae_config, self.vae_config))
+        if own == used:
+            return []
+        return [
+            f"the VAE {self.vae} scales its latents by {used}, the base's own by {own}: is it of "
+            "another family?"
+        ]
 
     def load(
         self,
@@ -176,31 +187,31 @@ class Base:
             return self.single.load(part, dtype)
         weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
         load = partial(CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
-        return guarded(part, self.name, load)
+        return read_part(part, self.name, load)
 
     def _vae(self, dtype: torch.dtype) -> AutoencoderKL:
         if self.vae is None:
             return self._part("vae", dtype)
-        if Path(self.vae).expanduser().is_file():
-            return _vae_of_file(Path(self.vae).expanduser(), self.vae_config, dtype)
-        weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
-        weights["subfolder"] = _vae_folder(self.vae)
-        return guarded("vae", self.vae, partial(AutoencoderKL.from_pretrained, self.vae, **weights))
+        return load_other(self.vae, self.vae_config, self.options, dtype)
 
     def _tokenizer(self, component: str, other: str | None) -> CLIPTokenizer:
         hub = {key: self.options[key] for key in ("revision", "cache_dir")}
         folder = tokenizer_of(component)
         if not other and not self.single:
             load = partial(CLIPTokenizer.from_pretrained, self.name, subfolder=folder, **hub)
-            return guarded(folder, self.name, load)
+            return read_part(folder, self.name, load)
         name = other or CLIP_TOKENIZER
-        inside = (Path(name).expanduser() / "tokenizer").is_dir()
-        options = {"cache_dir": hub["cache_dir"], "subfolder": "tokenizer" if inside else ""}
+        place = Path(name).expanduser()
+        inside = next((f for f in (folder, "tokenizer") if (place / f).is_dir()), "")
+        options = {"cache_dir": hub["cache_dir"], "subfolder": inside}
+        load = partial(CLIPTokenizer.from_pretrained, name, **options)
         try:
-            load = partial(CLIPTokenizer.from_pretrained, name, **options)
-            tokenizer = guarded("tokenizer", name, load)
+            tokenizer = read_part("tokenizer", name, load)
             if len(tokenizer) < _LEAST_TOKENS:  # transformers makes an empty one of nothing
-                raise UsageError(f"the tokenizer of {name} is not there: {looked_into(options)}")
+                cache = hub["cache_dir"] or HF_HUB_CACHE
+                where = f"there is no such folder, and it is not in the cache {cache}"
+                where = "it has no vocabulary" if place.is_dir() else where
+                raise UsageError(f"the tokenizer {name} is not there: {where}")
         except UsageError as error:
             if other:
                 raise
@@ -208,7 +219,7 @@ class Base:
                 f"{self.name} is a single file, which holds no tokenizer: {error}. Give the "
                 "tokenizer folder of any Stable Diffusion with --tokenizer_name, or go online once"
             ) from None
-        if self.single and (component == "text_encoder_2" or self.family.name == "sd2"):
+        if inside != folder and (component == "text_encoder_2" or self.family.name == "sd2"):
             tokenizer = copy.deepcopy(tokenizer)  # OpenCLIP pads with the token of id 0
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
         return tokenizer
@@ -228,20 +239,27 @@ class Base:
         else:
             hub = {key: self.options[key] for key in ("revision", "cache_dir")}
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
-            config = dict(guarded("scheduler", self.name, read))
+            config = dict(read_part("scheduler", self.name, read))
         changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
         if zero_terminal_snr is not None:
             changes["rescale_betas_zero_snr"] = zero_terminal_snr
         if changes.get("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr")):
             changes["timestep_spacing"] = "trailing"  # sampling must start from the last step
-        edm = str(config.get("_class_name")).startswith("EDM")
+        kind = str(config.get("_class_name"))
+        edm = kind.startswith("EDM")
+        if not edm and not {"beta_start", "trained_betas"} & config.keys():
+            raise UsageError(
+                f"the scheduler of {self.name} is a {kind}, which has no betas: a model that was "
+                "trained so (by flow matching, say) is none of Stable Diffusion's, and is not "
+                "trained here"
+            )
         if edm and zero_terminal_snr:
             raise UsageError(
                 f"{self.name} is an EDM model, whose noise levels have no betas to rescale: leave "
                 "out rescale_betas_zero_snr"
             )
         cls = EDMEulerScheduler if edm else DDPMScheduler
-        return guarded("scheduler", self.name, partial(cls.from_config, config, **changes))
+        return read_part("scheduler", self.name, partial(cls.from_config, config, **changes))
 
 
 def find_base(
@@ -285,13 +303,19 @@ def find_base(
         check_folder(path, family)
     if not single:
         check_classes(name, index, family)
-    if vae and not Path(vae).expanduser().is_file():
-        vae_config = part_config(AutoencoderKL, vae, _vae_folder(vae), options)
-    elif single:
-        vae_config = single.configs.get("vae", {"block_out_channels": (128, 256, 512, 512)})
+    if single:
+        if (revision or variant) and not vae:
+            raise UsageError(f"{name} is a file: revision and variant mean nothing for it")
+        if "vae" not in single.configs and not vae:
+            raise UsageError(
+                f"{name} has no VAE in it: give one with --pretrained_vae_model_name_or_path"
+            )
+        own: Mapping[str, Any] = single.configs.get("vae") or standard_config(family)
     else:
-        vae_config = part_config(AutoencoderKL, name, "vae", options)
-    base = Base(name, family, task, unet_config, vae_config, single, index, vae, options)
+        own = part_config(AutoencoderKL, name, "vae", options)
+    vae_config = other_config(vae, own, options) if vae else own
+    found = (name, family, task, unet_config, vae_config, own)
+    base = Base(*found, single, index, vae, options)
     _check_vae(base)
     return base
 
@@ -303,30 +327,20 @@ def load_parts(name: str, **options: Any) -> Parts:
     return found.load(**options)
 
 
-def _vae_folder(vae: str) -> str:
-    """Returns the subfolder of a VAE: a whole pipeline may be given for it, too."""
-    return "vae" if (Path(vae).expanduser() / "model_index.json").is_file() else ""
-
-
 def _check_vae(base: Base) -> None:
-    channels, wanted = base.vae_config.get("latent_channels", 4), base.unet_config["out_channels"]
+    config, wanted = base.vae_config, base.unet_config["out_channels"]
+    channels = config.get("latent_channels", 4)
     if channels != wanted:
         raise UsageError(
             f"the VAE of {base.vae or base.name} has {channels} latent channels, and the UNet of "
             f"{base.name} reads {wanted}: it is another model's VAE"
         )
-
-
-def _vae_of_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
-    """Reads a VAE's own single file; its layers are those of the base's VAE."""
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
-        load = partial(AutoencoderKL.from_single_file, str(path), config=folder, torch_dtype=dtype)
-        vae = guarded("vae", str(path), load)
-    missing = [n for n, p in vae.named_parameters() if p.is_meta]
-    if missing:
-        raise UsageError(f"{path} lacks {len(missing)} weights of a VAE ({missing[0]}, …)")
-    return vae
+    ends = {config.get("in_channels", 3), config.get("out_channels", 3)}
+    if ends != {3}:
+        raise UsageError(
+            f"the VAE of {base.vae or base.name} is for pictures of {max(ends)} channels, and "
+            "training is on red, green and blue"
+        )
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: Any, name: str) -> None:

@@ -132,6 +132,8 @@ class Reader:
 
     def _words(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
         texts = [self.expand(caption) for caption in captions]
+        if self.weighted:
+            texts = [_without_weights(text) for text in texts]
         # verbose=False: transformers would log the first long one and no other
         options = {"truncation": False, "add_special_tokens": False, "verbose": False}
         return tokenizer(texts, **options).input_ids if texts else []
@@ -216,7 +218,8 @@ class Reader:
             inner = getattr(encoder, "module", encoder)
             # diffusers 0.42.1 looks for text_model, which transformers 5 has taken away
             norm: Any = getattr(inner, "text_model", inner).final_layer_norm
-            states = norm(states)
+            # Accelerate gives out float32 from an encoder of any precision
+            states = norm(states.to(norm.weight.dtype))
         return states, pooled
 
     def _weigh(self, encoders: Mapping[str, nn.Module], caption: str) -> Embedding:
@@ -225,21 +228,21 @@ class Reader:
         The pooled text is that of the words without their weights: compel's own has the brackets
         and numbers in it. Raises UsageError: compel's syntax beyond weights.
         """
-        from compel import Compel, ReturnedEmbeddingsType  # an extra, looked for by check_reading
+        from compel import Compel, ReturnedEmbeddingsType, SplitLongTextMode
 
         kinds = ReturnedEmbeddingsType
         kind = kinds.LAST_HIDDEN_STATES_NORMALIZED
-        kind = kinds.PENULTIMATE_HIDDEN_STATES_NORMALIZED if self.clip_skip else kind
         kind = kinds.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if self.family.penultimate else kind
         hidden = []
         text = self.expand(caption)
-        (plain,) = self._read(encoders, [_without_weights(text)])
+        (plain,) = self._read(encoders, [caption])
         for component, tokenizer in self.tokenizers.items():
             compel = Compel(
                 tokenizer=tokenizer,
                 text_encoder=encoders[component],
                 returned_embeddings_type=kind,
                 truncate_long_prompts=self.max_pieces == 1,
+                split_long_text_mode=SplitLongTextMode.BRUTAL,  # where the plain reading cuts
             )
             hidden.append(compel(text)[0])
         length = min(len(states) for states in hidden)
@@ -276,17 +279,21 @@ def _without_weights(text: str) -> str:
 
 
 def in_batches(
-    reader: Reader, encoders: Mapping[str, nn.Module], captions: Sequence[Caption], size: int = 32
+    reader: Reader,
+    encoders: Mapping[str, nn.Module],
+    captions: Sequence[Caption],
+    dtype: torch.dtype = torch.float32,
+    size: int = 32,
 ) -> Iterator[tuple[Caption, Embedding]]:
-    """Yields each distinct caption with its embedding on the CPU, without gradients."""
+    """Yields each distinct caption with its embedding on the CPU, without gradients, in `dtype`."""
     unique = list(dict.fromkeys(captions))
     for start in range(0, len(unique), size):
         chunk = unique[start : start + size]
         with torch.no_grad():
             embeddings = reader.encode(encoders, chunk)
         for caption, e in zip(chunk, embeddings, strict=True):
-            pooled = None if e.pooled is None else e.pooled.cpu()
-            yield caption, Embedding(e.hidden.cpu(), pooled)
+            pooled = None if e.pooled is None else e.pooled.to("cpu", dtype)
+            yield caption, Embedding(e.hidden.to("cpu", dtype), pooled)
 
 
 def collate(

@@ -6,8 +6,7 @@ own converters then load one part at a time, with no hub.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,24 +14,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
-from diffusers.utils import logging
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig
 
 from sd_lora.errors import UsageError
 from sd_lora.models import recognise
+from sd_lora.models.folder import CLASSES, quiet
 from sd_lora.models.original import Layout, open_clip_parameter, unet_to_original
 
 Config = dict[str, Any]
 
-_CLASSES: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-}
 
 # Width → layers in use. SD2 reads OpenCLIP-H's state before the last of its 24 layers, and files
 # come with 23, with 24, and with zeros for the 24th; of SDXL's second the pipeline picks a state.
@@ -298,16 +290,16 @@ class SingleFile:
             needed = self._needed(part)
             file = recognise.TensorsOfFile(self.path)
             tensors = {prefix + name: file[key] for name, key in needed.items()}
-            with TemporaryDirectory() as folder, _quiet():
+            with TemporaryDirectory() as folder, quiet():
                 config = Path(folder, part, "config.json")
                 config.parent.mkdir()
                 config.write_text(json.dumps(self.configs[part]), encoding="utf-8")
                 if part in ("unet", "vae"):
-                    load = _CLASSES[part].from_single_file
+                    load = CLASSES[part].from_single_file
                     model = load(tensors, config=folder, subfolder=part, torch_dtype=dtype)
                 else:
                     load = create_diffusers_clip_model_from_ldm
-                    model = load(_CLASSES[part], tensors, part, folder, torch_dtype=dtype)
+                    model = load(CLASSES[part], tensors, part, folder, torch_dtype=dtype)
         except UsageError:
             raise
         except recognise.FAILURES as error:
@@ -330,7 +322,7 @@ class SingleFile:
             UsageError: tensors that the part needs and the file lacks, or the reverse.
         """
         config, prefix, keys = self.configs[part], self._prefix(part) or "", self._keys(part)
-        cls = _CLASSES[part]
+        cls = CLASSES[part]
         with torch.device("meta"):
             text = part.startswith("text_encoder")
             model = cls(CLIPTextConfig(**config)) if text else cls.from_config(config)
@@ -386,14 +378,3 @@ def _own(model: nn.Module, tensors: Iterable[Tensor]) -> None:
     for parameter in model.parameters():
         if parameter.untyped_storage().data_ptr() in mapped:
             parameter.data = parameter.data.clone()
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps diffusers from warning of each cast, that it leaves an empty list in float32."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

@@ -158,10 +158,12 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
         """The setting of the earlier run; of one that it did not have yet, the default."""
         return progress.settings.get(name, FIELDS[name].default)
 
+    # of a folder with a prompt, earlier versions wrote "text"; it has no captions to read
+    without = {"caption_column"} if ours.settings.get("instance_data_dir") else set()
     changed = [
         f"{name} was {earlier(name)!r} and is {now!r}"
         for name, now in ours.settings.items()
-        if name not in CHANGEABLE and earlier(name) != now
+        if name not in CHANGEABLE | without and earlier(name) != now
     ]
     if changed:
         raise UsageError(

@@ -222,7 +222,7 @@ class TrainConfig:
         if self.family is not None and self.family != family:
             raise UsageError(
                 f"{self.pretrained_model_name_or_path} is a model of family {family}, and family "
-                f"says {self.family}"
+                f"says {self.family} (--family, which the _sdxl scripts set)"
             )
         changes: dict[str, Any] = {}
         for field in dataclasses.fields(self):

@@ -107,34 +107,29 @@ def _generate_class_pictures(
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[config.prior_generation_precision or default]
-    size = config.sample_batch_size
-    starts = range(0, len(paths), size)
-    for start in report.progress(starts, "class pictures", accelerator.is_main_process):
-        chunk = paths[start : start + size]
-        # autocast, not a cast of the weights: fp16 there and back would round them
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            pictures = sample(
-                parts,
-                reader,
-                [str(config.class_prompt)] * len(chunk),
-                [seed_for(seed, "class picture", path.name) % 2**32 for path in chunk],
-                resolution=config.side,
-                device=device,
-                steps=CLASS_STEPS,
-                guidance_scale=CLASS_GUIDANCE,
-                batch_size=size,
-            )
-        for path, picture in zip(chunk, pictures, strict=True):
-            write_picture(path, picture)
+    # autocast, not a cast of the weights: fp16 there and back would round them
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        pictures = sample(
+            parts,
+            reader,
+            [str(config.class_prompt)] * len(paths),
+            [seed_for(seed, "class picture", path.name) % 2**32 for path in paths],
+            resolution=config.side,
+            device=device,
+            steps=CLASS_STEPS,
+            guidance_scale=CLASS_GUIDANCE,
+            batch_size=config.sample_batch_size,
+        )
+        for path in report.progress(paths, "class pictures", accelerator.is_main_process):
+            write_picture(path, next(pictures))
+        next(pictures, None)  # so that the parts go back where they were
 
 
 def cache_latents(latents: Latents, kind: str, source: Source, accelerator: Accelerator) -> None:
     """Decodes every picture and encodes those whose crop is fixed."""
     bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
     latents.vae.to(accelerator.device)
-    side = latents.framing.resolution
-    # a float32 encoder's memory grows with the pixels: four of 512 are one of 1024
-    latents.fill(kind, source.samples, bar, batch_size=min(4, max(1, 4 * 512**2 // side**2)))
+    latents.fill(kind, source.samples, bar)
 
 
 def framing(config: TrainConfig) -> Framing:

@@ -43,7 +43,7 @@ def export(run: Run) -> list[Verified]:
         run.output_dir,
         run.parts.family.name,
         run.output_dir.resolve().name,
-        run.schedule.prediction_type,
+        run.prediction_type,
         record(run),
         facts(run),
         run.skeleton.layout,
@@ -64,8 +64,8 @@ def export_words(run: Run) -> list[Path]:
     if tokens is None:
         return []
     name = run.output_dir.resolve().name
-    architecture = run.parts.family.architectures.get(run.schedule.prediction_type)
-    header = {"modelspec.architecture": f"{architecture}/textual-inversion"} if architecture else {}
+    architecture = run.parts.family.architectures[run.prediction_type]
+    header = {"modelspec.architecture": f"{architecture}/textual-inversion"}
     paths = write_embeddings(tokens, run.output_dir, name, record(run), header)
     verify_embeddings(paths, tokens)
     return paths

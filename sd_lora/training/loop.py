@@ -192,7 +192,7 @@ def sample_row(run: Run) -> list[Image.Image]:
     prompts = sample_prompts(run)
     if not prompts or not run.main or not draws(run.parts):
         return []
-    return sample(
+    pictures = sample(
         run.parts,
         run.texts.reader,
         prompts,
@@ -203,6 +203,7 @@ def sample_row(run: Run) -> list[Image.Image]:
         guidance_scale=run.config.validation_guidance_scale,
         batch_size=min(4, run.config.train_batch_size),  # what training has room for
     )
+    return list(pictures)
 
 
 def _validate(run: Run, step: int) -> None:

@@ -109,8 +109,8 @@ def _impossible_numbers(config: "TrainConfig") -> list[str]:
         problems.append(f"max_token_length must be a multiple of 75, not {config.max_token_length}")
     if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
         problems.append("max_timestep must be above min_timestep")
-    if config.weighted_prompts and config.clip_skip > 1:
-        problems.append("weighted_prompts goes with clip_skip 0 and 1 only")
+    if config.weighted_prompts and config.clip_skip:
+        problems.append("weighted_prompts goes without clip_skip: compel has none for these models")
     return problems
 
 
@@ -194,6 +194,8 @@ def _text_contradictions(config: "TrainConfig") -> list[str]:
             "weighted_prompts needs text encoders that are not trained: compel's embeddings are "
             "computed once"
         )
+    if config.token_abstraction is not None and not config.token_abstraction.strip(" ,"):
+        problems.append("token_abstraction names no word")
     needs_words = ("embedding_lr", "embedding_stop_step", "initializer_token")
     if not config.token_abstraction:
         given = [name for name in needs_words if getattr(config, name) is not None]

@@ -86,7 +86,8 @@ class Run:
     models: component → injected model. prepared: what is trained, as Accelerate wrapped it.
     texts: what captions become. sources: "instance", "class" → where the pictures came from.
     skeleton: the modules that the LoRA is for. timesteps: the first that is trained, and the one
-    after the last. saved: the checkpoint to go on from.
+    after the last. base_notes: what the user must know of the base. saved: the checkpoint to go on
+    from.
     """
 
     plan: Plan
@@ -104,6 +105,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     summary: report.Summary
+    base_notes: list[str]
     saved: checkpoint.Saved | None = None
 
     @property
@@ -117,6 +119,11 @@ class Run:
     @property
     def main(self) -> bool:
         return self.accelerator.is_main_process
+
+    @property
+    def prediction_type(self) -> str:
+        """What the model says that it predicts; of EDM's, its own convention of sign."""
+        return str(self.parts.scheduler.config.prediction_type)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -166,10 +173,13 @@ class Run:
     def conditioning(self, slots: list[Slot], step: int) -> Conditioning:
         """Returns what the UNet is told of a batch besides its noisy latents, on the device, in the
         base's dtype; `step`: how many steps are done."""
+        device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
+        if self.texts.table is None and self.texts.are_still(step):
+            self.texts.fill(device, dtype)  # nothing learns any more: once for the rest of the run
         embeddings = self.texts.embeddings([slot.caption for slot in slots], step)
         geometries = [self._geometry(slot) for slot in slots]
         conditions = collate(embeddings, geometries, self.parts.family)
-        return conditions.to(self.accelerator.device, weight_dtype(self.accelerator))
+        return conditions.to(device, dtype)
 
     def _geometry(self, slot: Slot) -> Geometry:
         width, height = size = self.latents.sizes[slot.kind, slot.index]
@@ -263,16 +273,17 @@ def prepare(config: TrainConfig) -> Run:
         prediction_type=config.prediction_type,
         zero_terminal_snr=config.rescale_betas_zero_snr,
     )
-    return _ready(plan, accelerator, parts, sources, summary, path)
+    return _assemble(plan, accelerator, parts, sources, summary, path, base.notes())
 
 
-def _ready(
+def _assemble(
     plan: Plan,
     accelerator: Accelerator,
     parts: Parts,
     sources: dict[str, Source],
     summary: report.Summary,
     path: Path | None,
+    base_notes: list[str],
 ) -> Run:
     """Adapts the model, reads pictures and captions, and puts a run together."""
     config, seed = plan.config, plan.seed
@@ -295,9 +306,9 @@ def _ready(
     if not latents.needs_vae:
         parts.vae.to("cpu")
     prepared = _prepare_models(config, accelerator, models, texts)
-    texts.settle(config, prepared)
+    texts.settle(config, prepared, used_captions(config, sources))
     if not texts.trained:
-        texts.fill(used_captions(config, sources), accelerator.device)
+        texts.fill(accelerator.device, weight_dtype(accelerator))
         if not (config.num_validation_images and draws(parts)):
             parts.text_encoders.clear()  # nothing more is read: of SDXL's, 3 GiB
     optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
@@ -317,6 +328,7 @@ def _ready(
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
         summary=summary,
+        base_notes=base_notes,
         saved=saved,
     )
     summarise(run)

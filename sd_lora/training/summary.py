@@ -16,6 +16,7 @@ from sd_lora.models.families import INPAINTING
 from sd_lora.models.prompts import PIECE
 from sd_lora.models.skeleton import Skeleton
 from sd_lora.training import report
+from sd_lora.training.adapt import rank_and_alpha
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.sampling import draws
 
@@ -46,22 +47,16 @@ def summarise(run: "Run") -> None:
     rows["steps"] = f"{run.plan.num_steps} ({epochs:.1f} epochs)"
     parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
+    if config.pretrained_vae_model_name_or_path or config.vae_precision != "fp32":
+        rows["VAE"] = f"{config.pretrained_vae_model_name_or_path or 'the base’s'}, "
+        rows["VAE"] += config.vae_precision
+    notes += run.base_notes
     rows["method"] = method_of_run(config)
+    ranks = {c: rank_and_alpha(config, c) for c in run.models if c != "unet"}
+    if any(rank != config.rank for rank, _ in ranks.values()):
+        rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, (rank, _) in ranks.items())
     rows["adapted"] = report.adapted(names, parameters)
-    reading = reading_of(config)
-    if reading:
-        rows["captions"] = reading
-    if run.texts.tokens:
-        words = run.texts.tokens
-        count = sum(p.numel() for p in words.parameters())
-        rows["new words"] = (
-            ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in words.concepts)
-            + f", {count:,} parameters"
-        )
-    stops = {c: s for c, s in run.texts.stops.items() if s is not None}
-    stops |= {"new words": run.texts.tokens_stop} if run.texts.tokens_stop is not None else {}
-    if stops:
-        rows["stop early"] = ", ".join(f"{what} after step {step}" for what, step in stops.items())
+    _say_texts(run)
     rows["LoRA file"], lost = files_of(run.models, run.skeleton, config.save_precision)
     notes += lost
     rows["objective"] = objective_of(run)
@@ -94,6 +89,25 @@ def summarise(run: "Run") -> None:
     if cut:
         enough = math.ceil(max(cut.values()) / PIECE) * PIECE
         notes.append(f"{len(cut)} captions are cut; --max_token_length {enough} reads them whole")
+
+
+def _say_texts(run: "Run") -> None:
+    """Adds what is particular to captions, new words, and text encoders that stop."""
+    rows = run.summary.rows
+    reading = reading_of(run.config)
+    if reading:
+        rows["captions"] = reading
+    if run.texts.tokens:
+        words = run.texts.tokens
+        count = sum(p.numel() for p in words.parameters())
+        rows["new words"] = (
+            ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in words.concepts)
+            + f", {count:,} parameters"
+        )
+    stops = {c: s for c, s in run.texts.stops.items() if s is not None}
+    stops |= {"new words": run.texts.tokens_stop} if run.texts.tokens_stop is not None else {}
+    if stops:
+        rows["stop early"] = ", ".join(f"{what} after step {step}" for what, step in stops.items())
 
 
 def weighed(schedule: NoiseSchedule) -> bool:

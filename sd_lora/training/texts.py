@@ -1,6 +1,6 @@
 """The captions of a run: read once, or anew each step where text encoders or new words learn."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,9 +33,9 @@ class Texts:
     """What captions become.
 
     encoders: component → text encoder, with its updates and new words. trained: those of them that
-    learn, as Accelerate wrapped them. table: caption → embedding on the CPU, None while something
-    learns. stops: component → steps after which its LoRA is left as it is; tokens_stop: the same
-    for new words; None: never.
+    learn, as Accelerate wrapped them. captions: those of the run. table: caption → embedding on the
+    CPU, None while something learns. stops: component → steps after which its LoRA is left as it
+    is; tokens_stop: the same for new words; None: never.
     """
 
     reader: Reader
@@ -44,10 +44,15 @@ class Texts:
     stops: dict[str, int | None] = field(default_factory=dict)
     tokens_stop: int | None = None
     trained: dict[str, nn.Module] = field(default_factory=dict)
+    captions: list[Caption] = field(default_factory=list)
     table: dict[Caption, Embedding] | None = None
 
-    def settle(self, config: TrainConfig, prepared: Mapping[str, nn.Module]) -> None:
-        """Takes what Accelerate made of the encoders that learn, and when they stop."""
+    def settle(
+        self, config: TrainConfig, prepared: Mapping[str, nn.Module], captions: list[Caption]
+    ) -> None:
+        """Takes what Accelerate made of the encoders that learn, when they stop, and the captions
+        that they read."""
+        self.captions = captions
         self.trained = {c: m for c, m in prepared.items() if c in self.encoders}
         for component, encoder in self.encoders.items():
             if component in prepared and adapted_layers(encoder):
@@ -56,11 +61,12 @@ class Texts:
                 self.stops[component] = stop
         self.tokens_stop = config.embedding_stop_step
 
-    def fill(self, captions: Iterable[Caption], device: torch.device) -> None:
-        """Reads each distinct caption once; the text encoders leave the device afterwards."""
+    def fill(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Reads each distinct caption once, and keeps it in the dtype that the UNet is told it in;
+        the text encoders leave the device afterwards."""
         for encoder in self.encoders.values():
-            encoder.to(device)
-        self.table = dict(in_batches(self.reader, self.encoders, list(captions)))
+            encoder.to(device).eval()
+        self.table = dict(in_batches(self.reader, self.encoders, self.captions, dtype))
         for encoder in self.encoders.values():
             encoder.to("cpu")
 
@@ -75,6 +81,10 @@ class Texts:
         if component in self.trained and not self.is_still(component, step):
             return self.trained[component]
         return Still(self.encoders[component].eval())
+
+    def are_still(self, step: int) -> bool:
+        """Whether all that learned has stopped after so many steps."""
+        return bool(self.trained) and all(self.is_still(c, step) for c in self.trained)
 
     def is_still(self, component: str, step: int) -> bool:
         """Whether nothing of a text encoder learns any more after so many steps."""

@@ -149,7 +149,8 @@ def test_an_overflow_in_float16_is_named_with_its_remedy(fresh: bool, tmp_path: 
     with pytest.raises(RunError, match=message):
         x0(overflowing().half())
     if fresh:  # what a mask leaves is encoded by itself
-        latents = latents_of(overflowing().half(), fresh=True)
+        latents = latents_of(build_pipeline("sdxl").vae.half(), fresh=True)
         latents.fill("instance", [sample], iter)
+        latents.vae = overflowing().half()
         with pytest.raises(RunError, match=message):
             latents.masked([slot(0)], [pixels])

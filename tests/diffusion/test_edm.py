@@ -136,9 +136,10 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
     device = torch.device("cpu")
-    ours = sample(
+    drawn = sample(
         parts, parts.reader(), prompts, seeds, resolution=64, device=device, steps=6, **options
     )
+    ours = list(drawn)
     cls = EDMDPMSolverMultistepScheduler if kind == "edm" else DPMSolverMultistepScheduler
     pipeline = pipeline_of(parts)
     pipeline.scheduler = cls.from_config(parts.scheduler.config)

@@ -266,6 +266,24 @@ def test_weighted_captions_equal_compels(kind: str, loaded: Callable[[str], Part
             torch.testing.assert_close(ours.pooled, want.pooled, **SAME)
 
 
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_long_captions_without_weights_read_as_without_compel(
+    kind: str, loaded: Callable[[str], Parts]
+) -> None:
+    """A caption of several pieces that weighs nothing is the plain reading, wherever its sentences
+    end, and the brackets and numbers of one that does are not counted as tokens."""
+    parts = loaded(kind)
+    caption = "a cat sat there. " * 4 + "a dog, by the sea; " * 4 + "the end"
+    plain, weighted = (parts.reader(max_pieces=3, weighted=w) for w in (False, True))
+    (want,), (found,) = (r.encode(parts.text_encoders, [caption]) for r in (plain, weighted))
+    assert len(want.hidden) > 77
+    torch.testing.assert_close(found.hidden, want.hidden, **SAME)
+    if kind in XL:
+        torch.testing.assert_close(found.pooled, want.pooled, **SAME)
+    short = "(" + "x" * 75 + ")1.5"
+    assert parts.reader(weighted=True).too_long([short]) == {}
+
+
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_crop_coordinates_are_those_of_what_is_seen(center_crop: bool) -> None:
     """For random sizes, places and flips, a picture's pixels are exactly the cut at

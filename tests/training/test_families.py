@@ -1,5 +1,6 @@
 """Every family trains: UNet and text encoders, attention and convolutions, files that load."""
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,13 +8,17 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import sd_lora
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.formats import verify
+from sd_lora.formats.reading import open_lora
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.load import load_parts
 from sd_lora.training import loop
+from sd_lora.training.sampling import sample
 from sd_lora.training.setup import Run, prepare
 from tests.training.runs import dreambooth, pictures, text_to_image, trained_adapter
 
@@ -244,6 +249,87 @@ def test_what_an_edm_model_cannot_do(
     assert run.summary.rows["objective"] == "edm, weighed as EDM does"
     with pytest.raises(sd_lora.UsageError, match=message):
         prepare(text_to_image(model, data, tmp_path / "out", **changes))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_edm_model_trains_to_verified_files(
+    prediction: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """A whole run on an EDM model of either convention, new words included: files that load."""
+    model = tmp_path / "edm"
+    shutil.copytree(tiny("sdxl"), model)
+    diffusers.EDMEulerScheduler(prediction_type=prediction).save_pretrained(model / "scheduler")
+    words = {"instance_prompt": "a <dog>", "token_abstraction": "<dog>"}
+    config = dreambooth(model, data, tmp_path / "out", **words, max_train_steps=4)
+    result = sd_lora.train(config)
+    assert [file.worst_error < 1e-5 for file in result.files] == [True, True]
+    with safe_open(result.files[1].path, "pt") as file:
+        kind = "v" if prediction == "v_prediction" else "epsilon"
+        assert file.metadata()["modelspec.prediction_type"] == kind
+    with safe_open(result.words[0], "pt") as file:
+        assert file.metadata()["modelspec.architecture"].endswith("xl-v1-base/textual-inversion")
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_clip_skip_trains_in_every_precision(
+    precision: str, tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """SD1's final norm after a skipped layer is of the base's precision, and Accelerate gives out
+    float32: the text encoder learns all the same, but for the layer that is left out."""
+    config = text_to_image(
+        tiny("sd1"), data, tmp_path, mixed_precision=precision, clip_skip=1,
+        train_text_encoder=True, max_train_steps=2,
+    )  # fmt: skip
+    result = sd_lora.train(config)
+    assert all(map(math.isfinite, result.losses))
+    adapter = open_lora(result.files[0].path).adapter
+    assert {name.split(".")[3] for name in adapter["text_encoder"]} == {"0"}
+
+
+def test_encoders_that_have_stopped_are_read_no_more(
+    tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """Once nothing of the text encoders learns, captions are read once more and then never."""
+    options = {"train_text_encoder": True, "text_encoder_stop_step": 2, "caption_dropout": 0.3}
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options, max_train_steps=6))
+    calls = []
+    for encoder in run.texts.encoders.values():
+        encoder.register_forward_hook(lambda *_: calls.append(1))
+    for step in range(6):
+        before = len(calls)
+        loop.batch_loss(run, *run.stream.batch(step), step)
+        assert (len(calls) > before) == (step <= 2), step
+    want = run.texts.reader.encode(run.texts.encoders, ["a photo of thing 3", None])
+    for caption, embedding in zip(["a photo of thing 3", None], want, strict=True):
+        assert torch.equal(run.texts.table[caption].hidden, embedding.hidden)
+
+
+def test_square_pictures_are_encoded_once_for_inpainting(tiny: Folder, tmp_path: Path) -> None:
+    """Only what a mask leaves is encoded at each step where the crop does not change, and the
+    whole picture's latents are those of a fresh encoding."""
+    square = pictures(tmp_path / "square", size=(64, 64))
+    run = prepare(text_to_image(tiny("sd1-inpainting"), square, tmp_path / "out"))
+    slots, pixels = run.stream.batch(0)
+    assert all(p is not None for p in pixels)
+    calls, encode = [], run.latents._encode
+    run.latents._encode = lambda x: calls.append(1) or encode(x)
+    x0 = run.latents.latents(slots, pixels)
+    run.unet_input(x0, slots, pixels)
+    assert len(calls) == 1
+    run.latents._table.clear()
+    torch.testing.assert_close(run.latents.latents(slots, pixels), x0, rtol=1e-4, atol=1e-4)
+
+
+def test_the_vae_is_not_run_under_autocast(tiny: Folder) -> None:
+    """Class pictures are drawn under float16 autocast on a GPU: the decoder stays in its own dtype,
+    in which SDXL's does not overflow."""
+    parts = load_parts(str(tiny("sdxl")))
+    seen = []
+    parts.vae.decoder.conv_in.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    options = {"resolution": 64, "device": torch.device("cpu"), "steps": 1}
+    with torch.autocast("cpu", torch.bfloat16):
+        list(sample(parts, parts.reader(), ["a"], [0], **options))
+    assert seen == [torch.float32]
 
 
 def test_the_schedule_of_a_zero_snr_base_can_be_undone(

@@ -1,6 +1,7 @@
 """Training from single checkpoints in the original layout, offline, as from the same folder."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -173,8 +174,6 @@ def test_a_part_of_another_class_is_named(
     part: str, found: list, message: str, tiny: Folder, tmp_path: Path
 ) -> None:
     """A pipeline whose parts are of other classes than Stable Diffusion's is refused by name."""
-    import shutil
-
     copy = tmp_path / "copy"
     shutil.copytree(tiny("sd1"), copy)
     index = json.loads((copy / "model_index.json").read_text())
@@ -201,3 +200,145 @@ def test_a_truncated_file_is_told_before_any_work(
     with pytest.raises(sd_lora.UsageError, match=r"cut\.safetensors cannot be read: .*cut off"):
         prepare(text_to_image(cut, data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def copied(model: Path, place: Path) -> Path:
+    shutil.copytree(model, place)
+    return place
+
+
+def changed(path: Path, **changes: object) -> None:
+    """Changes a configuration; None takes a key out."""
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def test_weights_that_are_no_weights_are_told_without_a_traceback(
+    tiny: Folder, tmp_path: Path
+) -> None:
+    """A pickle that is cut off or a pointer of git-lfs is named, without torch's advice to open it
+    anyway."""
+    model = copied(tiny("sd1"), tmp_path / "model")
+    (model / "text_encoder" / "model.safetensors").unlink()
+    broken = model / "text_encoder" / "pytorch_model.bin"
+    for content in (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", b"\x80\x02}q"):
+        broken.write_bytes(content)
+        with pytest.raises(
+            sd_lora.UsageError, match="the text_encoder of .* could not be loaded"
+        ) as e:
+            load_parts(str(model))
+        assert "weights_only" not in str(e.value)
+
+
+def test_what_a_configuration_leaves_out_is_the_classs_default(
+    tiny: Folder, tmp_path: Path
+) -> None:
+    """A config.json without a key that diffusers fills in is read as diffusers reads it."""
+    model = copied(tiny("sd1"), tmp_path / "model")
+    changed(model / "unet" / "config.json", out_channels=None)
+    assert find_base(str(model)).unet_config["out_channels"] == 4
+    changed(model / "vae" / "config.json", latent_channels=None)
+    assert find_base(str(model)).resolution == 64
+
+
+@pytest.mark.parametrize(
+    ("path", "changes", "message"),
+    [
+        ("vae/config.json", {"in_channels": 6, "out_channels": 6}, "is for pictures of 6 channels"),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_start": None},
+            "is a FlowMatchEulerDiscreteScheduler, which has no betas",
+        ),
+        ("model_index.json", {"_class_name": "StableDiffusionLDM3DPipeline"}, "this is LDM3D"),
+        ("model_index.json", {"_class_name": "StableDiffusionGLIGENPipeline"}, "this is GLIGEN"),
+        (
+            "model_index.json",
+            {"_class_name": "StableDiffusionNewPipeline"},
+            "says 'StableDiffusionN",
+        ),
+    ],
+)
+def test_bases_of_other_kinds_are_told(
+    path: str, changes: dict, message: str, tiny: Folder, tmp_path: Path
+) -> None:
+    """What looks like Stable Diffusion and is not is refused before anything is trained."""
+    model = copied(tiny("sdxl"), tmp_path / "model")
+    changed(model / path, **changes)
+    with pytest.raises(sd_lora.UsageError, match=message):
+        load_parts(str(model))
+
+
+def as_variant(folder: Path) -> None:
+    for weights in folder.glob("*/*.safetensors"):
+        weights.rename(weights.with_name(weights.stem + ".fp16.safetensors"))
+
+
+def test_variants_and_revisions_are_the_bases_alone(tiny: Folder, tmp_path: Path) -> None:
+    """A folder of fp16 files alone says so; with --variant fp16 another VAE need not have it; for a
+    single file both mean nothing."""
+    model = copied(tiny("sd1"), tmp_path / "model")
+    as_variant(model)
+    with pytest.raises(sd_lora.UsageError, match="as variant fp16 alone: give --variant"):
+        load_parts(str(model))
+    parts = load_parts(str(model), variant="fp16", vae=str(tiny("sd1") / "vae"))
+    assert parts.vae.config.latent_channels == 4
+    with pytest.raises(sd_lora.UsageError, match="revision and variant mean nothing for it"):
+        find_base(
+            str(write_single(build_single_pipeline("sd1"), tmp_path / "a.safetensors")),
+            variant="fp16",
+        )
+
+
+def test_a_checkpoint_without_a_vae_takes_one(
+    both: Callable[[str], tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """A file with the VAE pruned asks for another one before it reads anything, and takes a single
+    file; one of 16 channels is refused in words."""
+    folder, file = both("sd1")
+    tensors = load_file(file)
+    bare = tmp_path / "bare.safetensors"
+    save_file({k: t for k, t in tensors.items() if not k.startswith("first_stage")}, bare)
+    with pytest.raises(
+        sd_lora.UsageError, match="has no VAE in it: give one with --pretrained_vae"
+    ):
+        find_base(str(bare))
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    vae.save_pretrained(tmp_path / "vae")
+    parts = load_parts(
+        str(bare), vae=str(tmp_path / "vae"), tokenizer_name=str(folder / "tokenizer")
+    )
+    want = vae.state_dict()
+    assert all(torch.equal(t, want[k]) for k, t in parts.vae.state_dict().items())
+    other = AutoencoderKL.from_config(dict(vae.config) | {"latent_channels": 16})
+    save_file(other.state_dict(), tmp_path / "sixteen.safetensors")
+    with pytest.raises(sd_lora.UsageError, match="has 16 latent channels"):
+        find_base(str(bare), vae=str(tmp_path / "sixteen.safetensors"))
+    with pytest.raises(sd_lora.UsageError, match="is no VAE"):
+        find_base(str(bare), vae=str(folder / "text_encoder" / "model.safetensors"))
+
+
+def test_a_vae_of_another_scaling_is_noted(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """SDXL's VAE on SD1 fits in every shape: the summary says that its scaling is another."""
+    model = copied(tiny("sd1"), tmp_path / "model")
+    changed(model / "vae" / "config.json", scaling_factor=0.13025)
+    vae = {"pretrained_vae_model_name_or_path": str(model)}
+    run = prepare(text_to_image(tiny("sd1"), data, tmp_path / "out", **vae))
+    assert "scales its latents by 0.13025, the base's own by 0.18215" in run.summary.text()
+    assert "fp32" in run.summary.rows["VAE"]
+
+
+def test_another_tokenizer_pads_for_each_encoder(tiny: Folder) -> None:
+    """--tokenizer_name with SDXL's own folder changes nothing, and with the first tokenizer's alone
+    the second still pads with the token of id 0."""
+    want = load_parts(str(tiny("sdxl")))
+    for name in (tiny("sdxl"), tiny("sdxl") / "tokenizer"):
+        found = load_parts(str(tiny("sdxl")), tokenizer_name=str(name))
+        for component, tokenizer in want.tokenizers.items():
+            ids = [
+                t("a cat", padding="max_length").input_ids
+                for t in (tokenizer, found.tokenizers[component])
+            ]
+            assert ids[0] == ids[1]
+    with pytest.raises(sd_lora.UsageError, match="it has no vocabulary"):
+        load_parts(str(tiny("sdxl")), tokenizer_name=str(tiny("sdxl") / "vae"))
