@@ -340,7 +340,11 @@ def _say(result: Any) -> None:
         )
     for note in [*written.notes, *result.notes]:
         print(f"  note: {note}")
-    use = written.format.use.format(base="MODEL", folder=written.path, file=written.path.name)
+    use = written.format.use.format(
+        pipeline='DiffusionPipeline.from_pretrained("MODEL")',
+        folder=written.path,
+        file=written.path.name,
+    )
     print(f"  {use}")
 
 

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_short_demo_learns_the_subject(tmp_path: Path) -> None:
-    """500 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws pictures far
-    nearer to the held-out ones than the base's (0.73 of the way when this was written), and what
+    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws pictures far
+    nearer to the held-out ones than the base's (0.60 of the way when this was written), and what
     other prompts draw stays what it was in the main."""
     sample_data = find_sample_data()
-    config = demo_config(sample_data, str(tmp_path / "out"), max_train_steps=500)
+    config = demo_config(sample_data, str(tmp_path / "out"), max_train_steps=350)
     result = sd_lora.train(config)
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
     assert outcome.margin > 0.5

@@ -105,9 +105,9 @@ class Base:
     """A base model that has been found and named, its weights not yet read.
 
     name: folder, hub id or file. vae_config: of the VAE that is used; own_vae_config: of the base's
-    own. single: the file, if it is one. index: the pipeline's own
-    model_index.json, {} of a file. vae: where another VAE comes from. options: `revision`,
-    `cache_dir` and `variant` of `from_pretrained`.
+    own. single: the file, if it is one. index: the pipeline's own model_index.json, {} of a file.
+    vae: where another VAE comes from. options: `revision`, `cache_dir` and `variant` of
+    `from_pretrained`.
     """
 
     name: str
@@ -159,10 +159,10 @@ class Base:
             UsageError: what is missing or broken.
         """
         scheduler = self._scheduler(prediction_type, zero_terminal_snr)
-        # first, when nothing else is there: while it is read, its file's pages are mapped beside it
-        unet = self._part("unet", dtype)
         encoders = self.family.text_encoders
         tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in encoders}
+        # before the others: while it is read, its file's pages are mapped beside it
+        unet = self._part("unet", dtype)
         parts = Parts(
             family=self.family,
             text_encoders={c: self._part(c, torch.float32) for c in encoders},
@@ -219,7 +219,8 @@ class Base:
                 f"{self.name} is a single file, which holds no tokenizer: {error}. Give the "
                 "tokenizer folder of any Stable Diffusion with --tokenizer_name, or go online once"
             ) from None
-        if inside != folder and (component == "text_encoder_2" or self.family.name == "sd2"):
+        own = inside == "tokenizer_2"
+        if self.family.name == "sd2" or (component == "text_encoder_2" and not own):
             tokenizer = copy.deepcopy(tokenizer)  # OpenCLIP pads with the token of id 0
             tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
         return tokenizer

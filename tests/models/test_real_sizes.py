@@ -14,6 +14,7 @@ from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import DIFFUSERS, KOHYA
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.prompts import Geometry, time_ids
 from sd_lora.models.published import CONFIGS
 from sd_lora.models.skeleton import Skeleton
 
@@ -59,24 +60,24 @@ def on_meta(family: str, component: str) -> nn.Module:
         return Skeleton.of_family(FAMILIES[family])._build(component)
 
 
-@pytest.mark.parametrize(
-    ("family", "preset"), [(family, preset) for family in UNETS for preset in UNETS[family]]
-)
-def test_presets_of_the_unets(family: str, preset: str) -> None:
+@pytest.mark.parametrize("family", UNETS)
+def test_presets_of_the_unets(family: str) -> None:
     """Each preset adapts the known number of modules of each published UNet, trains as many
     parameters as the closed form says, and its files have just these, in both formats."""
-    unet = on_meta(family, "unet")
-    names = list(select(unet, preset))
-    assert len(names) == UNETS[family][preset]
-    want = closed_form(unet, names)
-    sd_lora.inject(unet, preset, rank=RANK)
-    assert sum(p.numel() for p in sd_lora.lora_layers(unet)) == want
-    adapter: Adapter = {"unet": updates(unet)}
-    for kind in (DIFFUSERS, KOHYA):
-        size = sum(t.numel() * 2 for _, t in kind.write(adapter, naming_of(FAMILIES[family])))
-        assert 2 * want <= size <= 2 * (want + 2 * len(names))  # kohya's alphas
-    if (family, preset) in SIZES:
-        assert math.ceil(2 * want / MIB) == SIZES[family, preset]
+    unet, naming = on_meta(family, "unet"), naming_of(FAMILIES[family])
+    for preset, count in UNETS[family].items():
+        names = list(select(unet, preset))
+        want = closed_form(unet, names)
+        assert len(names) == count
+        sd_lora.inject(unet, preset, rank=RANK)
+        assert sum(p.numel() for p in sd_lora.lora_layers(unet)) == want
+        adapter: Adapter = {"unet": updates(unet)}
+        for kind in (DIFFUSERS, KOHYA):
+            size = sum(t.numel() * 2 for _, t in kind.write(adapter, naming))
+            assert 2 * want <= size <= 2 * (want + 2 * count)  # kohya's alphas
+        if (family, preset) in SIZES:
+            assert math.ceil(2 * want / MIB) == SIZES[family, preset]
+        sd_lora.eject(unet)
 
 
 @pytest.mark.parametrize(("family", "component"), TEXT)
@@ -124,8 +125,9 @@ def train(unet: UNet2DConditionModel, family: str, steps: int, side: int) -> lis
     x, target = noise(1, 4, side, side), noise(1, 4, side, side)
     arguments = {"encoder_hidden_states": noise(1, 77, config["cross_attention_dim"])}
     if FAMILIES[family].is_xl:
-        ids = torch.tensor([[1024.0, 1024, 0, 0, 1024, 1024]], device=device)
-        width = config["projection_class_embeddings_input_dim"] - 6 * 256
+        whole = Geometry((1024, 1024), (0, 0), (1024, 1024))
+        ids = time_ids(FAMILIES[family], [whole]).to(device)
+        width = config["projection_class_embeddings_input_dim"] - 256 * ids.shape[1]
         arguments["added_cond_kwargs"] = {"text_embeds": noise(1, width), "time_ids": ids}
     losses = []
     for _ in range(steps):
@@ -151,7 +153,9 @@ def test_the_real_sd15_trains_on_a_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("family", "side"), [("sd1", 64), ("sd2", 96), ("sdxl", 128)])
+@pytest.mark.parametrize(
+    ("family", "side"), [("sd1", 64), ("sd2", 96), ("sdxl", 128), ("sdxl_refiner", 128)]
+)
 def test_the_real_sizes_train_on_a_gpu(family: str, side: int, dtype: torch.dtype) -> None:
     """Twenty steps of each published UNet with random weights, at its own latents, in bf16 and
     fp16: finite, and the loss falls."""

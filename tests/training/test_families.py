@@ -30,7 +30,6 @@ PIPELINES = {
     "sdxl-v": "StableDiffusionXLPipeline",
     "refiner": "StableDiffusionXLImg2ImgPipeline",
     "sd1-inpainting": "StableDiffusionInpaintPipeline",
-    "sdxl-inpainting": "StableDiffusionXLInpaintPipeline",
 }
 
 
