@@ -53,9 +53,10 @@ class Scaling:
 class Latents:
     """Latent distributions of pictures whose crop does not change, in memory, on the CPU.
 
-    A picture with a random crop is decoded and encoded each time it is seen; `uncached` says
-    which ones these are. Encoding is in the VAE's own dtype, float32 unless the user wants it
-    otherwise: SDXL's VAE overflows in float16. sizes: (kind, index) → (width, height) in pixels.
+    A picture with a random crop is decoded and encoded each time it is seen, and one for inpainting
+    decoded: `read_each_time` says which. Encoding is in the VAE's own dtype, float32 unless the
+    user wants it otherwise: SDXL's VAE overflows in float16. sizes: (kind, index) → (width, height)
+    in pixels.
 
     Args:
         vae, framing, device: the encoder, how pictures become pixels, and where that is computed.
@@ -67,7 +68,7 @@ class Latents:
     ) -> None:
         self.vae, self.framing, self.device, self.fresh = vae, framing, device, fresh
         self.scaling = Scaling.of(vae)
-        self.uncached: dict[str, set[int]] = {}
+        self.read_each_time: dict[str, set[int]] = {}
         self.sizes: dict[tuple[str, int], tuple[int, int]] = {}
         self._names: dict[tuple[str, int], str] = {}
         self._table: dict[tuple[str, int, bool], tuple[Tensor, Tensor]] = {}
@@ -84,7 +85,7 @@ class Latents:
             RunError: all pictures that could not be decoded, by name, before anything is trained;
                 or a picture whose latent is not finite.
         """
-        self.uncached[kind] = set()
+        self.read_each_time[kind] = set()
         flips = (False, True) if self.framing.random_flip else (False,)
         broken: list[str] = []
         waiting: list[tuple[int, bool, Tensor]] = []
@@ -98,11 +99,11 @@ class Latents:
             self._names[kind, index] = sample.name
             drawn = self.framing.is_random(image.size)
             if self.fresh or drawn:
-                self.uncached[kind].add(index)
-            if drawn:
+                self.read_each_time[kind].add(index)
+            if drawn or broken:  # which are broken is all that is left to learn
                 continue
             waiting += [(index, flip, self.framing.pixels(image, 0.0, flip)) for flip in flips]
-            while len(waiting) >= self.at_once and not broken:
+            while len(waiting) >= self.at_once:
                 self._store(kind, waiting[: self.at_once])
                 waiting = waiting[self.at_once :]
         if broken:
@@ -153,7 +154,7 @@ class Latents:
     @property
     def needs_vae(self) -> bool:
         """Whether training must encode pictures as it goes."""
-        return any(self.uncached.values())
+        return any(self.read_each_time.values())
 
     def latents(self, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
         """Returns scaled latents x₀ (B, C, H, W) on the device, sampled anew for each slot.

@@ -36,7 +36,7 @@ class Slot:
 
 
 Batch = tuple[list[Slot], list[Tensor | None]]
-"""Slots, and the pixels of those whose latents are not cached."""
+"""Slots, and the pixels of those that are read each time."""
 
 
 class Order:
@@ -81,7 +81,7 @@ class Order:
 
 
 class Stream(Dataset):
-    """Micro-batches by number: the slots of this process, with pixels for what is not cached.
+    """Micro-batches by number: the slots of this process, with pixels for what is read each time.
 
     Args:
         instance: the order of the samples that are trained.
@@ -89,7 +89,7 @@ class Stream(Dataset):
         batch_size: B, instances per process and micro-batch.
         process, num_processes: which of P this is.
         framing: how pictures become pixels.
-        uncached: kind → indices of the pictures whose pixels must be read each time.
+        read_each_time: kind → indices of the pictures whose pixels must be read each time.
         length: number of micro-batches.
     """
 
@@ -101,12 +101,12 @@ class Stream(Dataset):
         process: int,
         num_processes: int,
         framing: Framing,
-        uncached: dict[str, set[int]],
+        read_each_time: dict[str, set[int]],
         length: int,
     ) -> None:
         self.orders = [instance, prior] if prior else [instance]
         self.batch_size, self.process, self.num_processes = batch_size, process, num_processes
-        self.framing, self.uncached, self.length = framing, uncached, length
+        self.framing, self.read_each_time, self.length = framing, read_each_time, length
 
     def __len__(self) -> int:
         return self.length
@@ -130,7 +130,7 @@ class Stream(Dataset):
         return slots, [self._pixels(slot) for slot in slots]
 
     def _pixels(self, slot: Slot) -> Tensor | None:
-        if slot.index not in self.uncached[slot.kind]:
+        if slot.index not in self.read_each_time[slot.kind]:
             return None
         (order,) = (order for order in self.orders if order.kind == slot.kind)
         sample = order.samples[slot.index]

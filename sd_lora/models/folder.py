@@ -71,7 +71,8 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
     read = partial(cls.load_config, name, subfolder=part, **hub)
     config = read_part(part or "vae", name, read)
     if not isinstance(config, dict):
-        raise UsageError(f"the configuration of the {part} of {name} is not a table of settings")
+        what = part or "vae"
+        raise UsageError(f"the configuration of the {what} of {name} is not a table of settings")
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UsageError(
             f"the {part or 'vae'} of {name} is a {config['_class_name']}; {cls.__name__} is what "
@@ -140,11 +141,18 @@ def read_part(what: str, name: str, load: Callable[[], Any]) -> Any:
             f"the {what} of {name} lacks {len(missing)} of its weights ({missing[0]}, …): the "
             "files are incomplete or of another model"
         )
+    others = sorted(info["unexpected_keys"])
+    if others and what in ("unet", "vae"):  # text encoders' old files have buffers
+        raise UsageError(
+            f"the {what} of {name} has {len(others)} weights that are none of its own "
+            f"({others[0]}, …): it is another model's, or something was left in it"
+        )
     return model
 
 
 def _variants(what: str, name: str, load: Callable[[], Any]) -> str:
     """Returns that a part has its weights in variants alone; empty if that is not what is wrong."""
+    what = _given(load).get("subfolder", what)
     folder = Path(name).expanduser() / what
     if not folder.is_dir():
         options = {"cache_dir": _cache(load)}
@@ -155,7 +163,9 @@ def _variants(what: str, name: str, load: Callable[[], Any]) -> str:
             return ""
         folder = Path(config).parent if isinstance(config, str) else folder
     names = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
-    found = {m[1] for n in names if (m := re.search(r"\.(\w+)\.(?:safetensors|bin)$", n))}
+    found = {
+        m[1] for n in names if (m := re.search(r"\.(\w+)(?:-\d+-of-\d+)?\.(?:safetensors|bin)$", n))
+    }
     if _given(load).get("variant") or not found or any(n.count(".") == 1 for n in names):
         return ""
     return f"its weights are there as variant {' and '.join(sorted(found))} alone: give --variant"

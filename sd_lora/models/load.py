@@ -171,7 +171,7 @@ class Base:
             unet=unet,
             scheduler=scheduler,
             zero_unconditional=self.family.is_xl
-            and bool(self.index.get("force_zeros_for_empty_prompt", True)),
+            and bool(self.index.get("force_zeros_for_empty_prompt", not self.family.max_timestep)),
         )
         for component, encoder in parts.text_encoders.items():
             tokenizer = tokenizers[component]
@@ -220,9 +220,11 @@ class Base:
                 "tokenizer folder of any Stable Diffusion with --tokenizer_name, or go online once"
             ) from None
         own = inside == "tokenizer_2"
-        if self.family.name == "sd2" or (component == "text_encoder_2" and not own):
-            tokenizer = copy.deepcopy(tokenizer)  # OpenCLIP pads with the token of id 0
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+        if not own:  # OpenCLIP's encoders were trained with id 0 as padding, CLIP's with the end
+            open_clip = self.family.name == "sd2" or component == "text_encoder_2"
+            tokenizer = copy.deepcopy(tokenizer)
+            zero = tokenizer.convert_ids_to_tokens(0)
+            tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
     def _scheduler(
@@ -305,7 +307,8 @@ def find_base(
     if not single:
         check_classes(name, index, family)
     if single:
-        if (revision or variant) and not vae:
+        of_file = not vae or Path(vae).expanduser().is_file()
+        if revision or (variant and of_file):
             raise UsageError(f"{name} is a file: revision and variant mean nothing for it")
         if "vae" not in single.configs and not vae:
             raise UsageError(

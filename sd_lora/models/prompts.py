@@ -1,5 +1,6 @@
 """Captions → what the UNet is told: text embeddings, the pooled text, and time ids."""
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -234,8 +235,7 @@ class Reader:
         kind = kinds.LAST_HIDDEN_STATES_NORMALIZED
         kind = kinds.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if self.family.penultimate else kind
         hidden = []
-        text = self.expand(caption)
-        (plain,) = self._read(encoders, [caption])
+        plain = self._read(encoders, [caption])[0] if self.family.is_xl else None
         for component, tokenizer in self.tokenizers.items():
             compel = Compel(
                 tokenizer=tokenizer,
@@ -244,11 +244,11 @@ class Reader:
                 truncate_long_prompts=self.max_pieces == 1,
                 split_long_text_mode=SplitLongTextMode.BRUTAL,  # where the plain reading cuts
             )
-            hidden.append(compel(text)[0])
+            hidden.append(compel(caption)[0])
         length = min(len(states) for states in hidden)
         length = min(length, self.max_pieces * self._length)
         joined = torch.cat([states[:length] for states in hidden], dim=-1)
-        return Embedding(joined, plain.pooled)
+        return Embedding(joined, plain.pooled if plain else None)
 
     def check(self, encoders: Mapping[str, nn.Module]) -> None:
         """Raises UsageError if more layers are to be skipped than an encoder has."""
@@ -263,17 +263,27 @@ class Reader:
                 )
 
 
+_OF_A1111 = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
+
+
 def _without_weights(text: str) -> str:
     """Returns a caption without compel's weights, or raises UsageError for more than these."""
     from compel import Compel
     from compel.prompt_parser import Fragment
 
-    prompts = Compel.parse_prompt_string(text).prompts
-    fragments = getattr(prompts[0], "children", None) if len(prompts) == 1 else None
+    fragments = None
+    if not _OF_A1111.search(text):
+        try:
+            parsed = Compel.parse_prompt_string(text)
+            if len(parsed.prompts) == 1 and not parsed.lora_weights:
+                fragments = getattr(parsed.prompts[0], "children", None)
+        except Exception:  # its parser's own, of several kinds
+            pass
     if fragments is None or not all(type(part) is Fragment for part in fragments):
         raise UsageError(
-            f"caption {text!r}: weighted_prompts takes weights, as in 'a (red)1.3 car++'; of "
-            "compel's syntax .blend(), .and() and .swap() are not taken"
+            f"caption {text!r}: weighted_prompts takes weights, as in 'a (red)1.3 car++' (A1111's "
+            "'(red:1.3)' is '(red)1.3' here); of compel's syntax .blend(), .and(), .swap() and "
+            "withLora() are not taken"
         )
     return " ".join(part.text for part in fragments if part.text)
 

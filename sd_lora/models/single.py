@@ -55,6 +55,9 @@ _VAE_NAMES = {
 }
 
 
+_EDM_V = "edm_vpred.sigma_max"
+
+
 @dataclass(frozen=True)
 class SingleFile:
     """A single checkpoint: what its tensors' names and shapes say of the model.
@@ -97,7 +100,8 @@ class SingleFile:
     def prediction_type(self) -> str | None:
         """What it predicts: "epsilon" or "v_prediction"; None for an SD2 that does not say it."""
         said = self.header.get("modelspec.prediction_type")
-        if "v_pred" in self.shapes or said in ("v", "v_prediction"):
+        marks = {"v_pred", _EDM_V} & self.shapes.keys()
+        if marks or said in ("v", "v_prediction"):
             return "v_prediction"
         return None if self.family == "sd2" and said != "epsilon" else "epsilon"
 
@@ -108,8 +112,9 @@ class SingleFile:
 
     @property
     def edm(self) -> bool:
-        """Whether it is in EDM's formulation, as Playground v2.5 ("edm_mean", "edm_std")."""
-        return "edm_mean" in self.shapes
+        """Whether it is in EDM's formulation, as Playground v2.5 ("edm_mean", "edm_std") and CosXL
+        (its largest and smallest σ)."""
+        return "edm_mean" in self.shapes or _EDM_V in self.shapes
 
     def scheduler_config(self, prediction_type: str) -> Config:
         """Returns what `from_config` of the scheduler named in it ("_class_name") takes.
@@ -118,6 +123,11 @@ class SingleFile:
             prediction_type: "epsilon" or "v_prediction"; EDM has its own, whatever is said here.
         """
         config: Config = {"_class_name": "EDMEulerScheduler", "num_train_timesteps": 1000}
+        if _EDM_V in self.shapes:
+            file = recognise.TensorsOfFile(self.path)
+            ends = {f"sigma_{end}": float(file[f"edm_vpred.sigma_{end}"]) for end in ("min", "max")}
+            kind = {"sigma_data": 1.0, "sigma_schedule": "exponential"}
+            return config | ends | kind | {"prediction_type": "v_prediction"}
         if self.edm:
             sigmas = {"sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.5}
             return config | sigmas | {"prediction_type": "epsilon"}
@@ -234,7 +244,7 @@ class SingleFile:
             "sample_size": sample_size * 2 ** (len(levels) - 1),
             "scaling_factor": 0.18215 if self.family in ("sd1", "sd2") else 0.13025,
         }
-        if self.edm:
+        if "edm_mean" in self.shapes:
             file = recognise.TensorsOfFile(self.path)
             for name in ("mean", "std"):
                 config[f"latents_{name}"] = file[f"edm_{name}"].flatten().tolist()

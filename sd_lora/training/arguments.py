@@ -299,6 +299,10 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
     """
     known = SCRIPTS[script] if script else None
     mode = known.mode if known else None
+    for word in argv:  # before argparse takes a foreign name for the start of one of ours
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in FOREIGN and name not in FIELDS:
+            raise _unknown(word)
     parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
     namespace, rest = parser.parse_known_args([_expanded(word, known) for word in argv])
     if rest:

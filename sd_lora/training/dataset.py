@@ -84,7 +84,7 @@ def class_samples(
         raise UsageError(f"class_data_dir {folder} is a file, not a folder")
     missing = [_missing_class_pictures(folder, config.num_class_images, seed)]
     mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
-    if mine and not draws(parts):
+    if missing[0] and not draws(parts):
         raise UsageError(
             f"class_data_dir {folder} lacks {len(missing[0])} of {config.num_class_images} class "
             f"pictures, and {parts.family.label} cannot draw them by itself: put them there"

@@ -123,6 +123,7 @@ def facts(run: Run) -> dict[str, str]:
     """Returns kohya's keys about the training, as A1111 and model sites show them."""
     config, plan = run.config, run.plan
     size, instance = config.side, run.sources["instance"].samples
+    last = run.timesteps[1]
     reg = run.sources.get("class")
     values: dict[str, object] = {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
@@ -161,7 +162,7 @@ def facts(run: Run) -> dict[str, str]:
         "ss_caption_dropout_rate": config.caption_dropout,
         "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
         "ss_min_timestep": config.min_timestep or None,
-        "ss_max_timestep": config.max_timestep,
+        "ss_max_timestep": last if last < run.schedule.num_timesteps else None,
         "ss_vae_name": config.pretrained_vae_model_name_or_path,
         "modelspec.resolution": f"{size}x{size}",
     }

@@ -253,8 +253,9 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
                 norm = accelerator.clip_grad_norm_(parameters, limit)
             run.optimizer.step()
             if accelerator.sync_gradients and config.scale_weight_norms:
-                for model in run.models.values():
-                    limit_norms(model, config.scale_weight_norms)
+                for component, model in run.models.items():
+                    if not run.texts.has_stopped(component, step):
+                        limit_norms(model, config.scale_weight_norms)
             run.optimizer.zero_grad()
         if not accelerator.sync_gradients:
             continue

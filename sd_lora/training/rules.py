@@ -165,8 +165,12 @@ def _contradictions(config: "TrainConfig") -> list[str]:
         if bool(config.train_data_dir) == bool(config.dataset_name):
             got = "both" if config.train_data_dir else "neither"
             problems.append(f"give one of train_data_dir and dataset_name, not {got}")
+        if config.train_data_dir and config.dataset_config_name:
+            problems.append("dataset_config_name has no effect with train_data_dir")
     else:
         problems += _dreambooth_contradictions(config)
+    if config.validation_prompt and not config.num_validation_images:
+        problems.append("validation_prompt has no effect with num_validation_images 0")
     schedules = {"lr_num_cycles": "cosine_with_restarts", "lr_power": "polynomial"}
     for name, schedule in schedules.items():
         if getattr(config, name) != getattr(type(config), name) and config.lr_scheduler != schedule:
@@ -229,6 +233,10 @@ def _adapter_contradictions(config: "TrainConfig") -> list[str]:
     if config.method == "full":  # what has no rank has no use for one
         ranks = ("lora_alpha", "conv_rank", "conv_alpha", "rank_pattern", "alpha_pattern")
         given = [name for name in ranks if getattr(config, name) is not None]
+        named = ("text_encoder_alpha", "text_encoder_2_alpha")
+        given += [name for name in named if getattr(config, name) is not None]
+        named = ("text_encoder_rank", "text_encoder_2_rank")  # 0 leaves an encoder out
+        given += [name for name in named if getattr(config, name)]
         given += ["rank"] if config.rank != type(config).rank else []
         problems += [f"{name} needs another method than full" for name in given]
     if config.lokr_decompose_both and config.lokr_full_matrix:
@@ -251,16 +259,16 @@ def _dreambooth_contradictions(config: "TrainConfig") -> list[str]:
     if not config.instance_prompt:
         problems.append("instance_prompt is required, such as 'a photo of sks dog'")
     if config.instance_data_dir:
-        for name in ("caption_column", "dataset_config_name"):
-            if getattr(config, name):
+        for name in ("caption_column", "dataset_config_name", "image_column"):
+            if getattr(config, name) not in (None, type(config).image_column):
                 problems.append(f"{name} has no effect with instance_data_dir")
     if config.with_prior_preservation:
         for name in ("class_data_dir", "class_prompt"):
             if not getattr(config, name):
                 problems.append(f"with_prior_preservation needs {name}")
     else:
-        named = ("class_data_dir", "class_prompt", "num_class_images", "prior_loss_weight")
-        for name in named:
+        named = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size "
+        for name in f"{named}prior_generation_precision".split():
             if getattr(config, name) != getattr(type(config), name):
                 problems.append(f"{name} has no effect without with_prior_preservation")
     return problems

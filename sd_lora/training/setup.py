@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import EDMEulerScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -288,7 +289,7 @@ def _assemble(
     """Adapts the model, reads pictures and captions, and puts a run together."""
     config, seed = plan.config, plan.seed
     schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
-    if config.snr_gamma is not None and schedule.data_std != 1:
+    if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
         raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
     timesteps = _timesteps(config, parts, schedule)
     skeleton = parts.skeleton
@@ -309,7 +310,7 @@ def _assemble(
     texts.settle(config, prepared, used_captions(config, sources))
     if not texts.trained:
         texts.fill(accelerator.device, weight_dtype(accelerator))
-        if not (config.num_validation_images and draws(parts)):
+        if not (config.num_validation_images and draws(parts) and accelerator.is_main_process):
             parts.text_encoders.clear()  # nothing more is read: of SDXL's, 3 GiB
     optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
     run = Run(
@@ -389,6 +390,6 @@ def _stream(
         accelerator.process_index,
         accelerator.num_processes,
         latents.framing,
-        latents.uncached,
+        latents.read_each_time,
         plan.num_steps * config.gradient_accumulation_steps,
     )

@@ -69,10 +69,11 @@ def summarise(run: "Run") -> None:
         )
     device = run.accelerator.device
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
-    fresh = sum(map(len, run.latents.uncached.values()))
+    fresh = sum(map(len, run.latents.read_each_time.values()))
     if parts.task is INPAINTING:
-        notes.append("masks are drawn and pictures encoded anew each time they are seen")
-    elif fresh:
+        notes.append("masks are drawn, and what they leave is encoded, anew each time")
+        fresh = sum(map(run.latents.framing.is_random, run.latents.sizes.values()))
+    if fresh:
         notes.append(
             f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
             "(--center_crop caches them)"

@@ -97,11 +97,16 @@ class Texts:
             learners += [(component, self.tokens_stop) for component in self.encoders]
         return learners
 
+    def has_stopped(self, component: str, step: int) -> bool:
+        """Whether a component's LoRA is left as it is after so many steps."""
+        stop = self.stops.get(component)
+        return stop is not None and step >= stop
+
     def stopped(self, step: int) -> list[nn.Parameter]:
         """Returns the parameters that are not to change in the step after `step` are done."""
         parameters = []
-        for component, stop in self.stops.items():
-            if stop is not None and step >= stop:
+        for component in self.stops:
+            if self.has_stopped(component, step):
                 parameters += lora_layers(self.encoders[component])
         if self.tokens and self.tokens_stop is not None and step >= self.tokens_stop:
             parameters += self.tokens.parameters()
@@ -123,6 +128,8 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
         expand=tokens.expand if tokens else str,
     )
     reader.check(parts.text_encoders)
+    if config.validation_prompt:  # its syntax, if it has one, on every process
+        reader.too_long([config.validation_prompt])
     return reader
 
 

@@ -193,6 +193,12 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--train_text_encoder", "--text_encoder_rank", "0"], "trains no text encoder"),
         (["--do_edm_style_training", "--snr_gamma", "5"], "goes without snr_gamma"),
         (["--family", "sd3"], "invalid choice: 'sd3'"),
+        (["--vae", "x"], "unknown flag --vae: here it is --pretrained_vae_model_name_or_path"),
+        (["--network_dim", "8"], "unknown flag --network_dim: here it is --rank"),
+        (["--dataset_config_name", "x"], "dataset_config_name has no effect with train_data_dir"),
+        (["--validation_prompt", "x", "--num_validation_images", "0"], "has no effect with num_v"),
+        (["--lr_power", "2"], "lr_power has no effect without lr_scheduler polynomial"),
+        (["--method", "full", "--train_text_encoder", "--text_encoder_rank", "4"], "than full"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:

@@ -120,11 +120,11 @@ def states(run: Run) -> dict[str, list[torch.Tensor]]:
 
 
 def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: Path) -> None:
-    """From its stop step on a text encoder's LoRA does not change by a bit, weight decay and
-    momentum included, and until then and elsewhere it does."""
+    """From its stop step on a text encoder's LoRA does not change by a bit, weight decay, momentum
+    and a bound on its norm included, and until then and elsewhere it does."""
     options = {
         "train_text_encoder": True, "text_encoder_stop_step": 2, "text_encoder_2_stop_step": 4,
-        "max_train_steps": 6, "adam_weight_decay": 0.1,
+        "max_train_steps": 6, "adam_weight_decay": 0.1, "scale_weight_norms": 1e-3,
     }  # fmt: skip
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options))
     seen, original = [states(run)], loop.batch_loss
@@ -182,7 +182,7 @@ def test_inpainting_sees_masks_and_what_they_leave(
         tuple(run.unet_input(x0, *run.stream.batch(i))[0, 4].flatten().tolist()) for i in range(9)
     }
     assert len(masks) > 3
-    assert all(run.latents.uncached[kind] == set(range(6)) for kind in ("instance",))
+    assert all(run.latents.read_each_time[kind] == set(range(6)) for kind in ("instance",))
 
 
 def test_timesteps_are_those_that_the_user_and_the_family_have(
@@ -340,8 +340,12 @@ def test_the_schedule_of_a_zero_snr_base_can_be_undone(
 
 
 @pytest.mark.parametrize(
-    "caption", ["a cat.swap(dog) here", '("a cat", "a dog").blend(1, 1)', '("a", "b").and()']
-)
+    "caption",
+    [
+        "a cat.swap(dog) here", '("a cat", "a dog").blend(1, 1)', '("a", "b").and()',
+        '("a", "b").and(1)', "a withLora(x,0.5)", "a (red:1.3) car",
+    ],
+)  # fmt: skip
 def test_syntax_beyond_weights_is_refused(
     caption: str, tiny: Folder, data: Path, tmp_path: Path
 ) -> None:
@@ -351,6 +355,9 @@ def test_syntax_beyond_weights_is_refused(
     )
     with pytest.raises(sd_lora.UsageError, match=r"of compel's syntax \.blend\(\)"):
         prepare(config)
+    words = {"weighted_prompts": True, "validation_prompt": caption, "num_validation_images": 1}
+    with pytest.raises(sd_lora.UsageError, match=r"of compel's syntax \.blend\(\)"):
+        prepare(dreambooth(tiny("sdxl"), data, tmp_path, **words))
 
 
 def test_every_family_has_a_loadable_row() -> None:

@@ -162,7 +162,7 @@ def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: P
     batch differs)."""
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cached"))
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "fresh"))
-    run.latents.uncached["instance"] = set(range(6))
+    run.latents.read_each_time["instance"] = set(range(6))
     optimise(run)
     loop.export(run)
     assert difference(tmp_path / "cached", tmp_path / "fresh") < 1e-6

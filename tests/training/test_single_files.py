@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, EDMEulerScheduler
 from safetensors.torch import load_file, save_file
 
 import sd_lora
+from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.models.load import find_base, load_parts
 from sd_lora.training.setup import prepare
 from tests.single import build_single_pipeline, write_single
@@ -113,6 +114,43 @@ def test_marks_of_v_prediction_and_zero_snr_are_heeded(tmp_path: Path) -> None:
     scheduler = load_parts(str(file), tokenizer_name=str(tmp_path / "tokenizer")).scheduler
     assert scheduler.config.prediction_type == "v_prediction"
     assert scheduler.alphas_cumprod[-1] == 0
+
+
+def test_cosxl_is_known_by_its_sigmas(tmp_path: Path) -> None:
+    """A file in EDM's formulation with velocities, as CosXL, says its largest and smallest σ."""
+    pipeline = build_single_pipeline("sdxl")
+    file = write_single(pipeline, tmp_path / "plain.safetensors")
+    ends = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
+    save_file(load_file(file) | ends, tmp_path / "cos.safetensors")
+    pipeline.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = {"tokenizer_name": str(tmp_path / "tokenizer")}
+    scheduler = load_parts(str(tmp_path / "cos.safetensors"), **words).scheduler
+    assert isinstance(scheduler, EDMEulerScheduler)
+    schedule = NoiseSchedule.of(scheduler)
+    assert (schedule.prediction_type, schedule.data_std) == ("v_prediction", 1.0)
+    sigmas = schedule.sigma / schedule.alpha
+    torch.testing.assert_close(sigmas[[0, -1]], torch.tensor([0.002, 120.0]), rtol=2e-2, atol=0)
+
+
+def test_the_refiners_absence_of_a_caption_is_the_empty_prompt(
+    both: Callable[[str], tuple[Path, Path]],
+) -> None:
+    """A file has no pipeline index; the published refiner's says no zeros, and SDXL's zeros."""
+    for kind, zeros in (("refiner", False), ("sdxl", True)):
+        folder, file = both(kind)
+        parts = load_parts(str(file), tokenizer_name=tokenizer(folder))
+        assert parts.zero_unconditional == zeros
+
+
+def test_weights_of_something_else_are_told(tiny: Folder, tmp_path: Path) -> None:
+    """A UNet's file with a LoRA left in it is refused, where diffusers passes over it."""
+    model = copied(tiny("sd1"), tmp_path / "model")
+    (weights,) = (model / "unet").glob("*.safetensors")
+    left = {"down_blocks.0.attn.to_q.lora_A.default.weight": torch.zeros(2, 2)}
+    tensors = {key: tensor.clone() for key, tensor in load_file(weights).items()}
+    save_file(tensors | left, weights, {"format": "pt"})
+    with pytest.raises(sd_lora.UsageError, match=r"has 1 weights that are none of its own"):
+        load_parts(str(model))
 
 
 def test_the_second_tokenizer_pads_as_openclip(both: Callable[[str], tuple[Path, Path]]) -> None:
@@ -328,7 +366,7 @@ def test_a_vae_of_another_scaling_is_noted(tiny: Folder, data: Path, tmp_path: P
     assert "fp32" in run.summary.rows["VAE"]
 
 
-def test_another_tokenizer_pads_for_each_encoder(tiny: Folder) -> None:
+def test_another_tokenizer_pads_for_each_encoder(tiny: Folder, tmp_path: Path) -> None:
     """--tokenizer_name with SDXL's own folder changes nothing, and with the first tokenizer's alone
     the second still pads with the token of id 0."""
     want = load_parts(str(tiny("sdxl")))
@@ -340,5 +378,10 @@ def test_another_tokenizer_pads_for_each_encoder(tiny: Folder) -> None:
                 for t in (tokenizer, found.tokenizers[component])
             ]
             assert ids[0] == ids[1]
+    openclip = build_single_pipeline("sd2").tokenizer
+    openclip.pad_token = "!"
+    openclip.save_pretrained(tmp_path / "sd2")
+    clip = load_parts(str(tiny("sd1")), tokenizer_name=str(tmp_path / "sd2")).tokenizers
+    assert clip["text_encoder"].pad_token_id == clip["text_encoder"].eos_token_id
     with pytest.raises(sd_lora.UsageError, match="it has no vocabulary"):
         load_parts(str(tiny("sdxl")), tokenizer_name=str(tiny("sdxl") / "vae"))
