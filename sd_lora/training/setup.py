@@ -292,6 +292,7 @@ def _assemble(
     if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
         raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
     timesteps = _timesteps(config, parts, schedule)
+    parts.reader(clip_skip=config.clip_skip).check(parts.text_encoders)
     skeleton = parts.skeleton
     models = inject_all(config, parts, seed)
     tokens = add_new_words(config, parts, sources, seed)

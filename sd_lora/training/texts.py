@@ -117,7 +117,7 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
     """Returns how a run reads captions, with its new words.
 
     Raises:
-        UsageError: more layers to skip than there are, or weights without the package for them.
+        UsageError: weights without the package for them, or a validation prompt that is none.
     """
     if config.weighted_prompts:
         check_compel()
@@ -127,7 +127,6 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
         weighted=config.weighted_prompts,
         expand=tokens.expand if tokens else str,
     )
-    reader.check(parts.text_encoders)
     if config.validation_prompt:  # its syntax, if it has one, on every process
         reader.too_long([config.validation_prompt])
     return reader

@@ -217,6 +217,7 @@ def test_defaults_of_sdxl_come_with_the_model(tiny: Folder, data: Path, tmp_path
     [
         ("sd1", {"resolution": 72}, "resolution 72 is not a multiple of 32 .* take 64"),
         ("sd1", {"clip_skip": 2}, "clip_skip 2 is more than the text_encoder .* at most 1"),
+        ("sd1", {"clip_skip": 9, "train_text_encoder": True}, "clip_skip 9 is more .* at most 1"),
         ("sdxl", {"clip_skip": 1}, "clip_skip 1 is more than the text_encoder .* at most 0"),
         ("sdxl", {"family": "sd1"}, "is a model of family sdxl, and family says sd1"),
     ],
