@@ -59,6 +59,11 @@ class Family:
     max_timestep: int | None = None
 
     @property
+    def vae_scaling(self) -> float:
+        """What its VAE's latents are multiplied by: `scaling_factor`."""
+        return 0.13025 if self.is_xl else 0.18215
+
+    @property
     def components(self) -> tuple[str, ...]:
         """What a LoRA may adapt: "unet", "text_encoder", …"""
         return tuple(self.kohya_prefixes)

@@ -34,6 +34,13 @@ _PART_FILES: dict[str, tuple[str, ...]] = {
 }
 
 
+def on_disk(name: str) -> str:
+    """Returns a path that exists with its ~ resolved, which loaders do not; other names as they
+    are: hub ids."""
+    path = Path(name).expanduser()
+    return str(path) if path.exists() else name
+
+
 def tokenizer_of(component: str) -> str:
     """Returns the folder of a text encoder's tokenizer."""
     return component.replace("text_encoder", "tokenizer")
@@ -69,13 +76,13 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
         raise UsageError(f"{name} lacks {where}: the model folder is incomplete")
     hub = {key: options[key] for key in ("revision", "cache_dir")}
     read = partial(cls.load_config, name, subfolder=part, **hub)
-    config = read_part(part or "vae", name, read)
+    what = part or "vae"  # another VAE's lies at the root
+    config = read_part(what, name, read)
     if not isinstance(config, dict):
-        what = part or "vae"
         raise UsageError(f"the configuration of the {what} of {name} is not a table of settings")
     if config.get("_class_name", cls.__name__) != cls.__name__:
         raise UsageError(
-            f"the {part or 'vae'} of {name} is a {config['_class_name']}; {cls.__name__} is what "
+            f"the {what} of {name} is a {config['_class_name']}; {cls.__name__} is what "
             "can be used here"
         )
     defaults = inspect.signature(cls.__init__).parameters

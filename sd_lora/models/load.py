@@ -30,6 +30,7 @@ from sd_lora.models.folder import (
     CLASSES,
     check_classes,
     check_folder,
+    on_disk,
     part_config,
     pipeline_index,
     read_part,
@@ -200,8 +201,8 @@ class Base:
         if not other and not self.single:
             load = partial(CLIPTokenizer.from_pretrained, self.name, subfolder=folder, **hub)
             return read_part(folder, self.name, load)
-        name = other or CLIP_TOKENIZER
-        place = Path(name).expanduser()
+        name = on_disk(other or CLIP_TOKENIZER)
+        place = Path(name)
         inside = next((f for f in (folder, "tokenizer") if (place / f).is_dir()), "")
         options = {"cache_dir": hub["cache_dir"], "subfolder": inside}
         load = partial(CLIPTokenizer.from_pretrained, name, **options)
@@ -288,10 +289,11 @@ def find_base(
         UsageError: nothing there, a missing part, a model that is no Stable Diffusion (named as
             what it is), a VAE of other latents than the UNet's.
     """
+    name, vae = on_disk(name), on_disk(vae) if vae else None
     options = {"revision": revision, "cache_dir": cache_dir, "variant": variant}
     single: SingleFile | None = None
     index: Mapping[str, Any] = {}
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_file():
         single = SingleFile.open(path)
         unet_config: Any = dict(single.configs["unet"])
@@ -304,10 +306,8 @@ def find_base(
     refuse_task(task, family)
     if path.is_dir():
         check_folder(path, family)
-    if not single:
-        check_classes(name, index, family)
     if single:
-        of_file = not vae or Path(vae).expanduser().is_file()
+        of_file = not vae or Path(vae).is_file()
         if revision or (variant and of_file):
             raise UsageError(f"{name} is a file: revision and variant mean nothing for it")
         if "vae" not in single.configs and not vae:
@@ -316,6 +316,7 @@ def find_base(
             )
         own: Mapping[str, Any] = single.configs.get("vae") or standard_config(family)
     else:
+        check_classes(name, index, family)
         own = part_config(AutoencoderKL, name, "vae", options)
     vae_config = other_config(vae, own, options) if vae else own
     found = (name, family, task, unet_config, vae_config, own)

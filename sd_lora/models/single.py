@@ -20,6 +20,7 @@ from transformers import CLIPTextConfig
 
 from sd_lora.errors import UsageError
 from sd_lora.models import recognise
+from sd_lora.models.families import FAMILIES
 from sd_lora.models.folder import CLASSES, quiet
 from sd_lora.models.original import Layout, open_clip_parameter, unet_to_original
 
@@ -242,7 +243,7 @@ class SingleFile:
             "up_block_types": ("UpDecoderBlock2D",) * len(levels),
             "latent_channels": shapes["decoder.conv_in.weight"][1],
             "sample_size": sample_size * 2 ** (len(levels) - 1),
-            "scaling_factor": 0.18215 if self.family in ("sd1", "sd2") else 0.13025,
+            "scaling_factor": FAMILIES[self.family].vae_scaling,
         }
         if "edm_mean" in self.shapes:
             file = recognise.TensorsOfFile(self.path)

@@ -25,7 +25,7 @@ _STANDARD: dict[str, Any] = {
 
 def standard_config(family: Family) -> dict[str, Any]:
     """Returns the configuration that the VAEs of all families share, but for their scaling."""
-    return _STANDARD | {"scaling_factor": 0.13025 if family.is_xl else 0.18215}
+    return _STANDARD | {"scaling_factor": family.vae_scaling}
 
 
 def other_config(vae: str, base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:

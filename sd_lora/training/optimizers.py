@@ -99,7 +99,9 @@ def learning_rate_factors(
 
 
 def check_installed(config: TrainConfig) -> None:
-    """Raises UsageError if the optimiser needs a package that is not installed."""
+    """Raises UsageError if a run needs a package that is not installed."""
+    if config.weighted_prompts and not importlib.util.find_spec("compel"):
+        raise UsageError("weighted_prompts needs compel: pip install 'sd_lora[compel]'")
     if config.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
         raise UsageError(
             "use_8bit_adam needs bitsandbytes: pip install 'sd_lora[8bit]', or leave it out"

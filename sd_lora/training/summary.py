@@ -82,9 +82,8 @@ def summarise(run: "Run") -> None:
         notes.append(f"goes on from {run.saved.path}")
     for source in sources.values():
         notes += source.notes
-    captions = [c for source in sources.values() for s in source.samples for c in s.captions]
     reader = run.texts.reader
-    cut = reader.too_long(captions)
+    cut = reader.too_long([caption for caption in run.texts.captions if caption is not None])
     for caption, count in list(cut.items())[:5]:
         notes.append(f"caption of {count} tokens is cut at {reader.limit}: {caption[:60]!r}…")
     if cut:

@@ -117,10 +117,8 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
     """Returns how a run reads captions, with its new words.
 
     Raises:
-        UsageError: weights without the package for them, or a validation prompt that is none.
+        UsageError: a validation prompt whose weights cannot be read.
     """
-    if config.weighted_prompts:
-        check_compel()
     reader = parts.reader(
         clip_skip=config.clip_skip,
         max_pieces=config.max_token_length // 75,
@@ -132,21 +130,12 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
     return reader
 
 
-def check_compel() -> None:
-    """Raises UsageError if compel is not installed."""
-    import importlib.util
-
-    if not importlib.util.find_spec("compel"):
-        raise UsageError("weighted_prompts needs compel: pip install 'sd_lora[compel]'")
-
-
 def concepts_of(config: TrainConfig) -> list[Concept]:
     """Returns the new words of a configuration."""
-    words = [word.strip() for word in (config.token_abstraction or "").split(",")]
+    words = config.token_abstraction.split(",") if config.token_abstraction else []
     return [
-        Concept(word, config.num_new_tokens_per_abstraction, config.initializer_token)
+        Concept(word.strip(), config.num_new_tokens_per_abstraction, config.initializer_token)
         for word in words
-        if config.token_abstraction
     ]
 
 

@@ -188,3 +188,15 @@ def test_a_variant_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
     assert parts.unet.conv_in.weight.dtype == torch.float32
     want = load_parts(str(tiny_sd1)).unet.conv_in.weight
     assert torch.equal(parts.unet.conv_in.weight, want.half().float())
+
+
+def test_a_home_folder_is_found(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """~ in a path, as a TOML file may have it, is the user's own folder: for the base, its VAE and
+    its tokenizer."""
+    shutil.copytree(tiny_sd1, tmp_path / "model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = load_parts("~/model", vae="~/model/vae", tokenizer_name="~/model/tokenizer")
+    want = load_parts(str(tiny_sd1)).unet.state_dict()
+    assert all(torch.equal(t, want[k]) for k, t in found.unet.state_dict().items())
