@@ -13,6 +13,7 @@ usage: sd-lora <command> [flags]
 
 commands:
   train   train a LoRA on a folder of pictures; `sd-lora train --help` lists the flags
+  check   look at every picture and caption first: what will be trained, what will not, and why
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
   inspect  what is in a LoRA file, who reads it, and what is wrong with it
@@ -38,6 +39,12 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     train(config)
 
 
+def _check(argv: Sequence[str]) -> None:
+    from sd_lora.commands import check
+
+    check(argv)
+
+
 def _demo(argv: Sequence[str]) -> None:
     from sd_lora.demo import main as demo
 
@@ -56,6 +63,7 @@ def _tool(name: str) -> Callable[[Sequence[str]], None]:
 _TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
+    "check": _check,
     "demo": _demo,
     **{name: _tool(name) for name in _TOOLS},
 }

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import json
 import math
 import re
 import shutil
@@ -62,6 +63,56 @@ class _Parser(argparse.ArgumentParser):
                 f"See {self.prog} --help"
             )
         return args
+
+
+def check(argv: Sequence[str]) -> None:
+    """Runs `sd-lora check`: the flags of `train`, and its own."""
+    parser = _Parser(prog="sd-lora check", description=_CHECK, add_help=False)
+    parser.add_argument("--json", action="store_true", help="everything, for scripts")
+    parser.add_argument("--page", type=_path, metavar="FILE", help="the page (default: check.html)")
+    parser.add_argument("--no_page", action="store_true", help="no page")
+    parser.add_argument("--num_processes", type=int, default=1, help="that will train")
+    args, rest = parser.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        print(parser.format_help() + "\nand all flags of sd-lora train (sd-lora train --help)")
+        return
+    if args.page and args.no_page:
+        raise UsageError("--page and --no_page contradict each other")
+    if args.num_processes < 1:
+        raise UsageError(f"num_processes must be at least 1, not {args.num_processes}")
+    from sd_lora.training.arguments import parse
+
+    config = parse(rest, prog="sd-lora check")
+    from sd_lora.data.page import findings_as_json
+    from sd_lora.training import checkup
+    from sd_lora.training.preflight import NothingLeft, refuse_any
+
+    page = args.page or (None if args.no_page or args.json else Path("check.html"))
+    try:
+        checked = checkup.check(config, args.num_processes, page=page is not None)
+    except NothingLeft as error:
+        if args.json:
+            verdict = {"verdict": "no picture can be trained", "pictures": []}
+            print(json.dumps(verdict | findings_as_json(error.findings), indent=2))
+        raise
+    if args.json:
+        print(checkup.as_json(checked))
+    else:
+        print(f"sd_lora check:\n{checkup.lines(checked)}\n  {checked.verdict}")
+    if page:
+        checkup.write(checked, page)
+        if not args.json:
+            print(f"  look at {page}")
+    if config.strict:
+        refuse_any(checked.findings)
+
+
+_CHECK = (
+    "Look at everything that a run would train on, before it starts: decode every picture, count "
+    "every caption's tokens, say which shape each is trained in and what is cut away, and how many "
+    "steps that makes. Nothing is changed. Exit code 0: it can be trained; 1: nothing can, or "
+    "--strict and something is left out or warned of; 2: the flags cannot be meant."
+)
 
 
 def _parser(command: str) -> _Parser:

@@ -83,6 +83,7 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
         "class_data_dir": str(sample_data / "dreambooth" / "class"),
         "output_dir": output_dir,
         "num_validation_images": 0,  # the demo draws its own
+        "data_cache_dir": str(Path(output_dir) / "cache"),  # all that it leaves is in one folder
     }
     return TrainConfig(**(values | changes))
 

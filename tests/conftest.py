@@ -57,6 +57,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of caches of all runs of the tests, in place of the user's."""
+    path = tmp_path_factory.mktemp("caches")
+    os.environ["SD_LORA_CACHE"] = str(path)
+    return path
+
+
 @pytest.fixture
 def root() -> Path:
     return ROOT

@@ -1,5 +1,6 @@
 """The front door: help, exit codes, and errors without tracebacks."""
 
+import re
 import subprocess
 import sys
 import time
@@ -85,12 +86,18 @@ def test_a_folder_that_cannot_be_made(
     assert (tmp_path / "out").read_text() == "I am a file"
 
 
-def test_a_broken_picture_is_a_failure(
+def test_a_broken_picture_is_a_failure_where_that_is_asked_for(
     tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What fails on the way, not in the asking, has exit code 1."""
+    """What fails on the way, not in the asking, has exit code 1: with --strict, a broken picture.
+    Without, the others are trained, and the summary says what was left out."""
     data = pictures(tmp_path / "data", 3)
     (data / "1.png").write_text("not a picture")
-    assert main(arguments(tiny_sd1, data, tmp_path / "out")) == 1
-    assert "1.png could not be decoded: it is not a picture" in capsys.readouterr().err
+    words = arguments(tiny_sd1, data, tmp_path / "out")
+    assert main([*words, "--strict"]) == 1
+    assert "1.png: it is not a picture" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"pictures +2\n", said)
+    assert re.search(r"left out: 1\n.*1\.png: it is not a picture", said, re.DOTALL)

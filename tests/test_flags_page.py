@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from sd_lora.adapters.targets import match_names, plan, select
+from sd_lora.data import kohya
 from sd_lora.errors import UsageError
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import family_named
 from sd_lora.models.skeleton import Skeleton
 from sd_lora.training.arguments import ACCEPTED_WITHOUT_EFFECT, REFUSED, SCRIPTS, parse
 from sd_lora.training.config import FIELDS, TrainConfig
+from sd_lora.training.rules import type_name
 
 Table = tuple[list[str], list[list[str]]]
 """The cells of a table's head, and of its rows."""
@@ -82,7 +84,8 @@ def test_what_is_called_ours_is_ours(page: str) -> None:
     column "ours" has another name."""
     shorter = {"gradient_accumulation"}
     assert all(any(flag.startswith(start) for flag in FIELDS) for start in shorter)
-    known = {*FIELDS, *ACCEPTED_WITHOUT_EFFECT, *shorter, "config"}
+    switched_off = {f"no-{name}" for name, field in FIELDS.items() if type_name(field) == "bool"}
+    known = {*FIELDS, *ACCEPTED_WITHOUT_EFFECT, *shorter, *switched_off, "config"}
     assert set(re.findall(r"--(\w[\w-]*)", _prose(page))) - known == set()
     columns = [(head.index("ours"), rows) for head, rows in _tables(page) if "ours" in head]
     assert len(columns) == 4
@@ -123,6 +126,20 @@ def test_the_defaults_are_ours(page: str) -> None:
             assert [float(number) for number in here.split("/")] == values, row
             checked += 1
     assert checked == 5
+
+
+def test_every_option_of_kohyas_data_is_there(page: str) -> None:
+    """What kohya's dataset config says, and what is refused of it, stands in the section of
+    sd-scripts, but for what its scripts have no option for."""
+    section = page.partition("## sd-scripts")[2].partition("\n## ")[0]
+    words = {word for name in _names(section) for word in name.split()}
+    of_files = {
+        *("image_dir", "metadata_file", "num_repeats", "class_tokens", "batch_size"),
+        *("cache_info", "custom_attributes", "network_multiplier", "validation_seed"),
+        "token_warmup_min",
+    }
+    keys = {*kohya.SUBSET, *kohya.SHARED, *kohya.DATASET, *kohya.UNSUPPORTED}
+    assert keys - of_files - words == set()
 
 
 def test_every_command_is_understood(page: str) -> None:

@@ -142,6 +142,26 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
     assert_same(one, two)
 
 
+def test_two_processes_fill_a_cache_together(root: Path, tmp_path: Path) -> None:
+    """Two processes encode a part of the pictures and captions each, every one of them once; in
+    memory they exchange what they have. Both train the same, to the last bit."""
+    common = [*TEXT_TO_IMAGE, "--max_train_steps", "6", "--num_validation_images", "0"]
+    common += ["--train_batch_size", "3", "--random_flip", "--data_cache_dir", str(tmp_path / "c")]
+    for mode in ("disk", "memory"):
+        said = run(
+            root, "torchrun", "--nproc_per_node", "2", "train_scripts/train_text_to_image_lora.py",
+            *common, "--cache_latents", mode, "--cache_text_embeddings", mode,
+            "--output_dir", str(tmp_path / mode),
+        )  # fmt: skip
+        assert re.search(r"latents +(on disk .*, 0 of 56 were there|in memory)", said)
+    found = {
+        kind: sum(path.is_file() for path in (tmp_path / "c" / kind).rglob("*"))
+        for kind in ("latents", "texts", "facts")
+    }
+    assert found == {"latents": 56, "texts": 9, "facts": 28}  # 28 pictures, 9 captions
+    assert losses(tmp_path / "disk") == losses(tmp_path / "memory")
+
+
 def assert_same(one: Path, two: Path) -> None:
     """The LoRAs and the losses of two runs agree within 1e-4."""
     a, b = (open_lora(f / diffusers.FILE_NAME).adapter for f in (one, two))

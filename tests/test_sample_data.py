@@ -12,7 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sd_lora.data.sources import captioned_folder, prompted_folder
+from sd_lora.data.sources import open_source
+from sd_lora.data.spec import SourceSpec
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.load import Parts, load_parts
 
@@ -49,13 +50,15 @@ def test_sets_are_complete() -> None:
     few of them not square."""
     for name, count in (("instance", 8), ("holdout", 8), ("class", 24)):
         folder = SAMPLE_DATA / "dreambooth" / name
-        assert len(prompted_folder(str(folder), "x", name).samples) == count
+        (source,) = open_source(SourceSpec(str(folder), captions="prompt", prompt="x"))
+        assert len(list(source.rows())) == count
     bytes_of = lambda name: {p.read_bytes() for p in (SAMPLE_DATA / "dreambooth" / name).iterdir()}  # noqa: E731
     assert not bytes_of("instance") & bytes_of("holdout")
-    source = captioned_folder(str(SAMPLE_DATA / "captioned"), "image", "text")
-    assert len(source.samples) == 28
-    assert source.notes == []
-    shapes = [s.picture().size for s in source.samples]
+    (source,) = open_source(SourceSpec(str(SAMPLE_DATA / "captioned")))
+    samples = list(source.rows())
+    assert len(samples) == 28
+    assert source.findings == []
+    shapes = [s.picture().size for s in samples]
     assert sum(width != height for width, height in shapes) >= 4
 
 

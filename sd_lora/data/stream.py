@@ -1,30 +1,35 @@
-"""Which sample stands where: the endless, seeded order of a run, addressed by position.
+"""The batches of a run, addressed by number: slots, and what is read of their pictures.
 
-Position p of the stream is epoch p // n, and within it the (p % n)-th of that epoch's own
-permutation: every epoch shows every picture exactly `repeats` times, and nothing is dropped at an
-epoch's end, because batches run on into the next. Micro-batch m of P processes with B samples
-each holds the positions m·P·B … (m+1)·P·B - 1, so that any split of the same global batch among
-processes and accumulation steps trains on the same samples with the same noise.
+Everything that is drawn for a sample is a function of the run's seed and of where the sample
+stands: what it looks like and is called (crop, flip, caption) of its epoch and entry, its noise,
+timestep and latent of its position in the run. So neither workers nor processes, caches or resuming
+change it, and any split of the same batch among processes trains on the same samples.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from sd_lora.data.images import Framing
-from sd_lora.data.sources import Sample
+from sd_lora.data.buckets import Frame, Framing, Size
+from sd_lora.data.captions import caption_of
+from sd_lora.data.epochs import Epochs, MicroBatch, Place
+from sd_lora.data.latents import LatentTable, Seen
+from sd_lora.data.samples import Sample
 from sd_lora.errors import RunError
-from sd_lora.seeds import seed_for, shuffled, uniform
+from sd_lora.seeds import shuffled, uniform
+
+MOST_SAMPLES = 1_000_000
+"""Samples of a run whose captions are looked through before it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """One sample of a batch.
 
     address: from which its noise, timestep and latents are drawn. kind: "instance" or "class".
-    index: which sample of its kind. caption: None where it is dropped. crop: in [0, 1), where a
-    random crop lies.
+    index: which sample of its kind. caption: None where it is dropped. frame, flip: what is seen of
+    its picture. weight: of its loss; 0 for what only fills a batch.
     """
 
     address: tuple[int | str, ...]
@@ -32,106 +37,212 @@ class Slot:
     index: int
     caption: str | None
     flip: bool
-    crop: float
+    frame: Frame
+    weight: float
 
 
-Batch = tuple[list[Slot], list[Tensor | None]]
-"""Slots, and the pixels of those that are read each time."""
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a micro-batch.
+
+    seen: what was read for each slot. share: what Σ wᵢ·lᵢ is multiplied by, so that its mean over
+    the processes and over the window's micro-batches is the optimiser step's Σ wᵢ·lᵢ / number of
+    instance samples. window, last: how many micro-batches the step has, and whether this one ends
+    it.
+    """
+
+    slots: list[Slot]
+    seen: list[Seen]
+    share: float
+    window: int
+    last: bool
+
+    def by_size(self) -> "list[Batch]":
+        """Returns batches of one size each: class samples may have other shapes than instances."""
+        groups: dict[Size, list[int]] = {}
+        for i, slot in enumerate(self.slots):
+            groups.setdefault(slot.frame.size, []).append(i)
+        return [self.part(indices) for indices in groups.values()]
+
+    def part(self, indices: Sequence[int]) -> "Batch":
+        """Returns the batch of some of its samples."""
+        slots, seen = [self.slots[i] for i in indices], [self.seen[i] for i in indices]
+        return replace(self, slots=slots, seen=seen)
 
 
-class Order:
-    """The order of the samples of one kind; remembers the permutation of the current epoch.
+class Set:
+    """The samples of one kind, with their buckets; makes slots of them.
 
-    caption_dropout: the part of the samples that are shown without their caption.
+    entries: the sample of each entry: all pictures once, then those that repeat once more, …
+
+    Args:
+        samples: their sizes are known.
+        buckets: one for each.
+        framing: how pictures get their shapes.
+        seed: the run's.
     """
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: Sequence[Sample],
+        buckets: Sequence[Size],
+        framing: Framing,
         kind: str,
-        repeats: int,
-        flip: bool,
         seed: int,
-        caption_dropout: float = 0.0,
     ) -> None:
-        self.samples, self.kind, self.seed, self.flip = samples, kind, seed, flip
-        self.caption_dropout = caption_dropout
-        self.length = len(samples) * repeats
-        self._epoch, self._permutation = -1, list[int]()
+        self.samples, self.buckets, self.framing = samples, buckets, framing
+        self.kind, self.seed = kind, seed
+        most = max(sample.source.repeats for sample in samples)
+        self.entries = [
+            index
+            for round_ in range(most)
+            for index, sample in enumerate(samples)
+            if sample.source.repeats > round_
+        ]
 
-    def slot(self, position: int) -> Slot:
-        """Returns what stands at a position of the endless order."""
-        epoch, place = divmod(position, self.length)
-        if epoch != self._epoch:
-            self._permutation = shuffled(self.length, self.seed, self.kind, "order", epoch)
-            self._epoch = epoch
-        entry = self._permutation[place]  # one of the repeats of a picture
-        index = entry % len(self.samples)
-        address = (self.seed, self.kind, epoch, entry)
-        captions = self.samples[index].captions
-        dropped = uniform(*address, "caption dropout") < self.caption_dropout
+    def is_random(self, index: int) -> bool:
+        """Whether a picture's cut is drawn each time."""
+        sample = self.samples[index]
+        chosen = sample.source.random_crop
+        return self.framing.is_random(sample.size, self.buckets[index], chosen)
+
+    def frame(self, index: int, address: tuple[int | str, ...] | None = None) -> Frame:
+        """Returns what is seen of a picture; address: from which a random cut is drawn."""
+        u = None
+        if self.is_random(index):
+            if address is None:
+                raise ValueError("a random cut needs an address")
+            u = (uniform(*address, "crop"), uniform(*address, "crop", "top"))
+        return self.framing.frame(self.samples[index].size, self.buckets[index], u)
+
+    def _address(self, place: Place, epoch: int) -> tuple[int | str, ...]:
+        """Returns from where all is drawn that does not depend on the position in the run."""
+        address = (self.seed, self.kind, epoch, place.entry)
+        return (*address, "again", place.again) if place.again else address
+
+    def caption(self, place: Place, epoch: int) -> str | None:
+        """Returns the caption that is shown at a place, None where it is dropped."""
+        sample = self.samples[self.entries[place.entry]]
+        return caption_of(sample.captions, sample.source.rules, self._address(place, epoch))
+
+    def slot(self, place: Place, epoch: int, position: int | str) -> Slot:
+        """Returns what stands at a place; position: the place's in the run."""
+        index, address = self.entries[place.entry], self._address(place, epoch)
+        sample = self.samples[index]
         return Slot(
             address=(self.seed, self.kind, "position", position),
             kind=self.kind,
             index=index,
-            caption=None if dropped else captions[seed_for(*address, "caption") % len(captions)],
-            flip=self.flip and uniform(*address, "flip") < 0.5,
-            crop=uniform(*address, "crop"),
+            caption=self.caption(place, epoch),
+            flip=sample.source.random_flip and uniform(*address, "flip") < 0.5,
+            frame=self.frame(index, address),
+            weight=sample.source.weight if place.counted else 0.0,
         )
 
 
+class Rotation:
+    """The endless order of the class samples: all of them in turn, shuffled each time around."""
+
+    def __init__(self, samples: Set) -> None:
+        self.set = samples
+        self._turn, self._order = -1, list[int]()
+
+    def place(self, position: int) -> tuple[Place, int]:
+        """Returns the place at a position of the endless order, and the turn that it is in."""
+        turn, place = divmod(position, len(self.set.entries))
+        if turn != self._turn:
+            address = (self.set.seed, self.set.kind, "order", turn)
+            self._order, self._turn = shuffled(len(self.set.entries), *address), turn
+        return Place(self._order[place]), turn
+
+    def slot(self, position: int) -> Slot:
+        """Returns what stands at a position of the endless order."""
+        return self.set.slot(*self.place(position), position)
+
+
 class Stream(Dataset):
-    """Micro-batches by number: the slots of this process, with pixels for what is read each time.
+    """Micro-batches by number, of one process.
 
     Args:
-        instance: the order of the samples that are trained.
-        prior: the order of the class samples, as many a batch as instances; None without.
-        batch_size: B, instances per process and micro-batch.
+        instance: the samples that are trained.
+        epochs: their order.
+        prior: the class samples, one beside each instance; None without.
         process, num_processes: which of P this is.
-        framing: how pictures become pixels.
-        read_each_time: kind → indices of the pictures whose pixels must be read each time.
+        table: what is read of pictures.
         length: number of micro-batches.
     """
 
     def __init__(
         self,
-        instance: Order,
-        prior: Order | None,
-        batch_size: int,
+        instance: Set,
+        epochs: Epochs,
+        prior: Set | None,
         process: int,
         num_processes: int,
-        framing: Framing,
-        read_each_time: dict[str, set[int]],
+        table: LatentTable,
         length: int,
     ) -> None:
-        self.orders = [instance, prior] if prior else [instance]
-        self.batch_size, self.process, self.num_processes = batch_size, process, num_processes
-        self.framing, self.read_each_time, self.length = framing, read_each_time, length
+        self.instance, self.epochs, self.prior = instance, epochs, prior
+        self.rotation = Rotation(prior) if prior else None
+        self.process, self.num_processes = process, num_processes
+        self.table, self.length = table, length
 
     def __len__(self) -> int:
         return self.length
 
-    def slots(self, micro_batch: int) -> list[Slot]:
-        """Returns this process's slots of a micro-batch: instances first, then class samples."""
-        start = (micro_batch * self.num_processes + self.process) * self.batch_size
-        positions = range(start, start + self.batch_size)
-        return [order.slot(position) for order in self.orders for position in positions]
+    @property
+    def sets(self) -> dict[str, Set]:
+        """Kind → samples."""
+        return {s.kind: s for s in (self.instance, self.prior) if s}
 
-    def __getitem__(self, micro_batch: int) -> Batch | RunError:
+    def slots(self, micro: MicroBatch, indices: Sequence[int]) -> list[Slot]:
+        """Returns the slots of some places: instances first, then a class sample for each."""
+        instances, classes = [], []
+        for i in indices:
+            place = micro.places[i]
+            # what does not count stands nowhere in the run
+            where = micro.position + i if place.counted else f"{micro.position} + {i}"
+            instances.append(self.instance.slot(place, micro.epoch, where))
+            if self.rotation:
+                partner = self.rotation.slot(micro.position + i)
+                classes.append(partner if place.counted else replace(partner, weight=0.0))
+        return [*instances, *classes]
+
+    def captions(self, most: int) -> list[str | None] | None:
+        """Returns the distinct captions of the run on all processes; None if there are more than
+        `most`, or if the run is so long that looking for them takes a quarter of a minute."""
+        if self.length * self.epochs.batch > MOST_SAMPLES:
+            return None
+        found: dict[str | None, None] = {}
+        for number in range(self.length):
+            micro = self.epochs.micro_batch(number)
+            for i, place in enumerate(micro.places):
+                found[self.instance.caption(place, micro.epoch)] = None
+                if self.rotation:
+                    partner = self.rotation.place(micro.position + i)
+                    found[self.rotation.set.caption(*partner)] = None
+            if len(found) > most:
+                return None
+        return list(found)
+
+    def __getitem__(self, number: int) -> Batch | RunError:
         """Returns a micro-batch; an error as a value: a worker would raise it as a traceback."""
         try:
-            return self.batch(micro_batch)
+            return self.batch(number)
         except RunError as error:
             return error
 
-    def batch(self, micro_batch: int) -> Batch:
+    def batch(self, number: int) -> Batch:
         """Returns a micro-batch; raises RunError for a picture that cannot be read."""
-        slots = self.slots(micro_batch)
-        return slots, [self._pixels(slot) for slot in slots]
+        micro = self.epochs.micro_batch(number)
+        mine = micro.share(self.process, self.num_processes)
+        slots = self.slots(micro, mine)
+        if not mine:  # the others wait for this process's gradients: zeros
+            slots = [replace(slot, weight=0.0) for slot in self.slots(micro, [0])]
+        share = self.num_processes * micro.window / micro.step_samples
+        return Batch(slots, [self._seen(s) for s in slots], share, micro.window, micro.last)
 
-    def _pixels(self, slot: Slot) -> Tensor | None:
-        if slot.index not in self.read_each_time[slot.kind]:
-            return None
-        (order,) = (order for order in self.orders if order.kind == slot.kind)
-        sample = order.samples[slot.index]
-        return self.framing.pixels(sample.picture(), slot.crop, slot.flip)
+    def _seen(self, slot: Slot) -> Seen:
+        sample = self.sets[slot.kind].samples[slot.index]
+        random = self.sets[slot.kind].is_random(slot.index)
+        return self.table.seen(sample, slot.frame, slot.flip, random)

@@ -38,25 +38,31 @@ def sample_losses(
     t: Tensor,
     schedule: NoiseSchedule,
     snr_gamma: float | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Returns each sample's mean squared error (B,) in float32, weighted by the schedule, and by
     min-SNR if asked.
 
-    prediction, x0, noise: (B, C, H, W); t: (B,).
+    prediction, x0, noise: (B, C, H, W); t: (B,). mask: (B, 1, H, W), how much each place counts:
+    the mean is over what counts, so that a small subject weighs as much as a large one.
     """
     alpha, sigma = schedule.at(t, x0.dim())
     target = PREDICTIONS[schedule.prediction_type](x0 / schedule.data_std, noise, alpha, sigma)
-    losses = (prediction.float() - target.float()).square().flatten(1).mean(1)
+    errors = (prediction.float() - target.float()).square()
+    losses = errors.flatten(1).mean(1)
+    if mask is not None:
+        counted = mask.expand_as(errors).flatten(1)
+        losses = (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1e-6)
     losses = losses * schedule.weights[t]
     if snr_gamma is not None:
         losses = losses * min_snr_weights(schedule.snr(t), snr_gamma, schedule.prediction_type)
     return losses
 
 
-def weighted_loss(losses: Tensor, weights: Tensor, num_instances: int) -> Tensor:
-    """Returns Σ wᵢ·lᵢ / number of instance samples.
+def weighted_loss(losses: Tensor, weights: Tensor, share: float) -> Tensor:
+    """Returns Σ wᵢ·lᵢ · share; share: 1 / number of instance samples, for what is one whole batch.
 
     Prior preservation (Ruiz et al. 2022, "DreamBooth", equation 2) is the weight λ of the class
-    samples; instance samples weigh 1.
+    samples; instance samples weigh 1, or what their source says.
     """
-    return (losses * weights).sum() / num_instances
+    return (losses * weights).sum() * share

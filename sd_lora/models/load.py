@@ -16,7 +16,7 @@ from diffusers import (
 )
 from huggingface_hub.constants import HF_HUB_CACHE
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sd_lora.errors import UsageError
 from sd_lora.models.families import (
@@ -36,7 +36,7 @@ from sd_lora.models.folder import (
     read_part,
     tokenizer_of,
 )
-from sd_lora.models.prompts import Reader
+from sd_lora.models.prompts import PIECE, Reader
 from sd_lora.models.single import SingleFile
 from sd_lora.models.skeleton import Skeleton
 from sd_lora.models.vae import load_other, other_config, standard_config
@@ -182,6 +182,34 @@ class Base:
         for model in (*parts.models.values(), parts.vae):
             model.requires_grad_(False).eval()
         return parts
+
+    def reader(self, tokenizer_name: str | None = None, **options: Any) -> Reader:
+        """Returns how captions are read, for counting tokens: the tokenizers alone are loaded.
+
+        Args:
+            tokenizer_name: as `load` has it.
+            options: of `Reader`.
+
+        Raises:
+            UsageError: a tokenizer that is missing.
+        """
+        tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in self.family.text_encoders}
+        for tokenizer in tokenizers.values():
+            tokenizer.model_max_length = min(tokenizer.model_max_length, PIECE + 2)
+        return Reader(self.family, tokenizers, **options)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        """The modules that a LoRA is for, without weights."""
+        configs: dict[str, Any] = {"unet": self.unet_config}
+        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+        for component in self.family.text_encoders:
+            if self.single:
+                configs[component] = self.single.configs[component]
+                continue
+            read = partial(CLIPTextConfig.from_pretrained, self.name, subfolder=component, **hub)
+            configs[component] = read_part(component, self.name, read).to_dict()
+        return Skeleton(self.family, configs, self.name)
 
     def _part(self, part: str, dtype: torch.dtype) -> Any:
         if self.single:

@@ -124,12 +124,16 @@ class Reader:
 
     def too_long(self, captions: Sequence[str]) -> dict[str, int]:
         """Returns caption → number of tokens, for those that are cut."""
+        return {caption: n for caption, n in self.count(captions).items() if n > self.limit}
+
+    def count(self, captions: Sequence[str]) -> dict[str, int]:
+        """Returns caption → number of tokens, the most of all tokenizers."""
         unique = list(dict.fromkeys(captions))
         counts = dict.fromkeys(unique, 0)
         for tokenizer in self.tokenizers.values():
             for caption, ids in zip(unique, self._words(tokenizer, unique), strict=True):
                 counts[caption] = max(counts[caption], len(ids))
-        return {caption: n for caption, n in counts.items() if n > self.limit}
+        return counts
 
     def _words(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
         texts = [self.expand(caption) for caption in captions]

@@ -1,6 +1,7 @@
 """What is adapted in each model of a run, by its configuration."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -8,12 +9,22 @@ from torch import nn
 from sd_lora.adapters.inject import inject
 from sd_lora.adapters.targets import select
 from sd_lora.models.families import Family
-from sd_lora.models.load import Parts
 from sd_lora.training.config import TrainConfig
 
 
-def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Module]:
-    """Adapts the UNet, and the text encoders if they are trained; returns component → model."""
+def inject_all(
+    config: TrainConfig, family: Family, models: Mapping[str, nn.Module], seed: int
+) -> dict[str, nn.Module]:
+    """Adapts the UNet, and the text encoders if they are trained.
+
+    Args:
+        models: component → model, of the family's UNet and text encoders.
+        seed: the run's.
+
+    Returns:
+        component → adapted model.
+    """
+    unet = models["unet"]
     shared: dict[str, Any] = {
         "dropout": config.lora_dropout,
         "init": config.init_lora_weights,
@@ -34,7 +45,7 @@ def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Mod
     }
     shared |= {name: value for name, value in options.items() if value}
     inject(
-        parts.unet,
+        unet,
         config.targets,
         rank=config.rank,
         alpha=config.lora_alpha,
@@ -45,15 +56,16 @@ def inject_all(config: TrainConfig, parts: Parts, seed: int) -> dict[str, nn.Mod
         modules_to_save=config.modules_to_save.split("+") if config.modules_to_save else (),
         **shared,
     )
-    models: dict[str, nn.Module] = {"unet": parts.unet}
+    adapted: dict[str, nn.Module] = {"unet": unet}
     shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
-    for component, encoder in parts.text_encoders.items():
+    for component in family.text_encoders:
         rank, alpha = rank_and_alpha(config, component)
         if config.train_text_encoder and rank:
-            names = read_modules(parts.family, component, encoder, config.clip_skip)
+            encoder = models[component]
+            names = read_modules(family, component, encoder, config.clip_skip)
             inject(encoder, names, rank=rank, alpha=alpha, **shared)
-            models[component] = encoder
-    return models
+            adapted[component] = encoder
+    return adapted
 
 
 def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -> list[str]:

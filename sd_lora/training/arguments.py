@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from sd_lora.data.kohya import read_dataset_config
 from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.training.config import FIELDS, Mode, TrainConfig
 from sd_lora.training.rules import type_name
@@ -38,7 +39,6 @@ REFUSED: dict[str, str] = {
     "tokenizer_max_length": "has another meaning here: --max_token_length, a multiple of 75",
     "validation_images": "belongs to DeepFloyd IF's upscaler, which is not trained here",
     # of the advanced scripts
-    "cache_latents": "is not needed: latents are cached wherever the crop does not change",
     "lora_unet_blocks": "is --targets here: regular expressions over the UNet's modules",
     "train_text_encoder_frac": f"{_STEPS} --text_encoder_stop_step",
     "train_text_encoder_ti": "is not needed: give the new words with --token_abstraction",
@@ -69,11 +69,19 @@ _SUBJECT = (
 
 
 FOREIGN: dict[str, str] = {
-    "bucket_reso_steps": "not there yet: pictures are cropped to squares",
-    "cache_latents_to_disk": "not there: latents are cached in memory wherever the crop is fixed",
+    "bucket_reso_steps": "--bucket_step",
+    "cache_latents_to_disk": "--cache_latents disk",
+    "cache_text_encoder_outputs": "--cache_text_embeddings memory",
+    "cache_text_encoder_outputs_to_disk": "--cache_text_embeddings disk",
     "caption_dropout_rate": "--caption_dropout",
-    "enable_bucket": "not there yet: pictures are cropped to squares",
-    "keep_tokens": "not there yet",
+    "caption_tag_dropout_rate": "--caption_tag_dropout",
+    "enable_bucket": "what is done without --no-aspect_ratio_buckets",
+    "enable_wildcard": "--wildcards",
+    "flip_aug": "--random_flip",
+    "max_bucket_reso": "--bucket_max_side",
+    "min_bucket_reso": "--bucket_min_side",
+    "random_crop": "--no-center_crop",
+    "reg_data_dir": "--class_data_dir with --with_prior_preservation, or class sources",
     "max_train_epochs": "--num_train_epochs",
     "min_snr_gamma": "--snr_gamma",
     "network_alpha": "--lora_alpha",
@@ -85,7 +93,6 @@ FOREIGN: dict[str, str] = {
     "output_name": "the last part of --output_dir",
     "sample_prompts": "--validation_prompt",
     "save_every_n_steps": "--checkpointing_steps",
-    "shuffle_caption": "not there yet",
     "unet_lr": "--learning_rate",
     "v2": "not needed: the model tells its family",
     "v_parameterization": "--prediction_type v_prediction",
@@ -181,6 +188,8 @@ def build_parser(
             groups[section] = parser.add_argument_group(section)
         if mode is not None and meta["only"] not in (None, mode):
             continue  # so that prefixes are as unique as in the script of this mode
+        if type_name(field) == "list":
+            continue  # tables, in a file alone
         groups[section].add_argument(f"--{field.name}", **_argument(field, _help(field, mode, xl)))
     for name in ACCEPTED_WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
@@ -216,6 +225,9 @@ def _argument(field: dataclasses.Field, help_text: str) -> dict[str, Any]:
         return {"nargs": "+", "action": _Patterns, "metavar": "PATTERN=N", "help": help_text}
     kinds = {"int": int, "float": float, "str": str}
     choices = field.metadata["choices"] or None
+    if field.name == "cache_latents":  # the advanced scripts and kohya have it without a value
+        more = {"nargs": "?", "const": "auto"}
+        return {"type": str, "choices": choices, "metavar": None, "help": help_text} | more
     metavar = None if choices else {"int": "N", "float": "X", "str": "TEXT"}[kind]
     return {"type": kinds[kind], "choices": choices, "metavar": metavar, "help": help_text}
 
@@ -251,6 +263,15 @@ def read_toml(path: str) -> dict[str, Any]:
             number = type_name(FIELDS[name]) == "float" and type(entry) is int
             values[name] = float(entry) if number else entry
     return values
+
+
+def with_dataset_settings(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Returns values with what kohya's dataset configuration says of a run where they say nothing;
+    of buckets only where there are any."""
+    _, settings, _ = read_dataset_config(path)
+    if (settings | values).get("aspect_ratio_buckets") is False:
+        settings = {k: v for k, v in settings.items() if not k.startswith("bucket_")}
+    return settings | values
 
 
 def _expanded(word: str, script: Script | None) -> str:
@@ -310,6 +331,8 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
     flags = vars(namespace)
     file = flags.pop("config", None)
     values = (read_toml(file) if file else {}) | {k: v for k, v in flags.items() if k in FIELDS}
+    if values.get("dataset_config"):
+        values = with_dataset_settings(str(values["dataset_config"]), values)
     if flags.get("pre_compute_text_embeddings") and values.get("train_text_encoder"):
         raise UsageError("pre_compute_text_embeddings contradicts train_text_encoder")
     if mode and values.get("mode", mode) != mode:

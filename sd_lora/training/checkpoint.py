@@ -32,7 +32,8 @@ class Progress:
     """Where a run stands, and what it is: a run can only go on as the same one.
 
     step: optimiser steps done. seed, samples_per_step, num_samples: what a position of the data
-    means. settings: the configuration.
+    means. settings: the configuration. order: the digest of which samples make which step; empty in
+    checkpoints of earlier versions. pictures: the digest of the pictures and captions.
     """
 
     step: int
@@ -40,6 +41,8 @@ class Progress:
     samples_per_step: int
     num_samples: int
     settings: dict[str, Any]
+    order: str = ""
+    pictures: str = ""
 
 
 def _step_of(path: Path) -> int:
@@ -154,6 +157,13 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
                 "be the same run; use the same settings, or start anew in another output_dir"
             )
 
+    if not progress.order:
+        raise UsageError(
+            f"{path} was written by an earlier version, whose batches ran on over an epoch's end "
+            "and whose pictures were cut to squares: it cannot be gone on with here. Finish it "
+            "with that version, or start anew in another output_dir"
+        )
+
     def earlier(name: str) -> object:
         """The setting of the earlier run; of one that it did not have yet, the default."""
         return progress.settings.get(name, FIELDS[name].default)
@@ -169,6 +179,13 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
         raise UsageError(
             f"{path} belongs to a run with other settings: {'; '.join(changed)}. Use the same "
             "ones, or start anew in another output_dir"
+        )
+    if progress.order != ours.order:
+        raise UsageError(
+            f"{path} was written with pictures of other shapes, in another order, with other rules "
+            "of their captions or crops, or with another split of the batch (train_batch_size × "
+            "processes, accumulation): it would not be the same run; use the same, or start anew "
+            "in another output_dir"
         )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from sd_lora.data.spec import CACHES, CAPTIONS, LAYOUTS, LEFTOVERS, SourceSpec, read_specs
 from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.training.rules import problems_of
 
@@ -91,28 +92,58 @@ class TrainConfig:
     train_data_dir: str | None = option("data", "folder of pictures with metadata.jsonl, metadata.csv or .txt captions", only=_T2I)
     dataset_name: str | None = option("data", "a `datasets` set: a hub name or a local folder")
     dataset_config_name: str | None = option("data", "the set's configuration")
+    streaming: bool = option("data", "read the set row by row, as it comes, instead of downloading it first: for sets that are larger than the disk; needs cached latents", False)
+    sources: list[dict[str, Any]] | None = option("data", "several sources in one run: [[sources]] tables of a TOML file, each with a path or dataset, repeats, weight, and its own rules for captions")
+    dataset_config: str | None = option("data", "kohya's dataset configuration: a TOML or JSON file with [[datasets]] and [[datasets.subsets]]")
+    data_layout: str = option("data", "what subfolders are: kohya's 'N_token class' folders with their repeats, or a plain tree; kohya's where nothing else is there when auto", "auto", choices=LAYOUTS)
+    captions_from: str = option("data", "where captions come from: metadata files, sidecar files (.txt, .caption), the pictures' file names, or caption_default for all; metadata, else sidecars when auto", "auto", choices=CAPTIONS)
+    caption_default: str | None = option("data", "caption of pictures that have none; they are left out when not given", only=_T2I)
+    caption_extension: str | None = option("data", "extension of caption files; .txt and .caption when not given")
+    strict: bool = option("data", "stop where the check of the data leaves a picture out or warns", False)
     image_column: str = option("data", "column that holds the picture", "image")
     caption_column: str | None = option("data", "column that holds the caption, or a list of captions; in dreambooth runs instance_prompt when not given", modes=_per_mode("text", None))
     max_train_samples: int | None = option("data", "train on this many pictures, chosen by the seed", only=_T2I)
     instance_data_dir: str | None = option("data", "folder with pictures of the subject", only=_DB)
     instance_prompt: str | None = option("data", "prompt for the subject, with a rare word, such as 'a photo of sks dog'", only=_DB)
-    repeats: int = option("data", "how often each subject picture counts per epoch", 1, only=_DB)
+    repeats: int = option("data", "how often each picture counts per epoch; sources and kohya's folders have their own", 1)
     with_prior_preservation: bool = option("data", "train on class pictures too, so that the class is not forgotten", False, only=_DB)
     class_data_dir: str | None = option("data", "folder with class pictures; filled up to num_class_images", only=_DB)
     class_prompt: str | None = option("data", "prompt for the class, such as 'a photo of a dog'", only=_DB)
     num_class_images: int = option("data", "generate class pictures up to this many", 100, only=_DB)
     sample_batch_size: int = option("data", "class pictures generated at once", 4, only=_DB)
-    prior_loss_weight: float = option("data", "weight of the class pictures' loss", 1.0, only=_DB)
+    prior_loss_weight: float = option("data", "weight of the class pictures' loss", 1.0)
     prior_generation_precision: str | None = option("data", "precision for generating class pictures; fp16 on a GPU, else fp32, when not given", only=_DB, choices=("no", "fp32", "fp16", "bf16"))
-    resolution: int | None = option("data", "side of the training squares in pixels; what the base was made for when not given: 512, 768 for SD 2 with v-prediction, 1024 for SDXL")
-    center_crop: bool = option("data", "crop from the middle instead of a random place", False)
+    resolution: int | None = option("data", "side in pixels of the training squares, or of the square whose area buckets have; what the base was made for when not given: 512, 768 for SD 2 with v-prediction, 1024 for SDXL")
+    aspect_ratio_buckets: bool = option("data", "train each picture in the shape that is nearest to its own, of as many pixels as resolution²; otherwise, as diffusers' scripts do, in squares of the resolution that its shorter side is resized to", True)
+    bucket_step: int | None = option("data", "sides of buckets are multiples of this many pixels; what VAE and UNet halve without a rest when not given: 64, 32 for SDXL")
+    bucket_min_side: int | None = option("data", "shortest side of a bucket in pixels; half the resolution when not given")
+    bucket_max_side: int | None = option("data", "longest side of a bucket in pixels; twice the resolution when not given")
+    bucket_no_upscale: bool = option("data", "never enlarge a picture: one that is smaller than its bucket gets one of its own size, rounded down", False)
+    bucket_min_pictures: int = option("data", "pictures × repeats that a bucket needs; those of smaller ones go to the next bucket", 1)
+    bucket_leftovers: str = option("data", "what becomes of a bucket's last, unfilled batch: smaller has fewer pictures, pad-batch is filled with some that do not count (all shapes alike), repeat with some that are seen once more", "smaller", choices=LEFTOVERS)
+    center_crop: bool | None = option("data", "crop from the middle, --no-center_crop: at a random place, drawn each time; the middle of buckets and a random place of squares when not given")
     random_flip: bool = option("data", "mirror pictures half of the time", False)
+    alpha_background: str = option("data", "colour that transparent pictures are laid on: a name or #rrggbb", "white")
+    alpha_mask: bool = option("data", "train opaque parts of pictures alone: opacity is the mask of the loss", False)
     image_interpolation_mode: str = option("data", "filter for resizing", "lanczos", choices=("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"))
     max_token_length: int = option("data", "tokens of a caption that are read, a multiple of 75: longer ones are read in pieces of 75, as A1111 and ComfyUI do, and cut here", 75)
     weighted_prompts: bool = option("data", "captions may weigh words, as in 'a (red)1.3 car++' (compel's syntax; extra: compel)", False)
+    shuffle_caption: bool = option("data", "shuffle the tags of captions each time", False)
+    keep_tokens: int = option("data", "tags at the start of captions that are neither shuffled nor dropped", 0)
+    keep_tokens_separator: str | None = option("data", "mark in captions, such as |||: what stands before it is neither shuffled nor dropped")
+    caption_separator: str = option("data", "what stands between tags", ",")
+    caption_tag_dropout: float = option("data", "part of the tags that are left out each time", 0.0)
+    caption_prefix: str | None = option("data", "put before each caption, with a space")
+    caption_suffix: str | None = option("data", "put after each caption, with a space")
+    wildcards: bool = option("data", "captions may have {a|b}: one of them each time; of captions with several lines one is read", False)
+    trigger_word: str | None = option("data", "first tag of each caption that does not have it already")
     caption_dropout: float = option("data", "part of the training pictures that are shown without their caption, so that guidance learns too; 0.1 is usual. Without a caption is zeros for SDXL, as its guidance has it, and the empty prompt for SD 1 and 2; class pictures keep theirs", 0.0)
     clip_skip: int = option("data", "layers that the text encoders leave out at the end, as in diffusers: A1111's and kohya's clip skip 2 is 1 here; SDXL's last layer but one, which it always reads, is 0", 0)
-    dataloader_num_workers: int = option("data", "processes that decode pictures which cannot be cached", 0)
+    dataloader_num_workers: int = option("data", "processes that read batches ahead: pictures which cannot be cached, and caches on disk", 0)
+    cache_latents: str = option("data", "where latents are kept: disk (shared by all runs, by content), memory, no; disk if it has room when auto", "auto", choices=CACHES)
+    cache_text_embeddings: str = option("data", "where the embeddings of captions are kept, as cache_latents", "auto", choices=CACHES)
+    data_cache_dir: str | None = option("data", "folder of the caches on disk; $SD_LORA_CACHE or ~/.cache/sd_lora when not given")
+    data_cache_limit: float = option("data", "size in GiB beyond which the longest unused entries of the caches on disk are removed", 50.0)
 
     targets: str = option("adapter", "what is adapted in the UNet: attention, transformer, conv, all, or regular expressions, joined by +", "attention")
     rank: int = option("adapter", "rank r", 4)
@@ -208,6 +239,9 @@ class TrainConfig:
         problems = problems_of(self)
         if problems:
             raise UsageError("\n".join(problems))
+        if self.sources is not None:
+            general = SourceSpec(prompt=self.caption_default or self.instance_prompt)
+            read_specs(self.sources, general, "sources")  # said before anything is read
 
     def for_base(self, family: str, resolution: int) -> "TrainConfig":
         """Returns the configuration for a base model, with the defaults that depend on it.
@@ -240,7 +274,7 @@ class TrainConfig:
 
     @property
     def side(self) -> int:
-        """The side of the training squares in pixels, once the base is known."""
+        """The resolution in pixels, once the base is known."""
         if self.resolution is None:
             raise ValueError("resolution is the base model's, and for_base has not been called")
         return self.resolution
@@ -256,11 +290,12 @@ class TrainConfig:
 CHANGEABLE = frozenset(
     (
         "allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit class_data_dir "
+        "cache_latents cache_text_embeddings data_cache_dir data_cache_limit dataset_config "
         "dataloader_num_workers dataset_name embedding_lr gradient_accumulation_steps "
         "gradient_checkpointing instance_data_dir learning_rate local_rank logging_dir max_train_steps num_train_epochs "
         "family num_validation_images output_dir pretrained_model_name_or_path "
         "pretrained_vae_model_name_or_path prior_generation_precision tokenizer_name "
-        "report_to resume_from_checkpoint sample_batch_size save_precision seed text_encoder_2_lr "
+        "report_to resume_from_checkpoint sample_batch_size save_precision seed sources strict text_encoder_2_lr "
         "text_encoder_lr train_batch_size train_data_dir validation_epochs validation_guidance_scale validation_prompt "
         "validation_steps"
     ).split()

@@ -1,18 +1,25 @@
-"""What a run trains on: its samples, class pictures, latents and text embeddings."""
+"""What a run trains on, from its configuration: sources, shapes, looks, and class pictures."""
 
+import dataclasses
 import itertools
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sd_lora.data.cache import Latents
-from sd_lora.data.images import Framing, is_picture
-from sd_lora.data.sources import Source, captioned_folder, named_dataset, prompted_folder
+from sd_lora.data.buckets import Framing
+from sd_lora.data.findings import Finding
+from sd_lora.data.images import colour, is_picture
+from sd_lora.data.kohya import read_dataset_config
+from sd_lora.data.latents import Look
+from sd_lora.data.samples import Sample, Source
+from sd_lora.data.sources import open_source
+from sd_lora.data.spec import RULES, CaptionRules, SourceSpec, read_specs
 from sd_lora.errors import UsageError
-from sd_lora.models.load import Parts
+from sd_lora.models.families import Family
+from sd_lora.models.load import Base, Parts
 from sd_lora.models.prompts import Reader
 from sd_lora.seeds import seed_for, shuffled
 from sd_lora.training import report
@@ -28,34 +35,187 @@ DTYPES = {
 """What the names of precisions mean."""
 
 
-def find_samples(config: TrainConfig, seed: int) -> Source:
-    """Returns the training samples that the configuration names."""
-    if config.mode == "dreambooth":
-        prompt = str(config.instance_prompt)
-        if config.instance_data_dir:
-            return prompted_folder(config.instance_data_dir, prompt, "instance_data_dir")
-        return _dataset(config, prompt)
-    if config.train_data_dir:
-        column = str(config.caption_column)
-        source = captioned_folder(config.train_data_dir, config.image_column, column)
+def rules_of(config: TrainConfig) -> CaptionRules:
+    """Returns what captions go through where their source does not say otherwise."""
+    given = {name: getattr(config, name) for name in RULES}
+    return CaptionRules(**{name: value for name, value in given.items() if value is not None})
+
+
+def specs_of(config: TrainConfig) -> list[SourceSpec]:
+    """Returns the sources that a configuration names; a folder of class pictures is not among them.
+
+    Raises:
+        UsageError: tables or a file of sources that cannot be read.
+    """
+    subject = config.mode == "dreambooth"
+    defaults = SourceSpec(
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+        cache_dir=config.cache_dir,
+        layout=config.data_layout,
+        captions=config.captions_from,
+        caption_extension=config.caption_extension,
+        prompt=config.instance_prompt if subject else config.caption_default,
+        repeats=config.repeats,
+        random_flip=config.random_flip,
+        rules=rules_of(config),
+    )
+    if config.sources is not None:
+        column = config.caption_column or "text"  # in DreamBooth runs a folder has none by itself
+        defaults = dataclasses.replace(defaults, caption_column=column)
+        return read_specs(config.sources, defaults, "sources")
+    if config.dataset_config:
+        return read_dataset_config(config.dataset_config)[0]
+    if config.dataset_name:
+        name = dataclasses.replace(defaults, dataset=config.dataset_name, label="dataset_name")
+        return [
+            dataclasses.replace(
+                name, config_name=config.dataset_config_name, streaming=config.streaming
+            )
+        ]
+    if subject:
+        prompted = dataclasses.replace(defaults, layout="plain", captions="prompt", recursive=False)
+        return [
+            dataclasses.replace(prompted, path=config.instance_data_dir, label="instance_data_dir")
+        ]
+    return [dataclasses.replace(defaults, path=config.train_data_dir, label="train_data_dir")]
+
+
+def class_spec(config: TrainConfig) -> SourceSpec:
+    """Returns the folder of class pictures as a source."""
+    return SourceSpec(
+        path=config.class_data_dir,
+        layout="plain",
+        captions="prompt",
+        prompt=config.class_prompt,
+        recursive=False,
+        kind="class",
+        random_flip=config.random_flip,
+        label="class_data_dir",
+    )
+
+
+def find_sources(config: TrainConfig, seed: int) -> list[Source]:
+    """Returns the sources of a run, at most max_train_samples of their pictures that are trained.
+
+    Raises:
+        UsageError: what `open_source` raises; no source of pictures to train.
+    """
+    sources = [source for spec in specs_of(config) for source in open_source(spec)]
+    if config.dataset_config:
+        sources[0].findings[:0] = _notes(config, config.dataset_config)
+    if not any(source.spec.kind == "instance" for source in sources):
+        raise UsageError("all sources are of class pictures: there is nothing to train")
+    of_class = next((s for s in sources if s.spec.kind == "class"), None)
+    if of_class and config.with_prior_preservation:
+        raise UsageError(
+            "with_prior_preservation takes class pictures from class_data_dir, and there are class "
+            f"pictures among the sources, too ({of_class.spec.where}): keep one"
+        )
+    if config.max_train_samples is None:
+        return sources
+    trained = [source for source in sources if source.spec.kind == "instance"]
+    if any(source.count is None for source in trained):
+        if len(trained) > 1:
+            raise UsageError("max_train_samples cannot choose among several sources that stream")
+        kept = [_first(trained[0], config.max_train_samples)]
     else:
-        source = _dataset(config)
-    if config.max_train_samples is not None and config.max_train_samples < len(source.samples):
-        chosen = shuffled(len(source.samples), seed, "max_train_samples")
-        kept = sorted(chosen[: config.max_train_samples])
-        note = f"max_train_samples: {len(kept)} of {len(source.samples)} pictures are trained"
-        return Source([source.samples[i] for i in kept], [*source.notes, note])
-    return source
+        kept = list(_chosen(trained, config.max_train_samples, seed))
+    return [*kept, *(source for source in sources if source.spec.kind == "class")]
 
 
-def _dataset(config: TrainConfig, prompt: str | None = None) -> Source:
-    return named_dataset(
-        str(config.dataset_name),
-        config.dataset_config_name,
-        config.cache_dir,
-        config.image_column,
-        config.caption_column,
-        prompt,
+def _notes(config: TrainConfig, path: str) -> list[Finding]:
+    """Returns what is to be known of kohya's dataset configuration, and of what overrules it."""
+    _, settings, notes = read_dataset_config(path)
+    if config.aspect_ratio_buckets and "aspect_ratio_buckets" not in settings:
+        text = (
+            "says nothing of enable_bucket, which kohya takes for squares: pictures are trained in "
+            "buckets here (--no-aspect_ratio_buckets: in squares)"
+        )
+        notes.append(Finding("note", "buckets", path, text))
+    for name, value in settings.items():
+        own = getattr(config, name)
+        means_something = config.aspect_ratio_buckets or not name.startswith("bucket_")
+        if own != value and means_something:
+            text = f"says {name} = {value}, and the run has {own}"
+            notes.append(Finding("warning", "setting-overruled", path, text))
+    return notes
+
+
+def _first(source: Source, most: int) -> Source:
+    """Returns the first rows of a stream."""
+    return dataclasses.replace(source, rows=lambda: itertools.islice(source.rows(), most))
+
+
+def _chosen(sources: list[Source], most: int, seed: int) -> Iterator[Source]:
+    """Yields sources with the rows that were drawn from all of them."""
+    total = sum(source.count or 0 for source in sources)
+    drawn = set(shuffled(total, seed, "max_train_samples")[:most])
+    first = 0
+    for source in sources:
+        here = {i - first for i in drawn if first <= i < first + (source.count or 0)}
+        first += source.count or 0
+        yield dataclasses.replace(source, rows=_Rows(source, here), count=len(here))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """Some rows of a source, by number."""
+
+    source: Source
+    kept: set[int]
+
+    def __call__(self) -> Iterator[Sample]:
+        return (row for i, row in enumerate(self.source.rows()) if i in self.kept)
+
+
+def framing(config: TrainConfig, base: Base) -> Framing:
+    """Returns how pictures get their shapes.
+
+    Raises:
+        UsageError: a resolution or step that VAE and UNet cannot halve so often, or sides of which
+            there is no bucket.
+    """
+    vae, unet = (
+        2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
+    )
+    side, whole = config.side, vae * unet
+    if side % whole:
+        near = max(whole, round(side / whole) * whole)
+        raise UsageError(
+            f"resolution {side} is not a multiple of {whole} ({vae} pixels a latent of this "
+            f"model, halved to {unet} by its UNet): take {near}"
+        )
+    chosen = Framing(
+        side,
+        step=(config.bucket_step or whole) if config.aspect_ratio_buckets else None,
+        min_side=config.bucket_min_side,
+        max_side=config.bucket_max_side,
+        upscale=not config.bucket_no_upscale,
+        min_pictures=config.bucket_min_pictures,
+        random_crop=None if config.center_crop is None else not config.center_crop,
+        interpolation=config.image_interpolation_mode,
+    )
+    if chosen.step and chosen.step % vae:
+        raise UsageError(
+            f"bucket_step {chosen.step} is not a multiple of {vae}, the pixels of a latent of this "
+            f"model: {whole} is what its UNet halves without a rest"
+        )
+    if not chosen.buckets:
+        raise UsageError(
+            f"there is no bucket: of sides from {chosen.sides[0]} to {chosen.sides[1]} pixels in "
+            f"steps of {chosen.step}, none has at most {side}² pixels. Lower bucket_min_side"
+        )
+    return chosen
+
+
+def look(config: TrainConfig, base: Base) -> Look:
+    """Returns how pictures become pixels; raises UsageError for a colour that is none."""
+    return Look(
+        config.image_interpolation_mode,
+        colour(config.alpha_background),
+        config.alpha_mask,
+        2 ** (len(base.vae_config["block_out_channels"]) - 1),
     )
 
 
@@ -63,37 +223,59 @@ CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
 """Of the sampler for class pictures: they are kept, so quick previews must not make them worse."""
 
 
-def _missing_class_pictures(folder: Path, count: int, seed: int) -> list[str]:
-    """Returns the names of the pictures that fill the folder up to `count`."""
-    names = {p.name for p in folder.iterdir() if is_picture(p)} if folder.is_dir() else set()
-    numbered = (f"class-{seed}-{number:05}.png" for number in itertools.count())
-    free = (name for name in numbered if name not in names)
-    return list(itertools.islice(free, max(0, count - len(names))))
+def has_class_pictures(config: TrainConfig) -> bool:
+    """Whether the folder of class pictures is there, and not empty.
 
-
-def class_samples(
-    config: TrainConfig, parts: Parts, reader: Reader, accelerator: Accelerator, seed: int
-) -> Source:
-    """Returns the class pictures, generating with the bare base model those that are missing.
-
-    The main process says which are missing and all share the work. A picture is written whole or
-    not at all, so an interrupted run goes on where it stopped.
+    Raises:
+        UsageError: a file is in its place.
     """
     folder = Path(str(config.class_data_dir)).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"class_data_dir {folder} is a file, not a folder")
-    missing = [_missing_class_pictures(folder, config.num_class_images, seed)]
-    mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
-    if missing[0] and not draws(parts):
+    try:
+        return folder.is_dir() and any(map(is_picture, folder.iterdir()))
+    except OSError as error:
+        raise UsageError(f"class_data_dir {folder} cannot be read: {error.strerror}") from None
+
+
+def check_class_pictures(config: TrainConfig, there: int, family: Family) -> None:
+    """Raises UsageError if class pictures are missing that the base cannot draw."""
+    missing = config.num_class_images - there
+    if config.with_prior_preservation and missing > 0 and not draws(family):
         raise UsageError(
-            f"class_data_dir {folder} lacks {len(missing[0])} of {config.num_class_images} class "
-            f"pictures, and {parts.family.label} cannot draw them by itself: put them there"
+            f"class_data_dir {config.class_data_dir} lacks {missing} of {config.num_class_images} "
+            f"class pictures, and {family.label} cannot draw them by itself: put them there"
         )
+
+
+def _free_names(folder: Path, count: int, seed: int) -> list[str]:
+    """Returns names for `count` more pictures of a folder."""
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    numbered = (f"class-{seed}-{number:05}.png" for number in itertools.count())
+    return list(itertools.islice((name for name in numbered if name not in names), count))
+
+
+def fill_class_folder(
+    config: TrainConfig,
+    there: int,
+    parts: Parts,
+    reader: Reader,
+    accelerator: Accelerator,
+    seed: int,
+) -> None:
+    """Generates with the bare base model the class pictures that are missing.
+
+    The main process says which are missing and all share the work. A picture is written whole or
+    not at all, so an interrupted run goes on where it stopped. there: how many can be trained.
+    """
+    folder = Path(str(config.class_data_dir)).expanduser()
+    check_class_pictures(config, there, parts.family)
+    missing = [_free_names(folder, max(0, config.num_class_images - there), seed)]
+    mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
     if mine:
         paths = [folder / name for name in mine]
         _generate_class_pictures(config, parts, reader, accelerator, seed, paths)
     accelerator.wait_for_everyone()
-    return prompted_folder(str(folder), str(config.class_prompt), "class_data_dir")
 
 
 def _generate_class_pictures(
@@ -123,16 +305,3 @@ def _generate_class_pictures(
         for path in report.progress(paths, "class pictures", accelerator.is_main_process):
             write_picture(path, next(pictures))
         next(pictures, None)  # so that the parts go back where they were
-
-
-def cache_latents(latents: Latents, kind: str, source: Source, accelerator: Accelerator) -> None:
-    """Decodes every picture and encodes those whose crop is fixed."""
-    bar = partial(report.progress, label=f"{kind} latents", main=accelerator.is_main_process)
-    latents.vae.to(accelerator.device)
-    latents.fill(kind, source.samples, bar)
-
-
-def framing(config: TrainConfig) -> Framing:
-    return Framing(
-        config.side, config.center_crop, config.random_flip, config.image_interpolation_mode
-    )

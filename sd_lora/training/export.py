@@ -19,6 +19,7 @@ from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.optimizers import learning_rate
+from sd_lora.training.preflight import Plan
 from sd_lora.training.setup import Run
 
 SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -82,7 +83,7 @@ def record(run: Run) -> dict[str, object]:
         "config": config.as_dict() | {"seed": run.plan.seed},
         "steps": run.plan.num_steps,
         "num_samples": run.plan.num_samples,
-        "pictures": {kind: len(source.samples) for kind, source in run.sources.items()},
+        "pictures": {kind: len(p.set.samples) for kind, p in run.data.pictures.items()},
         "versions": versions | {"python": platform.python_version()},
     }
 
@@ -122,15 +123,15 @@ def _sha256(files: Sequence[Path]) -> str | None:
 def facts(run: Run) -> dict[str, str]:
     """Returns kohya's keys about the training, as A1111 and model sites show them."""
     config, plan = run.config, run.plan
-    size, instance = config.side, run.sources["instance"].samples
+    size, instances = config.side, run.data.instances
     last = run.timesteps[1]
-    reg = run.sources.get("class")
+    reg = run.data.pictures.get("class")
     values: dict[str, object] = {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
         "ss_resolution": f"({size}, {size})",
-        "ss_num_train_images": len(instance) * config.repeats,
-        "ss_num_reg_images": len(reg.samples) if reg else 0,
-        "ss_num_epochs": max(1, round(plan.num_steps * plan.samples_per_step / plan.num_samples)),
+        "ss_num_train_images": len(instances.entries),
+        "ss_num_reg_images": len(reg.set.samples) if reg else 0,
+        "ss_num_epochs": max(1, round(plan.num_steps / plan.epochs.num_steps)),
         "ss_steps": plan.num_steps,
         "ss_max_train_steps": plan.num_steps,
         "ss_batch_size_per_device": config.train_batch_size,
@@ -154,7 +155,13 @@ def facts(run: Run) -> dict[str, str]:
         "ss_noise_offset": config.noise_offset or None,
         "ss_prior_loss_weight": config.prior_loss_weight,
         "ss_scale_weight_norms": config.scale_weight_norms,
-        "ss_random_crop": not config.center_crop,
+        "ss_random_crop": any(map(instances.is_random, range(len(instances.samples)))),
+        "ss_enable_bucket": config.aspect_ratio_buckets,
+        "ss_bucket_no_upscale": config.bucket_no_upscale,
+        "ss_bucket_info": json.dumps(_buckets(plan)) if config.aspect_ratio_buckets else None,
+        "ss_shuffle_caption": config.shuffle_caption,
+        "ss_keep_tokens": config.keep_tokens or None,
+        "ss_caption_tag_dropout_rate": config.caption_tag_dropout or None,
         "ss_flip_aug": config.random_flip,
         "ss_seed": plan.seed,
         "ss_clip_skip": config.clip_skip + 1 if config.clip_skip else None,  # kohya's 1 is none
@@ -173,12 +180,18 @@ def facts(run: Run) -> dict[str, str]:
     return named
 
 
+def _buckets(plan: Plan) -> dict[str, dict[str, object]]:
+    """Returns the buckets as kohya counts them."""
+    rows = enumerate(plan.epochs.buckets.items())
+    return {"buckets": {str(i): {"resolution": [*size], "count": n} for i, (size, n) in rows}}
+
+
 def _tags(run: Run) -> dict[str, dict[str, int]]:
     """Returns set → how often each part of a caption between commas occurs, as kohya counts."""
     counted = {}
-    for kind, source in run.sources.items():
+    for kind, pictures in run.data.pictures.items():
         tags: Counter[str] = Counter()
-        for sample in source.samples:
+        for sample in pictures.set.samples:
             for caption in sample.captions:
                 tags.update(tag for part in caption.split(",") if (tag := part.strip()))
         counted[kind] = dict(tags.most_common(MOST_TAGS))

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -19,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from sd_lora.adapters.inject import limit_norms, updates
-from sd_lora.data.stream import Slot
+from sd_lora.data.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
@@ -31,9 +30,10 @@ from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.export import export, export_words
+from sd_lora.training.previews import sample_prompts, sample_row, validate
 from sd_lora.training.rules import DROPOUTS
-from sd_lora.training.sampling import draws, grid, sample, write_picture
-from sd_lora.training.setup import Run, prepare
+from sd_lora.training.sampling import grid, write_picture
+from sd_lora.training.setup import PictureLost, Run, prepare
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each one waits for the device."""
@@ -65,8 +65,10 @@ class Result:
 
 @dataclass
 class History:
-    """Losses and gradient norms, kept on the device until the next log tick."""
+    """Losses and gradient norms, kept on the device until the next log tick; step: how many steps
+    are done."""
 
+    step: int = 0
     waiting: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
@@ -108,25 +110,33 @@ def _log(run: Run) -> Path:
     return run.output_dir / "training_log.jsonl"
 
 
-def batch_loss(run: Run, slots: list[Slot], pixels: list[Tensor | None], step: int) -> Tensor:
-    """Returns the loss of one micro-batch, a function of its slots' addresses and the model.
+def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
+    """Returns a process's part of the loss of one micro-batch, a function of its slots' addresses
+    and the model: the mean over processes and over the step's micro-batches is the step's loss.
 
     step: how many steps are done, since text encoders and new words may stop learning.
     """
+    return torch.stack([_loss(run, part, step) for part in batch.by_size()]).sum()
+
+
+def _loss(run: Run, batch: Batch, step: int) -> Tensor:
+    """Returns the loss of samples of one size."""
     config, schedule, device = run.config, run.schedule, run.accelerator.device
+    slots = batch.slots
     addresses = [slot.address for slot in slots]
-    x0 = run.latents.latents(slots, pixels)  # (B, C, H, W)
+    drawn = run.latents.latents(slots, batch.seen)
+    x0 = drawn.x0  # (B, C, H, W)
     noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
     first, last = run.timesteps
     t = draw_timesteps(addresses, last, first).to(device)
-    x_t = run.unet_input(schedule.add_noise(x0, noise, t), slots, pixels)
+    x_t = run.unet_input(schedule.add_noise(x0, noise, t), batch)
     conditions = run.conditioning(slots, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma)
-    instances = [slot.kind == "instance" for slot in slots]
-    weights = [1.0 if instance else config.prior_loss_weight for instance in instances]
-    return weighted_loss(losses, torch.tensor(weights, device=device), sum(instances))
+    losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma, drawn.mask)
+    prior = config.prior_loss_weight
+    weights = [slot.weight * (1.0 if slot.kind == "instance" else prior) for slot in slots]
+    return weighted_loss(losses, torch.tensor(weights, device=device), batch.share)
 
 
 @contextmanager
@@ -175,77 +185,43 @@ def _save_checkpoint(run: Run, step: int) -> None:
     run.accelerator.wait_for_everyone()
 
 
-def sample_prompts(run: Run) -> list[str]:
-    """Returns the prompts of the sample pictures: one each."""
-    config, count = run.config, run.config.num_validation_images
-    if config.validation_prompt:
-        return [config.validation_prompt] * count
-    if config.mode == "dreambooth":
-        return [str(config.instance_prompt)] * count
-    samples = run.stream.orders[0].samples
-    distinct = list(dict.fromkeys(s.captions[0] for s in samples))
-    return [distinct[i % len(distinct)] for i in range(count)]
-
-
-def sample_row(run: Run) -> list[Image.Image]:
-    """Returns the run's sample pictures as the model draws them now, with seeds 0, 1, 2, …"""
-    prompts = sample_prompts(run)
-    if not prompts or not run.main or not draws(run.parts):
-        return []
-    pictures = sample(
-        run.parts,
-        run.texts.reader,
-        prompts,
-        range(len(prompts)),
-        resolution=run.latents.framing.resolution,
-        device=run.accelerator.device,
-        steps=run.config.validation_steps,
-        guidance_scale=run.config.validation_guidance_scale,
-        batch_size=min(4, run.config.train_batch_size),  # what training has room for
-    )
-    return list(pictures)
-
-
-def _validate(run: Run, step: int) -> None:
-    """Draws the sample pictures after an epoch that asks for them."""
-    per_epoch = run.plan.num_samples / run.plan.samples_per_step
-    every = run.config.validation_epochs * per_epoch
-    due = int(step / every) > int((step - 1) / every)
-    if not run.config.validation_prompt or not due or step == run.plan.num_steps:
-        return
-    pictures = sample_row(run)
-    if pictures:
-        sheet = grid([pictures], [f"step {step}"], sample_prompts(run))
-        path = run.output_dir / "samples" / f"step-{step:06}.png"
-        write_picture(path, sheet)
-        images = np.stack([np.asarray(p) for p in pictures])  # (N, H, W, 3)
-        layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-        for tracker in run.accelerator.trackers:
-            if tracker.name in layout:
-                tracker.log_images({"validation": images}, step=step, **layout[tracker.name])
-    run.accelerator.wait_for_everyone()
-
-
 def _optimise(run: Run, history: History, requests: list[str]) -> int:
     """Runs the steps from the run's position on; returns how many are done in all."""
     with report.step_bar(run.plan.num_steps, run.first_step, run.main) as bar:
-        return _steps(run, history, requests, bar)
+        try:
+            return _steps(run, history, requests, bar)
+        except PictureLost as error:
+            done = history.step
+            if run.accelerator.num_processes > 1 or done == run.first_step:
+                raise  # other processes wait in their step, and would not help to save
+            history.flush(run)
+            _save_checkpoint(run, done)
+            raise RunError(
+                f"{error}. Step {done} is kept: mend that, and go on with the same command and "
+                "--resume_from_checkpoint latest"
+            ) from None
 
 
 def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
     config, accelerator, step = run.config, run.accelerator, run.first_step
     models, parameters = list(run.prepared.values()), run.parameters
+    history.step = step
     norm = torch.zeros((), device=accelerator.device)
     total = torch.zeros((), device=accelerator.device)
-    micro = step * config.gradient_accumulation_steps
-    for slots, pixels in run.batches():
+    micro = run.plan.epochs.first_of_step(step)
+    begins = True
+    for batch in run.batches():
+        if begins:  # an epoch's last step may have fewer micro-batches
+            accelerator.gradient_accumulation_steps = batch.window
+            accelerator.step = 0
+        begins = batch.last
         if any(getattr(config, name) for name in DROPOUTS):
             torch.manual_seed(seed_for(run.plan.seed, "dropout", micro, accelerator.process_index))
         micro += 1
         with accelerator.accumulate(*models):
-            loss = batch_loss(run, slots, pixels, step)
+            loss = batch_loss(run, batch, step)
             accelerator.backward(loss)
-            total = total + loss.detach() / config.gradient_accumulation_steps
+            total = total + loss.detach() / batch.window
             for parameter in run.texts.stopped(step):
                 parameter.grad = None  # no step, no decay, and no part in the norm
             if accelerator.sync_gradients:
@@ -260,6 +236,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
         if not accelerator.sync_gradients:
             continue
         step += 1
+        history.step = step
         history.waiting.append((step, _rate(run.optimizer), total, norm))
         run.lr_scheduler.step()
         total = torch.zeros_like(total)
@@ -272,7 +249,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
             _save_checkpoint(run, step)
         if stopping:
             break
-        _validate(run, step)
+        validate(run, step)
     return step
 
 
@@ -291,12 +268,17 @@ def replay(run: Run) -> tuple[float, float]:
         then = [row["loss"] for row in rows if row["step"] <= steps]
     for model in run.models.values():
         model.eval()
-    micro_batches = range(steps * run.config.gradient_accumulation_steps)
+    micro_batches = range(run.plan.epochs.first_of_step(steps))
     # no gradients, so nothing to exchange
     texts = dataclasses.replace(run.texts, trained={})
     alone = dataclasses.replace(run, prepared=run.models, texts=texts)
-    losses = [batch_loss(alone, *run.stream.batch(m), run.plan.num_steps) for m in micro_batches]
-    now = run.accelerator.reduce(torch.stack(losses).mean(), "mean")
+    try:
+        batches = map(run.stream.batch, micro_batches)
+        losses = [batch_loss(alone, b, run.plan.num_steps) / b.window for b in batches]
+        mean = torch.stack(losses).sum() / steps
+    except RunError:  # a picture that is lost now costs a number, not what was trained
+        mean = torch.tensor(math.nan, device=run.accelerator.device)
+    now = run.accelerator.reduce(mean, "mean")
     return (sum(then) / steps if len(then) == steps else math.nan), float(now)
 
 

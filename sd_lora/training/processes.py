@@ -2,8 +2,10 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +17,7 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
-from sd_lora.errors import UsageError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.training import checkpoint, report
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import DTYPES
@@ -73,6 +75,28 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
         )
     except ValueError as error:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
+
+
+T = TypeVar("T")
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """Returns what the main process's `work` returns, on all processes; raises its errors there.
+
+    What is returned must be picklable.
+    """
+    if accelerator.num_processes == 1:
+        return work()
+    done: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            done[0] = work()
+        except (UsageError, RunError) as error:  # the others would wait for ever
+            done[1] = error
+    broadcast_object_list(done)
+    if done[1] is not None:
+        raise done[1]
+    return done[0]
 
 
 def check_processes(accelerator: Accelerator) -> None:

@@ -1,6 +1,6 @@
 """What a run says: a summary before the first step, a bar while it works, a summary after."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -18,16 +18,19 @@ T = TypeVar("T")
 class Summary:
     """The lines shown before training, and what the user must know about them.
 
-    rows: label → text. notes: what is left out, cut or worth a thought.
+    rows: label → text. notes: what is worth a thought. findings: lines on pictures and captions.
     """
 
     rows: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
 
     def text(self) -> str:
         width = max(map(len, self.rows))
         lines = [f"  {label:<{width}}  {text}" for label, text in self.rows.items()]
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += ["  found in the data (sd-lora check shows it):"] if self.findings else []
+        return "\n".join([*lines, *(f"    {line}" for line in self.findings)])
 
 
 def say(text: str, main: bool = True) -> None:
@@ -39,6 +42,16 @@ def say(text: str, main: bool = True) -> None:
 def progress(items: Sequence[T], label: str, main: bool) -> Iterator[T]:
     """Yields items under a progress bar with rate and ETA."""
     return iter(tqdm(items, desc=label, disable=not main, leave=False, dynamic_ncols=True))
+
+
+def checking(items: Iterable[T], total: int | None) -> Iterator[T]:
+    """Yields what was checked under a progress bar."""
+    return iter(tqdm(items, "checking", total, unit="picture", leave=False, dynamic_ncols=True))
+
+
+def counting(items: Iterable[T], label: str, total: int, shown: bool) -> Iterator[T]:
+    """Yields items under a progress bar with rate and ETA, whose number is known elsewhere."""
+    return iter(tqdm(items, label, total, disable=not shown, leave=False, dynamic_ncols=True))
 
 
 def step_bar(total: int, done: int, main: bool) -> tqdm:

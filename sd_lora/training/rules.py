@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
+from sd_lora.data.spec import RULES
 from sd_lora.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -12,12 +13,17 @@ if TYPE_CHECKING:
 AT_LEAST: dict[str, float] = {
     "adam_weight_decay": 0,
     "adam_weight_decay_text_encoder": 0,
+    "bucket_max_side": 1,
+    "bucket_min_pictures": 1,
+    "bucket_min_side": 1,
+    "bucket_step": 1,
     "checkpoints_total_limit": 1,
     "conv_rank": 1,
     "clip_skip": 0,
     "dataloader_num_workers": 0,
     "embedding_stop_step": 0,
     "gradient_accumulation_steps": 1,
+    "keep_tokens": 0,
     "lokr_factor": 1,
     "lr_num_cycles": 1,
     "lr_warmup_steps": 0,
@@ -50,6 +56,7 @@ ABOVE_ZERO = frozenset(
     (
         "adam_epsilon",
         "conv_alpha",
+        "data_cache_limit",
         "embedding_lr",
         "learning_rate",
         "lora_alpha",
@@ -63,13 +70,15 @@ ABOVE_ZERO = frozenset(
     )
 )
 DROPOUTS = ("lora_dropout", "neuron_dropout", "rank_dropout", "module_dropout")
-BELOW_ONE = frozenset(("adam_beta1", "adam_beta2", "caption_dropout", *DROPOUTS))
+BELOW_ONE = frozenset(
+    ("adam_beta1", "adam_beta2", "caption_dropout", "caption_tag_dropout", *DROPOUTS)
+)
 
 
 def type_name(field: dataclasses.Field) -> str:
-    """Returns a field's plain type: "int", "float", "bool", "str" or "dict"."""
+    """Returns a field's plain type: "int", "float", "bool", "str", "dict" or "list"."""
     text = str(field.type) if not isinstance(field.type, type) else field.type.__name__
-    for name in ("dict", "bool", "float", "int"):
+    for name in ("dict", "list", "bool", "float", "int"):
         if text.startswith(name):
             return name
     return "str"
@@ -85,6 +94,7 @@ def type_problem(field: dataclasses.Field, value: object) -> str:
         "float": number,
         "str": isinstance(value, str),
         "dict": isinstance(value, dict),
+        "list": isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
     }
     words = {
         "bool": "must be true or false",
@@ -92,6 +102,7 @@ def type_problem(field: dataclasses.Field, value: object) -> str:
         "float": "must be a number",
         "str": "must be a text",
         "dict": "must be a table of pattern = number",
+        "list": "must be tables, [[sources]] in TOML",
     }
     return "" if fits[kind] else words[kind]
 
@@ -161,13 +172,8 @@ def _contradictions(config: "TrainConfig") -> list[str]:
             problems.append(f"{field.name} means something in {only} runs only")
     if not config.pretrained_model_name_or_path:
         problems.append("pretrained_model_name_or_path is required: a folder or a hub id")
-    if config.mode == "text_to_image":
-        if bool(config.train_data_dir) == bool(config.dataset_name):
-            got = "both" if config.train_data_dir else "neither"
-            problems.append(f"give one of train_data_dir and dataset_name, not {got}")
-        if config.train_data_dir and config.dataset_config_name:
-            problems.append("dataset_config_name has no effect with train_data_dir")
-    else:
+    problems += _data_contradictions(config)
+    if config.mode == "dreambooth":
         problems += _dreambooth_contradictions(config)
     if config.validation_prompt and not config.num_validation_images:
         problems.append("validation_prompt has no effect with num_validation_images 0")
@@ -176,6 +182,68 @@ def _contradictions(config: "TrainConfig") -> list[str]:
         if getattr(config, name) != getattr(type(config), name) and config.lr_scheduler != schedule:
             problems.append(f"{name} has no effect without lr_scheduler {schedule}")
     return [*problems, *_text_contradictions(config), *_adapter_contradictions(config)]
+
+
+_OF_FOLDERS = ("captions_from", "caption_extension", "data_layout")
+NO_EFFECT = {
+    "instance_data_dir": _OF_FOLDERS,
+    "dataset_name": _OF_FOLDERS[1:],
+    "dataset_config": (
+        *_OF_FOLDERS, *RULES, "caption_default", "center_crop", "random_flip", "repeats",
+    ),
+}  # fmt: skip
+"""Where pictures come from → settings that say nothing of them."""
+
+
+def _data_contradictions(config: "TrainConfig") -> list[str]:
+    """Returns what is wrong with where pictures come from, and with their shapes."""
+    folder = "train_data_dir" if config.mode == "text_to_image" else "instance_data_dir"
+    places = (folder, "dataset_name", "sources", "dataset_config")
+    given = [name for name in places if getattr(config, name)]
+    problems = []
+    if len(given) != 1:
+        got = f"both {given[0]} and {given[1]}" if given else "none"
+        problems.append(f"give one of {', '.join(places[:-1])} and {places[-1]}, not {got}")
+    if len(given) == 1:
+        problems += [
+            f"{field.name} has no effect with {given[0]}"
+            for field in dataclasses.fields(config)
+            if field.name in NO_EFFECT.get(given[0], ())
+            and getattr(config, field.name) != field.default
+        ]
+    if not config.dataset_name:
+        for name in ("dataset_config_name", "streaming"):
+            if getattr(config, name):
+                problems.append(f"{name} has no effect without dataset_name")
+    if config.streaming and config.cache_latents == "no":
+        problems.append("streaming cannot read a picture again, and so needs cached latents")
+    drawn = (
+        not config.aspect_ratio_buckets if config.center_crop is None else not config.center_crop
+    )
+    if config.streaming and drawn:
+        problems.append("streaming cannot read a picture again, and so needs center_crop")
+    for name in ("caption_separator", "keep_tokens_separator", "trigger_word", "caption_extension"):
+        value = getattr(config, name)
+        if isinstance(value, str) and (not value or (name == "trigger_word" and not value.strip())):
+            problems.append(f"{name} must not be empty")
+    sides = (config.bucket_min_side, config.bucket_max_side)
+    if None not in sides and sides[0] > sides[1]:  # type: ignore[operator]
+        problems.append("bucket_min_side must not be above bucket_max_side")
+    may_have_classes = config.with_prior_preservation or config.sources or config.dataset_config
+    if config.prior_loss_weight != 1 and not may_have_classes:
+        problems.append("prior_loss_weight has no effect without class pictures")
+    if not config.aspect_ratio_buckets:
+        for field in dataclasses.fields(config):
+            name = field.name
+            if name.startswith("bucket_") and name != "bucket_leftovers":
+                if getattr(config, name) != field.default:
+                    problems.append(f"{name} has no effect without aspect_ratio_buckets")
+    tagged = config.shuffle_caption or config.caption_tag_dropout
+    if not tagged and config.sources is None:
+        for name in ("keep_tokens", "keep_tokens_separator"):
+            if getattr(config, name):
+                problems.append(f"{name} needs shuffle_caption or caption_tag_dropout")
+    return problems
 
 
 def _text_contradictions(config: "TrainConfig") -> list[str]:
@@ -250,16 +318,10 @@ def _adapter_contradictions(config: "TrainConfig") -> list[str]:
 
 def _dreambooth_contradictions(config: "TrainConfig") -> list[str]:
     problems = []
-    if bool(config.instance_data_dir) == bool(config.dataset_name):
-        got = "both" if config.dataset_name else "neither"
-        problems.append(
-            f"give one of instance_data_dir, a folder with pictures of the subject, and "
-            f"dataset_name, not {got}"
-        )
-    if not config.instance_prompt:
+    if not (config.instance_prompt or config.sources or config.dataset_config):
         problems.append("instance_prompt is required, such as 'a photo of sks dog'")
     if config.instance_data_dir:
-        for name in ("caption_column", "dataset_config_name", "image_column"):
+        for name in ("caption_column", "image_column"):
             if getattr(config, name) not in (None, type(config).image_column):
                 problems.append(f"{name} has no effect with instance_data_dir")
     if config.with_prior_preservation:
@@ -267,7 +329,7 @@ def _dreambooth_contradictions(config: "TrainConfig") -> list[str]:
             if not getattr(config, name):
                 problems.append(f"with_prior_preservation needs {name}")
     else:
-        named = "class_data_dir class_prompt num_class_images prior_loss_weight sample_batch_size "
+        named = "class_data_dir class_prompt num_class_images sample_batch_size "
         for name in f"{named}prior_generation_precision".split():
             if getattr(config, name) != getattr(type(config), name):
                 problems.append(f"{name} has no effect without with_prior_preservation")

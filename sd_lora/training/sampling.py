@@ -15,10 +15,10 @@ from diffusers import (
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from sd_lora.data.cache import Scaling
+from sd_lora.data.encode import Scaling
 from sd_lora.errors import RunError
 from sd_lora.formats.tensors import write_whole
-from sd_lora.models.families import INPAINTING
+from sd_lora.models.families import INPAINTING, Family
 from sd_lora.models.load import Parts
 from sd_lora.models.prompts import Embedding, Geometry, Reader, collate, in_batches
 
@@ -38,9 +38,9 @@ def _on(device: torch.device, models: Iterable[nn.Module]) -> Iterator[None]:
             model.to(place).train(mode)
 
 
-def draws(parts: Parts) -> bool:
+def draws(family: Family) -> bool:
     """Whether a model draws pictures from noise: SDXL's refiner finishes those of another one."""
-    return parts.family.max_timestep is None
+    return family.max_timestep is None
 
 
 def sample(

@@ -1,6 +1,5 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,26 +13,28 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers, updates
-from sd_lora.data.cache import Latents
-from sd_lora.data.sources import Source
-from sd_lora.data.stream import Batch, Order, Slot, Stream
+from sd_lora.data.encode import Latents
+from sd_lora.data.latents import Look
+from sd_lora.data.stream import Batch, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import RunError, UsageError
 from sd_lora.models.families import INPAINTING
-from sd_lora.models.load import Base, Parts, find_base
+from sd_lora.models.load import Parts, find_base
 from sd_lora.models.prompts import Conditioning, Geometry, collate
 from sd_lora.models.skeleton import Skeleton
 from sd_lora.training import checkpoint, report
 from sd_lora.training.adapt import inject_all
+from sd_lora.training.caches import Data, open_store
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import (
     DTYPES,
-    cache_latents,
-    class_samples,
-    find_samples,
+    check_class_pictures,
+    fill_class_folder,
     framing,
+    look,
 )
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
+from sd_lora.training.preflight import Plan
 from sd_lora.training.processes import (
     agreed_seed,
     build_accelerator,
@@ -42,42 +43,21 @@ from sd_lora.training.processes import (
 )
 from sd_lora.training.sampling import draws
 from sd_lora.training.summary import summarise
-from sd_lora.training.texts import Texts, add_new_words, reader_of, used_captions
+from sd_lora.training.texts import (
+    Texts,
+    add_new_words,
+    reader_before,
+    reader_of,
+    used_captions,
+)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The arithmetic of a run.
-
-    num_samples: pictures × repeats, an epoch. samples_per_step: instances per optimiser step, over
-    all processes. num_steps: optimiser steps in all.
-    """
-
-    config: TrainConfig
-    seed: int
-    num_samples: int
-    samples_per_step: int
-    num_steps: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, seed: int, num_pictures: int, num_processes: int) -> "Plan":
-        num_samples = num_pictures * config.repeats
-        samples_per_step = (
-            config.train_batch_size * config.gradient_accumulation_steps * num_processes
-        )
-        num_steps = config.max_train_steps or math.ceil(
-            config.num_train_epochs * num_samples / samples_per_step
-        )
-        return cls(config, seed, num_samples, samples_per_step, num_steps)
-
-    def progress(self, step: int) -> checkpoint.Progress:
-        return checkpoint.Progress(
-            step, self.seed, self.samples_per_step, self.num_samples, self.config.as_dict()
-        )
+class PictureLost(RunError):
+    """A picture that was there when the run started cannot be read any more."""
 
 
 @dataclass
@@ -85,7 +65,7 @@ class Run:
     """Everything that the loop needs.
 
     models: component → injected model. prepared: what is trained, as Accelerate wrapped it.
-    texts: what captions become. sources: "instance", "class" → where the pictures came from.
+    texts: what captions become. data: the pictures, and their caches.
     skeleton: the modules that the LoRA is for. timesteps: the first that is trained, and the one
     after the last. base_notes: what the user must know of the base. saved: the checkpoint to go on
     from.
@@ -102,7 +82,7 @@ class Run:
     texts: Texts
     skeleton: Skeleton
     stream: Stream
-    sources: dict[str, Source]
+    data: Data
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     summary: report.Summary
@@ -158,7 +138,7 @@ class Run:
 
     def batches(self) -> Iterator[Batch]:
         """Yields this process's micro-batches from the run's position on."""
-        start = self.first_step * self.config.gradient_accumulation_steps
+        start = self.plan.epochs.first_of_step(self.first_step)
         loader = DataLoader(
             self.stream,
             batch_size=None,
@@ -168,7 +148,7 @@ class Run:
         )
         for batch in loader:
             if isinstance(batch, RunError):
-                raise batch
+                raise PictureLost(str(batch))
             yield batch
 
     def conditioning(self, slots: list[Slot], step: int) -> Conditioning:
@@ -177,23 +157,25 @@ class Run:
         device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
         if self.texts.table is None and self.texts.are_still(step):
             self.texts.fill(device, dtype)  # nothing learns any more: once for the rest of the run
-        embeddings = self.texts.embeddings([slot.caption for slot in slots], step)
-        geometries = [self._geometry(slot) for slot in slots]
+        captions = [slot.caption for slot in slots]
+        embeddings = self.texts.embeddings(captions, step, device, dtype)
+        geometries = [_geometry(slot) for slot in slots]
         conditions = collate(embeddings, geometries, self.parts.family)
         return conditions.to(device, dtype)
 
-    def _geometry(self, slot: Slot) -> Geometry:
-        width, height = size = self.latents.sizes[slot.kind, slot.index]
-        left, top = self.latents.framing.corner(size, slot.crop, slot.flip)
-        side = self.latents.framing.resolution
-        return Geometry((height, width), (top, left), (side, side))
-
-    def unet_input(self, x_t: Tensor, slots: list[Slot], pixels: list[Tensor | None]) -> Tensor:
+    def unet_input(self, x_t: Tensor, batch: Batch) -> Tensor:
         """Returns x_t (B, C, H, W) in the base's dtype, with the mask and what it leaves to see
         where the UNet is for inpainting (B, 2C + 1, H, W)."""
         if self.parts.task is INPAINTING:
-            x_t = torch.cat([x_t, self.latents.masked(slots, pixels)], dim=1)
+            x_t = torch.cat([x_t, self.latents.masked(batch.slots, batch.seen)], dim=1)
         return x_t.to(weight_dtype(self.accelerator))
+
+
+def _geometry(slot: Slot) -> Geometry:
+    """Returns where a slot's picture comes from, for SDXL's conditions."""
+    left, top = slot.frame.seen_from(slot.flip)
+    original, target = slot.frame.original[::-1], slot.frame.size[::-1]
+    return Geometry(original, (top, left), target)
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -205,20 +187,6 @@ def _check_output(config: TrainConfig) -> None:
         raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
     if not config.resume_from_checkpoint:
         checkpoint.refuse_others(folder)
-
-
-def _check_size(config: TrainConfig, base: Base) -> None:
-    """Raises UsageError for a side that the levels of VAE and UNet cannot halve so often."""
-    vae, unet = (
-        2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
-    )
-    side, step = config.side, vae * unet
-    if side % step:
-        near = max(step, round(side / step) * step)
-        raise UsageError(
-            f"resolution {side} is not a multiple of {step} ({vae} pixels a latent of this "
-            f"model, halved to {unet} by its UNet): take {near}"
-        )
 
 
 def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
@@ -261,9 +229,11 @@ def prepare(config: TrainConfig) -> Run:
         prediction_type=config.prediction_type,
     )
     config = config.for_base(base.family.name, base.resolution)
-    _check_size(config, base)
-    sources = {"instance": find_samples(config, seed)}
-    plan = Plan.of(config, seed, len(sources["instance"].samples), accelerator.num_processes)
+    reader, looks = reader_before(config, base), look(config, base)
+    data = Data(config, framing(config, base), seed, open_store(config), accelerator, reader)
+    data.look_at_sources()
+    check_class_pictures(config, data.num_class_pictures, base.family)
+    plan = Plan.of(config, data.instances, accelerator.num_processes)
     if path:
         progress = checkpoint.read_progress(path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, path)
@@ -274,45 +244,58 @@ def prepare(config: TrainConfig) -> Run:
         prediction_type=config.prediction_type,
         zero_terminal_snr=config.rescale_betas_zero_snr,
     )
-    return _assemble(plan, accelerator, parts, sources, summary, path, base.notes())
+    return _assemble(plan, data, parts, looks, summary, path, base.notes())
 
 
 def _assemble(
     plan: Plan,
-    accelerator: Accelerator,
+    data: Data,
     parts: Parts,
-    sources: dict[str, Source],
+    looks: Look,
     summary: report.Summary,
     path: Path | None,
     base_notes: list[str],
 ) -> Run:
     """Adapts the model, reads pictures and captions, and puts a run together."""
-    config, seed = plan.config, plan.seed
+    config, seed, accelerator = plan.config, plan.seed, data.accelerator
     schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
     if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
         raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
     timesteps = _timesteps(config, parts, schedule)
     parts.reader(clip_skip=config.clip_skip).check(parts.text_encoders)
     skeleton = parts.skeleton
-    models = inject_all(config, parts, seed)
-    tokens = add_new_words(config, parts, sources, seed)
+    models = inject_all(config, parts.family, parts.models, seed)
+    tokens = add_new_words(config, parts, data.instances, seed)
     texts = Texts(reader_of(config, parts, tokens), parts.text_encoders, tokens)
     saved = checkpoint.read(path, models) if path else None
-    inpaints = parts.task is INPAINTING
-    latents = Latents(parts.vae, framing(config), accelerator.device, fresh=inpaints)
-    cache_latents(latents, "instance", sources["instance"], accelerator)
     if config.with_prior_preservation:
         # the injected model still is the base, bit for bit
-        sources["class"] = class_samples(config, parts, texts.reader, accelerator, seed)
-        cache_latents(latents, "class", sources["class"], accelerator)
-    if not latents.needs_vae:
-        parts.vae.to("cpu")
+        there = data.num_class_pictures
+        fill_class_folder(config, there, parts, texts.reader, accelerator, seed)
+        data.look_at_class_folder()
+    latents = data.latents(parts, looks)
     prepared = _prepare_models(config, accelerator, models, texts)
-    texts.settle(config, prepared, used_captions(config, sources))
+    stream = Stream(
+        data.instances,
+        plan.epochs,
+        data.pictures["class"].set if "class" in data.pictures else None,
+        accelerator.process_index,
+        accelerator.num_processes,
+        latents.table,
+        plan.num_micro_batches,
+    )
+    texts.settle(config, prepared)
+    if texts.will_be_still:
+        texts.captions = used_captions(stream)
+        if texts.trained and not data.can_hold(texts):
+            texts.captions = None  # read in each step, also after the encoders stopped
     if not texts.trained:
-        texts.fill(accelerator.device, weight_dtype(accelerator))
-        if not (config.num_validation_images and draws(parts) and accelerator.is_main_process):
-            parts.text_encoders.clear()  # nothing more is read: of SDXL's, 3 GiB
+        data.fill_texts(texts)
+        if not (
+            config.num_validation_images and draws(parts.family) and accelerator.is_main_process
+        ):
+            texts.let_go()
+    data.make_room(latents, texts)
     optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
     run = Run(
         plan=plan,
@@ -325,8 +308,8 @@ def _assemble(
         latents=latents,
         texts=texts,
         skeleton=skeleton,
-        stream=_stream(plan, accelerator, sources, latents),
-        sources=sources,
+        stream=stream,
+        data=data,
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
         summary=summary,
@@ -366,31 +349,3 @@ def _prepare_models(
     for name in running.keys() - trained.keys():
         running[name].to(accelerator.device)
     return {name: accelerator.prepare_model(model) for name, model in trained.items()}
-
-
-def _stream(
-    plan: Plan, accelerator: Accelerator, sources: dict[str, Source], latents: Latents
-) -> Stream:
-    config = plan.config
-    repeats = {"instance": config.repeats, "class": 1}
-    orders = {
-        kind: Order(
-            source.samples,
-            kind,
-            repeats[kind],
-            config.random_flip,
-            plan.seed,
-            config.caption_dropout if kind == "instance" else 0.0,
-        )
-        for kind, source in sources.items()
-    }
-    return Stream(
-        orders["instance"],
-        orders.get("class"),
-        config.train_batch_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-        latents.framing,
-        latents.read_each_time,
-        plan.num_steps * config.gradient_accumulation_steps,
-    )

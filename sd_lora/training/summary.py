@@ -1,12 +1,12 @@
 """What the user knows before the first step."""
 
-import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
+from sd_lora.data.page import report_lines
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
@@ -27,24 +27,15 @@ if TYPE_CHECKING:
 def summarise(run: "Run") -> None:
     """Fills the summary that the user sees before the first step."""
     config, rows, notes = run.config, run.summary.rows, run.summary.notes
-    sources = run.sources
-    accumulation, processes = config.gradient_accumulation_steps, run.accelerator.num_processes
+    kinds = run.data.pictures
     parts = run.parts
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
     rows["model"] = f"{config.pretrained_model_name_or_path} ({parts.family.label}{task})"
-    pictures = f"{len(sources['instance'].samples)}"
-    if config.repeats > 1:
-        pictures += f" × {config.repeats} repeats = {run.plan.num_samples} an epoch"
-    if "class" in sources:
-        pictures += f", and {len(sources['class'].samples)} of the class"
-    rows["pictures"] = f"{pictures}, at {config.resolution}×{config.resolution}"
-    rows["batch"] = (
-        f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
-        f"= {run.plan.samples_per_step}"
-        + (", as many class pictures on top" if "class" in sources else "")
-    )
-    epochs = run.plan.num_steps * run.plan.samples_per_step / run.plan.num_samples
-    rows["steps"] = f"{run.plan.num_steps} ({epochs:.1f} epochs)"
+    rows |= run.plan.rows()
+    if "class" in kinds:
+        rows["pictures"] += f", and {len(kinds['class'].set.samples)} of the class"
+        rows["batch"] += ", as many class pictures on top"
+    rows |= run.data.rows
     parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
     if config.pretrained_vae_model_name_or_path or config.vae_precision != "fp32":
@@ -62,33 +53,28 @@ def summarise(run: "Run") -> None:
     rows["objective"] = objective_of(run)
     if config.do_edm_style_training and not weighed(run.schedule):
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
-    if not draws(parts):
+    if not draws(parts.family):
         notes.append(
             f"no sample pictures: {parts.family.label} finishes those of another model, and draws "
             "none by itself"
         )
     device = run.accelerator.device
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
-    fresh = sum(map(len, run.latents.read_each_time.values()))
     if parts.task is INPAINTING:
         notes.append("masks are drawn, and what they leave is encoded, anew each time")
-        fresh = sum(map(run.latents.framing.is_random, run.latents.sizes.values()))
-    if fresh:
+    sets = [pictures.set for pictures in kinds.values()]
+    drawn = sum(s.is_random(i) for s in sets for i in range(len(s.samples)))
+    if drawn:
         notes.append(
-            f"{fresh} pictures are not square and are cropped at random: encoded anew each time "
-            "(--center_crop caches them)"
+            f"{drawn} pictures are cropped at random: encoded anew each time (--center_crop caches "
+            "them)"
         )
+    notes += run.data.notes
     if run.saved:
         notes.append(f"goes on from {run.saved.path}")
-    for source in sources.values():
-        notes += source.notes
-    reader = run.texts.reader
-    cut = reader.too_long([caption for caption in run.texts.captions if caption is not None])
-    for caption, count in list(cut.items())[:5]:
-        notes.append(f"caption of {count} tokens is cut at {reader.limit}: {caption[:60]!r}…")
-    if cut:
-        enough = math.ceil(max(cut.values()) / PIECE) * PIECE
-        notes.append(f"{len(cut)} captions are cut; --max_token_length {enough} reads them whole")
+        if run.saved.progress.pictures != run.plan.content:
+            notes.append("pictures or captions are others than when it was written")
+    run.summary.findings += report_lines([f for p in kinds.values() for f in p.findings])
 
 
 def _say_texts(run: "Run") -> None:

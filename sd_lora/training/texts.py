@@ -1,6 +1,6 @@
 """The captions of a run: read once, or anew each step where text encoders or new words learn."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,10 +8,12 @@ import torch
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers
-from sd_lora.data.sources import Source
+from sd_lora.data.captions import longest_form
+from sd_lora.data.embeddings import Embeddings
+from sd_lora.data.stream import Set, Stream
 from sd_lora.errors import UsageError
-from sd_lora.models.load import Parts
-from sd_lora.models.prompts import Caption, Embedding, Reader, in_batches
+from sd_lora.models.load import Base, Parts
+from sd_lora.models.prompts import PIECE, Caption, Embedding, Reader, in_batches
 from sd_lora.models.tokens import Concept, NewTokens
 from sd_lora.training.config import TrainConfig
 
@@ -33,9 +35,10 @@ class Texts:
     """What captions become.
 
     encoders: component → text encoder, with its updates and new words. trained: those of them that
-    learn, as Accelerate wrapped them. captions: those of the run. table: caption → embedding on the
-    CPU, None while something learns. stops: component → steps after which its LoRA is left as it
-    is; tokens_stop: the same for new words; None: never.
+    learn, as Accelerate wrapped them. captions: those of the run, None if there are too many to
+    read them all beforehand. table: their embeddings on the CPU, None while something learns, or
+    where they are read each step. stops: component → steps after which its LoRA is left as it is;
+    tokens_stop: the same for new words; None: never.
     """
 
     reader: Reader
@@ -44,15 +47,11 @@ class Texts:
     stops: dict[str, int | None] = field(default_factory=dict)
     tokens_stop: int | None = None
     trained: dict[str, nn.Module] = field(default_factory=dict)
-    captions: list[Caption] = field(default_factory=list)
-    table: dict[Caption, Embedding] | None = None
+    captions: list[Caption] | None = field(default_factory=list)
+    table: Embeddings | None = None
 
-    def settle(
-        self, config: TrainConfig, prepared: Mapping[str, nn.Module], captions: list[Caption]
-    ) -> None:
-        """Takes what Accelerate made of the encoders that learn, when they stop, and the captions
-        that they read."""
-        self.captions = captions
+    def settle(self, config: TrainConfig, prepared: Mapping[str, nn.Module]) -> None:
+        """Takes what Accelerate made of the encoders that learn, and when they stop."""
         self.trained = {c: m for c, m in prepared.items() if c in self.encoders}
         for component, encoder in self.encoders.items():
             if component in prepared and adapted_layers(encoder):
@@ -61,21 +60,73 @@ class Texts:
                 self.stops[component] = stop
         self.tokens_stop = config.embedding_stop_step
 
-    def fill(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Reads each distinct caption once, and keeps it in the dtype that the UNet is told it in;
-        the text encoders leave the device afterwards."""
-        for encoder in self.encoders.values():
-            encoder.to(device).eval()
-        self.table = dict(in_batches(self.reader, self.encoders, self.captions, dtype))
+    @property
+    def will_be_still(self) -> bool:
+        """Whether captions are read once, from the start or from some step on."""
+        return all(stop is not None for c in self.trained for stop in self._stops_of(c))
+
+    def fill(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        table: Embeddings | None = None,
+        missing: Sequence[Caption] | None = None,
+        progress: Callable[[Sequence[Caption]], Iterable[Caption]] = iter,
+    ) -> None:
+        """Reads captions once, and keeps them in the dtype that the UNet is told them in; the text
+        encoders leave the device afterwards. Nothing is done where there are too many captions.
+
+        Args:
+            device, dtype: where they are read, and what they become.
+            table: where they are kept; in memory when None.
+            missing: those that are to be read; all when None.
+            progress: shows how many are read.
+        """
+        if self.captions is None:
+            return
+        table = table or Embeddings("", None)
+        missing = self.captions if missing is None else missing
+        if missing:
+            self._bring(device)
+        read = in_batches(self.reader, self.encoders, missing, dtype, at_once(device))
+        for _ in progress(missing):
+            table.put(*next(read))
         for encoder in self.encoders.values():
             encoder.to("cpu")
+        self.table = table
 
-    def embeddings(self, captions: list[Caption], step: int) -> list[Embedding]:
-        """Returns the captions' embeddings in the step after `step` of them are done."""
-        if self.table is not None:
-            return [self.table[caption] for caption in captions]
-        encoders = {c: self._at(c, step) for c in self.encoders}
-        return self.reader.encode(encoders, captions)
+    def bytes_of(self, dtype: torch.dtype) -> int:
+        """Returns what the embeddings of all captions take at most."""
+        configs: list[Any] = [encoder.config for encoder in self.encoders.values()]
+        one = text_bytes([c.to_dict() for c in configs], self.reader.max_pieces * PIECE, dtype)
+        return one * len(self.captions or ())
+
+    def let_go(self) -> None:
+        """Forgets the text encoders where nothing more is read: of SDXL's, 3 GiB."""
+        if self.table is not None and not self.table.may_lose:
+            self.encoders.clear()
+
+    def _bring(self, device: torch.device) -> None:
+        for encoder in self.encoders.values():
+            encoder.to(device).eval()
+
+    def embeddings(
+        self, captions: list[Caption], step: int, device: torch.device, dtype: torch.dtype
+    ) -> list[Embedding]:
+        """Returns the captions' embeddings in the step after `step` of them are done.
+
+        Those that cannot change are read in `dtype`, on the `device`, where they are not known.
+        """
+        if self.trained and not self.are_still(step):
+            encoders = {c: self._at(c, step) for c in self.encoders}
+            return self.reader.encode(encoders, captions)
+        known = {c: self.table.get(c) if self.table else None for c in dict.fromkeys(captions)}
+        missing = [caption for caption, embedding in known.items() if embedding is None]
+        if missing:  # never kept, or removed from the cache by another run
+            self._bring(device)
+            read = in_batches(self.reader, self.encoders, missing, dtype, at_once(device))
+            known |= dict(read)
+        return [e for caption in captions if (e := known[caption]) is not None]
 
     def _at(self, component: str, step: int) -> nn.Module:
         if component in self.trained and not self.is_still(component, step):
@@ -88,8 +139,10 @@ class Texts:
 
     def is_still(self, component: str, step: int) -> bool:
         """Whether nothing of a text encoder learns any more after so many steps."""
-        stops = [stop for learner, stop in self._learners() if learner == component]
-        return all(stop is not None and step >= stop for stop in stops)
+        return all(stop is not None and step >= stop for stop in self._stops_of(component))
+
+    def _stops_of(self, component: str) -> list[int | None]:
+        return [stop for learner, stop in self._learners() if learner == component]
 
     def _learners(self) -> list[tuple[str, int | None]]:
         learners = list(self.stops.items())
@@ -113,6 +166,25 @@ class Texts:
         return parameters
 
 
+def text_bytes(
+    configs: Iterable[Mapping[str, Any]], max_token_length: int, dtype: torch.dtype
+) -> int:
+    """Returns what a caption's embedding takes at most, of text encoders' configurations."""
+    width = sum(config["hidden_size"] for config in configs)
+    return (PIECE + 2) * max_token_length // PIECE * width * torch.finfo(dtype).bits // 8
+
+
+def at_once(device: torch.device) -> int:
+    """Returns how many captions are read at once: one on a CPU, where more are hardly faster, so
+    that an embedding is the same bits in any company and caching cannot change a run."""
+    return 1 if device.type == "cpu" else 32
+
+
+MOST = 20_000
+"""Distinct captions that are read before a run; where shuffling makes more, they are read in each
+step, which costs 2 % of it (SD1.5 at 256², one core)."""
+
+
 def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Reader:
     """Returns how a run reads captions, with its new words.
 
@@ -130,6 +202,24 @@ def reader_of(config: TrainConfig, parts: Parts, tokens: NewTokens | None) -> Re
     return reader
 
 
+def reader_before(config: TrainConfig, base: Base) -> Reader:
+    """Returns how a run will read captions, before any weights are read: for counting tokens, where
+    each vector of a new word is one."""
+
+    def expand(text: str) -> str:
+        for concept in concepts_of(config):
+            text = text.replace(concept.word, " x" * concept.num_vectors + " ")
+        return text
+
+    return base.reader(
+        config.tokenizer_name,
+        clip_skip=config.clip_skip,
+        max_pieces=config.max_token_length // PIECE,
+        weighted=config.weighted_prompts,
+        expand=expand,
+    )
+
+
 def concepts_of(config: TrainConfig) -> list[Concept]:
     """Returns the new words of a configuration."""
     words = config.token_abstraction.split(",") if config.token_abstraction else []
@@ -139,9 +229,7 @@ def concepts_of(config: TrainConfig) -> list[Concept]:
     ]
 
 
-def add_new_words(
-    config: TrainConfig, parts: Parts, sources: Mapping[str, Source], seed: int
-) -> NewTokens | None:
+def add_new_words(config: TrainConfig, parts: Parts, instances: Set, seed: int) -> NewTokens | None:
     """Adds the new words to a model's tokenizers and text encoders; None if there are none.
 
     Raises:
@@ -150,7 +238,8 @@ def add_new_words(
     concepts = concepts_of(config)
     if not concepts:
         return None
-    captions = [c for sample in sources["instance"].samples for c in sample.captions]
+    rules = [(s.captions, s.source.rules) for s in instances.samples]
+    captions = [form for written, rule in rules for form in longest_form(written, rule)]
     for concept in concepts:
         if not any(concept.word in caption for caption in captions):
             raise UsageError(
@@ -162,9 +251,15 @@ def add_new_words(
     return tokens
 
 
-def used_captions(config: TrainConfig, sources: Mapping[str, Source]) -> list[Caption]:
-    """Returns the captions of a run, with the absent one if some are dropped."""
-    captions: list[Caption] = [
-        caption for source in sources.values() for s in source.samples for caption in s.captions
-    ]
-    return [*captions, None] if config.caption_dropout else captions
+def used_captions(stream: Stream) -> list[Caption] | None:
+    """Returns the captions of a run, with the absent one if some are dropped; None if shuffling
+    and the like make more than are worth to be read before it."""
+    samples = [sample for pictures in stream.sets.values() for sample in pictures.samples]
+    if any(sample.source.rules.varies for sample in samples):
+        return stream.captions(MOST)
+    used: dict[Caption, None] = {}
+    for sample in samples:
+        used |= dict.fromkeys(longest_form(sample.captions, sample.source.rules))
+        if sample.source.rules.caption_dropout:
+            used[None] = None
+    return list(used)

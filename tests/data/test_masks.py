@@ -10,11 +10,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.data.cache import Latents, Scaling
-from sd_lora.data.images import Framing
+from sd_lora.data.buckets import Frame, Framing
+from sd_lora.data.encode import Latents, Scaling
+from sd_lora.data.facts import content_digest
+from sd_lora.data.latents import LatentTable, Look, Seen
 from sd_lora.data.masks import WHOLE, draw_mask
-from sd_lora.data.sources import Sample
-from sd_lora.data.stream import Slot
+from sd_lora.data.samples import Sample
+from sd_lora.data.spec import SourceSpec
+from sd_lora.data.stream import Set, Slot
 from sd_lora.errors import RunError
 from sd_lora.seeds import generator_for, seed_for
 from tests.tiny import build_pipeline
@@ -22,20 +25,23 @@ from tests.tiny import build_pipeline
 MANY = [(0, "instance", "position", i) for i in range(2000)]
 
 
+SQUARE = Frame((64, 64), (64, 64), (0, 0), (64, 64))
+
+
 def slot(i: int, index: int = 0) -> Slot:
-    return Slot((0, "instance", "position", i), "instance", index, "", False, 0.0)
+    return Slot((0, "instance", "position", i), "instance", index, "", False, SQUARE, 1.0)
 
 
-def latents_of(vae: AutoencoderKL, **options: bool) -> Latents:
-    return Latents(vae, Framing(64), torch.device("cpu"), **options)
+def latents_of(vae: AutoencoderKL, mode: str = "memory") -> Latents:
+    return Latents(vae, torch.device("cpu"), LatentTable(Look(), "a VAE", mode, fresh=True))
 
 
 def test_masks_are_functions_of_their_address() -> None:
     """A mask is zeros and ones, the same for the same address whatever was drawn before or from a
     global generator, and another for another address."""
-    first = draw_mask(64, MANY[5])
+    first = draw_mask((64, 64), MANY[5])
     torch.manual_seed(1)
-    masks = [draw_mask(64, address) for address in MANY[:40]]
+    masks = [draw_mask((64, 64), address) for address in MANY[:40]]
     assert torch.equal(masks[5], first)
     assert all(mask.shape == (1, 64, 64) for mask in masks)
     assert all(set(mask.unique().tolist()) <= {0.0, 1.0} for mask in masks)
@@ -48,7 +54,7 @@ def test_masks_cover_what_they_should() -> None:
     rectangles, ellipses and strokes, a third of them each. A rectangle covers every place of its
     own bounding box, an ellipse π/4 of it; places are as often covered left as right, above as
     below, and in the middle most."""
-    masks = torch.cat([draw_mask(64, address) for address in MANY])
+    masks = torch.cat([draw_mask((64, 64), address) for address in MANY])
     whole = masks.flatten(1).all(1)
     assert abs(float(whole.float().mean()) - WHOLE) < 3 * (0.25 * 0.75 / 2000) ** 0.5
     part = masks[~whole].mean((1, 2))
@@ -76,7 +82,7 @@ def box_share(mask: Tensor) -> float:
 def test_masks_are_the_same_at_every_side(side: int) -> None:
     """Masks scale with the picture: at another resolution they cover the same share of it."""
     for address in MANY[:20]:
-        small, large = (float(draw_mask(s, address).mean()) for s in (side, 256))
+        small, large = (float(draw_mask((s, s), address).mean()) for s in (side, 256))
         assert abs(small - large) < 0.08
 
 
@@ -91,16 +97,17 @@ def test_what_is_seen_is_the_pipelines(kind: str) -> None:
     pipeline.vae = AutoencoderKL.from_config(pipeline.vae.config, norm_num_groups=2).eval()
     slots = [slot(i) for i in range(4)]
     pixels = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    masks = torch.stack([draw_mask(64, s.address) for s in slots])
+    masks = torch.stack([draw_mask((64, 64), s.address) for s in slots])
     assert len({bool(mask.all()) for mask in masks}) == 2
     generators = [generator_for(*s.address, "masked latent") for s in slots]
     with torch.no_grad():
         want = pipeline.prepare_mask_latents(
             masks, pixels * (masks < 0.5), 4, 64, 64, torch.float32, "cpu", generators, False
         )
-    ours = latents_of(pipeline.vae, fresh=True).masked(slots, list(pixels))
+    seen = [Seen("a picture", pixels=p) for p in pixels]
+    ours = latents_of(pipeline.vae).masked(slots, seen)
     torch.testing.assert_close(ours, torch.cat(want[:2], 1), rtol=0, atol=1e-5)
-    alone = latents_of(pipeline.vae, fresh=True).masked(slots[2:3], [pixels[2]])
+    alone = latents_of(pipeline.vae).masked(slots[2:3], seen[2:3])
     torch.testing.assert_close(ours[2:3], alone, rtol=0, atol=1e-5)
 
 
@@ -129,28 +136,30 @@ def overflowing() -> AutoencoderKL:
     return vae
 
 
-@pytest.mark.parametrize("fresh", [False, True])
-def test_an_overflow_in_float16_is_named_with_its_remedy(fresh: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_overflow_in_float16_is_named_with_its_remedy(cached: bool, tmp_path: Path) -> None:
     """Latents that are not finite end the run before they are trained on, by the picture's name and
     with what to do; in float32 the same VAE is fine. Cached, and encoded as training goes."""
     path = tmp_path / "lake.png"
     Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(path)
-    sample = Sample(str(path), path.read_bytes, ("",))
-    pixels = Framing(64).pixels(sample.picture(), 0.0, False) if fresh else None
+    digest = content_digest(path.read_bytes())
+    sample = Sample(str(path), path.read_bytes, ("",), SourceSpec(), digest, (64, 64))
+    pictures = Set([sample], [(64, 64)], Framing(64), "instance", 0)
 
     def x0(vae: AutoencoderKL) -> Tensor:
-        latents = latents_of(vae, fresh=fresh)
-        latents.fill("instance", [sample], iter)
-        return latents.latents([slot(0)], [pixels])
+        latents = latents_of(vae, "memory" if cached else "no")
+        latents.fill(latents.jobs(pictures), [], iter)
+        seen = latents.table.seen(sample, SQUARE, False, random=False)
+        assert (seen.key in latents.table) == cached
+        return latents.latents([slot(0)], [seen]).x0
 
     assert torch.isfinite(x0(overflowing())).all()
     assert torch.isfinite(x0(build_pipeline("sdxl").vae.half())).all()
     message = r"infinite latents for .*lake.png in float16: it overflows.* leave --vae_precision at"
     with pytest.raises(RunError, match=message):
         x0(overflowing().half())
-    if fresh:  # what a mask leaves is encoded by itself
-        latents = latents_of(build_pipeline("sdxl").vae.half(), fresh=True)
-        latents.fill("instance", [sample], iter)
-        latents.vae = overflowing().half()
-        with pytest.raises(RunError, match=message):
-            latents.masked([slot(0)], [pixels])
+    # what a mask leaves is encoded by itself
+    latents = latents_of(overflowing().half())
+    seen = latents.table.read(sample, SQUARE, False)
+    with pytest.raises(RunError, match=message):
+        latents.masked([slot(0)], [seen])

@@ -62,12 +62,13 @@ def test_min_snr_weights_at_zero_snr() -> None:
 
 
 def test_prior_preservation_is_the_two_chunk_formula() -> None:
-    """Σ w·l / #instances equals mean(instance) + λ·mean(class), as the DreamBooth script has it."""
+    """Σ w·l · 1 / #instances equals mean(instance) + λ·mean(class), as the DreamBooth script has
+    it."""
     g = torch.Generator().manual_seed(0)
     losses = torch.rand(8, generator=g)
     weights = torch.tensor([1.0] * 4 + [0.3] * 4)
     want = losses[:4].mean() + 0.3 * losses[4:].mean()
-    torch.testing.assert_close(weighted_loss(losses, weights, 4), want)
+    torch.testing.assert_close(weighted_loss(losses, weights, 1 / 4), want)
 
 
 def test_draws_are_functions_of_their_address() -> None:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
-from sd_lora.data.images import Framing
+from sd_lora.data.buckets import Framing, pixels_of
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.models.prompts import Geometry, collate, in_batches, time_ids
 from sd_lora.seeds import seed_for, uniform
@@ -287,22 +287,24 @@ def test_long_captions_without_weights_read_as_without_compel(
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_crop_coordinates_are_those_of_what_is_seen(center_crop: bool) -> None:
     """For random sizes, places and flips, a picture's pixels are exactly the cut at
-    `Framing.corner` of the resized picture, mirrored first if it is flipped: what the time ids say
-    is what is seen."""
-    framing, rng = Framing(32, center_crop, True), np.random.default_rng(0)
+    `Frame.seen_from` of the resized picture, mirrored first if it is flipped: what the time ids
+    say is what is seen."""
+    framing, rng = Framing(32, random_crop=not center_crop), np.random.default_rng(0)
     moved = 0
     for i in range(200):
         size = tuple(20 + seed_for("size", i, axis) % 70 for axis in range(2))
-        u, flip = uniform("u", i), i % 2 == 1
+        u, flip = (uniform("u", i), uniform("v", i)), i % 2 == 1
+        frame = framing.frame(size, (32, 32), None if center_crop else u)
         picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-        left, top = framing.corner(size, u, flip)
-        whole = picture.resize(framing.resized(size), Image.Resampling.LANCZOS)
+        left, top = frame.seen_from(flip)
+        whole = picture.resize(frame.resized, Image.Resampling.LANCZOS)
         whole = ImageOps.mirror(whole) if flip else whole
         assert 0 <= left <= whole.width - 32
         assert 0 <= top <= whole.height - 32
         cut = torch.from_numpy(np.array(whole.crop((left, top, left + 32, top + 32))))
-        assert torch.equal(framing.pixels(picture, u, flip), cut.permute(2, 0, 1) / 127.5 - 1)
-        moved += framing.corner(size, u) != (left, top)
+        seen = pixels_of(frame.cut(picture, "lanczos"), flip)
+        assert torch.equal(seen, cut.permute(2, 0, 1) / 127.5 - 1)
+        moved += frame.corner != (left, top)
     assert moved > 20
 
 

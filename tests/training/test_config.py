@@ -23,7 +23,7 @@ THEIRS: dict[str, tuple[object, ...]] = {
     "pretrained_model_name_or_path": (None,) * 4, "revision": (None,) * 4, "variant": (None,) * 4,
     "seed": (None,) * 4, "max_train_steps": (None,) * 4, "checkpoints_total_limit": (None,) * 4,
     "resume_from_checkpoint": (None,) * 4, "validation_prompt": (None,) * 4,
-    "mixed_precision": (None,) * 4, "center_crop": (False,) * 4,
+    "mixed_precision": (None,) * 4, "center_crop": (None,) * 4,
     "gradient_checkpointing": (False,) * 4, "scale_lr": (False,) * 4, "use_8bit_adam": (False,) * 4,
     "allow_tf32": (False,) * 4, "num_validation_images": (4,) * 4,
     "validation_epochs": (1, 1, 50, 50),
@@ -170,7 +170,10 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--learning_rate", "0"], "learning_rate must be above 0"),
         (["--mixed_precision", "fp8"], "invalid choice: 'fp8'"),
         (["--lr_scheduler", "cosin"], "invalid choice: 'cosin'"),
-        (["--dataset_name", "x"], "give one of train_data_dir and dataset_name, not both"),
+        (
+            ["--dataset_name", "x"],
+            "sources and dataset_config, not both train_data_dir and dataset_name",
+        ),
         (["--class_pr", "x"], "class_prompt means something in dreambooth runs only"),
         (["--text_encoder_lr", "1e-5"], "text_encoder_lr needs train_text_encoder"),
         (["--lora_dropout", "1.0"], "lora_dropout must be at least 0 and below 1"),
@@ -195,7 +198,7 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--family", "sd3"], "invalid choice: 'sd3'"),
         (["--vae", "x"], "unknown flag --vae: here it is --pretrained_vae_model_name_or_path"),
         (["--network_dim", "8"], "unknown flag --network_dim: here it is --rank"),
-        (["--dataset_config_name", "x"], "dataset_config_name has no effect with train_data_dir"),
+        (["--dataset_config_name", "x"], "dataset_config_name has no effect without dataset_name"),
         (["--validation_prompt", "x", "--num_validation_images", "0"], "has no effect with num_v"),
         (["--lr_power", "2"], "lr_power has no effect without lr_scheduler polynomial"),
         (["--method", "full", "--train_text_encoder", "--text_encoder_rank", "4"], "than full"),
@@ -221,6 +224,40 @@ def test_contradictions_of_dreambooth(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
         parse([*DB, *words], C)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--trigger_word", "sks"], "trigger_word has no effect with dataset_config"),
+        (["--repeats", "2"], "repeats has no effect with dataset_config"),
+        (["--random_flip"], "random_flip has no effect with dataset_config"),
+        (["--train_data_dir", "d"], "not both train_data_dir and dataset_config"),
+        (["--streaming"], "streaming has no effect without dataset_name"),
+        (["--no-aspect_ratio_buckets", "--bucket_step", "8"], "bucket_step has no effect without"),
+        (["--caption_separator", ""], "caption_separator must not be empty"),
+        (["--bucket_min_side", "9", "--bucket_max_side", "8"], "must not be above bucket_max_side"),
+        (["--prior_loss_weight", "-1"], "prior_loss_weight must be at least 0"),
+    ],
+)
+def test_mistakes_about_the_data(words: list[str], message: str, root: Path) -> None:
+    """Settings of the data that would mean nothing, or cannot be meant, are refused by name."""
+    path = root / "sample_data" / "configs" / "dataset_kohya.toml"
+    with pytest.raises(UsageError) as error:
+        parse([*T2I[:2], "--dataset_config", str(path), *words])
+    assert message in str(error.value)
+
+
+def test_flags_win_over_a_dataset_config(root: Path) -> None:
+    """What kohya's file says of the run holds unless a flag says otherwise; without buckets what it
+    says of them means nothing."""
+    path = root / "sample_data" / "configs" / "dataset_kohya.toml"
+    words = [*T2I[:2], "--dataset_config", str(path)]
+    config = parse(words)
+    assert config.aspect_ratio_buckets
+    assert parse([*words, "--train_batch_size", "7"]).train_batch_size == 7
+    squares = parse([*words, "--no-aspect_ratio_buckets"])
+    assert (squares.aspect_ratio_buckets, squares.bucket_step) == (False, None)
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -283,13 +320,19 @@ def test_every_field_has_help_and_a_section() -> None:
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]
     text = build_parser().format_help()
-    assert all(f"--{name}" in text for name in FIELDS)
+    in_files_alone = {"sources"}
+    assert all(f"--{name}" in text for name in FIELDS.keys() - in_files_alone)
+    assert "--sources" not in text
     assert "--instance_prompt" not in build_parser("text_to_image").format_help()
 
 
-@pytest.mark.parametrize("name", ["dreambooth", "text_to_image"])
-def test_shipped_configurations_parse(name: str, root: Path) -> None:
-    """Every TOML in sample_data is a valid configuration of its mode."""
-    path = root / "sample_data" / "configs" / f"{name}.toml"
-    assert TrainConfig(**read_toml(str(path))).mode == name
-    assert {p.stem for p in path.parent.iterdir()} == {"dreambooth", "text_to_image"}
+def test_shipped_configurations_parse(root: Path) -> None:
+    """Every TOML in sample_data is a valid configuration, or kohya's of the data."""
+    folder = root / "sample_data" / "configs"
+    own = {p.stem: p for p in folder.iterdir() if p.stem != "dataset_kohya"}
+    modes = {name: TrainConfig(**read_toml(str(path))).mode for name, path in own.items()}
+    assert modes == {
+        "dreambooth": "dreambooth", "text_to_image": "text_to_image", "sources": "text_to_image",
+    }  # fmt: skip
+    config = parse([*T2I[:2], "--dataset_config", str(folder / "dataset_kohya.toml")])
+    assert config.dataset_config

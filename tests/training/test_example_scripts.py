@@ -6,6 +6,7 @@ examples/dreambooth/train_dreambooth_lora.py, D: its SDXL twin; numbers are line
 wrong, the test says how, and what is right.
 """
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -96,13 +97,13 @@ class Fed:
     @classmethod
     @torch.no_grad()
     def of(cls, run: Run) -> "Fed":
-        slots, r = run.stream.slots(0), run.config.side
+        slots, r = run.stream.batch(0).slots, run.config.side
         pipeline = loaded(str(run.config.pretrained_model_name_or_path))
         pixels, sizes, corners = [], [], []
         for slot in slots:  # B 948-964, D 821-840
-            picture = run.sources[slot.kind].samples[slot.index].picture()
+            picture = run.stream.sets[slot.kind].samples[slot.index].picture()
             sizes.append((picture.height, picture.width))
-            x, y = run.latents.framing.corner(picture.size, slot.crop, slot.flip)
+            x, y = slot.frame.seen_from(slot.flip)
             corners.append((y, x))
             size = [r * n // min(picture.size) for n in picture.size]
             picture = picture.resize(size, Image.Resampling.LANCZOS)
@@ -165,10 +166,10 @@ class Fed:
 
 
 def ours(config: TrainConfig) -> tuple[Tensor, Fed]:
-    """The loss of our first step, and what it was fed."""
-    run = prepare(config)
+    """The loss of our first step in the scripts' squares, and what it was fed."""
+    run = prepare(dataclasses.replace(config, aspect_ratio_buckets=False))
     with torch.no_grad():
-        loss = loop.batch_loss(run, *run.stream.batch(0), 0)
+        loss = loop.batch_loss(run, run.stream.batch(0), 0)
     return loss, Fed.of(run)
 
 
@@ -309,7 +310,7 @@ def test_sizes_of_class_pictures_are_wrong_in_d(
 ) -> None:
     """D tells the UNet that class pictures have the sizes and crops of the instances beside them
     (911-912): its loss is ours but for that; with their own it is ours."""
-    config = prior(model("sdxl"), data, class_data, tmp_path, train_batch_size=1)
+    config = prior(model("sdxl"), data, class_data, tmp_path, train_batch_size=1, seed=1)
     loss, fed = ours(config)
     torch.testing.assert_close(loss, chunks(fed.errors()), **SAME)
     assert fed.sizes == [(64, 96), (192, 128)]
@@ -326,7 +327,7 @@ def test_prompts_of_a_batch_are_mixed_up_in_d(
     """With prior preservation and more than one picture a batch D repeats (instance, class), while
     the pictures are instances first: every second one is shown with the other's prompt. With each
     picture's own prompt its loss is ours."""
-    loss, fed = ours(prior(model("sdxl"), data, class_data, tmp_path))
+    loss, fed = ours(prior(model("sdxl"), data, class_data, tmp_path, seed=8))
     torch.testing.assert_close(loss, chunks(fed.errors()), **SAME)
     i, c = "a photo of sks thing", "a photo of some other thing"
     assert fed.prompts == [i, i, c, c]

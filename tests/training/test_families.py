@@ -1,5 +1,6 @@
 """Every family trains: UNet and text encoders, attention and convolutions, files that load."""
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Callable
@@ -172,17 +173,18 @@ def test_inpainting_sees_masks_and_what_they_leave(
     """The UNet's further channels are a mask of zeros and ones that changes from sample to sample,
     and latents that differ from the picture's where it is masked; nothing is cached."""
     run = prepare(text_to_image(tiny("sd1-inpainting"), data, tmp_path))
-    slots, pixels = run.stream.batch(0)
-    x0 = run.latents.latents(slots, pixels)
-    whole = run.unet_input(x0, slots, pixels)
+    batch = run.stream.batch(0)
+    x0 = run.latents.latents(batch.slots, batch.seen).x0
+    whole = run.unet_input(x0, batch)
     assert whole.shape == (4, 9, 8, 8)
     assert torch.equal(whole[:, :4], x0)
     assert set(whole[:, 4].unique().tolist()) <= {0.0, 1.0}
     masks = {
-        tuple(run.unet_input(x0, *run.stream.batch(i))[0, 4].flatten().tolist()) for i in range(9)
+        tuple(run.unet_input(x0, run.stream.batch(i))[0, 4].flatten().tolist())
+        for i in range(0, 18, 2)
     }
     assert len(masks) > 3
-    assert all(run.latents.read_each_time[kind] == set(range(6)) for kind in ("instance",))
+    assert all(seen.pixels is not None and seen.moments is not None for seen in batch.seen)
 
 
 def test_timesteps_are_those_that_the_user_and_the_family_have(
@@ -197,7 +199,7 @@ def test_timesteps_are_those_that_the_user_and_the_family_have(
     told = []
     run.prepared["unet"].register_forward_pre_hook(lambda m, args: told.extend(args[1].tolist()))
     for i in range(30):
-        loop.batch_loss(run, *run.stream.batch(i), 0)
+        loop.batch_loss(run, run.stream.batch(i), 0)
     assert min(told) >= 300
     assert max(told) < 400
     with pytest.raises(sd_lora.UsageError, match="the model has 1000"):
@@ -297,11 +299,11 @@ def test_encoders_that_have_stopped_are_read_no_more(
         encoder.register_forward_hook(lambda *_: calls.append(1))
     for step in range(6):
         before = len(calls)
-        loop.batch_loss(run, *run.stream.batch(step), step)
+        loop.batch_loss(run, run.stream.batch(step), step)
         assert (len(calls) > before) == (step <= 2), step
     want = run.texts.reader.encode(run.texts.encoders, ["a photo of thing 3", None])
     for caption, embedding in zip(["a photo of thing 3", None], want, strict=True):
-        assert torch.equal(run.texts.table[caption].hidden, embedding.hidden)
+        assert torch.equal(run.texts.table.get(caption).hidden, embedding.hidden)
 
 
 def test_square_pictures_are_encoded_once_for_inpainting(tiny: Folder, tmp_path: Path) -> None:
@@ -309,15 +311,15 @@ def test_square_pictures_are_encoded_once_for_inpainting(tiny: Folder, tmp_path:
     whole picture's latents are those of a fresh encoding."""
     square = pictures(tmp_path / "square", size=(64, 64))
     run = prepare(text_to_image(tiny("sd1-inpainting"), square, tmp_path / "out"))
-    slots, pixels = run.stream.batch(0)
-    assert all(p is not None for p in pixels)
-    calls, encode = [], run.latents._encode
-    run.latents._encode = lambda x: calls.append(1) or encode(x)
-    x0 = run.latents.latents(slots, pixels)
-    run.unet_input(x0, slots, pixels)
+    batch = run.stream.batch(0)
+    assert all(seen.pixels is not None for seen in batch.seen)
+    calls, encode = [], run.latents.encode
+    run.latents.encode = lambda *args: calls.append(1) or encode(*args)
+    x0 = run.latents.latents(batch.slots, batch.seen).x0
+    run.unet_input(x0, batch)
     assert len(calls) == 1
-    run.latents._table.clear()
-    torch.testing.assert_close(run.latents.latents(slots, pixels), x0, rtol=1e-4, atol=1e-4)
+    again = [dataclasses.replace(seen, moments=None) for seen in batch.seen]
+    assert torch.equal(run.latents.latents(batch.slots, again).x0, x0)
 
 
 def test_the_vae_is_not_run_under_autocast(tiny: Folder) -> None:

@@ -1,0 +1,61 @@
+"""The pictures that a run draws as it goes: before, in between and after."""
+
+import itertools
+
+import numpy as np
+from PIL import Image
+
+from sd_lora.data.captions import longest_form
+from sd_lora.training.sampling import draws, grid, sample, write_picture
+from sd_lora.training.setup import Run
+
+
+def sample_prompts(run: Run) -> list[str]:
+    """Returns the prompts of the sample pictures: one each."""
+    config, count = run.config, run.config.num_validation_images
+    if config.validation_prompt:
+        return [config.validation_prompt] * count
+    if config.mode == "dreambooth" and config.instance_prompt:
+        return [config.instance_prompt] * count
+    samples = run.data.instances.samples
+    written = (longest_form(s.captions, s.source.rules)[0] for s in samples)
+    distinct = list(itertools.islice(dict.fromkeys(written), count))
+    return [distinct[i % len(distinct)] for i in range(count)]
+
+
+def sample_row(run: Run) -> list[Image.Image]:
+    """Returns the run's sample pictures as the model draws them now, with seeds 0, 1, 2, …"""
+    prompts = sample_prompts(run)
+    if not prompts or not run.main or not draws(run.parts.family):
+        return []
+    pictures = sample(
+        run.parts,
+        run.texts.reader,
+        prompts,
+        range(len(prompts)),
+        resolution=run.config.side,
+        device=run.accelerator.device,
+        steps=run.config.validation_steps,
+        guidance_scale=run.config.validation_guidance_scale,
+        batch_size=min(4, run.config.train_batch_size),  # what training has room for
+    )
+    return list(pictures)
+
+
+def validate(run: Run, step: int) -> None:
+    """Draws the sample pictures after an epoch that asks for them."""
+    every = run.config.validation_epochs * run.plan.epochs.num_steps
+    due = int(step / every) > int((step - 1) / every)
+    if not run.config.validation_prompt or not due or step == run.plan.num_steps:
+        return
+    pictures = sample_row(run)
+    if pictures:
+        sheet = grid([pictures], [f"step {step}"], sample_prompts(run))
+        path = run.output_dir / "samples" / f"step-{step:06}.png"
+        write_picture(path, sheet)
+        images = np.stack([np.asarray(p) for p in pictures])  # (N, H, W, 3)
+        layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+        for tracker in run.accelerator.trackers:
+            if tracker.name in layout:
+                tracker.log_images({"validation": images}, step=step, **layout[tracker.name])
+    run.accelerator.wait_for_everyone()
