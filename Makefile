@@ -22,7 +22,7 @@ demo: $(VENV)/.ready
 	$(BIN)/sd-lora demo --output_dir demo_output
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal --durations=12
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .
