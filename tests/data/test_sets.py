@@ -209,7 +209,8 @@ def test_pictures_in_archives(pictures: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_stream_does_not_fill_memory(tmp_path: Path) -> None:
-    """A stream of 200 MB takes no more than a few of its 4 MB row groups."""
+    """A stream of 200 MB takes less than half of that, whatever else the process does: what pyarrow
+    keeps of a file unless it is told otherwise is all of it."""
 
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
@@ -227,4 +228,4 @@ def test_a_stream_does_not_fill_memory(tmp_path: Path) -> None:
         if number % 100 == 99:
             most = max(most, resident())
     assert number == 4999
-    assert most - before < 60e6
+    assert most - before < 100e6

@@ -31,17 +31,21 @@ FEATURES = (
 
 
 def parquet(path: Path, rows: int) -> None:
-    """Writes rows of noise, a picture of 32×32 pixels and a caption each, no two of them alike."""
+    """Writes rows of a picture of noise, 32×32 pixels, and a caption, no two of the same bytes."""
     picture = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     schema = pa.schema([("image", picture), ("text", pa.string())], {b"huggingface": FEATURES})
     rng = np.random.default_rng(0)
+    buffers = [io.BytesIO() for _ in range(1000)]
+    for buffer in buffers:
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
     with pq.ParquetWriter(path, schema) as writer:
         for start in range(0, rows, 1000):
-            images = []
-            for pixels in rng.integers(0, 256, (1000, 32, 32, 3), dtype=np.uint8):
-                buffer = io.BytesIO()
-                Image.fromarray(pixels).save(buffer, "PNG", compress_level=0)
-                images.append({"bytes": buffer.getvalue(), "path": None})
+            # what follows a PNG's end is no part of the picture, and makes its bytes others
+            images = [
+                {"bytes": buffer.getvalue() + str(start).encode(), "path": None}
+                for buffer in buffers
+            ]
             texts = [f"picture {start + i}" for i in range(1000)]
             writer.write_table(pa.table({"image": images, "text": texts}, schema=schema))
 
