@@ -222,8 +222,8 @@ def test_a_kill_loses_one_batch_at_most(tiny_sd1: Path, root: Path, tmp_path: Pa
 def test_runs_that_share_a_cache_do_not_harm_each_other(
     tiny_sd1: Path, mixed: Path, root: Path, tmp_path: Path
 ) -> None:
-    """Two runs that fill one cache at the same time, and one that empties it as they go, since its
-    limit is a few bytes, all train what a run by itself does, to the last bit."""
+    """Two runs that fill one cache at the same time, one of which empties it as they go, since its
+    limit is a few bytes, both train what a run by itself does, to the last bit."""
     sd_lora.train(
         run_of(tiny_sd1, mixed, tmp_path / "alone", max_train_steps=6, cache_latents="no")
     )
@@ -233,7 +233,7 @@ def test_runs_that_share_a_cache_do_not_harm_each_other(
         f"--seed 0 --num_validation_images 0 --report_to none --data_cache_dir {tmp_path}/shared"
     ).split()
     processes = []
-    for name, more in (("a", []), ("b", []), ("tight", ["--data_cache_limit", "1e-9"])):
+    for name, more in (("a", []), ("tight", ["--data_cache_limit", "1e-9"])):
         code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
         command = [sys.executable, "-c", code, "train", *flags, *more]
         command += ["--output_dir", str(tmp_path / name)]
@@ -245,7 +245,7 @@ def test_runs_that_share_a_cache_do_not_harm_each_other(
     for process in processes:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said[-2000:]
-    for name in ("a", "b", "tight"):
+    for name in ("a", "tight"):
         assert_same_bits(tmp_path / "alone", tmp_path / name)
 
 
