@@ -81,8 +81,8 @@ class Latents:
     def at_once(self, size: Size) -> int:
         """Returns how many pictures of a size are encoded at once.
 
-        One on a CPU: more are no faster there, and a picture's latent is then the same bits in any
-        company, so that caching cannot change a run.
+        One on a CPU: a picture's latent is then the same bits in any company, so that caching
+        cannot change a run.
         """
         if self.device.type == "cpu":
             return 1

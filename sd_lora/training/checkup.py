@@ -27,7 +27,7 @@ from sd_lora.data.sources import open_source
 from sd_lora.data.spec import Kind
 from sd_lora.data.stream import Set
 from sd_lora.formats.tensors import mib
-from sd_lora.models.load import Base, find_base
+from sd_lora.models.load import Base
 from sd_lora.models.prompts import Reader
 from sd_lora.training import report
 from sd_lora.training.adapt import inject_all
@@ -35,6 +35,7 @@ from sd_lora.training.caches import latent_bytes, open_store
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import (
     DTYPES,
+    base_of,
     check_class_pictures,
     class_spec,
     find_sources,
@@ -98,14 +99,7 @@ def check(config: TrainConfig, num_processes: int = 1, page: bool = True) -> Che
         UsageError, RunError: what would stop the run, too, but for being strict: `refuse_any`
             says that of the findings when they are shown.
     """
-    base = find_base(
-        str(config.pretrained_model_name_or_path),
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-        prediction_type=config.prediction_type,
-    )
+    base = base_of(config)
     config = config.for_base(base.family.name, base.resolution)
     config = dataclasses.replace(config, strict=False)
     shapes, reader, seed = framing(config, base), reader_before(config, base), config.seed or 0

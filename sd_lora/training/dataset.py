@@ -19,7 +19,7 @@ from sd_lora.data.sources import open_source
 from sd_lora.data.spec import RULES, CaptionRules, SourceSpec, read_specs
 from sd_lora.errors import UsageError
 from sd_lora.models.families import Family
-from sd_lora.models.load import Base, Parts
+from sd_lora.models.load import Base, Parts, find_base
 from sd_lora.models.prompts import Reader
 from sd_lora.seeds import seed_for, shuffled
 from sd_lora.training import report
@@ -33,6 +33,18 @@ DTYPES = {
     "bf16": torch.bfloat16,
 }
 """What the names of precisions mean."""
+
+
+def base_of(config: TrainConfig) -> Base:
+    """Returns the base model of a run, none of its weights read; raises what `find_base` raises."""
+    return find_base(
+        str(config.pretrained_model_name_or_path),
+        revision=config.revision,
+        variant=config.variant,
+        cache_dir=config.cache_dir,
+        vae=config.pretrained_vae_model_name_or_path,
+        prediction_type=config.prediction_type,
+    )
 
 
 def rules_of(config: TrainConfig) -> CaptionRules:

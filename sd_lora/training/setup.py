@@ -19,7 +19,7 @@ from sd_lora.data.stream import Batch, Slot, Stream
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import RunError, UsageError
 from sd_lora.models.families import INPAINTING
-from sd_lora.models.load import Parts, find_base
+from sd_lora.models.load import Parts
 from sd_lora.models.prompts import Conditioning, Geometry, collate
 from sd_lora.models.skeleton import Skeleton
 from sd_lora.training import checkpoint, report
@@ -28,6 +28,7 @@ from sd_lora.training.caches import Data, open_store
 from sd_lora.training.config import TrainConfig
 from sd_lora.training.dataset import (
     DTYPES,
+    base_of,
     check_class_pictures,
     fill_class_folder,
     framing,
@@ -220,14 +221,7 @@ def prepare(config: TrainConfig) -> Run:
     check_processes(accelerator)
     seed = agreed_seed(config, path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    base = find_base(
-        str(config.pretrained_model_name_or_path),
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
-        vae=config.pretrained_vae_model_name_or_path,
-        prediction_type=config.prediction_type,
-    )
+    base = base_of(config)
     config = config.for_base(base.family.name, base.resolution)
     reader, looks = reader_before(config, base), look(config, base)
     data = Data(config, framing(config, base), seed, open_store(config), accelerator, reader)

@@ -175,8 +175,8 @@ def text_bytes(
 
 
 def at_once(device: torch.device) -> int:
-    """Returns how many captions are read at once: one on a CPU, where more are hardly faster, so
-    that an embedding is the same bits in any company and caching cannot change a run."""
+    """Returns how many captions are read at once: one on a CPU, so that an embedding is
+    the same bits in any company and caching cannot change a run."""
     return 1 if device.type == "cpu" else 32
 
 
