@@ -21,8 +21,8 @@ from sd_lora.adapters.inject import lora_layers
 from sd_lora.demo import SUBJECT, demo_config, draw, find_sample_data
 from sd_lora.formats.files import load_adapter
 from sd_lora.models.load import load_parts
-from sd_lora.training.sampling import grid, write_picture
-from sd_lora.training.validation import score
+from sd_lora.report.sheets import grid, write_image
+from sd_lora.sampling.score import score
 
 Changes = dict[str, object]
 WAYS: dict[str, dict[str, Changes]] = {
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=WAYS)
     parser.add_argument("--only", help="one of the ways, by name")
-    parser.add_argument("--out", type=Path, required=True, help="the picture to write")
+    parser.add_argument("--out", type=Path, required=True, help="the image to write")
     parser.add_argument("--steps", type=int, help="instead of the demo's")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -77,7 +77,7 @@ def main() -> None:
         losses = result.losses[-50:]
         print(json.dumps(row | {"loss": sum(losses) / len(losses)} | asdict(outcome)), flush=True)
     captions = [p.removeprefix("a photo of ") for p in SUBJECT]
-    write_picture(args.out, grid(rows, labels, captions, side=128))
+    write_image(args.out, grid(rows, labels, captions, side=128))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast pictures are checked, become pixels, and come out of the cache; one process.
+"""How fast images are checked, become pixels, and come out of the cache; one process.
 
 run as: OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/data.py
 
@@ -25,18 +25,18 @@ from diffusers import AutoencoderKL
 from PIL import Image, features
 from torch.utils.data import DataLoader
 
-from sd_lora.data.buckets import Framing
-from sd_lora.data.encode import Latents
-from sd_lora.data.epochs import Epochs
-from sd_lora.data.facts import content_digest, examine
-from sd_lora.data.latents import LatentTable, Look, Moments
-from sd_lora.data.samples import Sample
-from sd_lora.data.spec import CaptionRules, SourceSpec
-from sd_lora.data.store import Store, digest_of
-from sd_lora.data.stream import Batch, Set, Stream
+from sd_lora.config.sources import CaptionRules, SourceSpec
+from sd_lora.data.batches.epochs import Epochs
+from sd_lora.data.batches.stream import Batch, ImageSet, Stream
+from sd_lora.data.cache.encode import Latents
+from sd_lora.data.cache.latents import LatentTable, Moments, PixelSettings
+from sd_lora.data.cache.store import Store, digest_of
+from sd_lora.data.images.buckets import CropSettings
+from sd_lora.data.images.facts import content_digest, examine
+from sd_lora.data.sources.samples import Sample
 from sd_lora.diffusion.schedule import draw_noise
 
-PICTURES = {"2 Mpx": (1632, 1224), "12 Mpx": (4000, 3000)}
+IMAGES = {"2 Mpx": (1632, 1224), "12 Mpx": (4000, 3000)}
 LATENTS = {"SD1.5 512²": (4, 64, 64), "SDXL 1024²": (4, 128, 128)}
 ENTRIES = 100
 """Latents of each size in the cache."""
@@ -58,17 +58,19 @@ def jpeg(size: tuple[int, int]) -> bytes:
     return out.getvalue()
 
 
-def of_pictures() -> list[Task]:
+def of_images() -> list[Task]:
     """Decoding, resizing and cutting to a square; examining; naming by content."""
     tasks: list[Task] = []
-    look = Look()
-    for name, size in PICTURES.items():
+    pixel_settings = PixelSettings()
+    for name, size in IMAGES.items():
         data = jpeg(size)
         for resolution in (512, 1024):
-            framing = Framing(resolution)
-            frame = framing.frame(size, (resolution, resolution), None)
+            crop_settings = CropSettings(resolution)
+            crop = crop_settings.crop(size, (resolution, resolution), None)
             what = f"pixels of {name} JPEG at {resolution}²"
-            tasks.append((what, 1, lambda d=data, f=frame: look.pixels(d, "jpeg", f, False)))
+            tasks.append(
+                (what, 1, lambda d=data, f=crop: pixel_settings.pixels(d, "jpeg", f, False))
+            )
         tasks.append((f"check of {name} JPEG", 1, lambda d=data: examine(d)))
         tasks.append((f"digest of {name} JPEG", 1, lambda d=data: content_digest(d)))
     return tasks
@@ -77,7 +79,7 @@ def of_pictures() -> list[Task]:
 def of_the_cache(folder: Path) -> list[Task]:
     """Latents that are read, asked for and written, mean and deviation in float32."""
     tasks: list[Task] = []
-    table = LatentTable(Look(), "benchmark", "disk", Store(folder, 1 << 40))
+    table = LatentTable(PixelSettings(), "benchmark", "disk", Store(folder, 1 << 40))
     for name, shape in LATENTS.items():
         moments = Moments(torch.randn(shape), torch.rand(shape))
         numbers = itertools.count()
@@ -112,19 +114,21 @@ def of_the_loader(folder: Path) -> list[Task]:
     tasks: list[Task] = []
     for name, shape in LATENTS.items():
         side, count = 8 * shape[1], BATCH[name]
-        table = LatentTable(Look(), name, "disk", Store(folder, 1 << 40))
+        table = LatentTable(PixelSettings(), name, "disk", Store(folder, 1 << 40))
         samples = [
             Sample(f"{i}.png", bytes, (f"tag {i}, red, large, on grass",), RULES, f"{i:032x}", size)
             for i in range(count * EPOCH)
             for size in [(side * 2, side * 2)]
         ]
-        pictures = Set(samples, [(side, side)] * len(samples), Framing(side, 64), "instance", 0)
+        images = ImageSet(
+            samples, [(side, side)] * len(samples), CropSettings(side, 64), "instance", 0
+        )
         moments = Moments(torch.randn(shape), torch.rand(shape))
         for index, sample in enumerate(samples):
             for flip in (False, True):
-                table.put(table.key(sample, pictures.frame(index), flip), moments)
-        epochs = Epochs([pictures.buckets[i] for i in pictures.entries], count)
-        stream = Stream(pictures, epochs, None, 0, 1, table, epochs.num_micro_batches)
+                table.put(table.key(sample, images.crop(index), flip), moments)
+        epochs = Epochs([images.buckets[i] for i in images.entries], count)
+        stream = Stream(images, epochs, None, 0, 1, table, epochs.num_micro_batches)
         for workers in (0, 1, 2):
             loader = DataLoader(stream, batch_size=None, num_workers=workers, collate_fn=as_is)
             what = f"batch of {count} of {name} loaded, {workers} workers"
@@ -133,8 +137,8 @@ def of_the_loader(folder: Path) -> list[Task]:
         latents, batch = Latents(vae, torch.device("cpu"), table), stream.batch(0)
 
         def draw(latents: Latents = latents, batch: Batch = batch) -> None:
-            x0 = latents.latents(batch.slots, batch.seen).x0
-            draw_noise(x0.shape[1:], [slot.address for slot in batch.slots])
+            x0 = latents.latents(batch.items, batch.loaded).x0
+            draw_noise(x0.shape[1:], [item.address for item in batch.items])
 
         tasks.append((f"latents and noise of {count} of {name} drawn", 1, draw))
     return tasks
@@ -170,7 +174,7 @@ def measure(tasks: list[Task], rounds: int) -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--rounds", type=int, default=9)
-    p.add_argument("--only", choices=("pictures", "cache", "loader"))
+    p.add_argument("--only", choices=("images", "cache", "loader"))
     args = p.parse_args()
     torch.set_num_threads(1)
     libraries = {name: version(name) for name in ("torch", "pillow", "safetensors")}
@@ -178,7 +182,7 @@ def main() -> None:
     print(json.dumps(libraries), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         parts = {
-            "pictures": of_pictures,
+            "images": of_images,
             "cache": lambda: of_the_cache(Path(folder)),
             "loader": lambda: of_the_loader(Path(folder)),
         }

@@ -24,13 +24,13 @@ from sd_lora.formats import files, metadata
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 
 def make_lora(path: Path, family: str, rank: int, seed: int) -> None:
     """Writes a random LoRA on every module, in float16."""
     g, adapter = torch.Generator().manual_seed(seed), {}
-    for component, model in Skeleton.of_family(FAMILIES[family]).models.items():
+    for component, model in MetaPipeline.of_family(FAMILIES[family]).models.items():
         for name in select(model, "all" if component == "unet" else "text"):
             shape = tuple(model.get_submodule(name).weight.shape)
             ones = (1,) * len(shape[2:])
@@ -44,9 +44,9 @@ def make_lora(path: Path, family: str, rank: int, seed: int) -> None:
 
 def make_base(folder: Path, family: str) -> None:
     """Writes a pipeline folder of the published sizes with random float16 weights."""
-    skeleton = Skeleton.of_family(FAMILIES[family])
+    meta_pipeline = MetaPipeline.of_family(FAMILIES[family])
     g = torch.Generator().manual_seed(0)
-    for component, model in skeleton.models.items():
+    for component, model in meta_pipeline.models.items():
         (folder / component).mkdir(parents=True)
         tensors = {
             name: (0.03 * torch.randn(p.shape, generator=g)).half()

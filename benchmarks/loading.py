@@ -19,7 +19,7 @@ import torch
 from diffusers import AutoencoderKL, DDPMScheduler
 
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.skeleton import Skeleton, build_pipeline
+from sd_lora.models.meta_pipeline import MetaPipeline, build_pipeline
 from tests.single import write_single
 from tests.tiny import build_tokenizer
 
@@ -45,7 +45,7 @@ print(sum(p.numel() * p.element_size() for m in models for p in m.parameters()))
 def make(folder: Path, family: str) -> None:
     """Writes a pipeline of the published size with random float16 weights, as folder and file."""
     row = FAMILIES[family]
-    models = dict(Skeleton.of_family(row).models)
+    models = dict(MetaPipeline.of_family(row).models)
     with torch.device("meta"):
         models["vae"] = AutoencoderKL(
             block_out_channels=(128, 256, 512, 512),

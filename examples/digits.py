@@ -1,14 +1,14 @@
 """Repair a classifier's worst digit with a rank-1 update, and take the update out again.
 
 A small network learns scikit-learn's handwritten digits, on purpose not for long, so that one of
-them is its worst on pictures it has not seen. Then a rank-1 LoRA is trained on that digit's
-pictures alone, by two routes that must agree: `sd_lora.inject`, and torch's own parametrisation
+them is its worst on images it has not seen. Then a rank-1 LoRA is trained on that digit's
+images alone, by two routes that must agree: `sd_lora.inject`, and torch's own parametrisation
 W ↦ W + s·B·A. The original weights stay as they were, bit for bit.
 
     python examples/digits.py
 
 takes ten seconds, most of them imports. For seed 0 the 1 is the worst, 12 of 46 wrong; with the
-update none of the ones, and 81 of all 450 pictures instead of 36: the other digits get worse, for
+update none of the ones, and 81 of all 450 images instead of 36: the other digits get worse, for
 nothing in the training asked for them. That is what an adapter that can be taken out is good for.
 """
 
@@ -31,13 +31,13 @@ RANK = 1
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     images: Tensor  # (N, 64), 0 to 1
     labels: Tensor  # (N,)
 
-    def only(self, digit: int) -> "Pictures":
+    def only(self, digit: int) -> "Images":
         chosen = self.labels == digit
-        return Pictures(self.images[chosen], self.labels[chosen])
+        return Images(self.images[chosen], self.labels[chosen])
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ class Pictures:
 @dataclass(frozen=True)
 class Result:
     worst: int  # the digit that is adapted to
-    shown: list[int]  # test pictures of each digit
+    shown: list[int]  # test images of each digit
     before: list[int]  # wrong ones of each digit: the base,
     adapted: list[int]  # with the update,
     ejected: list[int]  # and without it again
@@ -73,12 +73,12 @@ class LowRank(nn.Module):
         return W + self.delta()
 
 
-def load_pictures(seed: int) -> tuple[Pictures, Pictures]:
-    """Returns three quarters of the 1797 pictures to train on, and the rest to test on."""
+def load_images(seed: int) -> tuple[Images, Images]:
+    """Returns three quarters of the 1797 images to train on, and the rest to test on."""
     images, labels = load_digits(return_X_y=True)
     parts = train_test_split(images / 16, labels, random_state=seed, stratify=labels)
     train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
-    return Pictures(train_x.float(), train_y), Pictures(test_x.float(), test_y)
+    return Images(train_x.float(), train_y), Images(test_x.float(), test_y)
 
 
 def new_network(width: int = 512) -> nn.Sequential:
@@ -103,9 +103,9 @@ def fit(
 
 
 @torch.no_grad()
-def wrong_per_digit(network: nn.Module, pictures: Pictures) -> list[int]:
-    wrong = network(pictures.images).argmax(dim=1) != pictures.labels
-    return torch.bincount(pictures.labels[wrong], minlength=10).tolist()
+def wrong_per_digit(network: nn.Module, images: Images) -> list[int]:
+    wrong = network(images.images).argmax(dim=1) != images.labels
+    return torch.bincount(images.labels[wrong], minlength=10).tolist()
 
 
 def parametrised(base: nn.Module, start: dict[str, Tensor]) -> tuple[nn.Module, list[LowRank]]:
@@ -125,7 +125,7 @@ def parametrised(base: nn.Module, start: dict[str, Tensor]) -> tuple[nn.Module, 
 def run(seed: int = 0, base_steps: int = 200, steps: int = 60) -> Result:
     """Trains the base and the two updates, and returns what the table shows."""
     torch.manual_seed(seed)
-    train, test = load_pictures(seed)
+    train, test = load_images(seed)
     network = new_network()
     fit(network, network.parameters(), train.batches(32, base_steps, seed), lr=0.1)
     before = wrong_per_digit(network, test)
@@ -160,7 +160,7 @@ def run(seed: int = 0, base_steps: int = 200, steps: int = 60) -> Result:
 
 
 def table(result: Result) -> str:
-    lines = ["digit  pictures  wrong before  with the update  update taken out"]
+    lines = ["digit  images  wrong before  with the update  update taken out"]
     columns = (result.shown, result.before, result.adapted, result.ejected)
     for digit, row in enumerate(zip(*columns, strict=True)):
         mark = "  <- adapted to" if digit == result.worst else ""

@@ -4,6 +4,7 @@ Importing this package is cheap: a name is loaded when it is first used.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -12,10 +13,11 @@ _HOME = {
     "AdaptedLayer": "adapters.layers",
     "Delta": "adapters.deltas",
     "RunError": "errors",
-    "TrainConfig": "training.config",
+    "TrainConfig": "config.schema",
     "UsageError": "errors",
     "Variant": "adapters.variants",
     "combine": "adapters.state",
+    "deltas_of": "adapters.inject",
     "eject": "adapters.inject",
     "inject": "adapters.inject",
     "limit_norms": "adapters.inject",
@@ -30,7 +32,6 @@ _HOME = {
     "set_strength": "adapters.inject",
     "train": "training.loop",
     "unmerge": "adapters.inject",
-    "updates": "adapters.inject",
     "wrap": "adapters.kinds",
 }
 
@@ -42,6 +43,7 @@ __all__ = [
     "UsageError",
     "Variant",
     "combine",
+    "deltas_of",
     "eject",
     "inject",
     "limit_norms",
@@ -56,13 +58,13 @@ __all__ = [
     "set_strength",
     "train",
     "unmerge",
-    "updates",
     "wrap",
 ]
 
 if TYPE_CHECKING:
     from sd_lora.adapters.deltas import Delta, register_method
     from sd_lora.adapters.inject import (
+        deltas_of,
         eject,
         inject,
         limit_norms,
@@ -71,19 +73,26 @@ if TYPE_CHECKING:
         merged,
         set_strength,
         unmerge,
-        updates,
     )
     from sd_lora.adapters.kinds import wrap
     from sd_lora.adapters.layers import AdaptedLayer
     from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
     from sd_lora.adapters.variants import Variant
+    from sd_lora.config.schema import TrainConfig
     from sd_lora.errors import RunError, UsageError
     from sd_lora.formats.files import load_adapter, save_adapter
-    from sd_lora.training.config import TrainConfig
     from sd_lora.training.loop import train
 
 
+_FORMER = {"updates": "deltas_of"}
+"""Former public name → present name."""
+
+
 def __getattr__(name: str) -> object:
+    if name in _FORMER:
+        message = f"sd_lora.{name} is called sd_lora.{_FORMER[name]} now"
+        warnings.warn(message, DeprecationWarning, stacklevel=2)
+        name = _FORMER[name]
     if name not in _HOME:
         raise AttributeError(f"module 'sd_lora' has no attribute {name!r}")
     value = getattr(importlib.import_module(f"sd_lora.{_HOME[name]}"), name)

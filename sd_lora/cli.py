@@ -12,8 +12,8 @@ _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load ever
 usage: sd-lora <command> [flags]
 
 commands:
-  train   train a LoRA on a folder of pictures; `sd-lora train --help` lists the flags
-  check   look at every picture and caption first: what will be trained, what will not, and why
+  train   train a LoRA on a folder of images; `sd-lora train --help` lists the flags
+  check   look at every image and caption first: what will be trained, what will not, and why
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
   inspect  what is in a LoRA file, who reads it, and what is wrong with it
@@ -31,7 +31,7 @@ start with `sd-lora demo` in a clone of the project, or
 
 
 def _train(argv: Sequence[str], script: str | None = None) -> None:
-    from sd_lora.training.arguments import parse
+    from sd_lora.config.command_line import parse
 
     config = parse(argv, script, script or "sd-lora train")
     from sd_lora.training.loop import train  # seconds of import, after the flags are known good

@@ -80,19 +80,19 @@ def check(argv: Sequence[str]) -> None:
         raise UsageError("--page and --no_page contradict each other")
     if args.num_processes < 1:
         raise UsageError(f"num_processes must be at least 1, not {args.num_processes}")
-    from sd_lora.training.arguments import parse
+    from sd_lora.config.command_line import parse
 
     config = parse(rest, prog="sd-lora check")
-    from sd_lora.data.page import findings_as_json
-    from sd_lora.training import checkup
-    from sd_lora.training.preflight import NothingLeft, refuse_any
+    from sd_lora import check as checkup
+    from sd_lora.data.check.page import findings_as_json
+    from sd_lora.data.check.usable import NoUsableImages, refuse_any
 
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
     try:
         checked = checkup.check(config, args.num_processes, page=page is not None)
-    except NothingLeft as error:
+    except NoUsableImages as error:
         if args.json:
-            verdict = {"verdict": "no picture can be trained", "pictures": []}
+            verdict = {"verdict": "no image can be trained", "images": []}
             print(json.dumps(verdict | findings_as_json(error.findings), indent=2))
         raise
     if args.json:
@@ -108,7 +108,7 @@ def check(argv: Sequence[str]) -> None:
 
 
 _CHECK = (
-    "Look at everything that a run would train on, before it starts: decode every picture, count "
+    "Look at everything that a run would train on, before it starts: decode every image, count "
     "every caption's tokens, say which shape each is trained in and what is cut away, and how many "
     "steps that makes. Nothing is changed. Exit code 0: it can be trained; 1: nothing can, or "
     "--strict and something is left out or warned of; 2: the flags cannot be meant."
@@ -234,27 +234,29 @@ def _skeleton(args: argparse.Namespace) -> Any:
     """Returns the skeleton of --model; without one, of the --family that a file is held against."""
     from sd_lora.formats.checkpoints import Checkpoint
     from sd_lora.models.families import family_named
-    from sd_lora.models.skeleton import Skeleton
+    from sd_lora.models.meta_pipeline import MetaPipeline
 
     family = family_named(args.family) if getattr(args, "family", None) else None
     if args.model is None:
         tool = args.command
-        return Skeleton.of_family(family) if family and tool in ("inspect", "verify") else None
+        return MetaPipeline.of_family(family) if family and tool in ("inspect", "verify") else None
     path = Path(args.model).expanduser()
     name = str(path) if path.is_dir() else args.model
-    skeleton = Checkpoint(path).skeleton if path.is_file() else Skeleton.of_folder(name)
-    if family not in (None, skeleton.family):
+    meta_pipeline = (
+        Checkpoint(path).meta_pipeline if path.is_file() else MetaPipeline.of_folder(name)
+    )
+    if family not in (None, meta_pipeline.family):
         raise UsageError(
-            f"--model {args.model} is {skeleton.family.label}, and --family says {args.family}"
+            f"--model {args.model} is {meta_pipeline.family.label}, and --family says {args.family}"
         )
-    return skeleton
+    return meta_pipeline
 
 
 def _output(args: argparse.Namespace) -> Any:
     from sd_lora.formats.output import Output
 
-    check, skeleton = not args.no_verify, _skeleton(args)
-    return Output(args.out, args.to, args.dtype, args.overwrite, check, skeleton)
+    check, meta_pipeline = not args.no_verify, _skeleton(args)
+    return Output(args.out, args.to, args.dtype, args.overwrite, check, meta_pipeline)
 
 
 def _cut(args: argparse.Namespace, required: bool = False) -> Any:
@@ -291,13 +293,13 @@ def _verify(args: argparse.Namespace) -> None:
     from sd_lora.formats.reading import open_lora
     from sd_lora.formats.recognise import family_of
     from sd_lora.formats.verify import verify_file
-    from sd_lora.models.skeleton import Skeleton
+    from sd_lora.models.meta_pipeline import MetaPipeline
 
-    skeleton = _skeleton(args)
-    if skeleton is None:
-        skeleton = Skeleton.of_family(family_of(open_lora(args.file), args.family))
-    print(f"loading {args.file} into {skeleton.source} …", file=sys.stderr)
-    verified, wrong = verify_file(args.file, skeleton)
+    meta_pipeline = _skeleton(args)
+    if meta_pipeline is None:
+        meta_pipeline = MetaPipeline.of_family(family_of(open_lora(args.file), args.family))
+    print(f"loading {args.file} into {meta_pipeline.source} …", file=sys.stderr)
+    verified, wrong = verify_file(args.file, meta_pipeline)
     if verified is None:
         print(f"{args.file} can be read whole; diffusers has no loader for this kind of file")
         return
@@ -348,9 +350,9 @@ def _extract(args: argparse.Namespace) -> None:
     output, cut = _output(args), _cut(args, required=True)
     base, tuned = (Checkpoint(path, args.variant) for path in (args.base, args.tuned))
     components = tuple(args.components) if args.components else None
-    if unknown := [c for c in components or () if c not in base.skeleton.configs]:
-        known = ", ".join(base.skeleton.configs)
-        hint = did_you_mean(unknown[0], base.skeleton.configs)
+    if unknown := [c for c in components or () if c not in base.meta_pipeline.configs]:
+        known = ", ".join(base.meta_pipeline.configs)
+        hint = did_you_mean(unknown[0], base.meta_pipeline.configs)
         raise UsageError(f"{args.base} has no {unknown[0]!r}; components: {known}.{hint}")
     prediction = "v_prediction" if args.v_prediction else None
     _say(extract(base, tuned, output, cut, components, prediction, _bar))
@@ -369,7 +371,7 @@ def _bake(args: argparse.Namespace) -> None:
 
 def _say(result: Any) -> None:
     """Prints what a tool wrote, what it lost, and what to do with the file."""
-    from sd_lora.formats.tensors import mib
+    from sd_lora.files import mib
 
     written = result.written
     size = mib(written.path.stat().st_size)

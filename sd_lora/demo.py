@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from sd_lora.config.command_line import read_toml
+from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
+from sd_lora.files import write_whole
 from sd_lora.formats.files import load_adapter
-from sd_lora.formats.tensors import write_whole
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.training.arguments import read_toml
-from sd_lora.training.config import TrainConfig
+from sd_lora.report.sheets import grid, write_image
+from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.score import PromptImages, Score, score
 from sd_lora.training.loop import train
-from sd_lora.training.sampling import grid, sample, write_picture
-from sd_lora.training.validation import Pictures, Score, score
 
 SUBJECT = (
     "a photo of a big sks monster on a white background",
@@ -54,14 +55,14 @@ def find_sample_data() -> Path:
     )
 
 
-def draw(parts: Parts, resolution: int, guidance_scale: float) -> Pictures:
-    """Returns the pictures of all prompts, each with its own seed."""
+def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
+    """Returns the images of all prompts, each with its own seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def pictures(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
+    def images(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
         drawn = sample(
             parts,
-            parts.reader(),
+            parts.caption_encoder(),
             prompts,
             range(first_seed, first_seed + len(prompts)),
             resolution=resolution,
@@ -71,7 +72,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> Pictures:
         )
         return list(drawn)
 
-    return Pictures(pictures(SUBJECT, 0), pictures(CLASS, 100), pictures(UNRELATED, 200))
+    return PromptImages(images(SUBJECT, 0), images(CLASS, 100), images(UNRELATED, 200))
 
 
 def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainConfig:
@@ -89,7 +90,7 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
 
 
 def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Image.Image]:
-    """Returns the score of an exported LoRA file, and the sheet of pictures before and after.
+    """Returns the score of an exported LoRA file, and the sheet of images before and after.
 
     The file is loaded into a fresh base: what is judged is what the user gets.
     """
@@ -102,13 +103,13 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     held_out = [Image.open(p) for p in sorted((sample_data / "dreambooth/holdout").glob("*.png"))]
     result = score(bare, before, after, held_out, torch.device("cpu"))
 
-    def row(p: Pictures) -> list[Image.Image]:
+    def row(p: PromptImages) -> list[Image.Image]:
         return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
 
     real = [Image.open(p) for p in sorted(Path(str(config.instance_data_dir)).glob("*.png"))[:8]]
     captions = [*SUBJECT[:4], CLASS[0], *UNRELATED[:3]]
     labels = [
-        "the subject: the pictures that were trained on",
+        "the subject: the images that were trained on",
         "before: the base model, which has never seen it",
         f"after {config.max_train_steps} steps of LoRA: attention + convolutions + text encoder",
     ]
@@ -124,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
     started = time.monotonic()
     print(
         "sd_lora demo: a small Stable Diffusion that knows shapes, things and monsters learns one "
-        "particular monster\nfrom 8 pictures (DreamBooth with prior preservation). No GPU, no "
+        "particular monster\nfrom 8 images (DreamBooth with prior preservation). No GPU, no "
         "download.\n"
     )
     config = demo_config(sample_data, args.output_dir)
@@ -132,14 +133,14 @@ def main(argv: Sequence[str]) -> None:
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)
-    write_picture(folder / "before_after.png", sheet)
+    write_image(folder / "before_after.png", sheet)
     numbers = asdict(outcome) | {"margin": outcome.margin, "learned": outcome.learned}
     write_whole(folder / "score.json", (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
         "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"
-        "next, on your own pictures (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "
+        "next, on your own images (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "
         "checkpoint):\n"
         "  python train_scripts/train_dreambooth_lora.py --pretrained_model_name_or_path MODEL \\\n"
         "    --instance_data_dir FOLDER --instance_prompt 'a photo of sks dog' \\\n"

@@ -15,7 +15,7 @@ class UsageError(ValueError):
 
 
 class RunError(RuntimeError):
-    """What was asked for failed on the way: a broken picture, a full disk, a diverged loss."""
+    """What was asked for failed on the way: a broken image, a full disk, a diverged loss."""
 
     exit_code = 1
 

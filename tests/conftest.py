@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def tiny_sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random SD1-like pipeline folder: 3 UNet levels, 64×64 pictures, 8×8 latents."""
+    """A random SD1-like pipeline folder: 3 UNet levels, 64×64 images, 8×8 latents."""
     path = tmp_path_factory.mktemp("models") / "tiny-sd1"
     build_pipeline("sd1").save_pretrained(path)
     return path

@@ -10,7 +10,7 @@ import pytest
 
 import sd_lora
 from sd_lora.cli import main
-from tests.training.runs import pictures
+from tests.training.runs import images
 
 
 def test_help_is_quick_and_complete() -> None:
@@ -64,7 +64,7 @@ def test_bad_input_is_told_without_a_traceback(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Each mistake ends with its exit code and one message, and writes nothing."""
-    data = pictures(tmp_path / "data", 2)
+    data = images(tmp_path / "data", 2)
     output = tmp_path / "out"
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as where it is not installed
     assert main(arguments(tiny_sd1, data, output, *more)) == code
@@ -79,25 +79,25 @@ def test_a_folder_that_cannot_be_made(
     below: str, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An output folder that is a file, or lies under one, is told before anything is loaded."""
-    data = pictures(tmp_path / "data", 2)
+    data = images(tmp_path / "data", 2)
     (tmp_path / "out").write_text("I am a file")
     assert main(arguments(tiny_sd1, data, tmp_path / below)) == 2
     assert "out is a file, not a folder" in capsys.readouterr().err
     assert (tmp_path / "out").read_text() == "I am a file"
 
 
-def test_a_broken_picture_is_a_failure_where_that_is_asked_for(
+def test_a_broken_image_is_a_failure_where_that_is_asked_for(
     tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What fails on the way, not in the asking, has exit code 1: with --strict, a broken picture.
+    """What fails on the way, not in the asking, has exit code 1: with --strict, a broken image.
     Without, the others are trained, and the summary says what was left out."""
-    data = pictures(tmp_path / "data", 3)
-    (data / "1.png").write_text("not a picture")
+    data = images(tmp_path / "data", 3)
+    (data / "1.png").write_text("not an image")
     words = arguments(tiny_sd1, data, tmp_path / "out")
     assert main([*words, "--strict"]) == 1
-    assert "1.png: it is not a picture" in capsys.readouterr().err
+    assert "1.png: it is not an image" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(words) == 0
     said = capsys.readouterr().out
-    assert re.search(r"pictures +2\n", said)
-    assert re.search(r"left out: 1\n.*1\.png: it is not a picture", said, re.DOTALL)
+    assert re.search(r"images +2\n", said)
+    assert re.search(r"left out: 1\n.*1\.png: it is not an image", said, re.DOTALL)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_short_demo_learns_the_subject(tmp_path: Path) -> None:
-    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws pictures far
+    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws images far
     nearer to the held-out ones than the base's (0.60 of the way when this was written), and what
     other prompts draw stays what it was in the main."""
     sample_data = find_sample_data()
@@ -38,7 +38,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     assert "subject:" in out
-    assert "next, on your own pictures" in out
+    assert "next, on your own images" in out
     names = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {
         "before_after.png", "demo_kohya.safetensors", "pytorch_lora_weights.safetensors",

@@ -10,7 +10,7 @@ from torch import nn
 import sd_lora
 from sd_lora import cli, commands
 from sd_lora.adapters.deltas import METHODS
-from sd_lora.training import config
+from sd_lora.config import schema as config
 
 
 def test_every_adapter_flag_is_documented(root: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from sd_lora.formats import diffusers, verify
 from sd_lora.formats.reading import open_lora
-from tests.training.runs import pictures, trained_adapter
+from tests.training.runs import images, trained_adapter
 
 pytestmark = pytest.mark.launch
 BIN = Path(sys.executable).parent
@@ -113,8 +113,8 @@ def test_accelerate_launch_dreambooth(root: Path, tmp_path: Path) -> None:
     assert assert_loads_as_trained(root, out) > 68
 
 
-def test_two_processes_share_the_class_pictures(root: Path, tmp_path: Path) -> None:
-    """Class pictures that are missing are drawn once each, by both processes together."""
+def test_two_processes_share_the_class_images(root: Path, tmp_path: Path) -> None:
+    """Class images that are missing are drawn once each, by both processes together."""
     flags = [*DREAMBOOTH, "--class_data_dir", str(tmp_path / "class"), "--num_class_images", "5"]
     run(
         root, "torchrun", "--nproc_per_node", "2", "train_scripts/train_dreambooth_lora.py", *flags,
@@ -150,7 +150,7 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
         kind: sum(path.is_file() for path in (cache / kind).rglob("*"))
         for kind in ("latents", "texts", "facts")
     }
-    if mode == "text_to_image":  # 28 pictures, 9 captions
+    if mode == "text_to_image":  # 28 images, 9 captions
         assert found == {"latents": 28, "texts": 9, "facts": 28}
     else:
         assert found == {"latents": 0, "texts": 0, "facts": 8 + 24}
@@ -177,7 +177,7 @@ def test_two_processes_train_sdxl_as_one(
     """So for SDXL with both text encoders, one of which stops, new words, captions of several
     pieces and half of them dropped, a frozen A and magnitudes, by diffusers' command for it: a
     process whose captions are all dropped does not leave the other waiting."""
-    data = pictures(tmp_path / "data", size=(96, 64))
+    data = images(tmp_path / "data", size=(96, 64))
     script = "train_scripts/train_dreambooth_lora_sdxl.py"
     common = [
         "--pretrained_model_name_or_path", str(tiny("sdxl")), "--instance_data_dir", str(data),

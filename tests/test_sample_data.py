@@ -12,14 +12,14 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sd_lora.data.sources import open_source
-from sd_lora.data.spec import SourceSpec
+from sd_lora.config.sources import SourceSpec
+from sd_lora.data.sources.open import open_source
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.load import Parts, load_parts
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
-sys.path.insert(0, str(ROOT / "train_scripts"))
+sys.path.insert(0, str(ROOT / "dev"))
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +38,15 @@ def test_sizes() -> None:
     assert size_of(SAMPLE_DATA) - model <= 2e6
 
 
-def test_pictures_are_what_the_script_draws() -> None:
-    """`draw_sample_data.py --check` redraws every picture and finds the same pixels."""
-    script = ROOT / "train_scripts" / "draw_sample_data.py"
+def test_images_are_what_the_script_draws() -> None:
+    """`draw_sample_data.py --check` redraws every image and finds the same pixels."""
+    script = ROOT / "dev" / "draw_sample_data.py"
     done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "all the same\n")
 
 
 def test_sets_are_complete() -> None:
-    """8 pictures of the subject, 8 others for scoring, a class set, and 28 captioned pictures, a
+    """8 images of the subject, 8 others for scoring, a class set, and 28 captioned images, a
     few of them not square."""
     for name, count in (("instance", 8), ("holdout", 8), ("class", 24)):
         folder = SAMPLE_DATA / "dreambooth" / name
@@ -58,17 +58,17 @@ def test_sets_are_complete() -> None:
     samples = list(source.rows())
     assert len(samples) == 28
     assert source.findings == []
-    shapes = [s.picture().size for s in samples]
+    shapes = [s.image().size for s in samples]
     assert sum(width != height for width, height in shapes) >= 4
 
 
 def test_the_base_never_saw_the_subjects() -> None:
     """Neither the mascot nor the snail is in the world that the base is trained on."""
-    import pictures
+    import images
 
     rng = random.Random(0)
-    things = {pictures.random_scene(rng).thing for _ in range(3000)}
-    assert things == set(pictures.THINGS)
+    things = {images.random_scene(rng).thing for _ in range(3000)}
+    assert things == set(images.THINGS)
     assert not things & {"mascot", "snail"}
 
 
@@ -101,15 +101,15 @@ def test_any_text_tokenises(text: str, base: Parts) -> None:
 
 @torch.no_grad()
 def test_the_vae_is_as_good_as_recorded(base: Parts) -> None:
-    """Pictures that no training saw come back from their latents with 28 dB at least, the mascot
+    """Images that no training saw come back from their latents with 28 dB at least, the mascot
     with 22 dB; the latents have unit scale."""
-    import pictures
+    import images
 
     rng = random.Random(12345)
-    scenes = [pictures.random_scene(rng) for _ in range(32)]
-    mascots = [pictures.mascot(place) for place in pictures.BACKGROUNDS]
+    scenes = [images.random_scene(rng) for _ in range(32)]
+    mascots = [images.mascot(place) for place in images.BACKGROUNDS]
     for group, least in ((scenes, 28.0), (mascots, 22.0)):
-        arrays = np.stack([np.asarray(pictures.draw(scene)) for scene in group])
+        arrays = np.stack([np.asarray(images.draw(scene)) for scene in group])
         x = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
         latents = base.vae.encode(x).latent_dist.mean
         y = base.vae.decode(latents).sample.clamp(-1, 1)
@@ -121,7 +121,7 @@ def test_the_vae_is_as_good_as_recorded(base: Parts) -> None:
 def test_the_record_of_training() -> None:
     """training.json says with what seed, steps and losses the base was trained, and its score."""
     record = json.loads((SAMPLE_DATA / "tiny-sd" / "training.json").read_text())
-    assert record.keys() >= {"seed", "batch", "pictures", "versions", "vae", "unet", "score"}
+    assert record.keys() >= {"seed", "batch", "images", "versions", "vae", "unet", "score"}
     assert record["vae"]["log"][-1]["psnr"] > 28
     assert record["unet"]["log"][-1]["loss"] < record["unet"]["log"][0]["loss"]
     judge = record["score"]["judge on unseen drawings"]
@@ -129,17 +129,17 @@ def test_the_record_of_training() -> None:
 
 
 def test_a_prompt_draws_what_it_asks_for(base: Parts) -> None:
-    """The base follows its prompts: of 24 pictures, half at least have the plain background that
+    """The base follows its prompts: of 24 images, half at least have the plain background that
     was asked for, by the palette's nearest colour to their corners (15 do; by chance 4 would)."""
-    import pictures
+    import images
 
-    from sd_lora.training.sampling import sample
+    from sd_lora.sampling.sampler import sample
 
-    places = pictures.PLAIN_BACKGROUNDS
+    places = images.PLAIN_BACKGROUNDS
     wanted = [place for place in places for _ in range(4)]
     drawn = sample(
         base,
-        base.reader(),
+        base.caption_encoder(),
         [f"a photo of a red square on a {place} background" for place in wanted],
         range(len(wanted)),
         resolution=64,
@@ -148,21 +148,21 @@ def test_a_prompt_draws_what_it_asks_for(base: Parts) -> None:
         guidance_scale=4.0,
         batch_size=8,
     )
-    palette = np.array([pictures.PALETTE[place] for place in places])
+    palette = np.array([images.PALETTE[place] for place in places])
     right = 0
-    for picture, place in zip(drawn, wanted, strict=True):
-        corners = np.asarray(picture, dtype=float)[[3, 3, 60, 60], [3, 60, 3, 60]]
+    for image, place in zip(drawn, wanted, strict=True):
+        corners = np.asarray(image, dtype=float)[[3, 3, 60, 60], [3, 60, 3, 60]]
         colour = np.median(corners, axis=0)
         right += places[np.abs(palette - colour).sum(1).argmin()] == place
     assert right >= 12
 
 
-def test_a_sheet_of_pictures_opens(root: Path) -> None:
-    """The pictures in docs/ that the README shows are there and are pictures."""
+def test_a_sheet_of_images_opens(root: Path) -> None:
+    """The images in docs/ that the README shows are there and are images."""
     shown = [
         line for line in (root / "README.md").read_text().splitlines() if line.startswith("![")
     ]
     assert shown
     for line in shown:
-        with Image.open(root / line.partition("(")[2].rstrip(")")) as picture:
-            assert picture.width > 400
+        with Image.open(root / line.partition("(")[2].rstrip(")")) as image:
+            assert image.width > 400

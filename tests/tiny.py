@@ -18,7 +18,7 @@ from transformers import (
 from sd_lora.models.families import detect
 from sd_lora.models.folder import tokenizer_of
 from sd_lora.models.load import Parts
-from sd_lora.models.skeleton import build_pipeline as make_pipeline
+from sd_lora.models.meta_pipeline import build_pipeline as make_pipeline
 
 
 def build_tokenizer() -> CLIPTokenizer:

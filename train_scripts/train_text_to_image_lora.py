@@ -1,4 +1,4 @@
-"""Train a LoRA on captioned pictures: for `python`, `accelerate launch` and `torchrun`."""
+"""Train a LoRA on captioned images: for `python`, `accelerate launch` and `torchrun`."""
 
 import sys
 

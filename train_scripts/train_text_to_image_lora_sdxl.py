@@ -1,4 +1,4 @@
-"""Train a LoRA of Stable Diffusion XL on captioned pictures, as diffusers' script does."""
+"""Train a LoRA of Stable Diffusion XL on captioned images, as diffusers' script does."""
 
 import sys
 

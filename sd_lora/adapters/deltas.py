@@ -99,7 +99,7 @@ class Delta(nn.Module):
         """
         return None
 
-    def silence_input(self, index: int) -> None:
+    def zero_input_row(self, index: int) -> None:
         """Keeps ΔW at zero for one input, an embedding's padding row, without a mask.
 
         Its column of the inner factors is set to zero, and the look-up gives it no gradient.

@@ -25,14 +25,14 @@ def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
-def updates(model: nn.Module) -> dict[str, Delta]:
+def deltas_of(model: nn.Module) -> dict[str, Delta]:
     """Returns update name → update, in the model's order.
 
     The name is the parameter's without a final ".weight": `conv1`, `conv1.bias`, `attn.out_proj`.
     """
     found = {}
     for name, layer in adapted_layers(model).items():
-        for path, delta in layer.updates().items():
+        for path, delta in layer.deltas_by_path().items():
             found[f"{name}.{path}".removesuffix(".weight").removeprefix(".")] = delta
     return found
 
@@ -135,7 +135,7 @@ def adapt(
                 whole = None if reference is None else reference.get_submodule(target.name)
             except AttributeError:
                 raise UsageError(f"{target.name} is no module of the reference") from None
-            changes[target.name] = _updates_of(target, base, variant, seed, whole)
+            changes[target.name] = _new_deltas(target, base, variant, seed, whole)
     adapted = list(changes)
     fresh = [delta for deltas in changes.values() for delta in deltas.values()]
     if variant.rank_dropout and not any(delta.rank for delta in fresh):
@@ -148,7 +148,7 @@ def adapt(
     return adapted
 
 
-def _updates_of(
+def _new_deltas(
     target: Target, base: nn.Module, variant: Variant, seed: int, reference: nn.Module | None
 ) -> dict[str, Delta]:
     """Returns the fresh updates of one module, by parameter path."""
@@ -348,7 +348,7 @@ def limit_norms(model: nn.Module, max_norm: float) -> int:
     """
     if not max_norm > 0:
         raise UsageError(f"max_norm must be above 0, not {max_norm}")
-    count, deltas = 0, updates(model)
+    count, deltas = 0, deltas_of(model)
     with unmerged(model), torch.no_grad():
         # read at once: a GPU is waited for once and not once a module
         norms = torch.stack([delta.norm() for delta in deltas.values()]).tolist() if deltas else []

@@ -100,7 +100,7 @@ class AdaptedLayer(nn.Module):
         # a compiled model is guarded by a dictionary's length, and not by its truth (torch 2.13)
         return len(self._unmerged) > 0
 
-    def updates(self) -> dict[str, Delta]:
+    def deltas_by_path(self) -> dict[str, Delta]:
         """Returns parameter path → update."""
         return {key.replace("/", "."): delta for key, delta in self.deltas.items()}  # type: ignore[misc]
 
@@ -132,7 +132,7 @@ class AdaptedLayer(nn.Module):
         """
         if self.is_merged:
             return
-        merged = {path: self.effective(path) for path in self.updates()}
+        merged = {path: self.effective(path) for path in self.deltas_by_path()}
         for path, W in merged.items():
             own = self.base.get_parameter(path)
             self._unmerged[path] = own
@@ -183,7 +183,7 @@ class AdaptedLayer(nn.Module):
     def _forward(self, strength: float, *args: Any, **kwargs: Any) -> Any:
         """The layer with W + strength·(W' − W)."""
         changed = {}
-        for path in self.updates():
+        for path in self.deltas_by_path():
             changed[path] = self.effective(path, strength).to(self.base.get_parameter(path).dtype)
         return torch.func.functional_call(self.base, changed, args, kwargs)
 
@@ -233,7 +233,7 @@ class AdaptedEmbedding(AdaptedLayer):
     @classmethod
     def start(cls, base: Any, delta: Delta) -> None:
         if base.padding_idx is not None:
-            delta.silence_input(base.padding_idx)
+            delta.zero_input_row(base.padding_idx)
 
     @classmethod
     def check(cls, base: Any) -> None:

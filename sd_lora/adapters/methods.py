@@ -170,7 +170,7 @@ class LoRA(Delta):
             raise ValueError("an update with a start is no product that could be scaled down")
         super().shrink(ratio)
 
-    def silence_input(self, index: int) -> None:
+    def zero_input_row(self, index: int) -> None:
         for factor in (self.lora_A, *(self.start or ())[:1]):
             factor.data[:, index] = 0
 
@@ -236,7 +236,7 @@ class LoHa(Delta):
             return half * _tucker(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
         return (self.hada_w1_a @ first.flatten(1)) * (self.hada_w2_a @ self.hada_w2_b.flatten(1))
 
-    def silence_input(self, index: int) -> None:
+    def zero_input_row(self, index: int) -> None:
         self.hada_w1_b.data[:, index] = 0
 
 
@@ -344,5 +344,5 @@ class Full(Delta):
     def matrix(self) -> Tensor:
         return self.diff
 
-    def silence_input(self, index: int) -> None:
+    def zero_input_row(self, index: int) -> None:
         pass  # zero at the start, and an embedding gives its padding row no gradient

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.inject import adapted_layers, attach, unmerged, updates
+from sd_lora.adapters.inject import adapted_layers, attach, deltas_of, unmerged
 from sd_lora.adapters.kinds import kind_of
 from sd_lora.adapters.layers import AdaptedAttention
 from sd_lora.adapters.methods import Full, LoRA
@@ -19,7 +19,7 @@ def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns every update's tensors, unfolded, on the CPU: `<update>.lora_A`, `<update>.lora_B`,
     `<update>.alpha`, `<update>.magnitude`, …; see `updates` for the names."""
     state: dict[str, Tensor] = {}
-    for name, delta in updates(model).items():
+    for name, delta in deltas_of(model).items():
         for key, tensor in delta.tensors().items():
             state[f"{name}.{key}"] = tensor.cpu().clone()
         if delta.rank is not None:
@@ -56,11 +56,11 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         UsageError: a key or a shape that differs, naming it; nothing is changed then.
     """
     if not adapted_layers(model):
-        attach_updates(model, deltas_from_state(state))
+        attach_deltas(model, deltas_from_state(state))
         return
     check_lora_state_dict(model, state)
     with unmerged(model):
-        for name, delta in updates(model).items():
+        for name, delta in deltas_of(model).items():
             for key, tensor in delta.tensors().items():
                 tensor.copy_(state[f"{name}.{key}"])
             if delta.rank is not None:
@@ -145,7 +145,7 @@ def _alpha(name: str, tensor: Tensor) -> float:
     return alpha
 
 
-def attach_updates(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
+def attach_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
     """Puts updates (by update name) into a bare model.
 
     Raises:

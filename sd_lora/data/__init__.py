@@ -1,1 +1,1 @@
-"""Pictures and captions to batches."""
+"""Images and captions to batches."""

@@ -60,7 +60,7 @@ class NoiseSchedule:
         if kind == "epsilon" and alphas_cumprod[-1] <= 0:
             raise UsageError(
                 "the schedule ends in pure noise (rescale_betas_zero_snr) and the model predicts "
-                "epsilon: at its last step that tells nothing of the picture. Zero terminal SNR is "
+                "epsilon: at its last step that tells nothing of the image. Zero terminal SNR is "
                 "for v_prediction models"
             )
         alpha = alphas_cumprod.sqrt().float()

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import RunError, UsageError
+from sd_lora.files import Spec, write_tensors
 from sd_lora.formats.canonical import each
 from sd_lora.formats.checkpoints import Checkpoint, Slot
 from sd_lora.formats.merge import check_weights
 from sd_lora.formats.output import DTYPES, Progress, silently
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_by_tensors
-from sd_lora.formats.tensors import Spec, write_tensors
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
 
@@ -153,7 +153,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _opened(path: Path, base: Checkpoint) -> LoRAFile:
     """Opens a LoRA and checks that every update has its place in the base."""
-    lora = open_lora(path, base.skeleton.layout)
+    lora = open_lora(path, base.meta_pipeline.layout)
     lora.check()
     known = family_by_tensors(lora)
     for component, name, delta in each(lora.adapter):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.inject import updates
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.errors import RunError, UsageError
 
 Modules = Mapping[str, Delta]
 """Canonical update name → update. The name is the parameter's without a final ".weight", as
-`sd_lora.updates` has it."""
+`sd_lora.deltas_of` has it."""
 
 Adapter = Mapping[str, Modules]
 """Component ("unet", "text_encoder"; "" for a model by itself) → its updates."""
@@ -83,7 +83,7 @@ def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
     """
     adapter = {}
     for component, model in models.items():
-        found = updates(model)
+        found = deltas_of(model)
         if found:
             adapter[component] = {
                 canonical_name(component, name): copy.deepcopy(delta).to("cpu")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError
+from sd_lora.files import PICKLES, TensorFile
 from sd_lora.formats.canonical import canonical_name
-from sd_lora.formats.tensors import PICKLES, TensorFile
 from sd_lora.models.families import FAMILIES, Family
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original import Layout, open_clip_parameter, unet_from_original
-from sd_lora.models.skeleton import Skeleton
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -68,9 +68,9 @@ class Checkpoint:
         self.indexes: set[str] = set()
         self._components: dict[str, str] = {}
         if path.is_dir():
-            self.skeleton = Skeleton.of_folder(str(path))
+            self.meta_pipeline = MetaPipeline.of_folder(str(path))
         else:
-            self.skeleton = Skeleton.of_family(_family_of(path, self.files[path.name]))
+            self.meta_pipeline = MetaPipeline.of_family(_family_of(path, self.files[path.name]))
 
     @cached_property
     def files(self) -> dict[str, TensorFile]:
@@ -88,7 +88,7 @@ class Checkpoint:
 
     @property
     def family(self) -> Family:
-        return self.skeleton.family
+        return self.meta_pipeline.family
 
     def slots(self, file: str, key: str) -> list[Slot]:
         """Returns the parameters that a tensor holds; none for the VAE's and the like.
@@ -107,7 +107,7 @@ class Checkpoint:
     def _known(self) -> set[tuple[str, str]]:
         return {
             (component, canonical_name(component, name.removesuffix(".weight")))
-            for component, model in self.skeleton.models.items()
+            for component, model in self.meta_pipeline.models.items()
             for name, _ in model.named_parameters()
         }
 

@@ -18,8 +18,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusio
 from torch import nn
 
 from sd_lora.errors import RunError
+from sd_lora.files import HASH_KEY, TensorFile, write_tensors
 from sd_lora.formats.metadata import OWN_KEY
-from sd_lora.formats.tensors import HASH_KEY, TensorFile, write_tensors
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.tokens import NewTokens
 
@@ -138,7 +138,7 @@ def how_to_load(path: Path, word: str, components: Collection[str] = ("text_enco
 
     For SDXL the last mends its second text encoder's pooling: where the configuration says
     `eos_token_id` = 2, as published ones do, transformers takes a prompt's largest id for its end.
-    That is now the new word's, and pictures come out otherwise than trained, without a warning.
+    That is now the new word's, and images come out otherwise than trained, without a warning.
     """
     if list(components) == _ONE:
         return f"pipe.load_textual_inversion({str(path)!r})  # prompts: {word!r}"

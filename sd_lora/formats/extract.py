@@ -63,7 +63,7 @@ def extract(
             "the difference of two models of one family"
         )
     _check_same(base, tuned, components)
-    output = dataclasses.replace(output, skeleton=output.skeleton or base.skeleton)
+    output = dataclasses.replace(output, meta_pipeline=output.meta_pipeline or base.meta_pipeline)
     _check_skeleton(tuned, output)
     pairs = [p for p in tuned.places if components is None or p[0] in components]
     losses: dict[tuple[str, str], Loss] = {}
@@ -121,19 +121,21 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> t
 
 def _check_skeleton(tuned: Checkpoint, output: Output) -> None:
     """Raises UsageError, before the work, if the LoRA's model is another one than was given."""
-    skeleton = output.skeleton
-    if skeleton is None or not output.check:
+    meta_pipeline = output.meta_pipeline
+    if meta_pipeline is None or not output.check:
         return
-    if skeleton.family is not tuned.family:
-        raise UsageError(f"{skeleton.source} is {skeleton.family.label}, not {tuned.family.label}")
-    for component in skeleton.models:
-        for name, shape in shapes_of(component, skeleton).items():
+    if meta_pipeline.family is not tuned.family:
+        raise UsageError(
+            f"{meta_pipeline.source} is {meta_pipeline.family.label}, not {tuned.family.label}"
+        )
+    for component in meta_pipeline.models:
+        for name, shape in shapes_of(component, meta_pipeline).items():
             if (component, name) not in tuned.places:
                 continue
             if _significant(shape) != _significant(tuned.shape(component, name)):
                 raise UsageError(
                     f"{component} {name} is {tuned.shape(component, name)} in {tuned.path} and "
-                    f"{shape} in {skeleton.source}: give the folder of its model as --model"
+                    f"{shape} in {meta_pipeline.source}: give the folder of its model as --model"
                 )
 
 
@@ -151,7 +153,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...]
             )
     if not mine:
         raise UsageError(
-            f"{base.path} has none of {', '.join(components or base.skeleton.configs)}"
+            f"{base.path} has none of {', '.join(components or base.meta_pipeline.configs)}"
         )
     for place in sorted(mine):
         shapes = [model.shape(*place) for model in (base, tuned)]

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.inject import adapted_layers, eject
 from sd_lora.adapters.layers import AdaptedEmbedding
-from sd_lora.adapters.state import attach_updates, deltas_from_state
+from sd_lora.adapters.state import attach_deltas, deltas_from_state
 from sd_lora.errors import RunError, UsageError
+from sd_lora.files import Spec, TensorFile, write_tensors
 from sd_lora.formats import diffusers, kohya, lycoris, metadata, peft
 from sd_lora.formats.canonical import (
     Adapter,
@@ -28,7 +29,6 @@ from sd_lora.formats.canonical import (
 )
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
 from sd_lora.formats.reading import find_file, open_lora
-from sd_lora.formats.tensors import Spec, TensorFile, write_tensors
 from sd_lora.models.families import family_named
 from sd_lora.models.original import Layout
 
@@ -296,7 +296,7 @@ def load_adapter(
     done = []
     try:
         for component, deltas in live.items():
-            attach_updates(models[component], deltas)
+            attach_deltas(models[component], deltas)
             done.append(models[component])
     except UsageError as error:
         for model in done:

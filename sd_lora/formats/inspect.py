@@ -17,6 +17,7 @@ import torch
 
 from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
+from sd_lora.files import HASH_KEY, mib
 from sd_lora.formats import diffusers
 from sd_lora.formats.canonical import Adapter, Lazy, count, file_rank
 from sd_lora.formats.metadata import OWN_KEY
@@ -24,10 +25,9 @@ from sd_lora.formats.output import Progress, silently
 from sd_lora.formats.readers import readers
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_by_header, family_by_tensors
-from sd_lora.formats.tensors import HASH_KEY, mib
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import Family
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Inspection:
 
 
 def inspect(
-    path: Path, skeleton: Skeleton | None = None, progress: Progress = silently
+    path: Path, meta_pipeline: MetaPipeline | None = None, progress: Progress = silently
 ) -> Inspection:
     """Reads a LoRA file and says what is in it, and what is wrong with it.
 
@@ -102,7 +102,7 @@ def inspect(
     Raises:
         UsageError: no LoRA file, or keys that no format has.
     """
-    lora = open_lora(path, skeleton.layout if skeleton else None)
+    lora = open_lora(path, meta_pipeline.layout if meta_pipeline else None)
     problems = list(lora.problems())
     components: dict[str, Block] = {}
     blocks: dict[tuple[str, str], Block] = {}
@@ -126,10 +126,10 @@ def inspect(
     if zero:
         problems.append(f"{len(zero)} updates are zero ({zero[0]}, …): they were never trained")
     whole = dataclasses.replace(lora, adapter=adapter)
-    family, how = _family(whole, skeleton)
+    family, how = _family(whole, meta_pipeline)
     verdicts = readers(lora, family) if adapter is lora.adapter else {}
     problems += _of_header(lora, family)
-    problems += _of_place(whole, skeleton, family) if components else []
+    problems += _of_place(whole, meta_pipeline, family) if components else []
     return Inspection(
         path=lora.path,
         size=lora.path.stat().st_size,
@@ -156,9 +156,9 @@ def _whole_ones(lora: LoRAFile) -> Adapter:
     return {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
 
 
-def _family(lora: LoRAFile, skeleton: Skeleton | None) -> tuple[Family | None, str]:
-    if skeleton is not None:
-        return skeleton.family, f"as {skeleton.source} is"
+def _family(lora: LoRAFile, meta_pipeline: MetaPipeline | None) -> tuple[Family | None, str]:
+    if meta_pipeline is not None:
+        return meta_pipeline.family, f"as {meta_pipeline.source} is"
     found = family_by_tensors(lora) if lora.adapter else None
     if found:
         return found
@@ -188,14 +188,16 @@ def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
             yield f"{none} of {some} modules have no alpha; readers disagree on what that means"
 
 
-def _of_place(lora: LoRAFile, skeleton: Skeleton | None, family: Family | None) -> Iterator[str]:
+def _of_place(
+    lora: LoRAFile, meta_pipeline: MetaPipeline | None, family: Family | None
+) -> Iterator[str]:
     """Yields how the file does not fit its model."""
-    skeleton = skeleton or (Skeleton.of_family(family) if family else None)
-    if skeleton is not None:
-        wrong = list(misfits(lora.adapter, skeleton))
+    meta_pipeline = meta_pipeline or (MetaPipeline.of_family(family) if family else None)
+    if meta_pipeline is not None:
+        wrong = list(misfits(lora.adapter, meta_pipeline))
         if wrong:
             of = f"{len(wrong)} of {count(lora.adapter)} updates"
-            yield f"{of} do not fit {skeleton.source}: {wrong[0]}"
+            yield f"{of} do not fit {meta_pipeline.source}: {wrong[0]}"
 
 
 def body_hash(path: Path) -> str:
@@ -244,7 +246,7 @@ _SHOWN = (
     ("ss_sd_model_name", "base model"),
     ("modelspec.prediction_type", "prediction"),
     ("ss_network_module", "network"),
-    ("ss_num_train_images", "pictures"),
+    ("ss_num_train_images", "images"),
     ("ss_steps", "steps"),
     ("ss_learning_rate", "learning rate"),
     ("ss_resolution", "resolution"),

@@ -148,7 +148,7 @@ def _one_family(found: Sequence[tuple[LoRAFile, Family]]) -> Family:
 
 
 def _shared(loras: Sequence[LoRAFile]) -> dict[str, str]:
-    """Returns what all headers say alike: how many pictures one was trained on is not the sum's."""
+    """Returns what all headers say alike: how many images one was trained on is not the sum's."""
     first, *others = (kept_facts(lora.header) for lora in loras)
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 

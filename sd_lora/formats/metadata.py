@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
+from sd_lora.files import HASH_KEY
 from sd_lora.formats import diffusers, kohya
 from sd_lora.formats.canonical import Adapter, each, file_rank
-from sd_lora.formats.tensors import HASH_KEY
 from sd_lora.models.families import Family
 
 OWN_KEY = "sd_lora"
-"""Our own record (configuration, base model, pictures), as JSON."""
+"""Our own record (configuration, base model, images), as JSON."""
 
 
 def _most_common(values: Sequence[float | str]) -> str:

@@ -23,7 +23,7 @@ from sd_lora.formats.files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
 from sd_lora.models.families import Family
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int, str], Iterable[T]]
@@ -56,7 +56,7 @@ class Output:
     dtype: str = "auto"
     overwrite: bool = False
     check: bool = True
-    skeleton: Skeleton | None = None
+    meta_pipeline: MetaPipeline | None = None
 
     def __post_init__(self) -> None:
         if self.path.suffix != ".safetensors":
@@ -142,10 +142,10 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
             should; nothing is left then.
     """
     kind = format_for(adapter, output.to)
-    skeleton = output.skeleton or Skeleton.of_family(family)
+    meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)
     if output.check:
-        adapter = fitted(adapter, skeleton)
-    naming = naming_of(family, skeleton.layout)
+        adapter = fitted(adapter, meta_pipeline)
+    naming = naming_of(family, meta_pipeline.layout)
     notes: list[str] = []
     if output.dtype == "auto":
         dtype = origin.dtype if origin.dtype in DTYPES.values() else torch.float32
@@ -164,7 +164,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     beside = output.path.with_name(f".{output.path.stem}.unverified.safetensors")
     try:
         write_file(beside, kind, adapter, naming, header, dtype)
-        verified = verify(beside, adapter, skeleton, kind) if output.check else None
+        verified = verify(beside, adapter, meta_pipeline, kind) if output.check else None
         _rename(beside, output.path)
     except RunError as error:
         text = str(error).replace(str(beside), str(output.path))
@@ -184,14 +184,16 @@ def _rename(beside: Path, path: Path) -> None:
 
 def check_place(adapter: Adapter, output: Output, family: Family, what: str) -> None:
     """Raises UsageError if an adapter has modules or shapes that the model has not."""
-    skeleton = output.skeleton or Skeleton.of_family(family)
-    wrong = list(misfits(adapter, skeleton)) if output.check else []
+    meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)
+    wrong = list(misfits(adapter, meta_pipeline)) if output.check else []
     if wrong:
-        other = ": for a LoRA of another model give its folder as --model" * (not output.skeleton)
+        other = ": for a LoRA of another model give its folder as --model" * (
+            not output.meta_pipeline
+        )
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         raise UsageError(
-            f"{what} does not fit {skeleton.source}{other}, or --no_verify to write it unchecked: "
-            f"{wrong[0]}{more}"
+            f"{what} does not fit {meta_pipeline.source}{other}, or --no_verify to write it "
+            f"unchecked: {wrong[0]}{more}"
         )
 
 

@@ -12,7 +12,7 @@ from sd_lora.formats import diffusers
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.reading import LoRAFile, kinds_and_keys
 from sd_lora.models.families import Family
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 EXACT = "exact"
 
@@ -143,7 +143,7 @@ def _diffusers_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     lost = {k.partition(".")[0] for k in keys if "_add_embedding_linear" in k}
     if lost:
         yield f"loses {len(lost)} modules (add_embedding)"
-    layout = Skeleton.of_family(family).layout if family and family.original_names else None
+    layout = MetaPipeline.of_family(family).layout if family and family.original_names else None
     if not diffusers_reads(lora.adapter, layout) and diffusers_reads(lora.adapter):
         yield "loses the first upsampler in these names"
     if not diffusers_reads(lora.adapter):

@@ -18,9 +18,9 @@ from torch import Tensor
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
+from sd_lora.files import TensorFile
 from sd_lora.formats import diffusers, lycoris, peft
 from sd_lora.formats.canonical import Adapter, Lazy
-from sd_lora.formats.tensors import TensorFile
 from sd_lora.models.original import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]

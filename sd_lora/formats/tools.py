@@ -11,6 +11,7 @@ import torch
 
 from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
+from sd_lora.files import HASH_KEY
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
 from sd_lora.formats.checkpoints import Checkpoint
@@ -27,7 +28,6 @@ from sd_lora.formats.output import (
 )
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.formats.recognise import family_of, prediction_type
-from sd_lora.formats.tensors import HASH_KEY
 from sd_lora.models.families import Family
 
 
@@ -56,9 +56,9 @@ def opened(path: Path, output: Output, family: str | None) -> tuple[LoRAFile, Fa
         UsageError: anything wrong in the file, a family that nothing says, a module or shape that
             the model has not.
     """
-    lora = open_lora(path, output.skeleton.layout if output.skeleton else None)
+    lora = open_lora(path, output.meta_pipeline.layout if output.meta_pipeline else None)
     lora.check()
-    row = output.skeleton.family if output.skeleton else family_of(lora, family)
+    row = output.meta_pipeline.family if output.meta_pipeline else family_of(lora, family)
     check_place(lora.adapter, output, row, str(path))
     return lora, row
 

@@ -24,7 +24,7 @@ from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name
 from sd_lora.formats.files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.reading import open_lora
-from sd_lora.models.skeleton import Skeleton, without_bars
+from sd_lora.models.meta_pipeline import MetaPipeline, without_bars
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -177,39 +177,39 @@ def compare(
     return count, worst, sorted(wrong)
 
 
-def misfits(adapter: Adapter, skeleton: Skeleton) -> Iterator[str]:
+def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
     """Yields what of an adapter has no place in a model: components, modules, shapes."""
     for component, modules in adapter.items():
-        if component not in skeleton.models:
-            yield f"{skeleton.family.label} has no {component}"
+        if component not in meta_pipeline.models:
+            yield f"{meta_pipeline.family.label} has no {component}"
             continue
-        shapes = shapes_of(component, skeleton)
+        shapes = shapes_of(component, meta_pipeline)
         for name in modules:
             try:
                 _fit(component, name, modules, shapes)
             except KeyError:
-                yield f"{component} {name} is no module of {skeleton.source}"
+                yield f"{component} {name} is no module of {meta_pipeline.source}"
             except (ValueError, RuntimeError) as error:
                 yield f"{component} {name}: {error}"
 
 
-def fitted(adapter: Adapter, skeleton: Skeleton) -> Adapter:
+def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
     """Returns an adapter without `misfits` in the model's own shapes: the factors of a 1×1
     convolution come as matrices in some files, and those of a linear layer as kernels."""
     return {
         component: Lazy(
             modules,
-            partial(_fit, component, modules=modules, shapes=shapes_of(component, skeleton)),
+            partial(_fit, component, modules=modules, shapes=shapes_of(component, meta_pipeline)),
         )
         for component, modules in adapter.items()
     }
 
 
-def shapes_of(component: str, skeleton: Skeleton) -> dict[str, tuple[int, ...]]:
+def shapes_of(component: str, meta_pipeline: MetaPipeline) -> dict[str, tuple[int, ...]]:
     """Returns canonical update name → shape of every parameter of a component."""
     return {
         canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
-        for name, parameter in skeleton.models[component].named_parameters()
+        for name, parameter in meta_pipeline.models[component].named_parameters()
     }
 
 
@@ -221,7 +221,9 @@ def _fit(
     return delta
 
 
-def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[str]) -> Loaded:
+def load_into_pipeline(
+    path: Path, meta_pipeline: MetaPipeline, components: Collection[str]
+) -> Loaded:
     """Loads a file by diffusers' own loader into a fresh pipeline of the family.
 
     Args:
@@ -229,14 +231,14 @@ def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[st
         skeleton: of the pipeline.
         components: those that the file adapts; of the others diffusers rightly says so.
     """
-    pipeline = skeleton.pipeline()
+    pipeline = meta_pipeline.pipeline()
     with captured_complaints() as complaints, without_bars():
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             complaints.append(" ".join(str(error).split()))
     # diffusers looks for a first text encoder's in the refiner's files too, which has none
-    sought = {*skeleton.family.components, "text_encoder"}
+    sought = {*meta_pipeline.family.components, "text_encoder"}
     expected = [f"prefix='{c}'" for c in sought if c not in components]
     complaints = [
         c for c in complaints if not ("No LoRA keys" in c and any(e in c for e in expected))
@@ -244,7 +246,9 @@ def load_into_pipeline(path: Path, skeleton: Skeleton, components: Collection[st
     return Loaded(loaded_adapter(pipeline), complaints)
 
 
-def verify(path: Path, adapter: Adapter, skeleton: Skeleton, kind: Format = DIFFUSERS) -> Verified:
+def verify(
+    path: Path, adapter: Adapter, meta_pipeline: MetaPipeline, kind: Format = DIFFUSERS
+) -> Verified:
     """Loads a file into a fresh pipeline and compares every module's ΔW with the trained one.
 
     It is read back by our own reader as well; of a LyCORIS file, which is not for diffusers, that
@@ -253,21 +257,21 @@ def verify(path: Path, adapter: Adapter, skeleton: Skeleton, kind: Format = DIFF
     Raises:
         RunError: a loader's complaint, a module lost, added or left empty, or a ΔW that is off.
     """
-    lora = open_lora(path, skeleton.layout)
+    lora = open_lora(path, meta_pipeline.layout)
     tolerance = TOLERANCE.get(lora.dtype, TOLERANCE[torch.float32])
     count, worst, wrong = 0, 0.0, list(lora.problems())
     if not wrong:
         count, worst, wrong = compare(adapter, lora.adapter, tolerance)
-    layout = skeleton.layout if skeleton.family.original_names else None
+    layout = meta_pipeline.layout if meta_pipeline.family.original_names else None
     if kind is DIFFUSERS or (kind is KOHYA and diffusers_reads(adapter, layout)):
-        loaded = load_into_pipeline(path, skeleton, adapter)
+        loaded = load_into_pipeline(path, meta_pipeline, adapter)
         count, error, lost = compare(adapter, loaded.adapter, tolerance)
         worst, wrong = max(worst, error), [*loaded.complaints, *sorted({*wrong, *lost})]
     _refuse(path, wrong)
     return Verified(path, count, worst)
 
 
-def verify_file(path: Path, skeleton: Skeleton) -> tuple[Verified | None, list[str]]:
+def verify_file(path: Path, meta_pipeline: MetaPipeline) -> tuple[Verified | None, list[str]]:
     """Compares what diffusers loads of any file with what is in it.
 
     Returns what was compared (None of a file that diffusers has no loader for), and all that is
@@ -276,14 +280,14 @@ def verify_file(path: Path, skeleton: Skeleton) -> tuple[Verified | None, list[s
     Raises:
         UsageError: no LoRA that can be read whole, or one that does not fit the model.
     """
-    lora = open_lora(path, skeleton.layout)
+    lora = open_lora(path, meta_pipeline.layout)
     lora.check()
-    for wrong in misfits(lora.adapter, skeleton):
-        raise UsageError(f"{path} does not fit {skeleton.source}: {wrong}")
-    adapter = fitted(lora.adapter, skeleton)
+    for wrong in misfits(lora.adapter, meta_pipeline):
+        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
+    adapter = fitted(lora.adapter, meta_pipeline)
     if lora.format not in (DIFFUSERS.title, KOHYA.title):
         return None, []
-    loaded = load_into_pipeline(lora.path, skeleton, adapter)
+    loaded = load_into_pipeline(lora.path, meta_pipeline, adapter)
     tolerance = TOLERANCE.get(lora.dtype, TOLERANCE[torch.float32])
     count, worst, wrong_ones = compare(adapter, loaded.adapter, tolerance)
     return Verified(lora.path, count, worst), [*loaded.complaints, *wrong_ones]

@@ -21,13 +21,13 @@ class Task:
 
 TEXT_TO_IMAGE = Task("text_to_image", "text to image")
 INPAINTING = Task("inpainting", "inpainting")
-_PAIRS = "its training needs pairs of pictures, which no data source here has"
+_PAIRS = "its training needs pairs of images, which no data source here has"
 _TASKS: dict[int | None, Task] = {
     0: TEXT_TO_IMAGE,
     5: INPAINTING,  # a mask, and the latents of what is left to see
     4: Task("instruct_pix2pix", "InstructPix2Pix", _PAIRS),
     1: Task("depth", "depth to image", "its training needs depth maps, which are not made here"),
-    3: Task("upscaling", "upscaling", "its training needs small pictures and a noise level"),
+    3: Task("upscaling", "upscaling", "its training needs small images and a noise level"),
 }
 
 
@@ -41,7 +41,7 @@ class Family:
     call the UNet's modules as the original code does (`input_blocks_4_1`) and not as diffusers
     does. base_versions, architectures: prediction type → kohya's and Stability's words for it.
     penultimate: whether it reads the text encoders' last hidden state but one, without the final
-    norm. time_ids: what its UNet is told of a picture besides the pooled text: "original_size",
+    norm. time_ids: what its UNet is told of an image besides the pooled text: "original_size",
     "crop", "target_size" (two numbers each), "aesthetic_score". max_timestep: those from here on it
     was not made for.
     """

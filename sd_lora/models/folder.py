@@ -18,8 +18,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_lora.errors import UsageError
 from sd_lora.models.families import Family, refuse_other_pipelines
+from sd_lora.models.meta_pipeline import without_bars
 from sd_lora.models.recognise import FAILURES, reason
-from sd_lora.models.skeleton import without_bars
 
 CLASSES: dict[str, Any] = {
     "text_encoder": CLIPTextModel,

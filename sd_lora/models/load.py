@@ -19,6 +19,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from sd_lora.errors import UsageError
+from sd_lora.models.caption_encoder import PIECE, CaptionEncoder
 from sd_lora.models.families import (
     Family,
     Task,
@@ -36,9 +37,8 @@ from sd_lora.models.folder import (
     read_part,
     tokenizer_of,
 )
-from sd_lora.models.prompts import PIECE, Reader
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.single import SingleFile
-from sd_lora.models.skeleton import Skeleton
 from sd_lora.models.vae import load_other, other_config, standard_config
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
@@ -82,9 +82,9 @@ class Parts:
         """Component → what a LoRA may adapt."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def reader(self, **options: Any) -> Reader:
-        """Returns how captions are read; see `Reader` for the options."""
-        return Reader(
+    def caption_encoder(self, **options: Any) -> CaptionEncoder:
+        """Returns how captions are read; see `CaptionEncoder` for the options."""
+        return CaptionEncoder(
             self.family,
             self.tokenizers,
             zero_unconditional=self.zero_unconditional,
@@ -92,9 +92,9 @@ class Parts:
         )
 
     @property
-    def skeleton(self) -> Skeleton:
+    def meta_pipeline(self) -> MetaPipeline:
         """The modules that a LoRA of this model is made for."""
-        return Skeleton.of_models(self.models, self.family)
+        return MetaPipeline.of_models(self.models, self.family)
 
 
 def _vae_factor(config: Mapping[str, Any]) -> int:
@@ -124,7 +124,7 @@ class Base:
 
     @cached_property
     def resolution(self) -> int:
-        """The side in pixels of the pictures that the model was made for."""
+        """The side in pixels of the images that the model was made for."""
         size = self.unet_config.get("sample_size") or 64
         return (size if isinstance(size, int) else max(size)) * _vae_factor(self.vae_config)
 
@@ -183,12 +183,12 @@ class Base:
             model.requires_grad_(False).eval()
         return parts
 
-    def reader(self, tokenizer_name: str | None = None, **options: Any) -> Reader:
+    def caption_encoder(self, tokenizer_name: str | None = None, **options: Any) -> CaptionEncoder:
         """Returns how captions are read, for counting tokens: the tokenizers alone are loaded.
 
         Args:
             tokenizer_name: as `load` has it.
-            options: of `Reader`.
+            options: of `CaptionEncoder`.
 
         Raises:
             UsageError: a tokenizer that is missing.
@@ -196,10 +196,10 @@ class Base:
         tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in self.family.text_encoders}
         for tokenizer in tokenizers.values():
             tokenizer.model_max_length = min(tokenizer.model_max_length, PIECE + 2)
-        return Reader(self.family, tokenizers, **options)
+        return CaptionEncoder(self.family, tokenizers, **options)
 
     @cached_property
-    def skeleton(self) -> Skeleton:
+    def meta_pipeline(self) -> MetaPipeline:
         """The modules that a LoRA is for, without weights."""
         configs: dict[str, Any] = {"unet": self.unet_config}
         hub = {key: self.options[key] for key in ("revision", "cache_dir")}
@@ -209,7 +209,7 @@ class Base:
                 continue
             read = partial(CLIPTextConfig.from_pretrained, self.name, subfolder=component, **hub)
             configs[component] = read_part(component, self.name, read).to_dict()
-        return Skeleton(self.family, configs, self.name)
+        return MetaPipeline(self.family, configs, self.name)
 
     def _part(self, part: str, dtype: torch.dtype) -> Any:
         if self.single:
@@ -311,7 +311,7 @@ def find_base(
         revision, variant, cache_dir: as in diffusers' `from_pretrained`.
         vae: another VAE: a folder, a hub id or a file.
         prediction_type: what the caller knows of a single file; SD 2's with v-prediction were made
-            for larger pictures.
+            for larger images.
 
     Raises:
         UsageError: nothing there, a missing part, a model that is no Stable Diffusion (named as
@@ -371,7 +371,7 @@ def _check_vae(base: Base) -> None:
     ends = {config.get("in_channels", 3), config.get("out_channels", 3)}
     if ends != {3}:
         raise UsageError(
-            f"the VAE of {base.vae or base.name} is for pictures of {max(ends)} channels, and "
+            f"the VAE of {base.vae or base.name} is for images of {max(ends)} channels, and "
             "training is on red, green and blue"
         )
 

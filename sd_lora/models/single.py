@@ -367,7 +367,7 @@ def _original(part: str, name: str, config: Config, prefix: str) -> str:
     if part == "vae":
         for ours, original in _VAE_NAMES.items():
             name = name.replace(ours, original)
-        # the original counts the way up from the largest pictures, diffusers from the smallest
+        # the original counts the way up from the largest images, diffusers from the smallest
         last = len(config["block_out_channels"]) - 1
         return re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{last - int(m[1])}", name)
     # transformers 5.6 and newer have no `text_model.` in CLIPTextModel

@@ -8,8 +8,8 @@ from torch import nn
 
 from sd_lora.adapters.inject import inject
 from sd_lora.adapters.targets import select
+from sd_lora.config.schema import TrainConfig
 from sd_lora.models.families import Family
-from sd_lora.training.config import TrainConfig
 
 
 def inject_all(

@@ -1,8 +1,5 @@
-"""The pictures of a run and where their latents and the captions' embeddings are kept."""
+"""The images of a run and where their latents and the captions' embeddings are kept."""
 
-import math
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -11,29 +8,28 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from sd_lora.data.buckets import Framing
-from sd_lora.data.embeddings import Embeddings, identity_of
-from sd_lora.data.encode import Latents, vae_identity
-from sd_lora.data.latents import LatentTable, Look
-from sd_lora.data.samples import Source
-from sd_lora.data.sources import open_source
-from sd_lora.data.spec import Kind
-from sd_lora.data.store import Store, default_folder
-from sd_lora.data.stream import Set
+from sd_lora.config.schema import TrainConfig
+from sd_lora.config.sources import Kind
+from sd_lora.data.batches.stream import ImageSet
+from sd_lora.data.cache.encode import Latents, vae_identity
+from sd_lora.data.cache.latents import LatentTable, PixelSettings
+from sd_lora.data.cache.placement import choose, latent_bytes
+from sd_lora.data.cache.store import Store, default_folder
+from sd_lora.data.cache.text_embeddings import Embeddings, identity_of
+from sd_lora.data.check.usable import UsableImages, usable_images
+from sd_lora.data.images.buckets import CropSettings
+from sd_lora.data.sources.open import open_source
+from sd_lora.data.sources.samples import Source
 from sd_lora.errors import UsageError
-from sd_lora.formats.tensors import mib
+from sd_lora.files import mib
+from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
-from sd_lora.models.prompts import Reader
-from sd_lora.training import report
-from sd_lora.training.config import TrainConfig
-from sd_lora.training.dataset import class_spec, find_sources, has_class_pictures
-from sd_lora.training.preflight import Pictures, look_at
+from sd_lora.report import summary as report
+from sd_lora.training.class_images import has_class_images
+from sd_lora.training.conditioning import TextConditioning
+from sd_lora.training.data import class_spec, find_sources
 from sd_lora.training.processes import on_main, weight_dtype
-from sd_lora.training.texts import Texts
-
-SPARE = 1 << 30
-"""Bytes of a disk that a cache leaves free."""
 
 EXCHANGED = 64
 """Latents that processes exchange at once: 32 MiB of SDXL's."""
@@ -48,145 +44,97 @@ def open_store(config: TrainConfig) -> Store:
     return Store(folder, int(config.data_cache_limit * (1 << 30)))
 
 
-def choose(needed: int, missing: int, store: Store, num_processes: int) -> tuple[str, str]:
-    """Returns where a cache is best kept, "disk", "memory" or "no", and why if not on the disk.
-
-    Args:
-        needed: bytes that it takes.
-        missing: those of them that are not on the disk yet.
-        store: the caches on disk.
-        num_processes: that would each hold all of it in memory.
-    """
-    why = _no_disk(needed, missing, store)
-    if not why:
-        return "disk", ""
-    if needed * num_processes < psutil.virtual_memory().available // 2:
-        return "memory", why
-    return "no", f"{why}, and {mib(needed * num_processes)} are more than half of the free memory"
-
-
-def _no_disk(needed: int, missing: int, store: Store) -> str:
-    """Returns why a cache cannot be on disk; empty if it can."""
-    if needed > store.limit:
-        return f"{mib(needed)} are more than data_cache_limit, {mib(store.limit)}"
-    try:
-        store.folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(store.folder).free
-    except OSError as error:
-        return f"{store.folder} cannot be made ({error.strerror})"
-    if missing and not os.access(store.folder, os.W_OK):
-        return f"{store.folder} cannot be written"
-    if missing and missing + SPARE > free:
-        return (
-            f"{mib(missing)} do not fit on the disk of {store.folder}, which has {mib(free)} free"
-        )
-    return ""
-
-
-def latent_bytes(pictures: Set, channels: int, factor: int, width: int) -> int:
-    """Returns what the latents of some pictures take.
-
-    Args:
-        pictures: those whose cut is fixed are counted, with their flips.
-        channels, factor: of the VAE's latents, and pixels a latent.
-        width: bytes a number.
-    """
-    total = 0
-    for index, sample in enumerate(pictures.samples):
-        if not pictures.is_random(index):
-            latents = math.prod(pictures.buckets[index]) // factor**2
-            total += 2 * channels * latents * width * (2 if sample.source.random_flip else 1)
-    return total
-
-
 class Data:
-    """The pictures of a run, by kind, and its caches.
+    """The images of a run, by kind, and its caches.
 
-    pictures: "instance", and "class" where there is prior preservation. rows, notes: what the
+    images: "instance", and "class" where there is prior preservation. rows, notes: what the
     summary says of the caches.
     """
 
     def __init__(
         self,
         config: TrainConfig,
-        framing: Framing,
+        crop_settings: CropSettings,
         seed: int,
         store: Store,
         accelerator: Accelerator,
-        reader: Reader,
+        caption_encoder: CaptionEncoder,
     ) -> None:
-        self.config, self.framing, self.seed = config, framing, seed
-        self.store, self.accelerator, self.reader = store, accelerator, reader
-        self.pictures: dict[str, Pictures] = {}
+        self.config, self.crop_settings, self.seed = config, crop_settings, seed
+        self.store, self.accelerator, self.caption_encoder = store, accelerator, caption_encoder
+        self.images: dict[str, UsableImages] = {}
         self.rows: dict[str, str] = {}
         self.notes: list[str] = []
 
     @property
-    def instances(self) -> Set:
+    def instances(self) -> ImageSet:
         """What is trained."""
-        return self.pictures["instance"].set
+        return self.images["instance"].set
 
-    def look_at_sources(self) -> None:
-        """Checks all pictures that are there from the start.
+    def check_sources(self) -> None:
+        """Checks all images that are there from the start.
 
         Raises:
             UsageError, RunError: sources that cannot be read, or nothing that can be trained.
         """
         sources = find_sources(self.config, self.seed)
         of_class = [source for source in sources if source.spec.kind == "class"]
-        self._look_at([s for s in sources if s.spec.kind == "instance"], "instance")
+        self._check([s for s in sources if s.spec.kind == "instance"], "instance")
         if of_class:
-            self._look_at(of_class, "class")
+            self._check(of_class, "class")
         prior = self.config.with_prior_preservation
-        if prior and on_main(self.accelerator, lambda: has_class_pictures(self.config)):
-            self.look_at_class_folder(may_be_none=True)
+        if prior and on_main(self.accelerator, lambda: has_class_images(self.config)):
+            self.check_class_folder(may_be_none=True)
 
-    def look_at_class_folder(self, may_be_none: bool = False) -> None:
-        """Checks the folder of class pictures: what is there from the start, and again when it was
+    def check_class_folder(self, may_be_none: bool = False) -> None:
+        """Checks the folder of class images: what is there from the start, and again when it was
         filled."""
-        self._look_at(open_source(class_spec(self.config)), "class", may_be_none)
+        self._check(open_source(class_spec(self.config)), "class", may_be_none)
 
     @property
-    def num_class_pictures(self) -> int:
-        """How many class pictures can be trained."""
-        return len(self.pictures["class"].set.samples) if "class" in self.pictures else 0
+    def num_class_images(self) -> int:
+        """How many class images can be trained."""
+        return len(self.images["class"].set.samples) if "class" in self.images else 0
 
-    def _look_at(self, sources: list[Source], kind: Kind, may_be_none: bool = False) -> None:
+    def _check(self, sources: list[Source], kind: Kind, may_be_none: bool = False) -> None:
         beside = self.instances.samples if kind == "class" else ()
-        found = look_at(
-            self.config, sources, kind, self.framing, self.seed, self.store, self.reader, beside,
+        found = usable_images(
+            self.config, sources, kind, self.crop_settings, self.seed, self.store,
+            self.caption_encoder, report.checking, beside,
             once=lambda work: on_main(self.accelerator, work), may_be_none=may_be_none,
         )  # fmt: skip
         if found:
-            self.pictures[kind] = found
+            self.images[kind] = found
 
-    def latents(self, parts: Parts, look: Look) -> Latents:
+    def latents(self, parts: Parts, pixel_settings: PixelSettings) -> Latents:
         """Returns the run's latents, those computed and kept that can be.
 
         Raises:
-            RunError: a picture that cannot be read any more, or whose latent is not finite.
+            RunError: an image that cannot be read any more, or whose latent is not finite.
         """
         vae, accelerator = parts.vae, self.accelerator
         width = torch.finfo(vae.dtype).bits // 8
-        size = (vae.config.latent_channels, look.pixels_per_latent, width)
-        needed = sum(latent_bytes(p.set, *size) for p in self.pictures.values())
+        size = (vae.config.latent_channels, pixel_settings.pixels_per_latent, width)
+        needed = sum(latent_bytes(p.set, *size) for p in self.images.values())
         asked = self.config.cache_latents
         identity = vae_identity(vae, accelerator.device) if asked != "no" else ""
-        on_disk = Latents(vae, accelerator.device, LatentTable(look, identity, "disk", self.store))
+        on_disk = Latents(
+            vae, accelerator.device, LatentTable(pixel_settings, identity, "disk", self.store)
+        )
 
         def chosen() -> tuple[str, str]:
             if asked != "auto":
                 return asked, ""
-            jobs = [job for p in self.pictures.values() for job in on_disk.jobs(p.set)]
+            jobs = [job for p in self.images.values() for job in on_disk.jobs(p.set)]
             missing = sum(job.key not in on_disk.table for job in jobs)
             return self._choose(needed, needed * missing // max(1, len(jobs)))
 
         mode, why = on_main(accelerator, chosen)
         inpaints = parts.task is INPAINTING
         self._refuse_streams(mode, why, inpaints)
-        table = LatentTable(look, identity, mode, self.store, fresh=inpaints)
+        table = LatentTable(pixel_settings, identity, mode, self.store, fresh=inpaints)
         latents = Latents(vae, accelerator.device, table)
-        there = {kind: self._fill(latents, p) for kind, p in self.pictures.items()}
+        there = {kind: self._fill(latents, p) for kind, p in self.images.items()}
         known, computed = (sum(count) for count in zip(*there.values(), strict=True))
         self.rows["latents"] = _described(mode, known, computed, self.store)
         if why:
@@ -196,10 +144,10 @@ class Data:
         return latents
 
     def _refuse_streams(self, mode: str, why: str, inpaints: bool) -> None:
-        """Raises UsageError for a stream whose pictures would be needed again."""
+        """Raises UsageError for a stream whose images would be needed again."""
         streams = [
             (p.set, i)
-            for p in self.pictures.values()
+            for p in self.images.values()
             for i, sample in enumerate(p.set.samples)
             if sample.source.streaming
         ]
@@ -208,17 +156,17 @@ class Data:
         reasons += ["inpainting needs them each time"] if inpaints else []
         if streams and reasons:
             raise UsageError(
-                f"the pictures of a stream cannot be read again, and {' and '.join(reasons)}. Take "
+                f"the images of a stream cannot be read again, and {' and '.join(reasons)}. Take "
                 "the set without streaming, or let its latents be cached, cut from the middle"
             )
 
     def _choose(self, needed: int, missing: int) -> tuple[str, str]:
         return choose(needed, missing, self.store, self.accelerator.num_processes)
 
-    def _fill(self, latents: Latents, pictures: Pictures) -> tuple[int, int]:
-        """Returns how many latents are kept of some pictures, and how many were computed now."""
+    def _fill(self, latents: Latents, images: UsableImages) -> tuple[int, int]:
+        """Returns how many latents are kept of some images, and how many were computed now."""
         accelerator = self.accelerator
-        whole = latents.jobs(pictures.set)
+        whole = latents.jobs(images.set)
         # the main process says what is missing: meanwhile others write, of this run or another
         jobs = on_main(accelerator, lambda: [j for j in whole if j.key not in latents.table])
         part, parts = accelerator.process_index, accelerator.num_processes
@@ -226,9 +174,9 @@ class Data:
 
         def bar(done: Iterator[None]) -> Iterable[None]:
             shown = accelerator.is_main_process and bool(mine)
-            return report.counting(done, f"{pictures.set.kind} latents", len(mine), shown)
+            return report.counting(done, f"{images.set.kind} latents", len(mine), shown)
 
-        latents.fill(mine, pictures.sources, bar)
+        latents.fill(mine, images.sources, bar)
         if latents.table.mode == "memory" and parts > 1:
             self._exchange(latents.table, [job.key for job in mine], -(-len(jobs) // parts))
         accelerator.wait_for_everyone()
@@ -241,13 +189,13 @@ class Data:
             keys = mine[start : start + EXCHANGED]
             table.memory |= dict(gather_object([(key, table.memory[key]) for key in keys]))
 
-    def can_hold(self, texts: Texts) -> bool:
+    def can_hold(self, texts: TextConditioning) -> bool:
         """Whether embeddings may be kept in the memory of each process."""
         needed = texts.bytes_of(weight_dtype(self.accelerator)) * self.accelerator.num_processes
         wanted = self.config.cache_text_embeddings != "no"
         return wanted and needed < psutil.virtual_memory().available // 2
 
-    def fill_texts(self, texts: Texts) -> None:
+    def fill_texts(self, texts: TextConditioning) -> None:
         """Reads the captions that are not known, where they can be kept; the encoders then leave
         the device."""
         device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
@@ -258,7 +206,9 @@ class Data:
         needed = texts.bytes_of(dtype)
         asked = self.config.cache_text_embeddings
         to_disk = asked in ("auto", "disk")
-        identity = identity_of(texts.reader, texts.encoders, dtype, device) if to_disk else ""
+        identity = (
+            identity_of(texts.caption_encoder, texts.encoders, dtype, device) if to_disk else ""
+        )
 
         def chosen() -> tuple[str, str]:
             if asked != "auto":
@@ -288,12 +238,12 @@ class Data:
                 table.hold(captions)
         self.rows["text embeddings"] = _described(mode, known, computed, self.store)
 
-    def make_room(self, latents: Latents, texts: Texts) -> None:
+    def make_room(self, latents: Latents, texts: TextConditioning) -> None:
         """Removes what no run used for longest from the caches on disk, beyond their limit."""
         store = self.store
 
         def evict() -> str:
-            jobs = [job for p in self.pictures.values() for job in latents.jobs(p.set)]
+            jobs = [job for p in self.images.values() for job in latents.jobs(p.set)]
             keep = {job.key for job in jobs} | {f"facts/{job.sample.digest}" for job in jobs}
             if texts.table:
                 keep |= {texts.table.key(caption) for caption in texts.captions or ()}

@@ -21,8 +21,8 @@ from sd_lora.adapters.state import (
     load_lora_state_dict,
     lora_state_dict,
 )
+from sd_lora.config.schema import CHANGEABLE, FIELDS
 from sd_lora.errors import RunError, UsageError
-from sd_lora.training.config import CHANGEABLE, FIELDS
 
 _PREFIX = "checkpoint-"
 
@@ -33,7 +33,7 @@ class Progress:
 
     step: optimiser steps done. seed, samples_per_step, num_samples: what a position of the data
     means. settings: the configuration. order: the digest of which samples make which step; empty in
-    checkpoints of earlier versions. pictures: the digest of the pictures and captions.
+    checkpoints of earlier versions. images: the digest of the images and captions.
     """
 
     step: int
@@ -42,7 +42,7 @@ class Progress:
     num_samples: int
     settings: dict[str, Any]
     order: str = ""
-    pictures: str = ""
+    images: str = ""
 
 
 def _step_of(path: Path) -> int:
@@ -123,8 +123,11 @@ def find(output_dir: Path, name: str) -> Path:
 def read_progress(path: Path) -> Progress:
     """Returns where a checkpoint's run stood; raises UsageError if the file is not ours."""
     try:
-        return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+        if "pictures" in values:  # the key's name before version 0.2
+            values["images"] = values.pop("pictures")
+        return Progress(**values)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 
 
@@ -148,7 +151,7 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
     for name, meaning in (
         ("seed", "seed"),
         ("samples_per_step", "batch size × accumulation × processes"),
-        ("num_samples", "number of training pictures × repeats"),
+        ("num_samples", "number of training images × repeats"),
     ):
         then, now = getattr(progress, name), getattr(ours, name)
         if then != now:
@@ -160,7 +163,7 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
     if not progress.order:
         raise UsageError(
             f"{path} was written by an earlier version, whose batches ran on over an epoch's end "
-            "and whose pictures were cut to squares: it cannot be gone on with here. Finish it "
+            "and whose images were cut to squares: it cannot be gone on with here. Finish it "
             "with that version, or start anew in another output_dir"
         )
 
@@ -182,7 +185,7 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
         )
     if progress.order != ours.order:
         raise UsageError(
-            f"{path} was written with pictures of other shapes, in another order, with other rules "
+            f"{path} was written with images of other shapes, in another order, with other rules "
             "of their captions or crops, or with another split of the batch (train_batch_size × "
             "processes, accumulation): it would not be the same run; use the same, or start anew "
             "in another output_dir"

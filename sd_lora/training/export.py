@@ -11,15 +11,15 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import verify_embeddings, write_embeddings
 from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
-from sd_lora.training.config import TrainConfig
 from sd_lora.training.optimizers import learning_rate
-from sd_lora.training.preflight import Plan
+from sd_lora.training.plan import Plan
 from sd_lora.training.setup import Run
 
 SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -47,12 +47,12 @@ def export(run: Run) -> list[Verified]:
         run.prediction_type,
         record(run),
         facts(run),
-        run.skeleton.layout,
+        run.meta_pipeline.layout,
         SAVED[run.config.save_precision],
     )
     kinds = formats_of(adapter)[0]
-    skeleton = run.skeleton
-    return [verify(p, adapter, skeleton, kind) for p, kind in zip(paths, kinds, strict=True)]
+    meta_pipeline = run.meta_pipeline
+    return [verify(p, adapter, meta_pipeline, kind) for p, kind in zip(paths, kinds, strict=True)]
 
 
 def export_words(run: Run) -> list[Path]:
@@ -83,7 +83,7 @@ def record(run: Run) -> dict[str, object]:
         "config": config.as_dict() | {"seed": run.plan.seed},
         "steps": run.plan.num_steps,
         "num_samples": run.plan.num_samples,
-        "pictures": {kind: len(p.set.samples) for kind, p in run.data.pictures.items()},
+        "images": {kind: len(p.set.samples) for kind, p in run.data.images.items()},
         "versions": versions | {"python": platform.python_version()},
     }
 
@@ -125,7 +125,7 @@ def facts(run: Run) -> dict[str, str]:
     config, plan = run.config, run.plan
     size, instances = config.side, run.data.instances
     last = run.timesteps[1]
-    reg = run.data.pictures.get("class")
+    reg = run.data.images.get("class")
     values: dict[str, object] = {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
         "ss_resolution": f"({size}, {size})",
@@ -189,9 +189,9 @@ def _buckets(plan: Plan) -> dict[str, dict[str, object]]:
 def _tags(run: Run) -> dict[str, dict[str, int]]:
     """Returns set → how often each part of a caption between commas occurs, as kohya counts."""
     counted = {}
-    for kind, pictures in run.data.pictures.items():
+    for kind, images in run.data.images.items():
         tags: Counter[str] = Counter()
-        for sample in pictures.set.samples:
+        for sample in images.set.samples:
             for caption in sample.captions:
                 tags.update(tag for part in caption.split(",") if (tag := part.strip()))
         counted[kind] = dict(tags.most_common(MOST_TAGS))

@@ -17,23 +17,24 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from sd_lora.adapters.inject import limit_norms, updates
-from sd_lora.data.stream import Batch
+from sd_lora.adapters.inject import deltas_of, limit_norms
+from sd_lora.config.contradictions import DROPOUTS
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
+from sd_lora.files import write_whole
 from sd_lora.formats.embeddings import how_to_load
 from sd_lora.formats.files import formats_of
-from sd_lora.formats.tensors import write_whole
 from sd_lora.formats.verify import Verified
+from sd_lora.report import summary as report
+from sd_lora.report.sheets import grid, write_image
 from sd_lora.seeds import seed_for
-from sd_lora.training import checkpoint, report
-from sd_lora.training.config import TrainConfig
+from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words
 from sd_lora.training.previews import sample_prompts, sample_row, validate
-from sd_lora.training.rules import DROPOUTS
-from sd_lora.training.sampling import grid, write_picture
-from sd_lora.training.setup import PictureLost, Run, prepare
+from sd_lora.training.setup import ImageLost, Run, prepare
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each one waits for the device."""
@@ -50,7 +51,7 @@ class Result:
     losses: of every step of this run, averaged over processes.
     first_losses, replayed: mean loss of the run's first steps as they were, and of the very same
         batches and noise by the trained model: what was learned, without the luck of the draw.
-    before_after: the sample grid, None if no sample pictures were asked for.
+    before_after: the sample grid, None if no sample images were asked for.
     """
 
     output_dir: Path
@@ -122,21 +123,21 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     """Returns the loss of samples of one size."""
     config, schedule, device = run.config, run.schedule, run.accelerator.device
-    slots = batch.slots
-    addresses = [slot.address for slot in slots]
-    drawn = run.latents.latents(slots, batch.seen)
+    items = batch.items
+    addresses = [item.address for item in items]
+    drawn = run.latents.latents(items, batch.loaded)
     x0 = drawn.x0  # (B, C, H, W)
     noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
     first, last = run.timesteps
     t = draw_timesteps(addresses, last, first).to(device)
     x_t = run.unet_input(schedule.add_noise(x0, noise, t), batch)
-    conditions = run.conditioning(slots, step)
+    conditions = run.conditioning(items, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
     losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma, drawn.mask)
     prior = config.prior_loss_weight
-    weights = [slot.weight * (1.0 if slot.kind == "instance" else prior) for slot in slots]
-    return weighted_loss(losses, torch.tensor(weights, device=device), batch.share)
+    weights = [item.weight * (1.0 if item.kind == "instance" else prior) for item in items]
+    return weighted_loss(losses, torch.tensor(weights, device=device), batch.loss_scale)
 
 
 @contextmanager
@@ -145,7 +146,7 @@ def stop_requests() -> Iterator[list[str]]:
     requests: list[str] = []
     previous: dict[int, Any] = {}
 
-    def request(number: int, frame: object) -> None:
+    def request(number: int, crop: object) -> None:
         if requests:
             signal.signal(number, previous[number])
             signal.raise_signal(number)
@@ -190,7 +191,7 @@ def _optimise(run: Run, history: History, requests: list[str]) -> int:
     with report.step_bar(run.plan.num_steps, run.first_step, run.main) as bar:
         try:
             return _steps(run, history, requests, bar)
-        except PictureLost as error:
+        except ImageLost as error:
             done = history.step
             if run.accelerator.num_processes > 1 or done == run.first_step:
                 raise  # other processes wait in their step, and would not help to save
@@ -212,7 +213,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
     begins = True
     for batch in run.batches():
         if begins:  # an epoch's last step may have fewer micro-batches
-            accelerator.gradient_accumulation_steps = batch.window
+            accelerator.gradient_accumulation_steps = batch.accumulation_steps
             accelerator.step = 0
         begins = batch.last
         if any(getattr(config, name) for name in DROPOUTS):
@@ -221,7 +222,7 @@ def _steps(run: Run, history: History, requests: list[str], bar: tqdm) -> int:
         with accelerator.accumulate(*models):
             loss = batch_loss(run, batch, step)
             accelerator.backward(loss)
-            total = total + loss.detach() / batch.window
+            total = total + loss.detach() / batch.accumulation_steps
             for parameter in run.texts.stopped(step):
                 parameter.grad = None  # no step, no decay, and no part in the norm
             if accelerator.sync_gradients:
@@ -274,9 +275,9 @@ def replay(run: Run) -> tuple[float, float]:
     alone = dataclasses.replace(run, prepared=run.models, texts=texts)
     try:
         batches = map(run.stream.batch, micro_batches)
-        losses = [batch_loss(alone, b, run.plan.num_steps) / b.window for b in batches]
+        losses = [batch_loss(alone, b, run.plan.num_steps) / b.accumulation_steps for b in batches]
         mean = torch.stack(losses).sum() / steps
-    except RunError:  # a picture that is lost now costs a number, not what was trained
+    except RunError:  # an image that is lost now costs a number, not what was trained
         mean = torch.tensor(math.nan, device=run.accelerator.device)
     now = run.accelerator.reduce(mean, "mean")
     return (sum(then) / steps if len(then) == steps else math.nan), float(now)
@@ -295,7 +296,7 @@ def train(config: TrainConfig) -> Result:
 
     Raises:
         UsageError: what cannot be meant, before any work.
-        RunError: a picture that cannot be read, a diverged loss, a full disk, an interruption
+        RunError: an image that cannot be read, a diverged loss, a full disk, an interruption
             (after a checkpoint).
     """
     started = time.monotonic()
@@ -310,7 +311,7 @@ def train(config: TrainConfig) -> Result:
             step = _optimise(run, history, requests)
         whole = step == run.plan.num_steps
         first_losses, replayed = replay(run) if whole else (math.nan, math.nan)
-        _part_company(run)
+        release_distributed(run)
         if not whole:
             run.accelerator.end_training()
             raise RunError(
@@ -333,7 +334,7 @@ def train(config: TrainConfig) -> Result:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def _part_company(run: Run) -> None:
+def release_distributed(run: Run) -> None:
     """Ends what the processes do together; the others do not wait for the main one's exports.
 
     DistributedDataParallel goes first, while all are there: dropped after its process group, the
@@ -364,7 +365,7 @@ def _finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[P
         return files, words, None
     path = run.output_dir / "before_after.png"
     rows, labels = [before, sample_row(run)], ["before", f"after {run.plan.num_steps} steps"]
-    write_picture(path, grid(rows, labels, sample_prompts(run)))
+    write_image(path, grid(rows, labels, sample_prompts(run)))
     return files, words, path
 
 
@@ -381,7 +382,7 @@ def _say_result(run: Run, result: Result) -> None:
     if Path(base).expanduser().is_file():
         name = run.parts.family.pipelines[run.parts.task.name]
         pipeline = f'{name}.from_single_file("{base}")'
-    formats, _ = formats_of({name: updates(model) for name, model in run.models.items()})
+    formats, _ = formats_of({name: deltas_of(model) for name, model in run.models.items()})
     report.say(report.how_to_use(pipeline, [file.path for file in result.files], formats))
     if run.texts.tokens:
         for path, concept in zip(result.words, run.texts.tokens.concepts, strict=True):

@@ -1,17 +1,18 @@
-"""The pictures that a run draws as it goes: before, in between and after."""
+"""The images that a run draws as it goes: before, in between and after."""
 
 import itertools
 
 import numpy as np
 from PIL import Image
 
-from sd_lora.data.captions import longest_form
-from sd_lora.training.sampling import draws, grid, sample, write_picture
+from sd_lora.data.batches.caption_rules import longest_form
+from sd_lora.report.sheets import grid, write_image
+from sd_lora.sampling.sampler import draws, sample
 from sd_lora.training.setup import Run
 
 
 def sample_prompts(run: Run) -> list[str]:
-    """Returns the prompts of the sample pictures: one each."""
+    """Returns the prompts of the sample images: one each."""
     config, count = run.config, run.config.num_validation_images
     if config.validation_prompt:
         return [config.validation_prompt] * count
@@ -24,13 +25,13 @@ def sample_prompts(run: Run) -> list[str]:
 
 
 def sample_row(run: Run) -> list[Image.Image]:
-    """Returns the run's sample pictures as the model draws them now, with seeds 0, 1, 2, …"""
+    """Returns the run's sample images as the model draws them now, with seeds 0, 1, 2, …"""
     prompts = sample_prompts(run)
     if not prompts or not run.main or not draws(run.parts.family):
         return []
-    pictures = sample(
+    images = sample(
         run.parts,
-        run.texts.reader,
+        run.texts.caption_encoder,
         prompts,
         range(len(prompts)),
         resolution=run.config.side,
@@ -39,23 +40,23 @@ def sample_row(run: Run) -> list[Image.Image]:
         guidance_scale=run.config.validation_guidance_scale,
         batch_size=min(4, run.config.train_batch_size),  # what training has room for
     )
-    return list(pictures)
+    return list(images)
 
 
 def validate(run: Run, step: int) -> None:
-    """Draws the sample pictures after an epoch that asks for them."""
+    """Draws the sample images after an epoch that asks for them."""
     every = run.config.validation_epochs * run.plan.epochs.num_steps
     due = int(step / every) > int((step - 1) / every)
     if not run.config.validation_prompt or not due or step == run.plan.num_steps:
         return
-    pictures = sample_row(run)
-    if pictures:
-        sheet = grid([pictures], [f"step {step}"], sample_prompts(run))
+    images = sample_row(run)
+    if images:
+        sheet = grid([images], [f"step {step}"], sample_prompts(run))
         path = run.output_dir / "samples" / f"step-{step:06}.png"
-        write_picture(path, sheet)
-        images = np.stack([np.asarray(p) for p in pictures])  # (N, H, W, 3)
+        write_image(path, sheet)
+        array = np.stack([np.asarray(p) for p in images])  # (N, H, W, 3)
         layout = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
         for tracker in run.accelerator.trackers:
             if tracker.name in layout:
-                tracker.log_images({"validation": images}, step=step, **layout[tracker.name])
+                tracker.log_images({"validation": array}, step=step, **layout[tracker.name])
     run.accelerator.wait_for_everyone()

@@ -17,10 +17,18 @@ from accelerate.utils import (
     broadcast_object_list,
 )
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError, UsageError
-from sd_lora.training import checkpoint, report
-from sd_lora.training.config import TrainConfig
-from sd_lora.training.dataset import DTYPES
+from sd_lora.report import summary as report
+from sd_lora.training import checkpoint
+
+DTYPES = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+"""What the names of precisions mean."""
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -12,53 +12,49 @@ from diffusers import EDMEulerScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import lora_layers, updates
-from sd_lora.data.encode import Latents
-from sd_lora.data.latents import Look
-from sd_lora.data.stream import Batch, Slot, Stream
+from sd_lora.adapters.inject import deltas_of, lora_layers
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.batches.stream import Batch, BatchItem, Stream
+from sd_lora.data.cache.encode import Latents
+from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import RunError, UsageError
+from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
-from sd_lora.models.prompts import Conditioning, Geometry, collate
-from sd_lora.models.skeleton import Skeleton
-from sd_lora.training import checkpoint, report
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.report import summary as report
+from sd_lora.sampling.sampler import draws
+from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.caches import Data, open_store
-from sd_lora.training.config import TrainConfig
-from sd_lora.training.dataset import (
-    DTYPES,
-    base_of,
-    check_class_pictures,
-    fill_class_folder,
-    framing,
-    look,
+from sd_lora.training.class_images import check_class_images, fill_class_folder
+from sd_lora.training.conditioning import (
+    TextConditioning,
+    add_new_words,
+    planned_caption_encoder,
+    run_caption_encoder,
+    used_captions,
 )
+from sd_lora.training.data import base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
-from sd_lora.training.preflight import Plan
+from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
+    DTYPES,
     agreed_seed,
     build_accelerator,
     check_processes,
     weight_dtype,
 )
-from sd_lora.training.sampling import draws
 from sd_lora.training.summary import summarise
-from sd_lora.training.texts import (
-    Texts,
-    add_new_words,
-    reader_before,
-    reader_of,
-    used_captions,
-)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
 
 
-class PictureLost(RunError):
-    """A picture that was there when the run started cannot be read any more."""
+class ImageLost(RunError):
+    """An image that was there when the run started cannot be read any more."""
 
 
 @dataclass
@@ -66,7 +62,7 @@ class Run:
     """Everything that the loop needs.
 
     models: component → injected model. prepared: what is trained, as Accelerate wrapped it.
-    texts: what captions become. data: the pictures, and their caches.
+    texts: what captions become. data: the images, and their caches.
     skeleton: the modules that the LoRA is for. timesteps: the first that is trained, and the one
     after the last. base_notes: what the user must know of the base. saved: the checkpoint to go on
     from.
@@ -80,8 +76,8 @@ class Run:
     schedule: NoiseSchedule
     timesteps: tuple[int, int]
     latents: Latents
-    texts: Texts
-    skeleton: Skeleton
+    texts: TextConditioning
+    meta_pipeline: MetaPipeline
     stream: Stream
     data: Data
     optimizer: torch.optim.Optimizer
@@ -149,18 +145,18 @@ class Run:
         )
         for batch in loader:
             if isinstance(batch, RunError):
-                raise PictureLost(str(batch))
+                raise ImageLost(str(batch))
             yield batch
 
-    def conditioning(self, slots: list[Slot], step: int) -> Conditioning:
+    def conditioning(self, items: list[BatchItem], step: int) -> Conditioning:
         """Returns what the UNet is told of a batch besides its noisy latents, on the device, in the
         base's dtype; `step`: how many steps are done."""
         device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
-        if self.texts.table is None and self.texts.are_still(step):
+        if self.texts.table is None and self.texts.are_frozen(step):
             self.texts.fill(device, dtype)  # nothing learns any more: once for the rest of the run
-        captions = [slot.caption for slot in slots]
+        captions = [item.caption for item in items]
         embeddings = self.texts.embeddings(captions, step, device, dtype)
-        geometries = [_geometry(slot) for slot in slots]
+        geometries = [_geometry(item) for item in items]
         conditions = collate(embeddings, geometries, self.parts.family)
         return conditions.to(device, dtype)
 
@@ -168,14 +164,14 @@ class Run:
         """Returns x_t (B, C, H, W) in the base's dtype, with the mask and what it leaves to see
         where the UNet is for inpainting (B, 2C + 1, H, W)."""
         if self.parts.task is INPAINTING:
-            x_t = torch.cat([x_t, self.latents.masked(batch.slots, batch.seen)], dim=1)
+            x_t = torch.cat([x_t, self.latents.masked(batch.items, batch.loaded)], dim=1)
         return x_t.to(weight_dtype(self.accelerator))
 
 
-def _geometry(slot: Slot) -> Geometry:
-    """Returns where a slot's picture comes from, for SDXL's conditions."""
-    left, top = slot.frame.seen_from(slot.flip)
-    original, target = slot.frame.original[::-1], slot.frame.size[::-1]
+def _geometry(item: BatchItem) -> Geometry:
+    """Returns where a slot's image comes from, for SDXL's conditions."""
+    left, top = item.crop.corner_of(item.flip)
+    original, target = item.crop.original[::-1], item.crop.size[::-1]
     return Geometry(original, (top, left), target)
 
 
@@ -205,8 +201,8 @@ def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tu
 def prepare(config: TrainConfig) -> Run:
     """Returns a run that is ready for its first step.
 
-    What can be known early is checked early: flags and folders before the model is read, pictures
-    and the checkpoint before class pictures are generated, which takes longest.
+    What can be known early is checked early: flags and folders before the model is read, images
+    and the checkpoint before class images are generated, which takes longest.
 
     Raises:
         UsageError, RunError: whatever would stop the run later, where it can be known.
@@ -223,10 +219,20 @@ def prepare(config: TrainConfig) -> Run:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     base = base_of(config)
     config = config.for_base(base.family.name, base.resolution)
-    reader, looks = reader_before(config, base), look(config, base)
-    data = Data(config, framing(config, base), seed, open_store(config), accelerator, reader)
-    data.look_at_sources()
-    check_class_pictures(config, data.num_class_pictures, base.family)
+    caption_encoder, pixel_settings = (
+        planned_caption_encoder(config, base),
+        pixel_settings_of(config, base),
+    )
+    data = Data(
+        config,
+        crop_settings_of(config, base),
+        seed,
+        open_store(config),
+        accelerator,
+        caption_encoder,
+    )
+    data.check_sources()
+    check_class_images(config, data.num_class_images, base.family)
     plan = Plan.of(config, data.instances, accelerator.num_processes)
     if path:
         progress = checkpoint.read_progress(path)
@@ -238,48 +244,50 @@ def prepare(config: TrainConfig) -> Run:
         prediction_type=config.prediction_type,
         zero_terminal_snr=config.rescale_betas_zero_snr,
     )
-    return _assemble(plan, data, parts, looks, summary, path, base.notes())
+    return _assemble(plan, data, parts, pixel_settings, summary, path, base.notes())
 
 
 def _assemble(
     plan: Plan,
     data: Data,
     parts: Parts,
-    looks: Look,
+    pixel_settings: PixelSettings,
     summary: report.Summary,
     path: Path | None,
     base_notes: list[str],
 ) -> Run:
-    """Adapts the model, reads pictures and captions, and puts a run together."""
+    """Adapts the model, reads images and captions, and puts a run together."""
     config, seed, accelerator = plan.config, plan.seed, data.accelerator
     schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
     if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
         raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
     timesteps = _timesteps(config, parts, schedule)
-    parts.reader(clip_skip=config.clip_skip).check(parts.text_encoders)
-    skeleton = parts.skeleton
+    parts.caption_encoder(clip_skip=config.clip_skip).check(parts.text_encoders)
+    meta_pipeline = parts.meta_pipeline
     models = inject_all(config, parts.family, parts.models, seed)
     tokens = add_new_words(config, parts, data.instances, seed)
-    texts = Texts(reader_of(config, parts, tokens), parts.text_encoders, tokens)
+    texts = TextConditioning(
+        run_caption_encoder(config, parts, tokens), parts.text_encoders, tokens
+    )
     saved = checkpoint.read(path, models) if path else None
     if config.with_prior_preservation:
         # the injected model still is the base, bit for bit
-        there = data.num_class_pictures
-        fill_class_folder(config, there, parts, texts.reader, accelerator, seed)
-        data.look_at_class_folder()
-    latents = data.latents(parts, looks)
+        there = data.num_class_images
+        fill_class_folder(config, there, parts, texts.caption_encoder, accelerator, seed)
+        data.check_class_folder()
+    latents = data.latents(parts, pixel_settings)
     prepared = _prepare_models(config, accelerator, models, texts)
     stream = Stream(
         data.instances,
         plan.epochs,
-        data.pictures["class"].set if "class" in data.pictures else None,
+        data.images["class"].set if "class" in data.images else None,
         accelerator.process_index,
         accelerator.num_processes,
         latents.table,
         plan.num_micro_batches,
     )
-    texts.settle(config, prepared)
-    if texts.will_be_still:
+    texts.set_trained(config, prepared)
+    if texts.will_freeze:
         texts.captions = used_captions(stream)
         if texts.trained and not data.can_hold(texts):
             texts.captions = None  # read in each step, also after the encoders stopped
@@ -288,7 +296,7 @@ def _assemble(
         if not (
             config.num_validation_images and draws(parts.family) and accelerator.is_main_process
         ):
-            texts.let_go()
+            texts.free_encoders()
     data.make_room(latents, texts)
     optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
     run = Run(
@@ -301,7 +309,7 @@ def _assemble(
         timesteps=timesteps,
         latents=latents,
         texts=texts,
-        skeleton=skeleton,
+        meta_pipeline=meta_pipeline,
         stream=stream,
         data=data,
         optimizer=accelerator.prepare_optimizer(optimizer),
@@ -323,7 +331,10 @@ CHECKPOINTING = (
 
 
 def _prepare_models(
-    config: TrainConfig, accelerator: Accelerator, models: dict[str, nn.Module], texts: Texts
+    config: TrainConfig,
+    accelerator: Accelerator,
+    models: dict[str, nn.Module],
+    texts: TextConditioning,
 ) -> dict[str, nn.Module]:
     """Casts the frozen bases to the run's precision, and hands what is trained to Accelerate."""
     dtype = weight_dtype(accelerator)
@@ -332,7 +343,7 @@ def _prepare_models(
     words = {id(p) for p in texts.tokens.parameters()} if texts.tokens else set()
     for model in running.values():
         # an update's frozen tensors stay float32 like its trained ones: LoRA-FA's A, PiSSA's start
-        kept = {id(t) for d in updates(model).values() for t in (*d.parameters(), *d.buffers())}
+        kept = {id(t) for d in deltas_of(model).values() for t in (*d.parameters(), *d.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in kept | words and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)

@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from sd_lora.adapters.inject import adapted_layers, lora_layers, updates
-from sd_lora.data.page import report_lines
+from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.check.page import report_lines
 from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.files import mib
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
 from sd_lora.formats.names import naming_of
-from sd_lora.formats.tensors import mib
+from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING
-from sd_lora.models.prompts import PIECE
-from sd_lora.models.skeleton import Skeleton
-from sd_lora.training import report
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.report import summary as report
+from sd_lora.sampling.sampler import draws
 from sd_lora.training.adapt import rank_and_alpha
-from sd_lora.training.config import TrainConfig
-from sd_lora.training.sampling import draws
 
 if TYPE_CHECKING:
     from sd_lora.training.setup import Run
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 def summarise(run: "Run") -> None:
     """Fills the summary that the user sees before the first step."""
     config, rows, notes = run.config, run.summary.rows, run.summary.notes
-    kinds = run.data.pictures
+    kinds = run.data.images
     parts = run.parts
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
     rows["model"] = f"{config.pretrained_model_name_or_path} ({parts.family.label}{task})"
     rows |= run.plan.rows()
     if "class" in kinds:
-        rows["pictures"] += f", and {len(kinds['class'].set.samples)} of the class"
-        rows["batch"] += ", as many class pictures on top"
+        rows["images"] += f", and {len(kinds['class'].set.samples)} of the class"
+        rows["batch"] += ", as many class images on top"
     rows |= run.data.rows
     parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
     names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
@@ -48,32 +48,32 @@ def summarise(run: "Run") -> None:
         rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, (rank, _) in ranks.items())
     rows["adapted"] = report.adapted(names, parameters)
     _say_texts(run)
-    rows["LoRA file"], lost = files_of(run.models, run.skeleton, config.save_precision)
+    rows["LoRA file"], lost = files_of(run.models, run.meta_pipeline, config.save_precision)
     notes += lost
     rows["objective"] = objective_of(run)
     if config.do_edm_style_training and not weighed(run.schedule):
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
     if not draws(parts.family):
         notes.append(
-            f"no sample pictures: {parts.family.label} finishes those of another model, and draws "
+            f"no sample images: {parts.family.label} finishes those of another model, and draws "
             "none by itself"
         )
     device = run.accelerator.device
     rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
     if parts.task is INPAINTING:
         notes.append("masks are drawn, and what they leave is encoded, anew each time")
-    sets = [pictures.set for pictures in kinds.values()]
+    sets = [images.set for images in kinds.values()]
     drawn = sum(s.is_random(i) for s in sets for i in range(len(s.samples)))
     if drawn:
         notes.append(
-            f"{drawn} pictures are cropped at random: encoded anew each time (--center_crop caches "
+            f"{drawn} images are cropped at random: encoded anew each time (--center_crop caches "
             "them)"
         )
     notes += run.data.notes
     if run.saved:
         notes.append(f"goes on from {run.saved.path}")
-        if run.saved.progress.pictures != run.plan.content:
-            notes.append("pictures or captions are others than when it was written")
+        if run.saved.progress.images != run.plan.content:
+            notes.append("images or captions are others than when it was written")
     run.summary.findings += report_lines([f for p in kinds.values() for f in p.findings])
 
 
@@ -139,12 +139,12 @@ def method_of_run(config: TrainConfig) -> str:
 
 
 def files_of(
-    models: Mapping[str, nn.Module], skeleton: Skeleton, precision: str
+    models: Mapping[str, nn.Module], meta_pipeline: MetaPipeline, precision: str
 ) -> tuple[str, list[str]]:
     """Returns the size and formats of the files to come, and notes on who will not read them."""
-    adapter: Adapter = {component: updates(model) for component, model in models.items()}
-    family = skeleton.family
-    formats, notes = formats_of(adapter, skeleton.layout if family.original_names else None)
+    adapter: Adapter = {component: deltas_of(model) for component, model in models.items()}
+    family = meta_pipeline.family
+    formats, notes = formats_of(adapter, meta_pipeline.layout if family.original_names else None)
     tensors = formats[0].write(adapter, naming_of(family))
     width = 4 if precision == "fp32" else 2
     size = mib(sum(t.numel() * width for _, t in tensors))

@@ -120,7 +120,7 @@ def randomise(adapted: AdaptedLayer, std: float = 0.4) -> None:
     """Gives every trained tensor values as after training, an embedding's padding row left out."""
     padding = getattr(adapted.base, "padding_idx", None)
     with torch.no_grad():
-        for delta in adapted.updates().values():
+        for delta in adapted.deltas_by_path().values():
             for name, tensor in delta.named_parameters():
                 if name == "magnitude":
                     tensor.mul_(1 + 0.3 * torch.rand_like(tensor))
@@ -130,7 +130,7 @@ def randomise(adapted: AdaptedLayer, std: float = 0.4) -> None:
                 if delta.method == "full":
                     delta.diff[:, padding] = 0
                 else:
-                    delta.silence_input(padding)
+                    delta.zero_input_row(padding)
 
 
 def randomise_model(model: nn.Module, std: float = 0.1, seed: int = 1) -> None:

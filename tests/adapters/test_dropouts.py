@@ -99,7 +99,7 @@ def test_checkpointed_gradients_are_identical(
     """torch.utils.checkpoint runs the forward pass again in the backward pass and restores the
     random state for it: the gradients are those without it, bit for bit."""
     adapted, args = build(layer, variant, rule, **ranks(variant), **dropouts)
-    trained = [p for d in adapted.updates().values() for p in d.parameters()]
+    trained = [p for d in adapted.deltas_by_path().values() for p in d.parameters()]
     args = tuple(x.requires_grad_() if x.is_floating_point() else x for x in args)
     grads = []
     for again in (False, True):

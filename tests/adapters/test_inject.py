@@ -432,7 +432,7 @@ def trained_names(model: nn.Module) -> set[str]:
     ones; and asserts that this is what `lora_layers` gives and what wants a gradient."""
     names, trained = set(), set()
     for name, layer in adapted_layers(model).items():
-        for path, delta in layer.updates().items():
+        for path, delta in layer.deltas_by_path().items():
             trained |= {id(p) for p in delta.parameters()}
             if delta.method == "full":
                 names.add(f"{name}.{path}")
@@ -493,7 +493,7 @@ def test_biases_and_whole_modules_train_and_come_back() -> None:
         optimizer.zero_grad()
         model(ids).logits.sub(1).pow(2).mean().backward()
         optimizer.step()
-    zero = [n for n, d in sd_lora.updates(model).items() if not d.norm() > 0]
+    zero = [n for n, d in sd_lora.deltas_of(model).items() if not d.norm() > 0]
     assert all(name.endswith("key.bias") for name in zero)  # softmax does not see a key's bias
     y = model(ids).logits
     assert not torch.allclose(y, twin(ids).logits, atol=1e-2)

@@ -103,7 +103,7 @@ def test_autocast_computes_in_its_dtype(layer: str, rule: str) -> None:
     full = out(adapted, args)
     assert torch.linalg.vector_norm(y - full) < 0.02 * torch.linalg.vector_norm(full)
     y.float().sum().backward()
-    trained = [p for d in adapted.updates().values() for p in d.parameters()]
+    trained = [p for d in adapted.deltas_by_path().values() for p in d.parameters()]
     assert {p.grad.dtype for p in trained} == {torch.float32}
 
 
@@ -158,10 +158,10 @@ def test_norms_are_trained_in_full(norm: str) -> None:
     assert torch.equal(adapted(x), plain(x))
     randomise(adapted)
     y = adapted(x)
-    state = {n: p + adapted.updates()[n].diff for n, p in before.items()}
+    state = {n: p + adapted.deltas_by_path()[n].diff for n, p in before.items()}
     torch.testing.assert_close(y, torch.func.functional_call(plain, state, (x,)))
     y.pow(2).sum().backward()
-    assert all(d.diff.grad.abs().sum() > 0 for d in adapted.updates().values())
+    assert all(d.diff.grad.abs().sum() > 0 for d in adapted.deltas_by_path().values())
     adapted.merge()
     torch.testing.assert_close(adapted(x), y, rtol=1e-12, atol=1e-12)
 
@@ -342,7 +342,9 @@ def test_the_padding_row_is_not_trained(variant: str, rule: str) -> None:
     with torch.no_grad():
         adapted.base.weight[row] = 0.5
     ids = torch.arange(12).repeat(2)
-    optimizer = torch.optim.SGD([p for d in adapted.updates().values() for p in d.parameters()], 1)
+    optimizer = torch.optim.SGD(
+        [p for d in adapted.deltas_by_path().values() for p in d.parameters()], 1
+    )
     for _ in range(3):
         optimizer.zero_grad()
         (adapted(ids) - 1).pow(2).sum().mul(0.01).backward()

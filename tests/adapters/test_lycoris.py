@@ -152,7 +152,7 @@ def test_fresh_tensors_have_lycoris_shapes_and_spread(kind: str, module: str) ->
 
 
 def test_conv_of_one_pixel_is_a_linear_layer() -> None:
-    """A convolution over a 1×1 picture is a linear layer: LoCon's tensors give its output."""
+    """A convolution over a 1×1 image is a linear layer: LoCon's tensors give its output."""
     theirs, delta = lycoris_pair("conv2d 1x1", "locon")
     x = torch.randn(4, 20).double()
     y = F.linear(x, delta.weight().flatten(1))

@@ -32,7 +32,9 @@ def test_first_output_is_the_bases(layer: str, variant: str, rule: str, dtype: t
     # attention's projections depend on that for every trained model; no other layer's do
     if not layer.startswith("attention"):
         assert torch.equal(out(adapted, args), before)
-    assert all(t.dtype.itemsize >= 4 for d in adapted.updates().values() for t in d.parameters())
+    assert all(
+        t.dtype.itemsize >= 4 for d in adapted.deltas_by_path().values() for t in d.parameters()
+    )
 
 
 @cells
@@ -65,7 +67,7 @@ def test_unmerging_restores_every_bit(
     values = {name: p.clone() for name, p in before.items()}
     adapted.merge()
     merged = dict(adapted.base.named_parameters())
-    assert all(not torch.equal(merged[path], values[path]) for path in adapted.updates())
+    assert all(not torch.equal(merged[path], values[path]) for path in adapted.deltas_by_path())
     adapted.merge()  # once more is the same merge
     adapted.unmerge()
     after = dict(adapted.base.named_parameters())
@@ -83,7 +85,7 @@ def test_gradients_pass_finite_differences(layer: str, variant: str, rule: str) 
     parameters = dict(adapted.named_parameters())
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     assert {id(p) for p in trained.values()} == {
-        id(p) for d in adapted.updates().values() for p in d.parameters()
+        id(p) for d in adapted.deltas_by_path().values() for p in d.parameters()
     }
 
     def f(*tensors: torch.Tensor) -> torch.Tensor:

@@ -51,7 +51,7 @@ def change(model: nn.Module) -> dict[str, Tensor]:
     """Returns W' − W of every adapted parameter."""
     found = {}
     for name, layer in adapted_layers(model).items():
-        for path in layer.updates():
+        for path in layer.deltas_by_path():
             found[f"{name}.{path}"] = layer.delta_weight(path).detach()
     return found
 
@@ -64,7 +64,7 @@ def test_states_round_trip(variant: str, rule: str) -> None:
     model = net(variant, rule)
     y, state = model(IDS), sd_lora.lora_state_dict(model)
     names = {"embed", "attn.in_proj_weight", "attn.out_proj", "mix", "last"}
-    assert {key.rpartition(".")[0] for key in state} == names == sd_lora.updates(model).keys()
+    assert {key.rpartition(".")[0] for key in state} == names == sd_lora.deltas_of(model).keys()
     bare, other = Net(), net(variant, rule, seed=2)
     assert not torch.allclose(other(IDS), y, atol=1e-3)
     for twin in (bare, other):
@@ -184,7 +184,7 @@ def test_adapters_are_planned_on_the_meta_device(variant: str, rule: str) -> Non
     sd_lora.inject(model, LAYERS, rank=2, rule=rule, **options)
     shapes = {
         f"{name}.{key}": (tensor.shape, tensor.device.type)
-        for name, delta in sd_lora.updates(model).items()
+        for name, delta in sd_lora.deltas_of(model).items()
         for key, tensor in delta.tensors().items()
     }
     kept = {key: t for key, t in want.items() if not key.endswith(".alpha")}
@@ -306,11 +306,11 @@ def test_norms_are_limited_exactly(variant: str) -> None:
     """Every ΔW above the limit gets exactly that Frobenius norm, in its own direction; a smaller
     one keeps its bits; the number of scaled ones is returned, and a second call does nothing."""
     model = net(variant)
-    before = {name: d.weight().detach() for name, d in sd_lora.updates(model).items()}
+    before = {name: d.weight().detach() for name, d in sd_lora.deltas_of(model).items()}
     norms = sorted(float(w.norm()) for w in before.values())
     limit = (norms[1] + norms[2]) / 2
     assert sd_lora.limit_norms(model, limit) == len(norms) - 2
-    for name, delta in sd_lora.updates(model).items():
+    for name, delta in sd_lora.deltas_of(model).items():
         W, was = delta.weight().detach(), before[name]
         torch.testing.assert_close(delta.norm(), W.norm())
         if was.norm() <= limit:

@@ -20,7 +20,7 @@ from torch import Tensor
 from sd_lora.diffusion.loss import PREDICTIONS, sample_losses
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.models.load import load_parts
-from sd_lora.training.sampling import sample
+from sd_lora.sampling.sampler import sample
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
 T = torch.arange(1000)
@@ -109,13 +109,13 @@ def test_zero_terminal_snr() -> None:
 
 @torch.no_grad()
 def drawing(kind: str) -> DiffusionPipeline:
-    """A pipeline that draws with contrast, heeding its text, and whose VAE knows one latent of a
-    picture: an inpainting pipeline draws one from it."""
+    """A pipeline that draws with contrast, heeding its text, and whose VAE knows one latent of an
+    image: an inpainting pipeline draws one from it."""
     pipeline = build_pipeline("sdxl" if kind == "edm" else kind)
     torch.manual_seed(2)
     for name, parameter in pipeline.unet.named_parameters():
         parameter *= 3 if "attn2" in name or "conv_out" in name else 1
-    # tiny's VAE norms each channel by itself, which makes noise of a constant picture's rounding
+    # tiny's VAE norms each channel by itself, which makes noise of a constant image's rounding
     pipeline.vae = AutoencoderKL.from_config(pipeline.vae.config, norm_num_groups=2)
     pipeline.vae.decoder.conv_out.weight *= 6
     pipeline.vae.quant_conv.weight[4:] = 0
@@ -129,15 +129,22 @@ def drawing(kind: str) -> DiffusionPipeline:
 
 @pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm"])
 def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
-    """A picture of ours is that of diffusers' own pipeline with the same noise, guidance and
+    """An image of ours is that of diffusers' own pipeline with the same noise, guidance and
     sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR and EDM's formulation
-    included, and inpainting models that paint the whole picture (mask white, strength 1)."""
+    included, and inpainting models that paint the whole image (mask white, strength 1)."""
     drawing(kind).save_pretrained(tmp_path)
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
     device = torch.device("cpu")
     drawn = sample(
-        parts, parts.reader(), prompts, seeds, resolution=64, device=device, steps=6, **options
+        parts,
+        parts.caption_encoder(),
+        prompts,
+        seeds,
+        resolution=64,
+        device=device,
+        steps=6,
+        **options,
     )
     ours = list(drawn)
     cls = EDMDPMSolverMultistepScheduler if kind == "edm" else DPMSolverMultistepScheduler
@@ -151,7 +158,7 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(prompts, num_inference_steps=6, latents=torch.stack(noise), **options)
     for mine, their in zip(ours, made.images, strict=True):
-        mine, their = (np.asarray(picture, dtype=np.int16) for picture in (mine, their))
+        mine, their = (np.asarray(image, dtype=np.int16) for image in (mine, their))
         assert abs(mine - their).max() <= 1
         assert mine.std() > 20
     assert np.abs(np.asarray(ours[0], dtype=np.int16) - np.asarray(ours[1])).max() > 50

@@ -15,6 +15,7 @@ import sd_lora
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.methods import LoRA
 from sd_lora.adapters.state import make_delta
+from sd_lora.files import TensorFile, write_tensors
 from sd_lora.formats import files, output, reading, tools, verify
 from sd_lora.formats.approximate import Cut, nearest, nearest_to
 from sd_lora.formats.bake import bake
@@ -25,9 +26,8 @@ from sd_lora.formats.merge import BlockWeight, merge
 from sd_lora.formats.names import Naming
 from sd_lora.formats.output import Origin, Output, Spool
 from sd_lora.formats.reading import open_lora
-from sd_lora.formats.tensors import TensorFile, write_tensors
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import saved, trained, weights
 
 
@@ -138,11 +138,11 @@ def test_the_randomised_search_is_a_function_of_the_matrix() -> None:
 
 
 def out(path: Path, folder: Path, **options: object) -> Output:
-    return Output(path, skeleton=Skeleton.of_folder(str(folder)), **options)
+    return Output(path, meta_pipeline=MetaPipeline.of_folder(str(folder)), **options)
 
 
 def read_weights(path: Path, folder: Path) -> dict[tuple[str, str], Tensor]:
-    return weights(open_lora(path, Skeleton.of_folder(str(folder)).layout).adapter)
+    return weights(open_lora(path, MetaPipeline.of_folder(str(folder)).layout).adapter)
 
 
 def in_dtype(path: Path, dtype: torch.dtype) -> Path:
@@ -524,7 +524,7 @@ def test_a_merge_says_what_all_of_its_files_say(tiny_sd1: Path, tmp_path: Path) 
         path = saved(tmp_path / f"{number}.safetensors", files.KOHYA, adapter, tiny_sd1)
         save_file(load_file(path), path, header | {"modelspec.prediction_type": kind})
         paths.append(path)
-    out = Output(tmp_path / "m.safetensors", skeleton=Skeleton.of_folder(str(tiny_sd1)))
+    out = Output(tmp_path / "m.safetensors", meta_pipeline=MetaPipeline.of_folder(str(tiny_sd1)))
     result = merge(paths, [1, 1], out)
     said = TensorFile(out.path).header
     assert said["ss_clip_skip"] == "2"

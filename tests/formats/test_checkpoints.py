@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import CLIPTextModel
 
 import sd_lora
+from sd_lora.files import TensorFile
 from sd_lora.formats import files
 from sd_lora.formats.approximate import Cut
 from sd_lora.formats.bake import bake
@@ -21,8 +22,7 @@ from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.extract import extract
 from sd_lora.formats.output import Output
 from sd_lora.formats.reading import open_lora
-from sd_lora.formats.tensors import TensorFile
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import models_of, saved, trained
 from tests.tiny import build_pipeline, build_unet
 
@@ -467,7 +467,7 @@ def test_bake_into_eight_bits(dtype: str, tmp_path: Path) -> None:
 
 
 def out(path: Path, folder: Path) -> Output:
-    return Output(path, skeleton=Skeleton.of_folder(str(folder)))
+    return Output(path, meta_pipeline=MetaPipeline.of_folder(str(folder)))
 
 
 def refused(base: Path, tuned: Path, match: str, **options: object) -> None:

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import sd_lora
+from sd_lora import files as tensors
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.formats import files, tensors, verify
+from sd_lora.formats import files, verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import Parts, load_parts
 from tests.formats.trained import MIXED
@@ -28,7 +29,7 @@ def trained_parts(path: Path, **options: object) -> Parts:
     sd_lora.inject(parts.text_encoders["text_encoder"], targets="text", rank=3, alpha=1.5)
     g = torch.Generator().manual_seed(0)
     for model in (parts.unet, parts.text_encoders["text_encoder"]):
-        for delta in sd_lora.updates(model).values():
+        for delta in sd_lora.deltas_of(model).values():
             delta.lora_B.data.normal_(std=0.1, generator=g)
     return parts
 
@@ -63,11 +64,11 @@ def test_both_files_load_exactly_in_diffusers(
         assert count == sum(len(m) for m in adapter.values()) > 140
         assert worst < 1e-6
     both = zip(paths, (files.DIFFUSERS, files.KOHYA), strict=True)
-    checked = [verify.verify(p, adapter, parts.skeleton, kind).modules for p, kind in both]
+    checked = [verify.verify(p, adapter, parts.meta_pipeline, kind).modules for p, kind in both]
     assert checked == [count, count]
 
 
-def test_pictures_are_the_trained_models(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_images_are_the_trained_models(tiny_sd1: Path, tmp_path: Path) -> None:
     """The latents that diffusers samples with the loaded file are those of our injected model."""
     parts = trained_parts(tiny_sd1)
     paths = sd_lora.save_adapter(models(parts), tmp_path)
@@ -153,7 +154,7 @@ def test_verify_finds_what_loaders_pass_over(fault: str, tiny_sd1: Path, tmp_pat
     save_file(tensors, path)
     try:
         with pytest.raises(sd_lora.RunError, match=message):
-            verify.verify(path, read_models(models(parts)), parts.skeleton, files.DIFFUSERS)
+            verify.verify(path, read_models(models(parts)), parts.meta_pipeline, files.DIFFUSERS)
     finally:
         if fault == "loader warning":
             StableDiffusionPipeline.load_lora_weights = load
@@ -263,7 +264,7 @@ def test_the_configuration_in_a_header_is_obeyed(tiny_sd1: Path, tmp_path: Path)
     count, worst, wrong = verify.compare(read_models({"unet": bare.unet}), loaded)
     assert wrong == []
     assert count > 10
-    assert {d.scale for d in sd_lora.updates(bare.unet).values()} == {4.0}
+    assert {d.scale for d in sd_lora.deltas_of(bare.unet).values()} == {4.0}
 
 
 def test_a_failed_load_leaves_every_model_as_it_was(tiny_sd1: Path, tmp_path: Path) -> None:

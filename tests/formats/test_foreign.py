@@ -388,7 +388,7 @@ def test_peft_attention_patterns(tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path)
     ours = Attention()
     sd_lora.load_adapter(ours, tmp_path)
-    assert {d.scale for d in sd_lora.updates(ours).values()} == {3.0}
+    assert {d.scale for d in sd_lora.deltas_of(ours).values()} == {3.0}
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers, eject
+from sd_lora.files import TensorFile
 from sd_lora.formats import diffusers, lycoris, peft
 from sd_lora.formats.canonical import each
 from sd_lora.formats.reading import LoRAFile, open_lora
-from sd_lora.formats.tensors import TensorFile
 from sd_lora.models.load import load_parts
 from sd_lora.models.original import Layout
 
@@ -145,11 +145,11 @@ def loaded(models: Mapping[str, nn.Module], path: Path) -> bool:
         assert names_a_place(refusal, path, keys_of(path))
         return False
     try:
-        updates = {component: sd_lora.updates(model) for component, model in models.items()}
-        assert {c: set(found) for c, found in updates.items() if found} == {
+        found_deltas = {component: sd_lora.deltas_of(model) for component, model in models.items()}
+        assert {c: set(found) for c, found in found_deltas.items() if found} == {
             c: set(found) for c, found in names.items()
         }
-        deltas = [delta for found in updates.values() for delta in found.values()]
+        deltas = [delta for found in found_deltas.values() for delta in found.values()]
         assert all(whole(delta) for delta in deltas)
         count = sum(not key.endswith(("alpha", *OF_BASE)) for key in keys_of(path))
         assert sum(len(delta.tensors()) for delta in deltas) == count

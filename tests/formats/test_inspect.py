@@ -14,7 +14,7 @@ from sd_lora.formats.canonical import each
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.reading import open_lora
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import models_of, saved, trained, weights
 
 FORMS = {
@@ -39,11 +39,11 @@ def test_the_table_is_what_is_in_the_file(
     kind, options = FORMS[form]
     adapter = trained(folder, **options)
     path = saved(tmp_path / "file.safetensors", kind, adapter, folder)
-    skeleton = Skeleton.of_folder(str(folder))
-    found = inspect.inspect(path, skeleton)
+    meta_pipeline = MetaPipeline.of_folder(str(folder))
+    found = inspect.inspect(path, meta_pipeline)
     assert found.problems == []
     assert found.family == family
-    stored = open_lora(path, skeleton.layout)
+    stored = open_lora(path, meta_pipeline.layout)
     changes = weights(stored.adapter)
     for component in found.components:
         part = component.component
@@ -75,12 +75,12 @@ def test_shown_as_it_is(tiny_sd1: Path, tmp_path: Path) -> None:
     models = models_of(tiny_sd1)
     sd_lora.inject(models["unet"], targets="attention", rank=4, alpha=2)
     size = 0
-    for layer in sd_lora.updates(models["unet"]).values():
+    for layer in sd_lora.deltas_of(models["unet"]).values():
         layer.lora_A.data.fill_(0.5)
         layer.lora_B.data.fill_(0.25)
         size += layer.shape[0] * layer.shape[1]
     paths = sd_lora.save_adapter({"unet": models["unet"]}, tmp_path, name="mascot")
-    shown = inspect.text(inspect.inspect(paths[1], Skeleton.of_folder(str(tiny_sd1))))
+    shown = inspect.text(inspect.inspect(paths[1], MetaPipeline.of_folder(str(tiny_sd1))))
     lines = shown.splitlines()
     norm = f"{size**0.5 / 4:.3g}"
     row = f"  unet                      56     56     0         4           4  lora  {norm:>16}"
@@ -117,7 +117,7 @@ def test_who_reads_it(case: str, tiny_sd1: Path, tmp_path: Path) -> None:
     kinds = {k.title: k for k in (files.DIFFUSERS, files.KOHYA, files.LYCORIS)}
     adapter = trained(tiny_sd1, **options)
     path = saved(tmp_path / "file.safetensors", kinds[form], adapter, tiny_sd1)
-    found = inspect.inspect(path, Skeleton.of_folder(str(tiny_sd1)))
+    found = inspect.inspect(path, MetaPipeline.of_folder(str(tiny_sd1)))
     assert re.search(verdict, found.readers[program]), found.readers
 
 
@@ -131,9 +131,9 @@ def test_the_verdict_on_diffusers_is_what_diffusers_does(
     folder = request.getfixturevalue(f"tiny_{family}")
     kinds = {k.title: k for k in (files.DIFFUSERS, files.KOHYA, files.LYCORIS)}
     path = saved(tmp_path / "file.safetensors", kinds[form], trained(folder), folder)
-    skeleton = Skeleton.of_folder(str(folder))
-    found = inspect.inspect(path, skeleton)
-    _, wrong = verify.verify_file(path, skeleton)
+    meta_pipeline = MetaPipeline.of_folder(str(folder))
+    found = inspect.inspect(path, meta_pipeline)
+    _, wrong = verify.verify_file(path, meta_pipeline)
     off = [line for line in wrong if "is off by" in line]
     said = re.search(r"takes (\d+) modules", found.readers["diffusers"])
     assert (int(said[1]) if said else 0) == len(off)
@@ -159,7 +159,7 @@ def test_the_verdict_on_parts_of_a_text_encoder(
         rank_pattern={"text_projection": 3} if "projection" in part else None,
     )
     file = {}
-    for name, delta in sd_lora.updates(model).items():
+    for name, delta in sd_lora.deltas_of(model).items():
         stem = f"text_encoder_2.{name}.lora_" if names == "peft" else ""
         down, up = (f"{stem}A.weight", f"{stem}B.weight")
         if names == "kohya":
@@ -167,23 +167,23 @@ def test_the_verdict_on_parts_of_a_text_encoder(
             down, up = (f"{stem}.lora_down.weight", f"{stem}.lora_up.weight")
         file |= {down: delta.lora_A.detach(), up: torch.ones_like(delta.lora_B)}
     save_file(file, tmp_path / "file.safetensors")
-    skeleton = Skeleton.of_folder(str(tiny_sdxl))
-    found = inspect.inspect(tmp_path / "file.safetensors", skeleton)
-    _, wrong = verify.verify_file(tmp_path / "file.safetensors", skeleton)
+    meta_pipeline = MetaPipeline.of_folder(str(tiny_sdxl))
+    found = inspect.inspect(tmp_path / "file.safetensors", meta_pipeline)
+    _, wrong = verify.verify_file(tmp_path / "file.safetensors", meta_pipeline)
     assert (found.readers["diffusers"] == "exact") == (wrong == []), (found.readers, wrong)
 
 
 def test_problems_are_listed(tiny_sd1: Path, tmp_path: Path) -> None:
     """A key without its partner, NaN, zero updates, a changed body, an untrue header, and another
     model's shapes: each is a line, and none of them a traceback."""
-    skeleton = Skeleton.of_folder(str(tiny_sd1))
+    meta_pipeline = MetaPipeline.of_folder(str(tiny_sd1))
     path = saved(tmp_path / "file.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
     tensors, header = load_file(path), {"ss_base_model_version": "sdxl_base_v1-0"}
     down, up = "lora_unet_conv_in.lora_down.weight", "lora_unet_conv_in.lora_up.weight"
 
     def problems(changed: dict, header: dict = header) -> list[str]:
         save_file(changed, path, header)
-        return inspect.inspect(path, skeleton).problems
+        return inspect.inspect(path, meta_pipeline).problems
 
     lost = {k: t for k, t in tensors.items() if k != up}
     assert problems(lost)[0] == "unet conv_in: lora_A and lora_B come in pairs"
@@ -199,7 +199,7 @@ def test_problems_are_listed(tiny_sd1: Path, tmp_path: Path) -> None:
     assert any("1 of 144 updates do not fit" in p for p in problems(wide, {}))
     no_alpha = {k: t for k, t in tensors.items() if k != "lora_unet_conv_in.alpha"}
     assert "1 of 144 modules have no alpha" in problems(no_alpha, {})[0]
-    shown = inspect.text(inspect.inspect(path, skeleton))
+    shown = inspect.text(inspect.inspect(path, meta_pipeline))
     assert "problems\n  - 1 of 144 modules have no alpha" in shown
 
 

@@ -17,13 +17,13 @@ from sd_lora.adapters.targets import select
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.formats.names import Naming, from_kohya, naming_of
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original import (
     Layout,
     open_clip_parameter,
     unet_from_original,
     unet_to_original,
 )
-from sd_lora.models.skeleton import Skeleton
 from tests.tiny import build_unet
 
 COUNTS = {
@@ -35,8 +35,8 @@ COUNTS = {
 
 
 @cache
-def skeleton(family: str) -> Skeleton:
-    return Skeleton.of_family(FAMILIES[family])
+def meta_pipeline(family: str) -> MetaPipeline:
+    return MetaPipeline.of_family(FAMILIES[family])
 
 
 def targets(family: str) -> dict[str, list[str]]:
@@ -46,7 +46,7 @@ def targets(family: str) -> dict[str, list[str]]:
             canonical_name(component, name)
             for name in select(model, "all" if component == "unet" else "text")
         ]
-        for component, model in skeleton(family).models.items()
+        for component, model in meta_pipeline(family).models.items()
     }
 
 
@@ -81,7 +81,7 @@ def test_kohya_names_are_read_back_exactly(family: str) -> None:
     the name that the family's files use, too. No two modules share a name."""
     naming, seen = naming_of(family), set()
     by_diffusers = Naming(FAMILIES["sd1"], naming.layout)
-    for component, model in skeleton(family).models.items():
+    for component, model in meta_pipeline(family).models.items():
         for name in names_of_parameters(component, model):
             stem = f"{FAMILIES[family].kohya_prefixes[component]}_{name.replace('.', '_')}"
             assert from_kohya(stem, naming.layout) == (component, name)
@@ -101,7 +101,7 @@ def test_original_names_are_read_back_exactly(family: str) -> None:
     """Every module of the UNets that holds parameters has one original name, which leads back to
     it, with dots and in kohya's underscores, by the family's layout and by the default one; what
     is no module of the UNet has none."""
-    layout, names = skeleton(family).layout, owners(skeleton(family).models["unet"])
+    layout, names = meta_pipeline(family).layout, owners(meta_pipeline(family).models["unet"])
     originals = {name: unet_to_original(name, layout) for name in names}
     assert len({*originals.values()}) == len(names) > 282
     for name, original in originals.items():
@@ -141,7 +141,7 @@ def test_diffusers_converter_agrees_on_original_names() -> None:
     """The independent oracle: diffusers' converter of single-file checkpoints turns a checkpoint
     that is spelled in our original names into diffusers' own, for every parameter of the three
     published UNets and of tiny ones with one, two and three layers a block."""
-    models = {family: skeleton(family).models["unet"] for family in FAMILIES}
+    models = {family: meta_pipeline(family).models["unet"] for family in FAMILIES}
     with torch.device("meta"):
         for num in (1, 2, 3):
             for family in FAMILIES:

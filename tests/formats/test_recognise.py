@@ -23,8 +23,8 @@ from sd_lora.formats.recognise import (
     prediction_type,
 )
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original import Layout
-from sd_lora.models.skeleton import Skeleton
 from tests.formats import test_traps as traps
 from tests.formats.trained import saved
 from tests.formats.trained import trained as adapter_of
@@ -311,19 +311,19 @@ def test_t05_magnitudes_of_a_text_encoder(tmp_path: Path) -> None:
 def test_one_broken_module_of_many(tiny_sd1: Path, tmp_path: Path) -> None:
     """A module that cannot be read is a problem by its name, and the table is that of the others:
     the same file without the broken one."""
-    skeleton = Skeleton.of_folder(str(tiny_sd1))
+    meta_pipeline = MetaPipeline.of_folder(str(tiny_sd1))
     path = tmp_path / "a.safetensors"
     saved(path, files.KOHYA, adapter_of(tiny_sd1), tiny_sd1)
     tensors = load_file(path)
     stem = "lora_unet_mid_block_resnets_0_conv1"
     broken = {k: t for k, t in tensors.items() if k != f"{stem}.lora_up.weight"}
     save_file(broken, path)
-    found = inspect.inspect(path, skeleton)
+    found = inspect.inspect(path, meta_pipeline)
     assert [p for p in found.problems if "in pairs" in p] == [
         "unet mid_block.resnets.0.conv1: lora_A and lora_B come in pairs"
     ]
     save_file({k: t for k, t in tensors.items() if not k.startswith(f"{stem}.")}, path)
-    others = inspect.inspect(path, skeleton)
+    others = inspect.inspect(path, meta_pipeline)
     assert found.components == others.components
     assert found.blocks == others.blocks
     assert sum(block.modules for block in found.components) == 143

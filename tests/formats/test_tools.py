@@ -17,20 +17,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sd_lora
-from sd_lora.formats import approximate, bake, extract, files, merge, tensors, tools
+from sd_lora import files as tensors
+from sd_lora.formats import approximate, bake, extract, files, merge, tools
 from sd_lora.formats.approximate import Cut
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.inspect import body_hash
 from sd_lora.formats.output import Output
 from sd_lora.formats.reading import open_lora
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original import Layout, open_clip_parameter, unet_to_original
-from sd_lora.models.skeleton import Skeleton
 from tests.formats.trained import models_of, saved, trained, weights
 from tests.tiny import build_pipeline, build_unet
 
 
 def output(path: Path, folder: Path, **options: object) -> Output:
-    return Output(path, skeleton=Skeleton.of_folder(str(folder)), **options)
+    return Output(path, meta_pipeline=MetaPipeline.of_folder(str(folder)), **options)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -38,7 +39,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def read_weights(path: Path, folder: Path) -> dict[tuple[str, str], Tensor]:
-    return weights(open_lora(path, Skeleton.of_folder(str(folder)).layout).adapter)
+    return weights(open_lora(path, MetaPipeline.of_folder(str(folder)).layout).adapter)
 
 
 # --- convert ---
@@ -151,7 +152,7 @@ def test_vectors_are_dropped_only_when_asked(tiny_sd1: Path, tmp_path: Path) -> 
     """Biases have no plain form: an error before any work, or left out with a note that counts."""
     models = models_of(tiny_sd1)
     sd_lora.inject(models["unet"], targets="attention", method="loha", train_bias="lora_only")
-    for delta in sd_lora.updates(models["unet"]).values():
+    for delta in sd_lora.deltas_of(models["unet"]).values():
         for p in delta.parameters():
             p.data.add_(0.1)
     (source,) = sd_lora.save_adapter({"unet": models["unet"]}, tmp_path / "s", name="x")
@@ -159,7 +160,7 @@ def test_vectors_are_dropped_only_when_asked(tiny_sd1: Path, tmp_path: Path) -> 
     with pytest.raises(sd_lora.UsageError, match=r"bias or a norm.*--drop_vectors"):
         tools.convert(source, out, cut=Cut(rank=64))
     result = tools.convert(source, out, cut=Cut(rank=64), drop_vectors=True)
-    biases = [n for n in sd_lora.updates(models["unet"]) if n.endswith(".bias")]
+    biases = [n for n in sd_lora.deltas_of(models["unet"]) if n.endswith(".bias")]
     assert any(f"{len(biases)} biases and norms were left out" in note for note in result.notes)
     assert result.error < 1e-6
 

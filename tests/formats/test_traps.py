@@ -28,8 +28,8 @@ from sd_lora.formats import files, reading, verify
 from sd_lora.formats.canonical import Adapter, canonical_name, read_models
 from sd_lora.formats.names import Naming, naming_of
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original import Layout
-from sd_lora.models.skeleton import Skeleton
 from tests.tiny import build_pipeline
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
@@ -191,11 +191,11 @@ def test_t01_alpha_is_not_in_peft_keys(tmp_path: Path) -> None:
     assert {round(ratio(want, have, name), 3) for name in want} == {4.0}
     ours = written(pipeline, tmp_path / "ours.safetensors")
     assert wrong(want, loaded(ours)[0]) == set()
-    skeleton = Skeleton.of_models(models(pipeline), FAMILIES["sd1"])
+    meta_pipeline = MetaPipeline.of_models(models(pipeline), FAMILIES["sd1"])
     adapter = verify.loaded_adapter(pipeline)
     with pytest.raises(sd_lora.RunError, match=r"mlp.fc1 is off by 300.0%"):
-        verify.verify(naive, adapter, skeleton)
-    assert verify.verify(ours, adapter, skeleton).modules == len(want)
+        verify.verify(naive, adapter, meta_pipeline)
+    assert verify.verify(ours, adapter, meta_pipeline).modules == len(want)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -290,9 +290,9 @@ def test_t06_half_a_module(module: str, part: str, tmp_path: Path) -> None:
     assert bool(have[f"{component} {name}"].isnan().all()) == (component == "unet")
     with pytest.raises(sd_lora.UsageError, match=rf"{component} {name}: lora_A and lora_B come"):
         reading.open_lora(path).check()
-    skeleton = Skeleton.of_models(models(pipeline), FAMILIES["sd1"])
+    meta_pipeline = MetaPipeline.of_models(models(pipeline), FAMILIES["sd1"])
     with pytest.raises(sd_lora.RunError, match="LOAD REPORT|left without a value|come in pairs"):
-        verify.verify(path, verify.loaded_adapter(pipeline), skeleton)
+        verify.verify(path, verify.loaded_adapter(pipeline), meta_pipeline)
 
 
 def test_t07_sdxls_added_embedding(tmp_path: Path) -> None:
@@ -564,15 +564,15 @@ def check_export(chosen: dict[str, nn.Module], modules: str, folder: Path, **opt
     """Adapts these models at random and verifies every file of the adapter."""
     for model in chosen.values():
         sd_lora.inject(model, [modules], rank=3, alpha=1.5, **options)
-        for delta in sd_lora.updates(model).values():
+        for delta in sd_lora.deltas_of(model).values():
             delta.lora_B.data.normal_(std=0.1)
     adapter = read_models(chosen)
     count = sum(len(m) for m in adapter.values())
     bare = build_pipeline("sdxl")
-    skeleton = Skeleton.of_models(models(bare), FAMILIES["sdxl"])
+    meta_pipeline = MetaPipeline.of_models(models(bare), FAMILIES["sdxl"])
     paths = sd_lora.save_adapter(chosen, folder, family="sdxl")
     for path, kind in zip(paths, files.formats_of(adapter)[0], strict=True):
-        assert verify.verify(path, adapter, skeleton, kind).modules == count
+        assert verify.verify(path, adapter, meta_pipeline, kind).modules == count
 
 
 @pytest.mark.parametrize("rank", [2, 3, 5])

@@ -17,7 +17,7 @@ from sd_lora.formats.files import Format, write_file
 from sd_lora.formats.metadata import build
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.skeleton import Skeleton
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 MIXED = {
     "targets": "all",
@@ -32,7 +32,7 @@ MIXED = {
 
 def models_of(folder: Path) -> dict[str, nn.Module]:
     """Component → model of a pipeline folder."""
-    family = Skeleton.of_folder(str(folder)).family
+    family = MetaPipeline.of_folder(str(folder)).family
     models: dict[str, nn.Module] = {
         "unet": UNet2DConditionModel.from_pretrained(folder, subfolder="unet"),
         "text_encoder": CLIPTextModel.from_pretrained(folder, subfolder="text_encoder"),
@@ -59,11 +59,11 @@ def _trained(folder: Path, seed: int, text: bool, items: tuple[tuple[str, object
             sd_lora.inject(model, targets=targets, rank=3, alpha=1.5, seed=seed, **method)
     g = torch.Generator().manual_seed(seed)
     for model in models.values():
-        for delta in sd_lora.updates(model).values():
+        for delta in sd_lora.deltas_of(model).values():
             for parameter in delta.parameters():
                 noise = torch.randn(parameter.shape, generator=g)
                 parameter.data.add_(0.1 * noise)
-    return read_models({c: m for c, m in models.items() if sd_lora.updates(m)})
+    return read_models({c: m for c, m in models.items() if sd_lora.deltas_of(m)})
 
 
 def weights(adapter: Adapter) -> dict[tuple[str, str], Tensor]:
@@ -75,7 +75,7 @@ def saved(
     path: Path, kind: Format, adapter: Mapping[str, Mapping[str, Delta]], folder: Path
 ) -> Path:
     """Writes an adapter in one format for a pipeline folder."""
-    skeleton = Skeleton.of_folder(str(folder))
-    header = build(adapter, FAMILIES[skeleton.family.name], path.stem)
-    write_file(path, kind, adapter, naming_of(skeleton.family, skeleton.layout), header)
+    meta_pipeline = MetaPipeline.of_folder(str(folder))
+    header = build(adapter, FAMILIES[meta_pipeline.family.name], path.stem)
+    write_file(path, kind, adapter, naming_of(meta_pipeline.family, meta_pipeline.layout), header)
     return path

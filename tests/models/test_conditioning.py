@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
-from sd_lora.data.buckets import Framing, pixels_of
+from sd_lora.data.images.buckets import CropSettings, pixels_of
+from sd_lora.models.caption_encoder import Geometry, collate, in_batches, time_ids
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.models.prompts import Geometry, collate, in_batches, time_ids
 from sd_lora.seeds import seed_for, uniform
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
@@ -91,7 +91,7 @@ def test_embeddings_equal_the_pipelines(kind: str, loaded: Callable[[str], Parts
     pipeline = pipeline_of(parts)
     captions = [*CAPTIONS, CAPTIONS[0], None]
     with torch.no_grad():
-        ours = parts.reader().encode(parts.text_encoders, captions)
+        ours = parts.caption_encoder().encode(parts.text_encoders, captions)
     batch = collate(ours, [Geometry((64, 64), (0, 0), (64, 64))] * len(ours), parts.family)
     assert batch.mask is None
     assert (batch.pooled is not None) == (kind in XL)
@@ -135,17 +135,17 @@ def test_clip_skip(kind: str, loaded: Callable[[str], Parts]) -> None:
     pipeline, caption = pipeline_of(parts), "a photo of a skipped layer"
     seen = []
     for skip in range(5 - (kind in XL)):
-        reader = parts.reader(clip_skip=skip)
-        reader.check(parts.text_encoders)
+        caption_encoder = parts.caption_encoder(clip_skip=skip)
+        caption_encoder.check(parts.text_encoders)
         with torch.no_grad():
-            (ours,) = reader.encode(parts.text_encoders, [caption])
+            (ours,) = caption_encoder.encode(parts.text_encoders, [caption])
         if kind in XL:
             want = theirs(pipeline, caption, clip_skip=skip)
             torch.testing.assert_close(ours.pooled, want.pooled[0], **SAME)
             hidden = want.hidden
         else:
             encoder = parts.text_encoders["text_encoder"]
-            outputs = layer_outputs(encoder, reader.pieces(caption)["text_encoder"])
+            outputs = layer_outputs(encoder, caption_encoder.pieces(caption)["text_encoder"])
             hidden = encoder.final_layer_norm(outputs[-1 - skip])
             with pytest.raises(AttributeError, match="text_model"):  # mended: compare with it
                 theirs(pipeline, caption, clip_skip=skip)
@@ -166,7 +166,7 @@ def test_the_absence_of_a_caption_is_the_models(kind: str, tmp_path: Path) -> No
     want = theirs(DiffusionPipeline.from_pretrained(tmp_path), "some other")
     for captions in ([None], ["a", None], ["", None]):
         with torch.no_grad():
-            *_, ours = parts.reader().encode(parts.text_encoders, captions)
+            *_, ours = parts.caption_encoder().encode(parts.text_encoders, captions)
         torch.testing.assert_close(ours.hidden, want.absent[0], **SAME)
         torch.testing.assert_close(ours.pooled, want.absent_pooled[0], **SAME)
     assert want.absent.abs().max() > 0.1
@@ -177,10 +177,10 @@ def test_long_captions_are_read_in_pieces(kind: str, loaded: Callable[[str], Par
     """With three pieces, tokens 1-75, 76-150 and 151-225 are each what the pipeline makes of that
     part of the caption by itself, the rest is cut, and the pooled text is the first piece's."""
     parts = loaded(kind)
-    reader, pipeline = parts.reader(max_pieces=3), pipeline_of(parts)
+    caption_encoder, pipeline = parts.caption_encoder(max_pieces=3), pipeline_of(parts)
     with torch.no_grad():
         for count, lengths in ((10, [10]), (16, [15, 1]), (45, [15] * 3), (60, [15] * 3)):
-            (ours,) = reader.encode(parts.text_encoders, [" ".join(WORDS[:count])])
+            (ours,) = caption_encoder.encode(parts.text_encoders, [" ".join(WORDS[:count])])
             assert ours.hidden.shape == (
                 77 * len(lengths),
                 pipeline.unet.config.cross_attention_dim,
@@ -201,7 +201,7 @@ def test_captions_of_other_lengths_do_not_change_a_prediction(
     parts = loaded(kind)
     captions = [" ".join(WORDS[:count]) for count in (3, 20, 40)] + [None]
     with torch.no_grad():
-        embeddings = parts.reader(max_pieces=3).encode(parts.text_encoders, captions)
+        embeddings = parts.caption_encoder(max_pieces=3).encode(parts.text_encoders, captions)
     geometries = [Geometry((64 + i, 90), (0, i), (64, 64)) for i in range(4)]
     batch = collate(embeddings, geometries, parts.family)
     assert batch.mask.sum(1).tolist() == [77, 154, 231, 77]
@@ -222,13 +222,13 @@ def test_pooled_text_is_read_at_the_end_token(kind: str, loaded: Callable[[str],
     """The pooled text is the projection of the normed last layer (by hooks) at the first end token,
     right behind the caption's last token, and not at the paddings'."""
     parts = loaded(kind)
-    encoder, reader = parts.text_encoders["text_encoder_2"], parts.reader()
+    encoder, caption_encoder = parts.text_encoders["text_encoder_2"], parts.caption_encoder()
     for caption, place in (("", 1), ("a b", 3), ("x" * 75, 76), ("ab <|endoftext|> cd", 3)):
-        ids = reader.pieces(caption)["text_encoder_2"]
+        ids = caption_encoder.pieces(caption)["text_encoder_2"]
         assert ids[0, place] == encoder.config.eos_token_id
         normed = encoder.text_model.final_layer_norm(layer_outputs(encoder, ids)[-1])
         with torch.no_grad():
-            (ours,) = reader.encode(parts.text_encoders, [caption])
+            (ours,) = caption_encoder.encode(parts.text_encoders, [caption])
             want = encoder.text_projection(normed[0, place])
         torch.testing.assert_close(ours.pooled, want, **SAME)
 
@@ -239,8 +239,11 @@ def test_weighted_captions_equal_compels(kind: str, loaded: Callable[[str], Part
     piece and in three; those without give the plain reading. Pooled text is that of the words."""
     parts = loaded(kind)
     wrapper = (CompelForSDXL if kind in XL else CompelForSD)(pipeline_of(parts))
-    plain = parts.reader()
-    weighted, pieces = parts.reader(weighted=True), parts.reader(weighted=True, max_pieces=3)
+    plain = parts.caption_encoder()
+    weighted, pieces = (
+        parts.caption_encoder(weighted=True),
+        parts.caption_encoder(weighted=True, max_pieces=3),
+    )
     words = "a photo of a cat by the sea"
     for caption in (
         "a photo of a (cat)1.5 by the sea",
@@ -274,37 +277,37 @@ def test_long_captions_without_weights_read_as_without_compel(
     end, and the brackets and numbers of one that does are not counted as tokens."""
     parts = loaded(kind)
     caption = "a cat sat there. " * 4 + "a dog, by the sea; " * 4 + "the end"
-    plain, weighted = (parts.reader(max_pieces=3, weighted=w) for w in (False, True))
+    plain, weighted = (parts.caption_encoder(max_pieces=3, weighted=w) for w in (False, True))
     (want,), (found,) = (r.encode(parts.text_encoders, [caption]) for r in (plain, weighted))
     assert len(want.hidden) > 77
     torch.testing.assert_close(found.hidden, want.hidden, **SAME)
     if kind in XL:
         torch.testing.assert_close(found.pooled, want.pooled, **SAME)
     short = "(" + "x" * 75 + ")1.5"
-    assert parts.reader(weighted=True).too_long([short]) == {}
+    assert parts.caption_encoder(weighted=True).too_long([short]) == {}
 
 
 @pytest.mark.parametrize("center_crop", [False, True])
 def test_crop_coordinates_are_those_of_what_is_seen(center_crop: bool) -> None:
-    """For random sizes, places and flips, a picture's pixels are exactly the cut at
-    `Frame.seen_from` of the resized picture, mirrored first if it is flipped: what the time ids
+    """For random sizes, places and flips, an image's pixels are exactly the cut at
+    `Frame.seen_from` of the resized image, mirrored first if it is flipped: what the time ids
     say is what is seen."""
-    framing, rng = Framing(32, random_crop=not center_crop), np.random.default_rng(0)
+    crop_settings, rng = CropSettings(32, random_crop=not center_crop), np.random.default_rng(0)
     moved = 0
     for i in range(200):
         size = tuple(20 + seed_for("size", i, axis) % 70 for axis in range(2))
         u, flip = (uniform("u", i), uniform("v", i)), i % 2 == 1
-        frame = framing.frame(size, (32, 32), None if center_crop else u)
-        picture = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
-        left, top = frame.seen_from(flip)
-        whole = picture.resize(frame.resized, Image.Resampling.LANCZOS)
+        crop = crop_settings.crop(size, (32, 32), None if center_crop else u)
+        image = Image.fromarray(rng.integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+        left, top = crop.corner_of(flip)
+        whole = image.resize(crop.resized, Image.Resampling.LANCZOS)
         whole = ImageOps.mirror(whole) if flip else whole
         assert 0 <= left <= whole.width - 32
         assert 0 <= top <= whole.height - 32
         cut = torch.from_numpy(np.array(whole.crop((left, top, left + 32, top + 32))))
-        seen = pixels_of(frame.cut(picture, "lanczos"), flip)
+        seen = pixels_of(crop.cut(image, "lanczos"), flip)
         assert torch.equal(seen, cut.permute(2, 0, 1) / 127.5 - 1)
-        moved += frame.corner != (left, top)
+        moved += crop.corner != (left, top)
     assert moved > 20
 
 
@@ -313,7 +316,7 @@ def test_gradients_reach_the_text_encoders(loaded: Callable[[str], Parts]) -> No
     encoder all but its last layer, its second one all, the last by the pooled text alone. The zeros
     of an absent caption have gradients of zero, and what is read once has none."""
     parts = deep(loaded("sdxl"))
-    embeddings = parts.reader(max_pieces=2).encode(parts.text_encoders, CAPTIONS[:3])
+    embeddings = parts.caption_encoder(max_pieces=2).encode(parts.text_encoders, CAPTIONS[:3])
     batch = collate(embeddings, [Geometry((64, 64), (0, 0), (64, 64))] * 3, parts.family)
     (batch.hidden.square().sum() + batch.pooled.square().sum()).backward()
     reached = {
@@ -325,8 +328,8 @@ def test_gradients_reach_the_text_encoders(loaded: Callable[[str], Parts]) -> No
         for component, encoder in parts.text_encoders.items()
     }
     assert reached == {"text_encoder": [True] * 4 + [False], "text_encoder_2": [True] * 5}
-    (nothing,) = parts.reader().encode(parts.text_encoders, [None])
+    (nothing,) = parts.caption_encoder().encode(parts.text_encoders, [None])
     assert nothing.hidden.requires_grad
     assert nothing.pooled.requires_grad
-    once = dict(in_batches(parts.reader(), parts.text_encoders, CAPTIONS))
+    once = dict(in_batches(parts.caption_encoder(), parts.text_encoders, CAPTIONS))
     assert not any(e.hidden.requires_grad or e.pooled.requires_grad for e in once.values())

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sd_lora
+from sd_lora.models.caption_encoder import in_batches
 from sd_lora.models.families import detect, detect_task, refuse_other_pipelines
 from sd_lora.models.load import load_parts
-from sd_lora.models.prompts import in_batches
 from tests.tiny import pipeline_of
 
 
@@ -31,7 +31,7 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
     """Our conditioning is what diffusers' pipeline computes for the same captions, bit for bit."""
     parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
     captions = ["a photo of sks monster", "", "word " * 100, "a photo of sks monster"]
-    table = dict(in_batches(parts.reader(), parts.text_encoders, captions))
+    table = dict(in_batches(parts.caption_encoder(), parts.text_encoders, captions))
     assert len(table) == 3
     for caption, embedding in table.items():
         want, _ = pipeline_of(parts).encode_prompt(caption, "cpu", 1, False)
@@ -41,15 +41,15 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
 
 def test_long_captions_are_counted(tiny_sd1: Path) -> None:
     """Captions beyond 75 tokens are named with their length, and only those."""
-    reader = load_parts(str(tiny_sd1)).reader()
+    caption_encoder = load_parts(str(tiny_sd1)).caption_encoder()
     captions = ["short", "x" * 75, "x" * 76, "x" * 100]
-    assert reader.too_long(captions) == {"x" * 76: 76, "x" * 100: 100}
+    assert caption_encoder.too_long(captions) == {"x" * 76: 76, "x" * 100: 100}
 
 
 def test_bare_pipeline_has_the_modules(tiny_sd1: Path) -> None:
     """The pipeline for verification has the real one's module names and shapes."""
     parts = load_parts(str(tiny_sd1))
-    bare = parts.skeleton.pipeline()
+    bare = parts.meta_pipeline.pipeline()
     for part in ("unet", "text_encoder"):
         want = {n: p.shape for n, p in parts.models[part].named_parameters()}
         assert {n: p.shape for n, p in getattr(bare, part).named_parameters()} == want

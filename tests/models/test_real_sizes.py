@@ -8,15 +8,15 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import sd_lora
-from sd_lora.adapters.inject import updates
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.adapters.targets import select
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import DIFFUSERS, KOHYA
 from sd_lora.formats.names import naming_of
+from sd_lora.models.caption_encoder import Geometry, time_ids
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.prompts import Geometry, time_ids
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.published import CONFIGS
-from sd_lora.models.skeleton import Skeleton
 
 RANK = 16
 # family → preset → modules: a fact of the configurations
@@ -57,7 +57,7 @@ def closed_form(model: nn.Module, names: list[str]) -> int:
 def on_meta(family: str, component: str) -> nn.Module:
     """A model of the published size; not the skeleton's own, which all tests share."""
     with torch.device("meta"):
-        return Skeleton.of_family(FAMILIES[family])._build(component)
+        return MetaPipeline.of_family(FAMILIES[family])._build(component)
 
 
 @pytest.mark.parametrize("family", UNETS)
@@ -71,7 +71,7 @@ def test_presets_of_the_unets(family: str) -> None:
         assert len(names) == count
         sd_lora.inject(unet, preset, rank=RANK)
         assert sum(p.numel() for p in sd_lora.lora_layers(unet)) == want
-        adapter: Adapter = {"unet": updates(unet)}
+        adapter: Adapter = {"unet": deltas_of(unet)}
         for kind in (DIFFUSERS, KOHYA):
             size = sum(t.numel() * 2 for _, t in kind.write(adapter, naming))
             assert 2 * want <= size <= 2 * (want + 2 * count)  # kohya's alphas

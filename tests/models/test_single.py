@@ -266,9 +266,9 @@ def test_models_compute_the_same(family: str, tmp_path: Path) -> None:
     have = single.load("unet", torch.float32)(x, 500, **inputs).sample
     assert torch.equal(have, pipeline.unet(x, 500, **inputs).sample)
     vae: Any = single.load("vae", torch.float32)
-    pictures = torch.randn(1, 3, 16, 16, generator=draw)
-    latents = vae.encode(pictures).latent_dist.mean
-    assert torch.equal(latents, pipeline.vae.encode(pictures).latent_dist.mean)
+    images = torch.randn(1, 3, 16, 16, generator=draw)
+    latents = vae.encode(images).latent_dist.mean
+    assert torch.equal(latents, pipeline.vae.encode(images).latent_dist.mean)
     assert torch.equal(vae.decode(latents).sample, pipeline.vae.decode(latents).sample)
 
 

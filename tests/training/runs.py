@@ -1,4 +1,4 @@
-"""Tiny runs on pictures made in the test."""
+"""Tiny runs on images made in the test."""
 
 import json
 from pathlib import Path
@@ -8,12 +8,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sd_lora.adapters.state import deltas_from_state
+from sd_lora.config.schema import TrainConfig
 from sd_lora.formats.canonical import Adapter, canonical_name
-from sd_lora.training.config import TrainConfig
 
 
-def pictures(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> Path:
-    """Writes `count` random pictures with metadata.jsonl."""
+def images(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> Path:
+    """Writes `count` random images with metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     rows = []
@@ -27,7 +27,7 @@ def pictures(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> 
 
 
 def text_to_image(model: Path, data: Path, output: Path, **changes: object) -> TrainConfig:
-    """Six steps of attention + conv on six pictures."""
+    """Six steps of attention + conv on six images."""
     values: dict[str, object] = {
         "pretrained_model_name_or_path": str(model),
         "train_data_dir": str(data),

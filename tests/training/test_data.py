@@ -17,28 +17,28 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sd_lora
-from sd_lora.data import embeddings
-from sd_lora.data.store import Store
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.cache import text_embeddings as embeddings
+from sd_lora.data.cache.store import Store
 from sd_lora.training import caches, loop
-from sd_lora.training.config import TrainConfig
 from sd_lora.training.setup import Run, prepare
-from tests.data.torture import make_torture
-from tests.training.runs import dreambooth, pictures, text_to_image
+from tests.data.check.torture import make_torture
+from tests.training.runs import dreambooth, images, text_to_image
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (64, 64), (128, 40), (64, 64), (96, 64)]
 
 
 @pytest.fixture
 def mixed(tmp_path: Path) -> Path:
-    """Seven pictures of four shapes, one of them partly transparent, with tags as captions."""
+    """Seven images of four shapes, one of them partly transparent, with tags as captions."""
     folder = tmp_path / "mixed"
     for i, size in enumerate(SHAPES):
-        pictures(tmp_path / "one", 1, size)
+        images(tmp_path / "one", 1, size)
         image = Image.open(tmp_path / "one" / "0.png")
         if i == 3:
             image.putalpha(Image.linear_gradient("L").resize(size))
         folder.mkdir(exist_ok=True)
-        # every picture is another one
+        # every image is another one
         image.rotate(90 * (i % 2) * 2).save(folder / f"{i}.png", compress_level=i)
         (folder / f"{i}.txt").write_text(f"thing {i}, red, large, {i} times")
     return folder
@@ -132,7 +132,7 @@ def test_sdxl_caches_change_nothing(tiny_sdxl: Path, mixed: Path, tmp_path: Path
 
 
 def test_one_edit_is_one_entry(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
-    """A picture that is replaced is encoded again, and no other; a caption that is edited is read
+    """An image that is replaced is encoded again, and no other; a caption that is edited is read
     again, and no other; another resolution is another entry for all; nothing else is touched."""
     cache = tmp_path / "c"
 
@@ -166,7 +166,7 @@ def test_one_edit_is_one_entry(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> N
 
 CACHING = """
 import sys
-from sd_lora.data.encode import Latents
+from sd_lora.data.cache.encode import Latents
 from sd_lora.training.setup import prepare
 from tests.training.runs import text_to_image
 from pathlib import Path
@@ -191,7 +191,7 @@ print("done", flush=True)
 def test_a_kill_loses_one_batch_at_most(tiny_sd1: Path, root: Path, tmp_path: Path) -> None:
     """Killed by SIGKILL in the middle of caching in batches of five, as a GPU has them, a run has
     kept all that it encoded but one batch at most; the next one computes only what is missing."""
-    data = pictures(tmp_path / "pictures", 150)
+    data = images(tmp_path / "images", 150)
     counter, output = tmp_path / "encoded", tmp_path / "out"
     command = [
         sys.executable, "-c", CACHING, str(tiny_sd1), str(data), str(output), str(counter),
@@ -292,7 +292,7 @@ def test_torture(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     said = run.summary.text()
     samples = run.data.instances.samples
     trained = {str(Path(s.name).relative_to(folder)) for s in samples}
-    left_out = {f.name: f for f in run.data.pictures["instance"].findings if f.level == "left out"}
+    left_out = {f.name: f for f in run.data.images["instance"].findings if f.level == "left out"}
     bad = {name for name, code in expected.items() if str(folder / name) in left_out}
     assert len(bad) >= 25
     assert not trained & bad
@@ -300,11 +300,11 @@ def test_torture(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert codes == {name: expected[name] for name in bad}
     for finding in left_out.values():
         assert finding.code in said
-    seen = Counter()
+    loaded = Counter()
     for batch in run.batches():
-        seen.update(slot.index for slot in batch.slots if slot.weight)
-    assert seen == dict.fromkeys(range(len(samples)), 1)
-    assert re.search(rf"pictures +{len(samples)}\n", said)
+        loaded.update(item.index for item in batch.items if item.weight)
+    assert loaded == dict.fromkeys(range(len(samples)), 1)
+    assert re.search(rf"images +{len(samples)}\n", said)
     assert snapshot(folder) == before
     with pytest.raises(sd_lora.RunError, match="and this run is strict"):
         sd_lora.train(run_of(tiny_sd1, folder, tmp_path / "strict", strict=True))
@@ -350,7 +350,7 @@ def test_resuming_with_buckets_is_exact(tiny_sd1: Path, mixed: Path, tmp_path: P
 
 
 def test_resuming_with_other_shapes_is_refused(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
-    """A position in the data means a picture: where one has another shape now, and so another
+    """A position in the data means an image: where one has another shape now, and so another
     place, the run is not the same."""
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", checkpointing_steps=3))
     Image.new("RGB", (128, 40), "red").save(mixed / "1.png")
@@ -358,7 +358,7 @@ def test_resuming_with_other_shapes_is_refused(tiny_sd1: Path, mixed: Path, tmp_
         tiny_sd1, mixed, tmp_path / "out", checkpointing_steps=3,
         resume_from_checkpoint="checkpoint-3",
     )  # fmt: skip
-    with pytest.raises(sd_lora.UsageError, match="pictures of other shapes, in another order"):
+    with pytest.raises(sd_lora.UsageError, match="images of other shapes, in another order"):
         sd_lora.train(again)
 
 
@@ -371,7 +371,7 @@ def test_going_on_with_an_older_checkpoint_is_refused(
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", **options))
     path = tmp_path / "out" / "checkpoint-3" / "progress.json"
     saved = json.loads(path.read_text())
-    del saved["order"], saved["pictures"]
+    del saved["order"], saved["images"]
     path.write_text(json.dumps(saved))
     again = run_of(
         tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
@@ -381,23 +381,23 @@ def test_going_on_with_an_older_checkpoint_is_refused(
 
 
 def test_edits_since_a_checkpoint_are_told(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
-    """A run that goes on with an edited caption or picture of the same shape says so, and with the
+    """A run that goes on with an edited caption or image of the same shape says so, and with the
     same ones does not."""
     options = {"checkpointing_steps": 3, "max_train_steps": 4}
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", **options))
     again = run_of(
         tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
     )
-    note = "pictures or captions are others than when it was written"
+    note = "images or captions are others than when it was written"
     assert note not in prepare(again).summary.notes
     (mixed / "2.txt").write_text("edited")
     assert note in prepare(again).summary.notes
 
 
-def test_a_picture_that_is_lost_in_mid_run_costs_no_step(
+def test_a_image_that_is_lost_in_mid_run_costs_no_step(
     tiny_sd1: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A picture that is read anew and vanishes ends the run by name, with a checkpoint of the last
+    """An image that is read anew and vanishes ends the run by name, with a checkpoint of the last
     whole step; when it is back, the run goes on to the weights that it would have had."""
     options = {"cache_latents": "no", "max_train_steps": 6, "gradient_accumulation_steps": 2}
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "whole", **options))
@@ -420,7 +420,7 @@ def test_a_picture_that_is_lost_in_mid_run_costs_no_step(
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_picture_that_changes_after_the_check_is_not_kept(
+def test_a_image_that_changes_after_the_check_is_not_kept(
     tiny_sd1: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry is addressed by the bytes that were checked: other bytes are never kept under it."""
@@ -439,7 +439,7 @@ def test_a_picture_that_changes_after_the_check_is_not_kept(
 
 def test_a_run_keeps_its_own_entries(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
     """Beyond the limit, what is removed is what the run does not use: latents, texts and facts of
-    its own stay, those of a picture and a caption that are gone do not, and the summary says so."""
+    its own stay, those of an image and a caption that are gone do not, and the summary says so."""
     prepare(run_of(tiny_sd1, mixed, tmp_path / "out"))
     before = {kind: set(entries(tmp_path / "c", kind)) for kind in ("latents", "texts", "facts")}
     (mixed / "6.png").unlink()
@@ -479,13 +479,13 @@ enable_bucket = true
 
 def test_a_dataset_config_of_kohyas(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
     """A run from kohya's dataset configuration: repeats, batch size and tags are the file's, class
-    pictures of its own take part with their weight, and every picture is seen three times an
+    images of its own take part with their weight, and every image is seen three times an
     epoch."""
-    pictures(tmp_path / "reg", 3, (96, 64))
+    images(tmp_path / "reg", 3, (96, 64))
     (tmp_path / "reg" / "metadata.jsonl").unlink()
     path = tmp_path / "data.toml"
     path.write_text(KOHYA.format(folder=tmp_path))
-    from sd_lora.training.arguments import parse
+    from sd_lora.config.command_line import parse
 
     config = parse(
         ["--pretrained_model_name_or_path", str(tiny_sd1), "--dataset_config", str(path),
@@ -494,22 +494,22 @@ def test_a_dataset_config_of_kohyas(tiny_sd1: Path, mixed: Path, tmp_path: Path)
     )  # fmt: skip
     assert (config.resolution, config.train_batch_size) == (64, 2)
     run = prepare(config)
-    seen: Counter[str] = Counter()
+    loaded: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
     for batch in run.batches():
-        kinds.update(slot.kind for slot in batch.slots)
-        seen.update(
-            Path(run.data.instances.samples[slot.index].name).name
-            for slot in batch.slots
-            if slot.kind == "instance"
+        kinds.update(item.kind for item in batch.items)
+        loaded.update(
+            Path(run.data.instances.samples[item.index].name).name
+            for item in batch.items
+            if item.kind == "instance"
         )
-        assert {slot.caption for slot in batch.slots if slot.kind == "class"} == {"a thing"}
+        assert {item.caption for item in batch.items if item.kind == "class"} == {"a thing"}
         assert all(
-            slot.caption.startswith("thing ") for slot in batch.slots if slot.kind == "instance"
+            item.caption.startswith("thing ") for item in batch.items if item.kind == "instance"
         )
-    assert seen == dict.fromkeys((f"{i}.png" for i in range(7)), 3)
+    assert loaded == dict.fromkeys((f"{i}.png" for i in range(7)), 3)
     assert kinds["class"] == kinds["instance"] == 21
-    assert "7 × 3 repeats = 21 an epoch, and 3 of the class" in run.summary.rows["pictures"]
+    assert "7 × 3 repeats = 21 an epoch, and 3 of the class" in run.summary.rows["images"]
     sd_lora.train(config)
 
 
@@ -532,24 +532,24 @@ def test_several_sources(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
         num_train_epochs=1, max_train_steps=None,
     )  # fmt: skip
     run = prepare(config)
-    seen: Counter[tuple[str, float]] = Counter()
+    loaded: Counter[tuple[str, float]] = Counter()
     for batch in run.batches():
-        for slot in batch.slots:
-            name = Path(run.data.instances.samples[slot.index].name).name
-            seen[name, slot.weight] += 1
+        for item in batch.items:
+            name = Path(run.data.instances.samples[item.index].name).name
+            loaded[name, item.weight] += 1
             if name == "x.png":
-                assert slot.caption == "a dog"
+                assert item.caption == "a dog"
             if name == "a_green_square.png":
-                assert slot.caption == "sks, a green square"
+                assert item.caption == "sks, a green square"
     want = {(f"{i}.png", 1.0): 1 for i in range(7)}
-    assert seen == want | {("x.png", 0.5): 5, ("a_green_square.png", 1.0): 2}
+    assert loaded == want | {("x.png", 0.5): 5, ("a_green_square.png", 1.0): 2}
     sd_lora.train(config)
 
 
 def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
     """With alpha_mask what is transparent does not count: the loss is the mean over opaque latents,
     whatever lies in the others; with no opacity given nothing changes."""
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     left = Image.new("L", (64, 64), 0)
     left.paste(255, (0, 0, 32, 64))
@@ -560,7 +560,7 @@ def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
     options = {"train_batch_size": 1, "cache_latents": "memory"}
     run = prepare(run_of(tiny_sd1, folder, tmp_path / "out", alpha_mask=True, **options))
     batch = run.stream.batch(0)
-    mask = run.latents.latents(batch.slots, batch.seen).mask
+    mask = run.latents.latents(batch.items, batch.loaded).mask
     assert mask.shape == (1, 1, 8, 8)
     assert mask[..., :4].eq(1).all()
     assert mask[..., 4:].eq(0).all()
@@ -570,7 +570,7 @@ def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(masked, errors(run)[..., :4].mean())
     plain = prepare(run_of(tiny_sd1, folder, tmp_path / "plain", **options))
     batch = plain.stream.batch(0)
-    assert plain.latents.latents(batch.slots, batch.seen).mask is None
+    assert plain.latents.latents(batch.items, batch.loaded).mask is None
 
 
 @torch.no_grad()
@@ -579,38 +579,38 @@ def errors(run: Run) -> torch.Tensor:
     from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 
     batch = run.stream.batch(0)
-    addresses = [slot.address for slot in batch.slots]
-    x0 = run.latents.latents(batch.slots, batch.seen).x0
+    addresses = [item.address for item in batch.items]
+    x0 = run.latents.latents(batch.items, batch.loaded).x0
     noise, t = draw_noise(x0.shape[1:], addresses), draw_timesteps(addresses, 1000)
     x_t = run.unet_input(run.schedule.add_noise(x0, noise, t), batch)
-    arguments = run.conditioning(batch.slots, 0).arguments()
+    arguments = run.conditioning(batch.items, 0).arguments()
     prediction = run.prepared["unet"](x_t, run.schedule.timesteps[t], **arguments).sample
     return (prediction - noise).square()
 
 
-def test_a_dreambooth_run_with_class_pictures_of_other_shapes(
+def test_a_dreambooth_run_with_class_images_of_other_shapes(
     tiny_sd1: Path, mixed: Path, tmp_path: Path
 ) -> None:
-    """Subject pictures in buckets, class pictures in others: every subject picture is seen once an
-    epoch with a class picture beside it, and all class pictures are used."""
-    classes = pictures(tmp_path / "class", 5, (40, 128))
+    """Subject images in buckets, class images in others: every subject image is seen once an
+    epoch with a class image beside it, and all class images are used."""
+    classes = images(tmp_path / "class", 5, (40, 128))
     config = dreambooth(
         tiny_sd1, mixed, tmp_path / "out", with_prior_preservation=True, num_class_images=5,
         class_data_dir=str(classes), class_prompt="a thing", max_train_steps=None,
         num_train_epochs=5,
     )  # fmt: skip
     run = prepare(config)
-    seen: Counter[tuple[str, int]] = Counter()
+    loaded: Counter[tuple[str, int]] = Counter()
     for batch in run.batches():
-        seen.update((slot.kind, slot.index) for slot in batch.slots)
-        shapes = {slot.kind: slot.frame.size for slot in batch.slots}
+        loaded.update((item.kind, item.index) for item in batch.items)
+        shapes = {item.kind: item.crop.size for item in batch.items}
         assert shapes["instance"] != shapes["class"] == (32, 96)
-    assert seen == {("instance", i): 5 for i in range(7)} | {("class", i): 7 for i in range(5)}
+    assert loaded == {("instance", i): 5 for i in range(7)} | {("class", i): 7 for i in range(5)}
     assert loop.batch_loss(run, run.stream.batch(0), 0) > 0
 
 
 def test_ctrl_c_in_the_check_ends_it(tiny_sd1: Path, root: Path, tmp_path: Path) -> None:
-    """SIGINT while pictures are checked ends the command at once, with its usual exit code and no
+    """SIGINT while images are checked ends the command at once, with its usual exit code and no
     traceback."""
     folder = tmp_path / "many"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The loss of a step against those of diffusers' example scripts (v0.42), fed the same pictures,
+"""The loss of a step against those of diffusers' example scripts (v0.42), fed the same images,
 noise and timesteps: their formulas, in diffusers' own classes.
 
 A: examples/text_to_image/train_text_to_image_lora.py, B: its SDXL twin; C:
@@ -26,13 +26,13 @@ from diffusers.training_utils import compute_snr
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.diffusion.schedule import draw_timesteps
 from sd_lora.seeds import generator_for
 from sd_lora.training import loop
-from sd_lora.training.config import TrainConfig
 from sd_lora.training.setup import Run, prepare
 from tests.tiny import build_pipeline
-from tests.training.runs import dreambooth, pictures, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 Folder = Callable[[str], Path]
 Pair = tuple[int, int]
@@ -41,14 +41,14 @@ SAME = {"rtol": 1e-5, "atol": 0.0}
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures that are not square, so that crops are drawn."""
-    return pictures(tmp_path_factory.mktemp("data"), size=(96, 64))
+    """Six images that are not square, so that crops are drawn."""
+    return images(tmp_path_factory.mktemp("data"), size=(96, 64))
 
 
 @pytest.fixture(scope="module")
 def class_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures of another size."""
-    return pictures(tmp_path_factory.mktemp("class"), size=(128, 192))
+    """Six images of another size."""
+    return images(tmp_path_factory.mktemp("class"), size=(128, 192))
 
 
 @torch.no_grad()
@@ -84,7 +84,7 @@ def loaded(folder: str) -> DiffusionPipeline:
 @dataclass
 class Fed:
     """What both are given, made as the scripts make it from draws that are ours, and from the model
-    in the folder. sizes, corners: (vertical, horizontal), of each picture and its crop."""
+    in the folder. sizes, corners: (vertical, horizontal), of each image and its crop."""
 
     pipeline: DiffusionPipeline
     prompts: list[str]
@@ -97,27 +97,27 @@ class Fed:
     @classmethod
     @torch.no_grad()
     def of(cls, run: Run) -> "Fed":
-        slots, r = run.stream.batch(0).slots, run.config.side
+        items, r = run.stream.batch(0).items, run.config.side
         pipeline = loaded(str(run.config.pretrained_model_name_or_path))
         pixels, sizes, corners = [], [], []
-        for slot in slots:  # B 948-964, D 821-840
-            picture = run.stream.sets[slot.kind].samples[slot.index].picture()
-            sizes.append((picture.height, picture.width))
-            x, y = slot.frame.seen_from(slot.flip)
+        for item in items:  # B 948-964, D 821-840
+            image = run.stream.sets[item.kind].samples[item.index].image()
+            sizes.append((image.height, image.width))
+            x, y = item.crop.corner_of(item.flip)
             corners.append((y, x))
-            size = [r * n // min(picture.size) for n in picture.size]
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
-            picture = ImageOps.mirror(picture) if slot.flip else picture
-            array = np.array(picture.crop((x, y, x + r, y + r)), dtype=np.float32)
+            size = [r * n // min(image.size) for n in image.size]
+            image = image.resize(size, Image.Resampling.LANCZOS)
+            image = ImageOps.mirror(image) if item.flip else image
+            array = np.array(image.crop((x, y, x + r, y + r)), dtype=np.float32)
             pixels.append((torch.from_numpy(array).permute(2, 0, 1) / 255 - 0.5) / 0.5)
         latent = pipeline.vae.encode(torch.stack(pixels)).latent_dist
         draws = {"latent": [], "noise": [], "offset": []}
-        for slot in slots:
+        for item in items:
             shape = latent.mean.shape[1:]
             draws["latent"].append(
-                torch.randn(shape, generator=generator_for(*slot.address, "latent"))
+                torch.randn(shape, generator=generator_for(*item.address, "latent"))
             )
-            generator = generator_for(*slot.address, "noise")
+            generator = generator_for(*item.address, "noise")
             draws["noise"].append(torch.randn(shape, generator=generator))
             draws["offset"].append(torch.randn(shape[0], 1, 1, generator=generator))
         x0 = latent.mean + latent.std * torch.stack(draws["latent"])
@@ -129,8 +129,8 @@ class Fed:
             x0 = (x0 - mean) * pipeline.vae.config.scaling_factor / std
         noise = torch.stack(draws["noise"])
         noise += run.config.noise_offset * torch.stack(draws["offset"])  # A 866-870
-        t = draw_timesteps([slot.address for slot in slots], 1000)
-        return cls(pipeline, [str(s.caption) for s in slots], sizes, corners, x0, noise, t)
+        t = draw_timesteps([item.address for item in items], 1000)
+        return cls(pipeline, [str(s.caption) for s in items], sizes, corners, x0, noise, t)
 
     def scheduler(self, cls: type, **changes: object) -> DDPMScheduler:
         return cls.from_config(self.pipeline.scheduler.config, **changes)
@@ -305,10 +305,10 @@ def chunks(errors: Tensor) -> Tensor:
     return instance.mean() + 0.3 * others.mean()
 
 
-def test_sizes_of_class_pictures_are_wrong_in_d(
+def test_sizes_of_class_images_are_wrong_in_d(
     model: Folder, data: Path, class_data: Path, tmp_path: Path
 ) -> None:
-    """D tells the UNet that class pictures have the sizes and crops of the instances beside them
+    """D tells the UNet that class images have the sizes and crops of the instances beside them
     (911-912): its loss is ours but for that; with their own it is ours."""
     config = prior(model("sdxl"), data, class_data, tmp_path, train_batch_size=1, seed=1)
     loss, fed = ours(config)
@@ -324,9 +324,9 @@ def test_sizes_of_class_pictures_are_wrong_in_d(
 def test_prompts_of_a_batch_are_mixed_up_in_d(
     model: Folder, data: Path, class_data: Path, tmp_path: Path
 ) -> None:
-    """With prior preservation and more than one picture a batch D repeats (instance, class), while
-    the pictures are instances first: every second one is shown with the other's prompt. With each
-    picture's own prompt its loss is ours."""
+    """With prior preservation and more than one image a batch D repeats (instance, class), while
+    the images are instances first: every second one is shown with the other's prompt. With each
+    image's own prompt its loss is ours."""
     loss, fed = ours(prior(model("sdxl"), data, class_data, tmp_path, seed=8))
     torch.testing.assert_close(loss, chunks(fed.errors()), **SAME)
     i, c = "a photo of sks thing", "a photo of some other thing"

@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 
 import sd_lora
 from sd_lora.formats.inspect import body_hash
-from tests.training.runs import dreambooth, pictures, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six pictures; the captions have tags in common."""
-    folder = pictures(tmp_path / "data")
+    """Six images; the captions have tags in common."""
+    folder = images(tmp_path / "data")
     rows = [json.loads(r) for r in (folder / "metadata.jsonl").read_text().splitlines()]
     tagged = [row | {"text": f"{row['text']}, red,  sky"} for row in rows]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, tagged)))

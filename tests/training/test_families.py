@@ -18,10 +18,10 @@ from sd_lora.formats import verify
 from sd_lora.formats.reading import open_lora
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
+from sd_lora.sampling.sampler import sample
 from sd_lora.training import loop
-from sd_lora.training.sampling import sample
 from sd_lora.training.setup import Run, prepare
-from tests.training.runs import dreambooth, pictures, text_to_image, trained_adapter
+from tests.training.runs import dreambooth, images, text_to_image, trained_adapter
 
 Folder = Callable[[str], Path]
 PIPELINES = {
@@ -36,8 +36,8 @@ PIPELINES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six pictures that are not square, so that crops are drawn."""
-    return pictures(tmp_path_factory.mktemp("data"), size=(96, 64))
+    """Six images that are not square, so that crops are drawn."""
+    return images(tmp_path_factory.mktemp("data"), size=(96, 64))
 
 
 @pytest.mark.parametrize("kind", PIPELINES)
@@ -105,7 +105,7 @@ def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path:
         ("text_encoder", 4, 4.0),
         ("text_encoder_2", 2, 6.0),
     ):
-        layers = sd_lora.adapters.inject.updates(run.models[component])
+        layers = sd_lora.adapters.inject.deltas_of(run.models[component])
         assert {delta.rank for delta in layers.values()} == {rank}
         assert {delta.alpha for delta in layers.values()} == {alpha}
     rates = {id(p): g["lr"] for g in run.optimizer.param_groups for p in g["params"]}
@@ -128,10 +128,10 @@ def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: P
         "max_train_steps": 6, "adam_weight_decay": 0.1, "scale_weight_norms": 1e-3,
     }  # fmt: skip
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options))
-    seen, original = [states(run)], loop.batch_loss
+    loaded, original = [states(run)], loop.batch_loss
 
     def watched(run: Run, *batch: object) -> torch.Tensor:
-        seen.append(states(run))
+        loaded.append(states(run))
         return original(run, *batch)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -139,9 +139,9 @@ def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: P
         loop._open_output(run)
         with loop.stop_requests() as requests:
             loop._optimise(run, loop.History(), requests)
-    seen = [*seen[1:], states(run)]  # before each step, and after the last
+    loaded = [*loaded[1:], states(run)]  # before each step, and after the last
     for component, stop in (("unet", 6), ("text_encoder", 2), ("text_encoder_2", 4)):
-        for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
+        for step, (before, after) in enumerate(zip(loaded, loaded[1:], strict=False)):
             pairs = zip(before[component], after[component], strict=True)
             same = [torch.equal(a, b) for a, b in pairs]
             assert all(same) if step >= stop else not all(same), (component, step)
@@ -171,10 +171,10 @@ def test_inpainting_sees_masks_and_what_they_leave(
     tiny: Folder, data: Path, tmp_path: Path
 ) -> None:
     """The UNet's further channels are a mask of zeros and ones that changes from sample to sample,
-    and latents that differ from the picture's where it is masked; nothing is cached."""
+    and latents that differ from the image's where it is masked; nothing is cached."""
     run = prepare(text_to_image(tiny("sd1-inpainting"), data, tmp_path))
     batch = run.stream.batch(0)
-    x0 = run.latents.latents(batch.slots, batch.seen).x0
+    x0 = run.latents.latents(batch.items, batch.loaded).x0
     whole = run.unet_input(x0, batch)
     assert whole.shape == (4, 9, 8, 8)
     assert torch.equal(whole[:, :4], x0)
@@ -184,7 +184,7 @@ def test_inpainting_sees_masks_and_what_they_leave(
         for i in range(0, 18, 2)
     }
     assert len(masks) > 3
-    assert all(seen.pixels is not None and seen.moments is not None for seen in batch.seen)
+    assert all(loaded.pixels is not None and loaded.moments is not None for loaded in batch.loaded)
 
 
 def test_timesteps_are_those_that_the_user_and_the_family_have(
@@ -301,37 +301,37 @@ def test_encoders_that_have_stopped_are_read_no_more(
         before = len(calls)
         loop.batch_loss(run, run.stream.batch(step), step)
         assert (len(calls) > before) == (step <= 2), step
-    want = run.texts.reader.encode(run.texts.encoders, ["a photo of thing 3", None])
+    want = run.texts.caption_encoder.encode(run.texts.encoders, ["a photo of thing 3", None])
     for caption, embedding in zip(["a photo of thing 3", None], want, strict=True):
         assert torch.equal(run.texts.table.get(caption).hidden, embedding.hidden)
 
 
-def test_square_pictures_are_encoded_once_for_inpainting(tiny: Folder, tmp_path: Path) -> None:
+def test_square_images_are_encoded_once_for_inpainting(tiny: Folder, tmp_path: Path) -> None:
     """Only what a mask leaves is encoded at each step where the crop does not change, and the
-    whole picture's latents are those of a fresh encoding."""
-    square = pictures(tmp_path / "square", size=(64, 64))
+    whole image's latents are those of a fresh encoding."""
+    square = images(tmp_path / "square", size=(64, 64))
     run = prepare(text_to_image(tiny("sd1-inpainting"), square, tmp_path / "out"))
     batch = run.stream.batch(0)
-    assert all(seen.pixels is not None for seen in batch.seen)
+    assert all(loaded.pixels is not None for loaded in batch.loaded)
     calls, encode = [], run.latents.encode
     run.latents.encode = lambda *args: calls.append(1) or encode(*args)
-    x0 = run.latents.latents(batch.slots, batch.seen).x0
+    x0 = run.latents.latents(batch.items, batch.loaded).x0
     run.unet_input(x0, batch)
     assert len(calls) == 1
-    again = [dataclasses.replace(seen, moments=None) for seen in batch.seen]
-    assert torch.equal(run.latents.latents(batch.slots, again).x0, x0)
+    again = [dataclasses.replace(loaded, moments=None) for loaded in batch.loaded]
+    assert torch.equal(run.latents.latents(batch.items, again).x0, x0)
 
 
 def test_the_vae_is_not_run_under_autocast(tiny: Folder) -> None:
-    """Class pictures are drawn under float16 autocast on a GPU: the decoder stays in its own dtype,
+    """Class images are drawn under float16 autocast on a GPU: the decoder stays in its own dtype,
     in which SDXL's does not overflow."""
     parts = load_parts(str(tiny("sdxl")))
-    seen = []
-    parts.vae.decoder.conv_in.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+    loaded = []
+    parts.vae.decoder.conv_in.register_forward_hook(lambda m, i, o: loaded.append(o.dtype))
     options = {"resolution": 64, "device": torch.device("cpu"), "steps": 1}
     with torch.autocast("cpu", torch.bfloat16):
-        list(sample(parts, parts.reader(), ["a"], [0], **options))
-    assert seen == [torch.float32]
+        list(sample(parts, parts.caption_encoder(), ["a"], [0], **options))
+    assert loaded == [torch.float32]
 
 
 def test_the_schedule_of_a_zero_snr_base_can_be_undone(

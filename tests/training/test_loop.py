@@ -18,14 +18,14 @@ from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
 from sd_lora.training import checkpoint, loop
-from sd_lora.training.dataset import DTYPES
+from sd_lora.training.processes import DTYPES
 from sd_lora.training.setup import Run, prepare
-from tests.training.runs import dreambooth, pictures, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return images(tmp_path_factory.mktemp("data") / "images")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -125,7 +125,7 @@ def test_the_files_are_what_was_trained(
 def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
     random crops and flips, dropout, accumulation, a schedule, and prior preservation."""
-    wide = pictures(tmp_path / "wide", 5, (96, 64))
+    wide = images(tmp_path / "wide", 5, (96, 64))
     options: dict = {
         "checkpointing_steps": 3,
         "lr_scheduler": "cosine",
@@ -158,7 +158,7 @@ def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path
 
 
 def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Pictures encoded as they come train to the same weights as cached ones (1e-6: the VAE's
+    """UsableImages encoded as they come train to the same weights as cached ones (1e-6: the VAE's
     batch differs)."""
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cached"))
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "fresh"))
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_
 
 
 def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Sixty steps on two pictures lower the loss of the same noise and timesteps by a tenth."""
+    """Sixty steps on two images lower the loss of the same noise and timesteps by a tenth."""
     config = text_to_image(
         tiny_sd1, data, tmp_path, max_train_samples=2, max_train_steps=60, learning_rate=3e-3,
         targets="all", rank=8,
@@ -233,8 +233,8 @@ def test_the_first_batches_are_replayed(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert result.replayed < 0.99 * result.first_losses
 
 
-def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Missing class pictures are drawn by the base, kept, and only filled up the next time; as
+def test_class_images_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Missing class images are drawn by the base, kept, and only filled up the next time; as
     many of them as instances are in each batch, with their own prompt and weight."""
     classes = tmp_path / "class"
     config = dreambooth(
@@ -246,9 +246,9 @@ def test_class_pictures_are_generated_once(tiny_sd1: Path, data: Path, tmp_path:
     first = {p.name: p.read_bytes() for p in classes.iterdir()}
     assert len(first) == 3
     batch = run.stream.batch(0)
-    slots = batch.slots
-    assert [s.kind for s in slots] == ["instance"] * 2 + ["class"] * 2
-    assert [s.caption for s in slots] == ["a photo of sks thing"] * 2 + ["a photo of a thing"] * 2
+    items = batch.items
+    assert [s.kind for s in items] == ["instance"] * 2 + ["class"] * 2
+    assert [s.caption for s in items] == ["a photo of sks thing"] * 2 + ["a photo of a thing"] * 2
     with torch.no_grad():
         both = float(loop.batch_loss(run, batch, 0))
         instance = float(loop.batch_loss(run, batch.part([0, 1]), 0))
@@ -375,9 +375,9 @@ def test_precision_may_change_between_runs(tiny_sd1: Path, data: Path, tmp_path:
         )
 
 
-def test_a_picture_that_breaks_in_a_worker_is_named(tiny_sd1: Path, tmp_path: Path) -> None:
-    """Pictures that are read anew each time may vanish: one line says so, from a worker too."""
-    folder = pictures(tmp_path / "pictures", 3, (96, 64))
+def test_a_image_that_breaks_in_a_worker_is_named(tiny_sd1: Path, tmp_path: Path) -> None:
+    """UsableImages that are read anew each time may vanish: one line says so, from a worker too."""
+    folder = images(tmp_path / "images", 3, (96, 64))
     run = prepare(
         text_to_image(
             tiny_sd1, folder, tmp_path / "out", dataloader_num_workers=1, center_crop=False
@@ -417,12 +417,12 @@ def test_a_diverged_loss_stops_the_run(
     assert not checkpoint.checkpoints(tmp_path)
 
 
-def test_broken_pictures_stop_the_run_before_it_starts(
+def test_broken_images_stop_the_run_before_it_starts(
     tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
-    """In a strict run all broken pictures are named at once, and the output folder is not even
+    """In a strict run all broken images are named at once, and the output folder is not even
     made."""
-    folder = pictures(tmp_path / "pictures", 4)
+    folder = images(tmp_path / "images", 4)
     (folder / "1.png").write_bytes((folder / "1.png").read_bytes()[:60])
     (folder / "3.png").write_bytes(b"")
     with pytest.raises(sd_lora.RunError, match=r"(?s)2 problems.*1\.png.*3\.png.*empty"):
@@ -442,7 +442,7 @@ def test_min_snr_v_prediction_and_noise_offset_train(
 
 
 def test_epochs_become_steps(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Steps are epochs × pictures × repeats over the global batch, rounded up."""
+    """Steps are epochs × images × repeats over the global batch, rounded up."""
     options = {"max_train_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": 2}
     assert prepare(text_to_image(tiny_sd1, data, tmp_path, **options)).plan.num_steps == 3  # 18 / 8
     options |= {"repeats": 4, "train_batch_size": 1}

@@ -11,15 +11,15 @@ from safetensors.torch import load_file
 import sd_lora
 from sd_lora.adapters.deltas import METHODS
 from sd_lora.adapters.inject import adapted_layers
+from sd_lora.config import schema as config_module
+from sd_lora.config.command_line import parse
 from sd_lora.errors import UsageError
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
-from sd_lora.training import config as config_module
-from sd_lora.training.arguments import parse
 from sd_lora.training.optimizers import build_optimizer, learning_rate_factors
 from sd_lora.training.setup import prepare
-from tests.training.runs import pictures, text_to_image
+from tests.training.runs import images, text_to_image
 
 LYCORIS = ["mine_lycoris.safetensors"]
 BOTH = ["mine_kohya.safetensors", "pytorch_lora_weights.safetensors"]
@@ -39,7 +39,7 @@ RUNS: dict[str, tuple[dict, list[str]]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data") / "pictures")
+    return images(tmp_path_factory.mktemp("data") / "images")
 
 
 def test_the_configuration_knows_every_method() -> None:
@@ -81,7 +81,7 @@ def test_every_method_trains_and_its_files_are_the_trained_function(
 
 
 def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """The picture of a DoRA run, UNet and text encoder, is that of diffusers with its file."""
+    """The image of a DoRA run, UNet and text encoder, is that of diffusers with its file."""
     sd_lora.train(
         text_to_image(
             tiny_sd1, data, tmp_path / "mine", use_dora=True, train_text_encoder=True,
@@ -89,7 +89,7 @@ def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         )
     )  # fmt: skip
 
-    def picture(*lora: Path) -> torch.Tensor:
+    def image(*lora: Path) -> torch.Tensor:
         pipeline = StableDiffusionPipeline.from_pretrained(
             tiny_sd1, safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
@@ -110,9 +110,9 @@ def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
     ours = pipeline_of(parts)
     ours.set_progress_bar_config(disable=True)
     want = ours("a photo", num_inference_steps=2, generator=generator, output_type="latent").images
-    have = picture(tmp_path / "mine")
+    have = image(tmp_path / "mine")
     torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
-    assert (picture() - have).abs().max() > 1e-3
+    assert (image() - have).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_parameter_groups(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
             rates[id(parameter)] = group["lr"]
     assert rates.keys() == {id(p) for m in run.models.values() for p in sd_lora.lora_layers(m)}
     for component, base in (("unet", 1e-4), ("text_encoder", 1e-5)):
-        for name, delta in sd_lora.updates(run.models[component]).items():
+        for name, delta in sd_lora.deltas_of(run.models[component]).items():
             factor = 0.5 if name.startswith("down_blocks.0.") else 2.0 if "layers.1." in name else 1
             for kind, parameter in delta.named_parameters():
                 ratio = 16 if kind == "lora_B" else 1
@@ -185,7 +185,7 @@ def test_weight_norms_are_held(tiny_sd1: Path, data: Path, tmp_path: Path) -> No
     )  # fmt: skip
     bare = load_parts(str(tiny_sd1))
     sd_lora.load_adapter({"unet": bare.unet}, tmp_path)
-    norms = torch.stack([delta.norm() for delta in sd_lora.updates(bare.unet).values()])
+    norms = torch.stack([delta.norm() for delta in sd_lora.deltas_of(bare.unet).values()])
     assert norms.max() <= bound * (1 + 1e-5)
     assert (norms > bound * (1 - 1e-5)).sum() > 10
 
@@ -270,7 +270,7 @@ def test_the_update_stays_float32_on_a_bf16_base(
     run = prepare(config)
     for layer in adapted_layers(run.models["unet"]).values():
         assert all(p.dtype == torch.bfloat16 for p in layer.base.parameters())
-        for delta in layer.updates().values():
+        for delta in layer.deltas_by_path().values():
             assert all(t.dtype == torch.float32 for t in delta.tensors().values())
             assert delta.weight().norm() < 1e-5
     result = sd_lora.train(config)

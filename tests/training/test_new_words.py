@@ -12,7 +12,7 @@ import sd_lora
 from sd_lora.models.load import load_parts
 from sd_lora.training import loop
 from sd_lora.training.setup import Run, prepare
-from tests.training.runs import dreambooth, pictures
+from tests.training.runs import dreambooth, images
 
 Folder = Callable[[str], Path]
 WORDS = {
@@ -26,7 +26,7 @@ OFF = {"safety_checker": None, "feature_extractor": None, "requires_safety_check
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data"), count=4)
+    return images(tmp_path_factory.mktemp("data"), count=4)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
@@ -43,7 +43,9 @@ def test_words_and_lora_give_the_trained_model(
 
     def spy(run: Run) -> list:
         with torch.no_grad():
-            seen["text"] = run.texts.reader.encode(run.texts.encoders, [WORDS["instance_prompt"]])
+            seen["text"] = run.texts.caption_encoder.encode(
+                run.texts.encoders, [WORDS["instance_prompt"]]
+            )
         seen["start"] = prepare(config).texts.tokens.state_dict()
         seen["end"] = run.texts.tokens.state_dict()
         seen["tables"] = [e.base.weight.clone() for e in run.texts.tokens.embeddings.values()]

@@ -15,7 +15,7 @@ from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.models.load import find_base, load_parts
 from sd_lora.training.setup import prepare
 from tests.single import build_single_pipeline, write_single
-from tests.training.runs import dreambooth, pictures, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 Folder = Callable[[str], Path]
 # kind of single file → what the command line must say of it
@@ -30,7 +30,7 @@ SAID = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("data"), size=(96, 64))
+    return images(tmp_path_factory.mktemp("data"), size=(96, 64))
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def test_what_a_configuration_leaves_out_is_the_classs_default(
 @pytest.mark.parametrize(
     ("path", "changes", "message"),
     [
-        ("vae/config.json", {"in_channels": 6, "out_channels": 6}, "is for pictures of 6 channels"),
+        ("vae/config.json", {"in_channels": 6, "out_channels": 6}, "is for images of 6 channels"),
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_start": None},

@@ -1,0 +1,333 @@
+"""`sd-lora check`: what a run would train on, without loading a model or training anything."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.config.schema import TrainConfig
+from sd_lora.config.sources import Kind
+from sd_lora.data.batches.caption_rules import longest_form
+from sd_lora.data.batches.stream import ImageSet
+from sd_lora.data.cache.placement import latent_bytes
+from sd_lora.data.check.page import (
+    PageBucket,
+    PageImage,
+    PageReport,
+    data_uri,
+    findings_as_json,
+    report_lines,
+    write_page,
+)
+from sd_lora.data.check.usable import UsableImages, usable_images
+from sd_lora.data.images.buckets import Crop, Size
+from sd_lora.data.images.facts import Facts
+from sd_lora.data.sources.open import open_source
+from sd_lora.data.sources.samples import Sample
+from sd_lora.files import mib
+from sd_lora.findings import Finding
+from sd_lora.models.caption_encoder import CaptionEncoder
+from sd_lora.models.load import Base
+from sd_lora.report import summary as report
+from sd_lora.training.adapt import inject_all
+from sd_lora.training.caches import open_store
+from sd_lora.training.class_images import check_class_images, has_class_images
+from sd_lora.training.conditioning import MOST, planned_caption_encoder, text_bytes
+from sd_lora.training.data import (
+    base_of,
+    class_spec,
+    crop_settings_of,
+    find_sources,
+    pixel_settings_of,
+)
+from sd_lora.training.plan import Plan
+from sd_lora.training.processes import DTYPES
+
+WORST = 5
+"""UsableImages that are named as those that lose most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What a check found.
+
+    rows: label → text. images: kind → what was found. thumbnails: name → data URI.
+    """
+
+    plan: Plan
+    caption_encoder: CaptionEncoder
+    rows: dict[str, str]
+    images: dict[str, UsableImages]
+    thumbnails: dict[str, str]
+
+    @property
+    def instances(self) -> ImageSet:
+        return self.images["instance"].set
+
+    @property
+    def findings(self) -> list[Finding]:
+        return [finding for images in self.images.values() for finding in images.findings]
+
+    @property
+    def verdict(self) -> str:
+        """What comes of it, in a sentence."""
+        counts = findings_as_json(self.findings)["counts"]
+        words = [f"images that will be trained: {len(self.instances.samples)}"]
+        if counts["left out"]:
+            words.append(f"files and folders that are left out: {counts['left out']}")
+        words += [f"warnings: {counts['warning']}"] if counts["warning"] else []
+        return ", ".join(words)
+
+    def crop(self, images: ImageSet, index: int) -> Crop:
+        """Returns what is seen of an image, of one that is cut at random the middle."""
+        sample = images.samples[index]
+        return images.crop_settings.crop(sample.size, images.buckets[index], None)
+
+
+def check(config: TrainConfig, num_processes: int = 1, page: bool = True) -> Checked:
+    """Looks at everything that a run of this configuration would train on.
+
+    Args:
+        config: the run's.
+        num_processes: that would train it.
+        page: thumbnails are made.
+
+    Raises:
+        UsageError, RunError: what would stop the run, too, but for being strict: `refuse_any`
+            says that of the findings when they are shown.
+    """
+    base = base_of(config)
+    config = config.for_base(base.family.name, base.resolution)
+    config = dataclasses.replace(config, strict=False)
+    shapes, caption_encoder, seed = (
+        crop_settings_of(config, base),
+        planned_caption_encoder(config, base),
+        config.seed or 0,
+    )
+    pixel_settings_of(config, base)
+    thumbnails: dict[str, str] = {}
+
+    def keep(sample: Sample, facts: Facts, thumbnail: Image.Image) -> None:
+        thumbnails[sample.name] = data_uri(thumbnail)
+
+    found = find_sources(config, seed)
+    if config.with_prior_preservation and has_class_images(config):
+        found += open_source(class_spec(config))
+    images: dict[str, UsableImages] = {}
+    kinds: tuple[Kind, ...] = ("instance", "class")
+    for kind in kinds:
+        sources = [source for source in found if source.spec.kind == kind]
+        if sources:
+            looked = usable_images(
+                config, sources, kind, shapes, seed, open_store(config), caption_encoder,
+                report.checking,
+                images["instance"].set.samples if kind == "class" else (),
+                thumbnails=keep if page else None, may_be_none=kind == "class",
+            )  # fmt: skip
+            if looked:
+                images[kind] = looked
+    plan = Plan.of(config, images["instance"].set, num_processes)
+    rows = {"model": f"{config.pretrained_model_name_or_path} ({base.family.label})"}
+    rows |= plan.rows()
+    if "class" in images:
+        rows["images"] += f", and {len(images['class'].set.samples)} of the class"
+    if "class" in images or config.with_prior_preservation:
+        rows["batch"] += ", as many class images on top"
+    if config.with_prior_preservation:
+        there = len(images["class"].set.samples) if "class" in images else 0
+        check_class_images(config, there, base.family)
+        missing = max(0, config.num_class_images - there)
+        rows["class images"] = f"{there} there, {missing} will be generated"
+    if config.max_train_samples and config.seed is None:
+        rows["images"] += " (others than those that a run without --seed will draw)"
+    rows["cut away"] = _cut_away(images["instance"].set)
+    rows["disk"] = disk(config, base, plan, images)
+    return Checked(plan, caption_encoder, rows, images, thumbnails)
+
+
+def _cut_away(images: ImageSet) -> str:
+    """Returns how much of the images is cut away, and of which most."""
+    losses = sorted(
+        (
+            (images.crop_settings.crop(s.size, bucket, None).crop_loss, s.name)
+            for s, bucket in zip(images.samples, images.buckets, strict=True)
+        ),
+        reverse=True,
+    )
+    mean = sum(loss for loss, _ in losses) / len(losses)
+    most = [f"{Path(name).name[-40:]} {loss:.0%}" for loss, name in losses[:WORST] if loss >= 0.05]
+    return f"{mean:.1%} of the images on average" + (f"; {', '.join(most)}" if most else "")
+
+
+def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableImages]) -> str:
+    """Returns what caches, checkpoints and files take."""
+    vae = base.vae_config
+    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    width = torch.finfo(DTYPES[config.vae_precision]).bits // 8
+    size = (vae.get("latent_channels", 4), factor, width)
+    latents = sum(latent_bytes(p.set, *size) for p in images.values())
+    adapted = inject_all(
+        dataclasses.replace(config, init_lora_weights=None),
+        base.family,
+        base.meta_pipeline.models,
+        0,
+    )
+    parameters = sum(p.numel() for model in adapted.values() for p in lora_layers(model))
+    words = []
+    if config.cache_latents in ("auto", "disk"):
+        words.append(f"latents {mib(latents)}")
+    if config.cache_text_embeddings in ("auto", "disk") and not (
+        config.train_text_encoder or config.token_abstraction
+    ):
+        samples = [s for p in images.values() for s in p.set.samples]
+        count = len({f for s in samples for f in longest_form(s.captions, s.source.rules)})
+        varies = any(s.source.rules.varies for s in samples)
+        if varies:  # each sample may have another one
+            count = min(MOST, plan.num_steps * plan.samples_per_step)
+        configs = [base.meta_pipeline.configs[c] for c in base.family.text_encoders]
+        precision = DTYPES[config.mixed_precision or "no"]
+        one = text_bytes(configs, config.max_token_length, precision)
+        words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
+    words.append(f"what is known of images {mib(4096 * sum(map(_number, images.values())))}")
+    moments = 2 if config.use_8bit_adam else 8
+    count = math.ceil(plan.num_steps / config.checkpointing_steps) - (
+        plan.num_steps % config.checkpointing_steps != 0
+    )
+    count = min(count, config.checkpoints_total_limit or count)
+    if count:
+        words.append(f"{count} checkpoints {mib(count * parameters * (4 + moments))}")
+    saved = 4 if config.save_precision == "fp32" else 2
+    words.append(f"LoRA files {mib(2 * parameters * saved)}")
+    return ", ".join(words)
+
+
+def _number(images: UsableImages) -> int:
+    return len(images.set.samples)
+
+
+def lines(checked: Checked) -> str:
+    """Returns what a terminal shows."""
+    table = [f"  {row}" for row in _bucket_lines(checked)]
+    findings = [f"  {line}" for line in report_lines(checked.findings)]
+    summary = report.Summary(checked.rows).text()
+    return "\n".join([summary, "", *table, "", *findings, *([""] * bool(findings))])
+
+
+def _bucket_lines(checked: Checked) -> list[str]:
+    rows = [
+        (
+            f"{b.width}×{b.height}", str(b.images), str(b.samples), str(b.batches),
+            str(b.left_over or ""), f"{mean:.1%}", f"{worst:.1%}",
+        )
+        for b, mean, worst in _buckets(checked)
+    ]  # fmt: skip
+    head = ("bucket", "images", "an epoch", "batches", "left over", "cut away", "at most")
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in (head, *rows)
+    ]
+
+
+def _buckets(checked: Checked) -> list[tuple[PageBucket, float, float]]:
+    """Returns the buckets, with the mean and the largest part that is cut away in each."""
+    images, epochs = checked.instances, checked.plan.epochs
+    losses: dict[Size, list[float]] = {}
+    for index, bucket in enumerate(images.buckets):
+        losses.setdefault(bucket, []).append(checked.crop(images, index).crop_loss)
+    table = []
+    for (width, height), samples in sorted(epochs.buckets.items(), key=lambda item: -item[1]):
+        cut = losses[width, height]
+        batches = math.ceil(samples / epochs.batch)
+        bucket_row = PageBucket(width, height, len(cut), samples, batches, samples % epochs.batch)
+        table.append((bucket_row, sum(cut) / len(cut), max(cut)))
+    return table
+
+
+def as_json(checked: Checked) -> str:
+    """Returns everything, for scripts: findings, images with their cuts, buckets, arithmetic."""
+    plan = checked.plan
+    images = [
+        {
+            "name": sample.name,
+            "kind": kind,
+            "size": sample.size,
+            "bucket": crop.size,
+            "resized": crop.resized,
+            "crop": crop.corner,
+            "random_crop": found.set.is_random(index),
+            "crop_loss": round(crop.crop_loss, 6),
+            "scale": round(crop.scale, 6),
+            "repeats": sample.source.repeats,
+            "captions": sample.captions,
+        }
+        for kind, found in checked.images.items()
+        for index, sample in enumerate(found.set.samples)
+        for crop in [checked.crop(found.set, index)]
+    ]
+    buckets = [dataclasses.asdict(bucket) for bucket, _, _ in _buckets(checked)]
+    numbers = {
+        "samples_per_epoch": plan.num_samples,
+        "samples_per_step": plan.samples_per_step,
+        "steps_per_epoch": plan.epochs.num_steps,
+        "steps": plan.num_steps,
+    }
+    found = findings_as_json(checked.findings)
+    everything = {"verdict": checked.verdict, "summary": checked.rows, **numbers}
+    everything |= {"buckets": buckets, **found, "images": images}
+    return json.dumps(everything, indent=2)
+
+
+def write(checked: Checked, path: Path) -> None:
+    """Writes the page; raises RunError if the disk does not take it."""
+    of_name: dict[str, list[Finding]] = {}
+    for finding in checked.findings:
+        of_name.setdefault(finding.name, []).append(finding)
+    shown = [
+        _page_image(checked, found.set, index, of_name)
+        for found in checked.images.values()
+        for index, sample in enumerate(found.set.samples)
+        if sample.name in checked.thumbnails
+    ]
+    places = [str(s.spec.path or s.spec.dataset) for s in checked.images["instance"].sources]
+    page_report = PageReport(
+        title=", ".join(dict.fromkeys(places)),
+        verdict=checked.verdict,
+        rows=checked.rows,
+        buckets=[bucket for bucket, _, _ in _buckets(checked)],
+        leftovers=checked.rows.get("left over", ""),
+        images=shown,
+        total=sum(len(found.set.samples) for found in checked.images.values()),
+        findings=checked.findings,
+    )
+    write_page(path, page_report)
+
+
+def _page_image(
+    checked: Checked, images: ImageSet, index: int, of_name: dict[str, list[Finding]]
+) -> PageImage:
+    sample, crop = images.samples[index], checked.crop(images, index)
+    (width, height), (left, top) = crop.resized, crop.corner
+    caption = max(longest_form(sample.captions, sample.source.rules), key=len)
+    return PageImage(
+        name=sample.name,
+        thumbnail=checked.thumbnails[sample.name],
+        size=sample.size,
+        crop=(
+            left / width,
+            top / height,
+            (left + crop.size[0]) / width,
+            (top + crop.size[1]) / height,
+        ),
+        bucket=f"{crop.size[0]}×{crop.size[1]}",
+        crop_loss=crop.crop_loss,
+        scale=crop.scale,
+        random_crop=images.is_random(index),
+        caption=caption,
+        tokens=checked.caption_encoder.count([caption])[caption],
+        findings=tuple(of_name.get(sample.name, ())),
+    )

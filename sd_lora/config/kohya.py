@@ -1,0 +1,339 @@
+"""kohya's dataset config: what it says, as sources and settings of a run; free of torch.
+
+`[general]`, `[[datasets]]` and `[[datasets.subsets]]` of sd-scripts' `--dataset_config`, in TOML or
+JSON: what a subset does not say, its dataset says, and what that does not, `[general]`.
+"""
+
+import json
+import math
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sd_lora.config.sources import WORDS, CaptionRules, SourceSpec, fits, problems
+from sd_lora.errors import UsageError, did_you_mean
+from sd_lora.findings import Finding, Level
+
+SUBSET: dict[str, type] = {
+    "image_dir": str,
+    "metadata_file": str,
+    "is_reg": bool,
+    "alpha_mask": bool,
+}
+"""What only a subset says."""
+
+SHARED: dict[str, type] = {
+    "num_repeats": int,
+    "class_tokens": str,
+    "caption_extension": str,
+    "shuffle_caption": bool,
+    "keep_tokens": int,
+    "keep_tokens_separator": str,
+    "caption_separator": str,
+    "caption_prefix": str,
+    "caption_suffix": str,
+    "caption_dropout_rate": float,
+    "caption_tag_dropout_rate": float,
+    "enable_wildcard": bool,
+    "flip_aug": bool,
+    "random_crop": bool,
+}
+"""What a subset says, or a dataset for its subsets, or [general] for all."""
+
+DATASET: dict[str, type] = {
+    "resolution": int,
+    "batch_size": int,
+    "enable_bucket": bool,
+    "bucket_no_upscale": bool,
+    "bucket_reso_steps": int,
+    "min_bucket_reso": int,
+    "max_bucket_reso": int,
+}
+"""What a dataset says, or [general] for all."""
+
+SETTINGS = {
+    "batch_size": "train_batch_size",
+    "enable_bucket": "aspect_ratio_buckets",
+    "bucket_reso_steps": "bucket_step",
+    "min_bucket_reso": "bucket_min_side",
+    "max_bucket_reso": "bucket_max_side",
+}
+"""What settings of a run are called here, where that differs."""
+
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
+    "color_aug": ((False,), "colours are trained as they are"),
+    "face_crop_aug_range": ((), "faces are not looked for; crop the images yourself"),
+    "secondary_separator": (("",), "a tag is what stands between two caption_separators"),
+    "caption_dropout_every_n_epochs": ((0,), "use caption_dropout_rate"),
+    "token_warmup_min": (None, "token_warmup_step says it"),
+    "token_warmup_step": ((0,), "all tags are shown from the first step on"),
+    "conditioning_data_dir": (("",), "ControlNets and loss masks from files are not trained here"),
+    "cache_info": ((False,), "the folder is never written to; sizes and digests are kept anyway"),
+    "custom_attributes": (({},), "no loss here reads them"),
+    "resize_interpolation": (("",), "say image_interpolation_mode of the run instead"),
+    "validation_split": ((0,), "give the run a validation set of its own"),
+    "validation_seed": (None, "validation_split says it"),
+    "network_multiplier": ((1,), "the network has the same strength for all images"),
+    "debug_dataset": ((False,), "look at the images with sd-lora check"),
+    "prior_loss_weight": ((), "it is a setting of the run: say --prior_loss_weight"),
+}
+"""What is not read: the values that change nothing (None: all), and why others are refused."""
+
+
+@dataclass
+class _Reading:
+    path: str
+    problems: list[str] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    notes: list[Finding] = field(default_factory=list)
+
+    def note(self, level: Level, code: str, where: str, text: str) -> None:
+        self.notes.append(Finding(level, code, f"{self.path}, {where}", text))
+
+
+def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], list[Finding]]:
+    """Returns sources, settings of the run by the names of its flags, and what to know of them.
+
+    A caption_prefix or suffix stays around the tags here, where kohya shuffles it with them. With
+    no caption_extension, .txt files are read beside kohya's .caption. A resolution that is no
+    square stands for the square of its area, rounded down to a multiple of 8.
+
+    Raises:
+        UsageError: no such file, not TOML or JSON; everything in it that is unknown, of a wrong
+            type, contradictory, or has an effect that is not supported, at once.
+    """
+    reading, data = _Reading(path), _parsed(path)
+    general, datasets = data.get("general", {}), data.get("datasets")
+    for key in data:
+        if key not in ("general", "datasets"):
+            hint = did_you_mean(key, ("general", "datasets"))
+            reading.problems.append(f"{key!r} is not [general] or [[datasets]].{hint}")
+    if not _are_tables([general]) or not _are_tables(datasets) or not datasets:
+        raise UsageError(f"{path}: needs [[datasets]] with [[datasets.subsets]] (and [general])")
+    _check_keys(general, SHARED | DATASET, "[general]", reading)
+    specs: list[SourceSpec] = []
+    settings: list[dict[str, Any]] = []
+    masks: dict[str, bool] = {}
+    for number, dataset in enumerate(datasets, 1):
+        where = f"dataset {number}"
+        own = {key: value for key, value in dataset.items() if key != "subsets"}
+        _check_keys(own, SHARED | DATASET, where, reading)
+        settings.append({k: v for k, v in (general | own).items() if k in DATASET})
+        subsets = dataset.get("subsets", [])
+        if not _are_tables(subsets) or not subsets:
+            reading.problems.append(f"{where} has no [[datasets.subsets]]")
+            continue
+        folders: list[tuple[str, str]] = []
+        for place, subset in enumerate(subsets, 1):
+            label = f"{where}, subset {place}"
+            if not _check_keys(subset, SUBSET | SHARED, label, reading):
+                continue
+            values = {k: v for k, v in (general | own).items() if k in SHARED} | subset
+            masks[label] = values.get("alpha_mask", False)
+            _add_source(values, label, folders, specs, reading)
+    merged = _merged(settings, reading)
+    _add_mask(merged, masks, reading)
+    problems = list(reading.problems)
+    if reading.unsupported:
+        what = "; ".join(f"{key}: {reason}" for key, reason in reading.unsupported.items())
+        problems.append(f"not supported here, remove it or set it to nothing: {what}")
+    if problems:
+        raise UsageError(f"{path} cannot be used\n  " + "\n  ".join(problems))
+    if not specs:
+        raise UsageError(f"{path}: every subset is left out: num_repeats is 0")
+    return specs, merged, reading.notes
+
+
+def _parsed(path: str) -> dict[str, Any]:
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"dataset config {path} does not exist")
+    kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
+        raise UsageError(f"{path} is not {kind}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path}: needs [[datasets]], and is {data!r:.40}")
+    return data
+
+
+def _are_tables(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(table, dict) for table in value)
+
+
+def _check_keys(
+    table: dict[str, Any], allowed: dict[str, type], where: str, reading: _Reading
+) -> bool:
+    """Names what is wrong with the keys of a table and their types; returns whether nothing is.
+
+    Keys whose value is wrong are taken out, so that nobody trips over them later.
+    """
+    fine = True
+    for key, value in list(table.items()):
+        if key in UNSUPPORTED:
+            idle, reason = UNSUPPORTED[key]
+            if idle is not None and value not in idle:
+                reading.unsupported[f"{key} ({where})"] = reason
+            del table[key]
+            continue
+        if key not in allowed:
+            homes = {"[[datasets.subsets]]": SUBSET, "[[datasets]] or [general]": DATASET}
+            home = next((name for name, keys in homes.items() if key in keys), None)
+            known = SUBSET | SHARED | DATASET
+            text = f"belongs in {home}" if home else f"is unknown.{did_you_mean(key, known)}"
+        elif key == "resolution" and _is_pair(value):
+            continue
+        elif fits(value, allowed[key]):
+            continue
+        else:
+            text = f"must be {WORDS[allowed[key]]}, not {value!r}"
+        reading.problems.append(f"{where}: {key} {text}")
+        del table[key]
+        fine = False
+    return fine
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(side) is int for side in value)
+
+
+def _add_source(
+    values: dict[str, Any],
+    label: str,
+    folders: list[tuple[str, str]],
+    specs: list[SourceSpec],
+    reading: _Reading,
+) -> None:
+    """Adds the source of a subset, if it has one of its own."""
+    folder, table = values.get("image_dir"), values.get("metadata_file")
+    if folder is None and table is None:
+        reading.problems.append(f"{label} has no image_dir")
+        return
+    folder = folder or str(Path(str(table)).parent)
+    if values.get("num_repeats", 1) == 0:
+        reading.note("left out", "no-repeats", label, f"num_repeats of {folder} is 0")
+        return
+    same = (str(Path(folder)), table or "")
+    if same in folders:
+        text = f"{folder} is in this dataset already; as with kohya, the first one counts"
+        reading.note("left out", "subset-twice", label, text)
+        return
+    folders.append(same)
+    spec = SourceSpec(
+        path=folder,
+        layout="plain",
+        recursive=False,
+        captions="metadata" if table else "sidecar",
+        metadata_file=table,
+        caption_extension=values.get("caption_extension"),
+        prompt=values.get("class_tokens"),
+        repeats=values.get("num_repeats", 1),
+        kind="class" if values.get("is_reg") else "instance",
+        random_flip=values.get("flip_aug", False),
+        random_crop=values.get("random_crop", False),
+        rules=_rules(values, label, reading),
+    )
+    reading.problems += [f"{label}: {text}" for text in problems(spec)]
+    if table is None and spec.caption_extension is None:
+        text = "no caption_extension: .txt files are read, and kohya's own default, .caption"
+        reading.note("note", "caption-extension", label, text)
+    specs.append(spec)
+
+
+def _rules(values: dict[str, Any], label: str, reading: _Reading) -> CaptionRules:
+    """Returns the caption rules of a subset, its prefix and suffix taken out of the tags."""
+    comma, mark = values.get("caption_separator", ","), values.get("keep_tokens_separator")
+    around = {key: values.get(key, "") for key in ("caption_prefix", "caption_suffix")}
+    keep = values.get("keep_tokens", 0)
+    if comma and keep > 0:  # kohya counts the prefix's tags among those that are kept
+        in_prefix = around["caption_prefix"]
+        keep = 0 if mark and mark in in_prefix else max(0, keep - in_prefix.count(comma))
+    for key, text in around.items():
+        if mark and mark in text:  # kept in place anyway
+            parts = [part.strip(f" {comma}") for part in text.split(mark)]
+            around[key] = f"{comma} ".join(part for part in parts if part)
+            around[key] = (
+                f"{around[key]}{comma}" if key == "caption_prefix" else f"{comma} {around[key]}"
+            )
+    moves = values.get("shuffle_caption", False) or values.get("caption_tag_dropout_rate", 0) > 0
+    if moves and any(around.values()):
+        text = (
+            "caption_prefix and caption_suffix stay in place; kohya shuffles and drops their tags"
+        )
+        reading.note("note", "prefix-in-place", label, text)
+    return CaptionRules(
+        caption_dropout=float(values.get("caption_dropout_rate", 0)),
+        shuffle_caption=values.get("shuffle_caption", False),
+        keep_tokens=keep,
+        keep_tokens_separator=mark or None,
+        caption_separator=comma,
+        caption_tag_dropout=float(values.get("caption_tag_dropout_rate", 0)),
+        wildcards=values.get("enable_wildcard", False),
+        **around,
+    )
+
+
+def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]:
+    """Returns the settings that all datasets agree on, by our names."""
+    merged: dict[str, Any] = {}
+    for key in DATASET:
+        said = {n: values[key] for n, values in enumerate(datasets, 1) if key in values}
+        if not said:
+            continue
+        first, value = next(iter(said.items()))
+        for number, other in said.items():
+            if _plain(other) != _plain(value):
+                reading.problems.append(
+                    f"dataset {first} has {key} = {value}, dataset {number} has {other}: a run has "
+                    "one; train them one after the other, or make them agree"
+                )
+                break
+        silent = [str(n) for n in range(1, len(datasets) + 1) if n not in said]
+        if silent:
+            text = f"says nothing of {key}: it is {value} there too, for a run has one"
+            reading.note("note", "setting-shared", f"dataset {', '.join(silent)}", text)
+        merged[SETTINGS.get(key, key)] = value
+    if "resolution" in merged:
+        merged["resolution"] = _side(
+            merged["resolution"], merged.get("aspect_ratio_buckets", False), reading
+        )
+    for key, value in merged.items():
+        if type(value) is int and value < 1:
+            reading.problems.append(f"{key} must be at least 1, not {value}")
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value[0] == value[1] else value
+
+
+def _side(resolution: Any, buckets: bool, reading: _Reading) -> int:
+    """Returns the side of the square of a resolution's area."""
+    if not isinstance(resolution, list):
+        return resolution
+    width, height = resolution
+    if width == height or min(width, height) < 1:
+        return min(width, height)
+    side = max(8, math.isqrt(width * height) // 8 * 8)
+    became = (
+        "the area of its buckets" if buckets else "squares: say enable_bucket = true for others"
+    )
+    text = f"{width}×{height} is read as {side}×{side}, {became}"
+    reading.note("note" if buckets else "warning", "resolution", "resolution", text)
+    return side
+
+
+def _add_mask(merged: dict[str, Any], masks: dict[str, bool], reading: _Reading) -> None:
+    if len(set(masks.values())) > 1:
+        on, off = (next(k for k, v in masks.items() if v is value) for value in (True, False))
+        reading.problems.append(
+            f"{on} has alpha_mask, {off} has not: a run masks the loss of all images or of none "
+            "(an image without transparency is not masked)"
+        )
+    elif any(masks.values()):
+        merged["alpha_mask"] = True

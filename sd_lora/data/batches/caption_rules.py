@@ -1,0 +1,144 @@
+"""What becomes of a caption each time that its image is seen: a function of where that is.
+
+In this order: one of the image's captions is chosen, or none at all (caption dropout); then
+wildcards, tags, the trigger word, and prefix and suffix.
+"""
+
+import re
+from collections.abc import Callable
+
+from sd_lora.config.sources import CaptionRules
+from sd_lora.seeds import seed_for, uniform
+
+Address = tuple[int | str, ...]
+Pick = Callable[[list[str], str], str]
+"""Chooses among options; the word says what for, so that each choice has a draw of its own."""
+
+
+def caption_of(captions: tuple[str, ...], rules: CaptionRules, address: Address) -> str | None:
+    """Returns the caption that is shown at an address, None where it is dropped."""
+    if uniform(*address, "caption dropout") < rules.caption_dropout:
+        return None
+
+    def pick(options: list[str], what: str) -> str:
+        return options[seed_for(*address, what) % len(options)]
+
+    text = pick(list(captions), "caption")
+    if rules.wildcards:
+        text = _wording(text, pick)
+    return _dressed(_tagged(text, rules, address), rules)
+
+
+def longest_form(captions: tuple[str, ...], rules: CaptionRules) -> list[str]:
+    """Returns each caption at its longest: its longest line and wildcards, and all of its tags."""
+
+    def pick(options: list[str], what: str) -> str:
+        return max(options, key=len)
+
+    texts = [_longest_line(text, pick) if rules.wildcards else text for text in captions]
+    return [_dressed(_tagged(text, rules, None), rules) for text in texts]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.split("\n") if line.strip()] or [""]
+
+
+def _wording(text: str, pick: Pick) -> str:
+    return expanded(pick(_lines(text), "line"), pick)
+
+
+def _longest_line(text: str, pick: Pick) -> str:
+    # expanded first: the line that is longest as written may be a wildcard of short words
+    return max((expanded(line, pick) for line in _lines(text)), key=len)
+
+
+def expanded(text: str, pick: Pick) -> str:
+    """Returns a text with one option in the place of every {a|b|c}; these may be nested.
+
+    {{ and }} are literal braces, but }} ends two wildcards where no {{ is open in the inner one.
+    A brace without a partner stays as it is.
+    """
+    groups = [[""]]  # the text, then the options so far of each wildcard that is open
+    literals = [0]  # {{ without }}, in each of them
+    made = at = 0
+    while at < len(text):
+        char, pair = text[at], text[at : at + 2]
+        at += 1
+        if pair == "{{" or (pair == "}}" and (literals[-1] or len(groups) == 1)):
+            literals[-1] = max(0, literals[-1] + (1 if char == "{" else -1))
+            at += 1
+        elif char == "{":
+            groups.append([""])
+            literals.append(0)
+            continue
+        elif len(groups) > 1 and char == "|":
+            groups[-1].append("")
+            continue
+        elif len(groups) > 1 and char == "}":
+            char = pick(groups.pop(), f"wildcard {made}")
+            literals.pop()
+            made += 1
+        groups[-1][-1] += char
+    text = groups[0][0]
+    return text + "".join("{" + "|".join(options) for options in groups[1:])
+
+
+def _parts(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    """Returns the tags that stay in front, those that move or go, and those that stay behind."""
+
+    def tags(part: str) -> list[str]:
+        return [tag.strip() for tag in part.split(rules.caption_separator) if tag.strip()]
+
+    mark = rules.keep_tokens_separator
+    if mark and mark in text:
+        first, middle, *last = text.split(mark, 2)
+        return tags(first), tags(middle), tags(last[0]) if last else []
+    all_tags = tags(text)
+    return all_tags[: rules.keep_tokens], all_tags[rules.keep_tokens :], []
+
+
+def _tagged(text: str, rules: CaptionRules, address: Address | None) -> str:
+    """Returns a text with its tags dropped and shuffled; without an address, with all in place.
+
+    Where the rules say neither, commas and spaces stay as they were written.
+    """
+    mark = rules.keep_tokens_separator
+    marked = mark is not None and mark in text
+    if not (rules.shuffle_caption or rules.caption_tag_dropout > 0 or marked):
+        return text
+    first, middle, last = _parts(text, rules)
+    order = list(range(len(middle)))
+    if address is not None:
+        rate = rules.caption_tag_dropout
+        order = [i for i in order if uniform(*address, "tag dropout", i) >= rate]
+        if rules.shuffle_caption:
+            order.sort(key=lambda i: seed_for(*address, "tag order", i))
+    return f"{rules.caption_separator} ".join([*first, *(middle[i] for i in order), *last])
+
+
+def _dressed(text: str, rules: CaptionRules) -> str:
+    """Returns a text with trigger word, prefix and suffix."""
+    around = (rules.caption_prefix, rules.caption_suffix)
+    word = rules.trigger_word
+    if word and not any(_has_word(part, word) for part in (text, *around)):
+        text = f"{word}{rules.caption_separator} {text}" if text else word
+    return " ".join(part for part in (around[0], text, around[1]) if part)
+
+
+def _has_word(text: str, word: str) -> bool:
+    # any case: CLIP's tokenizers read none
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def is_odd(text: str) -> bool:
+    """Whether a caption has what looks like wildcards and is not read as such: a brace without a
+    partner, or the syntax of other programs."""
+    depth = 0
+    for brace in re.findall(r"\{\{|\}\}|\{|\}", text):
+        if brace == "}}" and depth >= 2:
+            depth -= 2
+        elif len(brace) == 1:
+            depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return True
+    return depth > 0 or "$$" in text or bool(re.search(r"__\w+__", text))

@@ -1,0 +1,270 @@
+"""Images → latents: encoded once where the cut is fixed, else each time; drawn anew each time."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from sd_lora.data.batches.stream import BatchItem, ImageSet
+from sd_lora.data.cache.latents import LatentTable, LoadedImage, Moments
+from sd_lora.data.cache.prefetch import prefetch
+from sd_lora.data.cache.store import weights_digest
+from sd_lora.data.images.buckets import Crop, Size
+from sd_lora.data.images.masks import draw_mask
+from sd_lora.data.sources.samples import Sample, Source
+from sd_lora.errors import RunError
+from sd_lora.seeds import generator_for
+
+AREA_AT_ONCE = 4 * 512**2
+"""Pixels that are encoded at once: four images of 512² take as much memory as one of 1024²."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """How a VAE's latents z become what its UNet works on: x₀ = (z - mean) · factor.
+
+    mean, factor: (C, 1, 1).
+    """
+
+    mean: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, vae: AutoencoderKL) -> "Scaling":
+        """Reads a VAE's configuration: one factor and shift, or, as Playground v2.5's has them,
+        means and deviations of the channels."""
+        config = vae.config
+        mean = torch.full((config.latent_channels,), float(config.get("shift_factor") or 0.0))
+        factor = torch.full((config.latent_channels,), float(config.scaling_factor))
+        if config.get("latents_mean") and config.get("latents_std"):
+            mean = torch.tensor(config.latents_mean, dtype=torch.float32).flatten()
+            factor = factor / torch.tensor(config.latents_std, dtype=torch.float32).flatten()
+        return cls(mean.view(-1, 1, 1), factor.view(-1, 1, 1))
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """Returns x₀ of latents z (…, C, H, W)."""
+        return (z - self.mean.to(z.device)) * self.factor.to(z.device)
+
+    def unscaled(self, x0: Tensor) -> Tensor:
+        """Returns the latents z of x₀ (…, C, H, W)."""
+        return x0 / self.factor.to(x0.device) + self.mean.to(x0.device)
+
+
+def vae_identity(vae: AutoencoderKL, device: torch.device) -> str:
+    """Returns what tells a VAE's encoder from others, and what it computes from what others do: its
+    weights and dtype, the kind of device, and the versions of the libraries."""
+    weights = weights_digest(vae, leave_out=("decoder.", "post_quant_conv."))
+    libraries = " ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
+    return f"{weights} {vae.dtype} {device.type} {libraries}"
+
+
+class Latents:
+    """A run's latents, on its device.
+
+    The VAE computes in its own dtype, float32 unless the user wants it otherwise: SDXL's overflows
+    in float16. It comes to the device when it is needed.
+
+    Args:
+        vae, device: the encoder, and where it computes.
+        table: what is known already.
+    """
+
+    def __init__(self, vae: AutoencoderKL, device: torch.device, table: LatentTable) -> None:
+        self.vae, self.device, self.table = vae, device, table
+        self.scaling = Scaling.of(vae)
+
+    def at_once(self, size: Size) -> int:
+        """Returns how many images of a size are encoded at once.
+
+        One on a CPU: an image's latent is then the same bits in any company, so that caching
+        cannot change a run.
+        """
+        if self.device.type == "cpu":
+            return 1
+        return max(1, AREA_AT_ONCE // (size[0] * size[1]))
+
+    @torch.no_grad()
+    def encode(self, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Moments]:
+        """Returns the moments of images (3, H, W) of one size, on the CPU.
+
+        Raises:
+            RunError: latents that are not finite, with the image's name.
+        """
+        self.vae.to(self.device)
+        height, width = pixels[0].shape[1:]
+        moments: list[Moments] = []
+        for part in torch.stack(list(pixels)).split(self.at_once((width, height))):
+            latent = self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist
+            moments += map(Moments, latent.mean.cpu(), latent.std.cpu())
+        for m, name in zip(moments, names, strict=True):
+            if not (torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
+                raise self._not_finite(name)
+        return moments
+
+    def _not_finite(self, name: str) -> RunError:
+        precision = str(self.vae.dtype).removeprefix("torch.")
+        remedy = "its weights or the image are broken"
+        if self.vae.dtype != torch.float32:
+            remedy = (
+                "it overflows, as SDXL's does in float16: leave --vae_precision at fp32, or give "
+                "--pretrained_vae_model_name_or_path a VAE mended for it, such as "
+                "madebyollin/sdxl-vae-fp16-fix"
+            )
+        return RunError(f"the VAE gave NaN or infinite latents for {name} in {precision}: {remedy}")
+
+    def jobs(self, images: ImageSet) -> list["EncodeJob"]:
+        """Returns what of a set can be kept, known or not, by bucket."""
+        if self.table.mode == "no":
+            return []
+        jobs: dict[str, EncodeJob] = {}
+        for index, sample in enumerate(images.samples):
+            if images.is_random(index):
+                continue
+            crop = images.crop(index)
+            for flip in (False, True) if sample.source.random_flip else (False,):
+                key = self.table.key(sample, crop, flip)
+                jobs.setdefault(key, EncodeJob(key, sample, crop, flip))
+        return sorted(jobs.values(), key=lambda job: job.crop.size)
+
+    def fill(
+        self,
+        jobs: Sequence["EncodeJob"],
+        sources: Iterable[Source],
+        progress: Callable[[Iterator[None]], Iterable[None]],
+    ) -> None:
+        """Encodes and keeps images, in batches by bucket; each is kept as soon as it is encoded.
+
+        Args:
+            jobs: those of this process.
+            sources: where the rows of streams are read again.
+            progress: shows how many are done.
+
+        Raises:
+            RunError: an image that cannot be read any more, or whose latent is not finite.
+        """
+        for _ in progress(self._filled(jobs, sources)):
+            pass
+
+    def _filled(self, jobs: Sequence["EncodeJob"], sources: Iterable[Source]) -> Iterator[None]:
+        waiting: dict[Size, list[tuple[EncodeJob, LoadedImage]]] = {}
+        for job, loaded in prefetch(self._read, _readings(jobs, sources)):
+            size = job.crop.size
+            batch = waiting.setdefault(size, [])
+            batch.append((job, loaded))
+            if len(batch) == self.at_once(size):
+                yield from self._keep(waiting.pop(size))
+        for batch in waiting.values():
+            yield from self._keep(batch)
+
+    def _read(
+        self, reading: "tuple[EncodeJob, Callable[[], bytes]]"
+    ) -> "tuple[EncodeJob, LoadedImage]":
+        job, read = reading
+        return job, self.table.read(job.sample, job.crop, job.flip, read)
+
+    def _keep(self, batch: "list[tuple[EncodeJob, LoadedImage]]") -> Iterator[None]:
+        for job, loaded in batch:
+            if loaded.mask is not None and not loaded.mask.any():
+                raise RunError(
+                    f"{job.sample.name}: nothing that is opaque lies in its cut, and alpha_mask "
+                    "trains that alone: take it away, or cut it yourself"
+                )
+        pixels = [loaded.pixels for _, loaded in batch if loaded.pixels is not None]
+        encoded = self.encode(pixels, [job.sample.name for job, _ in batch])
+        for (job, loaded), m in zip(batch, encoded, strict=True):
+            self.table.put(job.key, Moments(m.mean, m.std, loaded.mask))
+            yield
+
+    def latents(self, items: list[BatchItem], loaded: list[LoadedImage]) -> "LatentBatch":
+        """Returns the latents of slots of one size, sampled anew for each.
+
+        Raises:
+            RunError: a latent that is not finite, with the image's name.
+        """
+        moments = self._moments(loaded)
+        masks = [m.mask for m in moments]
+        mask = None
+        if any(m is not None for m in masks):
+            whole = torch.ones(1, *moments[0].mean.shape[1:])
+            mask = torch.stack([whole if m is None else m for m in masks]).to(self.device)
+        return LatentBatch(self._drawn(moments, items, "latent"), mask)
+
+    def _moments(self, loaded: list[LoadedImage]) -> list[Moments]:
+        known = [s.moments or self.table.memory.get(s.key or "") for s in loaded]
+        fresh = [s for s, m in zip(loaded, known, strict=True) if m is None]
+        encoded: list[Moments] = []
+        if fresh:
+            pixels = [s.pixels for s in fresh if s.pixels is not None]
+            for s, m in zip(fresh, self.encode(pixels, [s.name for s in fresh]), strict=True):
+                encoded.append(Moments(m.mean, m.std, s.mask))
+                if s.key:  # it was there, and another run removed it
+                    with suppress(RunError):  # a disk that is full now costs time, not the run
+                        self.table.put(s.key, encoded[-1])
+        rest = iter(encoded)
+        return [m or next(rest) for m in known]
+
+    def _drawn(self, moments: list[Moments], items: list[BatchItem], what: str) -> Tensor:
+        mean = torch.stack([m.mean for m in moments]).float()
+        std = torch.stack([m.std for m in moments]).float()
+        generators = [generator_for(*item.address, what) for item in items]
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
+        return self.scaling.scaled(mean + std * noise).to(self.device)  # one copy a batch
+
+    def masked(self, items: list[BatchItem], loaded: list[LoadedImage]) -> Tensor:
+        """Returns what an inpainting UNet sees besides x_t, (B, 1 + C, H, W) on the device.
+
+        The mask (1: to be painted), and the latents of the image with grey in its place.
+        """
+        pixels = torch.stack([s.pixels for s in loaded if s.pixels is not None])
+        masks = torch.stack([draw_mask(item.crop.size, item.address) for item in items])
+        moments = self.encode(list(pixels * (1 - masks)), [s.name for s in loaded])
+        rest = self._drawn(moments, items, "masked latent")
+        small = F.interpolate(masks, size=rest.shape[-2:])  # nearest, as diffusers' pipeline
+        return torch.cat([small.to(rest), rest], dim=1)
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """x0 (B, C, h, w), scaled, on the device. mask: (B, 1, h, w), how much each latent counts in
+    the loss; None: all the same."""
+
+    x0: Tensor
+    mask: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeJob:
+    """One latent to be computed: its address, and of what."""
+
+    key: str
+    sample: Sample
+    crop: Crop
+    flip: bool
+
+
+def _readings(
+    jobs: Sequence[EncodeJob], sources: Iterable[Source]
+) -> Iterator[tuple[EncodeJob, Callable[[], bytes]]]:
+    """Yields jobs with what reads their bytes; those of streams as the stream comes by."""
+    streamed: dict[str, list[EncodeJob]] = {}
+    for job in jobs:
+        if job.sample.source.streaming:
+            streamed.setdefault(job.sample.name, []).append(job)
+        else:
+            yield job, job.sample.read
+    for source in sources:
+        if not source.spec.streaming or not streamed:
+            continue
+        for row in source.rows():
+            for job in streamed.pop(row.name, ()):
+                yield job, row.read
+            if not streamed:
+                break
+    if streamed:
+        name = next(iter(streamed))
+        raise RunError(f"{name} was in the stream when it was checked, and is not any more")

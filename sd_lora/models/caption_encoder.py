@@ -1,0 +1,329 @@
+"""Captions → what the UNet is told: text embeddings, the pooled text, and time ids."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from sd_lora.errors import UsageError
+from sd_lora.models.families import Family
+
+PIECE = 75
+"""Tokens that a text encoder reads at once, between its start and end token."""
+
+AESTHETIC_SCORE = 6.0
+"""What the refiner is told of an image to train on: diffusers' default for what is wanted."""
+
+Caption = str | None
+"""A caption, or None for the absence of one: what guidance subtracts."""
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """One caption, read: hidden (L, D), L = 77 a piece; pooled (P,), None where there is none."""
+
+    hidden: Tensor
+    pooled: Tensor | None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where a training image comes from, in pixels; each pair is (vertical, horizontal).
+
+    original: the image's own size. crop: the top left corner of what is seen of the resized
+    image. target: the size of what is seen.
+    """
+
+    original: tuple[int, int]
+    crop: tuple[int, int]
+    target: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """A batch of conditions: hidden (B, L, D), mask (B, L) of what is text and what padding (None:
+    all text), pooled (B, P) and time_ids (B, 6 or 5) for SDXL."""
+
+    hidden: Tensor
+    mask: Tensor | None = None
+    pooled: Tensor | None = None
+    time_ids: Tensor | None = None
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> "Conditioning":
+        """Returns it on a device; time ids stay float32, in which sizes are exact."""
+
+        def moved(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, dtype)
+
+        return Conditioning(
+            self.hidden.to(device, dtype),
+            moved(self.mask, dtype),
+            moved(self.pooled, dtype),
+            moved(self.time_ids, torch.float32),
+        )
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of a UNet's forward."""
+        arguments: dict[str, Any] = {"encoder_hidden_states": self.hidden}
+        if self.mask is not None:
+            arguments["encoder_attention_mask"] = self.mask
+        if self.pooled is not None:
+            arguments["added_cond_kwargs"] = {
+                "text_embeds": self.pooled,
+                "time_ids": self.time_ids,
+            }
+        return arguments
+
+
+def time_ids(family: Family, geometries: Sequence[Geometry]) -> Tensor | None:
+    """Returns the time ids (B, 6 or 5) float32 of images; None for a family without.
+
+    Podell et al. 2023, "SDXL", section 2.2.
+    """
+    if not family.time_ids:
+        return None
+    rows = []
+    for g in geometries:
+        known = {"original_size": g.original, "crop": g.crop, "target_size": g.target}
+        known["aesthetic_score"] = (AESTHETIC_SCORE,)  # type: ignore[assignment]
+        rows.append([float(value) for name in family.time_ids for value in known[name]])
+    return torch.tensor(rows)
+
+
+@dataclass(frozen=True)
+class CaptionEncoder:
+    """How captions are read by a model's text encoders.
+
+    clip_skip: layers left out at the end, as in diffusers (kohya's and A1111's "clip skip 2" is 1
+    here); SDXL's penultimate layer counts as none. max_pieces: longer captions are cut after so
+    many pieces of 75 tokens, each encoded by itself and joined, as A1111 and ComfyUI do. weighted:
+    captions may weigh words in compel's syntax. zero_unconditional: the absence of a caption is
+    zeros. expand: what captions go through first.
+    """
+
+    family: Family
+    tokenizers: Mapping[str, CLIPTokenizer]
+    clip_skip: int = 0
+    max_pieces: int = 1
+    weighted: bool = False
+    zero_unconditional: bool = False
+    expand: Callable[[str], str] = str
+
+    @property
+    def limit(self) -> int:
+        """How many tokens of a caption are read, start and end tokens not counted."""
+        return self.max_pieces * (self._length - 2)
+
+    @property
+    def _length(self) -> int:
+        return min(tokenizer.model_max_length for tokenizer in self.tokenizers.values())
+
+    def too_long(self, captions: Sequence[str]) -> dict[str, int]:
+        """Returns caption → number of tokens, for those that are cut."""
+        return {caption: n for caption, n in self.count(captions).items() if n > self.limit}
+
+    def count(self, captions: Sequence[str]) -> dict[str, int]:
+        """Returns caption → number of tokens, the most of all tokenizers."""
+        unique = list(dict.fromkeys(captions))
+        counts = dict.fromkeys(unique, 0)
+        for tokenizer in self.tokenizers.values():
+            for caption, ids in zip(unique, self._words(tokenizer, unique), strict=True):
+                counts[caption] = max(counts[caption], len(ids))
+        return counts
+
+    def _words(self, tokenizer: CLIPTokenizer, captions: Sequence[str]) -> list[list[int]]:
+        texts = [self.expand(caption) for caption in captions]
+        if self.weighted:
+            texts = [_without_weights(text) for text in texts]
+        # verbose=False: transformers would log the first long one and no other
+        options = {"truncation": False, "add_special_tokens": False, "verbose": False}
+        return tokenizer(texts, **options).input_ids if texts else []
+
+    def pieces(self, caption: str) -> dict[str, Tensor]:
+        """Returns component → token ids (k, 77) of a caption's k pieces, k the same for all."""
+        length, rows = self._length, {}
+        for component, tokenizer in self.tokenizers.items():
+            (ids,) = self._words(tokenizer, [caption])
+            ids = ids[: self.limit]
+            starts = range(0, max(1, len(ids)), length - 2)
+            rows[component] = [ids[start : start + length - 2] for start in starts]
+        num = max(map(len, rows.values()))
+        pieces = {}
+        for component, tokenizer in self.tokenizers.items():
+            padded = rows[component] + [[]] * (num - len(rows[component]))
+            ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+            whole = [[ends[0], *row, ends[1]] for row in padded]
+            whole = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in whole]
+            pieces[component] = torch.tensor(whole)
+        return pieces
+
+    def encode(
+        self, encoders: Mapping[str, nn.Module], captions: Sequence[Caption]
+    ) -> list[Embedding]:
+        """Returns the embeddings of captions, each distinct one encoded once.
+
+        Args:
+            encoders: component → text encoder, perhaps wrapped for several processes.
+            captions: of any number; gradients flow to the encoders unless the caller forbids it.
+        """
+        texts = list(dict.fromkeys(c for c in captions if c is not None))
+        absent = None in captions
+        if absent and not (self.zero_unconditional and texts):
+            texts = list(dict.fromkeys([*texts, ""]))  # what absence means, or its shape
+        if self.weighted:
+            known = {caption: self._weigh(encoders, caption) for caption in texts}
+        else:
+            known = dict(zip(texts, self._read(encoders, texts), strict=True))
+        if absent:
+            nothing = self._zeros(known[texts[-1]]) if self.zero_unconditional else known[""]
+        return [nothing if caption is None else known[caption] for caption in captions]
+
+    def _zeros(self, like: Embedding) -> Embedding:
+        """Returns zeros of one piece, as 0 · an embedding.
+
+        So a process whose captions are all dropped has gradients, which the others wait for.
+        """
+        pooled = None if like.pooled is None else like.pooled * 0
+        return Embedding(like.hidden[: self._length] * 0, pooled)
+
+    def _read(self, encoders: Mapping[str, nn.Module], captions: list[str]) -> list[Embedding]:
+        if not captions:
+            return []
+        pieces = [self.pieces(caption) for caption in captions]
+        hidden, pooled = [], None
+        for component in self.tokenizers:
+            ids = torch.cat([p[component] for p in pieces])
+            states, summary = self._forward(encoders[component], ids)
+            hidden.append(states)
+            pooled = summary if component == "text_encoder_2" else pooled
+        joined = torch.cat(hidden, dim=-1)
+        counts = [len(p[next(iter(self.tokenizers))]) for p in pieces]
+        embeddings, first = [], 0
+        for count in counts:
+            # the pooled text is that of the first piece, as in A1111, ComfyUI and kohya's
+            summary = pooled[first] if self.family.is_xl and pooled is not None else None
+            embeddings.append(Embedding(joined[first : first + count].flatten(0, 1), summary))
+            first += count
+        return embeddings
+
+    def _forward(self, encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns hidden states (N, 77, D) of token ids (N, 77), and pooled text (N, P) if any."""
+        ids = ids.to(next(encoder.parameters()).device)
+        skips = self.clip_skip > 0 or self.family.penultimate
+        out = encoder(ids, output_hidden_states=skips)
+        pooled = getattr(out, "text_embeds", None)
+        if not skips:
+            return out.last_hidden_state, pooled
+        states = out.hidden_states[-(1 + self.family.penultimate + self.clip_skip)]
+        if not self.family.penultimate:
+            inner = getattr(encoder, "module", encoder)
+            # diffusers 0.42.1 looks for text_model, which transformers 5 has taken away
+            norm: Any = getattr(inner, "text_model", inner).final_layer_norm
+            # Accelerate gives out float32 from an encoder of any precision
+            states = norm(states.to(norm.weight.dtype))
+        return states, pooled
+
+    def _weigh(self, encoders: Mapping[str, nn.Module], caption: str) -> Embedding:
+        """Returns a caption's embedding with its words weighed by compel; a function of it alone.
+
+        The pooled text is that of the words without their weights: compel's own has the brackets
+        and numbers in it. Raises UsageError: compel's syntax beyond weights.
+        """
+        from compel import Compel, ReturnedEmbeddingsType, SplitLongTextMode
+
+        kinds = ReturnedEmbeddingsType
+        kind = kinds.LAST_HIDDEN_STATES_NORMALIZED
+        kind = kinds.PENULTIMATE_HIDDEN_STATES_NON_NORMALIZED if self.family.penultimate else kind
+        hidden = []
+        plain = self._read(encoders, [caption])[0] if self.family.is_xl else None
+        for component, tokenizer in self.tokenizers.items():
+            compel = Compel(
+                tokenizer=tokenizer,
+                text_encoder=encoders[component],
+                returned_embeddings_type=kind,
+                truncate_long_prompts=self.max_pieces == 1,
+                split_long_text_mode=SplitLongTextMode.BRUTAL,  # where the plain reading cuts
+            )
+            hidden.append(compel(caption)[0])
+        length = min(len(states) for states in hidden)
+        length = min(length, self.max_pieces * self._length)
+        joined = torch.cat([states[:length] for states in hidden], dim=-1)
+        return Embedding(joined, plain.pooled if plain else None)
+
+    def check(self, encoders: Mapping[str, nn.Module]) -> None:
+        """Raises UsageError if more layers are to be skipped than an encoder has."""
+        for component, encoder in encoders.items():
+            config: Any = encoder.config
+            layers = config.num_hidden_layers
+            most = layers - 1 - self.family.penultimate
+            if self.clip_skip > most:
+                raise UsageError(
+                    f"clip_skip {self.clip_skip} is more than the {component} of this model can "
+                    f"skip: it has {layers} layers, so at most {most}"
+                )
+
+
+_OF_A1111 = re.compile(r"\([^()]*:\s*[\d.]+\s*\)")
+
+
+def _without_weights(text: str) -> str:
+    """Returns a caption without compel's weights, or raises UsageError for more than these."""
+    from compel import Compel
+    from compel.prompt_parser import Fragment
+
+    fragments = None
+    if not _OF_A1111.search(text):
+        try:
+            parsed = Compel.parse_prompt_string(text)
+            if len(parsed.prompts) == 1 and not parsed.lora_weights:
+                fragments = getattr(parsed.prompts[0], "children", None)
+        except Exception:  # its parser's own, of several kinds
+            pass
+    if fragments is None or not all(type(part) is Fragment for part in fragments):
+        raise UsageError(
+            f"caption {text!r}: weighted_prompts takes weights, as in 'a (red)1.3 car++' (A1111's "
+            "'(red:1.3)' is '(red)1.3' here); of compel's syntax .blend(), .and(), .swap() and "
+            "withLora() are not taken"
+        )
+    return " ".join(part.text for part in fragments if part.text)
+
+
+def in_batches(
+    caption_encoder: CaptionEncoder,
+    encoders: Mapping[str, nn.Module],
+    captions: Sequence[Caption],
+    dtype: torch.dtype = torch.float32,
+    size: int = 32,
+) -> Iterator[tuple[Caption, Embedding]]:
+    """Yields each distinct caption with its embedding on the CPU, without gradients, in `dtype`."""
+    unique = list(dict.fromkeys(captions))
+    for start in range(0, len(unique), size):
+        chunk = unique[start : start + size]
+        with torch.no_grad():
+            embeddings = caption_encoder.encode(encoders, chunk)
+        for caption, e in zip(chunk, embeddings, strict=True):
+            pooled = None if e.pooled is None else e.pooled.to("cpu", dtype)
+            yield caption, Embedding(e.hidden.to("cpu", dtype), pooled)
+
+
+def collate(
+    embeddings: Sequence[Embedding], geometries: Sequence[Geometry], family: Family
+) -> Conditioning:
+    """Returns a batch's conditions; shorter captions are padded with zeros that are masked."""
+    lengths = [len(e.hidden) for e in embeddings]
+    longest = max(lengths)
+    mask = None
+    hidden = [e.hidden for e in embeddings]
+    if min(lengths) < longest:
+        hidden = [nn.functional.pad(h, (0, 0, 0, longest - len(h))) for h in hidden]
+        kept = torch.tensor(lengths, device=hidden[0].device)[:, None]
+        mask = (torch.arange(longest, device=kept.device) < kept).to(hidden[0].dtype)
+    pooled = [e.pooled for e in embeddings if e.pooled is not None]
+    return Conditioning(
+        torch.stack(hidden), mask, torch.stack(pooled) if pooled else None,
+        time_ids(family, geometries),
+    )  # fmt: skip

@@ -1,0 +1,133 @@
+"""The arithmetic of a run: epochs, batches and steps."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.batches.epochs import Epochs
+from sd_lora.data.batches.stream import ImageSet
+from sd_lora.data.cache.store import digest_of
+from sd_lora.data.images.buckets import Size
+from sd_lora.training import checkpoint
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run.
+
+    images: what is trained. epochs: which samples make which batch. num_steps: optimiser steps in
+    all.
+    """
+
+    config: TrainConfig
+    images: ImageSet
+    epochs: Epochs
+    num_processes: int
+    num_steps: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, images: ImageSet, num_processes: int) -> "Plan":
+        epochs = Epochs(
+            [images.buckets[index] for index in images.entries],
+            config.train_batch_size * num_processes,
+            config.gradient_accumulation_steps,
+            config.bucket_leftovers,
+            images.seed,
+            images.kind,
+        )
+        num_steps = config.max_train_steps or config.num_train_epochs * epochs.num_steps
+        return cls(config, images, epochs, num_processes, num_steps)
+
+    @property
+    def seed(self) -> int:
+        return self.images.seed
+
+    @property
+    def samples_per_step(self) -> int:
+        return self.epochs.batch * self.epochs.accumulation
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that count in an epoch."""
+        return self.epochs.num_samples
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Of the whole run."""
+        return self.epochs.first_of_step(self.num_steps)
+
+    @cached_property
+    def order(self) -> str:
+        """The digest of what the positions in the data mean: which entries make which step, and
+        what is drawn for them."""
+        steps: list[list[int]] = [[]]
+        for micro in self.epochs.epoch(0):
+            steps[-1] += [place.entry for place in micro.places if place.counted]
+            if micro.last:
+                steps.append([])
+        drawn = (
+            repr((s.source.rules, s.source.random_flip, s.source.random_crop, s.source.weight))
+            for s in self.images.samples
+        )
+        return digest_of(repr([sorted(step) for step in steps]), *drawn)
+
+    def progress(self, step: int) -> checkpoint.Progress:
+        return checkpoint.Progress(
+            step, self.seed, self.samples_per_step, self.num_samples, self.config.as_dict(),
+            self.order, self.content,
+        )  # fmt: skip
+
+    @cached_property
+    def content(self) -> str:
+        """The digest of the images and their captions, in order."""
+        return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples))
+
+    def rows(self) -> dict[str, str]:
+        """Returns the lines of the summary that say what is trained and how often."""
+        config, epochs, images = self.config, self.epochs, self.images
+        rows = {"images": _counted(images)}
+        rows["shapes"] = shapes(epochs.buckets)
+        accumulation, processes = epochs.accumulation, self.num_processes
+        rows["batch"] = (
+            f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
+            f"= {self.samples_per_step}"
+        )
+        number = self.num_steps / epochs.num_steps
+        rows["steps"] = (
+            f"{epochs.num_steps} an epoch, {self.num_steps} in all ({number:.1f} epochs)"
+        )
+        plain = math.ceil(len(images.entries) / self.samples_per_step)
+        if epochs.num_steps > plain:
+            rows["steps"] += f"; {plain} would do if all had one shape"
+        fill = {
+            "smaller": "the last batch of a bucket is smaller",
+            "pad-batch": f"{epochs.empty} places are filled with images that do not count",
+            "repeat": f"{epochs.extra} images an epoch are seen once more",
+        }
+        if any(count % epochs.batch for count in epochs.buckets.values()):
+            rows["left over"] = fill[config.bucket_leftovers]
+        return rows
+
+
+def _counted(images: ImageSet) -> str:
+    """Returns "12 × 10 repeats + 30 = 150 an epoch"."""
+    repeats = Counter(sample.source.repeats for sample in images.samples)
+    terms = [f"{n} × {r} repeats" if r > 1 else f"{n}" for r, n in sorted(repeats.items())]
+    total = len(images.entries)
+    return terms[0] if [*repeats] == [1] else f"{' + '.join(terms)} = {total} an epoch"
+
+
+MOST_SHAPES = 6
+"""How many buckets the summary names."""
+
+
+def shapes(buckets: dict[Size, int]) -> str:
+    """Returns "512×512: 20, 448×576: 7, and 3 in 2 others"."""
+    most = sorted(buckets.items(), key=lambda item: (-item[1], item[0]))
+    words = [f"{w}×{h}" + (f": {n}" if len(most) > 1 else "") for (w, h), n in most[:MOST_SHAPES]]
+    rest = most[MOST_SHAPES:]
+    if rest:
+        words.append(f"and {sum(n for _, n in rest)} in {len(rest)} others")
+    return ", ".join(words)

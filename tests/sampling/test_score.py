@@ -1,0 +1,160 @@
+"""The score of learning: its arithmetic in closed form, and that it sees what a person sees."""
+
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sd_lora.models.load import Parts, load_parts
+from sd_lora.report.sheets import grid
+from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.score import (
+    PromptImages,
+    Score,
+    distance,
+    distinctive,
+    drift,
+    nearest,
+    patches,
+    score,
+)
+from tests.tiny import pipeline_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base() -> Parts:
+    return load_parts(str(Path(__file__).parents[2] / "sample_data/tiny-sd"))
+
+
+def images_of(folder: Path) -> list[Image.Image]:
+    return [Image.open(p).convert("RGB") for p in sorted(folder.glob("*.png"))]
+
+
+def test_distances_and_drift_in_closed_form() -> None:
+    """Nearest distances, distinctive patches and their means on numbers one can check by hand."""
+    known = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
+    image = torch.tensor([[0.0, 1.0], [10.0, 3.0], [5.0, 0.0], [0.0, 0.0], [10.0, 0.0]])
+    assert nearest(image, known).tolist() == [1.0, 3.0, 5.0, 0.0, 0.0]
+    others = torch.tensor([[5.0, 1.0], [10.0, 3.0]])  # distances 5, 0, 1, …
+    assert distinctive(image, others, known).tolist() == [[5.0, 0.0]]  # 5 - 1; a fifth of five
+    drawn = torch.tensor([[[5.0, 2.0], [9.0, 9.0]], [[5.0, 0.0], [1.0, 1.0]]])
+    particular = [torch.tensor([[5.0, 0.0]]), torch.tensor([[9.0, 9.0]])]
+    assert distance(particular[:1], drawn) == pytest.approx((2 + 0) / 2)
+    assert distance(particular, drawn, same=True) == pytest.approx((0 + 0) / 2)
+    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
+    assert drift([black, black], [black, grey]) == pytest.approx(0.1)
+    result = Score(before=0.6, after=0.3, held_out=0.1, class_drift=0.0, unrelated_drift=0.0)
+    assert result.learned == pytest.approx(0.6)
+    assert result.margin == pytest.approx(0.3)
+
+
+def test_patches_do_not_depend_on_place(base: Parts, root: Path) -> None:
+    """(N, 225, 16) patches of 16×16 latents with 4 channels, the same each time; an image is at
+    distance 0 from itself wherever its patches are."""
+    mascots = images_of(root / "sample_data/dreambooth/instance")[:2]
+    first = patches(base, mascots, CPU)
+    assert first.shape == (2, 15 * 15, 4 * 2 * 2)
+    torch.randn(100)
+    assert torch.equal(patches(base, mascots, CPU), first)
+    shuffled = first[:, torch.randperm(225)]
+    assert distance(list(first), shuffled[:1]) == distance(list(first), first[:1])
+    assert distance([first[0]], shuffled[:1]) == 0
+
+
+def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
+    """Real images of the subject, taken for a LoRA's, score about 1; orange monsters with stripes
+    stay far below, and what the base draws anyway scores 0."""
+    sys.path.insert(0, str(root / "dev"))
+    import images as drawing
+
+    rng = random.Random(5)
+    scenes = [drawing.random_scene(rng) for _ in range(400)]
+    monsters = [drawing.draw(s) for s in scenes if s.thing == "monster"][:8]
+    orange = [
+        drawing.draw(
+            drawing.Scene("monster", "orange", "striped", "black", "big", body="round",
+                          background=place, seed=i)
+        )
+        for i, place in enumerate(drawing.BACKGROUNDS[:8])
+    ]  # fmt: skip
+    things = [drawing.draw(s) for s in scenes if s.thing != "monster"][:16]
+    real = images_of(root / "sample_data/dreambooth/holdout")
+    instance = images_of(root / "sample_data/dreambooth/instance")
+
+    def learned(after: list[Image.Image]) -> float:
+        before = PromptImages(monsters, monsters, things)
+        return score(base, before, PromptImages(after, monsters, things), real, CPU).learned
+
+    assert learned(instance) > 0.9
+    assert learned(orange) < 0.35
+    assert learned(monsters) == 0
+
+
+def test_a_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
+    """Sampling is a function of prompt and seed: in one batch or one by one, in any order."""
+    parts = load_parts(str(tiny_sd1))
+    prompts = ["a photo", "a house", "a photo"]
+
+    def draw(words: list[str], seeds: list[int], size: int) -> list[np.ndarray]:
+        drawn = sample(
+            parts,
+            parts.caption_encoder(),
+            words,
+            seeds,
+            resolution=64,
+            device=CPU,
+            steps=3,
+            batch_size=size,
+        )
+        return [np.asarray(p).astype(int) for p in drawn]
+
+    together, alone = draw(prompts, [1, 2, 3], 3), draw(prompts[::-1], [3, 2, 1], 1)[::-1]
+    for a, b in zip(together, alone, strict=True):
+        assert np.abs(a - b).max() <= 1
+    assert np.abs(together[0] - together[2]).max() > 1
+
+
+def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
+    """Our sampler draws what diffusers' pipeline draws with the same scheduler and noise, for
+    epsilon and for v-prediction."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    for path in (tiny_sd1, tiny_sd2):
+        parts = load_parts(str(path))
+        pipeline = pipeline_of(parts)
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(parts.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        theirs = pipeline(
+            "a photo",
+            num_inference_steps=4,
+            guidance_scale=5.0,
+            generator=torch.Generator().manual_seed(3),
+            height=64,
+            width=64,
+        ).images[0]
+        (ours,) = sample(
+            parts,
+            parts.caption_encoder(),
+            ["a photo"],
+            [3],
+            resolution=64,
+            device=CPU,
+            steps=4,
+            guidance_scale=5.0,
+        )
+        assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_grid_holds_every_image() -> None:
+    """Rows under labels, captions below; small images are enlarged, sizes add up."""
+    red = Image.new("RGB", (8, 8), "red")
+    sheet = grid([[red, red], [red]], ["before", "after"], ["a caption", "another " * 30], side=64)
+    assert sheet.width == 8 + 2 * 72
+    counts = {c: n for n, c in sheet.getcolors(100000)}
+    assert counts[(255, 0, 0)] == 3 * 64 * 64

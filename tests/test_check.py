@@ -1,0 +1,174 @@
+"""`sd-lora check`: what it prints, writes and returns, and that a run does what it says."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sd_lora.cli import main
+from sd_lora.config.command_line import parse
+from sd_lora.training.setup import prepare
+from tests.training.runs import images
+
+
+def words(model: Path, data: Path, *more: str) -> list[str]:
+    return [
+        "--pretrained_model_name_or_path", str(model), "--train_data_dir", str(data),
+        "--resolution", "64", "--train_batch_size", "2", "--report_to", "none",
+        "--data_cache_dir", str(data.parent / "cache"), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Six good images of three shapes, a broken one, and a caption that is too long."""
+    data = tmp_path / "data"
+    for i, size in enumerate([(64, 64), (128, 40), (64, 64), (30, 60), (64, 64), (200, 190)]):
+        images(tmp_path / "one", 1, size)
+        data.mkdir(exist_ok=True)
+        Image.open(tmp_path / "one" / "0.png").rotate(180 * (i % 2)).save(
+            data / f"{i}.png", compress_level=i
+        )
+        (data / f"{i}.txt").write_text(f"image {i}")
+    (data / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n and then nothing")
+    (data / "broken.txt").write_text("broken")
+    (data / "4.txt").write_text("word " * 100)
+    return data
+
+
+def test_what_is_said_is_what_is_trained(
+    tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The JSON's images, buckets, steps and repeats are those of a run with the same flags: each
+    image is seen as often as it says, in the shape that it says."""
+    flags = words(tiny_sd1, folder, "--num_train_epochs", "2", "--repeats", "3", "--seed", "1")
+    assert main(["check", *flags, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["counts"]["left out"] == 1
+    found = {(f["code"], Path(f["name"]).name) for f in said["findings"]}
+    assert {("long-caption", "4.png"), ("upscaled", "3.png")} <= found
+    assert {f["level"] for f in said["findings"] if f["name"].endswith("broken.png")} == {
+        "left out"
+    }
+    run = prepare(parse([*flags, "--output_dir", str(tmp_path / "out")]))
+    assert said["steps"] == run.plan.num_steps
+    assert said["samples_per_epoch"] == 18
+    seen: Counter[tuple[str, tuple[int, int]]] = Counter()
+    batches = Counter()
+    for batch in run.batches():
+        batches[batch.items[0].crop.size] += 1
+        for item in batch.items:
+            seen[run.data.instances.samples[item.index].name, item.crop.size] += 1
+    assert seen == {(p["name"], tuple(p["bucket"])): 2 * p["repeats"] for p in said["images"]}
+    assert batches == {(b["width"], b["height"]): 2 * b["batches"] for b in said["buckets"]}
+    assert said["summary"]["steps"] == run.summary.rows["steps"]
+
+
+def test_the_terminal_and_the_page(
+    tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The terminal has the arithmetic, the bucket table and what was found; the page shows every
+    image that is trained in its frame. A page that cannot be written costs the page alone."""
+    page = tmp_path / "look.html"
+    assert main(["check", *words(tiny_sd1, folder), "--page", str(page)]) == 0
+    said = capsys.readouterr().out
+    for text in ("cut away", "broken: 1", "long-caption", "upscaled", "latents", "LoRA files"):
+        assert text in said
+    assert "images that will be trained: 6, files and folders that are left out: 1" in said
+    html = page.read_text()
+    assert html.count("data:image/jpeg;base64,") == 6
+    assert "5.png" in html
+    assert main(["check", *words(tiny_sd1, folder), "--page", str(tmp_path)]) == 1
+    both = capsys.readouterr()
+    assert "cut away" in both.out
+    assert "could not be written" in both.err
+
+
+def test_strict(tiny_sd1: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With --strict everything is shown all the same, and the exit code is 1 for what is left out
+    or a warning; without such, 0."""
+    assert main(["check", *words(tiny_sd1, folder), "--strict", "--json"]) == 1
+    both = capsys.readouterr()
+    assert json.loads(both.out)["counts"]["left out"] == 1
+    assert "this run is strict" in both.err
+    for name in ("broken", "3", "4"):
+        (folder / f"{name}.png").unlink()
+        (folder / f"{name}.txt").unlink()
+    (folder / "1.png").unlink()  # 40 pixels high: tiny
+    (folder / "1.txt").unlink()
+    assert main(["check", *words(tiny_sd1, folder), "--strict", "--json"]) == 0
+
+
+def test_nothing_can_be_trained(
+    tiny_sd1: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where all images are broken, scripts get the findings, people the reasons, and both exit
+    code 1."""
+    for path in folder.glob("*.png"):
+        path.write_bytes(b"nothing")
+    assert main(["check", *words(tiny_sd1, folder), "--json"]) == 1
+    both = capsys.readouterr()
+    assert len(json.loads(both.out)["findings"]) >= 7
+    assert "none of the instance images can be trained" in both.err
+    assert main(["check", *words(tiny_sd1, folder), "--no_page"]) == 1
+    assert "0.png" in capsys.readouterr().err
+
+
+def test_class_images_are_counted_as_a_run_counts_them(
+    tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A broken class image does not count: check says how many will be generated, and a run
+    generates these; a strict run stops before it does."""
+    classes = images(tmp_path / "class", 3)
+    (classes / "bad.png").write_bytes(b"")
+    flags = [
+        "--mode", "dreambooth", "--pretrained_model_name_or_path", str(tiny_sd1), "--resolution",
+        "64", "--instance_data_dir", str(folder), "--instance_prompt", "a sks thing",
+        "--with_prior_preservation", "--class_data_dir", str(classes), "--class_prompt", "a thing",
+        "--num_class_images", "5", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
+        "--data_cache_dir", str(tmp_path / "cache"), "--seed", "0", "--sample_batch_size", "2",
+    ]  # fmt: skip
+    assert main(["check", *flags, "--no_page"]) == 0
+    assert "3 there, 2 will be generated" in capsys.readouterr().out
+    assert main(["train", *flags, "--strict"]) == 1
+    assert not list(classes.glob("class-*"))
+    run = prepare(parse(flags))
+    assert len(list(classes.glob("class-*"))) == 2
+    assert len(run.data.images["class"].set.samples) == 5
+
+
+def test_class_sources_have_captions_of_their_own(
+    tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said of the subject is not for its class: no prompt, trigger word or repeats."""
+    (tmp_path / "class").mkdir()
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "class" / "a.png")
+    (tmp_path / "class" / "a.txt").write_text("a thing")
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "class" / "b.png")
+    config = tmp_path / "run.toml"
+    config.write_text(
+        f"""
+        caption_default = "sks"
+        trigger_word = "sks"
+        repeats = 4
+        [[sources]]
+        path = "{folder}"
+        [[sources]]
+        path = "{tmp_path}/class"
+        kind = "class"
+        """
+    )
+    flags = ["--config", str(config), "--pretrained_model_name_or_path", str(tiny_sd1)]
+    flags += ["--resolution", "64", "--data_cache_dir", str(tmp_path / "cache")]
+    assert main(["check", *flags, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    of_class = [p for p in said["images"] if p["kind"] == "class"]
+    assert [(p["captions"], p["repeats"]) for p in of_class] == [(["a thing"], 1)]
+    assert {p["repeats"] for p in said["images"] if p["kind"] == "instance"} == {4}
+    missing = [f["name"] for f in said["findings"] if f["code"] == "missing-caption"]
+    assert missing == [str(tmp_path / "class" / "b.png")]
+    run = prepare(parse([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]))
+    captions = {s.caption for s in run.stream.batch(0).items if s.kind == "class"}
+    assert captions == {"a thing"}
