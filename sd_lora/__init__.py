@@ -13,6 +13,7 @@ _HOME = {
     "AdaptedLayer": "adapters.layers",
     "Delta": "adapters.deltas",
     "RunError": "errors",
+    "Terminal": "terminal",
     "TrainConfig": "config.schema",
     "UsageError": "errors",
     "Variant": "adapters.variants",
@@ -39,6 +40,7 @@ __all__ = [
     "AdaptedLayer",
     "Delta",
     "RunError",
+    "Terminal",
     "TrainConfig",
     "UsageError",
     "Variant",
@@ -81,6 +83,7 @@ if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
     from sd_lora.errors import RunError, UsageError
     from sd_lora.formats.files import load_adapter, save_adapter
+    from sd_lora.terminal import Terminal
     from sd_lora.training.loop import train
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,11 +33,16 @@ from sd_lora.files import mib
 from sd_lora.findings import Finding
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.load import Base
-from sd_lora.report import summary as report
+from sd_lora.report.events import Listener, to_all, tracked
+from sd_lora.report.summary import Summary
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.caches import open_store
 from sd_lora.training.class_images import check_class_images, has_class_images
-from sd_lora.training.conditioning import MOST, planned_caption_encoder, text_bytes
+from sd_lora.training.conditioning import (
+    MAX_CAPTIONS,
+    embedding_bytes,
+    planned_caption_encoder,
+)
 from sd_lora.training.data import (
     base_of,
     class_spec,
@@ -88,18 +94,25 @@ class Checked:
         return images.crop_settings.crop(sample.size, images.buckets[index], None)
 
 
-def check(config: TrainConfig, num_processes: int = 1, page: bool = True) -> Checked:
+def check(
+    config: TrainConfig,
+    num_processes: int = 1,
+    page: bool = True,
+    listeners: Sequence[Listener] = (),
+) -> Checked:
     """Looks at everything that a run of this configuration would train on.
 
     Args:
         config: the run's.
         num_processes: that would train it.
         page: thumbnails are made.
+        listeners: functions of one event, for progress.
 
     Raises:
         UsageError, RunError: what would stop the run, too, but for being strict: `refuse_any`
             says that of the findings when they are shown.
     """
+    emit = to_all(listeners)
     base = base_of(config)
     config = config.for_base(base.family.name, base.resolution)
     config = dataclasses.replace(config, strict=False)
@@ -124,7 +137,7 @@ def check(config: TrainConfig, num_processes: int = 1, page: bool = True) -> Che
         if sources:
             looked = usable_images(
                 config, sources, kind, shapes, seed, open_store(config), caption_encoder,
-                report.checking,
+                lambda items, total: tracked(items, emit, "checking", total),
                 images["instance"].set.samples if kind == "class" else (),
                 thumbnails=keep if page else None, may_be_none=kind == "class",
             )  # fmt: skip
@@ -187,10 +200,10 @@ def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableIm
         count = len({f for s in samples for f in longest_form(s.captions, s.source.rules)})
         varies = any(s.source.rules.varies for s in samples)
         if varies:  # each sample may have another one
-            count = min(MOST, plan.num_steps * plan.samples_per_step)
+            count = min(MAX_CAPTIONS, plan.num_steps * plan.samples_per_step)
         configs = [base.meta_pipeline.configs[c] for c in base.family.text_encoders]
         precision = DTYPES[config.mixed_precision or "no"]
-        one = text_bytes(configs, config.max_token_length, precision)
+        one = embedding_bytes(configs, config.max_token_length, precision)
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     words.append(f"what is known of images {mib(4096 * sum(map(_number, images.values())))}")
     moments = 2 if config.use_8bit_adam else 8
@@ -213,7 +226,7 @@ def lines(checked: Checked) -> str:
     """Returns what a terminal shows."""
     table = [f"  {row}" for row in _bucket_lines(checked)]
     findings = [f"  {line}" for line in report_lines(checked.findings)]
-    summary = report.Summary(checked.rows).text()
+    summary = Summary(checked.rows).text()
     return "\n".join([summary, "", *table, "", *findings, *([""] * bool(findings))])
 
 

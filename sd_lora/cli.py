@@ -34,9 +34,11 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
 
     config = parse(argv, script, script or "sd-lora train")
-    from sd_lora.training.loop import train  # seconds of import, after the flags are known good
+    from sd_lora.terminal import Terminal  # seconds of import, after the flags are known good
+    from sd_lora.training.loop import train
 
-    train(config)
+    with Terminal() as terminal:
+        train(config, [terminal])
 
 
 def _check(argv: Sequence[str]) -> None:

@@ -86,10 +86,12 @@ def check(argv: Sequence[str]) -> None:
     from sd_lora import check as checkup
     from sd_lora.data.check.page import findings_as_json
     from sd_lora.data.check.usable import NoUsableImages, refuse_any
+    from sd_lora.terminal import Terminal
 
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
     try:
-        checked = checkup.check(config, args.num_processes, page=page is not None)
+        with Terminal() as terminal:
+            checked = checkup.check(config, args.num_processes, page is not None, [terminal])
     except NoUsableImages as error:
         if args.json:
             verdict = {"verdict": "no image can be trained", "images": []}

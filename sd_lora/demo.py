@@ -19,6 +19,7 @@ from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import grid, write_image
 from sd_lora.sampling.sampler import sample
 from sd_lora.sampling.score import PromptImages, Score, score
+from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
 SUBJECT = (
@@ -129,7 +130,8 @@ def main(argv: Sequence[str]) -> None:
         "download.\n"
     )
     config = demo_config(sample_data, args.output_dir)
-    result = train(config)
+    with Terminal() as terminal:
+        result = train(config, [terminal])
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)

@@ -60,7 +60,7 @@ def test_what_is_said_is_what_is_trained(
     for batch in run.batches():
         batches[batch.items[0].crop.size] += 1
         for item in batch.items:
-            seen[run.data.instances.samples[item.index].name, item.crop.size] += 1
+            seen[run.images.instances.samples[item.index].name, item.crop.size] += 1
     assert seen == {(p["name"], tuple(p["bucket"])): 2 * p["repeats"] for p in said["images"]}
     assert batches == {(b["width"], b["height"]): 2 * b["batches"] for b in said["buckets"]}
     assert said["summary"]["steps"] == run.summary.rows["steps"]
@@ -136,7 +136,7 @@ def test_class_images_are_counted_as_a_run_counts_them(
     assert not list(classes.glob("class-*"))
     run = prepare(parse(flags))
     assert len(list(classes.glob("class-*"))) == 2
-    assert len(run.data.images["class"].set.samples) == 5
+    assert len(run.images.by_kind["class"].set.samples) == 5
 
 
 def test_class_sources_have_captions_of_their_own(

@@ -1,6 +1,6 @@
-"""The images of a run and where their latents and the captions' embeddings are kept."""
+"""Caches of a run: latents and text embeddings, on disk, in memory, or computed in each step."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -9,266 +9,212 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sd_lora.config.schema import TrainConfig
-from sd_lora.config.sources import Kind
-from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.encode import Latents, vae_identity
 from sd_lora.data.cache.latents import LatentTable, PixelSettings
 from sd_lora.data.cache.placement import choose, latent_bytes
 from sd_lora.data.cache.store import Store, default_folder
 from sd_lora.data.cache.text_embeddings import Embeddings, identity_of
-from sd_lora.data.check.usable import UsableImages, usable_images
-from sd_lora.data.images.buckets import CropSettings
-from sd_lora.data.sources.open import open_source
-from sd_lora.data.sources.samples import Source
+from sd_lora.data.check.usable import UsableImages
 from sd_lora.errors import UsageError
 from sd_lora.files import mib
-from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
-from sd_lora.report import summary as report
-from sd_lora.training.class_images import has_class_images
+from sd_lora.report.events import Listener, tracked
 from sd_lora.training.conditioning import TextConditioning
-from sd_lora.training.data import class_spec, find_sources
-from sd_lora.training.processes import on_main, weight_dtype
+from sd_lora.training.data import RunImages
+from sd_lora.training.processes import on_main
 
-EXCHANGED = 64
+EXCHANGED_AT_ONCE = 64
 """Latents that processes exchange at once: 32 MiB of SDXL's."""
 
-HELD = 1 << 30
-"""Bytes of embeddings that are held in memory although they are on the disk, too."""
+HELD_BYTES = 1 << 30
+"""Most bytes of embeddings that stay in memory although the disk has them."""
 
 
 def open_store(config: TrainConfig) -> Store:
-    """Returns the caches on disk."""
+    """The caches on disk."""
     folder = Path(config.data_cache_dir).expanduser() if config.data_cache_dir else default_folder()
     return Store(folder, int(config.data_cache_limit * (1 << 30)))
 
 
-class Data:
-    """The images of a run, by kind, and its caches.
+class Caches:
+    """Latents and text embeddings of a run, computed where no cache has them.
 
-    images: "instance", and "class" where there is prior preservation. rows, notes: what the
-    summary says of the caches.
+    config, accelerator: of the run. store: the caches on disk. emit: takes progress events.
+    rows, notes: their lines in the summary, filled by the methods.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        crop_settings: CropSettings,
-        seed: int,
-        store: Store,
-        accelerator: Accelerator,
-        caption_encoder: CaptionEncoder,
+        self, config: TrainConfig, store: Store, accelerator: Accelerator, emit: Listener
     ) -> None:
-        self.config, self.crop_settings, self.seed = config, crop_settings, seed
-        self.store, self.accelerator, self.caption_encoder = store, accelerator, caption_encoder
-        self.images: dict[str, UsableImages] = {}
+        self.config, self.store, self.accelerator, self.emit = config, store, accelerator, emit
         self.rows: dict[str, str] = {}
         self.notes: list[str] = []
 
-    @property
-    def instances(self) -> ImageSet:
-        """What is trained."""
-        return self.images["instance"].set
-
-    def check_sources(self) -> None:
-        """Checks all images that are there from the start.
+    def latents(self, images: RunImages, parts: Parts, pixel_settings: PixelSettings) -> Latents:
+        """Latents of a run; those of fixed crops are computed now and cached.
 
         Raises:
-            UsageError, RunError: sources that cannot be read, or nothing that can be trained.
+            UsageError: a stream whose images a later step would need again.
+            RunError: an image that cannot be read any more, or a latent that is not finite.
         """
-        sources = find_sources(self.config, self.seed)
-        of_class = [source for source in sources if source.spec.kind == "class"]
-        self._check([s for s in sources if s.spec.kind == "instance"], "instance")
-        if of_class:
-            self._check(of_class, "class")
-        prior = self.config.with_prior_preservation
-        if prior and on_main(self.accelerator, lambda: has_class_images(self.config)):
-            self.check_class_folder(may_be_none=True)
-
-    def check_class_folder(self, may_be_none: bool = False) -> None:
-        """Checks the folder of class images: what is there from the start, and again when it was
-        filled."""
-        self._check(open_source(class_spec(self.config)), "class", may_be_none)
-
-    @property
-    def num_class_images(self) -> int:
-        """How many class images can be trained."""
-        return len(self.images["class"].set.samples) if "class" in self.images else 0
-
-    def _check(self, sources: list[Source], kind: Kind, may_be_none: bool = False) -> None:
-        beside = self.instances.samples if kind == "class" else ()
-        found = usable_images(
-            self.config, sources, kind, self.crop_settings, self.seed, self.store,
-            self.caption_encoder, report.checking, beside,
-            once=lambda work: on_main(self.accelerator, work), may_be_none=may_be_none,
-        )  # fmt: skip
-        if found:
-            self.images[kind] = found
-
-    def latents(self, parts: Parts, pixel_settings: PixelSettings) -> Latents:
-        """Returns the run's latents, those computed and kept that can be.
-
-        Raises:
-            RunError: an image that cannot be read any more, or whose latent is not finite.
-        """
-        vae, accelerator = parts.vae, self.accelerator
+        vae, device = parts.vae, self.accelerator.device
+        sets = images.by_kind.values()
         width = torch.finfo(vae.dtype).bits // 8
         size = (vae.config.latent_channels, pixel_settings.pixels_per_latent, width)
-        needed = sum(latent_bytes(p.set, *size) for p in self.images.values())
+        needed = sum(latent_bytes(found.set, *size) for found in sets)
         asked = self.config.cache_latents
-        identity = vae_identity(vae, accelerator.device) if asked != "no" else ""
-        on_disk = Latents(
-            vae, accelerator.device, LatentTable(pixel_settings, identity, "disk", self.store)
-        )
+        identity = vae_identity(vae, device) if asked != "no" else ""
+        on_disk = Latents(vae, device, LatentTable(pixel_settings, identity, "disk", self.store))
 
-        def chosen() -> tuple[str, str]:
-            if asked != "auto":
-                return asked, ""
-            jobs = [job for p in self.images.values() for job in on_disk.jobs(p.set)]
-            missing = sum(job.key not in on_disk.table for job in jobs)
-            return self._choose(needed, needed * missing // max(1, len(jobs)))
+        def missing_bytes() -> int:
+            jobs = [job for found in sets for job in on_disk.jobs(found.set)]
+            return needed * sum(j.key not in on_disk.table for j in jobs) // max(1, len(jobs))
 
-        mode, why = on_main(accelerator, chosen)
+        mode, reason = self._placement(asked, needed, missing_bytes)
         inpaints = parts.task is INPAINTING
-        self._refuse_streams(mode, why, inpaints)
+        _refuse_streams(images, mode, reason, inpaints)
         table = LatentTable(pixel_settings, identity, mode, self.store, fresh=inpaints)
-        latents = Latents(vae, accelerator.device, table)
-        there = {kind: self._fill(latents, p) for kind, p in self.images.items()}
-        known, computed = (sum(count) for count in zip(*there.values(), strict=True))
-        self.rows["latents"] = _described(mode, known, computed, self.store)
-        if why:
-            self.notes.append(f"latents are not cached on disk: {why}")
+        latents = Latents(vae, device, table)
+        counts = [self._fill_latents(latents, found) for found in sets]
+        kept, computed = (sum(count) for count in zip(*counts, strict=True))
+        self._describe("latents", mode, reason, kept, computed)
         if mode != "no":
             vae.to("cpu")
         return latents
 
-    def _refuse_streams(self, mode: str, why: str, inpaints: bool) -> None:
-        """Raises UsageError for a stream whose images would be needed again."""
-        streams = [
-            (p.set, i)
-            for p in self.images.values()
-            for i, sample in enumerate(p.set.samples)
-            if sample.source.streaming
-        ]
-        reasons = [f"cache_latents is no{': ' * bool(why)}{why}"] if mode == "no" else []
-        reasons += ["they are cropped at random"] if any(s.is_random(i) for s, i in streams) else []
-        reasons += ["inpainting needs them each time"] if inpaints else []
-        if streams and reasons:
-            raise UsageError(
-                f"the images of a stream cannot be read again, and {' and '.join(reasons)}. Take "
-                "the set without streaming, or let its latents be cached, cut from the middle"
-            )
-
-    def _choose(self, needed: int, missing: int) -> tuple[str, str]:
-        return choose(needed, missing, self.store, self.accelerator.num_processes)
-
-    def _fill(self, latents: Latents, images: UsableImages) -> tuple[int, int]:
-        """Returns how many latents are kept of some images, and how many were computed now."""
-        accelerator = self.accelerator
-        whole = latents.jobs(images.set)
-        # the main process says what is missing: meanwhile others write, of this run or another
-        jobs = on_main(accelerator, lambda: [j for j in whole if j.key not in latents.table])
-        part, parts = accelerator.process_index, accelerator.num_processes
-        mine = jobs[part * len(jobs) // parts : (part + 1) * len(jobs) // parts]
-
-        def bar(done: Iterator[None]) -> Iterable[None]:
-            shown = accelerator.is_main_process and bool(mine)
-            return report.counting(done, f"{images.set.kind} latents", len(mine), shown)
-
-        latents.fill(mine, images.sources, bar)
-        if latents.table.mode == "memory" and parts > 1:
-            self._exchange(latents.table, [job.key for job in mine], -(-len(jobs) // parts))
-        accelerator.wait_for_everyone()
-        return len(whole), len(jobs)
-
-    def _exchange(self, table: LatentTable, mine: list[str], most: int) -> None:
-        """Gives all processes what each of them has encoded, `most` of them at most, a few at a
-        time: what is sent is copied several times."""
-        for start in range(0, most, EXCHANGED):
-            keys = mine[start : start + EXCHANGED]
-            table.memory |= dict(gather_object([(key, table.memory[key]) for key in keys]))
-
-    def can_hold(self, texts: TextConditioning) -> bool:
-        """Whether embeddings may be kept in the memory of each process."""
-        needed = texts.bytes_of(weight_dtype(self.accelerator)) * self.accelerator.num_processes
-        wanted = self.config.cache_text_embeddings != "no"
-        return wanted and needed < psutil.virtual_memory().available // 2
-
-    def fill_texts(self, texts: TextConditioning) -> None:
-        """Reads the captions that are not known, where they can be kept; the encoders then leave
-        the device."""
-        device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
-        captions = texts.captions
-        if captions is None:
-            self.rows["text embeddings"] = "computed in each step: captions vary too much to keep"
-            return
-        needed = texts.bytes_of(dtype)
-        asked = self.config.cache_text_embeddings
-        to_disk = asked in ("auto", "disk")
-        identity = (
-            identity_of(texts.caption_encoder, texts.encoders, dtype, device) if to_disk else ""
-        )
+    def _placement(
+        self, asked: str, needed: int, missing_bytes: Callable[[], int]
+    ) -> tuple[str, str]:
+        """Where a cache is kept, and the reason if not on disk: as asked, or chosen for "auto"."""
 
         def chosen() -> tuple[str, str]:
             if asked != "auto":
                 return asked, ""
-            missing = len(Embeddings(identity, self.store).missing(captions))
-            return self._choose(needed, needed * missing // len(captions))
+            return choose(needed, missing_bytes(), self.store, self.accelerator.num_processes)
 
-        mode, why = on_main(self.accelerator, chosen)
-        if why:
-            self.notes.append(f"text embeddings are not cached on disk: {why}")
-        known, computed = len(captions), 0
+        return on_main(self.accelerator, chosen)
+
+    def _describe(self, name: str, mode: str, reason: str, kept: int, computed: int) -> None:
+        """Add a cache's row, such as "on disk (…), 120 of 128 were there", and its note."""
+        self.rows[name] = f"on disk ({self.store.folder}), {kept - computed} of {kept} were there"
+        if mode == "memory":
+            self.rows[name] = "in memory"
+        if mode == "no" or not kept:
+            self.rows[name] = "computed in each step"
+        if reason:
+            self.notes.append(f"{name} are not cached on disk: {reason}")
+
+    def _fill_latents(self, latents: Latents, found: UsableImages) -> tuple[int, int]:
+        """Compute the missing latents of some images, each process a part; returns how many are
+        kept, and how many were computed."""
+        accelerator = self.accelerator
+        jobs = latents.jobs(found.set)
+        # the main process decides: meanwhile others write, of this run or of another
+        missing = on_main(accelerator, lambda: [j for j in jobs if j.key not in latents.table])
+        part, parts = accelerator.process_index, accelerator.num_processes
+        mine = missing[part * len(missing) // parts : (part + 1) * len(missing) // parts]
+
+        def progress(done: Iterator[None]) -> Iterable[None]:
+            return tracked(done, self.emit, f"{found.set.kind} latents", len(mine))
+
+        latents.fill(mine, found.sources, progress)
+        if latents.table.mode == "memory" and parts > 1:
+            self._exchange(latents.table, [job.key for job in mine], -(-len(missing) // parts))
+        accelerator.wait_for_everyone()
+        return len(jobs), len(missing)
+
+    def _exchange(self, table: LatentTable, mine: list[str], most: int) -> None:
+        """Give all processes the latents that each has encoded, `most` of them at most; a few at a
+        time, since each message is copied several times."""
+        for start in range(0, most, EXCHANGED_AT_ONCE):
+            keys = mine[start : start + EXCHANGED_AT_ONCE]
+            table.memory |= dict(gather_object([(key, table.memory[key]) for key in keys]))
+
+    def can_hold(self, text: TextConditioning) -> bool:
+        """Whether each process may keep all embeddings in memory."""
+        needed = text.num_bytes() * self.accelerator.num_processes
+        wanted = self.config.cache_text_embeddings != "no"
+        return wanted and needed < psutil.virtual_memory().available // 2
+
+    def fill_embeddings(self, text: TextConditioning) -> None:
+        """Encode the captions that no cache has; the text encoders then leave the device."""
+        captions = text.captions
+        if captions is None:
+            self.rows["text embeddings"] = "computed in each step: captions vary too much to keep"
+            return
+        needed = text.num_bytes()
+        asked = self.config.cache_text_embeddings
+        identity = ""
+        if asked in ("auto", "disk"):
+            identity = identity_of(text.caption_encoder, text.encoders, text.dtype, text.device)
+        on_disk = Embeddings(identity, self.store)
+
+        def missing_bytes() -> int:
+            return needed * len(on_disk.missing(captions)) // len(captions)
+
+        mode, reason = self._placement(asked, needed, missing_bytes)
+        computed = 0
         if mode != "no":
-            store = self.store if mode == "disk" else None
-            table = Embeddings(identity, store)
-            shown = self.accelerator.is_main_process
-            missing = on_main(self.accelerator, lambda: table.missing(captions))
-            computed = len(missing)
-            if store:  # all read a part of them; in memory, each needs all
-                part, parts = self.accelerator.process_index, self.accelerator.num_processes
-                missing = missing[part::parts]
-            texts.fill(
-                device, dtype, table, missing,
-                lambda items: report.counting(items, "captions", len(items), shown),
-            )  # fmt: skip
-            self.accelerator.wait_for_everyone()
-            if store and needed < HELD:
+            table = on_disk if mode == "disk" else Embeddings(identity, None)
+            computed = self._fill_table(text, table, captions)
+            if mode == "disk" and needed < HELD_BYTES:
                 table.hold(captions)
-        self.rows["text embeddings"] = _described(mode, known, computed, self.store)
+        self._describe("text embeddings", mode, reason, len(captions), computed)
 
-    def make_room(self, latents: Latents, texts: TextConditioning) -> None:
-        """Removes what no run used for longest from the caches on disk, beyond their limit."""
+    def _fill_table(
+        self, text: TextConditioning, table: Embeddings, captions: list[str | None]
+    ) -> int:
+        """Encode the captions that a table lacks; returns how many these are."""
+        missing = mine = on_main(self.accelerator, lambda: table.missing(captions))
+        if table.may_lose:  # on disk each process encodes a part; in memory each needs all
+            mine = missing[self.accelerator.process_index :: self.accelerator.num_processes]
+        text.fill(
+            table, mine, lambda items: tracked(items, self.emit, "captions", len(items), "caption")
+        )
+        self.accelerator.wait_for_everyone()
+        return len(missing)
+
+    def make_room(self, images: RunImages, latents: Latents, text: TextConditioning) -> None:
+        """Remove the longest unused entries of the caches on disk, beyond their limit."""
         store = self.store
 
         def evict() -> str:
-            jobs = [job for p in self.images.values() for job in latents.jobs(p.set)]
+            jobs = [job for found in images.by_kind.values() for job in latents.jobs(found.set)]
             keep = {job.key for job in jobs} | {f"facts/{job.sample.digest}" for job in jobs}
-            if texts.table:
-                keep |= {texts.table.key(caption) for caption in texts.captions or ()}
+            if text.table:
+                keep |= {text.table.key(caption) for caption in text.captions or ()}
             count, size = store.evict(keep)
-            if not count:
-                used = store.size()
-                if used <= store.limit:
-                    return ""
+            if count:
                 return (
-                    f"the cache {store.folder} takes {mib(used)} for this run, more than "
-                    f"data_cache_limit, {mib(store.limit)}"
+                    f"{count} entries ({mib(size)}), the longest unused ones, were removed from "
+                    f"the cache {store.folder}: data_cache_limit is {mib(store.limit)}"
                 )
+            used = store.size()
+            if used <= store.limit:
+                return ""
             return (
-                f"{count} entries ({mib(size)}) that no run used for longest were removed from the "
-                f"cache {store.folder}: data_cache_limit is {mib(store.limit)}"
+                f"the cache {store.folder} takes {mib(used)} for this run, more than "
+                f"data_cache_limit, {mib(store.limit)}"
             )
 
         note = on_main(self.accelerator, evict)
         self.notes += [note] if note else []
 
 
-def _described(mode: str, known: int, computed: int, store: Store) -> str:
-    """Returns "on disk (…), 120 of 128 there already"."""
-    if mode == "no" or not known:
-        return "computed in each step"
-    if mode == "memory":
-        return "in memory"
-    return f"on disk ({store.folder}), {known - computed} of {known} were there"
+def _refuse_streams(images: RunImages, mode: str, reason: str, inpaints: bool) -> None:
+    """Raise UsageError for a stream whose images a later step would need again."""
+    streamed = [
+        (found.set, index)
+        for found in images.by_kind.values()
+        for index, sample in enumerate(found.set.samples)
+        if sample.source.streaming
+    ]
+    reasons = [f"cache_latents is no{': ' * bool(reason)}{reason}"] if mode == "no" else []
+    reasons += ["they are cropped at random"] if any(s.is_random(i) for s, i in streamed) else []
+    reasons += ["inpainting needs them in each step"] if inpaints else []
+    if streamed and reasons:
+        raise UsageError(
+            f"the images of a stream can be read once only, and {' and '.join(reasons)}. Take "
+            "the set without streaming, or cache its latents, cropped from the middle"
+        )

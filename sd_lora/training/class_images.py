@@ -13,7 +13,7 @@ from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import Family
 from sd_lora.models.load import Parts
-from sd_lora.report import summary as report
+from sd_lora.report.events import Listener, tracked
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.sampler import draws, sample
 from sd_lora.seeds import seed_for
@@ -62,6 +62,7 @@ def fill_class_folder(
     caption_encoder: CaptionEncoder,
     accelerator: Accelerator,
     seed: int,
+    emit: Listener,
 ) -> None:
     """Generates with the bare base model the class images that are missing.
 
@@ -74,7 +75,7 @@ def fill_class_folder(
     mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
     if mine:
         paths = [folder / name for name in mine]
-        _generate_class_images(config, parts, caption_encoder, accelerator, seed, paths)
+        _generate_class_images(config, parts, caption_encoder, accelerator, seed, paths, emit)
     accelerator.wait_for_everyone()
 
 
@@ -85,6 +86,7 @@ def _generate_class_images(
     accelerator: Accelerator,
     seed: int,
     paths: list[Path],
+    emit: Listener,
 ) -> None:
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
@@ -102,6 +104,6 @@ def _generate_class_images(
             guidance_scale=CLASS_GUIDANCE,
             batch_size=config.sample_batch_size,
         )
-        for path in report.progress(paths, "class images", accelerator.is_main_process):
+        for path in tracked(paths, emit, "class images", len(paths)):
             write_image(path, next(images))
         next(images, None)  # so that the parts go back where they were

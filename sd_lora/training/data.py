@@ -4,18 +4,27 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
+from accelerate import Accelerator
+
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.schema import TrainConfig
-from sd_lora.config.sources import RULES, CaptionRules, SourceSpec, read_specs
+from sd_lora.config.sources import RULES, CaptionRules, Kind, SourceSpec, read_specs
+from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.latents import PixelSettings
+from sd_lora.data.cache.store import Store
+from sd_lora.data.check.usable import UsableImages, usable_images
 from sd_lora.data.images.buckets import CropSettings
 from sd_lora.data.images.decode import colour
 from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample, Source
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
+from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.load import Base, find_base
+from sd_lora.report.events import Listener, tracked
 from sd_lora.seeds import shuffled
+from sd_lora.training.class_images import has_class_images
+from sd_lora.training.processes import on_main
 
 
 def base_of(config: TrainConfig) -> Base:
@@ -212,3 +221,81 @@ def pixel_settings_of(config: TrainConfig, base: Base) -> PixelSettings:
         config.alpha_mask,
         2 ** (len(base.vae_config["block_out_channels"]) - 1),
     )
+
+
+class RunImages:
+    """The images of a run, checked.
+
+    by_kind: "instance", and "class" for prior preservation → usable images with their findings.
+
+    Args:
+        config, seed, accelerator: of the run.
+        crop_settings: how images get their shapes.
+        store: caches on disk, for facts of images.
+        caption_encoder: counts the tokens of captions.
+        emit: takes progress events.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        crop_settings: CropSettings,
+        seed: int,
+        store: Store,
+        accelerator: Accelerator,
+        caption_encoder: CaptionEncoder,
+        emit: Listener,
+    ) -> None:
+        self.config, self.crop_settings, self.seed = config, crop_settings, seed
+        self.store, self.accelerator, self.caption_encoder = store, accelerator, caption_encoder
+        self.emit = emit
+        self.by_kind: dict[str, UsableImages] = {}
+
+    @property
+    def instances(self) -> ImageSet:
+        """The images to learn."""
+        return self.by_kind["instance"].set
+
+    @property
+    def classes(self) -> ImageSet | None:
+        """The class images; None without any."""
+        return self.by_kind["class"].set if "class" in self.by_kind else None
+
+    @property
+    def num_class_images(self) -> int:
+        """Number of usable class images."""
+        return len(self.classes.samples) if self.classes else 0
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings."""
+        return [finding for found in self.by_kind.values() for finding in found.findings]
+
+    def check_sources(self) -> None:
+        """Check all images that exist at the start.
+
+        Raises:
+            UsageError, RunError: sources that cannot be read, or no usable image.
+        """
+        sources = find_sources(self.config, self.seed)
+        of_class = [source for source in sources if source.spec.kind == "class"]
+        self._check([s for s in sources if s.spec.kind == "instance"], "instance")
+        if of_class:
+            self._check(of_class, "class")
+        prior = self.config.with_prior_preservation
+        if prior and on_main(self.accelerator, lambda: has_class_images(self.config)):
+            self.check_class_folder(may_be_none=True)
+
+    def check_class_folder(self, may_be_none: bool = False) -> None:
+        """Check the folder of class images: at the start, and again when it has been filled."""
+        self._check(open_source(class_spec(self.config)), "class", may_be_none)
+
+    def _check(self, sources: list[Source], kind: Kind, may_be_none: bool = False) -> None:
+        beside = self.instances.samples if kind == "class" else ()
+        found = usable_images(
+            self.config, sources, kind, self.crop_settings, self.seed, self.store,
+            self.caption_encoder, lambda items, total: tracked(items, self.emit, "checking", total),
+            beside, once=lambda work: on_main(self.accelerator, work), may_be_none=may_be_none,
+        )  # fmt: skip
+        if found:
+            self.by_kind[kind] = found

@@ -11,16 +11,17 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
-from sd_lora.formats.embeddings import verify_embeddings, write_embeddings
+from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.training.optimizers import learning_rate
 from sd_lora.training.plan import Plan
-from sd_lora.training.setup import Run
+from sd_lora.training.run import Run
 
 SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 """Value of `save_precision` → dtype of the files."""
@@ -61,7 +62,7 @@ def export_words(run: Run) -> list[Path]:
     Raises:
         RunError: embeddings that are not finite, or a file that does not load as trained.
     """
-    tokens = run.texts.tokens
+    tokens = run.text.tokens
     if tokens is None:
         return []
     name = run.output_dir.resolve().name
@@ -70,6 +71,26 @@ def export_words(run: Run) -> list[Path]:
     paths = write_embeddings(tokens, run.output_dir, name, record(run), header)
     verify_embeddings(paths, tokens)
     return paths
+
+
+def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[str]:
+    """Lines on how to load the files: one a LoRA file, and the Python code for each new word."""
+    base = str(run.config.pretrained_model_name_or_path)
+    pipeline = f'DiffusionPipeline.from_pretrained("{base}")'
+    if Path(base).expanduser().is_file():
+        name = run.parts.family.pipelines[run.parts.task.name]
+        pipeline = f'{name}.from_single_file("{base}")'
+    formats, _ = formats_of({name: deltas_of(model) for name, model in run.models.items()})
+    lines = [
+        "  " + kind.use.format(pipeline=pipeline, folder=f.path.parent, file=f.path.name)
+        for f, kind in zip(files, formats, strict=True)
+    ]
+    concepts = run.text.tokens.concepts if run.text.tokens else ()
+    for path, concept in zip(words, concepts, strict=True):
+        code = how_to_load(path, concept.word, run.parts.family.text_encoders)
+        lines.append(f"  {path}  the word {concept.word}, verified; in diffusers:")
+        lines += [f"    {line}" for line in code.splitlines()]
+    return lines
 
 
 def record(run: Run) -> dict[str, object]:
@@ -83,7 +104,7 @@ def record(run: Run) -> dict[str, object]:
         "config": config.as_dict() | {"seed": run.plan.seed},
         "steps": run.plan.num_steps,
         "num_samples": run.plan.num_samples,
-        "images": {kind: len(p.set.samples) for kind, p in run.data.images.items()},
+        "images": {kind: len(p.set.samples) for kind, p in run.images.by_kind.items()},
         "versions": versions | {"python": platform.python_version()},
     }
 
@@ -123,9 +144,9 @@ def _sha256(files: Sequence[Path]) -> str | None:
 def facts(run: Run) -> dict[str, str]:
     """Returns kohya's keys about the training, as A1111 and model sites show them."""
     config, plan = run.config, run.plan
-    size, instances = config.side, run.data.instances
+    size, instances = config.side, run.images.instances
     last = run.timesteps[1]
-    reg = run.data.images.get("class")
+    reg = run.images.by_kind.get("class")
     values: dict[str, object] = {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
         "ss_resolution": f"({size}, {size})",
@@ -189,7 +210,7 @@ def _buckets(plan: Plan) -> dict[str, dict[str, object]]:
 def _tags(run: Run) -> dict[str, dict[str, int]]:
     """Returns set → how often each part of a caption between commas occurs, as kohya counts."""
     counted = {}
-    for kind, images in run.data.images.items():
+    for kind, images in run.images.by_kind.items():
         tags: Counter[str] = Counter()
         for sample in images.set.samples:
             for caption in sample.captions:

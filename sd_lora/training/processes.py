@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import (
@@ -19,7 +20,8 @@ from accelerate.utils import (
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError, UsageError
-from sd_lora.report import summary as report
+from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
+from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 
 DTYPES = {
@@ -36,7 +38,7 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return DTYPES[accelerator.mixed_precision]
 
 
-def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
+def trackers(config: TrainConfig, summary: Summary) -> list[str]:
     """Returns Accelerate's tracker names; says so when the usual one is not installed."""
     chosen = config.report_to
     if chosen == "none":
@@ -54,8 +56,8 @@ def trackers(config: TrainConfig, summary: report.Summary) -> list[str]:
     return [chosen]
 
 
-def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerator:
-    """Returns the Accelerator: device, processes, precision, accumulation, trackers."""
+def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
+    """The Accelerator of a run: device, processes, precision, trackers; not accumulation."""
     log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
         project_dir=config.output_dir,
@@ -63,7 +65,6 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
     )
     try:
         return Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
             log_with=log_with,
             project_config=project,
@@ -84,6 +85,31 @@ def build_accelerator(config: TrainConfig, summary: report.Summary) -> Accelerat
     except ValueError as error:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
 
+
+class Trackers:
+    """Accelerate's trackers as a listener: losses, and sample images where a tracker takes them."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __call__(self, event: Event) -> None:
+        """Log steps and samples."""
+        match event:
+            case StepsLogged():
+                for record in event.records:
+                    row = {"loss": record.loss, "lr": record.learning_rate}
+                    row |= {} if record.grad_norm is None else {"grad_norm": record.grad_norm}
+                    self.accelerator.log(row, step=record.step)
+            case SamplesDrawn():
+                array = np.stack([np.asarray(image) for image in event.images])  # (N, H, W, 3)
+                for tracker in self.accelerator.trackers:
+                    if tracker.name in IMAGE_TRACKERS:
+                        options = IMAGE_TRACKERS[tracker.name]
+                        tracker.log_images({"validation": array}, step=event.step, **options)
+
+
+IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
+"""Tracker that takes images → options of its call."""
 
 T = TypeVar("T")
 

@@ -1,178 +1,216 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import EDMEulerScheduler
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import nn
 
-from sd_lora.adapters.inject import deltas_of, lora_layers
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import TrainConfig
-from sd_lora.data.batches.stream import Batch, BatchItem, Stream
-from sd_lora.data.cache.encode import Latents
+from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.errors import RunError, UsageError
-from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
-from sd_lora.models.families import INPAINTING
-from sd_lora.models.load import Parts
-from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.report import summary as report
+from sd_lora.errors import UsageError
+from sd_lora.models.load import Base, Parts
+from sd_lora.report.events import Listener, to_all
+from sd_lora.report.log_file import LogFile
+from sd_lora.report.summary import Summary
 from sd_lora.sampling.sampler import draws
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
-from sd_lora.training.caches import Data, open_store
+from sd_lora.training.caches import Caches, open_store
 from sd_lora.training.class_images import check_class_images, fill_class_folder
 from sd_lora.training.conditioning import (
+    LearningStops,
     TextConditioning,
     add_new_words,
     planned_caption_encoder,
     run_caption_encoder,
     used_captions,
 )
-from sd_lora.training.data import base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
     DTYPES,
+    Trackers,
     agreed_seed,
     build_accelerator,
     check_processes,
     weight_dtype,
 )
+from sd_lora.training.run import Run
 from sd_lora.training.summary import summarise
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run whose flags, folders and images are checked, before weights are loaded.
 
-
-class ImageLost(RunError):
-    """An image that was there when the run started cannot be read any more."""
-
-
-@dataclass
-class Run:
-    """Everything that the loop needs.
-
-    models: component → injected model. prepared: what is trained, as Accelerate wrapped it.
-    texts: what captions become. data: the images, and their caches.
-    skeleton: the modules that the LoRA is for. timesteps: the first that is trained, and the one
-    after the last. base_notes: what the user must know of the base. saved: the checkpoint to go on
-    from.
+    emit: tells events. saved_path: the checkpoint to resume.
     """
 
     plan: Plan
+    base: Base
+    images: RunImages
+    pixel_settings: PixelSettings
     accelerator: Accelerator
-    parts: Parts
-    models: dict[str, nn.Module]
-    prepared: dict[str, nn.Module]
-    schedule: NoiseSchedule
-    timesteps: tuple[int, int]
-    latents: Latents
-    texts: TextConditioning
-    meta_pipeline: MetaPipeline
-    stream: Stream
-    data: Data
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    summary: report.Summary
-    base_notes: list[str]
-    saved: checkpoint.Saved | None = None
-
-    @property
-    def config(self) -> TrainConfig:
-        return self.plan.config
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
-
-    @property
-    def main(self) -> bool:
-        return self.accelerator.is_main_process
-
-    @property
-    def prediction_type(self) -> str:
-        """What the model says that it predicts; of EDM's, its own convention of sign."""
-        return str(self.parts.scheduler.config.prediction_type)
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        """What is trained: the updates, and the new words."""
-        tokens = self.texts.tokens
-        layers = [p for model in self.models.values() for p in lora_layers(model)]
-        return [*layers, *(tokens.parameters() if tokens else [])]
-
-    @property
-    def first_step(self) -> int:
-        """How many steps are done when the run starts: those of its checkpoint."""
-        return self.saved.progress.step if self.saved else 0
-
-    def restore(self) -> None:
-        """Loads the checkpoint to go on from, with this run's learning rates."""
-        if self.saved is None:
-            return
-        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.saved.load_factors(self.models)
-        if self.texts.tokens:
-            self.texts.tokens.load_state_dict(self.saved.state["tokens"])
-        self.optimizer.load_state_dict(self.saved.state["optimizer"])
-        self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            if group["initial_lr"] != rate:
-                group["lr"] *= rate / group["initial_lr"]
-                group["initial_lr"] = rate
-        self.lr_scheduler.base_lrs = rates
-        if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
-
-    def batches(self) -> Iterator[Batch]:
-        """Yields this process's micro-batches from the run's position on."""
-        start = self.plan.epochs.first_of_step(self.first_step)
-        loader = DataLoader(
-            self.stream,
-            batch_size=None,
-            sampler=range(start, len(self.stream)),
-            num_workers=self.config.dataloader_num_workers,
-            collate_fn=_as_is,
-        )
-        for batch in loader:
-            if isinstance(batch, RunError):
-                raise ImageLost(str(batch))
-            yield batch
-
-    def conditioning(self, items: list[BatchItem], step: int) -> Conditioning:
-        """Returns what the UNet is told of a batch besides its noisy latents, on the device, in the
-        base's dtype; `step`: how many steps are done."""
-        device, dtype = self.accelerator.device, weight_dtype(self.accelerator)
-        if self.texts.table is None and self.texts.are_frozen(step):
-            self.texts.fill(device, dtype)  # nothing learns any more: once for the rest of the run
-        captions = [item.caption for item in items]
-        embeddings = self.texts.embeddings(captions, step, device, dtype)
-        geometries = [_geometry(item) for item in items]
-        conditions = collate(embeddings, geometries, self.parts.family)
-        return conditions.to(device, dtype)
-
-    def unet_input(self, x_t: Tensor, batch: Batch) -> Tensor:
-        """Returns x_t (B, C, H, W) in the base's dtype, with the mask and what it leaves to see
-        where the UNet is for inpainting (B, 2C + 1, H, W)."""
-        if self.parts.task is INPAINTING:
-            x_t = torch.cat([x_t, self.latents.masked(batch.items, batch.loaded)], dim=1)
-        return x_t.to(weight_dtype(self.accelerator))
+    summary: Summary
+    emit: Listener
+    saved_path: Path | None
 
 
-def _geometry(item: BatchItem) -> Geometry:
-    """Returns where a slot's image comes from, for SDXL's conditions."""
-    left, top = item.crop.corner_of(item.flip)
-    original, target = item.crop.original[::-1], item.crop.size[::-1]
-    return Geometry(original, (top, left), target)
+def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
+    """Make a run that is ready for its first step.
+
+    Checks come as early as they can: flags and folders before the model is read, images and the
+    checkpoint before class images are generated, which takes longest.
+
+    Raises:
+        UsageError, RunError: any later failure of the run, where it can be known now.
+    """
+    checked = _check(config, listeners)
+    plan, accelerator, images = checked.plan, checked.accelerator, checked.images
+    config, seed = plan.config, plan.seed
+    parts = _load(checked.base, config, accelerator)
+    schedule, timesteps = _objective(config, parts)
+    parts.caption_encoder(clip_skip=config.clip_skip).check(parts.text_encoders)
+    meta_pipeline = parts.meta_pipeline
+    models = inject_all(config, parts.family, parts.models, seed)
+    text = _text_conditioning(config, parts, images, accelerator, seed)
+    saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
+    if config.with_prior_preservation:  # the injected model still is the base, bit for bit
+        fill_class_folder(
+            config, images.num_class_images, parts, text.caption_encoder, accelerator, seed,
+            checked.emit,
+        )  # fmt: skip
+        images.check_class_folder()
+    caches = Caches(config, open_store(config), accelerator, checked.emit)
+    latents = caches.latents(images, parts, checked.pixel_settings)
+    prepared = _prepare_models(config, accelerator, models, text)
+    stream = Stream(
+        images.instances,
+        plan.epochs,
+        images.classes,
+        accelerator.process_index,
+        accelerator.num_processes,
+        latents.table,
+        plan.num_micro_batches,
+    )
+    text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
+    _cache_embeddings(config, caches, text, stream, draws(parts.family))
+    caches.make_room(images, latents, text)
+    optimizer = build_optimizer(models, config, plan.samples_per_step, text.tokens)
+    log = LogFile(Path(config.output_dir) / "training_log.jsonl")
+    listening = [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
+    run = Run(
+        plan=plan,
+        emit=to_all(listening),
+        log=log,
+        accelerator=accelerator,
+        parts=parts,
+        models=models,
+        prepared=prepared,
+        schedule=schedule.to(accelerator.device),
+        timesteps=timesteps,
+        latents=latents,
+        text=text,
+        meta_pipeline=meta_pipeline,
+        stream=stream,
+        images=images,
+        optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
+        summary=checked.summary,
+        saved=saved,
+    )
+    summarise(run, caches, checked.base.notes())
+    return run
+
+
+def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
+    """Check what can be checked before any weights are loaded, and plan the steps."""
+    _check_output(config)
+    check_installed(config)
+    saved_path = None
+    if config.resume_from_checkpoint:
+        saved_path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
+    summary = Summary()
+    accelerator = build_accelerator(config, summary)
+    check_processes(accelerator)
+    emit = to_all(listeners if accelerator.is_main_process else ())
+    seed = agreed_seed(config, saved_path)
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    base = base_of(config)
+    config = config.for_base(base.family.name, base.resolution)
+    caption_encoder = planned_caption_encoder(config, base)
+    pixel_settings, crop_settings = pixel_settings_of(config, base), crop_settings_of(config, base)
+    store = open_store(config)
+    images = RunImages(config, crop_settings, seed, store, accelerator, caption_encoder, emit)
+    images.check_sources()
+    check_class_images(config, images.num_class_images, base.family)
+    plan = Plan.of(config, images.instances, accelerator.num_processes)
+    if saved_path:
+        progress = checkpoint.read_progress(saved_path)
+        checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
+    return CheckedRun(plan, base, images, pixel_settings, accelerator, summary, emit, saved_path)
+
+
+def _objective(config: TrainConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
+    """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
+    schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
+    if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
+        raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
+    return schedule, _timesteps(config, parts, schedule)
+
+
+def _text_conditioning(
+    config: TrainConfig, parts: Parts, images: RunImages, accelerator: Accelerator, seed: int
+) -> TextConditioning:
+    """Captions → embeddings, with the run's new words; nothing is encoded yet."""
+    tokens = add_new_words(config, parts, images.instances, seed)
+    return TextConditioning(
+        run_caption_encoder(config, parts, tokens),
+        parts.text_encoders,
+        LearningStops.of(config, parts.text_encoders, tokens),
+        accelerator.device,
+        weight_dtype(accelerator),
+    )
+
+
+def _load(base: Base, config: TrainConfig, accelerator: Accelerator) -> Parts:
+    """Load the base model's weights."""
+    return base.load(
+        dtype=weight_dtype(accelerator),
+        vae_dtype=DTYPES[config.vae_precision],
+        tokenizer_name=config.tokenizer_name,
+        prediction_type=config.prediction_type,
+        zero_terminal_snr=config.rescale_betas_zero_snr,
+    )
+
+
+def _cache_embeddings(
+    config: TrainConfig,
+    caches: Caches,
+    text: TextConditioning,
+    stream: Stream,
+    draws_samples: bool,
+) -> None:
+    """Encode the captions where nothing learns, and free the text encoders that nothing uses."""
+    if text.will_freeze:
+        text.captions = used_captions(stream)
+        if text.learning and not caches.can_hold(text):
+            text.captions = None  # encoded in each step, also after the encoders stopped
+    if text.learning:
+        return
+    caches.fill_embeddings(text)
+    samples = config.num_validation_images and draws_samples
+    if not (samples and caches.accelerator.is_main_process):
+        text.free_encoders()
 
 
 def _check_output(config: TrainConfig) -> None:
@@ -198,159 +236,35 @@ def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tu
     return config.min_timestep, last
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Returns a run that is ready for its first step.
-
-    What can be known early is checked early: flags and folders before the model is read, images
-    and the checkpoint before class images are generated, which takes longest.
-
-    Raises:
-        UsageError, RunError: whatever would stop the run later, where it can be known.
-    """
-    _check_output(config)
-    check_installed(config)
-    path = None
-    if config.resume_from_checkpoint:
-        path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
-    summary = report.Summary()
-    accelerator = build_accelerator(config, summary)
-    check_processes(accelerator)
-    seed = agreed_seed(config, path)
-    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
-    base = base_of(config)
-    config = config.for_base(base.family.name, base.resolution)
-    caption_encoder, pixel_settings = (
-        planned_caption_encoder(config, base),
-        pixel_settings_of(config, base),
-    )
-    data = Data(
-        config,
-        crop_settings_of(config, base),
-        seed,
-        open_store(config),
-        accelerator,
-        caption_encoder,
-    )
-    data.check_sources()
-    check_class_images(config, data.num_class_images, base.family)
-    plan = Plan.of(config, data.instances, accelerator.num_processes)
-    if path:
-        progress = checkpoint.read_progress(path)
-        checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, path)
-    parts = base.load(
-        dtype=weight_dtype(accelerator),
-        vae_dtype=DTYPES[config.vae_precision],
-        tokenizer_name=config.tokenizer_name,
-        prediction_type=config.prediction_type,
-        zero_terminal_snr=config.rescale_betas_zero_snr,
-    )
-    return _assemble(plan, data, parts, pixel_settings, summary, path, base.notes())
-
-
-def _assemble(
-    plan: Plan,
-    data: Data,
-    parts: Parts,
-    pixel_settings: PixelSettings,
-    summary: report.Summary,
-    path: Path | None,
-    base_notes: list[str],
-) -> Run:
-    """Adapts the model, reads images and captions, and puts a run together."""
-    config, seed, accelerator = plan.config, plan.seed, data.accelerator
-    schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
-    if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
-        raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
-    timesteps = _timesteps(config, parts, schedule)
-    parts.caption_encoder(clip_skip=config.clip_skip).check(parts.text_encoders)
-    meta_pipeline = parts.meta_pipeline
-    models = inject_all(config, parts.family, parts.models, seed)
-    tokens = add_new_words(config, parts, data.instances, seed)
-    texts = TextConditioning(
-        run_caption_encoder(config, parts, tokens), parts.text_encoders, tokens
-    )
-    saved = checkpoint.read(path, models) if path else None
-    if config.with_prior_preservation:
-        # the injected model still is the base, bit for bit
-        there = data.num_class_images
-        fill_class_folder(config, there, parts, texts.caption_encoder, accelerator, seed)
-        data.check_class_folder()
-    latents = data.latents(parts, pixel_settings)
-    prepared = _prepare_models(config, accelerator, models, texts)
-    stream = Stream(
-        data.instances,
-        plan.epochs,
-        data.images["class"].set if "class" in data.images else None,
-        accelerator.process_index,
-        accelerator.num_processes,
-        latents.table,
-        plan.num_micro_batches,
-    )
-    texts.set_trained(config, prepared)
-    if texts.will_freeze:
-        texts.captions = used_captions(stream)
-        if texts.trained and not data.can_hold(texts):
-            texts.captions = None  # read in each step, also after the encoders stopped
-    if not texts.trained:
-        data.fill_texts(texts)
-        if not (
-            config.num_validation_images and draws(parts.family) and accelerator.is_main_process
-        ):
-            texts.free_encoders()
-    data.make_room(latents, texts)
-    optimizer = build_optimizer(models, config, plan.samples_per_step, tokens)
-    run = Run(
-        plan=plan,
-        accelerator=accelerator,
-        parts=parts,
-        models=models,
-        prepared=prepared,
-        schedule=schedule.to(accelerator.device),
-        timesteps=timesteps,
-        latents=latents,
-        texts=texts,
-        meta_pipeline=meta_pipeline,
-        stream=stream,
-        data=data,
-        optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
-        summary=summary,
-        base_notes=base_notes,
-        saved=saved,
-    )
-    summarise(run)
-    return run
-
-
 CHECKPOINTING = (
     "enable_gradient_checkpointing",
     "activation_checkpointing_enable",
     "gradient_checkpointing_enable",
 )
-"""What switches it on: diffusers, transformers, transformers before it renamed it."""
+"""Methods that enable it: of diffusers, of transformers, of older transformers."""
 
 
 def _prepare_models(
     config: TrainConfig,
     accelerator: Accelerator,
     models: dict[str, nn.Module],
-    texts: TextConditioning,
+    text: TextConditioning,
 ) -> dict[str, nn.Module]:
-    """Casts the frozen bases to the run's precision, and hands what is trained to Accelerate."""
+    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate."""
     dtype = weight_dtype(accelerator)
-    trained = models | (texts.encoders if texts.tokens else {})
-    running = trained | (texts.encoders if len(trained) > 1 else {})  # captions are read each step
-    words = {id(p) for p in texts.tokens.parameters()} if texts.tokens else set()
-    for model in running.values():
-        # an update's frozen tensors stay float32 like its trained ones: LoRA-FA's A, PiSSA's start
+    learning = models | (text.encoders if text.tokens else {})
+    on_device = learning | (text.encoders if len(learning) > 1 else {})  # used in each step
+    words = {id(p) for p in text.tokens.parameters()} if text.tokens else set()
+    for model in on_device.values():
+        # all tensors of deltas stay float32, frozen ones too: LoRA-FA's A, PiSSA's start
         kept = {id(t) for d in deltas_of(model).values() for t in (*d.parameters(), *d.buffers())}
         for tensor in (*model.parameters(), *model.buffers()):
             if id(tensor) not in kept | words and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
-    for model in trained.values():
+    for model in learning.values():
         model.train()
         if config.gradient_checkpointing:
             getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
-    for name in running.keys() - trained.keys():
-        running[name].to(accelerator.device)
-    return {name: accelerator.prepare_model(model) for name, model in trained.items()}
+    for name in on_device.keys() - learning.keys():
+        on_device[name].to(accelerator.device)
+    return {name: accelerator.prepare_model(model) for name, model in learning.items()}

@@ -1,13 +1,11 @@
-"""What the user knows before the first step."""
+"""The summary of a run, shown before its first step."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
 from sd_lora.config.schema import TrainConfig
-from sd_lora.data.check.page import report_lines
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.files import mib
 from sd_lora.formats.canonical import Adapter
@@ -16,84 +14,86 @@ from sd_lora.formats.names import naming_of
 from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.report import summary as report
+from sd_lora.report.summary import adapted_modules
 from sd_lora.sampling.sampler import draws
 from sd_lora.training.adapt import rank_and_alpha
+from sd_lora.training.caches import Caches
+from sd_lora.training.run import Run
 
-if TYPE_CHECKING:
-    from sd_lora.training.setup import Run
 
-
-def summarise(run: "Run") -> None:
-    """Fills the summary that the user sees before the first step."""
-    config, rows, notes = run.config, run.summary.rows, run.summary.notes
-    kinds = run.data.images
-    parts = run.parts
+def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
+    """Fill a run's summary. base_notes: hints about the base model."""
+    config, parts, rows = run.config, run.parts, run.summary.rows
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
     rows["model"] = f"{config.pretrained_model_name_or_path} ({parts.family.label}{task})"
     rows |= run.plan.rows()
-    if "class" in kinds:
-        rows["images"] += f", and {len(kinds['class'].set.samples)} of the class"
+    if run.images.classes:
+        rows["images"] += f", and {run.images.num_class_images} of the class"
         rows["batch"] += ", as many class images on top"
-    rows |= run.data.rows
-    parameters = {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()}
-    names = {c: list(adapted_layers(m)) for c, m in run.models.items()}
+    rows |= caches.rows
     if config.pretrained_vae_model_name_or_path or config.vae_precision != "fp32":
-        rows["VAE"] = f"{config.pretrained_vae_model_name_or_path or 'the base’s'}, "
-        rows["VAE"] += config.vae_precision
-    notes += run.base_notes
+        vae = config.pretrained_vae_model_name_or_path or "the base’s"
+        rows["VAE"] = f"{vae}, {config.vae_precision}"
     rows["method"] = method_of_run(config)
     ranks = {c: rank_and_alpha(config, c) for c in run.models if c != "unet"}
     if any(rank != config.rank for rank, _ in ranks.values()):
         rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, (rank, _) in ranks.items())
-    rows["adapted"] = report.adapted(names, parameters)
-    _say_texts(run)
-    rows["LoRA file"], lost = files_of(run.models, run.meta_pipeline, config.save_precision)
-    notes += lost
+    rows["adapted"] = adapted_modules(
+        {c: list(adapted_layers(m)) for c, m in run.models.items()},
+        {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()},
+    )
+    rows |= _text_rows(run)
+    rows["LoRA file"], format_notes = files_of(run.models, run.meta_pipeline, config.save_precision)
     rows["objective"] = objective_of(run)
-    if config.do_edm_style_training and not weighed(run.schedule):
-        notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
-    if not draws(parts.family):
-        notes.append(
-            f"no sample images: {parts.family.label} finishes those of another model, and draws "
-            "none by itself"
-        )
-    device = run.accelerator.device
-    rows["device"] = f"{device}, {run.accelerator.mixed_precision} precision, seed {run.plan.seed}"
-    if parts.task is INPAINTING:
-        notes.append("masks are drawn, and what they leave is encoded, anew each time")
-    sets = [images.set for images in kinds.values()]
-    drawn = sum(s.is_random(i) for s in sets for i in range(len(s.samples)))
-    if drawn:
-        notes.append(
-            f"{drawn} images are cropped at random: encoded anew each time (--center_crop caches "
-            "them)"
-        )
-    notes += run.data.notes
+    precision = f"{run.accelerator.mixed_precision} precision"
+    rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
+    run.summary.notes += [*base_notes, *format_notes, *_notes(run), *caches.notes]
     if run.saved:
-        notes.append(f"goes on from {run.saved.path}")
+        run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:
-            notes.append("images or captions are others than when it was written")
-    run.summary.findings += report_lines([f for p in kinds.values() for f in p.findings])
+            run.summary.notes.append("images or captions have changed since it was written")
+    run.summary.findings += run.images.findings
 
 
-def _say_texts(run: "Run") -> None:
-    """Adds what is particular to captions, new words, and text encoders that stop."""
-    rows = run.summary.rows
+def _notes(run: Run) -> list[str]:
+    """Hints about options without effect, and work that no cache can save."""
+    notes = []
+    if run.config.do_edm_style_training and not weighed(run.schedule):
+        notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
+    if not draws(run.parts.family):
+        notes.append(
+            f"no sample images: {run.parts.family.label} refines images of another model and "
+            "cannot draw them alone"
+        )
+    if run.parts.task is INPAINTING:
+        notes.append("masks are drawn, and masked images encoded, in each step")
+    sets = [found.set for found in run.images.by_kind.values()]
+    random_crops = sum(s.is_random(i) for s in sets for i in range(len(s.samples)))
+    if random_crops:
+        notes.append(
+            f"{random_crops} images are cropped at random, so each step encodes them "
+            "(--center_crop caches them)"
+        )
+    return notes
+
+
+def _text_rows(run: Run) -> dict[str, str]:
+    """Rows on captions, new words, and text encoders that stop early."""
+    rows = {}
     reading = reading_of(run.config)
     if reading:
         rows["captions"] = reading
-    if run.texts.tokens:
-        words = run.texts.tokens
-        count = sum(p.numel() for p in words.parameters())
-        rows["new words"] = (
-            ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in words.concepts)
-            + f", {count:,} parameters"
-        )
-    stops = {c: s for c, s in run.texts.stops.items() if s is not None}
-    stops |= {"new words": run.texts.tokens_stop} if run.texts.tokens_stop is not None else {}
+    tokens = run.text.tokens
+    if tokens:
+        words = ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in tokens.concepts)
+        count = sum(p.numel() for p in tokens.parameters())
+        rows["new words"] = f"{words}, {count:,} parameters"
+    stops = {c: step for c, step in run.text.stops.lora.items() if step is not None}
+    if run.text.stops.new_words is not None:
+        stops["new words"] = run.text.stops.new_words
     if stops:
-        rows["stop early"] = ", ".join(f"{what} after step {step}" for what, step in stops.items())
+        rows["stop early"] = ", ".join(f"{name} after step {step}" for name, step in stops.items())
+    return rows
 
 
 def weighed(schedule: NoiseSchedule) -> bool:

@@ -71,7 +71,7 @@ def optimised(config: TrainConfig) -> Outcome:
     """The log and the factors of a run, without what `train` does around its steps."""
     run = prepare(config)
     run.output_dir.mkdir(parents=True)
-    loop._optimise(run, loop.History(), [])
+    loop.train_steps(run, loop.LossLog(run))
     return log(run.output_dir), [p.detach().clone() for p in run.parameters]
 
 
@@ -255,7 +255,7 @@ def test_an_entry_that_vanishes_is_computed_again(
     """Entries that another run removes, or that a disk spoils, while a run goes on cost it time and
     change nothing: latents and texts too large to be held are computed anew."""
     want = optimised(run_of(tiny_sd1, mixed, tmp_path / "whole"))
-    monkeypatch.setattr(caches, "HELD", 0)  # as if all texts were too large to be held
+    monkeypatch.setattr(caches, "HELD_BYTES", 0)  # as if all texts were too large to be held
     monkeypatch.setattr(embeddings, "HELD", 0)
     run = prepare(run_of(tiny_sd1, mixed, tmp_path / "robbed"))
     for path in (tmp_path / "c" / "latents").rglob("*"):
@@ -263,7 +263,7 @@ def test_an_entry_that_vanishes_is_computed_again(
             path.write_bytes(b"spoilt")
     shutil.rmtree(tmp_path / "c" / "texts")
     run.output_dir.mkdir()
-    loop._optimise(run, loop.History(), [])
+    loop.train_steps(run, loop.LossLog(run))
     assert_same_outcome(want, (log(run.output_dir), [p.detach() for p in run.parameters]))
 
 
@@ -290,9 +290,9 @@ def test_torture(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     config = run_of(tiny_sd1, folder, tmp_path / "out", num_train_epochs=1, max_train_steps=None)
     run = prepare(config)
     said = run.summary.text()
-    samples = run.data.instances.samples
+    samples = run.images.instances.samples
     trained = {str(Path(s.name).relative_to(folder)) for s in samples}
-    left_out = {f.name: f for f in run.data.images["instance"].findings if f.level == "left out"}
+    left_out = {f.name: f for f in run.images.by_kind["instance"].findings if f.level == "left out"}
     bad = {name for name, code in expected.items() if str(folder / name) in left_out}
     assert len(bad) >= 25
     assert not trained & bad
@@ -499,7 +499,7 @@ def test_a_dataset_config_of_kohyas(tiny_sd1: Path, mixed: Path, tmp_path: Path)
     for batch in run.batches():
         kinds.update(item.kind for item in batch.items)
         loaded.update(
-            Path(run.data.instances.samples[item.index].name).name
+            Path(run.images.instances.samples[item.index].name).name
             for item in batch.items
             if item.kind == "instance"
         )
@@ -535,7 +535,7 @@ def test_several_sources(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
     loaded: Counter[tuple[str, float]] = Counter()
     for batch in run.batches():
         for item in batch.items:
-            name = Path(run.data.instances.samples[item.index].name).name
+            name = Path(run.images.instances.samples[item.index].name).name
             loaded[name, item.weight] += 1
             if name == "x.png":
                 assert item.caption == "a dog"

@@ -136,9 +136,9 @@ def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: P
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "batch_loss", watched)
-        loop._open_output(run)
+        loop.open_output(run)
         with loop.stop_requests() as requests:
-            loop._optimise(run, loop.History(), requests)
+            loop.train_steps(run, loop.LossLog(run), requests)
     loaded = [*loaded[1:], states(run)]  # before each step, and after the last
     for component, stop in (("unet", 6), ("text_encoder", 2), ("text_encoder_2", 4)):
         for step, (before, after) in enumerate(zip(loaded, loaded[1:], strict=False)):
@@ -295,15 +295,15 @@ def test_encoders_that_have_stopped_are_read_no_more(
     options = {"train_text_encoder": True, "text_encoder_stop_step": 2, "caption_dropout": 0.3}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **options, max_train_steps=6))
     calls = []
-    for encoder in run.texts.encoders.values():
+    for encoder in run.text.encoders.values():
         encoder.register_forward_hook(lambda *_: calls.append(1))
     for step in range(6):
         before = len(calls)
         loop.batch_loss(run, run.stream.batch(step), step)
         assert (len(calls) > before) == (step <= 2), step
-    want = run.texts.caption_encoder.encode(run.texts.encoders, ["a photo of thing 3", None])
+    want = run.text.caption_encoder.encode(run.text.encoders, ["a photo of thing 3", None])
     for caption, embedding in zip(["a photo of thing 3", None], want, strict=True):
-        assert torch.equal(run.texts.table.get(caption).hidden, embedding.hidden)
+        assert torch.equal(run.text.table.get(caption).hidden, embedding.hidden)
 
 
 def test_square_images_are_encoded_once_for_inpainting(tiny: Folder, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def optimise(run: Run) -> int:
     """The steps of a prepared run, without what `train` does around them."""
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    return loop._optimise(run, loop.History(), [])
+    return loop.train_steps(run, loop.LossLog(run))
 
 
 def difference(a: Path, b: Path) -> float:

@@ -43,12 +43,12 @@ def test_words_and_lora_give_the_trained_model(
 
     def spy(run: Run) -> list:
         with torch.no_grad():
-            seen["text"] = run.texts.caption_encoder.encode(
-                run.texts.encoders, [WORDS["instance_prompt"]]
+            seen["text"] = run.text.caption_encoder.encode(
+                run.text.encoders, [WORDS["instance_prompt"]]
             )
-        seen["start"] = prepare(config).texts.tokens.state_dict()
-        seen["end"] = run.texts.tokens.state_dict()
-        seen["tables"] = [e.base.weight.clone() for e in run.texts.tokens.embeddings.values()]
+        seen["start"] = prepare(config).text.tokens.state_dict()
+        seen["end"] = run.text.tokens.state_dict()
+        seen["tables"] = [e.base.weight.clone() for e in run.text.tokens.embeddings.values()]
         return export(run)
 
     changes = WORDS | {"train_text_encoder": with_lora, "max_train_steps": 8}
@@ -95,7 +95,7 @@ def test_words_alone_leave_the_encoders_alone(tiny: Folder, data: Path, tmp_path
     LoRA and the new rows alone, which do not decay."""
     run = prepare(dreambooth(tiny("sdxl"), data, tmp_path, **WORDS, adam_weight_decay=0.3))
     assert list(run.models) == ["unet"]
-    rows = {id(p) for p in run.texts.tokens.parameters()}
+    rows = {id(p) for p in run.text.tokens.parameters()}
     groups = {id(p): g for g in run.optimizer.param_groups for p in g["params"]}
     assert groups.keys() == {id(p) for p in run.parameters}
     assert {(groups[i]["lr"], groups[i]["weight_decay"]) for i in rows} == {(1e-2, 0.0)}
@@ -160,7 +160,7 @@ def test_words_that_cannot_be(
 def test_a_word_starts_from_an_initializer(tiny: Folder, data: Path, tmp_path: Path) -> None:
     """With initializer_token the new word's vectors are those of its letters in the base."""
     config = dreambooth(tiny("sd1"), data, tmp_path, **WORDS, initializer_token="ab")
-    tokens = prepare(config).texts.tokens
+    tokens = prepare(config).text.tokens
     ids = tokens.given_tokenizers["text_encoder"]("ab", add_special_tokens=False).input_ids
     table = tokens.embeddings["text_encoder"].base.weight
     assert torch.equal(tokens.vectors(tokens.concepts[0], "text_encoder"), table[ids])

@@ -1,0 +1,171 @@
+"""Events of a run: typed records for its listeners.
+
+A listener is a function of one event: the terminal, the log file, trackers, a page. A run tells and
+never prints; events come from the main process alone, in the order in which things happen.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+
+from sd_lora.findings import Finding
+from sd_lora.formats.verify import Verified
+from sd_lora.report.summary import Summary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class FindingMade:
+    """A finding of the data check; `RunPlanned` has all of them, too."""
+
+    finding: Finding
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Work before the first step, item by item.
+
+    label: the work, such as "checking". done: finished items. total: None while unknown.
+    unit: name of an item. ended: no further event of this label follows.
+    """
+
+    label: str
+    done: int
+    total: int | None
+    unit: str = "image"
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class RunPlanned:
+    """All checks have passed, and everything is loaded. summary: with the findings."""
+
+    summary: Summary
+
+
+@dataclass(frozen=True)
+class TrainingStarted:
+    """The next step is `first_step` + 1 of `num_steps`."""
+
+    first_step: int
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimiser step is done; its loss is still on the device. step: counted from 1."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """Numbers of one step. loss: mean over processes. learning_rate: of modules without a factor of
+    their own. grad_norm: before clipping; None where fp16's loss scaling skipped the step."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float | None
+
+
+@dataclass(frozen=True)
+class StepsLogged:
+    """Records of the steps since the last such event."""
+
+    records: tuple[StepRecord, ...]
+
+    @property
+    def mean_loss(self) -> float:
+        return sum(record.loss for record in self.records) / len(self.records)
+
+
+@dataclass(frozen=True)
+class SamplesDrawn:
+    """Sample images of the model after `step` steps, one a prompt. sheet: their file."""
+
+    step: int
+    prompts: Sequence[str]
+    images: Sequence[Image.Image]
+    sheet: Path
+
+
+@dataclass(frozen=True)
+class CheckpointSaved:
+    """A complete checkpoint folder."""
+
+    step: int
+    path: Path
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Mean loss of the first steps' batches and noise, in training and by the trained model.
+
+    num_steps: number of these steps. first: NaN where the log of an earlier part is gone.
+    """
+
+    num_steps: int
+    first: float
+    trained: float
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files of a finished run. files: verified LoRA files. usage: lines on how to load them."""
+
+    files: Sequence[Verified]
+    usage: Sequence[str]
+
+
+@dataclass(frozen=True)
+class RunEnded:
+    """A run that did all its steps. seconds: of this process. sheet: samples before and after."""
+
+    seconds: float
+    sheet: Path | None
+
+
+Event = (
+    FindingMade
+    | Progress
+    | RunPlanned
+    | TrainingStarted
+    | StepDone
+    | StepsLogged
+    | SamplesDrawn
+    | CheckpointSaved
+    | Validated
+    | Exported
+    | RunEnded
+)
+Listener = Callable[[Event], None]
+
+
+def to_all(listeners: Sequence[Listener]) -> Listener:
+    """A listener that passes each event on to all of these, in their order."""
+
+    def emit(event: Event) -> None:
+        for listener in listeners:
+            listener(event)
+
+    return emit
+
+
+def tracked(
+    items: Iterable[T], emit: Listener, label: str, total: int | None = None, unit: str = "image"
+) -> Iterator[T]:
+    """Yield items, with `Progress` events before the first and after each."""
+    done = 0
+    emit(Progress(label, done, total, unit))
+    try:
+        for item in items:
+            yield item
+            done += 1
+            emit(Progress(label, done, total, unit))
+    finally:
+        emit(Progress(label, done, total, unit, ended=True))

@@ -1,0 +1,103 @@
+"""The terminal as a listener of a run: its summary, progress bars and results."""
+
+from tqdm.auto import tqdm
+
+from sd_lora.report.events import (
+    Event,
+    Exported,
+    Progress,
+    RunEnded,
+    RunPlanned,
+    StepDone,
+    StepsLogged,
+    TrainingStarted,
+    Validated,
+)
+from sd_lora.report.summary import duration, verified_files
+
+
+class Terminal:
+    """Shows a run to the person who started it.
+
+    Use as a context, which ends the bar of a run that stops early:
+    `with Terminal() as terminal: train(config, [terminal])`.
+
+    title: first line above the summary.
+    """
+
+    def __init__(self, title: str = "sd_lora trains a LoRA:") -> None:
+        self.title = title
+        self._bar: tqdm | None = None
+        self._validated: Validated | None = None
+        self._exported: Exported | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event. Findings and samples are in the summary and in files already."""
+        match event:
+            case Progress():
+                self._advance(event)
+            case RunPlanned():
+                self._say(f"{self.title}\n{event.summary.text()}")
+            case TrainingStarted():
+                self._open("training", event.num_steps, "step", event.first_step, leave=True)
+            case StepDone() if self._bar is not None:
+                self._bar.update()
+            case StepsLogged() if self._bar is not None:
+                self._bar.set_postfix(loss=f"{event.mean_loss:.4f}")
+            case Validated():
+                self._close()
+                self._validated = event
+            case Exported():
+                self._exported = event
+            case RunEnded():
+                self._close()
+                self._say(self._result(event))
+            case _:
+                pass
+
+    def __enter__(self) -> "Terminal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _advance(self, event: Progress) -> None:
+        if event.ended:
+            self._close()
+            return
+        if self._bar is None:
+            self._open(event.label, event.total, event.unit)
+        assert self._bar is not None
+        self._bar.update(event.done - self._bar.n)
+
+    def _open(
+        self, label: str, total: int | None, unit: str, done: int = 0, leave: bool = False
+    ) -> None:
+        self._bar = tqdm(
+            desc=label, total=total, unit=unit, initial=done, leave=leave, dynamic_ncols=True
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _result(self, event: RunEnded) -> str:
+        """The lines after the last step."""
+        lines = [f"done in {duration(event.seconds)}"]
+        if self._validated:
+            v = self._validated
+            first = "" if v.first != v.first else f"{v.first:.4f} then, "  # NaN: not known
+            lines[0] += (
+                f"; loss of the first {v.num_steps} steps' batches and noise: {first}"
+                f"{v.trained:.4f} now"
+            )
+        if self._exported:
+            lines += [verified_files(self._exported.files), *self._exported.usage]
+        if event.sheet:
+            lines.append(f"  look at {event.sheet}")
+        return "\n".join(lines)
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, flush=True)

@@ -1,0 +1,203 @@
+"""A run that is ready for its first step: the parts that the loop works with."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from sd_lora.adapters.inject import limit_norms, lora_layers
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.batches.stream import Batch, BatchItem, Stream
+from sd_lora.data.cache.encode import Latents
+from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.errors import RunError
+from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
+from sd_lora.models.families import INPAINTING
+from sd_lora.models.load import Parts
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.report.events import Listener
+from sd_lora.report.log_file import LogFile
+from sd_lora.report.summary import Summary
+from sd_lora.training import checkpoint
+from sd_lora.training.conditioning import TextConditioning
+from sd_lora.training.data import RunImages
+from sd_lora.training.plan import Plan
+
+
+class ImageLost(RunError):
+    """An image that existed when the run started cannot be read any more."""
+
+
+@dataclass
+class Run:
+    """Everything that the loop needs.
+
+    emit: tells an event to the listeners; does nothing on other processes than the main one.
+    log: the file of losses. models: component → injected model. prepared: component → model as
+    Accelerate wrapped it, for those that learn. timesteps: the first trained one, and the one after
+    the last. text: captions → embeddings. meta_pipeline: the modules that the LoRA is for.
+    saved: the checkpoint to resume.
+    """
+
+    plan: Plan
+    emit: Listener
+    log: LogFile
+    accelerator: Accelerator
+    parts: Parts
+    models: dict[str, nn.Module]
+    prepared: dict[str, nn.Module]
+    schedule: NoiseSchedule
+    timesteps: tuple[int, int]
+    latents: Latents
+    text: TextConditioning
+    meta_pipeline: MetaPipeline
+    stream: Stream
+    images: RunImages
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    summary: Summary
+    saved: checkpoint.Saved | None = None
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.plan.config
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the main process."""
+        return self.accelerator.is_main_process
+
+    @property
+    def prediction_type(self) -> str:
+        """The prediction type by the base's scheduler; for EDM, its own sign convention."""
+        return str(self.parts.scheduler.config.prediction_type)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters: deltas, and embeddings of new words."""
+        tokens = self.text.tokens
+        layers = [p for model in self.models.values() for p in lora_layers(model)]
+        return [*layers, *(tokens.parameters() if tokens else [])]
+
+    @property
+    def first_step(self) -> int:
+        """Steps done before this process started: those of the resumed checkpoint."""
+        return self.saved.progress.step if self.saved else 0
+
+    @property
+    def learning_rate(self) -> float:
+        """The current learning rate of modules without a factor of their own."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("multiple", 1.0)
+
+    def restore(self) -> None:
+        """Load the checkpoint to resume, with this run's learning rates."""
+        if self.saved is None:
+            return
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        self.saved.load_factors(self.models)
+        if self.text.tokens:
+            self.text.tokens.load_state_dict(self.saved.state["tokens"])
+        self.optimizer.load_state_dict(self.saved.state["optimizer"])
+        self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            if group["initial_lr"] != rate:
+                group["lr"] *= rate / group["initial_lr"]
+                group["initial_lr"] = rate
+        self.lr_scheduler.base_lrs = rates
+        if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
+
+    def batches(self) -> Iterator[tuple[int, Batch]]:
+        """Yield this process's micro-batches from the first step on, with their numbers.
+
+        Raises:
+            ImageLost: an image that cannot be read any more.
+        """
+        start = self.plan.epochs.first_of_step(self.first_step)
+        loader = DataLoader(
+            self.stream,
+            batch_size=None,
+            sampler=range(start, len(self.stream)),
+            num_workers=self.config.dataloader_num_workers,
+            collate_fn=_unchanged,
+        )
+        for number, batch in enumerate(loader, start):
+            if isinstance(batch, RunError):
+                raise ImageLost(str(batch))
+            yield number, batch
+
+    def conditions(self, items: list[BatchItem], step: int) -> Conditioning:
+        """Conditions of the UNet for batch items, on the device, in the base's dtype.
+
+        step: number of steps done, since text encoders may stop learning.
+        """
+        embeddings = self.text.embeddings([item.caption for item in items], step)
+        geometries = [_geometry(item) for item in items]
+        conditions = collate(embeddings, geometries, self.parts.family)
+        return conditions.to(self.text.device, self.text.dtype)
+
+    def unet_input(self, x_t: Tensor, batch: Batch) -> Tensor:
+        """Input of the UNet in the base's dtype: x_t (B, C, H, W), for inpainting with the mask
+        and the masked image's latents (B, 2C + 1, H, W)."""
+        if self.parts.task is INPAINTING:
+            x_t = torch.cat([x_t, self.latents.masked(batch.items, batch.loaded)], dim=1)
+        return x_t.to(self.text.dtype)
+
+    def gradient_exchange(self, enabled: bool) -> contextlib.ExitStack:
+        """A context: whether a backward pass in it averages gradients over processes. The last
+        micro-batch of a step does; the others add up on their own process."""
+        stack = contextlib.ExitStack()
+        if not enabled:
+            for model in self.prepared.values():
+                stack.enter_context(self.accelerator.no_sync(model))
+        return stack
+
+    def limit_norms(self, step: int) -> None:
+        """Scale deltas down to `scale_weight_norms`, but for those that stopped learning."""
+        bound = self.config.scale_weight_norms
+        for component, model in self.models.items():
+            if bound is not None and not self.text.stops.lora_has_stopped(component, step):
+                limit_norms(model, bound)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """Name → state of a checkpoint, besides the factors."""
+        scaler, tokens = self.accelerator.scaler, self.text.tokens
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "tokens": tokens.state_dict() if tokens else None,
+        }
+
+    def release_distributed(self) -> None:
+        """End the joint work of the processes; the others do not wait for the main one's exports.
+
+        DistributedDataParallel goes first, while all processes are alive: destroyed after its
+        process group, it waits for a thread that waits for the interpreter (torch 2.13, gloo).
+        """
+        self.prepared.clear()
+        self.text.learning.clear()
+        self.accelerator.free_memory()
+        self.accelerator.wait_for_everyone()
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _geometry(item: BatchItem) -> Geometry:
+    """Size, corner and target of an item's crop, for SDXL's conditions."""
+    left, top = item.crop.corner_of(item.flip)
+    original, target = item.crop.original[::-1], item.crop.size[::-1]
+    return Geometry(original, (top, left), target)
