@@ -1,4 +1,4 @@
-"""`sd-lora check`: what a run would train on, without loading a model or training anything."""
+"""`sd-lora check`: the images, captions, crops and steps of a run, without a model."""
 
 import dataclasses
 import json
@@ -11,7 +11,6 @@ from PIL import Image
 
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.config.schema import TrainConfig
-from sd_lora.config.sources import Kind
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.placement import latent_bytes
@@ -24,72 +23,59 @@ from sd_lora.data.check.page import (
     report_lines,
     write_page,
 )
-from sd_lora.data.check.usable import UsableImages, usable_images
 from sd_lora.data.images.buckets import Crop, Size
 from sd_lora.data.images.facts import Facts
-from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample
 from sd_lora.files import mib
 from sd_lora.findings import Finding
-from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.load import Base
-from sd_lora.report.events import Listener, to_all, tracked
+from sd_lora.report.events import Listener, to_all
 from sd_lora.report.summary import Summary
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.caches import open_store
-from sd_lora.training.class_images import check_class_images, has_class_images
+from sd_lora.training.class_images import check_class_images
 from sd_lora.training.conditioning import (
     MAX_CAPTIONS,
     embedding_bytes,
     planned_caption_encoder,
 )
-from sd_lora.training.data import (
-    base_of,
-    class_spec,
-    crop_settings_of,
-    find_sources,
-    pixel_settings_of,
-)
+from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 
-WORST = 5
-"""UsableImages that are named as those that lose most."""
+NUM_WORST = 5
+"""Images named as those that lose most to their crop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """What a check found.
+    """The result of a check.
 
-    rows: label → text. images: kind → what was found. thumbnails: name → data URI.
+    rows: label → text of the summary. thumbnails: name of an image → data URI.
     """
 
     plan: Plan
-    caption_encoder: CaptionEncoder
+    images: RunImages
     rows: dict[str, str]
-    images: dict[str, UsableImages]
     thumbnails: dict[str, str]
 
     @property
-    def instances(self) -> ImageSet:
-        return self.images["instance"].set
-
-    @property
     def findings(self) -> list[Finding]:
-        return [finding for images in self.images.values() for finding in images.findings]
+        """All findings."""
+        return self.images.findings
 
     @property
     def verdict(self) -> str:
-        """What comes of it, in a sentence."""
+        """One sentence with the counts."""
         counts = findings_as_json(self.findings)["counts"]
-        words = [f"images that will be trained: {len(self.instances.samples)}"]
+        words = [f"images that will be trained: {len(self.images.instances.samples)}"]
         if counts["left out"]:
             words.append(f"files and folders that are left out: {counts['left out']}")
         words += [f"warnings: {counts['warning']}"] if counts["warning"] else []
         return ", ".join(words)
 
     def crop(self, images: ImageSet, index: int) -> Crop:
-        """Returns what is seen of an image, of one that is cut at random the middle."""
+        """The crop of an image; the middle one for random crops."""
         sample = images.samples[index]
         return images.crop_settings.crop(sample.size, images.buckets[index], None)
 
@@ -100,70 +86,55 @@ def check(
     page: bool = True,
     listeners: Sequence[Listener] = (),
 ) -> Checked:
-    """Looks at everything that a run of this configuration would train on.
+    """Check all images and captions of a run, without loading a model or training.
 
     Args:
-        config: the run's.
-        num_processes: that would train it.
-        page: thumbnails are made.
+        config: of the run.
+        num_processes: number of processes that will train.
+        page: whether thumbnails are made.
         listeners: functions of one event, for progress.
 
     Raises:
-        UsageError, RunError: what would stop the run, too, but for being strict: `refuse_any`
-            says that of the findings when they are shown.
+        UsageError, RunError: the errors of the run, but for findings of a strict run:
+            `refuse_any` raises these when they have been shown.
     """
-    emit = to_all(listeners)
     base = base_of(config)
     config = config.for_base(base.family.name, base.resolution)
     config = dataclasses.replace(config, strict=False)
-    shapes, caption_encoder, seed = (
-        crop_settings_of(config, base),
-        planned_caption_encoder(config, base),
-        config.seed or 0,
-    )
+    crop_settings, seed = crop_settings_of(config, base), config.seed or 0
+    caption_encoder = planned_caption_encoder(config, base)
     pixel_settings_of(config, base)
     thumbnails: dict[str, str] = {}
 
     def keep(sample: Sample, facts: Facts, thumbnail: Image.Image) -> None:
         thumbnails[sample.name] = data_uri(thumbnail)
 
-    found = find_sources(config, seed)
-    if config.with_prior_preservation and has_class_images(config):
-        found += open_source(class_spec(config))
-    images: dict[str, UsableImages] = {}
-    kinds: tuple[Kind, ...] = ("instance", "class")
-    for kind in kinds:
-        sources = [source for source in found if source.spec.kind == kind]
-        if sources:
-            looked = usable_images(
-                config, sources, kind, shapes, seed, open_store(config), caption_encoder,
-                lambda items, total: tracked(items, emit, "checking", total),
-                images["instance"].set.samples if kind == "class" else (),
-                thumbnails=keep if page else None, may_be_none=kind == "class",
-            )  # fmt: skip
-            if looked:
-                images[kind] = looked
-    plan = Plan.of(config, images["instance"].set, num_processes)
+    images = RunImages(
+        config, crop_settings, seed, open_store(config), caption_encoder, to_all(listeners),
+        thumbnails=keep if page else None,
+    )  # fmt: skip
+    images.check_sources()
+    plan = Plan.of(config, images.instances, num_processes)
     rows = {"model": f"{config.pretrained_model_name_or_path} ({base.family.label})"}
     rows |= plan.rows()
-    if "class" in images:
-        rows["images"] += f", and {len(images['class'].set.samples)} of the class"
-    if "class" in images or config.with_prior_preservation:
+    if images.classes:
+        rows["images"] += f", and {images.num_class_images} of the class"
+    if images.classes or config.with_prior_preservation:
         rows["batch"] += ", as many class images on top"
     if config.with_prior_preservation:
-        there = len(images["class"].set.samples) if "class" in images else 0
+        there = images.num_class_images
         check_class_images(config, there, base.family)
         missing = max(0, config.num_class_images - there)
         rows["class images"] = f"{there} there, {missing} will be generated"
     if config.max_train_samples and config.seed is None:
         rows["images"] += " (others than those that a run without --seed will draw)"
-    rows["cut away"] = _cut_away(images["instance"].set)
+    rows["cut away"] = _cut_away(images.instances)
     rows["disk"] = disk(config, base, plan, images)
-    return Checked(plan, caption_encoder, rows, images, thumbnails)
+    return Checked(plan, images, rows, thumbnails)
 
 
 def _cut_away(images: ImageSet) -> str:
-    """Returns how much of the images is cut away, and of which most."""
+    """Mean crop loss, and the images that lose most."""
     losses = sorted(
         (
             (images.crop_settings.crop(s.size, bucket, None).crop_loss, s.name)
@@ -172,23 +143,21 @@ def _cut_away(images: ImageSet) -> str:
         reverse=True,
     )
     mean = sum(loss for loss, _ in losses) / len(losses)
-    most = [f"{Path(name).name[-40:]} {loss:.0%}" for loss, name in losses[:WORST] if loss >= 0.05]
+    most = [
+        f"{Path(name).name[-40:]} {loss:.0%}" for loss, name in losses[:NUM_WORST] if loss >= 0.05
+    ]
     return f"{mean:.1%} of the images on average" + (f"; {', '.join(most)}" if most else "")
 
 
-def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableImages]) -> str:
-    """Returns what caches, checkpoints and files take."""
+def disk(config: TrainConfig, base: Base, plan: Plan, images: RunImages) -> str:
+    """Disk space of caches, checkpoints and files."""
     vae = base.vae_config
     factor = 2 ** (len(vae["block_out_channels"]) - 1)
     width = torch.finfo(DTYPES[config.vae_precision]).bits // 8
     size = (vae.get("latent_channels", 4), factor, width)
-    latents = sum(latent_bytes(p.set, *size) for p in images.values())
-    adapted = inject_all(
-        dataclasses.replace(config, init_lora_weights=None),
-        base.family,
-        base.meta_pipeline.models,
-        0,
-    )
+    latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
+    plain = dataclasses.replace(config, init_lora_weights=None)
+    adapted = inject_all(plain, base.family, base.meta_pipeline.models, 0)
     parameters = sum(p.numel() for model in adapted.values() for p in lora_layers(model))
     words = []
     if config.cache_latents in ("auto", "disk"):
@@ -196,7 +165,7 @@ def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableIm
     if config.cache_text_embeddings in ("auto", "disk") and not (
         config.train_text_encoder or config.token_abstraction
     ):
-        samples = [s for p in images.values() for s in p.set.samples]
+        samples = [s for p in images.by_kind.values() for s in p.set.samples]
         count = len({f for s in samples for f in longest_form(s.captions, s.source.rules)})
         varies = any(s.source.rules.varies for s in samples)
         if varies:  # each sample may have another one
@@ -205,7 +174,8 @@ def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableIm
         precision = DTYPES[config.mixed_precision or "no"]
         one = embedding_bytes(configs, config.max_token_length, precision)
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
-    words.append(f"what is known of images {mib(4096 * sum(map(_number, images.values())))}")
+    number = sum(len(found.set.samples) for found in images.by_kind.values())
+    words.append(f"what is known of images {mib(4096 * number)}")
     moments = 2 if config.use_8bit_adam else 8
     count = math.ceil(plan.num_steps / config.checkpointing_steps) - (
         plan.num_steps % config.checkpointing_steps != 0
@@ -218,12 +188,8 @@ def disk(config: TrainConfig, base: Base, plan: Plan, images: dict[str, UsableIm
     return ", ".join(words)
 
 
-def _number(images: UsableImages) -> int:
-    return len(images.set.samples)
-
-
 def lines(checked: Checked) -> str:
-    """Returns what a terminal shows."""
+    """The lines for a terminal: summary, buckets, findings."""
     table = [f"  {row}" for row in _bucket_lines(checked)]
     findings = [f"  {line}" for line in report_lines(checked.findings)]
     summary = Summary(checked.rows).text()
@@ -247,8 +213,8 @@ def _bucket_lines(checked: Checked) -> list[str]:
 
 
 def _buckets(checked: Checked) -> list[tuple[PageBucket, float, float]]:
-    """Returns the buckets, with the mean and the largest part that is cut away in each."""
-    images, epochs = checked.instances, checked.plan.epochs
+    """Buckets, each with the mean and the largest crop loss of its images."""
+    images, epochs = checked.images.instances, checked.plan.epochs
     losses: dict[Size, list[float]] = {}
     for index, bucket in enumerate(images.buckets):
         losses.setdefault(bucket, []).append(checked.crop(images, index).crop_loss)
@@ -262,7 +228,7 @@ def _buckets(checked: Checked) -> list[tuple[PageBucket, float, float]]:
 
 
 def as_json(checked: Checked) -> str:
-    """Returns everything, for scripts: findings, images with their cuts, buckets, arithmetic."""
+    """Everything for scripts: findings, images with their crops, buckets, arithmetic."""
     plan = checked.plan
     images = [
         {
@@ -278,7 +244,7 @@ def as_json(checked: Checked) -> str:
             "repeats": sample.source.repeats,
             "captions": sample.captions,
         }
-        for kind, found in checked.images.items()
+        for kind, found in checked.images.by_kind.items()
         for index, sample in enumerate(found.set.samples)
         for crop in [checked.crop(found.set, index)]
     ]
@@ -296,17 +262,19 @@ def as_json(checked: Checked) -> str:
 
 
 def write(checked: Checked, path: Path) -> None:
-    """Writes the page; raises RunError if the disk does not take it."""
+    """Write the page; raises RunError on a failed write."""
     of_name: dict[str, list[Finding]] = {}
     for finding in checked.findings:
         of_name.setdefault(finding.name, []).append(finding)
     shown = [
         _page_image(checked, found.set, index, of_name)
-        for found in checked.images.values()
+        for found in checked.images.by_kind.values()
         for index, sample in enumerate(found.set.samples)
         if sample.name in checked.thumbnails
     ]
-    places = [str(s.spec.path or s.spec.dataset) for s in checked.images["instance"].sources]
+    places = [
+        str(s.spec.path or s.spec.dataset) for s in checked.images.by_kind["instance"].sources
+    ]
     page_report = PageReport(
         title=", ".join(dict.fromkeys(places)),
         verdict=checked.verdict,
@@ -314,7 +282,7 @@ def write(checked: Checked, path: Path) -> None:
         buckets=[bucket for bucket, _, _ in _buckets(checked)],
         leftovers=checked.rows.get("left over", ""),
         images=shown,
-        total=sum(len(found.set.samples) for found in checked.images.values()),
+        total=sum(len(found.set.samples) for found in checked.images.by_kind.values()),
         findings=checked.findings,
     )
     write_page(path, page_report)
@@ -341,6 +309,6 @@ def _page_image(
         scale=crop.scale,
         random_crop=images.is_random(index),
         caption=caption,
-        tokens=checked.caption_encoder.count([caption])[caption],
+        tokens=checked.images.caption_encoder.count([caption])[caption],
         findings=tuple(of_name.get(sample.name, ())),
     )

@@ -83,7 +83,7 @@ def check(argv: Sequence[str]) -> None:
     from sd_lora.config.command_line import parse
 
     config = parse(rest, prog="sd-lora check")
-    from sd_lora import check as checkup
+    from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json
     from sd_lora.data.check.usable import NoUsableImages, refuse_any
     from sd_lora.terminal import Terminal
@@ -91,18 +91,18 @@ def check(argv: Sequence[str]) -> None:
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
     try:
         with Terminal() as terminal:
-            checked = checkup.check(config, args.num_processes, page is not None, [terminal])
+            checked = data_check.check(config, args.num_processes, page is not None, [terminal])
     except NoUsableImages as error:
         if args.json:
             verdict = {"verdict": "no image can be trained", "images": []}
             print(json.dumps(verdict | findings_as_json(error.findings), indent=2))
         raise
     if args.json:
-        print(checkup.as_json(checked))
+        print(data_check.as_json(checked))
     else:
-        print(f"sd_lora check:\n{checkup.lines(checked)}\n  {checked.verdict}")
+        print(f"sd_lora check:\n{data_check.lines(checked)}\n  {checked.verdict}")
     if page:
-        checkup.write(checked, page)
+        data_check.write(checked, page)
         if not args.json:
             print(f"  look at {page}")
     if config.strict:
@@ -112,8 +112,8 @@ def check(argv: Sequence[str]) -> None:
 _CHECK = (
     "Look at everything that a run would train on, before it starts: decode every image, count "
     "every caption's tokens, say which shape each is trained in and what is cut away, and how many "
-    "steps that makes. Nothing is changed. Exit code 0: it can be trained; 1: nothing can, or "
-    "--strict and something is left out or warned of; 2: the flags cannot be meant."
+    "steps that makes. Nothing is changed. Exit codes: 0: the run can start; 1: no usable image, "
+    "or --strict and an image is left out or warned of; 2: wrong flags."
 )
 
 

@@ -57,7 +57,7 @@ def test_what_is_said_is_what_is_trained(
     assert said["samples_per_epoch"] == 18
     seen: Counter[tuple[str, tuple[int, int]]] = Counter()
     batches = Counter()
-    for batch in run.batches():
+    for _, batch in run.batches():
         batches[batch.items[0].crop.size] += 1
         for item in batch.items:
             seen[run.images.instances.samples[item.index].name, item.crop.size] += 1

@@ -15,9 +15,9 @@ def grid(
     captions: Sequence[str] = (),
     side: int = 256,
 ) -> Image.Image:
-    """Returns rows of images, each under its label, with a caption under each column.
+    """Sheet of rows of images, each under its label, with a caption under each column.
 
-    Images smaller than `side` are enlarged without smoothing, larger ones reduced.
+    side: pixels of a cell; smaller images are enlarged without smoothing, larger ones reduced.
     """
     gap, line = 8, 22
     columns = max(len(row) for row in rows)
@@ -41,7 +41,7 @@ def grid(
 def _wrapped(
     text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, lines: int = 2
 ) -> list[str]:
-    """Returns at most `lines` lines of text that fit the width, ending in … if more is left."""
+    """Lines of text that fit the width, at most `lines` of them; a cut text ends in "…"."""
     rows: list[str] = [""]
     for word in text.split():
         longer = f"{rows[-1]} {word}".strip()
@@ -56,7 +56,7 @@ def _wrapped(
 
 
 def write_image(path: Path, image: Image.Image) -> None:
-    """Writes a PNG whole or not at all; raises RunError if it cannot be written."""
+    """Write a PNG, complete or not at all; raises RunError on a failed write."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     write_whole(path, buffer.getvalue())

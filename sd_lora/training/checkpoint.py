@@ -1,7 +1,7 @@
-"""Checkpoints: whole or not there, never pruned before the next one stands, exact on resume.
+"""Checkpoints: complete or absent, pruned only after the next one is complete, exact on resume.
 
-One holds the factors as they are (unfolded, float32), the optimiser, the schedule and the position
-in the data. Nothing random is in it: every draw is a function of the position.
+A checkpoint holds the factors as they are (unfolded, float32), the optimiser, the schedule and the
+position in the data. It needs no random state: every draw is a function of the position.
 """
 
 import json
@@ -29,11 +29,11 @@ _PREFIX = "checkpoint-"
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands, and what it is: a run can only go on as the same one.
+    """Position and identity of a run: it can be resumed as the same run only.
 
-    step: optimiser steps done. seed, samples_per_step, num_samples: what a position of the data
-    means. settings: the configuration. order: the digest of which samples make which step; empty in
-    checkpoints of earlier versions. images: the digest of the images and captions.
+    step: optimiser steps done. seed, samples_per_step, num_samples: the meaning of a position in
+    the data. settings: the configuration. order: digest of the samples of each step; empty in
+    checkpoints of earlier versions. images: digest of the images and captions.
     """
 
     step: int
@@ -51,7 +51,7 @@ def _step_of(path: Path) -> int:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Returns the complete checkpoints of a run, oldest first."""
+    """The complete checkpoints of a run, oldest first."""
     found = [p for p in output_dir.glob(f"{_PREFIX}*") if _step_of(p) >= 0]
     return sorted((p for p in found if (p / "progress.json").is_file()), key=_step_of)
 
@@ -63,17 +63,17 @@ def save(
     state: Mapping[str, Any],
     limit: int | None = None,
 ) -> Path:
-    """Writes `checkpoint-<step>`, then removes the oldest beyond `limit`; returns its path.
+    """Write `checkpoint-<step>`, then remove the oldest beyond `limit`; returns its path.
 
     Args:
         output_dir: the run's folder.
-        progress: where the run stands.
+        progress: position of the run.
         models: component → injected model.
         state: name → state dict of the optimiser, schedule and scaler.
-        limit: how many to keep.
+        limit: number of checkpoints to keep.
 
     Raises:
-        RunError: it could not be written; earlier ones are untouched then.
+        RunError: a failed write; earlier checkpoints are untouched.
     """
     final = output_dir / f"{_PREFIX}{progress.step}"
     beside = output_dir / f".{final.name}.part"
@@ -103,10 +103,10 @@ def save(
 
 
 def find(output_dir: Path, name: str) -> Path:
-    """Returns the checkpoint that `resume_from_checkpoint` means: "latest", a name, or a path.
+    """The checkpoint that `resume_from_checkpoint` names: "latest", a name, or a path.
 
     Raises:
-        UsageError: none, naming those that there are.
+        UsageError: no such checkpoint, with the names of the existing ones.
     """
     there = checkpoints(output_dir)
     if name == "latest":
@@ -121,7 +121,7 @@ def find(output_dir: Path, name: str) -> Path:
 
 
 def read_progress(path: Path) -> Progress:
-    """Returns where a checkpoint's run stood; raises UsageError if the file is not ours."""
+    """The position of a checkpoint's run; raises UsageError for a foreign file."""
     try:
         values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
         if "pictures" in values:  # the key's name before version 0.2
@@ -132,12 +132,12 @@ def read_progress(path: Path) -> Progress:
 
 
 def refuse_others(output_dir: Path) -> None:
-    """Raises UsageError if a new run would put its checkpoints among those of an earlier one."""
+    """Raise UsageError if a new run would mix its checkpoints with those of an earlier one."""
     there = checkpoints(output_dir)
     if there:
         raise UsageError(
-            f"{output_dir} has {', '.join(p.name for p in there)} of an earlier run: go on with it "
-            "by --resume_from_checkpoint latest, take another --output_dir, or remove them"
+            f"{output_dir} has {', '.join(p.name for p in there)} of an earlier run: resume it "
+            "with --resume_from_checkpoint latest, choose another --output_dir, or delete them"
         )
 
 
@@ -194,7 +194,7 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint, read and found to fit: factors by component, and what `save` was given."""
+    """A checkpoint that fits its run. factors: component → factors. state: as given to `save`."""
 
     path: Path
     progress: Progress
@@ -202,12 +202,13 @@ class Saved:
     state: dict[str, Any]
 
     def load_factors(self, models: Mapping[str, nn.Module]) -> None:
+        """Put the factors into injected models."""
         for component, model in models.items():
             load_lora_state_dict(model, self.factors[component])
 
 
 def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
-    """Reads a checkpoint for injected models, and changes nothing yet.
+    """Read a checkpoint for injected models, which stay as they are.
 
     Raises:
         UsageError: adapters of other components, modules or ranks, or files that cannot be read.

@@ -1,10 +1,9 @@
-"""What a run trains on, from its configuration: sources, shapes, looks, and class images."""
+"""The data of a run by its configuration: sources, crops, pixels, and the checked images."""
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-
-from accelerate import Accelerator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.schema import TrainConfig
@@ -12,6 +11,7 @@ from sd_lora.config.sources import RULES, CaptionRules, Kind, SourceSpec, read_s
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.data.cache.store import Store
+from sd_lora.data.check.scan import Thumbnails
 from sd_lora.data.check.usable import UsableImages, usable_images
 from sd_lora.data.images.buckets import CropSettings
 from sd_lora.data.images.decode import colour
@@ -24,11 +24,10 @@ from sd_lora.models.load import Base, find_base
 from sd_lora.report.events import Listener, tracked
 from sd_lora.seeds import shuffled
 from sd_lora.training.class_images import has_class_images
-from sd_lora.training.processes import on_main
 
 
 def base_of(config: TrainConfig) -> Base:
-    """Returns the base model of a run, none of its weights read; raises what `find_base` raises."""
+    """The base model of a run, without its weights; raises the errors of `find_base`."""
     return find_base(
         str(config.pretrained_model_name_or_path),
         revision=config.revision,
@@ -40,16 +39,16 @@ def base_of(config: TrainConfig) -> Base:
 
 
 def rules_of(config: TrainConfig) -> CaptionRules:
-    """Returns what captions go through where their source does not say otherwise."""
+    """The run's caption rules, which a source may replace."""
     given = {name: getattr(config, name) for name in RULES}
     return CaptionRules(**{name: value for name, value in given.items() if value is not None})
 
 
 def specs_of(config: TrainConfig) -> list[SourceSpec]:
-    """Returns the sources that a configuration names; a folder of class images is not among them.
+    """The sources that a configuration names, without the folder of class images.
 
     Raises:
-        UsageError: tables or a file of sources that cannot be read.
+        UsageError: a wrong table or file of sources.
     """
     subject = config.mode == "dreambooth"
     defaults = SourceSpec(
@@ -65,7 +64,7 @@ def specs_of(config: TrainConfig) -> list[SourceSpec]:
         rules=rules_of(config),
     )
     if config.sources is not None:
-        column = config.caption_column or "text"  # in DreamBooth runs a folder has none by itself
+        column = config.caption_column or "text"  # DreamBooth's own default is None
         defaults = dataclasses.replace(defaults, caption_column=column)
         return read_specs(config.sources, defaults, "sources")
     if config.dataset_config:
@@ -86,7 +85,7 @@ def specs_of(config: TrainConfig) -> list[SourceSpec]:
 
 
 def class_spec(config: TrainConfig) -> SourceSpec:
-    """Returns the folder of class images as a source."""
+    """The folder of class images as a source."""
     return SourceSpec(
         path=config.class_data_dir,
         layout="plain",
@@ -100,28 +99,31 @@ def class_spec(config: TrainConfig) -> SourceSpec:
 
 
 def find_sources(config: TrainConfig, seed: int) -> list[Source]:
-    """Returns the sources of a run, at most max_train_samples of their images that are trained.
+    """Open the sources of a run, with at most max_train_samples instances.
 
     Raises:
-        UsageError: what `open_source` raises; no source of images to train.
+        UsageError: a source that cannot be opened, no source of instances, or class images from
+            two places.
     """
     sources = [source for spec in specs_of(config) for source in open_source(spec)]
     if config.dataset_config:
         sources[0].findings[:0] = _notes(config, config.dataset_config)
     if not any(source.spec.kind == "instance" for source in sources):
-        raise UsageError("all sources are of class images: there is nothing to train")
+        raise UsageError("all sources hold class images: add one of kind instance to train on")
     of_class = next((s for s in sources if s.spec.kind == "class"), None)
     if of_class and config.with_prior_preservation:
         raise UsageError(
-            "with_prior_preservation takes class images from class_data_dir, and there are class "
-            f"images among the sources, too ({of_class.spec.where}): keep one"
+            "with_prior_preservation takes class images from class_data_dir, and a source has "
+            f"class images too ({of_class.spec.where}): keep one of the two"
         )
     if config.max_train_samples is None:
         return sources
     trained = [source for source in sources if source.spec.kind == "instance"]
     if any(source.count is None for source in trained):
         if len(trained) > 1:
-            raise UsageError("max_train_samples cannot choose among several sources that stream")
+            raise UsageError(
+                "max_train_samples cannot choose among several streamed sources: stream one only"
+            )
         kept = [_first(trained[0], config.max_train_samples)]
     else:
         kept = list(_chosen(trained, config.max_train_samples, seed))
@@ -129,30 +131,30 @@ def find_sources(config: TrainConfig, seed: int) -> list[Source]:
 
 
 def _notes(config: TrainConfig, path: str) -> list[Finding]:
-    """Returns what is to be known of kohya's dataset configuration, and of what overrules it."""
+    """Findings on kohya's dataset configuration, and on options that overrule it."""
     _, settings, notes = read_dataset_config(path)
     if config.aspect_ratio_buckets and "aspect_ratio_buckets" not in settings:
         text = (
-            "says nothing of enable_bucket, which kohya takes for squares: images are trained in "
-            "buckets here (--no-aspect_ratio_buckets: in squares)"
+            "has no enable_bucket, so kohya would train squares; here images are trained in "
+            "buckets (--no-aspect_ratio_buckets: in squares)"
         )
         notes.append(Finding("note", "buckets", path, text))
     for name, value in settings.items():
         own = getattr(config, name)
-        means_something = config.aspect_ratio_buckets or not name.startswith("bucket_")
-        if own != value and means_something:
-            text = f"says {name} = {value}, and the run has {own}"
+        has_effect = config.aspect_ratio_buckets or not name.startswith("bucket_")
+        if own != value and has_effect:
+            text = f"has {name} = {value}, and the run overrules it by {own}"
             notes.append(Finding("warning", "setting-overruled", path, text))
     return notes
 
 
 def _first(source: Source, most: int) -> Source:
-    """Returns the first rows of a stream."""
+    """The source's first rows, for streams."""
     return dataclasses.replace(source, rows=lambda: itertools.islice(source.rows(), most))
 
 
 def _chosen(sources: list[Source], most: int, seed: int) -> Iterator[Source]:
-    """Yields sources with the rows that were drawn from all of them."""
+    """Yield sources with `most` rows drawn from all of them together."""
     total = sum(source.count or 0 for source in sources)
     drawn = set(shuffled(total, seed, "max_train_samples")[:most])
     first = 0
@@ -164,7 +166,7 @@ def _chosen(sources: list[Source], most: int, seed: int) -> Iterator[Source]:
 
 @dataclasses.dataclass(frozen=True)
 class _Rows:
-    """Some rows of a source, by number."""
+    """Rows of a source by number, picklable."""
 
     source: Source
     kept: set[int]
@@ -174,11 +176,11 @@ class _Rows:
 
 
 def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
-    """Returns how images get their shapes.
+    """The buckets or squares of a run.
 
     Raises:
-        UsageError: a resolution or step that VAE and UNet cannot halve so often, or sides of which
-            there is no bucket.
+        UsageError: a resolution or bucket step that VAE and UNet cannot halve, or side limits
+            without any bucket.
     """
     vae, unet = (
         2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
@@ -187,8 +189,8 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
     if side % whole:
         near = max(whole, round(side / whole) * whole)
         raise UsageError(
-            f"resolution {side} is not a multiple of {whole} ({vae} pixels a latent of this "
-            f"model, halved to {unet} by its UNet): take {near}"
+            f"resolution {side} is not a multiple of {whole} (this model has {vae} pixels a "
+            f"latent, and its UNet needs multiples of {unet} latents): take {near}"
         )
     chosen = CropSettings(
         side,
@@ -202,19 +204,19 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
     )
     if chosen.step and chosen.step % vae:
         raise UsageError(
-            f"bucket_step {chosen.step} is not a multiple of {vae}, the pixels of a latent of this "
-            f"model: {whole} is what its UNet halves without a rest"
+            f"bucket_step {chosen.step} is not a multiple of {vae}, this model's pixels a latent: "
+            f"take {whole}, which its UNet halves without a rest"
         )
     if not chosen.buckets:
         raise UsageError(
-            f"there is no bucket: of sides from {chosen.sides[0]} to {chosen.sides[1]} pixels in "
-            f"steps of {chosen.step}, none has at most {side}² pixels. Lower bucket_min_side"
+            f"no bucket fits: sides from {chosen.sides[0]} to {chosen.sides[1]} pixels in steps of "
+            f"{chosen.step} always have more than {side}² pixels. Lower bucket_min_side"
         )
     return chosen
 
 
 def pixel_settings_of(config: TrainConfig, base: Base) -> PixelSettings:
-    """Returns how images become pixels; raises UsageError for a colour that is none."""
+    """How images become pixels; raises UsageError for an unknown colour."""
     return PixelSettings(
         config.image_interpolation_mode,
         colour(config.alpha_background),
@@ -229,11 +231,13 @@ class RunImages:
     by_kind: "instance", and "class" for prior preservation → usable images with their findings.
 
     Args:
-        config, seed, accelerator: of the run.
+        config, seed: of the run.
         crop_settings: how images get their shapes.
         store: caches on disk, for facts of images.
         caption_encoder: counts the tokens of captions.
         emit: takes progress events.
+        once: runs work on one of several processes, and returns its result on all of them.
+        thumbnails: takes thumbnails, as `scan` does.
     """
 
     def __init__(
@@ -242,13 +246,14 @@ class RunImages:
         crop_settings: CropSettings,
         seed: int,
         store: Store,
-        accelerator: Accelerator,
         caption_encoder: CaptionEncoder,
         emit: Listener,
+        once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        thumbnails: Thumbnails | None = None,
     ) -> None:
         self.config, self.crop_settings, self.seed = config, crop_settings, seed
-        self.store, self.accelerator, self.caption_encoder = store, accelerator, caption_encoder
-        self.emit = emit
+        self.store, self.caption_encoder, self.emit = store, caption_encoder, emit
+        self.once, self.thumbnails = once, thumbnails
         self.by_kind: dict[str, UsableImages] = {}
 
     @property
@@ -283,7 +288,7 @@ class RunImages:
         if of_class:
             self._check(of_class, "class")
         prior = self.config.with_prior_preservation
-        if prior and on_main(self.accelerator, lambda: has_class_images(self.config)):
+        if prior and self.once(lambda: has_class_images(self.config)):
             self.check_class_folder(may_be_none=True)
 
     def check_class_folder(self, may_be_none: bool = False) -> None:
@@ -295,7 +300,7 @@ class RunImages:
         found = usable_images(
             self.config, sources, kind, self.crop_settings, self.seed, self.store,
             self.caption_encoder, lambda items, total: tracked(items, self.emit, "checking", total),
-            beside, once=lambda work: on_main(self.accelerator, work), may_be_none=may_be_none,
+            beside, once=self.once, thumbnails=self.thumbnails, may_be_none=may_be_none,
         )  # fmt: skip
         if found:
             self.by_kind[kind] = found

@@ -17,8 +17,8 @@ from sd_lora.training import checkpoint
 class Plan:
     """The arithmetic of a run.
 
-    images: what is trained. epochs: which samples make which batch. num_steps: optimiser steps in
-    all.
+    images: the instances. epochs: the samples of each batch. num_steps: optimiser steps of the
+    whole run.
     """
 
     config: TrainConfig
@@ -50,18 +50,18 @@ class Plan:
 
     @property
     def num_samples(self) -> int:
-        """Samples that count in an epoch."""
+        """Samples of an epoch that count in the loss."""
         return self.epochs.num_samples
 
     @property
     def num_micro_batches(self) -> int:
-        """Of the whole run."""
+        """Micro-batches of the whole run."""
         return self.epochs.first_of_step(self.num_steps)
 
     @cached_property
     def order(self) -> str:
-        """The digest of what the positions in the data mean: which entries make which step, and
-        what is drawn for them."""
+        """Digest of the meaning of positions in the data: the entries of each step, and the rules
+        by which captions, crops and flips are drawn for them."""
         steps: list[list[int]] = [[]]
         for micro in self.epochs.epoch(0):
             steps[-1] += [place.entry for place in micro.places if place.counted]
@@ -81,11 +81,11 @@ class Plan:
 
     @cached_property
     def content(self) -> str:
-        """The digest of the images and their captions, in order."""
+        """Digest of the images and their captions, in order."""
         return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples))
 
     def rows(self) -> dict[str, str]:
-        """Returns the lines of the summary that say what is trained and how often."""
+        """Rows of the summary: images, shapes, batch, steps."""
         config, epochs, images = self.config, self.epochs, self.images
         rows = {"images": _counted(images)}
         rows["shapes"] = shapes(epochs.buckets)
@@ -100,11 +100,11 @@ class Plan:
         )
         plain = math.ceil(len(images.entries) / self.samples_per_step)
         if epochs.num_steps > plain:
-            rows["steps"] += f"; {plain} would do if all had one shape"
+            rows["steps"] += f"; {plain} if all had one shape"
         fill = {
             "smaller": "the last batch of a bucket is smaller",
-            "pad-batch": f"{epochs.empty} places are filled with images that do not count",
-            "repeat": f"{epochs.extra} images an epoch are seen once more",
+            "pad-batch": f"{epochs.empty} places are filled with images without weight in the loss",
+            "repeat": f"{epochs.extra} images an epoch are repeated",
         }
         if any(count % epochs.batch for count in epochs.buckets.values()):
             rows["left over"] = fill[config.bucket_leftovers]
@@ -112,7 +112,7 @@ class Plan:
 
 
 def _counted(images: ImageSet) -> str:
-    """Returns "12 × 10 repeats + 30 = 150 an epoch"."""
+    """Number of images and repeats: "12 × 10 repeats + 30 = 150 an epoch"."""
     repeats = Counter(sample.source.repeats for sample in images.samples)
     terms = [f"{n} × {r} repeats" if r > 1 else f"{n}" for r, n in sorted(repeats.items())]
     total = len(images.entries)
@@ -120,11 +120,11 @@ def _counted(images: ImageSet) -> str:
 
 
 MOST_SHAPES = 6
-"""How many buckets the summary names."""
+"""Most buckets that the summary names."""
 
 
 def shapes(buckets: dict[Size, int]) -> str:
-    """Returns "512×512: 20, 448×576: 7, and 3 in 2 others"."""
+    """Buckets and their entries: "512×512: 20, 448×576: 7, and 3 in 2 others"."""
     most = sorted(buckets.items(), key=lambda item: (-item[1], item[0]))
     words = [f"{w}×{h}" + (f": {n}" if len(most) > 1 else "") for (w, h), n in most[:MOST_SHAPES]]
     rest = most[MOST_SHAPES:]

@@ -1,4 +1,4 @@
-"""Devices, processes, precision and trackers of a run: Accelerate, set up and checked."""
+"""Devices, processes, precision and trackers of a run, by Accelerate."""
 
 import importlib.util
 import os
@@ -30,16 +30,16 @@ DTYPES = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-"""What the names of precisions mean."""
+"""Name of a precision → dtype."""
 
 
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
-    """Returns the dtype of the frozen base."""
+    """The dtype of the frozen base model."""
     return DTYPES[accelerator.mixed_precision]
 
 
 def trackers(config: TrainConfig, summary: Summary) -> list[str]:
-    """Returns Accelerate's tracker names; says so when the usual one is not installed."""
+    """Accelerate's names of the trackers to use; adds a note where the default one is missing."""
     chosen = config.report_to
     if chosen == "none":
         return []
@@ -115,9 +115,9 @@ T = TypeVar("T")
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """Returns what the main process's `work` returns, on all processes; raises its errors there.
+    """Run `work` on the main process; returns its result, or raises its error, on all processes.
 
-    What is returned must be picklable.
+    The result must be picklable.
     """
     if accelerator.num_processes == 1:
         return work()
@@ -134,20 +134,21 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises UsageError if a launcher started several processes and Accelerate joined none.
+    """Raise UsageError if a launcher started several processes and Accelerate joined none.
 
-    It does so for torchrun on a CPU, without a word: each would train by itself, into one folder.
+    Accelerate does this silently for torchrun on a CPU: each process would train alone, and all
+    into one folder.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise UsageError(
-            f"{started} processes were started, and accelerate sees {accelerator.num_processes}: "
-            "on a CPU, set ACCELERATE_USE_CPU=true"
+            f"the launcher started {started} processes, and accelerate joined "
+            f"{accelerator.num_processes}: on a CPU, set ACCELERATE_USE_CPU=true"
         )
 
 
 def agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
-    """Returns the run's seed, the same on all processes: given, resumed, or drawn."""
+    """The run's seed, the same on all processes: given, resumed, or drawn."""
     if config.seed is not None:
         return config.seed
     if resumed:

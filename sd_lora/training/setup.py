@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,6 +43,7 @@ from sd_lora.training.processes import (
     agreed_seed,
     build_accelerator,
     check_processes,
+    on_main,
     weight_dtype,
 )
 from sd_lora.training.run import Run
@@ -107,7 +109,9 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, config, plan.samples_per_step, text.tokens)
     log = LogFile(Path(config.output_dir) / "training_log.jsonl")
-    listening = [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
+    listening: list[Listener] = (
+        [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
+    )
     run = Run(
         plan=plan,
         emit=to_all(listening),
@@ -150,7 +154,9 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     caption_encoder = planned_caption_encoder(config, base)
     pixel_settings, crop_settings = pixel_settings_of(config, base), crop_settings_of(config, base)
     store = open_store(config)
-    images = RunImages(config, crop_settings, seed, store, accelerator, caption_encoder, emit)
+    images = RunImages(
+        config, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
+    )
     images.check_sources()
     check_class_images(config, images.num_class_images, base.family)
     plan = Plan.of(config, images.instances, accelerator.num_processes)

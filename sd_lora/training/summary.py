@@ -80,9 +80,9 @@ def _notes(run: Run) -> list[str]:
 def _text_rows(run: Run) -> dict[str, str]:
     """Rows on captions, new words, and text encoders that stop early."""
     rows = {}
-    reading = reading_of(run.config)
-    if reading:
-        rows["captions"] = reading
+    options = caption_options(run.config)
+    if options:
+        rows["captions"] = options
     tokens = run.text.tokens
     if tokens:
         words = ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in tokens.concepts)
@@ -97,12 +97,12 @@ def _text_rows(run: Run) -> dict[str, str]:
 
 
 def weighed(schedule: NoiseSchedule) -> bool:
-    """Whether a schedule weighs the losses."""
+    """Whether a schedule weights the losses of timesteps."""
     return bool((schedule.weights != 1).any())
 
 
-def objective_of(run: "Run") -> str:
-    """Returns the objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
+def objective_of(run: Run) -> str:
+    """The objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
     config, schedule = run.config, run.schedule
     words = [schedule.prediction_type]
     words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
@@ -114,8 +114,8 @@ def objective_of(run: "Run") -> str:
     return ", ".join(words)
 
 
-def reading_of(config: TrainConfig) -> str:
-    """Returns what is particular to the reading of captions, as a line; empty if nothing is."""
+def caption_options(config: TrainConfig) -> str:
+    """Options of captions that differ from the defaults, as a line; may be empty."""
     words = []
     if config.max_token_length > PIECE:
         words.append(f"up to {config.max_token_length} tokens, in pieces of {PIECE}")
@@ -126,7 +126,7 @@ def reading_of(config: TrainConfig) -> str:
 
 
 def method_of_run(config: TrainConfig) -> str:
-    """Returns the method as a line: "lora, rank 16, alpha 16, …"."""
+    """The method as a line: "lora, rank 16, alpha 16, …"."""
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     words = [config.method]
     if config.method != "full":
@@ -141,7 +141,7 @@ def method_of_run(config: TrainConfig) -> str:
 def files_of(
     models: Mapping[str, nn.Module], meta_pipeline: MetaPipeline, precision: str
 ) -> tuple[str, list[str]]:
-    """Returns the size and formats of the files to come, and notes on who will not read them."""
+    """Size and formats of the files to come, and notes on programs that cannot load them."""
     adapter: Adapter = {component: deltas_of(model) for component, model in models.items()}
     family = meta_pipeline.family
     formats, notes = formats_of(adapter, meta_pipeline.layout if family.original_names else None)

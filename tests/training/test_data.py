@@ -301,7 +301,7 @@ def test_torture(tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for finding in left_out.values():
         assert finding.code in said
     loaded = Counter()
-    for batch in run.batches():
+    for _, batch in run.batches():
         loaded.update(item.index for item in batch.items if item.weight)
     assert loaded == dict.fromkeys(range(len(samples)), 1)
     assert re.search(rf"images +{len(samples)}\n", said)
@@ -496,7 +496,7 @@ def test_a_dataset_config_of_kohyas(tiny_sd1: Path, mixed: Path, tmp_path: Path)
     run = prepare(config)
     loaded: Counter[str] = Counter()
     kinds: Counter[str] = Counter()
-    for batch in run.batches():
+    for _, batch in run.batches():
         kinds.update(item.kind for item in batch.items)
         loaded.update(
             Path(run.images.instances.samples[item.index].name).name
@@ -533,7 +533,7 @@ def test_several_sources(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     run = prepare(config)
     loaded: Counter[tuple[str, float]] = Counter()
-    for batch in run.batches():
+    for _, batch in run.batches():
         for item in batch.items:
             name = Path(run.images.instances.samples[item.index].name).name
             loaded[name, item.weight] += 1
@@ -601,7 +601,7 @@ def test_a_dreambooth_run_with_class_images_of_other_shapes(
     )  # fmt: skip
     run = prepare(config)
     loaded: Counter[tuple[str, int]] = Counter()
-    for batch in run.batches():
+    for _, batch in run.batches():
         loaded.update((item.kind, item.index) for item in batch.items)
         shapes = {item.kind: item.crop.size for item in batch.items}
         assert shapes["instance"] != shapes["class"] == (32, 96)

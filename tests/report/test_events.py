@@ -1,0 +1,158 @@
+"""A run tells its listeners everything that the terminal, the log file and trackers show."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import sd_lora
+from sd_lora.report.events import (
+    CheckpointSaved,
+    Event,
+    Exported,
+    Progress,
+    RunEnded,
+    RunPlanned,
+    SamplesDrawn,
+    StepDone,
+    StepsLogged,
+    TrainingStarted,
+    Validated,
+    tracked,
+)
+from sd_lora.report.log_file import LogFile
+from sd_lora.report.summary import duration
+from sd_lora.terminal import Terminal
+from tests.training.runs import images, text_to_image
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def told(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, str]:
+    """Events of one run, its folder, and the terminal's standard output."""
+    folder = tmp_path_factory.mktemp("told")
+    events: list[Event] = []
+    config = text_to_image(
+        tiny_sd1, images(folder / "images"), folder / "out", train_batch_size=3,
+        checkpointing_steps=3, validation_prompt="a photo", num_validation_images=1,
+        validation_steps=1, validation_epochs=2,
+    )  # fmt: skip
+    printed = io.StringIO()
+    with redirect_stdout(printed), Terminal() as terminal:
+        sd_lora.train(config, [events.append, terminal])
+    return events, folder / "out", printed.getvalue()
+
+
+def kinds(events: list[Event]) -> list[str]:
+    return [type(event).__name__ for event in events if not isinstance(event, Progress)]
+
+
+def test_events_come_in_the_order_of_the_run(told: tuple[list[Event], Path, str]) -> None:
+    """Two epochs of two steps end at step 4, and their samples come after it; checkpoints come
+    every three steps, after the losses that they rest on; the end is last."""
+    events, _, _ = told
+    step = ["StepDone"]
+    assert kinds(events) == [
+        "RunPlanned",
+        "TrainingStarted",
+        *step * 3, "StepsLogged", "CheckpointSaved",
+        *step, "SamplesDrawn",
+        *step * 2, "StepsLogged", "CheckpointSaved",
+        "Validated",
+        "Exported",
+        "RunEnded",
+    ]  # fmt: skip
+    assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events if isinstance(e, CheckpointSaved)] == [3, 6]
+    assert [e.step for e in events if isinstance(e, SamplesDrawn)] == [4]
+    assert TrainingStarted(0, STEPS) in events
+
+
+def test_events_hold_the_numbers_and_files(told: tuple[list[Event], Path, str]) -> None:
+    """Records equal the rows of the log file; every path exists; the summary is the run's."""
+    events, out, _ = told
+    records = [r for e in events if isinstance(e, StepsLogged) for r in e.records]
+    rows = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"step": r.step, "loss": r.loss, "lr": r.learning_rate, "grad_norm": r.grad_norm}
+        for r in records
+    ]
+    (validated,) = (e for e in events if isinstance(e, Validated))
+    assert validated.first == pytest.approx(sum(r.loss for r in records) / STEPS)
+    (exported,) = (e for e in events if isinstance(e, Exported))
+    (ended,) = (e for e in events if isinstance(e, RunEnded))
+    (planned,) = (e for e in events if isinstance(e, RunPlanned))
+    assert planned.summary.rows["images"] == "6"
+    paths = [f.path for f in exported.files]
+    paths += [e.path for e in events if isinstance(e, CheckpointSaved)]
+    paths += [e.sheet for e in events if isinstance(e, SamplesDrawn | RunEnded) and e.sheet]
+    assert len(paths) == 6
+    assert ended.sheet in paths
+    assert all(path.exists() for path in paths)
+
+
+def test_progress_is_counted_to_its_end(told: tuple[list[Event], Path, str]) -> None:
+    """Each label counts from 0 to its total, one by one, and ends."""
+    events, _, _ = told
+    of_label: dict[str, list[Progress]] = {}
+    for event in events:
+        if isinstance(event, Progress):
+            of_label.setdefault(event.label, []).append(event)
+    assert {"checking", "instance latents", "captions"} <= of_label.keys()
+    for label, progress in of_label.items():
+        *counts, end = progress
+        assert [p.done for p in counts] == list(range(end.done + 1)), label
+        assert end.ended
+        assert end.total in (end.done, None)
+
+
+def test_the_terminal_prints_the_summary_and_the_files(
+    told: tuple[list[Event], Path, str],
+) -> None:
+    """Standard output holds the summary before and the files after; nothing else prints."""
+    events, out, printed = told
+    (planned,) = (e for e in events if isinstance(e, RunPlanned))
+    start = f"sd_lora trains a LoRA:\n{planned.summary.text()}\ndone in "
+    assert printed.startswith(start)
+    assert f"  look at {out / 'before_after.png'}\n" in printed
+    assert f"{out / 'pytorch_lora_weights.safetensors'}  " in printed
+
+
+def test_a_run_without_listeners_is_silent(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the terminal prints: without it a run writes nothing to standard output."""
+    data = images(tmp_path / "images", 2)
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "out", max_train_steps=1))
+    assert capsys.readouterr().out == ""
+
+
+def test_tracked_ends_where_its_consumer_stops() -> None:
+    """A consumer that breaks off still gets the end, with the number of finished items."""
+    events: list[Progress] = []
+    for item in tracked("abc", events.append, "letters", 3):  # type: ignore[arg-type]
+        if item == "b":
+            break
+    assert [(e.done, e.ended) for e in events] == [(0, False), (1, False), (1, True)]
+
+
+def test_the_log_is_cut_where_a_run_resumes(tmp_path: Path) -> None:
+    """`cut` keeps the rows up to a step; a missing file becomes an empty one."""
+    log = LogFile(tmp_path / "log.jsonl")
+    log.cut(3)
+    assert log.rows() == []
+    log.path.write_text("".join(json.dumps({"step": s, "loss": 0.1 * s}) + "\n" for s in range(5)))
+    log.cut(2)
+    assert [row["step"] for row in log.rows()] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (187, "3 min 07 s"), (7500, "2 h 05 min")],
+)
+def test_durations_for_people(seconds: float, text: str) -> None:
+    """Seconds, minutes and hours are rounded to the unit that is shown."""
+    assert duration(seconds) == text
