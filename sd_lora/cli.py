@@ -13,10 +13,10 @@ usage: sd-lora <command> [flags]
 
 commands:
   train   train a LoRA on a folder of images; `sd-lora train --help` lists the flags
-  check   look at every image and caption first: what will be trained, what will not, and why
+  check   look at every image and caption first: which are trained, which are not, and why
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
-  inspect  what is in a LoRA file, who reads it, and what is wrong with it
+  inspect  contents of a LoRA file, programs that load it, and its faults
   verify   load a LoRA file with diffusers and compare every module
   convert  from anybody's format to diffusers', kohya's or LyCORIS'
   merge    several LoRAs into one, exactly or at a lower rank
@@ -72,9 +72,9 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a usage error.
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for a usage error.
 
-    The project's own errors are printed without a traceback: they say what to do.
+    The project's own errors are printed without a traceback: their texts name the remedy.
     """
     try:
         work()
@@ -84,13 +84,13 @@ def guarded(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
+    """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -107,5 +107,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_script(name: str) -> int:
-    """Runs one of the training scripts with the process's flags; returns the exit code."""
+    """Run one of the training scripts with the process's flags; returns the exit code."""
     return guarded(lambda: _train(sys.argv[1:], name))

@@ -66,7 +66,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def check(argv: Sequence[str]) -> None:
-    """Runs `sd-lora check`: the flags of `train`, and its own."""
+    """Run `sd-lora check`, with the flags of `train` and its own."""
     parser = _Parser(prog="sd-lora check", description=_CHECK, add_help=False)
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
     parser.add_argument("--page", type=_path, metavar="FILE", help="the page (default: check.html)")

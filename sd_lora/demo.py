@@ -47,7 +47,7 @@ UNRELATED = (
 
 
 def find_sample_data() -> Path:
-    """Returns the clone's sample_data folder."""
+    """The clone's sample_data folder."""
     for folder in (Path(__file__).parent.parent, Path.cwd()):
         if (folder / "sample_data" / "tiny-sd" / "model_index.json").is_file():
             return folder / "sample_data"
@@ -57,7 +57,7 @@ def find_sample_data() -> Path:
 
 
 def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
-    """Returns the images of all prompts, each with its own seed."""
+    """Images of all prompts, each with its own seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def images(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
@@ -77,7 +77,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
 
 
 def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainConfig:
-    """Returns the configuration of sample_data/configs/dreambooth.toml, with paths that hold."""
+    """The configuration of sample_data/configs/dreambooth.toml, with absolute paths."""
     values = read_toml(str(sample_data / "configs" / "dreambooth.toml"))
     values |= {
         "pretrained_model_name_or_path": str(sample_data / "tiny-sd"),
@@ -85,15 +85,15 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
         "class_data_dir": str(sample_data / "dreambooth" / "class"),
         "output_dir": output_dir,
         "num_validation_images": 0,  # the demo draws its own
-        "data_cache_dir": str(Path(output_dir) / "cache"),  # all that it leaves is in one folder
+        "data_cache_dir": str(Path(output_dir) / "cache"),  # everything stays in one folder
     }
     return TrainConfig(**(values | changes))
 
 
 def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Image.Image]:
-    """Returns the score of an exported LoRA file, and the sheet of images before and after.
+    """Score of an exported LoRA file, and the sheet of images before and after.
 
-    The file is loaded into a fresh base: what is judged is what the user gets.
+    The file is loaded into a fresh base model, as its users do.
     """
     base = str(config.pretrained_model_name_or_path)
     guidance, side = config.validation_guidance_scale, config.side
@@ -118,7 +118,7 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, draws, scores, and says what to look at."""
+    """Train, draw, score, and name the images to look at."""
     parser = argparse.ArgumentParser(prog="sd-lora demo", description=__doc__)
     parser.add_argument("--output_dir", default="demo_output", help="default: demo_output")
     args = parser.parse_args(list(argv))
