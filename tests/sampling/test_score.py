@@ -96,7 +96,7 @@ def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
     assert learned(monsters) == 0
 
 
-def test_a_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
+def test_an_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
     """Sampling is a function of prompt and seed: in one batch or one by one, in any order."""
     parts = load_parts(str(tiny_sd1))
     prompts = ["a photo", "a house", "a photo"]

@@ -388,13 +388,13 @@ def test_edits_since_a_checkpoint_are_told(tiny_sd1: Path, mixed: Path, tmp_path
     again = run_of(
         tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
     )
-    note = "images or captions are others than when it was written"
+    note = "images or captions have changed since it was written"
     assert note not in prepare(again).summary.notes
     (mixed / "2.txt").write_text("edited")
     assert note in prepare(again).summary.notes
 
 
-def test_a_image_that_is_lost_in_mid_run_costs_no_step(
+def test_an_image_that_is_lost_in_mid_run_costs_no_step(
     tiny_sd1: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An image that is read anew and vanishes ends the run by name, with a checkpoint of the last
@@ -411,7 +411,9 @@ def test_a_image_that_is_lost_in_mid_run_costs_no_step(
 
     with monkeypatch.context() as patch:
         patch.setattr(loop, "batch_loss", thief)
-        with pytest.raises(sd_lora.RunError, match=r"5\.png could not be read.*is kept: mend that"):
+        with pytest.raises(
+            sd_lora.RunError, match=r"5\.png could not be read.*is saved: restore the image"
+        ):
             sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "cut", **options))
     assert list((tmp_path / "cut").glob("checkpoint-*"))
     (tmp_path / "away.png").rename(mixed / "5.png")
@@ -420,7 +422,7 @@ def test_a_image_that_is_lost_in_mid_run_costs_no_step(
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_a_image_that_changes_after_the_check_is_not_kept(
+def test_an_image_that_changes_after_the_check_is_not_kept(
     tiny_sd1: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An entry is addressed by the bytes that were checked: other bytes are never kept under it."""

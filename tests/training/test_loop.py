@@ -375,7 +375,7 @@ def test_precision_may_change_between_runs(tiny_sd1: Path, data: Path, tmp_path:
         )
 
 
-def test_a_image_that_breaks_in_a_worker_is_named(tiny_sd1: Path, tmp_path: Path) -> None:
+def test_an_image_that_breaks_in_a_worker_is_named(tiny_sd1: Path, tmp_path: Path) -> None:
     """UsableImages that are read anew each time may vanish: one line says so, from a worker too."""
     folder = images(tmp_path / "images", 3, (96, 64))
     run = prepare(

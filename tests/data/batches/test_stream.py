@@ -237,7 +237,7 @@ def test_the_captions_of_a_run() -> None:
     assert every[0].captions(5) is None
 
 
-def test_what_is_read_of_a_image(tmp_path: Path) -> None:
+def test_what_is_read_of_an_image(tmp_path: Path) -> None:
     """Pixels where nothing is known, moments where they are, both where both are needed; nothing
     known of what is cut at random, nor where caches are off; an image that vanishes or changes
     is an error by name, as a value where a worker would raise it."""
@@ -328,7 +328,7 @@ def test_a_mask_is_cut_and_mirrored_as_its_image(tmp_path: Path) -> None:
     assert torch.equal(blue[::8, ::8].float()[None], plain.mask)
 
 
-def test_a_image_that_repeats_in_a_batch_is_seen_otherwise() -> None:
+def test_an_image_that_repeats_in_a_batch_is_seen_otherwise() -> None:
     """What fills a batch with `repeat` has draws of its own: another cut, flip or caption than the
     first time, over some images."""
     source = SourceSpec(

@@ -326,7 +326,7 @@ def test_pillows_warnings_do_not_leak(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_what_counts_as_a_image(tmp_path: Path) -> None:
+def test_what_counts_as_an_image(tmp_path: Path) -> None:
     """Extensions in any case; not hidden files, folders, pipes, broken links or text."""
     images = ["a.PNG", "b.jpg", "c.JFIF", "d.Heic", "e.tIf"]
     for name in (*images, ".DS_Store", "._c.jpg", "notes.txt", "png", ".png"):

@@ -213,7 +213,7 @@ def bits(a: Facts, b: Facts) -> int:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_hashes_know_a_image_again(seed: int) -> None:
+def test_hashes_know_an_image_again(seed: int) -> None:
     """Re-encoded, resized or laid in another mode, at most 4 bits of 64 differ; else over 12.
 
     That a small copy is hashed instead of the whole changes at most 2.
