@@ -585,7 +585,7 @@ def errors(run: Run) -> torch.Tensor:
     x0 = run.latents.latents(batch.items, batch.loaded).x0
     noise, t = draw_noise(x0.shape[1:], addresses), draw_timesteps(addresses, 1000)
     x_t = run.unet_input(run.schedule.add_noise(x0, noise, t), batch)
-    arguments = run.conditioning(batch.items, 0).arguments()
+    arguments = run.conditions(batch.items, 0).arguments()
     prediction = run.prepared["unet"](x_t, run.schedule.timesteps[t], **arguments).sample
     return (prediction - noise).square()
 
