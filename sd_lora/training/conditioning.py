@@ -13,9 +13,15 @@ from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet, Stream
 from sd_lora.data.cache.text_embeddings import Embeddings
 from sd_lora.errors import UsageError
-from sd_lora.models.caption_encoder import PIECE, Caption, CaptionEncoder, Embedding, in_batches
+from sd_lora.models.caption_encoder import (
+    PIECE,
+    Caption,
+    CaptionEncoder,
+    Embedding,
+    encode_in_batches,
+)
 from sd_lora.models.load import Base, Parts
-from sd_lora.models.tokens import Concept, NewTokens
+from sd_lora.models.new_tokens import Concept, NewTokens
 
 
 class FrozenEncoder(nn.Module):
@@ -88,7 +94,9 @@ class TextConditioning:
         missing = self.captions if missing is None else missing
         if missing:
             self._bring(device)
-        read = in_batches(self.caption_encoder, self.encoders, missing, dtype, at_once(device))
+        read = encode_in_batches(
+            self.caption_encoder, self.encoders, missing, dtype, at_once(device)
+        )
         for _ in progress(missing):
             table.put(*next(read))
         for encoder in self.encoders.values():
@@ -126,7 +134,9 @@ class TextConditioning:
         missing = [caption for caption, embedding in known.items() if embedding is None]
         if missing:  # never kept, or removed from the cache by another run
             self._bring(device)
-            read = in_batches(self.caption_encoder, self.encoders, missing, dtype, at_once(device))
+            read = encode_in_batches(
+                self.caption_encoder, self.encoders, missing, dtype, at_once(device)
+            )
             known |= dict(read)
         return [e for caption in captions if (e := known[caption]) is not None]
 

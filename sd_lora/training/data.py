@@ -171,9 +171,7 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
         UsageError: a resolution or step that VAE and UNet cannot halve so often, or sides of which
             there is no bucket.
     """
-    vae, unet = (
-        2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
-    )
+    vae, unet = base.pixels_per_latent, base.latent_multiple
     side, whole = config.side, vae * unet
     if side % whole:
         near = max(whole, round(side / whole) * whole)
@@ -210,5 +208,5 @@ def pixel_settings_of(config: TrainConfig, base: Base) -> PixelSettings:
         config.image_interpolation_mode,
         colour(config.alpha_background),
         config.alpha_mask,
-        2 ** (len(base.vae_config["block_out_channels"]) - 1),
+        base.pixels_per_latent,
     )

@@ -262,7 +262,7 @@ def _assemble(
     if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
         raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
     timesteps = _timesteps(config, parts, schedule)
-    parts.caption_encoder(clip_skip=config.clip_skip).check(parts.text_encoders)
+    parts.caption_encoder(clip_skip=config.clip_skip).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(config, parts.family, parts.models, seed)
     tokens = add_new_words(config, parts, data.instances, seed)

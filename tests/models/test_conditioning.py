@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from sd_lora.data.images.buckets import CropSettings, pixels_of
-from sd_lora.models.caption_encoder import Geometry, collate, in_batches, time_ids
+from sd_lora.models.caption_encoder import Geometry, collate, encode_in_batches, time_ids
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.seeds import seed_for, uniform
 from tests.tiny import KINDS, build_pipeline, pipeline_of
@@ -136,7 +136,7 @@ def test_clip_skip(kind: str, loaded: Callable[[str], Parts]) -> None:
     seen = []
     for skip in range(5 - (kind in XL)):
         caption_encoder = parts.caption_encoder(clip_skip=skip)
-        caption_encoder.check(parts.text_encoders)
+        caption_encoder.check_clip_skip(parts.text_encoders)
         with torch.no_grad():
             (ours,) = caption_encoder.encode(parts.text_encoders, [caption])
         if kind in XL:
@@ -331,5 +331,5 @@ def test_gradients_reach_the_text_encoders(loaded: Callable[[str], Parts]) -> No
     (nothing,) = parts.caption_encoder().encode(parts.text_encoders, [None])
     assert nothing.hidden.requires_grad
     assert nothing.pooled.requires_grad
-    once = dict(in_batches(parts.caption_encoder(), parts.text_encoders, CAPTIONS))
+    once = dict(encode_in_batches(parts.caption_encoder(), parts.text_encoders, CAPTIONS))
     assert not any(e.hidden.requires_grad or e.pooled.requires_grad for e in once.values())

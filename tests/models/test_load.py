@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sd_lora
-from sd_lora.models.caption_encoder import in_batches
-from sd_lora.models.families import detect, detect_task, refuse_other_pipelines
+from sd_lora.models.caption_encoder import encode_in_batches
+from sd_lora.models.families import detect_family, detect_task, refuse_other_pipelines
 from sd_lora.models.load import load_parts
 from tests.tiny import pipeline_of
 
@@ -31,7 +31,7 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
     """Our conditioning is what diffusers' pipeline computes for the same captions, bit for bit."""
     parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
     captions = ["a photo of sks monster", "", "word " * 100, "a photo of sks monster"]
-    table = dict(in_batches(parts.caption_encoder(), parts.text_encoders, captions))
+    table = dict(encode_in_batches(parts.caption_encoder(), parts.text_encoders, captions))
     assert len(table) == 3
     for caption, embedding in table.items():
         want, _ = pipeline_of(parts).encode_prompt(caption, "cpu", 1, False)
@@ -147,9 +147,9 @@ def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_
 def test_other_unets_are_named() -> None:
     """What a UNet takes in beside text and latents is recognised in its configuration."""
     with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_image"):
-        detect({"addition_embed_type": "text_image"})
+        detect_family({"addition_embed_type": "text_image"})
     with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_proj"):
-        detect({"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"})
+        detect_family({"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"})
     assert detect_task({"in_channels": 9, "out_channels": 4}).name == "inpainting"
     with pytest.raises(sd_lora.UsageError, match="12 input and 4 output channels"):
         detect_task({"in_channels": 12, "out_channels": 4})

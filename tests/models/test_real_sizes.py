@@ -16,7 +16,7 @@ from sd_lora.formats.names import naming_of
 from sd_lora.models.caption_encoder import Geometry, time_ids
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.published import CONFIGS
+from sd_lora.models.published_configs import CONFIGS
 
 RANK = 16
 # family → preset → modules: a fact of the configurations

@@ -236,7 +236,7 @@ def test_what_a_model_cannot_do_is_told_first(
     ("changes", "message"),
     [
         ({"snr_gamma": 5.0}, "snr_gamma is for models of diffusion's usual kind"),
-        ({"rescale_betas_zero_snr": True}, "is an EDM model, whose noise levels have no betas"),
+        ({"rescale_betas_zero_snr": True}, "is an EDM model, and its noise levels have no betas"),
     ],
 )
 def test_what_an_edm_model_cannot_do(

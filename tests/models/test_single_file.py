@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_lora.errors import UsageError
-from sd_lora.models.published import CONFIGS
-from sd_lora.models.single import SingleFile
+from sd_lora.models.published_configs import CONFIGS
+from sd_lora.models.single_file import SingleFile
 from tests.single import (
     build_single_pipeline,
     build_single_unet,
@@ -589,7 +589,7 @@ def test_unclip(tmp_path: Path) -> None:
 def test_a_unet_that_is_not_understood(tmp_path: Path) -> None:
     """A UNet's first layer alone: the error names a tensor that tells the rest."""
     tensors = {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
-    with pytest.raises(UsageError, match=r"no configuration can be told.*middle_block"):
+    with pytest.raises(UsageError, match=r"no configuration can be inferred.*middle_block"):
         SingleFile.open(write_tensors(tensors, tmp_path / "a.safetensors"))
 
 
@@ -641,7 +641,7 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({key: torch.zeros(2), "note": "text"}, path)
     refused(r"holds 'note', a str and no tensor")
     torch.save({key: torch.zeros(1).expand(10**6, 4, 3, 3)}, path)
-    refused(r"no values of its own")
+    refused(r"without values of its own")
     around: dict[str, Any] = {}
     around["state_dict"] = around
     torch.save(around, path)
@@ -683,7 +683,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from sd_lora.models.single import SingleFile
+from sd_lora.models.single_file import SingleFile
 
 def status(name):
     with open("/proc/self/status") as file:

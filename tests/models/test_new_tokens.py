@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sd_lora.errors import UsageError
-from sd_lora.models.tokens import Concept, ExtendedEmbedding, NewTokens
+from sd_lora.models.new_tokens import Concept, ExtendedEmbedding, NewTokens
 from tests.tiny import build_pipeline
 
 MONSTER = Concept("<monster>", 3)
@@ -267,7 +267,7 @@ def test_initializer_is_cycled() -> None:
         ([Concept("my<monster>"), MONSTER], "cannot tell it from 'my<monster>'"),
         ([Concept("<monster>_2"), MONSTER], "cannot tell it from '<monster>_2'"),
         ([MONSTER, Concept(">_1")], "cannot tell it from '<monster>_1'"),
-        ([Concept("<Monster>")], "small letters do: <monster>"),
+        ([Concept("<Monster>")], "write it in small letters, <monster>"),
         ([Concept("<m>", 0)], "0 vectors, and a prompt holds 1 to 75"),
         ([Concept("<m>", 76)], "76 vectors, and a prompt holds 1 to 75"),
         ([TOY, Concept("<m>", 1, "")], "the initializer '' has no tokens"),
@@ -355,7 +355,7 @@ def test_state_round_trip() -> None:
         {},
     ]
     for misfit in wrong:
-        with pytest.raises(UsageError, match="not the words trained"):
+        with pytest.raises(UsageError, match="not the words of this run"):
             other.load_state_dict(misfit)
     assert all(torch.equal(before[k], t) for k, t in other.state_dict().items())
     other.load_state_dict(state)
