@@ -1,7 +1,6 @@
 """Files: tensors read one at a time and without trust, and whole files written or none.
 
-torch is imported where a tensor is touched, so that code which only writes a page or a table can
-import this module for nothing.
+torch is imported where a tensor is touched: code without tensors can use the writers cheaply.
 """
 
 from __future__ import annotations
@@ -66,9 +65,9 @@ Spec = tuple["torch.dtype", Shape]
 class TensorFile(Mapping[str, "Tensor"]):
     """A file's tensors by key, each read when it is asked for.
 
-    A safetensors file, or by its name (`PICKLES`) a pickle, which must hold tensors alone: no code
-    in it is ever run. A pickle is mapped into memory; one that is compressed, or of a torch before
-    1.6, is read whole.
+    The name tells pickles (`PICKLES`) from safetensors files. A pickle must hold tensors alone: no
+    code in a file is ever run. Pickles are mapped into memory, except for compressed ones and
+    torch's format before 1.6, which are read whole.
 
     path: of the file.
     header: a safetensors file's metadata; {} for a pickle.
@@ -76,7 +75,7 @@ class TensorFile(Mapping[str, "Tensor"]):
     Raises:
         UsageError: not a file, cut off, a git-lfs pointer, a pickle of other objects, or a tensor
             without values in the file.
-        RunError: a pickle that asks for more memory than there is.
+        RunError: a pickle asks for more memory than there is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,7 +104,7 @@ class TensorFile(Mapping[str, "Tensor"]):
             raise KeyError(key)
         try:
             return self._file.get_tensor(key)
-        # wrong shapes and dtypes in the header, and dtypes that torch has not
+        # wrong shapes and dtypes in the header, and dtypes unknown to torch
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"{self.path}: {key!r} cannot be read: {reason_of(error)}") from None
 
@@ -152,7 +151,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
             raise UsageError(
                 f"{path} was not opened: it is cut off, or it is not a pickle of tensors alone "
                 f"({reason_of(error)}), and reading any other may run code. Take a .safetensors "
-                "file of it from a source that you trust"
+                "file of the model from a source that you trust"
             ) from None
         kind = "zip" if zipfile.is_zipfile(path) else "pickle"
         raise UsageError(
@@ -245,13 +244,12 @@ def mib(num_bytes: float) -> str:
 
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """Yield a file to write, which appears at `path` complete or not at all.
+    """Yield a file to write; it appears at `path` complete or not at all.
 
-    It is written beside its place, brought to the disk (fsync) and renamed. Missing folders are
-    made.
+    Written beside its place, brought to the disk (fsync), renamed. Missing folders are made.
 
     path: of the file.
-    size: in bytes, for the message if it cannot be written.
+    size: in bytes, for the error message.
 
     Raises:
         RunError: the disk is full or the folder cannot be written; nothing is left behind.
@@ -287,8 +285,8 @@ def write_tensors(
     """Write a safetensors file, one tensor in memory at a time.
 
     The layout is the safetensors library's, in whatever order the tensors come: wider dtypes first,
-    then by key. If the header has `sshs_model_hash`, its value is replaced by the SHA-256 of
-    everything behind the header, as kohya's tools and model sites compute it.
+    then by key. If the header has `sshs_model_hash`, the value is replaced by the SHA-256 of
+    everything behind the header, as kohya's tools and model sites compute theirs.
 
     path: of the file.
     specs: key → dtype and shape of every tensor.
@@ -297,7 +295,7 @@ def write_tensors(
 
     Raises:
         RunError: the file could not be written; nothing is left behind.
-        ValueError: a tensor unlike its spec, or one that never came.
+        ValueError: a tensor is unlike its spec, or missing.
     """
     hashed = HASH_KEY in header
     # sorted: the safetensors library gives a header's keys in another order each time

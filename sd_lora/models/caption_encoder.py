@@ -16,7 +16,7 @@ PIECE = 75
 """Tokens that a text encoder reads at once, between its start and end token."""
 
 AESTHETIC_SCORE = 6.0
-"""Score that the refiner is told of a training image: diffusers' default for a good image."""
+"""A training image's score for the refiner: diffusers' default for a good image."""
 
 Caption = str | None
 """A caption, or None for its absence, whose prediction guidance subtracts."""
@@ -36,7 +36,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Sizes of a training image that SDXL is told, in pixels; each pair is (vertical, horizontal).
+    """Sizes of a training image, for SDXL's UNet, in pixels; each pair is (vertical, horizontal).
 
     original: size of the image file.
     crop: top left corner of the crop in the resized image.
@@ -109,14 +109,14 @@ class CaptionEncoder:
     """Captions to embeddings, by a model's tokenizers and text encoders.
 
     family: of the model.
-    tokenizers: component → tokenizer, in the order in which the text encoders' outputs are joined.
+    tokenizers: component → tokenizer, in the order of the text encoders' joined outputs.
     clip_skip: layers left out at the end, as in diffusers (kohya's and A1111's "clip skip 2" is 1
         here); SDXL's penultimate layer counts as 0.
     max_pieces: a longer caption is cut after so many pieces of 75 tokens. Each piece is encoded by
         itself and the states are joined, as A1111 and ComfyUI do.
     weighted: whether captions may weigh words in compel's syntax.
     zero_unconditional: whether the absence of a caption is zeros, and not an empty caption.
-    expand: function that each caption goes through first; see `NewTokens.expand`.
+    expand: function of a caption, applied first; see `NewTokens.expand`.
     """
 
     family: Family

@@ -25,7 +25,7 @@ _PART_FILES: dict[str, tuple[str, ...]] = {
     "tokenizer": ("tokenizer.json", "vocab.json"),
     "tokenizer_2": ("tokenizer.json", "vocab.json"),
 }
-"""Part → files of which one must be in its folder."""
+"""Part → alternatives for the file in its folder."""
 
 
 def expand_home(name: str) -> str:
@@ -46,7 +46,7 @@ def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     options: `revision` and `cache_dir`.
 
     Raises:
-        UsageError: no such model, no index, or a pipeline that cannot be trained.
+        UsageError: no model or no index there, or a pipeline without training here.
     """
     path = Path(name).expanduser()
     if path.is_dir() and not (path / "model_index.json").is_file():
@@ -99,7 +99,7 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
 
 
 def check_folder(path: Path, family: Family) -> None:
-    """Raise UsageError with the file that a local diffusers folder lacks."""
+    """Raise UsageError with the first file missing in a local diffusers folder."""
     needed = {"scheduler": _PART_FILES["scheduler"]}
     for component in family.text_encoders:
         needed[component] = ("config.json",)
@@ -124,21 +124,20 @@ def check_classes(name: str, index: Mapping[str, Any], family: Family) -> None:
 
 
 def read_part(part: str, name: str, load: Callable[[], Any]) -> Any:
-    """Return the result of a from_pretrained; its failure becomes an error that names the part.
+    """Return the result of a from_pretrained; a failure becomes an error with the part's name.
 
-    Loaders only report weights that the files lack, and go on with random ones; here that is an
-    error.
+    Loaders fill in random weights where the files lack some, with a warning; here this is an error.
 
     part: "unet", "scheduler", "tokenizer", …
     name: folder or hub id of the model.
-    load: the call; a `partial`, so that its options can be named in the error.
+    load: the call, a `partial` whose options the error can name.
 
     Raises:
-        UsageError: not found, broken, or with other weights than the part has.
+        UsageError: not found, broken, or weights are missing or left over.
     """
     try:
         with without_progress_bars(), without_warnings(), warnings.catch_warnings():
-            # diffusers passes on an option that huggingface_hub has removed
+            # diffusers still passes an option removed from huggingface_hub
             warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
             loaded = load()
     except (pickle.UnpicklingError, EOFError):
@@ -174,7 +173,7 @@ def read_part(part: str, name: str, load: Callable[[], Any]) -> Any:
 
 
 def _hint_at_variant(part: str, name: str, load: Callable[[], Any]) -> str:
-    """Return advice to give --variant if a part's weights exist as variants alone; else ""."""
+    """Return a hint at --variant if a part's weights exist as variants alone; else ""."""
     part = _options_of(load).get("subfolder", part)
     folder = Path(name).expanduser() / part
     if not folder.is_dir():
@@ -199,7 +198,7 @@ def _options_of(load: Callable[[], Any]) -> dict[str, Any]:
 
 
 def _cache_of(load: Callable[[], Any]) -> str:
-    """Return the cache folder in which a loader looks."""
+    """Return the cache folder of a loader."""
     return str(_options_of(load).get("cache_dir") or HF_HUB_CACHE)
 
 

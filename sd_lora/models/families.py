@@ -13,7 +13,7 @@ class Task:
 
     name: in code and metadata.
     label: for people.
-    refused: the reason if it is not trained here; "" otherwise.
+    refused: reason why no training is possible here; "" otherwise.
     """
 
     name: str
@@ -49,20 +49,20 @@ class Family:
     name: in code and metadata.
     label: for people.
     pipelines: task → diffusers' class.
-    cross_attention_dim: width of the text that its UNet attends to; its LoRA files are known by it.
+    cross_attention_dim: width of the text for its UNet, by which its LoRA files are known.
     kohya_prefixes: component → beginning of kohya's keys.
     original_names: whether kohya's files call the UNet's modules as the original code does
         (`input_blocks_4_1`) and not as diffusers does.
     text_encoders: components, in the order in which their outputs are joined.
     denoiser: component that predicts the noise.
-    noise_schedule: arguments of the scheduler class named in it, from which noise levels are drawn
-        in training; the denoiser is told their number, from 0 to num_train_timesteps - 1.
-    max_timestep: the family was trained on numbers below this one alone; None: on all.
+    noise_schedule: "_class_name" of its scheduler and arguments for the class. Training draws a
+        timestep from 0 to num_train_timesteps - 1, and the denoiser is told this number.
+    max_timestep: the family was trained on timesteps below this one; None: on all.
     base_versions: prediction type → kohya's name of the base.
     architectures: prediction type → Stability's name of the architecture (ModelSpec).
     penultimate: whether the text encoders' last hidden state but one is read, without final norm.
-    time_ids: numbers that the UNet is told of an image besides the pooled text: "original_size",
-        "crop", "target_size" (two each), "aesthetic_score".
+    time_ids: numbers about an image for the UNet, beside the pooled text: "original_size", "crop",
+        "target_size" (two each), "aesthetic_score".
     """
 
     name: str
@@ -87,7 +87,7 @@ class Family:
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Components that a LoRA may adapt: "unet", "text_encoder", …"""
+        """Components for a LoRA to adapt: "unet", "text_encoder", …"""
         return (self.denoiser, *self.text_encoders)
 
     @property

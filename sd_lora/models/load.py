@@ -52,8 +52,8 @@ class Parts:
     """The parts of a loaded base model, on the CPU, in evaluation mode, frozen.
 
     family: of the model.
-    text_encoders: component ("text_encoder", "text_encoder_2") → text encoder, in the order in
-        which the UNet reads their outputs.
+    text_encoders: component ("text_encoder", "text_encoder_2") → text encoder, in the order of
+        their outputs for the UNet.
     tokenizers: the same component → its tokenizer.
     vae, unet, scheduler: as diffusers has them.
     zero_unconditional: whether the absence of a caption is zeros to the model, and not an empty
@@ -80,7 +80,7 @@ class Parts:
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """Component → model that a LoRA may adapt."""
+        """Component → model for a LoRA to adapt."""
         return {self.family.denoiser: self.unet, **self.text_encoders}
 
     def caption_encoder(self, **options: Any) -> CaptionEncoder:
@@ -94,18 +94,18 @@ class Parts:
 
     @property
     def meta_pipeline(self) -> MetaPipeline:
-        """The modules that a LoRA of this model is made for, without weights."""
+        """The components of this model without weights."""
         return MetaPipeline.of_models(self.models, self.family)
 
 
 def _halvings_factor(config: Mapping[str, Any]) -> int:
-    """Return 2 to the number of times that a VAE or UNet halves its input's sides."""
+    """Return the factor by which a VAE or UNet shrinks its input's sides: 2 to its halvings."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that was found and recognised, its weights not yet read.
+    """A base model, found and recognised, its weights not yet read.
 
     name: folder, hub id or file.
     family, task: of its UNet.
@@ -136,12 +136,12 @@ class Base:
 
     @property
     def latent_multiple(self) -> int:
-        """Divisor of the latents' sides, which the UNet halves: 8 for SD1 and SD2, 4 for SDXL."""
+        """Divisor of the latents' sides, for the UNet's halvings: 8 for SD1 and SD2, 4 for SDXL."""
         return _halvings_factor(self.unet_config)
 
     @cached_property
     def resolution(self) -> int:
-        """Side in pixels of the images that the model was made for."""
+        """Side in pixels of the model's training images."""
         size = self.unet_config.get("sample_size") or 64
         return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
 
@@ -169,9 +169,9 @@ class Base:
         dtype: of the UNet.
         vae_dtype: of the VAE.
         tokenizer_name: folder or hub id of another tokenizer; a single file has none of its own.
-        prediction_type: "epsilon" or "v_prediction", if it differs from the model's own.
-        zero_terminal_snr: whether the betas are rescaled so that the last step is pure noise; None:
-            as the model has it.
+        prediction_type: "epsilon" or "v_prediction" instead of the model's own.
+        zero_terminal_snr: whether the betas are rescaled until the last step is pure noise; None:
+            the model's own setting.
 
         Raises:
             UsageError: a part is missing or broken, or the scheduler is of another kind.
@@ -201,7 +201,7 @@ class Base:
         return parts
 
     def caption_encoder(self, tokenizer_name: str | None = None, **options: Any) -> CaptionEncoder:
-        """Return a caption encoder that counts tokens: only the tokenizers are loaded.
+        """Return a caption encoder for counting tokens: only the tokenizers are loaded.
 
         tokenizer_name: as in `load`.
         options: the fields of `CaptionEncoder`.
@@ -216,7 +216,7 @@ class Base:
 
     @cached_property
     def meta_pipeline(self) -> MetaPipeline:
-        """The modules that a LoRA of this base is made for, without weights."""
+        """The components of this base without weights."""
         configs: dict[str, Any] = {self.family.denoiser: self.unet_config}
         hub = {key: self.options[key] for key in ("revision", "cache_dir")}
         for component in self.family.text_encoders:
@@ -395,7 +395,7 @@ def _check_vae(base: Base) -> None:
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: Any, name: str) -> None:
-    """Raise UsageError for a tokenizer that cannot belong to this text encoder.
+    """Raise UsageError for a tokenizer of another text encoder.
 
     Where the vocabulary's file is missing, transformers 5 silently builds an empty tokenizer.
     """

@@ -1,8 +1,8 @@
 """New words for text encoders: new embeddings are trained, the base's own are never touched.
 
 Textual inversion (Gal et al. 2022) with several vectors a word; together with a LoRA it is pivotal
-tuning. Prompts are read as after diffusers' `load_textual_inversion`, so that a caption means the
-same in training and in use.
+tuning. Prompts are read as after diffusers' `load_textual_inversion`: a caption means the same in
+training and in use.
 """
 
 import copy
@@ -42,11 +42,11 @@ class Concept:
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen table of embeddings with new rows behind it; it replaces the table in its encoder.
+    """A frozen table of embeddings with new rows behind it, to take the table's place.
 
-    While it does, the encoder's `state_dict` has other keys: save it after `NewTokens.remove`.
+    Meanwhile the text encoder's `state_dict` has other keys: save it after `NewTokens.remove`.
 
-    base: the table, the same object; no gradient reaches it, nor a LoRA on it.
+    base: the table, the same object; neither the table nor a LoRA on it gets a gradient.
     new: the new rows (N, D), float32; they are looked up in the base's dtype.
     first: id of the first new row, less than the table's length if the table is padded.
     """
@@ -87,7 +87,7 @@ class NewTokens:
     concepts: the words.
     text_encoders: component → model, extended in place.
     embeddings: component → extended table in the model.
-    tokenizers: component → extended *copy* of the tokenizer, which could not forget a word.
+    tokenizers: component → extended *copy* of the tokenizer: tokenizers cannot forget words.
     given_tokenizers: component → original tokenizer, unchanged.
     """
 
@@ -111,16 +111,16 @@ class NewTokens:
         A random start is a function of (seed, component, word, number of the vector) and the table.
 
         Pooled text is the hidden state at the end token. Where the configuration says
-        `eos_token_id` = 2, as published ones do, transformers takes the largest id of a prompt for
-        it, and this would be a new word's: until `remove` the end token is found by its own id.
+        `eos_token_id` = 2, as published ones do, transformers takes the largest id of a prompt
+        instead. This would be a new word's: until `remove` the end token is found by its own id.
 
         concepts: the words.
         tokenizers, text_encoders: component ("text_encoder", "text_encoder_2") → its object.
         seed: of random starts.
 
         Raises:
-            UsageError: a word that prompts cannot tell from another, an initializer without tokens,
-                an encoder or tokenizer that cannot be extended. Nothing is changed then.
+            UsageError: prompts cannot tell a word from another, an initializer without tokens,
+                an encoder or tokenizer to which nothing can be added. No change is made then.
         """
         if not concepts or not text_encoders or tokenizers.keys() != text_encoders.keys():
             raise UsageError("new words need a concept, and text encoders with a tokenizer each")
@@ -153,8 +153,8 @@ class NewTokens:
     def expand(self, caption: str) -> str:
         """Return a caption with all tokens of its words: "<monster>" → "<monster> <monster>_1 …".
 
-        Call it once; diffusers' pipelines do the same to their prompts. As there, a word in
-        capitals ("<MONSTER>") is left as it is, and means its first vector.
+        Call once; diffusers' pipelines do the same to their prompts. As there, a word in capitals
+        ("<MONSTER>") stays and means its first vector.
         """
         tokenizer = next(iter(self.tokenizers.values()))
         added = tokenizer.added_tokens_encoder
@@ -203,7 +203,7 @@ class NewTokens:
 
 
 def _check_table(component: str, table: nn.Module, tokenizer: CLIPTokenizer) -> None:
-    """Raise UsageError for a table that is extended already, or of another tokenizer."""
+    """Raise UsageError for a table with new rows already, or of another tokenizer."""
     if not isinstance(table, nn.Embedding):
         raise UsageError(f"the {component} has new words already, or a LoRA on its embeddings")
     if len(tokenizer) > table.num_embeddings:
@@ -212,7 +212,7 @@ def _check_table(component: str, table: nn.Module, tokenizer: CLIPTokenizer) -> 
 
 
 def _check_words(concepts: Sequence[Concept], tokenizer: CLIPTokenizer, places: int) -> None:
-    """Raise UsageError for a word that cannot be added; places: tokens that a prompt holds."""
+    """Raise UsageError for an impossible word; places: number of tokens in a prompt."""
     vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder)
     for i, concept in enumerate(concepts):
         word, n = concept.word, concept.num_vectors

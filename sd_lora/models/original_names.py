@@ -13,10 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """Numbers of a UNet from which the positions of its blocks follow.
+    """Numbers of a UNet that determine the positions of its blocks.
 
     num_resnets: ResNets in a down block (`layers_per_block`); an up block has one more.
-    up_attention: of each up block, whether it has attention.
+    up_attention: of each up block, whether attention is in the block.
     """
 
     num_resnets: int = 2
@@ -144,8 +144,8 @@ _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 def open_clip_parameter(name: str) -> tuple[str, int | None, bool] | None:
     """Return the place of a transformers CLIP parameter (`text_model.….weight`) in OpenCLIP.
 
-    Returns: its key; its third of the rows (0, 1, 2: q, k, v; None: all rows); whether it is
-    transposed there. None if OpenCLIP has no counterpart.
+    Returns: key; third of the key's rows (0, 1, 2: q, k, v; None: all rows); whether transposed
+    there. None if OpenCLIP has no counterpart.
     """
     if name == "text_projection.weight":
         return "text_projection", None, True

@@ -1,6 +1,6 @@
 """Single files in the original layout: SD1, SD2, SDXL base and refiner, and inpainting.
 
-A single file has no configuration: it is inferred from the tensors' names and shapes. diffusers'
+A single file has no configuration; one is inferred from the tensors' names and shapes. diffusers'
 own converters then load one part at a time, without the hub.
 """
 
@@ -185,7 +185,7 @@ class SingleFile:
         return {more + k.removeprefix(prefix): k for k in self.shapes if k.startswith(prefix)}
 
     def _unet_config(self, pooled: int | None) -> Config:
-        """Return the UNet's configuration; pooled: width of the pooled text, if it is known."""
+        """Return the UNet's configuration; pooled: width of the pooled text, None if unknown."""
         shapes = {name: self.shapes[key] for name, key in self._keys("unet").items()}
         levels: list[tuple[int, int]] = []  # channels, transformer blocks
         channels = depth = per_block = 0
@@ -299,7 +299,7 @@ class SingleFile:
         dtype: of the parameters.
 
         Raises:
-            UsageError: weights are missing in the file, or it has some that the part lacks.
+            UsageError: weights are missing in the file, or left over.
         """
         prefix = self._prefix(part)
         if prefix is None:
@@ -338,7 +338,7 @@ class SingleFile:
         diffusers leaves missing tensors without values, and drops others silently.
 
         Raises:
-            UsageError: tensors that the part needs and the file lacks, or the reverse.
+            UsageError: tensors of the part are missing in the file, or left over.
         """
         config, prefix, keys = self.configs[part], self._prefix(part) or "", self._keys(part)
         model = build_on_meta(part, config)

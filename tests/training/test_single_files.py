@@ -352,7 +352,7 @@ def test_a_checkpoint_without_a_vae_takes_one(
     save_file(other.state_dict(), tmp_path / "sixteen.safetensors")
     with pytest.raises(sd_lora.UsageError, match="has 16 latent channels"):
         find_base(str(bare), vae=str(tmp_path / "sixteen.safetensors"))
-    with pytest.raises(sd_lora.UsageError, match="is no VAE"):
+    with pytest.raises(sd_lora.UsageError, match="is not a VAE"):
         find_base(str(bare), vae=str(folder / "text_encoder" / "model.safetensors"))
 
 
