@@ -169,10 +169,10 @@ class CaptionEncoder:
             ids = ids[: self.max_tokens]
             starts = range(0, max(1, len(ids)), length - 2)
             rows[component] = [ids[start : start + length - 2] for start in starts]
-        num = max(map(len, rows.values()))
+        num_pieces = max(map(len, rows.values()))
         pieces = {}
         for component, tokenizer in self.tokenizers.items():
-            padded = rows[component] + [[]] * (num - len(rows[component]))
+            padded = rows[component] + [[]] * (num_pieces - len(rows[component]))
             ends = (tokenizer.bos_token_id, tokenizer.eos_token_id)
             whole = [[ends[0], *row, ends[1]] for row in padded]
             whole = [row + [tokenizer.pad_token_id] * (length - len(row)) for row in whole]
@@ -190,18 +190,17 @@ class CaptionEncoder:
         texts = list(dict.fromkeys(c for c in captions if c is not None))
         absent = None in captions
         if absent and not (self.zero_unconditional and texts):
-            texts = list(
-                dict.fromkeys([*texts, ""])
-            )  # the value of absence, or the shape of its zeros
+            # the empty caption is the value of absence, or gives the shape of its zeros
+            texts = list(dict.fromkeys([*texts, ""]))
         if self.weighted:
             known = {caption: self._encode_weighted(encoders, caption) for caption in texts}
         else:
             known = dict(zip(texts, self._encode_plain(encoders, texts), strict=True))
-        if absent:
-            nothing = (
-                self._zero_embedding(known[texts[-1]]) if self.zero_unconditional else known[""]
-            )
-        return [nothing if caption is None else known[caption] for caption in captions]
+        if not absent:
+            return [known[caption] for caption in captions if caption is not None]
+        zeros = self.zero_unconditional
+        absence = self._zero_embedding(known[texts[-1]]) if zeros else known[""]
+        return [absence if caption is None else known[caption] for caption in captions]
 
     def _zero_embedding(self, like: Embedding) -> Embedding:
         """Return zeros of one piece, computed as 0 · an embedding.
@@ -222,16 +221,16 @@ class CaptionEncoder:
         hidden, pooled = [], None
         for component in self.tokenizers:
             ids = torch.cat([p[component] for p in pieces])
-            states, summary = self._forward(encoders[component], ids)
+            states, text = self._forward(encoders[component], ids)
             hidden.append(states)
-            pooled = summary if component == "text_encoder_2" else pooled
+            pooled = text if component == "text_encoder_2" else pooled
         joined = torch.cat(hidden, dim=-1)
         counts = [len(p[next(iter(self.tokenizers))]) for p in pieces]
         embeddings, first = [], 0
         for count in counts:
             # pooled text of the first piece, as in A1111, ComfyUI and kohya's tools
-            summary = pooled[first] if self.family.is_xl and pooled is not None else None
-            embeddings.append(Embedding(joined[first : first + count].flatten(0, 1), summary))
+            of_piece = pooled[first] if self.family.is_xl and pooled is not None else None
+            embeddings.append(Embedding(joined[first : first + count].flatten(0, 1), of_piece))
             first += count
         return embeddings
 

@@ -39,6 +39,11 @@ def tokenizer_of(component: str) -> str:
     return component.replace("text_encoder", "tokenizer")
 
 
+def hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options for files that have no variants: `revision` and `cache_dir`."""
+    return {key: options[key] for key in ("revision", "cache_dir")}
+
+
 def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a pipeline's model_index.json.
 
@@ -60,8 +65,8 @@ def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
         name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
     ):
         raise UsageError(f"model {name} does not exist: there is no such folder or file")
-    hub = {key: options[key] for key in ("revision", "cache_dir")}
-    index = read_part("model_index.json", name, partial(DiffusionPipeline.load_config, name, **hub))
+    read = partial(DiffusionPipeline.load_config, name, **hub_options(options))
+    index = read_part("model_index.json", name, read)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):
         raise UsageError(f"the model_index.json of {name} is not a pipeline's index")
     refuse_other_pipelines(index["_class_name"])
@@ -83,8 +88,7 @@ def part_config(cls: Any, name: str, part: str, options: Mapping[str, Any]) -> M
     if Path(name).expanduser().is_dir() and not (path / "config.json").is_file():
         where = f"{part}/config.json" if part else "config.json"
         raise UsageError(f"{name} lacks {where}: the model folder is incomplete")
-    hub = {key: options[key] for key in ("revision", "cache_dir")}
-    read = partial(cls.load_config, name, subfolder=part, **hub)
+    read = partial(cls.load_config, name, subfolder=part, **hub_options(options))
     part = part or "vae"
     config = read_part(part, name, read)
     if not isinstance(config, dict):

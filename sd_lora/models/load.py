@@ -24,6 +24,7 @@ from sd_lora.models.diffusers_folder import (
     check_classes,
     check_folder,
     expand_home,
+    hub_options,
     part_config,
     pipeline_index,
     read_part,
@@ -218,7 +219,7 @@ class Base:
     def meta_pipeline(self) -> MetaPipeline:
         """The components of this base without weights."""
         configs: dict[str, Any] = {self.family.denoiser: self.unet_config}
-        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+        hub = hub_options(self.options)
         for component in self.family.text_encoders:
             if self.single:
                 configs[component] = self.single.configs[component]
@@ -241,22 +242,21 @@ class Base:
 
     def _load_tokenizer(self, component: str, other: str | None) -> CLIPTokenizer:
         """Return a text encoder's tokenizer: the base's own, or another folder's or hub id's."""
-        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
-        folder = tokenizer_of(component)
+        folder, cache_dir = tokenizer_of(component), self.options["cache_dir"]
         if not other and not self.single:
-            load = partial(CLIPTokenizer.from_pretrained, self.name, subfolder=folder, **hub)
+            options = hub_options(self.options) | {"subfolder": folder}
+            load = partial(CLIPTokenizer.from_pretrained, self.name, **options)
             return read_part(folder, self.name, load)
         name = expand_home(other or CLIP_TOKENIZER)
-        place = Path(name)
-        inside = next((f for f in (folder, "tokenizer") if (place / f).is_dir()), "")
-        options = {"cache_dir": hub["cache_dir"], "subfolder": inside}
+        path = Path(name)
+        subfolder = next((f for f in (folder, "tokenizer") if (path / f).is_dir()), "")
+        options = {"cache_dir": cache_dir, "subfolder": subfolder}
         load = partial(CLIPTokenizer.from_pretrained, name, **options)
         try:
             tokenizer = read_part("tokenizer", name, load)
             if len(tokenizer) < _LEAST_TOKENS:  # without a file transformers makes an empty one
-                cache = hub["cache_dir"] or HF_HUB_CACHE
-                where = f"there is no such folder, and it is not in the cache {cache}"
-                where = "it has no vocabulary" if place.is_dir() else where
+                where = f"not a folder here, and not in the cache {cache_dir or HF_HUB_CACHE}"
+                where = "it has no vocabulary" if path.is_dir() else where
                 raise UsageError(f"the tokenizer {name} was not found: {where}")
         except UsageError as error:
             if other:
@@ -266,12 +266,14 @@ class Base:
                 "tokenizer folder of any Stable Diffusion model with --tokenizer_name, or run once "
                 "with a connection to the hub"
             ) from None
-        own = inside == "tokenizer_2"
-        if not own:  # OpenCLIP's encoders were trained with padding 0, CLIP's with the end id
-            open_clip = self.family.name == "sd2" or component == "text_encoder_2"
-            tokenizer = copy.deepcopy(tokenizer)
-            zero = tokenizer.convert_ids_to_tokens(0)
-            tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
+        if subfolder == "tokenizer_2":
+            return tokenizer
+        # CLIP's tokenizer for OpenCLIP's encoders, which were trained with padding 0, CLIP's own
+        # with the end id
+        open_clip = self.family.name == "sd2" or component == "text_encoder_2"
+        tokenizer = copy.deepcopy(tokenizer)
+        zero = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
     def _load_scheduler(
@@ -287,7 +289,7 @@ class Base:
                 )
             config = self.single.scheduler_config(kind)
         else:
-            hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+            hub = hub_options(self.options)
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
             config = dict(read_part("scheduler", self.name, read))
         changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
