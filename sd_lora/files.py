@@ -1,4 +1,9 @@
-"""Tensor files, one tensor at a time: opened without trust, written whole or not at all."""
+"""Files: tensors read one at a time and without trust, and whole files written or none.
+
+torch is imported where a tensor is touched: code without tensors can use the writers cheaply.
+"""
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -9,39 +14,68 @@ import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from sd_lora.errors import RunError, UsageError
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Ends of names under which torch writes pickles."""
+
 HASH_KEY = "sshs_model_hash"
-_POINTER = b"version https://git-lfs"
+"""Header key of the SHA-256 by which kohya's tools and model sites know a file."""
 
-_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
+PARSER_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    NameError,
+    OSError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""Errors of diffusers, torch and safetensors over a file's bytes: the file is at fault."""
+
+_LFS_POINTER = b"version https://git-lfs"
+
+_SAFETENSORS_NAMES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-_OF_NAME = {name: dtype for dtype, name in _DTYPES.items()}
+"""torch's name of a dtype → the name in a safetensors file."""
 
-Spec = tuple[torch.dtype, tuple[int, ...]]
+_TORCH_NAMES = {name: dtype for dtype, name in _SAFETENSORS_NAMES.items()}
+
+Shape = tuple[int, ...]
+
+Spec = tuple["torch.dtype", Shape]
 """A tensor's dtype and shape."""
 
 
-class TensorFile(Mapping[str, Tensor]):
+class TensorFile(Mapping[str, "Tensor"]):
     """A file's tensors by key, each read when it is asked for.
 
-    header: a safetensors file's metadata. A pickled file is read whole, and only if it holds
-    nothing but tensors: no code in it is ever run.
+    The name tells pickles (`PICKLES`) from safetensors files. A pickle must hold tensors alone: no
+    code in a file is ever run. Pickles are mapped into memory, except for compressed ones and
+    torch's format before 1.6, which are read whole.
+
+    path: of the file.
+    header: a safetensors file's metadata; {} for a pickle.
 
     Raises:
-        UsageError: what cannot be read, and why.
+        UsageError: not a file, cut off, a git-lfs pointer, a pickle of other objects, or a tensor
+            without values in the file.
+        RunError: a pickle asks for more memory than there is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -58,9 +92,10 @@ class TensorFile(Mapping[str, Tensor]):
             self._file = safe_open(path, "pt")
             self._keys = dict.fromkeys(self._file.keys())
             self.header = self._file.metadata() or {}
-        except (SafetensorError, OSError, ValueError, OverflowError, MemoryError) as error:
-            what = "it is empty" if not path.stat().st_size else str(error)
-            raise UsageError(f"{path} is not a readable safetensors file: {what}") from None
+        # a foreign parser over foreign bytes: any error is the file's fault
+        except Exception as error:
+            found = _missing_bytes(path) or f"not a safetensors file ({reason_of(error)})"
+            raise UsageError(f"{path} cannot be read: {found}") from None
 
     def __getitem__(self, key: str) -> Tensor:
         if self._pickled is not None:
@@ -69,9 +104,9 @@ class TensorFile(Mapping[str, Tensor]):
             raise KeyError(key)
         try:
             return self._file.get_tensor(key)
-        # shapes and dtypes that are lies, and dtypes that torch has not
+        # wrong shapes and dtypes in the header, and dtypes unknown to torch
         except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"{self.path}: {key!r} cannot be read: {_reason(error)}") from None
+            raise UsageError(f"{self.path}: {key!r} cannot be read: {reason_of(error)}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys if self._pickled is None else self._pickled)
@@ -79,42 +114,50 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._keys if self._pickled is None else self._pickled)
 
-    def spec(self, key: str) -> Spec:
-        """Returns a tensor's dtype and shape without reading it."""
+    def shape(self, key: str) -> Shape:
+        """Return a tensor's shape without reading the tensor."""
         if self._pickled is not None:
-            tensor = self._pickled[key]
-            return tensor.dtype, tuple(tensor.shape)
-        view = self._file.get_slice(key)
-        name = view.get_dtype()
-        dtype = _OF_NAME.get(name) or self[key].dtype
-        return dtype, tuple(view.get_shape())
+            return tuple(self._pickled[key].shape)
+        return tuple(self._file.get_slice(key).get_shape())
+
+    def spec(self, key: str) -> Spec:
+        """Return a tensor's dtype and shape, read from the header where torch knows the dtype."""
+        import torch
+
+        if self._pickled is not None:
+            return self._pickled[key].dtype, self.shape(key)
+        name = _TORCH_NAMES.get(self._file.get_slice(key).get_dtype())
+        return (getattr(torch, name) if name else self[key].dtype), self.shape(key)
+
+    @cached_property
+    def shapes(self) -> dict[str, Shape]:
+        """Key → shape of every tensor, none of them read."""
+        return {key: self.shape(key) for key in self}
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
+    """Return a pickle's tensors by key, mapped into memory where the file allows it."""
+    import torch
+
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} was not opened: it is no pickle of tensors alone ({_reason(error)}), and any "
-            "other may run code as it is read. Take a .safetensors file of it from where you trust"
-        ) from None
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
     except MemoryError:
         raise RunError(f"{path} asks for more memory than there is") from None
-    # a foreign parser over foreign bytes: whatever it stumbles over is the file's fault
+    # a foreign parser over foreign bytes: any error is the file's fault
     except Exception as error:
+        if missing := _missing_bytes(path):
+            raise UsageError(f"{path} cannot be read: {missing}") from None
+        if isinstance(error, pickle.UnpicklingError):
+            raise UsageError(
+                f"{path} was not opened: it is cut off, or it is not a pickle of tensors alone "
+                f"({reason_of(error)}), and reading any other may run code. Take a .safetensors "
+                "file of the model from a source that you trust"
+            ) from None
         kind = "zip" if zipfile.is_zipfile(path) else "pickle"
-        raise UsageError(f"{path} is not a readable {kind} of tensors: {_reason(error)}") from None
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        beside = [key for key, value in found.items() if isinstance(value, Tensor)]
-        if beside:
-            raise UsageError(f"{path} holds tensors beside its state_dict: {beside[0]!r}")
-        found = found["state_dict"]
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} holds a {type(found).__name__} and not tensors by name")
-    tensors = {k: t for k, t in found.items() if isinstance(k, str) and isinstance(t, Tensor)}
-    if len(tensors) < len(found):
-        odd = next(k for k in found if k not in tensors)
-        raise UsageError(f"{path} holds {odd!r}, a {type(found[odd]).__name__} and no tensor")
+        raise UsageError(
+            f"{path} cannot be read: not a {kind} of tensors ({reason_of(error)})"
+        ) from None
+    tensors = _tensors_by_key(path, found)
     size = path.stat().st_size
     for key, t in tensors.items():
         plain = t.layout is torch.strided and not (t.is_quantized or t.is_nested or t.is_meta)
@@ -127,32 +170,86 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     return {key: t.detach() for key, t in tensors.items()}
 
 
-def _reason(error: Exception) -> str:
-    """Returns what an error found, without torch's advice to open the file all the same."""
+def _can_be_mapped(path: Path) -> bool:
+    """Whether a pickle is a zip of uncompressed records; torch maps a compressed one as noise."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def _tensors_by_key(path: Path, found: Any) -> dict[str, Tensor]:
+    """Return the tensors of an unpickled dictionary, or of the `state_dict` in it."""
+    from torch import Tensor
+
+    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
+        beside = [key for key, value in found.items() if isinstance(value, Tensor)]
+        if beside:
+            raise UsageError(f"{path} holds tensors beside its state_dict: {beside[0]!r}")
+        found = found["state_dict"]
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} holds a {type(found).__name__} and not tensors by name")
+    for key, value in found.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise UsageError(f"{path} holds {key!r}, a {type(value).__name__} and no tensor")
+    return found
+
+
+def _missing_bytes(path: Path) -> str | None:
+    """Return how a file is cut off; None if it is whole, or broken in another way."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            start = file.read(9)
+            if size < 9:
+                return f"it is cut off: it has {size} bytes"
+            if start.startswith(b"PK") and not zipfile.is_zipfile(path):
+                return "it is cut off or damaged: the table of contents at a zip's end is not there"
+            length = int.from_bytes(start[:8], "little")
+            if path.suffix in PICKLES or start[8:] != b"{":
+                return None
+            if 8 + length > size:
+                return f"it is cut off: its header has {length} bytes, and the whole file {size}"
+            file.seek(8)
+            table = json.loads(file.read(length))
+        end = max(t["data_offsets"][1] for name, t in table.items() if name != "__metadata__")
+        lost = 8 + length + end - size
+    except PARSER_ERRORS:
+        return None
+    return f"it is cut off: {lost} of {lost + size} bytes are missing" if lost > 0 else None
+
+
+def reason_of(error: Exception) -> str:
+    """Return an error's text on one line, without torch's advice to open the file all the same."""
     advice = ("Weights only load failed", "Please file an issue", "Check the documentation")
     lines = (line for line in str(error).splitlines() if not line.startswith(advice))
-    found = " ".join(" ".join(lines).split())[:160]
+    found = " ".join(" ".join(lines).split())[:200]
     # a KeyError's text is a bare key, an EOFError's is none
     return found if " " in found else f"{type(error).__name__} {found}".strip()
 
 
 def _refuse_pointer(path: Path) -> None:
     with suppress(OSError), open(path, "rb") as file:
-        if file.read(len(_POINTER)) == _POINTER:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UsageError(
-                f"{path} is a git-lfs pointer, which stands for the file and is not it: run "
-                "`git lfs pull` in its folder, or download the file itself"
+                f"{path} is a git-lfs pointer, a text that stands for the file: run `git lfs pull` "
+                "in its folder, or download the file itself"
             )
 
 
 def mib(num_bytes: float) -> str:
-    """Returns a size for people: "3.8 MiB", "290 KiB"."""
+    """Return a size for people: "3.8 MiB", "290 KiB"."""
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
-    """Yields a file to write that will be there whole or not at all: beside, fsync, rename.
+    """Yield a file to write; it appears at `path` complete or not at all.
+
+    Written beside its place, brought to the disk (fsync), renamed. Missing folders are made.
+
+    path: of the file.
+    size: in bytes, for the error message.
 
     Raises:
         RunError: the disk is full or the folder cannot be written; nothing is left behind.
@@ -174,7 +271,7 @@ def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes bytes so that the file is there whole or not at all. Raises: see `whole_file`."""
+    """Write bytes to a file, all of them or none. Raises: as `whole_file`."""
     with whole_file(path, len(data)) as file:
         file.write(data)
 
@@ -185,20 +282,20 @@ def write_tensors(
     tensors: Iterable[tuple[str, Tensor]],
     header: Mapping[str, str],
 ) -> None:
-    """Writes a safetensors file, one tensor in memory at a time.
+    """Write a safetensors file, one tensor in memory at a time.
 
-    The layout is that of the safetensors library, whatever the order in which they come: wider
-    dtypes first, then by key. A header with `sshs_model_hash` gets there the SHA-256 of what
-    follows the header, by which kohya's tools and model sites know a file.
+    The layout is the safetensors library's, in whatever order the tensors come: wider dtypes first,
+    then by key. If the header has `sshs_model_hash`, the value is replaced by the SHA-256 of
+    everything behind the header, as kohya's tools and model sites compute theirs.
 
-    Args:
-        path: of the file.
-        specs: key → dtype and shape of every tensor.
-        tensors: all of them, in any order.
-        header: metadata.
+    path: of the file.
+    specs: key → dtype and shape of every tensor.
+    tensors: (key, tensor) of each of them, in any order.
+    header: metadata.
 
     Raises:
         RunError: the file could not be written; nothing is left behind.
+        ValueError: a tensor is unlike its spec, or missing.
     """
     hashed = HASH_KEY in header
     # sorted: the safetensors library gives a header's keys in another order each time
@@ -209,9 +306,8 @@ def write_tensors(
         dtype, shape = specs[key]
         starts[key] = end
         end += math.prod(shape) * dtype.itemsize
-        table[key] = {
-            "dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [starts[key], end]
-        }  # fmt: skip
+        name = _SAFETENSORS_NAMES[str(dtype).removeprefix("torch.")]
+        table[key] = {"dtype": name, "shape": list(shape), "data_offsets": [starts[key], end]}
     with whole_file(path, end) as file:
         body = _write_table(file, table)
         missing = dict(specs)
@@ -230,7 +326,7 @@ def write_tensors(
 
 
 def _write_table(file: IO[bytes], table: Mapping[str, Any]) -> int:
-    """Writes a safetensors header at the start of a file; returns where the tensors begin."""
+    """Write a safetensors header at the start of a file; return where the tensors begin."""
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     file.seek(0)
@@ -239,5 +335,7 @@ def _write_table(file: IO[bytes], table: Mapping[str, Any]) -> int:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview | bytes:
+    import torch
+
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""

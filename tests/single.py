@@ -29,7 +29,7 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sd_lora.models.original import Layout, open_clip_parameter, unet_to_original
+from sd_lora.models.original_names import Layout, open_clip_parameter, unet_to_original
 from tests.tiny import build_tokenizer
 
 POOLED = 64

@@ -15,8 +15,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from sd_lora.models.families import detect
-from sd_lora.models.folder import tokenizer_of
+from sd_lora.models.diffusers_folder import tokenizer_of
+from sd_lora.models.families import detect_family
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import build_pipeline as make_pipeline
 
@@ -149,7 +149,7 @@ def build_pipeline(kind: str = "sd1") -> DiffusionPipeline:
         parts["tokenizer_2"].pad_token = "!"  # as OpenCLIP's
     if kind == "refiner":
         parts = {name: parts[name] for name in parts if name not in ("text_encoder", "tokenizer")}
-    return make_pipeline(detect(parts["unet"].config), parts["unet"].config, parts)
+    return make_pipeline(detect_family(parts["unet"].config), parts["unet"].config, parts)
 
 
 def pipeline_of(parts: Parts) -> DiffusionPipeline:

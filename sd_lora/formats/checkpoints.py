@@ -20,7 +20,7 @@ from sd_lora.files import PICKLES, TensorFile
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.models.families import FAMILIES, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.original import Layout, open_clip_parameter, unet_from_original
+from sd_lora.models.original_names import Layout, open_clip_parameter, unet_from_original
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import Adapter, Modules, each, file_rank, is_plain, plain
 from sd_lora.formats.names import Naming, canonical
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"

@@ -21,7 +21,7 @@ from sd_lora.errors import RunError
 from sd_lora.files import HASH_KEY, TensorFile, write_tensors
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.verify import captured_complaints
-from sd_lora.models.tokens import NewTokens
+from sd_lora.models.new_tokens import NewTokens
 
 _ONE = ["text_encoder"]
 _XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}

@@ -30,7 +30,7 @@ from sd_lora.formats.canonical import (
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
 from sd_lora.formats.reading import find_file, open_lora
 from sd_lora.models.families import family_named
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 LYCORIS_END = "_lycoris.safetensors"
 

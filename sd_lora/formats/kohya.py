@@ -15,7 +15,7 @@ from torch import Tensor
 from sd_lora.formats.canonical import Adapter, each, file_rank, is_plain, plain
 from sd_lora.formats.diffusers import padded, padded_ranks
 from sd_lora.formats.names import Naming
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 
 def can_write(adapter: Adapter) -> bool:

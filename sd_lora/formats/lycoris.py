@@ -13,7 +13,7 @@ from torch import Tensor
 from sd_lora.adapters.deltas import Delta
 from sd_lora.formats.canonical import Adapter, Modules, each, plain
 from sd_lora.formats.names import Naming, from_kohya
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 _WRITTEN = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight", "lora_mid": "lora_mid.weight"}
 _READ = {kind: name for name, kind in _WRITTEN.items()} | {

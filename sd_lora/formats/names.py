@@ -13,8 +13,8 @@ from functools import lru_cache
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.models.families import FAMILIES, Family
-from sd_lora.models.original import Layout, unet_from_original, unet_to_original
-from sd_lora.models.published import CONFIGS
+from sd_lora.models.original_names import Layout, unet_from_original, unet_to_original
+from sd_lora.models.published_configs import CONFIGS
 
 ALONE = "lycoris"
 """LyCORIS' own prefix, for a model by itself; in Stable Diffusion's files it means the UNet."""

@@ -21,7 +21,7 @@ from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
 from sd_lora.formats import diffusers, lycoris, peft
 from sd_lora.formats.canonical import Adapter, Lazy
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]
 """Component → canonical update name → kind of tensor → the file's key."""

@@ -24,7 +24,7 @@ from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name
 from sd_lora.formats.files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.reading import open_lora
-from sd_lora.models.meta_pipeline import MetaPipeline, without_bars
+from sd_lora.models.meta_pipeline import MetaPipeline, without_progress_bars
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -232,7 +232,7 @@ def load_into_pipeline(
         components: those that the file adapts; of the others diffusers rightly says so.
     """
     pipeline = meta_pipeline.pipeline()
-    with captured_complaints() as complaints, without_bars():
+    with captured_complaints() as complaints, without_progress_bars():
         try:
             pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:

@@ -1,17 +1,19 @@
-"""The families of Stable Diffusion, as rows of a table: what they are called, by whom, and what
-their UNets are told besides the noisy latents."""
+"""The families of Stable Diffusion, one row each: components, names, noise, conditions."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from sd_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a UNet is made for: known by the input channels that it has beyond the latents' own.
+    """The purpose of a UNet, known by its input channels beyond the latents' own.
 
-    refused: why it is not trained here, if it is not.
+    name: in code and metadata.
+    label: for people.
+    refused: reason why no training is possible here; "" otherwise.
     """
 
     name: str
@@ -24,10 +26,19 @@ INPAINTING = Task("inpainting", "inpainting")
 _PAIRS = "its training needs pairs of images, which no data source here has"
 _TASKS: dict[int | None, Task] = {
     0: TEXT_TO_IMAGE,
-    5: INPAINTING,  # a mask, and the latents of what is left to see
+    5: INPAINTING,  # a mask, and the latents of the image outside it
     4: Task("instruct_pix2pix", "InstructPix2Pix", _PAIRS),
     1: Task("depth", "depth to image", "its training needs depth maps, which are not made here"),
     3: Task("upscaling", "upscaling", "its training needs small images and a noise level"),
+}
+
+
+_NOISE_SCHEDULE = {
+    "_class_name": "DDPMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
 }
 
 
@@ -35,15 +46,23 @@ _TASKS: dict[int | None, Task] = {
 class Family:
     """One family.
 
-    name, label: in code and metadata, and for people. pipelines: task → diffusers' class.
-    cross_attention_dim: width of the text that its UNet attends to, by which its files are known.
-    kohya_prefixes: component → what kohya's keys start with. original_names: whether kohya's files
-    call the UNet's modules as the original code does (`input_blocks_4_1`) and not as diffusers
-    does. base_versions, architectures: prediction type → kohya's and Stability's words for it.
-    penultimate: whether it reads the text encoders' last hidden state but one, without the final
-    norm. time_ids: what its UNet is told of an image besides the pooled text: "original_size",
-    "crop", "target_size" (two numbers each), "aesthetic_score". max_timestep: those from here on it
-    was not made for.
+    name: in code and metadata.
+    label: for people.
+    pipelines: task → diffusers' class.
+    cross_attention_dim: width of the text for its UNet, by which its LoRA files are known.
+    kohya_prefixes: component → beginning of kohya's keys.
+    original_names: whether kohya's files call the UNet's modules as the original code does
+        (`input_blocks_4_1`) and not as diffusers does.
+    text_encoders: components, in the order in which their outputs are joined.
+    denoiser: component that predicts the noise.
+    noise_schedule: "_class_name" of its scheduler and arguments for the class. Training draws a
+        timestep from 0 to num_train_timesteps - 1, and the denoiser is told this number.
+    max_timestep: the family was trained on timesteps below this one; None: on all.
+    base_versions: prediction type → kohya's name of the base.
+    architectures: prediction type → Stability's name of the architecture (ModelSpec).
+    penultimate: whether the text encoders' last hidden state but one is read, without final norm.
+    time_ids: numbers about an image for the UNet, beside the pooled text: "original_size", "crop",
+        "target_size" (two each), "aesthetic_score".
     """
 
     name: str
@@ -52,26 +71,24 @@ class Family:
     cross_attention_dim: int
     kohya_prefixes: Mapping[str, str]
     original_names: bool
+    text_encoders: tuple[str, ...] = ("text_encoder",)
+    denoiser: str = "unet"
+    noise_schedule: Mapping[str, Any] = field(default_factory=lambda: _NOISE_SCHEDULE)
+    max_timestep: int | None = None
     base_versions: Mapping[str, str] = field(default_factory=dict)
     architectures: Mapping[str, str] = field(default_factory=dict)
     penultimate: bool = False
     time_ids: tuple[str, ...] = ()
-    max_timestep: int | None = None
 
     @property
     def vae_scaling(self) -> float:
-        """What its VAE's latents are multiplied by: `scaling_factor`."""
+        """Factor on its VAE's latents: `scaling_factor`."""
         return 0.13025 if self.is_xl else 0.18215
 
     @property
     def components(self) -> tuple[str, ...]:
-        """What a LoRA may adapt: "unet", "text_encoder", …"""
-        return tuple(self.kohya_prefixes)
-
-    @property
-    def text_encoders(self) -> tuple[str, ...]:
-        """Its text encoders, in the order in which their outputs are joined."""
-        return self.components[1:]
+        """Components for a LoRA to adapt: "unet", "text_encoder", …"""
+        return (self.denoiser, *self.text_encoders)
 
     @property
     def is_xl(self) -> bool:
@@ -125,6 +142,7 @@ FAMILIES = {
         cross_attention_dim=2048,
         kohya_prefixes=_TWO_ENCODERS,
         original_names=True,
+        text_encoders=("text_encoder", "text_encoder_2"),
         base_versions={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
         architectures={
             "epsilon": "stable-diffusion-xl-v1-base",
@@ -140,6 +158,8 @@ FAMILIES = {
         cross_attention_dim=1280,
         kohya_prefixes=_SECOND_ENCODER,
         original_names=True,
+        text_encoders=("text_encoder_2",),
+        max_timestep=200,  # Podell et al. 2023, section 2.5: trained on the first 200 noise levels
         base_versions={"epsilon": "sdxl_refiner_v1-0", "v_prediction": "sdxl_refiner_v1-0"},
         architectures={
             "epsilon": "stable-diffusion-xl-v1-refiner",
@@ -147,11 +167,10 @@ FAMILIES = {
         },
         penultimate=True,
         time_ids=("original_size", "crop", "aesthetic_score"),
-        max_timestep=200,  # Podell et al. 2023, section 2.5: trained on the first 200 noise levels
     ),
 }
 
-_OTHERS = {
+_OTHER_PIPELINES = {
     "StableDiffusion3": "Stable Diffusion 3",
     "StableDiffusionLatentUpscale": "a latent upscaler",
     "StableDiffusionUpscale": "Stable Diffusion's upscaler",
@@ -184,41 +203,41 @@ _OTHERS = {
     "IFPipeline": "DeepFloyd IF",
     "IFImg2Img": "DeepFloyd IF",
 }
-"""How the class of a pipeline starts → what it is, for an error that says so."""
+"""Beginning of a pipeline's class → name of the model, for the error."""
 
-_TRAINED = {
+_TRAINABLE_PIPELINES = {
     *(f"StableDiffusion{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "PAG")),
     *(f"StableDiffusionXL{kind}Pipeline" for kind in ("", "Img2Img", "Inpaint", "PAG")),
 }
 """Pipelines over the families' own parts."""
 
-TRAINED = (
+_TRAINABLE = (
     "Stable Diffusion 1.x, 2.x, XL and its refiner can be trained, and their inpainting models"
 )
 
 
 def family_named(name: str) -> Family:
-    """Returns a family, or raises UsageError naming those there are."""
+    """Return a family by its name; raise UsageError with the names there are."""
     if name not in FAMILIES:
         raise UsageError(f"unknown family {name!r}; families: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
-def _starts_as(word: str, names: Iterable[str]) -> str | None:
-    return next((name for name in names if word.startswith(name)), None)
+def _beginning_of(word: str, beginnings: Iterable[str]) -> str | None:
+    return next((start for start in beginnings if word.startswith(start)), None)
 
 
 def refuse_other_pipelines(class_name: str) -> None:
-    """Raises UsageError, naming what it is, for a pipeline class that cannot be trained."""
-    known = _starts_as(class_name, _OTHERS)
+    """Raise UsageError, with the model's name, for a pipeline class that cannot be trained."""
+    known = _beginning_of(class_name, _OTHER_PIPELINES)
     if known:
-        raise UsageError(f"this is {_OTHERS[known]} ({class_name}); {TRAINED}")
-    if class_name not in _TRAINED:
-        raise UsageError(f"model_index.json says {class_name!r}; {TRAINED}")
+        raise UsageError(f"this is {_OTHER_PIPELINES[known]} ({class_name}); {_TRAINABLE}")
+    if class_name not in _TRAINABLE_PIPELINES:
+        raise UsageError(f"model_index.json says {class_name!r}; {_TRAINABLE}")
 
 
-def detect(unet_config: Mapping[str, object]) -> Family:
-    """Returns the family of a UNet's configuration.
+def detect_family(unet_config: Mapping[str, object]) -> Family:
+    """Return the family of a UNet's configuration.
 
     The UNets of SDXL and its refiner take added conditions; the refiner attends to text as wide as
     the pooled one. SD2's UNet is SD1's with linear projections around its attention (and a head
@@ -230,9 +249,10 @@ def detect(unet_config: Mapping[str, object]) -> Family:
     added = unet_config.get("addition_embed_type")
     hidden = unet_config.get("encoder_hid_dim_type")
     if added not in (None, "text_time") or hidden is not None:
-        what = "addition_embed_type" if hidden is None else "encoder_hid_dim_type"
+        key = "addition_embed_type" if hidden is None else "encoder_hid_dim_type"
         raise UsageError(
-            f"this UNet takes conditions of another kind ({what} = {hidden or added!r}); {TRAINED}"
+            f"this UNet takes conditions of another kind ({key} = {hidden or added!r}); "
+            f"{_TRAINABLE}"
         )
     if added:
         pooled = _int(unet_config, "projection_class_embeddings_input_dim")
@@ -248,7 +268,7 @@ def _int(config: Mapping[str, object], key: str) -> int:
 
 
 def detect_task(unet_config: Mapping[str, object]) -> Task:
-    """Returns what a UNet is made for: how many channels it takes in beyond those it gives out.
+    """Return the task of a UNet, by its number of input channels beyond the output's.
 
     Raises:
         UsageError: channels of no known kind.
@@ -258,14 +278,16 @@ def detect_task(unet_config: Mapping[str, object]) -> Task:
     if extra not in _TASKS:
         raise UsageError(
             f"this is a UNet with {channels} input and {given} output channels: not one of Stable "
-            f"Diffusion; {TRAINED}"
+            f"Diffusion; {_TRAINABLE}"
         )
     return _TASKS[extra]
 
 
 def refuse_task(task: Task, family: Family) -> None:
-    """Raises UsageError for a UNet that is recognised and cannot be trained."""
+    """Raise UsageError for a UNet whose task is known and not trained here."""
     if task.refused:
-        raise UsageError(f"this is {family.label}'s {task.label} model: {task.refused}; {TRAINED}")
+        raise UsageError(
+            f"this is {family.label}'s {task.label} model: {task.refused}; {_TRAINABLE}"
+        )
     if task.name not in family.pipelines:
-        raise UsageError(f"there is no {task.label} model of {family.label}; {TRAINED}")
+        raise UsageError(f"there is no {task.label} model of {family.label}; {_TRAINABLE}")

@@ -1,4 +1,4 @@
-"""Loading a base model's parts, each once: a diffusers folder, a hub id, or a single checkpoint."""
+"""Loading a base model, each part once: from a diffusers folder, a hub id or a single file."""
 
 import copy
 from collections.abc import Mapping
@@ -20,31 +20,29 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import PIECE, CaptionEncoder
-from sd_lora.models.families import (
-    Family,
-    Task,
-    detect,
-    detect_task,
-    refuse_task,
-)
-from sd_lora.models.folder import (
-    CLASSES,
+from sd_lora.models.diffusers_folder import (
     check_classes,
     check_folder,
-    on_disk,
+    expand_home,
+    hub_options,
     part_config,
     pipeline_index,
     read_part,
     tokenizer_of,
 )
-from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.single import SingleFile
-from sd_lora.models.vae import load_other, other_config, standard_config
+from sd_lora.models.families import (
+    Family,
+    Task,
+    detect_family,
+    detect_task,
+    refuse_task,
+)
+from sd_lora.models.meta_pipeline import PART_CLASSES, MetaPipeline
+from sd_lora.models.single_file import SingleFile
+from sd_lora.models.vae import load_replacement, replacement_config, standard_config
 
 CLIP_TOKENIZER = "openai/clip-vit-large-patch14"
-"""The hub id of the vocabulary that all Stable Diffusion models share: single checkpoints have none
-in them."""
-
+"""Hub id of the tokenizer that all Stable Diffusion models share: single files have none."""
 
 _LEAST_TOKENS = 514
 """A CLIP vocabulary has at least 256 symbols, as many word ends, and two special tokens."""
@@ -52,11 +50,15 @@ _LEAST_TOKENS = 514
 
 @dataclass
 class Parts:
-    """The parts of a Stable Diffusion model, on the CPU, in evaluation mode, frozen.
+    """The parts of a loaded base model, on the CPU, in evaluation mode, frozen.
 
-    text_encoders, tokenizers: component ("text_encoder", "text_encoder_2") → its encoder and
-    tokenizer, in the order in which the UNet reads their outputs. zero_unconditional: whether the
-    model knows the absence of a prompt as zeros, and not as an empty prompt.
+    family: of the model.
+    text_encoders: component ("text_encoder", "text_encoder_2") → text encoder, in the order of
+        their outputs for the UNet.
+    tokenizers: the same component → its tokenizer.
+    vae, unet, scheduler: as diffusers has them.
+    zero_unconditional: whether the absence of a caption is zeros to the model, and not an empty
+        caption.
     """
 
     family: Family
@@ -69,21 +71,21 @@ class Parts:
 
     @property
     def task(self) -> Task:
-        """What the UNet is made for."""
+        """Task of the UNet: text to image, inpainting."""
         return detect_task(self.unet.config)
 
     @property
     def pixels_per_latent(self) -> int:
-        """How many pixels a latent spans on a side: 8 for the published models."""
-        return _vae_factor(self.vae.config)
+        """Pixels along one side of a latent: 8 for the published models."""
+        return _halvings_factor(self.vae.config)
 
     @property
     def models(self) -> dict[str, nn.Module]:
-        """Component → what a LoRA may adapt."""
-        return {"unet": self.unet, **self.text_encoders}
+        """Component → model for a LoRA to adapt."""
+        return {self.family.denoiser: self.unet, **self.text_encoders}
 
     def caption_encoder(self, **options: Any) -> CaptionEncoder:
-        """Returns how captions are read; see `CaptionEncoder` for the options."""
+        """Return the model's caption encoder; options: the fields of `CaptionEncoder`."""
         return CaptionEncoder(
             self.family,
             self.tokenizers,
@@ -93,22 +95,28 @@ class Parts:
 
     @property
     def meta_pipeline(self) -> MetaPipeline:
-        """The modules that a LoRA of this model is made for."""
+        """The components of this model without weights."""
         return MetaPipeline.of_models(self.models, self.family)
 
 
-def _vae_factor(config: Mapping[str, Any]) -> int:
+def _halvings_factor(config: Mapping[str, Any]) -> int:
+    """Return the factor by which a VAE or UNet shrinks its input's sides: 2 to its halvings."""
     return 2 ** (len(config["block_out_channels"]) - 1)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that has been found and named, its weights not yet read.
+    """A base model, found and recognised, its weights not yet read.
 
-    name: folder, hub id or file. vae_config: of the VAE that is used; own_vae_config: of the base's
-    own. single: the file, if it is one. index: the pipeline's own model_index.json, {} of a file.
-    vae: where another VAE comes from. options: `revision`, `cache_dir` and `variant` of
-    `from_pretrained`.
+    name: folder, hub id or file.
+    family, task: of its UNet.
+    unet_config: of its UNet.
+    vae_config: of the VAE in use, perhaps a replacement.
+    own_vae_config: of the base's own VAE.
+    single: the single file; None for a folder or hub id.
+    index: the pipeline's model_index.json; {} for a single file.
+    vae: folder, hub id or file of a replacement VAE; None for the base's own.
+    options: `revision`, `cache_dir` and `variant` of `from_pretrained`.
     """
 
     name: str
@@ -122,14 +130,24 @@ class Base:
     vae: str | None
     options: Mapping[str, Any]
 
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along one side of a latent: 8 for the published models."""
+        return _halvings_factor(self.vae_config)
+
+    @property
+    def latent_multiple(self) -> int:
+        """Divisor of the latents' sides, for the UNet's halvings: 8 for SD1 and SD2, 4 for SDXL."""
+        return _halvings_factor(self.unet_config)
+
     @cached_property
     def resolution(self) -> int:
-        """The side in pixels of the images that the model was made for."""
+        """Side in pixels of the model's training images."""
         size = self.unet_config.get("sample_size") or 64
-        return (size if isinstance(size, int) else max(size)) * _vae_factor(self.vae_config)
+        return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
 
     def notes(self) -> list[str]:
-        """Returns what a user must know of the base: a VAE that scales its latents otherwise."""
+        """Return notes for the user: a replacement VAE with another scaling of its latents."""
         own, used = (c.get("scaling_factor") for c in (self.own_vae_config, self.vae_config))
         if own == used:
             return []
@@ -147,28 +165,28 @@ class Base:
         prediction_type: str | None = None,
         zero_terminal_snr: bool | None = None,
     ) -> Parts:
-        """Reads the parts; text encoders are float32: captions are read once, with all digits.
+        """Read the parts. Text encoders are float32: each caption is encoded once, exactly.
 
-        Args:
-            dtype, vae_dtype: of the UNet and of the VAE.
-            tokenizer_name: another tokenizer's folder or hub id; a single file has none.
-            prediction_type: if it is to differ from what the model says.
-            zero_terminal_snr: whether the betas are rescaled so that the last step is pure noise,
-                if that is to differ from what the model says.
+        dtype: of the UNet.
+        vae_dtype: of the VAE.
+        tokenizer_name: folder or hub id of another tokenizer; a single file has none of its own.
+        prediction_type: "epsilon" or "v_prediction" instead of the model's own.
+        zero_terminal_snr: whether the betas are rescaled until the last step is pure noise; None:
+            the model's own setting.
 
         Raises:
-            UsageError: what is missing or broken.
+            UsageError: a part is missing or broken, or the scheduler is of another kind.
         """
-        scheduler = self._scheduler(prediction_type, zero_terminal_snr)
+        scheduler = self._load_scheduler(prediction_type, zero_terminal_snr)
         encoders = self.family.text_encoders
-        tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in encoders}
-        # before the others: while it is read, its file's pages are mapped beside it
-        unet = self._part("unet", dtype)
+        tokenizers = {c: self._load_tokenizer(c, tokenizer_name) for c in encoders}
+        # first, for the peak of memory: while it is read, its file's pages are mapped beside it
+        unet = self._load_part(self.family.denoiser, dtype)
         parts = Parts(
             family=self.family,
-            text_encoders={c: self._part(c, torch.float32) for c in encoders},
+            text_encoders={c: self._load_part(c, torch.float32) for c in encoders},
             tokenizers=tokenizers,
-            vae=self._vae(vae_dtype),
+            vae=self._load_vae(vae_dtype),
             unet=unet,
             scheduler=scheduler,
             zero_unconditional=self.family.is_xl
@@ -184,25 +202,24 @@ class Base:
         return parts
 
     def caption_encoder(self, tokenizer_name: str | None = None, **options: Any) -> CaptionEncoder:
-        """Returns how captions are read, for counting tokens: the tokenizers alone are loaded.
+        """Return a caption encoder for counting tokens: only the tokenizers are loaded.
 
-        Args:
-            tokenizer_name: as `load` has it.
-            options: of `CaptionEncoder`.
+        tokenizer_name: as in `load`.
+        options: the fields of `CaptionEncoder`.
 
         Raises:
-            UsageError: a tokenizer that is missing.
+            UsageError: a tokenizer is missing.
         """
-        tokenizers = {c: self._tokenizer(c, tokenizer_name) for c in self.family.text_encoders}
+        tokenizers = {c: self._load_tokenizer(c, tokenizer_name) for c in self.family.text_encoders}
         for tokenizer in tokenizers.values():
             tokenizer.model_max_length = min(tokenizer.model_max_length, PIECE + 2)
         return CaptionEncoder(self.family, tokenizers, **options)
 
     @cached_property
     def meta_pipeline(self) -> MetaPipeline:
-        """The modules that a LoRA is for, without weights."""
-        configs: dict[str, Any] = {"unet": self.unet_config}
-        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+        """The components of this base without weights."""
+        configs: dict[str, Any] = {self.family.denoiser: self.unet_config}
+        hub = hub_options(self.options)
         for component in self.family.text_encoders:
             if self.single:
                 configs[component] = self.single.configs[component]
@@ -211,65 +228,68 @@ class Base:
             configs[component] = read_part(component, self.name, read).to_dict()
         return MetaPipeline(self.family, configs, self.name)
 
-    def _part(self, part: str, dtype: torch.dtype) -> Any:
+    def _load_part(self, part: str, dtype: torch.dtype) -> Any:
         if self.single:
             return self.single.load(part, dtype)
         weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
-        load = partial(CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
+        load = partial(PART_CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
         return read_part(part, self.name, load)
 
-    def _vae(self, dtype: torch.dtype) -> AutoencoderKL:
+    def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
         if self.vae is None:
-            return self._part("vae", dtype)
-        return load_other(self.vae, self.vae_config, self.options, dtype)
+            return self._load_part("vae", dtype)
+        return load_replacement(self.vae, self.vae_config, self.options, dtype)
 
-    def _tokenizer(self, component: str, other: str | None) -> CLIPTokenizer:
-        hub = {key: self.options[key] for key in ("revision", "cache_dir")}
-        folder = tokenizer_of(component)
+    def _load_tokenizer(self, component: str, other: str | None) -> CLIPTokenizer:
+        """Return a text encoder's tokenizer: the base's own, or another folder's or hub id's."""
+        folder, cache_dir = tokenizer_of(component), self.options["cache_dir"]
         if not other and not self.single:
-            load = partial(CLIPTokenizer.from_pretrained, self.name, subfolder=folder, **hub)
+            options = hub_options(self.options) | {"subfolder": folder}
+            load = partial(CLIPTokenizer.from_pretrained, self.name, **options)
             return read_part(folder, self.name, load)
-        name = on_disk(other or CLIP_TOKENIZER)
-        place = Path(name)
-        inside = next((f for f in (folder, "tokenizer") if (place / f).is_dir()), "")
-        options = {"cache_dir": hub["cache_dir"], "subfolder": inside}
+        name = expand_home(other or CLIP_TOKENIZER)
+        path = Path(name)
+        subfolder = next((f for f in (folder, "tokenizer") if (path / f).is_dir()), "")
+        options = {"cache_dir": cache_dir, "subfolder": subfolder}
         load = partial(CLIPTokenizer.from_pretrained, name, **options)
         try:
             tokenizer = read_part("tokenizer", name, load)
-            if len(tokenizer) < _LEAST_TOKENS:  # transformers makes an empty one of nothing
-                cache = hub["cache_dir"] or HF_HUB_CACHE
-                where = f"there is no such folder, and it is not in the cache {cache}"
-                where = "it has no vocabulary" if place.is_dir() else where
-                raise UsageError(f"the tokenizer {name} is not there: {where}")
+            if len(tokenizer) < _LEAST_TOKENS:  # without a file transformers makes an empty one
+                where = f"not a folder here, and not in the cache {cache_dir or HF_HUB_CACHE}"
+                where = "it has no vocabulary" if path.is_dir() else where
+                raise UsageError(f"the tokenizer {name} was not found: {where}")
         except UsageError as error:
             if other:
                 raise
             raise UsageError(
                 f"{self.name} is a single file, which holds no tokenizer: {error}. Give the "
-                "tokenizer folder of any Stable Diffusion with --tokenizer_name, or go online once"
+                "tokenizer folder of any Stable Diffusion model with --tokenizer_name, or run once "
+                "with a connection to the hub"
             ) from None
-        own = inside == "tokenizer_2"
-        if not own:  # OpenCLIP's encoders were trained with id 0 as padding, CLIP's with the end
-            open_clip = self.family.name == "sd2" or component == "text_encoder_2"
-            tokenizer = copy.deepcopy(tokenizer)
-            zero = tokenizer.convert_ids_to_tokens(0)
-            tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
+        if subfolder == "tokenizer_2":
+            return tokenizer
+        # CLIP's tokenizer for OpenCLIP's encoders, which were trained with padding 0, CLIP's own
+        # with the end id
+        open_clip = self.family.name == "sd2" or component == "text_encoder_2"
+        tokenizer = copy.deepcopy(tokenizer)
+        zero = tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
-    def _scheduler(
+    def _load_scheduler(
         self, prediction_type: str | None, zero_terminal_snr: bool | None
     ) -> DDPMScheduler | EDMEulerScheduler:
         if self.single:
             kind = prediction_type or self.single.prediction_type
             if kind is None:
                 raise UsageError(
-                    f"{self.name} does not say what it predicts, as no file of {self.family.label} "
-                    "does: give --prediction_type, epsilon for models of 512 pixels (2-base), "
-                    "v_prediction for those of 768 (2, 2.1)"
+                    f"{self.name} does not say its prediction type, as no file of "
+                    f"{self.family.label} does: give --prediction_type epsilon for a model of 512 "
+                    "pixels (2-base), v_prediction for one of 768 (2, 2.1)"
                 )
             config = self.single.scheduler_config(kind)
         else:
-            hub = {key: self.options[key] for key in ("revision", "cache_dir")}
+            hub = hub_options(self.options)
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
             config = dict(read_part("scheduler", self.name, read))
         changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
@@ -281,14 +301,14 @@ class Base:
         edm = kind.startswith("EDM")
         if not edm and not {"beta_start", "trained_betas"} & config.keys():
             raise UsageError(
-                f"the scheduler of {self.name} is a {kind}, which has no betas: a model that was "
-                "trained so (by flow matching, say) is none of Stable Diffusion's, and is not "
+                f"the scheduler of {self.name} is a {kind}, which has no betas: a model made with "
+                "it (by flow matching, for example) is not a Stable Diffusion, and cannot be "
                 "trained here"
             )
         if edm and zero_terminal_snr:
             raise UsageError(
-                f"{self.name} is an EDM model, whose noise levels have no betas to rescale: leave "
-                "out rescale_betas_zero_snr"
+                f"{self.name} is an EDM model, and its noise levels have no betas to rescale: "
+                "leave out rescale_betas_zero_snr"
             )
         cls = EDMEulerScheduler if edm else DDPMScheduler
         return read_part("scheduler", self.name, partial(cls.from_config, config, **changes))
@@ -303,21 +323,20 @@ def find_base(
     vae: str | None = None,
     prediction_type: str | None = None,
 ) -> Base:
-    """Finds a base model and says what it is, from its configurations alone.
+    """Find a base model and recognise it by its configurations alone.
 
-    Args:
-        name: a diffusers folder, a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5", or
-            a single checkpoint (.safetensors, .ckpt) in the original layout.
-        revision, variant, cache_dir: as in diffusers' `from_pretrained`.
-        vae: another VAE: a folder, a hub id or a file.
-        prediction_type: what the caller knows of a single file; SD 2's with v-prediction were made
-            for larger images.
+    name: a diffusers folder, a hub id such as "stable-diffusion-v1-5/stable-diffusion-v1-5", or a
+        single file (.safetensors, .ckpt) in the original layout.
+    revision, variant, cache_dir: as in diffusers' `from_pretrained`.
+    vae: a replacement VAE: a folder, a hub id or a file.
+    prediction_type: if the caller knows a single file's; SD 2's models with v-prediction were made
+        for larger images.
 
     Raises:
-        UsageError: nothing there, a missing part, a model that is no Stable Diffusion (named as
-            what it is), a VAE of other latents than the UNet's.
+        UsageError: not found, a part is missing, another model than Stable Diffusion (with its
+            name), or a VAE of other latents than the UNet's.
     """
-    name, vae = on_disk(name), on_disk(vae) if vae else None
+    name, vae = expand_home(name), expand_home(vae) if vae else None
     options = {"revision": revision, "cache_dir": cache_dir, "variant": variant}
     single: SingleFile | None = None
     index: Mapping[str, Any] = {}
@@ -330,14 +349,14 @@ def find_base(
     else:
         index = pipeline_index(name, options)
         unet_config = part_config(UNet2DConditionModel, name, "unet", options)
-    family, task = detect(unet_config), detect_task(unet_config)
+    family, task = detect_family(unet_config), detect_task(unet_config)
     refuse_task(task, family)
     if path.is_dir():
         check_folder(path, family)
     if single:
         of_file = not vae or Path(vae).is_file()
         if revision or (variant and of_file):
-            raise UsageError(f"{name} is a file: revision and variant mean nothing for it")
+            raise UsageError(f"{name} is a file: leave out --revision and --variant")
         if "vae" not in single.configs and not vae:
             raise UsageError(
                 f"{name} has no VAE in it: give one with --pretrained_vae_model_name_or_path"
@@ -346,7 +365,7 @@ def find_base(
     else:
         check_classes(name, index, family)
         own = part_config(AutoencoderKL, name, "vae", options)
-    vae_config = other_config(vae, own, options) if vae else own
+    vae_config = replacement_config(vae, own, options) if vae else own
     found = (name, family, task, unet_config, vae_config, own)
     base = Base(*found, single, index, vae, options)
     _check_vae(base)
@@ -354,13 +373,14 @@ def find_base(
 
 
 def load_parts(name: str, **options: Any) -> Parts:
-    """Finds a base model and reads its parts in float32; see `find_base` and `Base.load`."""
-    where = ("revision", "variant", "cache_dir", "vae")
-    found = find_base(name, **{key: options.pop(key) for key in where if key in options})
+    """Find a base model and read its parts; options: those of `find_base` and `Base.load`."""
+    to_find = ("revision", "variant", "cache_dir", "vae")
+    found = find_base(name, **{key: options.pop(key) for key in to_find if key in options})
     return found.load(**options)
 
 
 def _check_vae(base: Base) -> None:
+    """Raise UsageError for a VAE of other latents or other images than the UNet's."""
     config, wanted = base.vae_config, base.unet_config["out_channels"]
     channels = config.get("latent_channels", 4)
     if channels != wanted:
@@ -371,15 +391,15 @@ def _check_vae(base: Base) -> None:
     ends = {config.get("in_channels", 3), config.get("out_channels", 3)}
     if ends != {3}:
         raise UsageError(
-            f"the VAE of {base.vae or base.name} is for images of {max(ends)} channels, and "
-            "training is on red, green and blue"
+            f"the VAE of {base.vae or base.name} is for images of {max(ends)} channels; images "
+            "here have 3 (red, green, blue)"
         )
 
 
 def _check_tokenizer(tokenizer: CLIPTokenizer, text_encoder: Any, name: str) -> None:
-    """Raises UsageError for a tokenizer that cannot be this text encoder's.
+    """Raise UsageError for a tokenizer of another text encoder.
 
-    transformers 5 builds an empty one, without a word, where the vocabulary's file is missing.
+    Where the vocabulary's file is missing, transformers 5 silently builds an empty tokenizer.
     """
     size, known = len(tokenizer), text_encoder.config.vocab_size
     if not _LEAST_TOKENS <= size <= known:

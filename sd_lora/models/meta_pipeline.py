@@ -1,8 +1,7 @@
-"""A family's pipeline without its weights: the modules that a LoRA file is made for.
+"""A pipeline without weights: the modules that a LoRA file is made for.
 
-What a file loads into depends on the modules alone, so checking one needs neither the base's
-weights nor the time to read them; and since memory that is not touched is not taken, a second
-SD1.5 costs nothing.
+A file fits or not by the modules alone, so a check needs neither the base's weights nor the time
+to read them. Memory that is never written is never taken: a second SD1.5 costs nothing.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,20 +13,33 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import FAMILIES, TEXT_TO_IMAGE, Family, detect, detect_task
-from sd_lora.models.original import Layout
-from sd_lora.models.published import CONFIGS
+from sd_lora.models.families import FAMILIES, TEXT_TO_IMAGE, Family, detect_family, detect_task
+from sd_lora.models.original_names import Layout
+from sd_lora.models.published_configs import CONFIGS
+
+PART_CLASSES: dict[str, Any] = {
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+}
+"""Part of a base model → its class."""
 
 
 @dataclass(frozen=True)
 class MetaPipeline:
-    """A family's modules by their configurations: component ("unet", …) → arguments."""
+    """A base model's components without weights.
+
+    family: of the model.
+    configs: component ("unet", …) → arguments of its class's configuration.
+    source: name of the model, for messages.
+    """
 
     family: Family
     configs: Mapping[str, Mapping[str, Any]]
@@ -35,71 +47,76 @@ class MetaPipeline:
 
     @classmethod
     def of_family(cls, family: Family) -> "MetaPipeline":
-        """The published model of a family, the same object each time: SDXL's takes seconds."""
+        """Return the published model of a family, the same object each time: SDXL takes seconds."""
         return _published(family.name)
 
     @classmethod
     def of_models(cls, models: Mapping[str, Any], family: Family) -> "MetaPipeline":
-        """That of live models: component → model."""
+        """Return the meta pipeline of live models, given as component → model."""
         configs = {c: _as_dict(m.config) for c, m in models.items() if c in family.components}
         return cls(family, configs, "the model")
 
     @classmethod
     def of_folder(cls, name: str) -> "MetaPipeline":
-        """That of a diffusers folder, or of a hub id that is cached.
+        """Return the meta pipeline of a diffusers folder or of a cached hub id.
 
         Raises:
-            UsageError: a configuration that is missing or broken, or no Stable Diffusion UNet.
+            UsageError: a configuration is missing or broken, or not a Stable Diffusion UNet's.
         """
-        unet = _config(name, "unet")
-        family = detect(unet)
-        configs = {"unet": unet}
-        for component in family.text_encoders:
-            configs[component] = _config(name, component)
+        unet = _read_config(name, "unet")
+        family = detect_family(unet)
+        configs = {family.denoiser: unet}
+        configs |= {c: _read_config(name, c) for c in family.text_encoders}
         return cls(family, configs, name)
 
     @property
     def layout(self) -> Layout:
-        return Layout.of(self.configs["unet"]) if "unet" in self.configs else Layout()
+        """Positions of the UNet's blocks; the published families' if there is no UNet."""
+        unet = self.configs.get(self.family.denoiser)
+        return Layout() if unet is None else Layout.of(unet)
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
-        """Component → model on the meta device: names and shapes.
+        """Component → model on the meta device, with names and shapes and no values.
 
         Raises:
-            UsageError: configurations of which no model can be made.
+            UsageError: a configuration that its class refuses.
         """
-        return self._on_meta()
+        return self._build()
 
-    def _on_meta(self) -> dict[str, nn.Module]:
+    def _build(self) -> dict[str, nn.Module]:
         try:
-            with torch.device("meta"):
-                return {component: self._build(component) for component in self.configs}
+            return {c: build_on_meta(c, config) for c, config in self.configs.items()}
         except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UsageError(f"{self.source} has a configuration that fails: {reason}") from None
 
     def pipeline(self) -> DiffusionPipeline:
-        """Returns a fresh pipeline whose weights are never written."""
-        models = self._on_meta()
+        """Return a new pipeline on the CPU, its weights allocated and never written."""
+        models = self._build()
         for model in models.values():
             model.to_empty(device="cpu")
         parts: dict[str, Any] = dict.fromkeys(("vae", "tokenizer", "scheduler"))
         parts |= dict.fromkeys(self.family.components) | models
-        return build_pipeline(self.family, self.configs.get("unet", {}), parts)
+        return build_pipeline(self.family, self.configs.get(self.family.denoiser, {}), parts)
 
-    def _build(self, component: str) -> nn.Module:
-        config = dict(self.configs[component])
-        if component == "unet":
-            return UNet2DConditionModel.from_config(config)
-        cls = CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel
-        return cls(CLIPTextConfig(**config))
+
+def build_on_meta(part: str, config: Mapping[str, Any]) -> nn.Module:
+    """Return a part ("unet", "vae", "text_encoder", …) of a configuration, on the meta device."""
+    cls = PART_CLASSES[part]
+    with torch.device("meta"):
+        if part.startswith("text_encoder"):
+            return cls(CLIPTextConfig(**config))
+        return cls.from_config(dict(config))
 
 
 def build_pipeline(
     family: Family, unet_config: Mapping[str, Any], parts: Mapping[str, Any]
 ) -> DiffusionPipeline:
-    """Returns diffusers' pipeline of a family, for what its UNet is made for, over these parts."""
+    """Return diffusers' pipeline of a family and of its UNet's task, made of live parts.
+
+    parts: part of the pipeline ("unet", "vae", "tokenizer", …) → object, or None to go without.
+    """
     classes = family.pipelines
     name = classes.get(detect_task(unet_config).name, classes[TEXT_TO_IMAGE.name])
     if family.is_xl:
@@ -113,8 +130,8 @@ def build_pipeline(
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Keeps transformers from drawing a bar for every file that it reads, for a while."""
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing a progress bar for each file while the block runs."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -134,7 +151,7 @@ def _as_dict(config: Any) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
-def _config(name: str, component: str) -> dict[str, Any]:
+def _read_config(name: str, component: str) -> dict[str, Any]:
     try:
         if component == "unet":
             config = UNet2DConditionModel.load_config(name, subfolder="unet")
@@ -147,5 +164,7 @@ def _config(name: str, component: str) -> dict[str, Any]:
             f"the configuration of the {component} of {name}{where} cannot be read: {reason}"
         ) from None
     if not isinstance(config, dict):
-        raise UsageError(f"the configuration of the {component} of {name} is no table of settings")
+        raise UsageError(
+            f"the configuration of the {component} of {name} is not a table of settings"
+        )
     return config

@@ -1,4 +1,4 @@
-"""Another VAE than the base's own: a folder, a hub id, a pipeline's, or a single file."""
+"""A replacement for the base's own VAE: a folder, a hub id, a whole pipeline, or a single file."""
 
 import json
 import tempfile
@@ -11,9 +11,9 @@ import torch
 from diffusers import AutoencoderKL
 
 from sd_lora.errors import UsageError
+from sd_lora.models.checkpoint_kinds import open_checkpoint
+from sd_lora.models.diffusers_folder import part_config, read_part, without_warnings
 from sd_lora.models.families import Family
-from sd_lora.models.folder import part_config, quiet, read_part
-from sd_lora.models.recognise import TensorsOfFile
 
 _STANDARD: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
@@ -24,38 +24,52 @@ _STANDARD: dict[str, Any] = {
 
 
 def standard_config(family: Family) -> dict[str, Any]:
-    """Returns the configuration that the VAEs of all families share, but for their scaling."""
+    """Return a family's VAE configuration: the same for all but for the scaling factor."""
     return _STANDARD | {"scaling_factor": family.vae_scaling}
 
 
-def other_config(vae: str, base: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the configuration of another VAE; a single file's is that of the base's own, with
-    the latent channels that the file has.
+def replacement_config(
+    vae: str, base: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the configuration of a replacement VAE.
+
+    vae: its folder, hub id, pipeline or file. A file has no configuration: it gets the base's, with
+        the latent channels of its own tensors.
+    base: configuration of the base's own VAE.
+    options: `cache_dir`, `revision` and `variant` for the base.
 
     Raises:
-        UsageError: none there, or no VAE of this kind.
+        UsageError: not found, or not a VAE of this kind.
     """
     path = Path(vae).expanduser()
     if not path.is_file():
-        return dict(part_config(AutoencoderKL, vae, _subfolder(vae), _of_another(options)))
-    shapes = TensorsOfFile(path).shapes
+        return dict(part_config(AutoencoderKL, vae, _subfolder(vae), _cache_alone(options)))
+    shapes = open_checkpoint(path).shapes
     first = next((shapes[key] for key in shapes if key.endswith("decoder.conv_in.weight")), ())
     if len(first) != 4:
-        raise UsageError(f"{vae} is no VAE: it has no decoder.conv_in of four dimensions")
+        raise UsageError(f"{vae} is not a VAE: it has no decoder.conv_in of four dimensions")
     return dict(base) | {"latent_channels": first[1]}
 
 
-def load_other(
+def load_replacement(
     vae: str, config: Mapping[str, Any], options: Mapping[str, Any], dtype: torch.dtype
 ) -> AutoencoderKL:
-    """Reads another VAE; `config` is that of `other_config`. Raises UsageError: what is missing."""
+    """Read a replacement VAE.
+
+    vae, options: as in `replacement_config`.
+    config: the result of `replacement_config`.
+    dtype: of the weights.
+
+    Raises:
+        UsageError: not found, or weights are missing.
+    """
     path = Path(vae).expanduser()
     if path.is_file():
-        return _of_file(path, config, dtype)
-    weights: dict[str, Any] = dict(_of_another(options)) | {"torch_dtype": dtype}
+        return _load_file(path, config, dtype)
+    weights: dict[str, Any] = dict(_cache_alone(options)) | {"torch_dtype": dtype}
     weights |= {"output_loading_info": True, "subfolder": _subfolder(vae)}
     load = partial(AutoencoderKL.from_pretrained, vae, **weights)
-    try:  # the base's variant, where this one has it too
+    try:  # with the base's variant, if this repository has it too
         return read_part("vae", vae, partial(load, variant=options["variant"]))
     except UsageError:
         if options["variant"] is None:
@@ -63,18 +77,18 @@ def load_other(
         return read_part("vae", vae, load)
 
 
-def _of_another(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the base's options that are for another repository too: its cache, no revision."""
+def _cache_alone(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the base's cache folder alone: its revision is of another repository."""
     return {"cache_dir": options["cache_dir"], "revision": None}
 
 
 def _subfolder(vae: str) -> str:
-    """Returns the subfolder of a VAE: a whole pipeline may be given for it, too."""
+    """Return "vae" for the folder of a whole pipeline, "" for the folder of a VAE."""
     return "vae" if (Path(vae).expanduser() / "model_index.json").is_file() else ""
 
 
-def _of_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
-    with tempfile.TemporaryDirectory() as folder, quiet():
+def _load_file(path: Path, config: Mapping[str, Any], dtype: torch.dtype) -> AutoencoderKL:
+    with tempfile.TemporaryDirectory() as folder, without_warnings():
         (Path(folder) / "config.json").write_text(json.dumps(dict(config)))
         load = partial(AutoencoderKL.from_single_file, config=folder, torch_dtype=dtype)
         vae = read_part("vae", str(path), partial(load, str(path)))

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from sd_lora.data.cache.encode import Scaling
 from sd_lora.errors import RunError
-from sd_lora.models.caption_encoder import CaptionEncoder, Embedding, Geometry, collate, in_batches
+from sd_lora.models.caption_encoder import (
+    CaptionEncoder,
+    Embedding,
+    Geometry,
+    collate,
+    encode_in_batches,
+)
 from sd_lora.models.families import INPAINTING, Family
 from sd_lora.models.load import Parts
 
@@ -71,7 +77,7 @@ def sample(
     if not prompts:
         return
     with _on(device, parts.text_encoders.values()):
-        known = dict(in_batches(caption_encoder, parts.text_encoders, [None, *prompts]))
+        known = dict(encode_in_batches(caption_encoder, parts.text_encoders, [None, *prompts]))
     sampler = Sampler(parts, resolution, steps, guidance_scale, device)
     with _on(device, (parts.unet, parts.vae)):
         for start in range(0, len(prompts), batch_size):

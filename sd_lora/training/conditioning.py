@@ -14,9 +14,15 @@ from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet, Stream
 from sd_lora.data.cache.text_embeddings import Embeddings
 from sd_lora.errors import UsageError
-from sd_lora.models.caption_encoder import PIECE, Caption, CaptionEncoder, Embedding, in_batches
+from sd_lora.models.caption_encoder import (
+    PIECE,
+    Caption,
+    CaptionEncoder,
+    Embedding,
+    encode_in_batches,
+)
 from sd_lora.models.load import Base, Parts
-from sd_lora.models.tokens import Concept, NewTokens
+from sd_lora.models.new_tokens import Concept, NewTokens
 
 MAX_CAPTIONS = 20_000
 """Most distinct captions that are encoded before a run. Where shuffling makes more, each step

@@ -182,9 +182,7 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
         UsageError: a resolution or bucket step that VAE and UNet cannot halve, or side limits
             without any bucket.
     """
-    vae, unet = (
-        2 ** (len(part["block_out_channels"]) - 1) for part in (base.vae_config, base.unet_config)
-    )
+    vae, unet = base.pixels_per_latent, base.latent_multiple
     side, whole = config.side, vae * unet
     if side % whole:
         near = max(whole, round(side / whole) * whole)
@@ -221,7 +219,7 @@ def pixel_settings_of(config: TrainConfig, base: Base) -> PixelSettings:
         config.image_interpolation_mode,
         colour(config.alpha_background),
         config.alpha_mask,
-        2 ** (len(base.vae_config["block_out_channels"]) - 1),
+        base.pixels_per_latent,
     )
 
 

@@ -12,7 +12,7 @@ from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
-from sd_lora.models.tokens import NewTokens
+from sd_lora.models.new_tokens import NewTokens
 
 
 def build_optimizer(

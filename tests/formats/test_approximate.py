@@ -15,7 +15,7 @@ import sd_lora
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.methods import LoRA
 from sd_lora.adapters.state import make_delta
-from sd_lora.files import TensorFile, write_tensors
+from sd_lora.files import TensorFile
 from sd_lora.formats import files, output, reading, tools, verify
 from sd_lora.formats.approximate import Cut, nearest, nearest_to
 from sd_lora.formats.bake import bake
@@ -467,25 +467,6 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
     for module in (reading, output, verify):
         monkeypatch.setattr(module, "make_delta", alive)
     return alive
-
-
-def test_files_are_written_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """Of 50 tensors, `write_tensors` has one, and the generator the next."""
-    alive: list[StorageWeakRef] = []
-    most = 0
-
-    def stream() -> Iterator[tuple[str, Tensor]]:
-        nonlocal most
-        for number in range(50):
-            tensor = torch.full((64,), float(number))
-            alive.append(StorageWeakRef(tensor.untyped_storage()))
-            most = max(most, sum(not ref.expired() for ref in alive))
-            yield f"t{number:02}", tensor
-
-    specs = {f"t{number:02}": (torch.float32, (64,)) for number in range(50)}
-    write_tensors(tmp_path / "o.safetensors", specs, stream(), {})
-    assert most <= 2
-    assert float(load_file(tmp_path / "o.safetensors")["t49"][0]) == 49
 
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya", "lycoris"])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sd_lora.errors import RunError
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
-from sd_lora.models.tokens import Concept, NewTokens
+from sd_lora.models.new_tokens import Concept, NewTokens
 from tests.tiny import build_pipeline
 
 CONCEPTS = {

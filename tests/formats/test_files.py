@@ -243,7 +243,9 @@ def test_unreadable_files(tiny_sd1: Path, tmp_path: Path) -> None:
     with pytest.raises(sd_lora.UsageError, match="is not a file"):
         sd_lora.load_adapter(models(parts), tmp_path / "none.safetensors")
     (tmp_path / "text.safetensors").write_text("hello, this is not a safetensors file")
-    with pytest.raises(sd_lora.UsageError, match="not a readable safetensors"):
+    with pytest.raises(
+        sd_lora.UsageError, match="text.safetensors cannot be read: not a safetensors file"
+    ):
         sd_lora.load_adapter(models(parts), tmp_path / "text.safetensors")
 
 

@@ -28,7 +28,7 @@ from sd_lora.formats import diffusers, lycoris, peft
 from sd_lora.formats.canonical import each
 from sd_lora.formats.reading import LoRAFile, open_lora
 from sd_lora.models.load import load_parts
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 
 OURS = (sd_lora.UsageError, sd_lora.RunError)
 T = TypeVar("T")

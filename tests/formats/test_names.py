@@ -18,7 +18,7 @@ from sd_lora.formats.canonical import canonical_name
 from sd_lora.formats.names import Naming, from_kohya, naming_of
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.original import (
+from sd_lora.models.original_names import (
     Layout,
     open_clip_parameter,
     unet_from_original,

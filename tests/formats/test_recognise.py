@@ -24,7 +24,7 @@ from sd_lora.formats.recognise import (
 )
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 from tests.formats import test_traps as traps
 from tests.formats.trained import saved
 from tests.formats.trained import trained as adapter_of

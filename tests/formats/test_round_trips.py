@@ -21,7 +21,7 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.formats import files, reading, verify
 from sd_lora.formats.canonical import Adapter, canonical_name, each, read_models
 from sd_lora.formats.names import Naming, naming_of
-from sd_lora.models.original import Layout, unet_to_original
+from sd_lora.models.original_names import Layout, unet_to_original
 from tests.formats.test_traps import (
     adapt,
     changes,

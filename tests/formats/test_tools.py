@@ -25,7 +25,7 @@ from sd_lora.formats.inspect import body_hash
 from sd_lora.formats.output import Output
 from sd_lora.formats.reading import open_lora
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.original import Layout, open_clip_parameter, unet_to_original
+from sd_lora.models.original_names import Layout, open_clip_parameter, unet_to_original
 from tests.formats.trained import models_of, saved, trained, weights
 from tests.tiny import build_pipeline, build_unet
 

@@ -29,7 +29,7 @@ from sd_lora.formats.canonical import Adapter, canonical_name, read_models
 from sd_lora.formats.names import Naming, naming_of
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.original import Layout
+from sd_lora.models.original_names import Layout
 from tests.tiny import build_pipeline
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")

@@ -1,5 +1,5 @@
-"""What a UNet is told: captions → embeddings, pooled text and time ids, against diffusers' own
-pipelines and compel, for every family."""
+"""The UNet's conditions: embeddings, pooled text and time ids, against diffusers' own pipelines
+and compel, for every family."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig
 
 from sd_lora.data.images.buckets import CropSettings, pixels_of
-from sd_lora.models.caption_encoder import Geometry, collate, in_batches, time_ids
+from sd_lora.models.caption_encoder import Geometry, collate, encode_in_batches, time_ids
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.seeds import seed_for, uniform
 from tests.tiny import KINDS, build_pipeline, pipeline_of
@@ -41,7 +41,7 @@ def loaded(tiny: Callable[[str], Path]) -> Callable[[str], Parts]:
 
 
 class Theirs(NamedTuple):
-    """What a pipeline makes of a prompt, and of its absence; the pooled ones are SDXL's."""
+    """A pipeline's embeddings of a prompt and of its absence; the pooled ones are SDXL's."""
 
     hidden: Tensor
     absent: Tensor
@@ -68,7 +68,7 @@ def deep(parts: Parts, layers: int = 5) -> Parts:
 
 @torch.no_grad()
 def layer_outputs(encoder: nn.Module, ids: Tensor) -> list[Tensor]:
-    """What each layer of a text encoder gives out, by hooks."""
+    """Output of each layer of a text encoder, by hooks."""
     inner, outputs = getattr(encoder, "text_model", encoder), []
     hooks = [
         layer.register_forward_hook(
@@ -85,8 +85,8 @@ def layer_outputs(encoder: nn.Module, ids: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_embeddings_equal_the_pipelines(kind: str, loaded: Callable[[str], Parts]) -> None:
     """For each family, hidden states and pooled text equal those of diffusers' own pipeline, for
-    plain, empty, too long and odd captions, read all at once; so does the absence of a caption:
-    zeros for SDXL, the empty prompt for SD1 and SD2."""
+    plain, empty, too long and odd captions, encoded at once; so does the absence of a caption:
+    zeros for SDXL, the empty caption for SD1 and SD2."""
     parts = loaded(kind)
     pipeline = pipeline_of(parts)
     captions = [*CAPTIONS, CAPTIONS[0], None]
@@ -107,7 +107,7 @@ def test_embeddings_equal_the_pipelines(kind: str, loaded: Callable[[str], Parts
 @pytest.mark.parametrize("kind", XL)
 def test_time_ids_equal_the_pipelines(kind: str, loaded: Callable[[str], Parts]) -> None:
     """For random sizes and crops the time ids are those of the pipeline's _get_add_time_ids, with
-    the aesthetic score 6 for the refiner, which is what its own call defaults to."""
+    the aesthetic score 6 for the refiner, the default of its own call."""
     parts = loaded(kind)
     pipeline, geometries, rows = pipeline_of(parts), [], []
     known = {"dtype": torch.float32, "text_encoder_projection_dim": 48}
@@ -127,16 +127,16 @@ def test_time_ids_equal_the_pipelines(kind: str, loaded: Callable[[str], Parts])
 
 @pytest.mark.parametrize("kind", ["sdxl", "refiner", "sd1", "sd2"])
 def test_clip_skip(kind: str, loaded: Callable[[str], Parts]) -> None:
-    """Skipping n layers gives what SDXL's pipelines give for clip_skip = n; and for SD1 and SD2
-    the n-th last layer's output (by hooks) through the final norm, which is what their pipeline
-    means: in diffusers 0.42.1 it cannot say so itself, for it looks for a level of modules that
-    transformers 5 has taken away. Pooled text is not touched."""
+    """Skipping n layers equals SDXL's pipelines with clip_skip = n; for SD1 and SD2 it is the n-th
+    last layer's output (by hooks) through the final norm, as their pipeline intends: diffusers
+    0.42.1 fails at it, for it looks for a level of modules that transformers 5 removed. Pooled text
+    stays the same."""
     parts = deep(loaded(kind))
     pipeline, caption = pipeline_of(parts), "a photo of a skipped layer"
     seen = []
     for skip in range(5 - (kind in XL)):
         caption_encoder = parts.caption_encoder(clip_skip=skip)
-        caption_encoder.check(parts.text_encoders)
+        caption_encoder.check_clip_skip(parts.text_encoders)
         with torch.no_grad():
             (ours,) = caption_encoder.encode(parts.text_encoders, [caption])
         if kind in XL:
@@ -156,9 +156,9 @@ def test_clip_skip(kind: str, loaded: Callable[[str], Parts]) -> None:
 
 @pytest.mark.parametrize("kind", ["sdxl", "refiner"])
 def test_the_absence_of_a_caption_is_the_models(kind: str, tmp_path: Path) -> None:
-    """force_zeros_for_empty_prompt = false in a model's index, as the published refiner has it: no
-    caption is then the empty one, as in the pipeline that is loaded from that folder; alone, after
-    other captions, and beside the empty one."""
+    """With force_zeros_for_empty_prompt = false in a model's index, as the published refiner has,
+    no caption equals the empty one, as in the pipeline of that folder: alone, after other captions,
+    and beside the empty one."""
     pipeline = build_pipeline(kind)
     pipeline.register_to_config(force_zeros_for_empty_prompt=False)
     pipeline.save_pretrained(tmp_path)
@@ -174,8 +174,8 @@ def test_the_absence_of_a_caption_is_the_models(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "refiner"])
 def test_long_captions_are_read_in_pieces(kind: str, loaded: Callable[[str], Parts]) -> None:
-    """With three pieces, tokens 1-75, 76-150 and 151-225 are each what the pipeline makes of that
-    part of the caption by itself, the rest is cut, and the pooled text is the first piece's."""
+    """With three pieces, tokens 1-75, 76-150 and 151-225 each equal the pipeline's embedding of
+    this part of the caption alone; the rest is cut, and the pooled text is the first piece's."""
     parts = loaded(kind)
     caption_encoder, pipeline = parts.caption_encoder(max_pieces=3), pipeline_of(parts)
     with torch.no_grad():
@@ -196,8 +196,8 @@ def test_long_captions_are_read_in_pieces(kind: str, loaded: Callable[[str], Par
 def test_captions_of_other_lengths_do_not_change_a_prediction(
     kind: str, loaded: Callable[[str], Parts]
 ) -> None:
-    """In one batch with longer captions and none, a caption gives the UNet's prediction that it
-    gives alone: padding is masked, and without the mask it would not be so."""
+    """In a batch with longer captions and none, a caption gives the same prediction of the UNet as
+    alone: padding is masked, and without the mask the predictions differ."""
     parts = loaded(kind)
     captions = [" ".join(WORDS[:count]) for count in (3, 20, 40)] + [None]
     with torch.no_grad():
@@ -236,7 +236,7 @@ def test_pooled_text_is_read_at_the_end_token(kind: str, loaded: Callable[[str],
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl"])
 def test_weighted_captions_equal_compels(kind: str, loaded: Callable[[str], Parts]) -> None:
     """Captions with weights give the hidden states of compel's own wrapper for the pipeline, in one
-    piece and in three; those without give the plain reading. Pooled text is that of the words."""
+    piece and in three; captions without weights the plain states. Pooled text is of the words."""
     parts = loaded(kind)
     wrapper = (CompelForSDXL if kind in XL else CompelForSD)(pipeline_of(parts))
     plain = parts.caption_encoder()
@@ -273,8 +273,8 @@ def test_weighted_captions_equal_compels(kind: str, loaded: Callable[[str], Part
 def test_long_captions_without_weights_read_as_without_compel(
     kind: str, loaded: Callable[[str], Parts]
 ) -> None:
-    """A caption of several pieces that weighs nothing is the plain reading, wherever its sentences
-    end, and the brackets and numbers of one that does are not counted as tokens."""
+    """A caption of several pieces without weights equals the plain encoding, wherever its sentences
+    end; the brackets and numbers of weights are not counted as tokens."""
     parts = loaded(kind)
     caption = "a cat sat there. " * 4 + "a dog, by the sea; " * 4 + "the end"
     plain, weighted = (parts.caption_encoder(max_pieces=3, weighted=w) for w in (False, True))
@@ -288,10 +288,9 @@ def test_long_captions_without_weights_read_as_without_compel(
 
 
 @pytest.mark.parametrize("center_crop", [False, True])
-def test_crop_coordinates_are_those_of_what_is_seen(center_crop: bool) -> None:
-    """For random sizes, places and flips, an image's pixels are exactly the cut at
-    `Frame.seen_from` of the resized image, mirrored first if it is flipped: what the time ids
-    say is what is seen."""
+def test_crop_coordinates_are_the_corner_of_the_pixels(center_crop: bool) -> None:
+    """For random sizes, corners and flips, an image's pixels are exactly the resized image's from
+    `Crop.corner_of` on, mirrored first if it is flipped: the time ids tell the true corner."""
     crop_settings, rng = CropSettings(32, random_crop=not center_crop), np.random.default_rng(0)
     moved = 0
     for i in range(200):
@@ -312,9 +311,9 @@ def test_crop_coordinates_are_those_of_what_is_seen(center_crop: bool) -> None:
 
 
 def test_gradients_reach_the_text_encoders(loaded: Callable[[str], Parts]) -> None:
-    """Every layer that the conditions are made of gets gradients through `encode`: SDXL's first
-    encoder all but its last layer, its second one all, the last by the pooled text alone. The zeros
-    of an absent caption have gradients of zero, and what is read once has none."""
+    """Every layer behind the conditions gets gradients through `encode`: SDXL's first encoder all
+    but its last layer, its second one all, the last by the pooled text alone. The zeros of an
+    absent caption have gradients of zero, and `encode_in_batches` gives none."""
     parts = deep(loaded("sdxl"))
     embeddings = parts.caption_encoder(max_pieces=2).encode(parts.text_encoders, CAPTIONS[:3])
     batch = collate(embeddings, [Geometry((64, 64), (0, 0), (64, 64))] * 3, parts.family)
@@ -331,5 +330,5 @@ def test_gradients_reach_the_text_encoders(loaded: Callable[[str], Parts]) -> No
     (nothing,) = parts.caption_encoder().encode(parts.text_encoders, [None])
     assert nothing.hidden.requires_grad
     assert nothing.pooled.requires_grad
-    once = dict(in_batches(parts.caption_encoder(), parts.text_encoders, CAPTIONS))
+    once = dict(encode_in_batches(parts.caption_encoder(), parts.text_encoders, CAPTIONS))
     assert not any(e.hidden.requires_grad or e.pooled.requires_grad for e in once.values())

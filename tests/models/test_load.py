@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sd_lora
-from sd_lora.models.caption_encoder import in_batches
-from sd_lora.models.families import detect, detect_task, refuse_other_pipelines
+from sd_lora.models.caption_encoder import encode_in_batches
+from sd_lora.models.families import detect_family, detect_task, refuse_other_pipelines
 from sd_lora.models.load import load_parts
 from tests.tiny import pipeline_of
 
@@ -28,10 +28,10 @@ def test_family_is_detected(family: str, name: str, request: pytest.FixtureReque
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequest) -> None:
-    """Our conditioning is what diffusers' pipeline computes for the same captions, bit for bit."""
+    """Our conditioning equals that of diffusers' pipeline for the same captions, bit for bit."""
     parts = load_parts(str(request.getfixturevalue(f"tiny_{family}")))
     captions = ["a photo of sks monster", "", "word " * 100, "a photo of sks monster"]
-    table = dict(in_batches(parts.caption_encoder(), parts.text_encoders, captions))
+    table = dict(encode_in_batches(parts.caption_encoder(), parts.text_encoders, captions))
     assert len(table) == 3
     for caption, embedding in table.items():
         want, _ = pipeline_of(parts).encode_prompt(caption, "cpu", 1, False)
@@ -40,7 +40,7 @@ def test_embeddings_equal_the_pipelines(family: str, request: pytest.FixtureRequ
 
 
 def test_long_captions_are_counted(tiny_sd1: Path) -> None:
-    """Captions beyond 75 tokens are named with their length, and only those."""
+    """Captions beyond 75 tokens, and no others, are named with their length."""
     caption_encoder = load_parts(str(tiny_sd1)).caption_encoder()
     captions = ["short", "x" * 75, "x" * 76, "x" * 100]
     assert caption_encoder.too_long(captions) == {"x" * 76: 76, "x" * 100: 100}
@@ -89,7 +89,7 @@ def test_a_truncated_weight_file_is_named(tiny_sd1: Path, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
 def test_a_missing_weight_is_named(part: str, tiny_sd1: Path, tmp_path: Path) -> None:
-    """Loaders go on with a random or empty weight where a file lacks one; ours says which."""
+    """Loaders use a random or empty weight where a file lacks one; ours names the part."""
     copy = tmp_path / "copy"
     shutil.copytree(tiny_sd1, copy)
     (weights,) = (copy / part).glob("*.safetensors")
@@ -134,7 +134,7 @@ def test_a_tokenizer_without_a_length_takes_the_encoders(tiny_sd1: Path, tmp_pat
     ],
 )
 def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_path: Path) -> None:
-    """What cannot be trained today is refused as what it is."""
+    """Pipelines without training here are refused with the model's name."""
     with pytest.raises(sd_lora.UsageError, match=message):
         refuse_other_pipelines(name)
     copy = tmp_path / "copy"
@@ -145,11 +145,11 @@ def test_other_pipelines_are_named(name: str, message: str, tiny_sd1: Path, tmp_
 
 
 def test_other_unets_are_named() -> None:
-    """What a UNet takes in beside text and latents is recognised in its configuration."""
+    """Inputs of a UNet beside text and latents are recognised in its configuration."""
     with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_image"):
-        detect({"addition_embed_type": "text_image"})
+        detect_family({"addition_embed_type": "text_image"})
     with pytest.raises(sd_lora.UsageError, match="conditions of another kind.*text_proj"):
-        detect({"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"})
+        detect_family({"addition_embed_type": "text_time", "encoder_hid_dim_type": "text_proj"})
     assert detect_task({"in_channels": 9, "out_channels": 4}).name == "inpainting"
     with pytest.raises(sd_lora.UsageError, match="12 input and 4 output channels"):
         detect_task({"in_channels": 12, "out_channels": 4})
@@ -193,8 +193,8 @@ def test_a_variant_is_read(tiny_sd1: Path, tmp_path: Path) -> None:
 def test_a_home_folder_is_found(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """~ in a path, as a TOML file may have it, is the user's own folder: for the base, its VAE and
-    its tokenizer."""
+    """~ in a path, for example from a TOML file, is the user's own folder: for the base, its VAE
+    and its tokenizer."""
     shutil.copytree(tiny_sd1, tmp_path / "model")
     monkeypatch.setenv("HOME", str(tmp_path))
     found = load_parts("~/model", vae="~/model/vae", tokenizer_name="~/model/tokenizer")

@@ -1,4 +1,4 @@
-"""What loading a base model takes: the parts that are needed, each once."""
+"""Memory of loading a base model: the needed parts, each once."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from tests.single import build_single_pipeline, write_single
 
 MIB = 2**20
 SLACK = 60 * MIB
-"""Beyond the parts: the largest tensor twice while it is converted, tables, the allocator."""
+"""Beyond the parts: the largest tensor twice during its conversion, tables, the allocator."""
 
 MEASURE = """
 import json, re, sys, torch
@@ -61,8 +61,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.parametrize(("form", "dtype"), [("folder", "bfloat16"), ("single", "float32")])
 def test_loading_takes_the_parts_once(form: str, dtype: str, places: dict[str, Path]) -> None:
     """The peak of a process's memory, the pages of files that it maps included, grows by the parts'
-    own size and not by a pipeline's twice, from a folder and from a single file; where the UNet is
-    the larger part, by it and the pages that it is read from, before the others are there."""
+    own size and not by twice a pipeline's, from a folder and from a single file; where the UNet is
+    the larger part, by the UNet and its pages of the file, before the others are loaded."""
     words = [str(places[name]) for name in (form, "tokenizer", "small")]
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, *words, dtype], capture_output=True, text=True, check=True

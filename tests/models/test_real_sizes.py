@@ -1,4 +1,4 @@
-"""The published sizes: what every preset adapts, and that the real UNets train."""
+"""The published sizes: modules adapted by each preset, and training of the real UNets."""
 
 import math
 
@@ -15,8 +15,8 @@ from sd_lora.formats.files import DIFFUSERS, KOHYA
 from sd_lora.formats.names import naming_of
 from sd_lora.models.caption_encoder import Geometry, time_ids
 from sd_lora.models.families import FAMILIES
-from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.models.published import CONFIGS
+from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
+from sd_lora.models.published_configs import CONFIGS
 
 RANK = 16
 # family → preset → modules: a fact of the configurations
@@ -55,9 +55,8 @@ def closed_form(model: nn.Module, names: list[str]) -> int:
 
 
 def on_meta(family: str, component: str) -> nn.Module:
-    """A model of the published size; not the skeleton's own, which all tests share."""
-    with torch.device("meta"):
-        return MetaPipeline.of_family(FAMILIES[family])._build(component)
+    """A model of the published size; a new one, as all tests share the meta pipeline's."""
+    return build_on_meta(component, MetaPipeline.of_family(FAMILIES[family]).configs[component])
 
 
 @pytest.mark.parametrize("family", UNETS)

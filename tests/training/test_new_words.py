@@ -145,7 +145,7 @@ def words_of(folder: Path, step: int) -> torch.Tensor:
     ("changes", "message"),
     [
         ({"token_abstraction": "<cat>"}, "'<cat>' is in none of the captions"),
-        ({"token_abstraction": "<dog>, <dog>"}, "'<dog>' cannot be a new word: it is there twice"),
+        ({"token_abstraction": "<dog>, <dog>"}, "'<dog>' cannot be a new word: it is given twice"),
         ({"token_abstraction": "photo", "initializer_token": " "}, "has no tokens"),
     ],
 )

@@ -142,7 +142,7 @@ def _cut(samples: list[Sample], caption_encoder: CaptionEncoder) -> list[Finding
         if count:
             enough = math.ceil(count / PIECE) * PIECE
             remedy = f"--max_token_length {enough} reads it whole"
-            text = f"its caption of {count} tokens is cut at {caption_encoder.limit}; " + (
+            text = f"its caption of {count} tokens is cut at {caption_encoder.max_tokens}; " + (
                 remedy if enough <= LONG else "shorten it"
             )
             findings.append(Finding("warning", "long-caption", sample.name, text))

@@ -15,9 +15,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from sd_lora.data.cache.store import Store
 from sd_lora.data.cache.text_embeddings import Embeddings, identity_of
 from sd_lora.errors import RunError
-from sd_lora.models.caption_encoder import Caption, CaptionEncoder, Embedding, in_batches
+from sd_lora.models.caption_encoder import Caption, CaptionEncoder, Embedding, encode_in_batches
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.models.tokens import Concept, NewTokens
+from sd_lora.models.new_tokens import Concept, NewTokens
 
 CPU = torch.device("cpu")
 
@@ -211,7 +211,9 @@ def test_a_cached_run_is_told_the_same(store: Store, sdxl: Parts) -> None:
     captions: list[Caption] = ["a cat", None, "", "long words " * 9, "x", "a dog, a cat"]
 
     def read(wanted: list[Caption]) -> list[tuple[Caption, Embedding]]:
-        return list(in_batches(caption_encoder, sdxl.text_encoders, wanted, torch.bfloat16, 1))
+        return list(
+            encode_in_batches(caption_encoder, sdxl.text_encoders, wanted, torch.bfloat16, 1)
+        )
 
     expected = dict(read(captions))
     assert len(expected["long words " * 9].hidden) == 2 * 77
@@ -238,7 +240,9 @@ def test_the_same_model_has_the_same_identity(tiny_sdxl: Path, tmp_path: Path, s
     shutil.copytree(tiny_sdxl, tmp_path / "renamed")
     again = load_parts(str(tmp_path / "renamed"), dtype=torch.bfloat16)
     assert identity(again) == known
-    list(in_batches(again.caption_encoder(), again.text_encoders, ["a", None], torch.float32))
+    list(
+        encode_in_batches(again.caption_encoder(), again.text_encoders, ["a", None], torch.float32)
+    )
     for tokenizer in again.tokenizers.values():  # which remembers how it was called
         tokenizer(["a", "b c"], padding="max_length", truncation=True, max_length=7)
     assert identity(again) == known

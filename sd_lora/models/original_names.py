@@ -1,7 +1,7 @@
-"""What the original code calls the parts that diffusers and transformers call otherwise.
+"""Names of the original code for modules of UNets and text encoders.
 
 Single-file checkpoints name a UNet's modules by position (`input_blocks.4.1`), and so do kohya's
-SDXL LoRAs; OpenCLIP's text encoders (SD2's, and SDXL's second) have their three input projections
+SDXL LoRAs. OpenCLIP's text encoders (SD2's, and SDXL's second) have their three input projections
 in one matrix. Tables of latent-diffusion, generative-models and open_clip; all names are dotted.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Layout:
-    """What the positions of a UNet's blocks depend on.
+    """Numbers of a UNet that determine the positions of its blocks.
 
-    num_resnets: ResNets in a block of the way down (`layers_per_block`); one more on the way up.
-    up_attention: whether each block of the way up has attention.
+    num_resnets: ResNets in a down block (`layers_per_block`); an up block has one more.
+    up_attention: of each up block, whether attention is in the block.
     """
 
     num_resnets: int = 2
@@ -24,7 +24,7 @@ class Layout:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Layout":
-        """Returns the layout of a UNet's configuration."""
+        """Return the layout of a UNet's configuration."""
         per_block = config.get("layers_per_block", 2)
         num = per_block if isinstance(per_block, int) else per_block[0]
         default = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
@@ -49,24 +49,24 @@ _ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-_RESNET_BACK = {original: name for name, original in _RESNET.items()}
-_ENDS_BACK = {original: name for name, original in _ENDS.items()}
+_RESNET_FROM_ORIGINAL = {original: name for name, original in _RESNET.items()}
+_ENDS_FROM_ORIGINAL = {original: name for name, original in _ENDS.items()}
 
-_DIFFUSERS = re.compile(
+_DIFFUSERS_NAME = re.compile(
     r"(?:(?P<side>down|up)_blocks\.(?P<block>\d+)|mid_block)\."
     r"(?P<kind>resnets|attentions|downsamplers|upsamplers)\.(?P<index>\d+)(?:\.(?P<rest>.+))?"
 )
-_ORIGINAL = re.compile(
+_ORIGINAL_NAME = re.compile(
     r"(?:(?P<side>input|output)_blocks\.(?P<place>\d+)|middle_block)\.(?P<slot>\d+)"
     r"(?:\.(?P<rest>.+))?"
 )
 
 
 def unet_to_original(name: str, layout: Layout) -> str | None:
-    """Returns the original name of a diffusers module of a UNet, None if there is none."""
+    """Return the original name of a UNet's diffusers module; None if it has none."""
     if name in _ENDS:
         return _ENDS[name]
-    match = _DIFFUSERS.fullmatch(name)
+    match = _DIFFUSERS_NAME.fullmatch(name)
     if match is None:
         return None
     kind, index, rest = match["kind"], int(match["index"]), match["rest"] or ""
@@ -94,15 +94,15 @@ def unet_to_original(name: str, layout: Layout) -> str | None:
 
 
 def unet_from_original(name: str, layout: Layout) -> str | None:
-    """Returns diffusers' name of an original module of a UNet, None if there is none."""
-    if name in _ENDS_BACK:
-        return _ENDS_BACK[name]
-    match = _ORIGINAL.fullmatch(name)
+    """Return diffusers' name of a UNet's original module; None if it has none."""
+    if name in _ENDS_FROM_ORIGINAL:
+        return _ENDS_FROM_ORIGINAL[name]
+    match = _ORIGINAL_NAME.fullmatch(name)
     if match is None:
         return None
     side, slot, rest = match["side"], int(match["slot"]), match["rest"] or ""
     num = layout.num_resnets
-    resnet = _RESNET_BACK.get(rest)
+    resnet = _RESNET_FROM_ORIGINAL.get(rest)
     if side is None:
         stem = "mid_block"
         kind, index = ("attentions", slot // 2) if slot % 2 else ("resnets", slot // 2)
@@ -142,10 +142,10 @@ _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)")
 
 
 def open_clip_parameter(name: str) -> tuple[str, int | None, bool] | None:
-    """Returns where OpenCLIP keeps a transformers CLIP parameter (`text_model.….weight`).
+    """Return the place of a transformers CLIP parameter (`text_model.….weight`) in OpenCLIP.
 
-    The key; which third of its rows (0, 1, 2: q, k, v; None: all); whether it is transposed there.
-    None if it has no such parameter.
+    Returns: key; third of the key's rows (0, 1, 2: q, k, v; None: all rows); whether transposed
+    there. None if OpenCLIP has no counterpart.
     """
     if name == "text_projection.weight":
         return "text_projection", None, True

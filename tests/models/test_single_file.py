@@ -1,4 +1,4 @@
-"""Single checkpoints: what their tensors say of the model, and the weights that come of them."""
+"""Single files: configurations inferred from their tensors, and the weights loaded from them."""
 
 import logging
 import os
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sd_lora.errors import UsageError
-from sd_lora.models.published import CONFIGS
-from sd_lora.models.single import SingleFile
+from sd_lora.models.published_configs import CONFIGS
+from sd_lora.models.single_file import SingleFile
 from tests.single import (
     build_single_pipeline,
     build_single_unet,
@@ -61,7 +61,7 @@ def on_meta(part: str, config: dict[str, Any]) -> nn.Module:
 
 
 def config_of(model: Any) -> dict[str, Any]:
-    """A model's configuration with its defaults, less what says where it was read."""
+    """A model's configuration with its defaults, less the entries about its source."""
     text = hasattr(model.config, "to_dict")
     config = model.config.to_dict() if text else dict(model.config)
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in config.items() if k[0] != "_"}
@@ -117,7 +117,7 @@ def depths(config: dict[str, Any]) -> list[int]:
 
 def test_open_clip_h_with_and_without_its_last_layer() -> None:
     """SD2 files come with all 24 layers of OpenCLIP-H and with the 23 that are used: 23, of both.
-    Of a text encoder of published width that lacks its last layer, the layer is missed."""
+    A text encoder of published width without its last layer is refused."""
     models = {part: on_meta(part, dict(config)) for part, config in CONFIGS["sd2"].items()}
     shapes = {key: tuple(t.shape) for key, t in original_tensors(models).items()}
     short = {key: shape for key, shape in shapes.items() if "resblocks.23." not in key}
@@ -142,8 +142,8 @@ def test_the_end_token_is_where_the_text_is_pooled(vocabulary: int) -> None:
 
 
 def test_marks_of_prediction(tmp_path: Path) -> None:
-    """v-prediction is told by a tensor or by the header, for every family; SD1 and SDXL predict
-    noise where nothing says it, and of SD2 nothing is claimed."""
+    """v-prediction is known by a tensor or by the header, for every family; without either, SD1
+    and SDXL predict epsilon, and SD2's prediction type is unknown."""
     sd1, sd2 = build_single_pipeline("sd1"), build_single_pipeline("sd2")
     plain = SingleFile.open(write_single(sd1, tmp_path / "a.safetensors"))
     assert (plain.prediction_type, plain.zero_terminal_snr, plain.edm) == ("epsilon", False, False)
@@ -162,8 +162,8 @@ def test_marks_of_prediction(tmp_path: Path) -> None:
 
 
 def test_schedulers_of_a_file(tmp_path: Path) -> None:
-    """Its configuration makes the scheduler of Stable Diffusion: the published noise levels, and
-    none of the signal left at the end where the file says so."""
+    """The file's configuration gives Stable Diffusion's scheduler: the published noise levels, and
+    a last step without signal if the file says so."""
     pipeline = build_single_pipeline("sd1")
     single = SingleFile.open(write_single(pipeline, tmp_path / "a.safetensors"))
     config = single.scheduler_config("epsilon")
@@ -183,7 +183,7 @@ def test_schedulers_of_a_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 def test_playground(suffix: str, tmp_path: Path) -> None:
-    """SDXL in EDM's formulation: its scheduler, and the latents' own mean and deviation."""
+    """SDXL of EDM's kind: its scheduler, and the latents' own mean and deviation."""
     pipeline = build_single_pipeline("sdxl")
     path = write_single(pipeline, tmp_path / f"a{suffix}", marks=("edm_mean", "edm_std"))
     single = SingleFile.open(path)
@@ -240,8 +240,8 @@ def test_all_parts_come_back(family: str, suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "refiner"])
 def test_models_compute_the_same(family: str, tmp_path: Path) -> None:
-    """What shapes do not show (heads, activations, where text is pooled) is right as well: UNet,
-    text encoders and VAE give the very numbers of the models that were written."""
+    """Settings that shapes do not show (heads, activations, the token of the pooled text) are right
+    as well: UNet, text encoders and VAE give the same numbers as the models that were written."""
     pipeline = build_single_pipeline(family)
     single = SingleFile.open(write_single(pipeline, tmp_path / "a.safetensors"))
     draw = torch.Generator().manual_seed(3)
@@ -273,7 +273,7 @@ def test_models_compute_the_same(family: str, tmp_path: Path) -> None:
 
 
 def test_models_own_their_memory(tmp_path: Path) -> None:
-    """A file that is written over in place while a run goes on does not change the run's model."""
+    """A file written over in place during a run does not change the run's model."""
     pipeline = build_single_pipeline("sd1")
     for suffix in (".safetensors", ".ckpt"):
         path = write_single(pipeline, tmp_path / f"a{suffix}")
@@ -286,7 +286,7 @@ def test_models_own_their_memory(tmp_path: Path) -> None:
 
 
 class Records(logging.Handler):
-    """What a library logs: message by message."""
+    """A library's log messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,7 +298,7 @@ class Records(logging.Handler):
 
 @pytest.mark.parametrize("family", ["sd2", "refiner"])
 def test_loading_is_quiet(family: str, tmp_path: Path) -> None:
-    """Neither library warns of anything while parts load, and both speak as before after it."""
+    """Neither library warns while parts load, and both log as before afterwards."""
     single = SingleFile.open(
         write_single(build_single_pipeline(family), tmp_path / "a.safetensors")
     )
@@ -330,7 +330,7 @@ def test_pickles_of_old_torch(tmp_path: Path) -> None:
 def rewritten(
     path: Path, change: Callable[[dict[str, Tensor]], object], family: str = "sd1"
 ) -> SingleFile:
-    """A checkpoint whose dictionary was changed in place before it was written."""
+    """A single file whose dictionary was changed in place before it was written."""
     tensors = original_tensors(models_of_pipeline(build_single_pipeline(family)))
     change(tensors)
     return SingleFile.open(write_tensors(tensors, path))
@@ -357,7 +357,7 @@ def test_what_is_harmless(tmp_path: Path) -> None:
 
 
 def test_unused_tensors_of_sdxl(tmp_path: Path) -> None:
-    """What other programs write beside SDXL's text encoders is not read."""
+    """Other programs' tensors beside SDXL's text encoders are not read."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         first, second = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
@@ -401,7 +401,7 @@ def test_missing_tensors(part: str, key: str, tmp_path: Path) -> None:
 
 
 def test_missing_tensors_of_open_clip(tmp_path: Path) -> None:
-    """The same of the encoders in OpenCLIP's names, whose projections are in one tensor."""
+    """The same for encoders in OpenCLIP's names, with three projections in one tensor."""
     for family, part, stem in (
         ("sd2", "text_encoder", "cond_stage_model.model."),
         ("sdxl", "text_encoder_2", "conditioner.embedders.1.model."),
@@ -425,8 +425,8 @@ def test_missing_tensors_of_open_clip(tmp_path: Path) -> None:
     ],
 )
 def test_tensors_too_many(part: str, key: str, tmp_path: Path) -> None:
-    """A tensor among a part's that no such part has is an error that names it: distilled guidance,
-    scales of eight-bit weights, adapters. Without it the model would be another one."""
+    """A foreign tensor among a part's is an error that names it: distilled guidance, scales of
+    eight-bit weights, adapters. To leave it out would make another model."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[key] = torch.zeros(4)
@@ -439,7 +439,7 @@ def test_tensors_too_many(part: str, key: str, tmp_path: Path) -> None:
 
 
 def test_a_unet_alone(tmp_path: Path) -> None:
-    """A file with the UNet alone is opened and loaded; what is missing is told where it is asked
+    """A file with the UNet alone is opened and loaded; another part is an error when it is asked
     for, and a refiner's UNet is known by the width of its text."""
     unet = build_single_unet("sd1").eval()
     path = write_tensors(original_tensors({"unet": unet}), tmp_path / "a.safetensors")
@@ -458,7 +458,7 @@ def test_a_unet_alone(tmp_path: Path) -> None:
 
 
 def test_shapes_that_do_not_fit(tmp_path: Path) -> None:
-    """A tensor of another shape than the others ask for is an error that names it."""
+    """A tensor whose shape contradicts the others is an error that names it."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[f"{UNET}out.0.weight"] = torch.zeros(33)
@@ -567,7 +567,7 @@ OTHERS: dict[str, tuple[str, dict[str, tuple[int, ...]]]] = {
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_files_are_named(name: str, suffix: str, tmp_path: Path) -> None:
-    """A file of another kind is an error that says what it is."""
+    """A file of another kind is an error with the name of its kind."""
     match, shapes = OTHERS[name]
     tensors = {key: torch.zeros(shape) for key, shape in shapes.items()}
     with pytest.raises(UsageError, match=match):
@@ -589,13 +589,13 @@ def test_unclip(tmp_path: Path) -> None:
 def test_a_unet_that_is_not_understood(tmp_path: Path) -> None:
     """A UNet's first layer alone: the error names a tensor that tells the rest."""
     tensors = {f"{UNET}input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}
-    with pytest.raises(UsageError, match=r"no configuration can be told.*middle_block"):
+    with pytest.raises(UsageError, match=r"no configuration can be inferred.*middle_block"):
         SingleFile.open(write_tensors(tensors, tmp_path / "a.safetensors"))
 
 
 def test_files_that_are_cut_off(tmp_path: Path) -> None:
-    """Downloads that stopped are told as such, with the bytes that are missing where it is known;
-    wherever the cut is, it is no traceback."""
+    """A download that stopped is named as one, with the number of missing bytes if it is known;
+    no place of the cut gives a traceback."""
     pipeline = build_single_pipeline("sd1")
     whole = write_single(pipeline, tmp_path / "a.safetensors").read_bytes()
     path = tmp_path / "cut.safetensors"
@@ -621,8 +621,8 @@ class Runs:
 
 
 def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code in a pickle is not run, and whatever else is no dictionary of tensors, is a pointer, or
-    claims more than is there, is an error and no traceback."""
+    """Code in a pickle is not run. Pickles of other objects, a git-lfs pointer and files that claim
+    more than they hold are errors without a traceback."""
     monkeypatch.chdir(tmp_path)
     path = Path("a.ckpt")
 
@@ -641,7 +641,7 @@ def test_hostile_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({key: torch.zeros(2), "note": "text"}, path)
     refused(r"holds 'note', a str and no tensor")
     torch.save({key: torch.zeros(1).expand(10**6, 4, 3, 3)}, path)
-    refused(r"no values of its own")
+    refused(r"without values of its own")
     around: dict[str, Any] = {}
     around["state_dict"] = around
     torch.save(around, path)
@@ -683,7 +683,7 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from sd_lora.models.single import SingleFile
+from sd_lora.models.single_file import SingleFile
 
 def status(name):
     with open("/proc/self/status") as file:

@@ -1,7 +1,8 @@
-"""New words for text encoders: their embeddings are trained, those of the base never touched.
+"""New words for text encoders: new embeddings are trained, the base's own are never touched.
 
-Textual inversion (Gal et al. 2022) with several vectors a word; beside a LoRA, pivotal tuning. All
-is read as after diffusers' `load_textual_inversion`: a prompt means what it meant in training.
+Textual inversion (Gal et al. 2022) with several vectors a word; together with a LoRA it is pivotal
+tuning. Prompts are read as after diffusers' `load_textual_inversion`: a caption means the same in
+training and in use.
 """
 
 import copy
@@ -23,10 +24,11 @@ from sd_lora.seeds import generator_for
 class Concept:
     """A new word.
 
-    word: what stands in prompts, such as "<monster>". num_vectors: how many embeddings it has; each
-    takes one of a prompt's 75 places. initializer: a text whose tokens' embeddings it starts from,
-    the first num_vectors of them, and from the beginning again if they are fewer. None: random,
-    normal, with the mean and the standard deviation that the table has in each dimension.
+    word: as prompts write it, for example "<monster>".
+    num_vectors: number of its embeddings; each takes one of a prompt's 75 places.
+    initializer: a text; the word starts from the embeddings of its first num_vectors tokens,
+        repeated from the beginning if they are fewer. None: a random normal start, with the mean
+        and the standard deviation of the table in each dimension.
     """
 
     word: str
@@ -40,12 +42,13 @@ class Concept:
 
 
 class ExtendedEmbedding(nn.Module):
-    """A frozen table of embeddings and new rows behind it, for its place in a text encoder.
+    """A frozen table of embeddings with new rows behind it, to take the table's place.
 
-    base: the table, the same object; no gradient reaches it, nor a LoRA on it. new: the new rows
-    (N, D), float32. first: the id of the first, less than the table's length if that is padded.
-    weight: the base's. Rows come in the base's dtype. A text encoder's `state_dict` has other keys
-    meanwhile: save it after `NewTokens.remove`.
+    Meanwhile the text encoder's `state_dict` has other keys: save it after `NewTokens.remove`.
+
+    base: the table, the same object; neither the table nor a LoRA on it gets a gradient.
+    new: the new rows (N, D), float32; they are looked up in the base's dtype.
+    first: id of the first new row, less than the table's length if the table is padded.
     """
 
     def __init__(self, base: nn.Embedding, new: Tensor, first: int | None = None) -> None:
@@ -58,13 +61,16 @@ class ExtendedEmbedding(nn.Module):
 
     @property
     def new(self) -> nn.Parameter:
+        """New rows (N, D), float32."""
         return self.rows.weight
 
     @property
     def weight(self) -> Tensor:
+        """The base table's weight."""
         return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
+        """Return the rows (…, D) of token ids (…)."""
         is_new = ids >= self.first
         with torch.no_grad():
             rows = self.base(ids.masked_fill(is_new, 0))  # (…, D)
@@ -74,12 +80,15 @@ class ExtendedEmbedding(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class NewTokens:
-    """New words in one text encoder or two, from `add` to `remove`.
+    """New words in one or two text encoders, from `add` to `remove`.
 
-    text_encoders: component → the model, extended in place. embeddings: component → what stands in
-    it. tokenizers: component → an extended *copy*, since a tokenizer has no way to forget a word;
-    given_tokenizers: those that were given, untouched.
     Captions must pass through `expand` once, then through `tokenizers`.
+
+    concepts: the words.
+    text_encoders: component → model, extended in place.
+    embeddings: component → extended table in the model.
+    tokenizers: component → extended *copy* of the tokenizer: tokenizers cannot forget words.
+    given_tokenizers: component → original tokenizer, unchanged.
     """
 
     concepts: tuple[Concept, ...]
@@ -97,17 +106,21 @@ class NewTokens:
         text_encoders: Mapping[str, Any],
         seed: int,
     ) -> "NewTokens":
-        """Adds words to text encoders: component ("text_encoder", "text_encoder_2") → its parts.
+        """Add words to text encoders.
 
         A random start is a function of (seed, component, word, number of the vector) and the table.
 
-        Pooled text is the hidden state at the end token, which transformers takes to be the largest
-        id of a prompt where the configuration says `eos_token_id` = 2, as published ones do. That
-        would be a new word's: until `remove` the end token is found by its own id.
+        Pooled text is the hidden state at the end token. Where the configuration says
+        `eos_token_id` = 2, as published ones do, transformers takes the largest id of a prompt
+        instead. This would be a new word's: until `remove` the end token is found by its own id.
+
+        concepts: the words.
+        tokenizers, text_encoders: component ("text_encoder", "text_encoder_2") → its object.
+        seed: of random starts.
 
         Raises:
-            UsageError: words that prompts cannot tell from others, an initializer without tokens,
-                an encoder or tokenizer that cannot take them. Nothing was changed then.
+            UsageError: prompts cannot tell a word from another, an initializer without tokens,
+                an encoder or tokenizer to which nothing can be added. No change is made then.
         """
         if not concepts or not text_encoders or tokenizers.keys() != text_encoders.keys():
             raise UsageError("new words need a concept, and text encoders with a tokenizer each")
@@ -116,8 +129,8 @@ class NewTokens:
             given, table = tokenizers[component], encoder.get_input_embeddings()
             _check_table(component, table, given)
             _check_words(concepts, given, encoder.config.max_position_embeddings - 2)
-            extended[component] = _extended(given, concepts)
-            starts = [_start(c, component, table, given, seed) for c in concepts]
+            extended[component] = _extend_tokenizer(given, concepts)
+            starts = [_initial_vectors(c, component, table, given, seed) for c in concepts]
             embeddings[component] = ExtendedEmbedding(table, torch.cat(starts), len(given))
         tokens = cls(tuple(concepts), text_encoders, embeddings, extended, tokenizers)
         for component, encoder in text_encoders.items():
@@ -130,17 +143,18 @@ class NewTokens:
         return tokens
 
     def parameters(self) -> list[nn.Parameter]:
-        """Returns the new rows, one parameter (all words' vectors, D) a text encoder."""
+        """Return the new rows: one parameter a text encoder, (vectors of all words, D)."""
         return [embedding.new for embedding in self.embeddings.values()]
 
     def parameters_of(self, component: str) -> list[nn.Parameter]:
+        """Return the new rows of one text encoder."""
         return [self.embeddings[component].new]
 
     def expand(self, caption: str) -> str:
-        """Returns a caption with every word's tokens: "<monster>" → "<monster> <monster>_1 …".
+        """Return a caption with all tokens of its words: "<monster>" → "<monster> <monster>_1 …".
 
-        To be called once; diffusers' pipelines do it to their prompts by themselves. As there, a
-        word in capitals ("<MONSTER>") is left as it is, and means its first vector.
+        Call once; diffusers' pipelines do the same to their prompts. As there, a word in capitals
+        ("<MONSTER>") stays and means its first vector.
         """
         tokenizer = next(iter(self.tokenizers.values()))
         added = tokenizer.added_tokens_encoder
@@ -151,32 +165,33 @@ class NewTokens:
         return caption
 
     def vectors(self, concept: Concept, component: str) -> Tensor:
-        """Returns a copy of a word's embeddings, (num_vectors, D)."""
+        """Return a copy of a word's embeddings, (num_vectors, D)."""
         return self.state_dict()[f"{component}.{concept.word}"]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns "component.word" → a copy of its embeddings, (num_vectors, D)."""
-        return {key: rows.clone() for key, rows in self._rows().items()}
+        """Return "component.word" → a copy of its embeddings, (num_vectors, D)."""
+        return {key: rows.clone() for key, rows in self._views().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Sets all embeddings; raises UsageError, before any change, for other words or shapes."""
-        want, have = ({k: tuple(t.shape) for k, t in s.items()} for s in (self._rows(), state))
+        """Set all embeddings; raise UsageError, before any change, for other words or shapes."""
+        want, have = ({k: tuple(t.shape) for k, t in s.items()} for s in (self._views(), state))
         for key in sorted(want.keys() | have.keys()):
             if want.get(key) != have.get(key):
-                there, here = have.get(key, "not there"), want.get(key, "not known")
+                saved, here = have.get(key, "missing"), want.get(key, "unknown")
                 raise UsageError(
-                    f"these are not the words trained: {key!r} is {there}, here {here}"
+                    f"these are not the words of this run: {key!r} is {saved} in the saved state "
+                    f"and {here} here"
                 )
-        for key, rows in self._rows().items():
+        for key, rows in self._views().items():
             rows.copy_(state[key])
 
     def remove(self) -> None:
-        """Puts the encoders' own tables back, the same objects. The words live on in this one."""
+        """Put the encoders' own tables back, the same objects. This object keeps the words."""
         while self._undo:
             self._undo.pop()()
 
-    def _rows(self) -> dict[str, Tensor]:
-        """Returns what `state_dict` does, as views without history: writing to them sets them."""
+    def _views(self) -> dict[str, Tensor]:
+        """Return "component.word" → a view of its embeddings, without gradients."""
         sizes = [concept.num_vectors for concept in self.concepts]
         return {
             f"{component}.{concept.word}": rows
@@ -188,6 +203,7 @@ class NewTokens:
 
 
 def _check_table(component: str, table: nn.Module, tokenizer: CLIPTokenizer) -> None:
+    """Raise UsageError for a table with new rows already, or of another tokenizer."""
     if not isinstance(table, nn.Embedding):
         raise UsageError(f"the {component} has new words already, or a LoRA on its embeddings")
     if len(tokenizer) > table.num_embeddings:
@@ -196,6 +212,7 @@ def _check_table(component: str, table: nn.Module, tokenizer: CLIPTokenizer) -> 
 
 
 def _check_words(concepts: Sequence[Concept], tokenizer: CLIPTokenizer, places: int) -> None:
+    """Raise UsageError for an impossible word; places: number of tokens in a prompt."""
     vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_encoder)
     for i, concept in enumerate(concepts):
         word, n = concept.word, concept.num_vectors
@@ -207,9 +224,9 @@ def _check_words(concepts: Sequence[Concept], tokenizer: CLIPTokenizer, places: 
         elif not 1 <= n <= places:
             wrong = f"it has {n} vectors, and a prompt holds 1 to {places}"
         elif tokens:
-            wrong = f"{tokens[0]!r} is a token already; take one that no prompt has: <my-{word}>"
+            wrong = f"{tokens[0]!r} is a token already; take an unused one: <my-{word}>"
         elif word in (c.word for c in concepts[:i]):
-            wrong = "it is there twice"
+            wrong = "it is given twice"
         elif mixed:
             wrong = f"prompts cannot tell it from {mixed[0]!r}, as one is part of the other"
         else:
@@ -217,33 +234,33 @@ def _check_words(concepts: Sequence[Concept], tokenizer: CLIPTokenizer, places: 
         raise UsageError(f"{word!r} cannot be a new word: {wrong}")
 
 
-def _extended(tokenizer: CLIPTokenizer, concepts: Sequence[Concept]) -> CLIPTokenizer:
-    """Returns a copy of a tokenizer that knows the words."""
+def _extend_tokenizer(tokenizer: CLIPTokenizer, concepts: Sequence[Concept]) -> CLIPTokenizer:
+    """Return a copy of a tokenizer, extended by the words."""
     extended = copy.deepcopy(tokenizer)
-    getattr(extended, "_wrap_decode_method_backend_tokenizer", lambda: None)()  # copies lose it
+    getattr(extended, "_wrap_decode_method_backend_tokenizer", lambda: None)()  # a copy lacks it
     names = [name for concept in concepts for name in concept.names]
     for number, name in enumerate(names, len(tokenizer)):
         extended.add_tokens(name)  # one by one, as diffusers does
         read = extended.tokenize(name)
         if read != [name] or extended.convert_tokens_to_ids(name) != number:
-            wrong = (
-                f"the tokenizer reads the new word {name!r} as {' '.join(read)!r}, and diffusers"
+            raise UsageError(
+                f"the tokenizer reads the new word {name!r} as {' '.join(read)!r}, so diffusers "
+                f"would not find it: write it in small letters, {name.lower()}"
             )
-            raise UsageError(f"{wrong} would not find it; small letters do: {name.lower()}")
     return extended
 
 
-def _start(
+def _initial_vectors(
     concept: Concept, component: str, table: nn.Embedding, tokenizer: CLIPTokenizer, seed: int
 ) -> Tensor:
-    """Returns what a word's embeddings start from, (num_vectors, D) in float32."""
+    """Return a word's first embeddings, (num_vectors, D) in float32."""
     known, numbers = table.weight.detach()[: len(tokenizer)], range(concept.num_vectors)
     if concept.initializer is not None:
         ids = tokenizer(concept.initializer, add_special_tokens=False).input_ids
         if not ids:
             raise UsageError(f"the initializer {concept.initializer!r} has no tokens: leave it out")
         return known[[ids[i % len(ids)] for i in numbers]].float().cpu()
-    known = known.float().cpu()  # there, so that the start does not depend on the device
+    known = known.float().cpu()  # on the CPU: the start does not depend on the device
     generators = [generator_for(seed, "new token", component, i, concept.word) for i in numbers]
     normal = torch.stack([torch.randn(known.shape[1], generator=g) for g in generators])
     return known.mean(0) + known.std(0) * normal

@@ -1,7 +1,7 @@
-"""Configurations of the published models, as far as they differ from their classes' defaults.
+"""Configurations of the published models, where they differ from their classes' defaults.
 
-With them a LoRA file can be checked against its family with no model at hand. They are facts of
-the models' own config.json files: Stable Diffusion 1.5, 2.1 (768 v), XL base 1.0 and its refiner.
+With them a LoRA file can be checked against its family without a model at hand. They are copied
+from the models' own config.json: Stable Diffusion 1.5, 2.1 (768 v), XL base 1.0 and its refiner.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""New words: the base is never touched, and they compute what a resized table would."""
+"""New words: the base is never touched, and the result equals that of a resized table."""
 
 import copy
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from sd_lora.errors import UsageError
-from sd_lora.models.tokens import Concept, ExtendedEmbedding, NewTokens
+from sd_lora.models.new_tokens import Concept, ExtendedEmbedding, NewTokens
 from tests.tiny import build_pipeline
 
 MONSTER = Concept("<monster>", 3)
@@ -41,7 +41,7 @@ def outputs(encoder: nn.Module, ids: Tensor) -> list[Tensor]:
 
 def test_training_leaves_the_base_alone() -> None:
     """Steps of AdamW with weight decay over new rows and other parameters: the table is the same
-    object with the same bits, without a gradient, and after `remove` it is back in its place."""
+    object with the same bits, without a gradient, and back in its place after `remove`."""
     pipeline = build_pipeline("sdxl")
     encoders = {"text_encoder": pipeline.text_encoder, "text_encoder_2": pipeline.text_encoder_2}
     tables = {c: e.get_input_embeddings() for c, e in encoders.items()}
@@ -78,7 +78,7 @@ def test_training_leaves_the_base_alone() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("component", ["text_encoder", "text_encoder_2"])
 def test_equals_a_resized_table(component: str, dtype: torch.dtype) -> None:
-    """Outputs and gradients are those of transformers' own resized table under plain autograd,
+    """Outputs and gradients equal transformers' own resized table under plain autograd,
     bit for bit; new rows stay float32, all else in the base's dtype."""
     pipeline = build_pipeline("sdxl")
     pipeline.text_encoder.to(dtype)
@@ -134,8 +134,8 @@ def test_other_prompts_do_not_change(component: str, eos_token_id: int | None) -
 
 @pytest.mark.parametrize("eos_token_id", [None, 2])
 def test_text_is_pooled_at_its_end(eos_token_id: int | None) -> None:
-    """Pooled text with a new word is the projected state at the end token, which the published
-    configurations' way of finding it would miss."""
+    """Pooled text with a new word is the projected state at the end token; the rule of the
+    published configurations would take another token."""
     pipeline = build_pipeline("sdxl")
     encoder = pipeline.text_encoder_2
     encoder.text_model.eos_token_id = eos_token_id or encoder.text_model.eos_token_id
@@ -165,7 +165,7 @@ def test_text_is_pooled_at_its_end(eos_token_id: int | None) -> None:
     ],
 )
 def test_expand_is_diffusers_own(caption: str) -> None:
-    """`expand` gives what diffusers' pipelines make of the same prompt."""
+    """`expand` equals diffusers' pipelines on the same prompt."""
     pipeline = build_pipeline("sd1")
     tokens = extend(pipeline, MONSTER, STYLE, TOY)
     want = pipeline.maybe_convert_prompt(caption, tokens.tokenizers["text_encoder"])
@@ -173,7 +173,7 @@ def test_expand_is_diffusers_own(caption: str) -> None:
 
 
 def test_given_tokenizers_stay() -> None:
-    """The tokenizers that were given read prompts as before; the copies decode as they do."""
+    """The given tokenizers read prompts as before; their copies decode in the same way."""
     pipeline = build_pipeline("sd1")
     given, size = pipeline.tokenizer, len(pipeline.tokenizer)
     before = given("a <monster>").input_ids
@@ -189,8 +189,8 @@ def test_given_tokenizers_stay() -> None:
 
 
 def test_padded_table() -> None:
-    """A table with more rows than the tokenizer has tokens: the new words' ids, which are the
-    next that the tokenizer gives, still mean the new rows and not the padding."""
+    """In a table with more rows than the tokenizer has tokens, the new words' ids (the tokenizer's
+    next) still mean the new rows and not the padding."""
     pipeline = build_pipeline("sd1")
     first = len(pipeline.tokenizer)
     pipeline.text_encoder.resize_token_embeddings(first + 8, mean_resizing=False)
@@ -226,8 +226,8 @@ def test_starts_are_functions() -> None:
 
 
 def test_random_start_is_like_the_table() -> None:
-    """Mean and standard deviation of a random start are those of the table, by dimension: over 75
-    draws their errors are below 5 standard errors."""
+    """Mean and standard deviation of a random start are the table's, by dimension: over 75 draws
+    their errors are below 5 standard errors."""
     pipeline = build_pipeline("sd1")
     table = pipeline.text_encoder.get_input_embeddings().weight
     with torch.no_grad():
@@ -267,7 +267,7 @@ def test_initializer_is_cycled() -> None:
         ([Concept("my<monster>"), MONSTER], "cannot tell it from 'my<monster>'"),
         ([Concept("<monster>_2"), MONSTER], "cannot tell it from '<monster>_2'"),
         ([MONSTER, Concept(">_1")], "cannot tell it from '<monster>_1'"),
-        ([Concept("<Monster>")], "small letters do: <monster>"),
+        ([Concept("<Monster>")], "write it in small letters, <monster>"),
         ([Concept("<m>", 0)], "0 vectors, and a prompt holds 1 to 75"),
         ([Concept("<m>", 76)], "76 vectors, and a prompt holds 1 to 75"),
         ([TOY, Concept("<m>", 1, "")], "the initializer '' has no tokens"),
@@ -275,7 +275,7 @@ def test_initializer_is_cycled() -> None:
     ],
 )
 def test_words_that_cannot_be(concepts: list[Concept], reason: str) -> None:
-    """Words that prompts could not tell from others are refused by name, and nothing is done."""
+    """Words that prompts cannot tell from others are refused by name, before any change."""
     pipeline = build_pipeline("sdxl")
     table = pipeline.text_encoder.get_input_embeddings()
     with pytest.raises(UsageError, match=reason.replace("|", r"\|")):
@@ -297,7 +297,7 @@ def test_a_word_of_the_vocabulary() -> None:
 
 
 def test_a_table_by_itself() -> None:
-    """Ids beyond the table are the new rows, of which the module holds a copy."""
+    """Ids beyond the table are the new rows; the module holds a copy of them."""
     base, rows = nn.Embedding(5, 4), torch.randn(2, 4)
     table = ExtendedEmbedding(base, rows)
     want = torch.stack((base.weight[4], rows[0], rows[1], base.weight[0]))
@@ -335,7 +335,7 @@ def test_models_that_cannot_be() -> None:
 
 def test_state_round_trip() -> None:
     """A state goes into words of another start, into the same parameters, bit for bit; a state is
-    a copy; one that does not fit changes nothing."""
+    a copy; one of other words changes nothing."""
     tokens = extend(build_pipeline("sdxl"), MONSTER, TOY)
     state = tokens.state_dict()
     assert {k: tuple(t.shape) for k, t in state.items()} == {
@@ -355,7 +355,7 @@ def test_state_round_trip() -> None:
         {},
     ]
     for misfit in wrong:
-        with pytest.raises(UsageError, match="not the words trained"):
+        with pytest.raises(UsageError, match="not the words of this run"):
             other.load_state_dict(misfit)
     assert all(torch.equal(before[k], t) for k, t in other.state_dict().items())
     other.load_state_dict(state)
