@@ -151,10 +151,8 @@ def _cut_away(images: ImageSet) -> str:
 
 def disk(config: TrainConfig, base: Base, plan: Plan, images: RunImages) -> str:
     """Disk space of caches, checkpoints and files."""
-    vae = base.vae_config
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
     width = torch.finfo(DTYPES[config.vae_precision]).bits // 8
-    size = (vae.get("latent_channels", 4), factor, width)
+    size = (base.vae_config.get("latent_channels", 4), base.pixels_per_latent, width)
     latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
     plain = dataclasses.replace(config, init_lora_weights=None)
     adapted = inject_all(plain, base.family, base.meta_pipeline.models, 0)
@@ -309,6 +307,6 @@ def _page_image(
         scale=crop.scale,
         random_crop=images.is_random(index),
         caption=caption,
-        tokens=checked.images.caption_encoder.count([caption])[caption],
+        tokens=checked.images.caption_encoder.count_tokens([caption])[caption],
         findings=tuple(of_name.get(sample.name, ())),
     )

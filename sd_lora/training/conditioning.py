@@ -160,7 +160,9 @@ class TextConditioning:
         for encoder in self.encoders.values():
             encoder.to(self.device).eval()
         batch_size = caption_batch_size(self.device)
-        return in_batches(self.caption_encoder, self.encoders, captions, self.dtype, batch_size)
+        return encode_in_batches(
+            self.caption_encoder, self.encoders, captions, self.dtype, batch_size
+        )
 
     def fill(
         self,
