@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import EDMEulerScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -186,6 +185,13 @@ def _check_output(config: TrainConfig) -> None:
         checkpoint.refuse_others(folder)
 
 
+def _weighting(config: TrainConfig) -> tuple[str, dict[str, float]]:
+    """Name and parameters of the loss weighting, a row of `WEIGHTINGS`."""
+    if config.snr_gamma is not None:
+        return "min_snr", {"gamma": config.snr_gamma}
+    return ("edm_style" if config.do_edm_style_training else "uniform"), {}
+
+
 def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
     """Returns the first timestep that is trained, and the one after the last."""
     num = schedule.num_timesteps
@@ -258,9 +264,8 @@ def _assemble(
 ) -> Run:
     """Adapts the model, reads images and captions, and puts a run together."""
     config, seed, accelerator = plan.config, plan.seed, data.accelerator
-    schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
-    if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
-        raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
+    weighting, parameters = _weighting(config)
+    schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
     timesteps = _timesteps(config, parts, schedule)
     parts.caption_encoder(clip_skip=config.clip_skip).check(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline

@@ -8,7 +8,6 @@ from torch import nn
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.check.page import report_lines
-from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.files import mib
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
@@ -51,7 +50,7 @@ def summarise(run: "Run") -> None:
     rows["LoRA file"], lost = files_of(run.models, run.meta_pipeline, config.save_precision)
     notes += lost
     rows["objective"] = objective_of(run)
-    if config.do_edm_style_training and not weighed(run.schedule):
+    if config.do_edm_style_training and not run.schedule.weighting:
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
     if not draws(parts.family):
         notes.append(
@@ -96,18 +95,12 @@ def _say_texts(run: "Run") -> None:
         rows["stop early"] = ", ".join(f"{what} after step {step}" for what, step in stops.items())
 
 
-def weighed(schedule: NoiseSchedule) -> bool:
-    """Whether a schedule weighs the losses."""
-    return bool((schedule.weights != 1).any())
-
-
 def objective_of(run: "Run") -> str:
     """Returns the objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
-    config, schedule = run.config, run.schedule
+    schedule = run.schedule
     words = [schedule.prediction_type]
     words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
-    words += ["weighed as EDM does"] if weighed(schedule) else []
-    words += [f"min-SNR γ {config.snr_gamma:g}"] if config.snr_gamma else []
+    words += [schedule.weighting] if schedule.weighting else []
     first, last = run.timesteps
     if (first, last) != (0, schedule.num_timesteps):
         words.append(f"timesteps {first} to {last - 1}")
