@@ -7,7 +7,7 @@ from PIL import Image
 
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.report.sheets import grid, write_image
-from sd_lora.sampling.sampler import draws, sample
+from sd_lora.sampling.sampler import can_generate_images, sample
 from sd_lora.training.setup import Run
 
 
@@ -27,7 +27,7 @@ def sample_prompts(run: Run) -> list[str]:
 def sample_row(run: Run) -> list[Image.Image]:
     """Returns the run's sample images as the model draws them now, with seeds 0, 1, 2, …"""
     prompts = sample_prompts(run)
-    if not prompts or not run.main or not draws(run.parts.family):
+    if not prompts or not run.main or not can_generate_images(run.parts.family):
         return []
     images = sample(
         run.parts,

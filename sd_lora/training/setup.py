@@ -23,7 +23,7 @@ from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report import summary as report
-from sd_lora.sampling.sampler import draws
+from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.caches import Data, open_store
@@ -299,7 +299,9 @@ def _assemble(
     if not texts.trained:
         data.fill_texts(texts)
         if not (
-            config.num_validation_images and draws(parts.family) and accelerator.is_main_process
+            config.num_validation_images
+            and can_generate_images(parts.family)
+            and accelerator.is_main_process
         ):
             texts.free_encoders()
     data.make_room(latents, texts)

@@ -16,7 +16,7 @@ from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report import summary as report
-from sd_lora.sampling.sampler import draws
+from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.adapt import rank_and_alpha
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def summarise(run: "Run") -> None:
     rows["objective"] = objective_of(run)
     if config.do_edm_style_training and not run.schedule.weighting:
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
-    if not draws(parts.family):
+    if not can_generate_images(parts.family):
         notes.append(
             f"no sample images: {parts.family.label} finishes those of another model, and draws "
             "none by itself"
