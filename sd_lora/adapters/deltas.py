@@ -212,7 +212,9 @@ class Delta(nn.Module):
         self.shape, ones = shape, (1,) * (len(shape) - 1)
         m = self.magnitude
         if m is not None and m.dim() == 0:
-            raise ValueError("the magnitude is one number, not one for each output or input")
+            raise ValueError(
+                "the magnitude is one number for the whole weight, not one an output or input"
+            )
         if m is None:
             return
         if from_tensors:  # (1, in, …) cannot be checked before the kernel is known

@@ -93,9 +93,8 @@ def inject(
         The names of the adapted modules.
 
     Raises:
-        UsageError: a target or pattern without a match, an unknown name, a rank below 1, a layer
-            that cannot be adapted exactly (named, with the reason), or a model with adapters. The
-            model is then unchanged.
+        UsageError: a target or pattern without a match, an unknown name, a rank below 1, a model
+            with adapters, or a layer that cannot be exact, with the reason. No change is made then.
     """
     if init is not None:
         options["init"] = init
