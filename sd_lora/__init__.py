@@ -33,7 +33,7 @@ _HOME = {
     "set_strength": "adapters.inject",
     "train": "training.loop",
     "unmerge": "adapters.inject",
-    "wrap": "adapters.kinds",
+    "wrap": "adapters.layer_classes",
 }
 
 __all__ = [
@@ -76,7 +76,7 @@ if TYPE_CHECKING:
         set_strength,
         unmerge,
     )
-    from sd_lora.adapters.kinds import wrap
+    from sd_lora.adapters.layer_classes import wrap
     from sd_lora.adapters.layers import AdaptedLayer
     from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
     from sd_lora.adapters.variants import Variant

@@ -1,1 +1,1 @@
-"""What a low-rank update is. Knows torch alone: nothing of diffusion, files or training."""
+"""Low-rank adapters for any torch module. Imports torch alone: no diffusion, files or training."""

@@ -1,7 +1,7 @@
-"""What an update is: a method's ΔW behind one registry, and the two rules that compose it.
+"""Deltas: ΔW of a weight, by a method, and the two rules that compose it with the frozen W.
 
-A method is one class (see `methods`): how its tensors start (`create`) and what ΔW they mean
-(`matrix`), in the layout (out, in/groups, k…) of the weight. A rule composes ΔW with the frozen W:
+A method is one class (see `methods`) with two duties: its initial tensors (`create`), and ΔW from
+them (`matrix`), in the weight's layout (out, in/groups, k…). The rules:
 
 - add:        W' = W + ΔW
 - decompose:  W' = m · (W + ΔW) / ‖W + ΔW‖, one magnitude m per output (DoRA, Liu et al. 2024,
@@ -21,11 +21,18 @@ METHODS: dict[str, type["Delta"]] = {}
 
 
 def register_method(name: str) -> Callable[[type["Delta"]], type["Delta"]]:
-    """Class decorator that adds a method to `METHODS`."""
+    """Class decorator: add a method to `METHODS`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
 
     def add(method: type[Delta]) -> type[Delta]:
         if name in METHODS:
-            raise ValueError(f"method {name!r} is registered already: {METHODS[name].__name__}")
+            raise ValueError(
+                f"method {name!r} is registered already: {METHODS[name].__name__}; choose "
+                "another name"
+            )
         METHODS[name] = method
         method.method = name
         return method
@@ -34,24 +41,29 @@ def register_method(name: str) -> Callable[[type["Delta"]], type["Delta"]]:
 
 
 class Delta(nn.Module):
-    """One weight's update: the method's tensors, their scale s = α/r, perhaps a magnitude.
+    """ΔW of one weight: a method's tensors, their scale s = α/r, and a magnitude with DoRA.
 
     Args:
-        shape: of the weight, (out, in/groups, k…); None takes the one that the tensors have.
-        tensors: the method's tensors by name; below float32 they are raised to it.
-        alpha: α; the rank by default, so that s = 1.
-        magnitude: m of the rule decompose, (out, 1, …) as peft and LyCORIS have it, or
-            (1, in, …) as older LyCORIS files; None for the rule add.
+        shape: of the weight, (out, in/groups, k…); None: the shape of the tensors.
+        tensors: the method's tensors by name; lower precisions are cast to float32.
+        alpha: α; by default the rank, so that s = 1.
+        magnitude: m of the rule decompose, (out, 1, …) as in peft and LyCORIS, or (1, in, …) as in
+            older LyCORIS files; None for the rule add.
 
     Raises:
-        ValueError: tensors that do not make up a ΔW of this shape.
+        ValueError: tensors that give no ΔW of this shape.
     """
 
     method: ClassVar[str] = ""
+    """The registered name."""
     tensor_names: ClassVar[tuple[str, ...]] = ()
-    frozen: ClassVar[tuple[str, ...]] = ()  # those that are not trained
-    cores: ClassVar[tuple[str, ...]] = ()  # those that carry a k×k kernel by themselves: tucker
-    rank: int | None = None  # None: the method has no rank and no scale
+    """The names of all tensors, as in the files."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """The names of the tensors that are not trained."""
+    cores: ClassVar[tuple[str, ...]] = ()
+    """The names of Tucker cores, the tensors that carry a k×k kernel."""
+    rank: int | None = None
+    """r; None for a method without rank, whose scale is 1."""
 
     def __init__(
         self,
@@ -71,7 +83,7 @@ class Delta(nn.Module):
                 self.register_parameter(name, nn.Parameter(tensor))
         self.rank = self._rank()
         self.alpha = float((self.rank or 1) if alpha is None else alpha)
-        self.rank_dropout, self.dropping = 0.0, False
+        self.rank_dropout, self.drops_ranks = 0.0, False
         self.register_parameter("magnitude", None)
         if magnitude is not None:
             self.magnitude = nn.Parameter(_at_least_float32(magnitude))
@@ -81,95 +93,116 @@ class Delta(nn.Module):
     def create(
         cls, shape: tuple[int, ...], rank: int, generator: torch.Generator | None
     ) -> dict[str, Tensor]:
-        """Returns the initial tensors, on the CPU; options are keyword-only arguments."""
+        """Initial tensors by name, on the CPU. Options of a method are keyword-only arguments.
+
+        Args:
+            shape: of the weight, (out, in/groups, k…).
+            rank: r.
+            generator: of random numbers, on the CPU.
+        """
         raise NotImplementedError
 
     def _rank(self) -> int | None:
+        """Rank of the tensors; raises ValueError for tensors that do not fit together."""
         return None
 
     def matrix(self) -> Tensor:
-        """Returns ΔW / s from the tensors alone, reshapable to (out, in/groups, k…)."""
+        """ΔW / s from the tensors alone, in any shape with the weight's number of elements."""
         raise NotImplementedError
 
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        """Returns (A, B) with ΔW = s·B·A if there is such a form: the cheap way to apply it.
+        """Factors A (r, in/groups, k…) and B (out, r, 1…) with ΔW = s·B·A; None without them.
 
-        A: (r, in/groups, k…), B: (out, r, 1…). In a layer's forward pass under `rank_dropout`, a
-        draw of it.
+        A layer with factors never computes ΔW. In its forward pass with `rank_dropout` they are a
+        random draw.
         """
         return None
 
     def zero_input_row(self, index: int) -> None:
-        """Keeps ΔW at zero for one input, an embedding's padding row, without a mask.
+        """Set ΔW of one input, an embedding's padding row, to zero in a fresh delta.
 
-        Its column of the inner factors is set to zero, and the look-up gives it no gradient.
+        The input's column of the inner factors becomes zero, and stays so: the look-up gives it no
+        gradient.
+
+        Raises:
+            ValueError: a method whose ΔW cannot leave out one row.
         """
-        raise ValueError(f"{self.method} cannot leave out one row, and this one has a padding_idx")
+        raise ValueError(
+            f"{self.method} cannot leave out one row, and this embedding has a padding_idx: use "
+            "another method"
+        )
 
     @property
     def scale(self) -> float:
+        """s = α/r, or 1 without rank."""
         return self.alpha / self.rank if self.rank else 1.0
 
     def weight(self) -> Tensor:
-        """Returns ΔW in the weight's shape, in the dtype of the tensors, under autocast too: what
-        is rounded there is the product with x, as it will be for the merged weight."""
-        with unrounded(next(self.parameters())):
+        """ΔW in the weight's shape and the tensors' dtype, also under autocast.
+
+        Autocast rounds the product with x only, as it does for the merged weight.
+        """
+        with without_autocast(next(self.parameters())):
             return (self.scale * self.matrix()).reshape(self.shape)
 
     def compose(self, W: Tensor, strength: float = 1.0) -> Tensor:
-        """Returns W', at least in float32; with a strength k, W + k·(W' − W)."""
+        """W' at the strength 1, else W + strength·(W' − W); float32 or higher."""
         delta = self.weight()
         W = W.to(torch.promote_types(W.dtype, delta.dtype))
         if self.magnitude is None:
             return W + (delta if strength == 1 else strength * delta)
         V = W + delta
-        composed = V * (self.magnitude / self._norm(V))
+        composed = V * (self.magnitude / self._norm_like_magnitude(V))
         return composed if strength == 1 else W + strength * (composed - W)
 
-    def decompose(self, W: Tensor) -> None:
-        """Takes the rule decompose: m starts as the norm of each output's weights in W + ΔW."""
+    def init_magnitude(self, W: Tensor) -> None:
+        """Switch to the rule decompose: m starts as the norm of each output's row of W + ΔW."""
         with torch.no_grad():
             V = W.to(torch.promote_types(torch.float32, W.dtype)) + self.weight()
             ones = (1,) * (V.dim() - 1)
             self.magnitude = nn.Parameter(V.new_ones(len(V), *ones))
-            self.magnitude.copy_(self._norm(V))
+            self.magnitude.copy_(self._norm_like_magnitude(V))
 
-    def _norm(self, V: Tensor) -> Tensor:
-        """‖V‖ over every dimension that m does not have."""
+    def _norm_like_magnitude(self, V: Tensor) -> Tensor:
+        """‖V‖ over all dimensions of size 1 in m, in m's shape."""
         over = [d for d, size in enumerate(self.magnitude.shape) if size == 1]
         per_output = self.magnitude.shape[0] == len(V)
         squares = (V * V).flatten(1).sum(1) if per_output else (V * V).sum(over)
-        return _root(squares).view(self.magnitude.shape)
+        return _safe_sqrt(squares).view(self.magnitude.shape)
 
     @property
-    def lost(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ and B₀ if s·B₀·A₀ is what quantisation lost of the weight: LoftQ."""
+    def quantization_residual(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and B₀ if s·B₀·A₀ is the weight's quantisation error (LoftQ), else None."""
         return None
 
-    def gain(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """Returns c = m / ‖W + ΔW‖, (out,), for one m an output and what `low_rank` gave: the
-        same draw of it that ΔW x is computed with.
+    def output_scale(self, W: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """c = m / ‖W + ΔW‖, (out,), for one m an output.
 
         With it, W'x = c·(W x + ΔW x) needs neither W + ΔW nor its gradient:
         ‖W + sBA‖² = ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩, row by row.
+
+        Args:
+            W: the frozen weight.
+            A, B: from `low_rank`, the same draw as in ΔW x.
         """
         assert self.magnitude is not None
         A, B = A.flatten(1), self.scale * B.flatten(1)
         W = W.to(torch.promote_types(W.dtype, A.dtype)).flatten(1)
-        with unrounded(W):
+        with without_autocast(W):
             squares = (W * W).sum(1) + (B * (2 * (W @ A.T) + B @ (A @ A.T))).sum(1)
-        return self.magnitude.flatten() / _root(squares)
+        return self.magnitude.flatten() / _safe_sqrt(squares)
 
     def fit(self, shape: tuple[int, ...] | None) -> None:
-        """Gives ΔW the shape of the weight, (out, in/groups, k…); None: that of the tensors.
+        """Give ΔW the shape of the weight, (out, in/groups, k…); None: the shape of the tensors.
 
         Raises:
-            ValueError: ΔW has another number of outputs, or of inputs times kernel.
+            ValueError: another number of outputs, or of inputs times kernel size; a magnitude of
+                another shape.
         """
         with torch.no_grad():
             meta = {n: t.to("meta") for n, t in self.state_dict().items()}
             own = torch.func.functional_call(self, meta, strict=False)
-        natural, own_shape = shape is None, self._natural_shape(own)
+        from_tensors, own_shape = shape is None, self._shape_of(own)
         shape = own_shape if shape is None else tuple(shape)
         rows, columns = own.shape[0], own[0].numel()
         if (rows, columns) != (shape[0], math.prod(shape[1:])):
@@ -179,47 +212,58 @@ class Delta(nn.Module):
         self.shape, ones = shape, (1,) * (len(shape) - 1)
         m = self.magnitude
         if m is not None and m.dim() == 0:
-            raise ValueError("a magnitude that is one number for the whole weight")
+            raise ValueError(
+                "the magnitude is one number for the whole weight, not one an output or input"
+            )
         if m is None:
             return
-        if natural:  # (1, in, …) tells little before the kernel is known
+        if from_tensors:  # (1, in, …) cannot be checked before the kernel is known
             if not (m.shape[0] == m.numel() == rows or m.shape[0] == 1 <= m.numel() <= columns):
-                raise ValueError(f"a magnitude of {tuple(m.shape)} for ΔW of {rows}×{columns}")
+                raise ValueError(
+                    f"a magnitude of {tuple(m.shape)} does not fit ΔW of {rows}×{columns}"
+                )
             return
         if m.shape[0] == m.numel() == rows:
             m.data = m.data.reshape(rows, *ones)
         elif ones and m.shape[0] == 1 and m.numel() == shape[1]:
             m.data = m.data.reshape(1, shape[1], *ones[1:])
         else:
-            raise ValueError(f"a magnitude of {tuple(m.shape)} for the weight {shape}")
+            raise ValueError(f"a magnitude of {tuple(m.shape)} does not fit the weight {shape}")
 
-    def _natural_shape(self, matrix: Tensor) -> tuple[int, ...]:
+    def _shape_of(self, matrix: Tensor) -> tuple[int, ...]:
+        """ΔW's shape as far as the tensors have it."""
         return tuple(matrix.shape)
 
     def forward(self) -> Tensor:
-        """Returns `matrix()`."""
+        """`matrix()`."""
         return self.matrix()
 
     def norm(self) -> Tensor:
-        """Returns the Frobenius norm of ΔW."""
+        """Frobenius norm of ΔW."""
         return torch.linalg.vector_norm(self.weight())
 
-    def shrink(self, ratio: float) -> None:
-        """Multiplies ΔW by `ratio`, spread evenly over the trained tensors whose product it is."""
+    def scale_by(self, ratio: float) -> None:
+        """Multiply ΔW by `ratio`, spread evenly over the trained tensors, its factors.
+
+        Raises:
+            ValueError: a ΔW that is no product of its trained tensors.
+        """
         factors = [p for name, p in self.named_parameters() if name != "magnitude"]
         with torch.no_grad():
             for factor in factors:
                 factor.mul_(ratio ** (1 / len(factors)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the method's tensors, trained and frozen, and the magnitude: all but alpha."""
+        """All tensors by name, trained and frozen, with the magnitude and without alpha."""
         return {k: v.detach() for k, v in self.state_dict(keep_vars=True).items()}
 
     def _drop_ranks(self, factor: Tensor, dim: int = 0) -> Tensor:
-        """Zeroes ranks with probability p and divides the rest by 1 − p, in a layer's forward pass
-        in training alone: what is merged, measured or asked for then is the update itself."""
+        """Zero ranks with probability p and divide the others by 1 − p.
+
+        Only in a layer's forward pass in training: merging and norms see the whole ΔW.
+        """
         p = self.rank_dropout
-        if not (p and self.dropping):
+        if not (p and self.drops_ranks):
             return factor
         shape = [1] * factor.dim()
         shape[dim] = -1
@@ -227,41 +271,41 @@ class Delta(nn.Module):
         return factor * (keep.to(factor.dtype) / (1 - p)).view(shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Delta":
-        """Moves and casts as any module, but never below float32: `model.half()` halves the base
-        and leaves the trained tensors their bits."""
+        """Move and cast as any module, but never below float32: `model.half()` changes the base
+        model and no bit of the trained tensors."""
 
-        def keep_masters(t: Tensor) -> Tensor:
+        def keep_precision(t: Tensor) -> Tensor:
             moved = fn(t)
             if t.is_floating_point() and moved.dtype.itemsize < t.dtype.itemsize:
                 return t.to(moved.device, torch.promote_types(torch.float32, moved.dtype))
             return moved
 
-        return super()._apply(keep_masters, recurse)
+        return super()._apply(keep_precision, recurse)
 
     def extra_repr(self) -> str:
         rule = "add" if self.magnitude is None else "decompose"
         return f"{self.method}, rank={self.rank}, alpha={self.alpha:g}, {rule}"
 
 
-def unrounded(t: Tensor) -> AbstractContextManager[Any]:
-    """Returns a context without autocast where `t` is; a meta tensor's device has none."""
+def without_autocast(t: Tensor) -> AbstractContextManager[Any]:
+    """Context without autocast on the device of `t`; the meta device has no autocast."""
     return nullcontext() if t.is_meta else torch.autocast(t.device.type, enabled=False)
 
 
 def _kernel(shape: tuple[int, ...]) -> list[int]:
-    """Returns the kernel without trailing ones: peft pads a Conv1d's to two dimensions."""
+    """Kernel size without trailing ones: peft pads a Conv1d's to two dimensions."""
     kernel = list(shape[2:])
     while kernel and kernel[-1] == 1:
         kernel.pop()
     return kernel
 
 
-def _root(squares: Tensor) -> Tensor:
-    """A row of zeros has a tiny norm, so that m / ‖V‖ is 0 and not 0 / 0."""
+def _safe_sqrt(squares: Tensor) -> Tensor:
+    """√ of at least the smallest float: a row of zeros gives m / ‖V‖ = 0 and not 0 / 0."""
     return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
 
 
 def _at_least_float32(t: Tensor) -> Tensor:
-    # a copy: training must not write into the tensors of the file or state that it came from
+    # a copy: training must not write into the tensors of a file or state
     dtype = torch.promote_types(torch.float32, t.dtype)
     return t.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)

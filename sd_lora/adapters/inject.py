@@ -1,6 +1,6 @@
-"""Putting adapters into a model and taking them out again; merging; the trainable parameters."""
+"""Inject adapters into a model, merge and eject them; the trainable parameters."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.kinds import kind_of, wrap
+from sd_lora.adapters.layer_classes import adapted_class_of, wrap
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
-from sd_lora.adapters.products import AdaptedLinear
+from sd_lora.adapters.linear_conv import AdaptedLinear
 from sd_lora.adapters.quantized import AdaptedQuantized
 from sd_lora.adapters.targets import Target, match_names, plan
 from sd_lora.adapters.variants import Variant, new_delta
@@ -21,14 +21,15 @@ TrainBias = Literal["none", "lora_only", "all"]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
-    """Returns module name → adapted layer, each layer once, in the model's order."""
+    """Module name → adapted layer, each layer once, in the model's order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, AdaptedLayer)}
 
 
 def deltas_of(model: nn.Module) -> dict[str, Delta]:
-    """Returns update name → update, in the model's order.
+    """Delta name → delta, in the model's order.
 
-    The name is the parameter's without a final ".weight": `conv1`, `conv1.bias`, `attn.out_proj`.
+    A delta has its parameter's name without a final ".weight": `conv1`, `conv1.bias`,
+    `attn.out_proj`.
     """
     found = {}
     for name, layer in adapted_layers(model).items():
@@ -61,38 +62,39 @@ def inject(
     reference: nn.Module | None = None,
     **options: Any,
 ) -> list[str]:
-    """Freezes `model` and adapts the modules that `targets` selects; returns their names.
+    """Freeze a model and adapt its target modules.
 
-    The model's next output is the same, bit for bit (with the inits pissa and loftq, to rounding
-    and to the quantisation error). Each module's initial tensors are drawn from (seed, module
-    name), so they do not depend on what else is adapted, nor on the device.
+    The model's next output is the same, bit for bit (with the inits pissa and loftq, up to rounding
+    and the quantisation error). Each module's initial tensors are drawn from (seed, module name),
+    so they depend neither on the other targets nor on the device.
 
     Args:
         model: any torch module. All of its parameters are frozen.
         targets: presets and patterns, see `sd_lora.adapters.targets`.
         rank, alpha, conv_rank, conv_alpha, rank_pattern, alpha_pattern: see `plan` there.
-        dropout: probability in [0, 1) of zeroing an input element of the update in training.
-        init: how LoRA starts: "kaiming" (the default), "gaussian", "orthogonal", "pissa", "loftq".
+        dropout: probability in [0, 1) of zeroing an input element of the delta in training.
+        init: of LoRA: "kaiming" (the default), "gaussian", "orthogonal", "pissa", "loftq".
         seed: of the initial tensors.
-        method: "lora", "lora_fa", "loha", "lokr", "full", or one that `register_method` added.
-        rule: "add", or "decompose" for DoRA and its like with the other methods.
+        method: "lora", "lora_fa", "loha", "lokr", "full", or a name given to `register_method`.
+        rule: "add", or "decompose" (DoRA, with any method).
         rslora: scale by α/√r instead of α/r.
         neuron_dropout, rank_dropout, module_dropout: probabilities in [0, 1) of leaving out an
-            element of A x, a rank of the update (where it has any: a small LoKr has not), the
-            whole update of a module. They are drawn from
-            torch's generators, so seeding those repeats them.
-        train_bias: whether biases are trained too: "none", those of adapted layers ("lora_only"),
-            or all of the model ("all"), as in loralib and peft.
-        modules_to_save: patterns of modules whose parameters are all trained in full (a head,
-            norms, embeddings), matched at the end of a name as `rank_pattern`.
+            element of A x, a rank of the delta (a small LoKr has none), all deltas of a module.
+            They are drawn from torch's generators: seed these to repeat them.
+        train_bias: biases to train too: "none", of adapted layers ("lora_only"), or all of the
+            model ("all"), as in loralib and peft.
+        modules_to_save: patterns of modules to train in full (a head, norms, embeddings), matched
+            at the end of a name as `rank_pattern`.
         reference: the model before quantisation, for the init loftq.
-        options: the method's own: tucker (lora, loha, lokr), factor, full_matrix, decompose_both
+        options: of the method: tucker (lora, loha, lokr), factor, full_matrix, decompose_both
             (lokr).
 
+    Returns:
+        The names of the adapted modules.
+
     Raises:
-        UsageError: a target or pattern that matches nothing, an unknown name, a rank below 1, a
-            layer that cannot be adapted exactly (named, with the reason), or a model that has
-            adapters already. The model is then as it was.
+        UsageError: a target or pattern without a match, an unknown name, a rank below 1, a model
+            with adapters, or a layer that cannot be exact, with the reason. No change is made then.
     """
     if init is not None:
         options["init"] = init
@@ -122,171 +124,207 @@ def adapt(
     modules_to_save: Iterable[str] = (),
     reference: nn.Module | None = None,
 ) -> list[str]:
-    """Freezes `model` and adapts the planned modules; returns their names. See `inject`."""
+    """Freeze a model and adapt the planned modules; see `inject`.
+
+    Returns:
+        The names of the adapted modules.
+    """
     variant = variant or Variant()
-    changes: dict[str, dict[str, Delta]] = {}
+    deltas: dict[str, dict[str, Delta]] = {}  # module name → parameter path → delta
     seen: set[int] = set()
     for target in planned:
         base = model.get_submodule(target.name)
-        changes[target.name] = {}
-        if id(base) not in seen:  # a module that a model holds twice is adapted once
+        deltas[target.name] = {}
+        if id(base) not in seen:  # a module with two names is adapted once
             seen.add(id(base))
             try:
-                whole = None if reference is None else reference.get_submodule(target.name)
+                original = None if reference is None else reference.get_submodule(target.name)
             except AttributeError:
                 raise UsageError(f"{target.name} is no module of the reference") from None
-            changes[target.name] = _new_deltas(target, base, variant, seed, whole)
-    adapted = list(changes)
-    fresh = [delta for deltas in changes.values() for delta in deltas.values()]
+            deltas[target.name] = _new_deltas(target, base, variant, seed, original)
+    adapted = list(deltas)
+    fresh = [delta for by_path in deltas.values() for delta in by_path.values()]
     if variant.rank_dropout and not any(delta.rank for delta in fresh):
-        raise UsageError(f"rank_dropout drops ranks, and {variant.method} has none here")
+        raise UsageError(
+            f"rank_dropout drops ranks, and the method {variant.method} has none on these targets: "
+            "leave it out"
+        )
     if variant.options.get("tucker") and not any({*d.cores} & d.tensors().keys() for d in fresh):
-        raise UsageError("tucker gives kernels above 1×1 a core, and no target takes one here")
-    _train_in_full(model, changes, train_bias, modules_to_save)
+        raise UsageError(
+            "tucker gives kernels above 1×1 a core, and no target takes one here: leave it out, or "
+            "add convolutions to the targets"
+        )
+    _add_full_deltas(model, deltas, train_bias, modules_to_save)
     dropouts = {n: getattr(variant, n) for n in ("dropout", "neuron_dropout", "module_dropout")}
-    attach(model, changes, dict.fromkeys(adapted, dropouts))
+    wrap_modules(model, deltas, dict.fromkeys(adapted, dropouts))
     return adapted
 
 
 def _new_deltas(
     target: Target, base: nn.Module, variant: Variant, seed: int, reference: nn.Module | None
 ) -> dict[str, Delta]:
-    """Returns the fresh updates of one module, by parameter path."""
-    kind = kind_of(base, variant.method)
-    assert kind is not None, target.name  # `select` lets no other pass
+    """Parameter path → fresh delta of one module."""
+    cls = adapted_class_of(base, variant.method)
+    assert cls is not None, target.name  # `select` refuses all others
     fresh = {}
     try:
-        kind.check(base)
-        if kind is not AdaptedQuantized:
-            reference = None  # for the init loftq, which then says that it needs a quantised base
-        elif reference is not None and kind_of(reference) is AdaptedQuantized:
-            raise ValueError("its reference is quantised, too")
-        if not kind.adaptable(base):  # weight_norm and its like compute the weight in a hook
-            raise ValueError(f"the weight of this {type(base).__name__} is no parameter")
-        for path in kind.adaptable(base):
+        cls.check(base)
+        if cls is not AdaptedQuantized:
+            reference = None  # the init loftq then asks for a quantised base
+        elif reference is not None and adapted_class_of(reference) is AdaptedQuantized:
+            raise ValueError("its reference is quantised, too: give the model before quantisation")
+        if not cls.paths_in(base):  # weight_norm and others compute the weight in a hook
+            raise ValueError(
+                f"the weight of this {type(base).__name__} is no parameter but computed in a hook: "
+                "remove its parametrisation, or leave out this target"
+            )
+        for path in cls.paths_in(base):
             name = f"{target.name}.{path}".removesuffix(".weight")
             fresh[path] = delta = new_delta(
                 variant,
-                kind.weight_of(base, path),
+                cls.weight_of(base, path),
                 target.rank,
                 target.alpha,
                 generator_for(seed, "lora_A", name),
                 None if reference is None else AdaptedLinear.weight_of(reference, path),
             )
-            kind.start(base, delta)
+            cls.prepare_delta(base, delta)
     except ValueError as error:
         raise UsageError(f"{target.name or 'the model'}: {error}") from None
     return fresh
 
 
-def _train_in_full(
+def _add_full_deltas(
     model: nn.Module,
-    changes: dict[str, dict[str, Delta]],
+    deltas: dict[str, dict[str, Delta]],
     train_bias: TrainBias,
     modules_to_save: Iterable[str],
 ) -> None:
-    """Adds updates of full rank for the biases and the modules that are trained as they are."""
+    """Add deltas of full rank for biases and for modules trained in full.
+
+    deltas: module name → parameter path → delta; extended in place.
+    """
     if train_bias not in ("none", "lora_only", "all"):
         raise UsageError(f"train_bias must be none, lora_only or all, not {train_bias!r}")
     names = [name for name, _ in model.named_modules() if name]
     saved = match_names(dict.fromkeys(modules_to_save, True), names, "modules_to_save")
-    for name, module, paths in _owners(model):
-        wanted = []
+    for name, module, paths in _modules_with_parameters(model):
+        in_full: list[str] = []
         if any(f"{name}.".startswith(f"{root}.") for root in saved):
-            if changes.get(name):
-                raise UsageError(f"{name} is both a target and in modules_to_save")
-            wanted = paths
-        elif train_bias == "all" or (train_bias == "lora_only" and changes.get(name)):
-            wanted = [path for path in paths if "bias" in path.rpartition(".")[2]]
-        kind = kind_of(module, "full") or AdaptedLayer
-        for path in wanted:
-            if path not in changes.setdefault(name, {}):
-                changes[name][path] = new_delta(Variant("full"), kind.weight_of(module, path))
+            if deltas.get(name):
+                raise UsageError(
+                    f"{name} is both a target and in modules_to_save: leave it out of one of them"
+                )
+            in_full = paths
+        elif train_bias == "all" or (train_bias == "lora_only" and deltas.get(name)):
+            in_full = [path for path in paths if "bias" in path.rpartition(".")[2]]
+        cls = adapted_class_of(module, "full") or AdaptedLayer
+        for path in in_full:
+            if path not in deltas.setdefault(name, {}):
+                deltas[name][path] = new_delta(Variant("full"), cls.weight_of(module, path))
 
 
-def _owners(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Yields (name, module, paths of its parameters) of every module that holds parameters; those
-    inside a MultiheadAttention, which reads them itself, are its own."""
-    inside: str | None = None
+def _modules_with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
+    """Yield (name, module, paths of its parameters) of every module with parameters.
+
+    A MultiheadAttention reads the parameters of its inner modules itself: they count as its own.
+    """
+    attention: str | None = None
     for name, module in model.named_modules():
-        if inside is not None and name.startswith(f"{inside}."):
+        if attention is not None and name.startswith(f"{attention}."):
             continue
-        whole = kind_of(module) is AdaptedAttention
-        inside = name if whole else None
-        paths = [path for path, _ in module.named_parameters(recurse=whole)]
+        is_attention = adapted_class_of(module) is AdaptedAttention
+        attention = name if is_attention else None
+        paths = [path for path, _ in module.named_parameters(recurse=is_attention)]
         if paths:
             yield name, module, paths
 
 
-def attach(
+def wrap_modules(
     model: nn.Module,
-    changes: Mapping[str, Mapping[str, Delta]],
+    deltas: Mapping[str, Mapping[str, Delta]],
     dropouts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Freezes a bare model and puts updates into it: module name → parameter path → update.
+    """Freeze a model without adapters and wrap the modules that have deltas.
 
-    A name with no updates is a second name of a module that has them.
+    Args:
+        model: any torch module.
+        deltas: module name → parameter path → delta. A name without deltas is a second name of a
+            module with deltas.
+        dropouts: module name → arguments of `AdaptedLayer`.
 
     Raises:
-        UsageError: an update that its layer cannot have, with both shapes or the reason; the model
-            is then as it was.
+        UsageError: a delta that its layer cannot have, with both shapes or the reason. The model is
+            then unchanged.
     """
-    if "" in changes:
-        raise UsageError(
-            f"{type(model).__name__} itself holds parameters to train, and what is wrapped must be "
-            "inside a model: wrap the layer by sd_lora.wrap, or put it into a module"
-        )
-    for name in changes:
-        parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
-        for parent in parents:
-            if parent in changes:
-                raise UsageError(
-                    f"{parent} holds parameters of its own and {name}: one of them can be adapted"
-                )
+    _check_names(model, deltas)
     by_module: dict[nn.Module, dict[str, Delta]] = {}
-    for name, deltas in changes.items():
-        by_module.setdefault(model.get_submodule(name), {}).update(deltas)
-    names = {model.get_submodule(name): name for name in reversed(list(changes))}
+    for name, by_path in deltas.items():
+        by_module.setdefault(model.get_submodule(name), {}).update(by_path)
+    names = {model.get_submodule(name): name for name in reversed(list(deltas))}
     wrapped: dict[nn.Module, AdaptedLayer] = {}
-    for base, deltas in by_module.items():
+    for base, by_path in by_module.items():
         name = names[base]
         try:
-            wrapped[base] = wrap(base, deltas, **(dropouts or {}).get(name, {}))
+            wrapped[base] = wrap(base, by_path, **(dropouts or {}).get(name, {}))
         except (ValueError, RuntimeError, IndexError) as error:
             raise UsageError(f"{name}: {error}") from None
         wrapped[base].train(base.training)
     model.requires_grad_(False)
     for layer in wrapped.values():
         layer.deltas.requires_grad_(True)
-    for name in changes:
-        _replace(model, name, wrapped[model.get_submodule(name)])
+    for name in deltas:
+        _replace_module(model, name, wrapped[model.get_submodule(name)])
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def _check_names(model: nn.Module, names: Collection[str]) -> None:
+    """Refuse the model itself, and a module inside another one, as modules to wrap."""
+    if "" in names:
+        raise UsageError(
+            f"{type(model).__name__} itself has parameters to train, and only modules inside a "
+            "model can be replaced: call sd_lora.wrap on the layer, or put it into a module"
+        )
+    for name in names:
+        parents = (name[:i] for i, letter in enumerate(name) if letter == ".")
+        for parent in parents:
+            if parent in names:
+                raise UsageError(
+                    f"{parent} and {name}, a module inside it, both have parameters to train: only "
+                    "one of them can be adapted"
+                )
+
+
+def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
 
 def eject(model: nn.Module) -> list[str]:
-    """Takes every adapter out and gives back the original layers; returns their names.
+    """Remove all adapters: the original layers are back in their places.
 
-    What is merged at that moment stays merged: `merge(model); eject(model)` bakes the update in.
+    Merged weights stay merged: `merge(model); eject(model)` makes the deltas permanent.
+
+    Returns:
+        The names of the layers.
     """
     names = []
     if isinstance(model, AdaptedLayer):
-        raise UsageError("this is an adapted layer by itself: what it adapts is its `base`")
+        raise UsageError(
+            "the model itself is an adapted layer, without a parent to put the original layer "
+            "into: take its `base`"
+        )
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):
-            _replace(model, name, module.base)
+            _replace_module(model, name, module.base)
             names.append(name)
     return names
 
 
 def merge(model: nn.Module) -> None:
-    """Puts every W' in its base weight's place, keeping the original for `unmerge`.
+    """Replace every adapted weight by W', and keep the original for `unmerge`.
 
     Raises:
-        UsageError: a layer that cannot be merged, named with the reason; nothing is merged then.
+        UsageError: a layer that cannot be merged, named with the reason. Nothing is merged then.
     """
     fresh = {n: layer for n, layer in adapted_layers(model).items() if not layer.is_merged}
     done: list[AdaptedLayer] = []
@@ -301,14 +339,14 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Restores every base weight, bit for bit."""
+    """Put every original weight back, bit for bit."""
     for layer in adapted_layers(model).values():
         layer.unmerge()
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Merges the model's adapters within a `with` block; what was merged before stays so."""
+    """Merge the model's adapters within a `with` block; layers merged before stay merged."""
     fresh = [layer for layer in adapted_layers(model).values() if not layer.is_merged]
     merge(model)
     try:
@@ -320,7 +358,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[nn.Module]:
-    """Unmerges within a `with` block; what was merged before is merged anew after it."""
+    """Unmerge within a `with` block; layers merged before are merged again after it."""
     before = [layer for layer in adapted_layers(model).values() if layer.is_merged]
     unmerge(model)
     try:
@@ -331,9 +369,9 @@ def unmerged(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def set_strength(model: nn.Module, strength: float) -> None:
-    """Makes every layer compute with W + strength·(W' − W); 1 is as trained, 0 is the base.
+    """Let every adapted layer compute with W + strength·(W' − W): 1 as trained, 0 as the base.
 
-    Merged layers are merged anew.
+    Merged layers are merged again.
     """
     with unmerged(model):
         for layer in adapted_layers(model).values():
@@ -341,21 +379,27 @@ def set_strength(model: nn.Module, strength: float) -> None:
 
 
 def limit_norms(model: nn.Module, max_norm: float) -> int:
-    """Scales every ΔW down to a Frobenius norm of at most `max_norm`; returns how many were.
+    """Scale every ΔW down to a Frobenius norm of at most `max_norm`.
 
-    Max-norm regularisation, to be called after an optimiser step (kohya's scale_weight_norms).
-    Merged layers are merged anew.
+    Max-norm regularisation, for a call after each optimiser step (kohya's scale_weight_norms).
+    Merged layers are merged again.
+
+    Returns:
+        The number of deltas scaled down.
+
+    Raises:
+        UsageError: a max_norm of 0 or below; a ΔW that cannot be scaled.
     """
     if not max_norm > 0:
         raise UsageError(f"max_norm must be above 0, not {max_norm}")
     count, deltas = 0, deltas_of(model)
     with unmerged(model), torch.no_grad():
-        # read at once: a GPU is waited for once and not once a module
+        # all norms in one read: one wait for a GPU, not one a module
         norms = torch.stack([delta.norm() for delta in deltas.values()]).tolist() if deltas else []
         for (name, delta), norm in zip(deltas.items(), norms, strict=True):
             if norm > max_norm:
                 try:
-                    delta.shrink(max_norm / norm)
+                    delta.scale_by(max_norm / norm)
                 except ValueError as error:
                     raise UsageError(f"{name}: {error}") from None
                 count += 1
@@ -363,8 +407,8 @@ def limit_norms(model: nn.Module, max_norm: float) -> int:
 
 
 def lora_layers(model: nn.Module) -> list[nn.Parameter]:
-    """Returns the trainable parameters of every update: a list, for the optimiser.
+    """Trainable parameters of all deltas, for the optimiser.
 
-    A list and not an iterator: one that the optimiser has exhausted clips no gradient afterwards.
+    A list, for an iterator exhausted by the optimiser leaves gradient clipping nothing to clip.
     """
     return [p for layer in adapted_layers(model).values() for p in layer.deltas.parameters()]

@@ -1,5 +1,6 @@
-"""The methods, one class each. Tensor names are those of the files: peft's for LoRA, LyCORIS' for
-the rest. To add one, write its class here, or anywhere with `@sd_lora.register_method(name)`.
+"""The methods, one class each. Tensor names are peft's for LoRA and LyCORIS' for the others.
+
+A new method is a class here, or anywhere, with `@sd_lora.register_method(name)`.
 """
 
 import math
@@ -8,34 +9,36 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.deltas import Delta, register_method, unrounded
+from sd_lora.adapters.deltas import Delta, register_method, without_autocast
 from sd_lora.errors import UsageError
 
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "loftq")
+"""How LoRA's tensors can start, see `LoRA.create`."""
 
 
-def _tucker(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """Σ core[i, j, k…] a[i, out] b[j, in] → (out, in, k…)."""
+def _tucker_product(core: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Σ core[i, j, k…] a[i, out] b[j, in], (out, in, k…)."""
     return torch.einsum("ij...,ip,jq->pq...", core, a, b)
 
 
-def _kaiming(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+def _kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+    """Initial values of an inner factor, a = √5, as in loralib and peft."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
-def _has_kernel(shape: tuple[int, ...]) -> bool:
+def _is_larger_than_1x1(shape: tuple[int, ...]) -> bool:
     return any(k > 1 for k in shape[2:])
 
 
 @register_method("lora")
 class LoRA(Delta):
-    """ΔW = s·B·A (Hu et al. 2021). A convolution's A is the k×k kernel, its B the 1×1 one; with
-    `tucker`, B·C·A with a 1×1 A, the core C = lora_mid (r, r, k…) carrying the kernel (LoCon).
+    """ΔW = s·B·A (Hu et al. 2021). In a convolution A is k×k and B is 1×1; with `tucker`,
+    ΔW = s·B·C·A with a 1×1 A and the core C = lora_mid (r, r, k…) (LoCon).
 
-    From a PiSSA start, ΔW = s·(B·A − B₀·A₀): the frozen weight stays whole where the paper
-    subtracts s·B₀·A₀ from it, which is the same function and an ordinary LoRA of rank 2r. From a
-    LoftQ start likewise: there s·B₀·A₀ is what quantisation lost, and the quantised layer adds it
-    to its own product; so the file's ΔW is that of the full-precision weight.
+    After the init PiSSA, ΔW = s·(B·A − B₀·A₀): the frozen weight stays whole, where the paper
+    subtracts s·B₀·A₀ from it. The function is the same, and the file an ordinary LoRA of rank 2r.
+    After the init LoftQ the same, where s·B₀·A₀ is the quantisation error: the quantised layer adds
+    it to its own product, so that the file's ΔW is for the full-precision weight.
     """
 
     tensor_names = ("lora_A", "lora_B", "lora_mid", "start_A", "start_B", "lost_A", "lost_B")
@@ -58,48 +61,70 @@ class LoRA(Delta):
         reference: Tensor | None = None,
         scale: float = 1.0,
     ) -> dict[str, Tensor]:
-        """init: of A: "kaiming" (uniform, a = √5, as loralib and peft), "gaussian" (std 1/r),
-        "orthogonal" (orthonormal rows), each with B = 0; or of both: "pissa" (the principal
-        singular vectors of W, Meng et al. 2024, section 3), "loftq" (those of what quantisation
-        lost, Li et al. 2023, equation 6 with one step)."""
+        """Initial tensors.
+
+        Args:
+            shape, rank, generator: see `Delta.create`.
+            init: of A, with B = 0: "kaiming" (uniform, a = √5, as in loralib and peft), "gaussian"
+                (std 1/r), "orthogonal" (orthonormal rows). Of A and B: "pissa" (principal singular
+                vectors of W, Meng et al. 2024, section 3), "loftq" (principal singular vectors of
+                the quantisation error, Li et al. 2023, equation 6 with one step).
+            tucker: give kernels above 1×1 a core.
+            weight: W, for the inits pissa and loftq.
+            reference: W before quantisation, for the init loftq.
+            scale: s.
+
+        Raises:
+            ValueError: an init that this weight cannot have, with the reason.
+            UsageError: an unknown init.
+        """
         ones = (1,) * len(shape[2:])
-        tucker = tucker and _has_kernel(shape)
+        tucker = tucker and _is_larger_than_1x1(shape)
         A = torch.empty(rank, shape[1], *(ones if tucker else shape[2:]))
         tensors = {"lora_A": A, "lora_B": torch.zeros(shape[0], rank, *ones)}
         if tucker:
-            tensors["lora_mid"] = _kaiming((rank, rank, *shape[2:]), generator)
+            tensors["lora_mid"] = _kaiming_uniform((rank, rank, *shape[2:]), generator)
         if init == "kaiming":
-            tensors["lora_A"] = _kaiming(tuple(A.shape), generator)
+            tensors["lora_A"] = _kaiming_uniform(tuple(A.shape), generator)
         elif init == "gaussian":
             nn.init.normal_(A, std=1 / rank, generator=generator)
         elif init == "orthogonal":
             nn.init.orthogonal_(A, generator=generator)
         elif init in ("pissa", "loftq"):
             if tucker:
-                raise ValueError(f"the init {init} is for two factors, not for tucker's three")
-            tensors |= cls._principal(init, weight, reference, rank, scale)
+                raise ValueError(f"the init {init} gives two factors, and tucker has three")
+            tensors |= cls._principal_factors(init, weight, reference, rank, scale)
         else:
             raise UsageError(f"init must be one of {', '.join(INITS)}, not {init!r}")
         return tensors
 
     @staticmethod
-    def _principal(
+    def _principal_factors(
         init: str, W: Tensor | None, reference: Tensor | None, rank: int, scale: float
     ) -> dict[str, Tensor]:
+        """Tensors of the inits pissa and loftq, from a singular value decomposition."""
         if W is None or W.is_meta:
-            raise ValueError(f"the init {init} is computed from the weight, and here is none")
+            raise ValueError(
+                f"the init {init} is computed from the weight, which has no values on the meta "
+                "device: load the model first"
+            )
         if init == "loftq":
             if reference is None:
                 raise ValueError(
-                    "the init loftq makes up for what quantisation lost: it needs a quantised "
-                    "base and reference=, the model before quantisation"
+                    "the init loftq starts from the quantisation error: it needs a quantised base "
+                    "and reference=, the model before quantisation"
                 )
             if reference.shape != W.shape:
-                raise ValueError(f"W is {tuple(W.shape)}, its reference {tuple(reference.shape)}")
+                raise ValueError(
+                    f"W is {tuple(W.shape)}, its reference {tuple(reference.shape)}: they must be "
+                    "the same layer"
+                )
             W = reference.to(W.device, W.dtype) - W
         U, S, Vh = torch.linalg.svd(W.flatten(1).float(), full_matrices=False)
         if rank > len(S):
-            raise ValueError(f"the init {init} has {len(S)} singular vectors, not rank {rank}")
+            raise ValueError(
+                f"rank {rank} is too high for the init {init}: W has {len(S)} singular vectors"
+            )
         root = (S[:rank] / scale).sqrt()
         ones = (1,) * (W.dim() - 2)
         A = (root[:, None] * Vh[:rank]).reshape(rank, *W.shape[1:])
@@ -122,30 +147,30 @@ class LoRA(Delta):
 
     def fit(self, shape: tuple[int, ...] | None) -> None:
         super().fit(shape)
-        ones = (1,) * len(self.shape[2:])  # a 1×1 convolution's factors may come as matrices
+        ones = (1,) * len(self.shape[2:])  # files may have a 1×1 convolution's factors as matrices
         if self.lora_mid is None:
             self.lora_A.data = self.lora_A.data.reshape(-1, *self.shape[1:])
         self.lora_B.data = self.lora_B.data.reshape(self.shape[0], -1, *ones)
 
-    def _natural_shape(self, matrix: Tensor) -> tuple[int, ...]:
+    def _shape_of(self, matrix: Tensor) -> tuple[int, ...]:
         kernel = self.lora_A.shape[2:] if self.lora_mid is None else self.lora_mid.shape[2:]
         return (matrix.shape[0], self.lora_A.shape[1], *kernel)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         A, B = self.lora_A, self.lora_B
         if self.lora_mid is not None:
-            with unrounded(A):
+            with without_autocast(A):
                 A = torch.einsum("rs...,si->ri...", self.lora_mid, A.flatten(1))
-        start = self.start
-        if start is None:
+        initial = self.initial_factors
+        if initial is None:
             return self._drop_ranks(A), B
-        # a rank is dropped together with its start: ΔW begins at zero in training, too
-        A = self._drop_ranks(torch.stack((A, start[0])), dim=1).flatten(0, 1)
-        return A, torch.cat((B, -start[1]), 1)
+        # a rank is dropped from both products: ΔW starts at zero in training, too
+        A = self._drop_ranks(torch.stack((A, initial[0])), dim=1).flatten(0, 1)
+        return A, torch.cat((B, -initial[1]), 1)
 
     @property
-    def start(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ and B₀, if ΔW starts from them."""
+    def initial_factors(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and B₀ after the inits pissa and loftq, else None."""
         for name in ("start", "lost"):
             A, B = getattr(self, f"{name}_A"), getattr(self, f"{name}_B")
             if A is not None and B is not None:
@@ -153,9 +178,9 @@ class LoRA(Delta):
         return None
 
     @property
-    def lost(self) -> tuple[Tensor, Tensor] | None:
-        """A₀ and B₀ if s·B₀·A₀ is what quantisation lost of the weight."""
-        return self.start if self.lost_A is not None else None
+    def quantization_residual(self) -> tuple[Tensor, Tensor] | None:
+        """A₀ and B₀ after the init loftq, else None."""
+        return self.initial_factors if self.lost_A is not None else None
 
     def matrix(self) -> Tensor:
         A, B = self.low_rank()
@@ -165,19 +190,22 @@ class LoRA(Delta):
         A, B = (f.flatten(1) for f in self.low_rank())  # ‖BA‖² = Σ (BᵀB) ⊙ (AAᵀ), r×r
         return self.scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
 
-    def shrink(self, ratio: float) -> None:
-        if self.start is not None:
-            raise ValueError("an update with a start is no product that could be scaled down")
-        super().shrink(ratio)
+    def scale_by(self, ratio: float) -> None:
+        if self.initial_factors is not None:
+            raise ValueError(
+                "after the inits pissa and loftq ΔW is a difference and cannot be scaled: use "
+                "another init, or no limit of norms"
+            )
+        super().scale_by(ratio)
 
     def zero_input_row(self, index: int) -> None:
-        for factor in (self.lora_A, *(self.start or ())[:1]):
+        for factor in (self.lora_A, *(self.initial_factors or ())[:1]):
             factor.data[:, index] = 0
 
 
 @register_method("lora_fa")
 class LoRAFA(LoRA):
-    """LoRA with a frozen A (Zhang et al. 2023): only B is trained, and no input is kept for A."""
+    """LoRA with a frozen A (Zhang et al. 2023): only B is trained, and no input is stored for A."""
 
     frozen = ("lora_A", "lora_mid", *LoRA.frozen)
 
@@ -186,7 +214,7 @@ class LoRAFA(LoRA):
 class LoHa(Delta):
     """ΔW = s·(w1_a·w1_b) ⊙ (w2_a·w2_b) (Hyeon-Woo et al. 2022, FedPara), of rank up to r².
 
-    With `tucker` each half has a core t (r, r, k…) and both sides transposed, as in LyCORIS.
+    With `tucker` each product has a core t (r, r, k…) and transposed factors, as in LyCORIS.
     """
 
     tensor_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
@@ -208,7 +236,7 @@ class LoHa(Delta):
         tucker: bool = False,
     ) -> dict[str, Tensor]:
         out, columns = shape[0], math.prod(shape[1:])
-        core = tucker and _has_kernel(shape)
+        core = tucker and _is_larger_than_1x1(shape)
 
         def normal(std: float, *size: int) -> Tensor:
             return nn.init.normal_(torch.empty(size), std=std, generator=generator)
@@ -230,10 +258,10 @@ class LoHa(Delta):
         return int(self.hada_w1_b.shape[0])
 
     def matrix(self) -> Tensor:
-        first = self._drop_ranks(self.hada_w1_b)  # ΔW is linear in it: the mean is kept
+        first = self._drop_ranks(self.hada_w1_b)  # ΔW is linear in it, which keeps its mean
         if self.hada_t1 is not None and self.hada_t2 is not None:
-            half = _tucker(self.hada_t1, self.hada_w1_a, first)
-            return half * _tucker(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
+            half = _tucker_product(self.hada_t1, self.hada_w1_a, first)
+            return half * _tucker_product(self.hada_t2, self.hada_w2_a, self.hada_w2_b)
         return (self.hada_w1_a @ first.flatten(1)) * (self.hada_w2_a @ self.hada_w2_b.flatten(1))
 
     def zero_input_row(self, index: int) -> None:
@@ -242,8 +270,11 @@ class LoHa(Delta):
 
 @register_method("lokr")
 class LoKr(Delta):
-    """ΔW = s·w1 ⊗ w2 (Yeh et al. 2024, LyCORIS), each a matrix or a product a·b of rank r; with
-    `tucker`, w2 of a convolution has the core lokr_t2. Without any rank, s = 1."""
+    """ΔW = s·w1 ⊗ w2 (Yeh et al. 2024, LyCORIS), each a matrix or a product a·b of rank r.
+
+    With `tucker`, w2 of a convolution has the core lokr_t2. With two matrices there is no rank, and
+    s = 1.
+    """
 
     tensor_names = (
         *("lokr_w1", "lokr_w1_a", "lokr_w1_b"),
@@ -263,51 +294,58 @@ class LoKr(Delta):
         decompose_both: bool = False,
         tucker: bool = False,
     ) -> dict[str, Tensor]:
-        """factor: the size of w1's sides, -1: as near to the square root as divisors go.
-        full_matrix: w2 is whole, whatever the rank. decompose_both: w1 is a product, too."""
+        """Initial tensors.
+
+        Args:
+            shape, rank, generator: see `Delta.create`.
+            factor: size of w1's sides; -1: the largest divisors up to the square root.
+            full_matrix: w2 is a full matrix at any rank.
+            decompose_both: w1 is a product, too.
+            tucker: give kernels above 1×1 a core.
+        """
         (out1, out2), (in1, in2) = factorization(shape[0], factor), factorization(shape[1], factor)
         kernel = shape[2:]
         tensors = {}
         if decompose_both and not full_matrix and rank < max(out1, in1) / 2:
-            tensors["lokr_w1_a"] = _kaiming((out1, rank), generator)
-            tensors["lokr_w1_b"] = _kaiming((rank, in1), generator)
+            tensors["lokr_w1_a"] = _kaiming_uniform((out1, rank), generator)
+            tensors["lokr_w1_b"] = _kaiming_uniform((rank, in1), generator)
         else:
-            tensors["lokr_w1"] = _kaiming((out1, in1), generator)
+            tensors["lokr_w1"] = _kaiming_uniform((out1, in1), generator)
         if full_matrix or rank >= max(out2, in2) / 2:
             tensors["lokr_w2"] = torch.zeros(out2, in2, *kernel)
-        elif tucker and _has_kernel(shape):
-            tensors["lokr_t2"] = _kaiming((rank, rank, *kernel), generator)
-            tensors["lokr_w2_a"] = _kaiming((rank, out2), generator)
+        elif tucker and _is_larger_than_1x1(shape):
+            tensors["lokr_t2"] = _kaiming_uniform((rank, rank, *kernel), generator)
+            tensors["lokr_w2_a"] = _kaiming_uniform((rank, out2), generator)
             tensors["lokr_w2_b"] = torch.zeros(rank, in2)
         else:
-            tensors["lokr_w2_a"] = _kaiming((out2, rank), generator)
+            tensors["lokr_w2_a"] = _kaiming_uniform((out2, rank), generator)
             tensors["lokr_w2_b"] = torch.zeros(rank, in2 * math.prod(kernel))
         return tensors
 
-    def _half(self, half: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns w, a and b of one half, "1" or "2"."""
-        w, a, b = (getattr(self, f"lokr_w{half}{part}") for part in ("", "_a", "_b"))
+    def _factor(self, number: str) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The matrix w, or a and b of the product, of factor "1" or "2"; None for the others."""
+        w, a, b = (getattr(self, f"lokr_w{number}{part}") for part in ("", "_a", "_b"))
         return w, a, b
 
     def _rank(self) -> int | None:
         rank = None
-        for half in ("1", "2"):
-            w, a, b = self._half(half)
+        for n in ("1", "2"):
+            w, a, b = self._factor(n)
             if (a is None) != (b is None) or (a is None) == (w is None):
-                raise ValueError(f"lokr needs lokr_w{half}, or lokr_w{half}_a and lokr_w{half}_b")
+                raise ValueError(f"lokr needs lokr_w{n}, or lokr_w{n}_a and lokr_w{n}_b")
             rank = rank if b is None else int(b.shape[0])
         if self.lokr_t2 is not None and self.lokr_w2_a is None:
             raise ValueError("lokr_t2 comes with lokr_w2_a and lokr_w2_b")
         return rank
 
     def matrix(self) -> Tensor:
-        w1, a1, b1 = self._half("1")
-        w2, a2, b2 = self._half("2")
+        w1, a1, b1 = self._factor("1")
+        w2, a2, b2 = self._factor("2")
         core: Tensor | None = self.lokr_t2  # type: ignore[assignment]
-        # one half alone drops ranks: ΔW is linear in each, so its mean is kept
+        # only one factor drops ranks: ΔW is linear in each, which keeps its mean
         if a2 is not None and b2 is not None:
             b2 = self._drop_ranks(b2)
-            w2 = a2 @ b2.flatten(1) if core is None else _tucker(core, a2, b2)
+            w2 = a2 @ b2.flatten(1) if core is None else _tucker_product(core, a2, b2)
         elif b1 is not None:
             b1 = self._drop_ranks(b1)
         if a1 is not None and b1 is not None:
@@ -319,8 +357,11 @@ class LoKr(Delta):
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Returns (m, n), m ≤ n, m·n = dimension: m = factor if it divides, else the largest divisor
-    up to it that is at most √dimension; -1 is no bound (LyCORIS' choice for LoKr)."""
+    """Sides m ≤ n of LoKr's two factors, m·n = dimension, as LyCORIS chooses them.
+
+    m is `factor` if it divides the dimension, else the largest divisor up to `factor` and
+    √dimension; -1 is no bound.
+    """
     if factor > 0 and dimension % factor == 0:
         return min(factor, dimension // factor), max(factor, dimension // factor)
     bound = math.isqrt(dimension) if factor < 0 else min(factor, math.isqrt(dimension))
@@ -330,7 +371,7 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 @register_method("full")
 class Full(Delta):
-    """ΔW itself, of full rank, without scale: for small targets, norms and biases."""
+    """ΔW as one tensor, of full rank and without scale: for small targets, norms and biases."""
 
     tensor_names = ("diff",)
     diff: Tensor
@@ -345,4 +386,4 @@ class Full(Delta):
         return self.diff
 
     def zero_input_row(self, index: int) -> None:
-        pass  # zero at the start, and an embedding gives its padding row no gradient
+        pass  # ΔW starts at zero, and an embedding gives its padding row no gradient

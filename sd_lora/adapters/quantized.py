@@ -5,11 +5,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from sd_lora.adapters.products import AdaptedLinear
+from sd_lora.adapters.linear_conv import AdaptedLinear
 
 
 def dequantize(base: Any) -> Tensor:
-    """Returns the full-precision values of a quantised linear layer's weight, (out, in)."""
+    """Full-precision values (out, in) of a quantised linear layer's weight.
+
+    Raises:
+        ValueError: a weight without quantised values yet, or in a form without gradients.
+    """
     weight = base.weight
     if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bit
         from bitsandbytes.functional import dequantize_4bit
@@ -18,12 +22,12 @@ def dequantize(base: Any) -> Tensor:
             raise ValueError("its 4-bit weight is not quantised yet: move the model to its device")
         if getattr(weight.quant_state, "packing_format_for_cpu", False):
             raise ValueError(
-                "a call in eval mode on the CPU has repacked its 4-bit weight, for good, in a form "
-                "without gradients: load the model anew and adapt it before it is called"
+                "a call in eval mode on the CPU has repacked its 4-bit weight for good, in a form "
+                "without gradients: load the model again and adapt it before the first call"
             )
         return dequantize_4bit(weight.data, weight.quant_state)
-    if hasattr(weight, "SCB"):  # bitsandbytes, int8: rows scaled by their largest entry
-        # the first forward pass moves both from the weight to the layer's state
+    if hasattr(weight, "SCB"):  # bitsandbytes, int8: rows divided by their largest entry
+        # the first forward pass moves CB and SCB from the weight to the layer's state
         CB = base.state.CB if base.state.CB is not None else weight.CB
         SCB = base.state.SCB if base.state.SCB is not None else weight.SCB
         if CB is None or SCB is None:
@@ -33,20 +37,19 @@ def dequantize(base: Any) -> Tensor:
 
 
 class AdaptedQuantized(AdaptedLinear):
-    """A linear layer with a quantised weight: its own kernel computes W x, the update is added,
-    and nothing is ever quantised again.
+    """A linear layer with a quantised weight: its own kernel computes W x, and ΔW x is added.
 
-    It is not merged: rounding W + ΔW back to the grid would change it. The adapter's file merges
-    into the full-precision model.
+    It cannot be merged: W + ΔW would be quantised again, and change. The adapter's file can be
+    merged into the full-precision model.
     """
 
-    keeps_kernel = True
+    always_calls_base = True
 
     def __init__(self, base: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(base, *args, **kwargs)
         if hasattr(base, "support_avx512bf16_for_cpu"):
-            # else bitsandbytes 0.50 repacks a 4-bit weight at the first call in eval, for good, and
-            # gradients to earlier layers are then zero: after one validation on the CPU
+            # else bitsandbytes 0.50 repacks a 4-bit weight for good at the first call in eval mode,
+            # and gradients to earlier layers are zero from the first validation on the CPU on
             base.support_avx512bf16_for_cpu = False
 
     @classmethod
@@ -57,24 +60,25 @@ class AdaptedQuantized(AdaptedLinear):
     def weight_of(cls, base: Any, path: str) -> Tensor:
         return dequantize(base).detach() if path == "weight" else super().weight_of(base, path)
 
-    def _is_plain(self) -> bool:
+    def _can_fuse(self) -> bool:
         return False
 
     def _forward(self, strength: float, input: Tensor) -> Tensor:
         y = super()._forward(strength, input)
-        lost = self.delta.lost if "weight" in self.deltas else None
-        if lost is None:
+        residual = self.delta.quantization_residual if "weight" in self.deltas else None
+        if residual is None:
             return y
-        A, B = (factor.to(y.dtype) for factor in lost)  # part of W: no dropout touches it
+        A, B = (factor.to(y.dtype) for factor in residual)  # a part of W, without dropout
         return y + F.linear(F.linear(input.to(y.dtype), A) * self.delta.scale, B)
 
     def merge(self) -> None:
         raise ValueError(
-            f"a {type(self.base).__name__} with a quantised weight is not merged, for it would be "
-            "rounded again: load the adapter's file into the full-precision model and merge there"
+            f"a {type(self.base).__name__} with a quantised weight is not merged, for W + ΔW would "
+            "be rounded again: load the adapter's file into the full-precision model and merge it "
+            "there"
         )
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight":
-            return self.base.weight  # what quantised code expects, in its own format
+            return self.base.weight  # in its quantised format, for code of that library
         return super().__getattr__(name)

@@ -1,4 +1,4 @@
-"""The adapters of a model as plain tensors: out, in again, and several combined into one."""
+"""A model's adapter as plain tensors: save, load, and combine several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,53 +7,63 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.inject import adapted_layers, attach, deltas_of, unmerged
-from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.inject import adapted_layers, deltas_of, unmerged, wrap_modules
+from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.layers import AdaptedAttention
 from sd_lora.adapters.methods import Full, LoRA
-from sd_lora.adapters.variants import method_of
+from sd_lora.adapters.variants import method_by_tensor_names
 from sd_lora.errors import UsageError
 
 
 def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Returns every update's tensors, unfolded, on the CPU: `<update>.lora_A`, `<update>.lora_B`,
-    `<update>.alpha`, `<update>.magnitude`, …; see `updates` for the names."""
+    """Copies of all deltas' tensors on the CPU, for `load_lora_state_dict`.
+
+    Keys are `<delta>.lora_A`, `<delta>.lora_B`, `<delta>.alpha`, `<delta>.magnitude`, …, with the
+    delta names of `deltas_of`. The scale is not folded into the tensors.
+    """
     state: dict[str, Tensor] = {}
     for name, delta in deltas_of(model).items():
         for key, tensor in delta.tensors().items():
             state[f"{name}.{key}"] = tensor.cpu().clone()
         if delta.rank is not None:
-            # rslora's α·√r is irrational: in float32 it would be off by 1e-8
+            # rslora's α·√r is irrational: float32 would round it by 1e-8
             state[f"{name}.alpha"] = torch.tensor(delta.alpha, dtype=torch.float64)
     return state
 
 
 def check_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises UsageError naming the first key or shape that `model`'s adapters do not have."""
+    """Compare a state's keys and shapes with those of a model's adapter.
+
+    Raises:
+        UsageError: a key or a shape differs; the first one is named.
+    """
     own = lora_state_dict(model)
     missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
     if missing or extra:
         key = min(missing or extra)
         has, lacks = ("model", "file") if missing else ("file", "model")
         raise UsageError(
-            f"the adapters differ: the {has} has {key}, the {lacks} has not "
-            f"({len(missing)} missing, {len(extra)} too many); were targets or ranks changed?"
+            f"the adapters differ: the {has} has {key}, the {lacks} has not; in the file, "
+            f"{len(missing)} keys are missing and {len(extra)} too many: inject with the method, "
+            "targets and ranks of the file"
         )
     for key, value in own.items():
         if state[key].shape != value.shape:
             raise UsageError(
                 f"{key} is {tuple(state[key].shape)} in the file and {tuple(value.shape)} in the "
-                "model; was the rank changed?"
+                "model: inject with the ranks of the file"
             )
 
 
 @torch.no_grad()
 def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Loads what `lora_state_dict` gave: into the same adapters, or into a bare model, which gets
-    the adapters that the state describes. Merged layers are merged anew.
+    """Load a state of `lora_state_dict`.
+
+    A model without adapters gets the state's; a model with adapters must have the same ones. Merged
+    layers are merged again.
 
     Raises:
-        UsageError: a key or a shape that differs, naming it; nothing is changed then.
+        UsageError: a key or a shape that differs, by name. Nothing is changed then.
     """
     if not adapted_layers(model):
         attach_deltas(model, deltas_from_state(state))
@@ -68,28 +78,31 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def deltas_from_state(state: Mapping[str, Tensor]) -> dict[str, Delta]:
-    """Returns update name → update; the method is known by the names of its tensors.
+    """Delta name → delta. Its method is recognised by the names of its tensors.
 
     Raises:
-        UsageError: tensors that no method has, or that do not fit together.
+        UsageError: tensors of no method, or of shapes that do not fit together.
     """
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
-        name, _, kind = key.rpartition(".")
-        grouped.setdefault(name, {})[kind] = tensor
+        name, _, tensor_name = key.rpartition(".")
+        grouped.setdefault(name, {})[tensor_name] = tensor
     return {name: make_delta(name, tensors) for name, tensors in grouped.items()}
 
 
 def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
-    """Returns the update that these tensors (with `alpha` and `magnitude`) make up; its shape is
-    that of the tensors until it is fitted to a weight.
+    """Delta of these tensors, in their shape until `Delta.fit` gives it the weight's.
+
+    Args:
+        name: of the delta, for messages.
+        tensors: tensor name → tensor, with `alpha` and `magnitude` where there are any.
 
     Raises:
         UsageError: see `deltas_from_state`.
     """
     name = name or "the layer itself"
-    rest = {k: t for k, t in tensors.items() if k not in ("alpha", "magnitude")}
-    method = method_of(frozenset(rest))
+    own = frozenset(k for k in tensors if k not in ("alpha", "magnitude"))
+    method = method_by_tensor_names(own)
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
     parts = {k: _checked(f"{name}.{k}", t) for k, t in tensors.items() if k != "alpha"}
@@ -101,7 +114,7 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
         delta = method(None, parts, alpha, magnitude)
     except ValueError as error:
         raise UsageError(f"{name}: {error}") from None
-    except (RuntimeError, IndexError):  # torch's, on products of other shapes
+    except (RuntimeError, IndexError):  # torch's errors for products of other shapes
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
         raise UsageError(f"{name}: {shapes} do not fit together") from None
     refuse_overflow(name, delta)
@@ -110,18 +123,22 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
 
 @torch.no_grad()
 def refuse_overflow(name: str, delta: Delta) -> None:
-    """Raises UsageError naming an update whose finite factors may make an infinite ΔW."""
+    """Raise UsageError for a delta of finite factors whose ΔW may be infinite."""
     parts = [tensor for key, tensor in delta.tensors().items() if key != "magnitude"]
     if any(tensor.is_meta for tensor in parts):
         return
     norms = (float(torch.linalg.vector_norm(tensor.float())) for tensor in parts)
-    # every method is a product of its tensors in one sense or another: ‖ΔW‖ is at most this
+    # ΔW is a product of the tensors in every method: ‖ΔW‖ is at most s times the product of norms
     if not abs(delta.scale) * math.prod(norms) < torch.finfo(torch.float32).max:
-        raise UsageError(f"{name}: its numbers are so large that ΔW would be infinite")
+        raise UsageError(
+            f"{name}: its numbers are so large that ΔW would be infinite; the file is damaged, or "
+            "its training diverged"
+        )
 
 
 def _checked(key: str, tensor: Tensor) -> Tensor:
-    """Returns one of an update's tensors, 8-bit numbers as float32; raises UsageError naming it."""
+    """A delta's tensor, 8-bit numbers as float32; raises UsageError, with the key, for tensors of
+    other types, empty ones, and NaN or infinite values."""
     if not tensor.is_floating_point():
         raise UsageError(f"{key} holds {tensor.dtype} and not floating-point numbers")
     if not tensor.numel():
@@ -136,9 +153,10 @@ def _checked(key: str, tensor: Tensor) -> Tensor:
 
 
 def _alpha(name: str, tensor: Tensor) -> float:
+    """α as a number; raises UsageError, with the name, for other tensors than one finite number."""
     if tensor.numel() != 1 or tensor.is_complex():
-        kind = f"{tensor.dtype} of the shape {tuple(tensor.shape)}"
-        raise UsageError(f"{name}.alpha is {kind} and not one number")
+        found = f"{tensor.dtype} of the shape {tuple(tensor.shape)}"
+        raise UsageError(f"{name}.alpha is {found} and not one number")
     alpha = float(tensor)
     if not math.isfinite(alpha):
         raise UsageError(f"{name}.alpha is NaN or infinite")
@@ -146,34 +164,40 @@ def _alpha(name: str, tensor: Tensor) -> float:
 
 
 def attach_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
-    """Puts updates (by update name) into a bare model.
+    """Put deltas into a model without adapters.
+
+    deltas: delta name → delta.
 
     Raises:
-        UsageError: a name that the model has not, or an update that its layer cannot have; the
-            model is then as it was.
+        UsageError: a name unknown to the model, or a delta that its layer cannot have. The model is
+            then unchanged.
     """
     if adapted_layers(model):
         raise UsageError("the model has adapters already: eject them first")
-    changes: dict[str, dict[str, Delta]] = {}
+    by_module: dict[str, dict[str, Delta]] = {}
     for name, delta in deltas.items():
         module, path = locate(model, name)
-        changes.setdefault(module, {})[path] = delta
-    attach(model, changes)
+        by_module.setdefault(module, {})[path] = delta
+    wrap_modules(model, by_module)
 
 
 def locate(model: nn.Module, name: str) -> tuple[str, str]:
-    """Returns (module name, parameter path in it) of an update's name.
+    """(Module name, parameter path in the module) of a delta name.
 
     Raises:
-        UsageError: the model has no such parameter.
+        UsageError: the model has no parameter of this name.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     parent, _, last = name.rpartition(".")
-    if parent in modules and kind_of(modules[parent]) is AdaptedAttention and last == "out_proj":
+    if (
+        parent in modules
+        and adapted_class_of(modules[parent]) is AdaptedAttention
+        and last == "out_proj"
+    ):
         return parent, "out_proj.weight"
     grandparent, _, middle = parent.rpartition(".")
     if f"{middle}.{last}" == "out_proj.bias" and grandparent in modules:
-        if kind_of(modules[grandparent]) is AdaptedAttention:
+        if adapted_class_of(modules[grandparent]) is AdaptedAttention:
             return grandparent, "out_proj.bias"
     if name in modules:
         return name, "weight"
@@ -185,19 +209,19 @@ def locate(model: nn.Module, name: str) -> tuple[str, str]:
 def combine(
     states: Sequence[Mapping[str, Tensor]], weights: Sequence[float] | None = None
 ) -> dict[str, Tensor]:
-    """Returns one adapter whose every ΔW is Σ weightᵢ·ΔWᵢ, exactly: ranks are concatenated.
+    """State of one adapter with ΔW = Σ weightᵢ·ΔWᵢ, exactly: ranks are concatenated.
 
     Args:
-        states: what `lora_state_dict` gave, several times.
+        states: several states of `lora_state_dict`.
         weights: one a state; 1 by default.
 
     Raises:
-        UsageError: an update of another form than B·A or a full ΔW, which has no exact sum, or
-            two of one name for weights of different shapes.
+        UsageError: a delta of another form than B·A or a full ΔW, for it has no exact sum; two
+            deltas of one name and different shapes; another number of weights than states.
     """
     weights = [1.0] * len(states) if weights is None else list(weights)
     if len(weights) != len(states):
-        raise UsageError(f"{len(states)} adapters and {len(weights)} weights")
+        raise UsageError(f"{len(states)} adapters and {len(weights)} weights: give one weight each")
     parts: dict[str, list[tuple[Delta, float]]] = {}
     for state, weight in zip(states, weights, strict=True):
         for name, delta in deltas_from_state(state).items():
@@ -213,14 +237,18 @@ def combine(
 
 @torch.no_grad()
 def sum_of(name: str, summands: Sequence[tuple[Delta, float]]) -> Delta:
-    """Returns the update whose ΔW is Σ weightᵢ·ΔWᵢ, exactly: ranks are concatenated.
+    """Delta with ΔW = Σ weightᵢ·ΔWᵢ, exactly: ranks are concatenated.
+
+    Args:
+        name: of the deltas, for messages.
+        summands: (delta, weight) pairs.
 
     Raises:
         UsageError: see `combine`.
     """
     factors = [delta.low_rank() for delta, _ in summands]
     if any(delta.magnitude is not None for delta, _ in summands):
-        raise UsageError(f"{name} is weight-decomposed (DoRA): its change has no exact sum")
+        raise UsageError(f"{name} is weight-decomposed (DoRA): its delta has no exact sum")
     shapes = {delta.shape for delta, _ in summands}
     if len(shapes) > 1:
         raise UsageError(f"{name} has different shapes: {', '.join(map(str, sorted(shapes)))}")

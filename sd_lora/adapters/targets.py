@@ -1,7 +1,7 @@
-"""Which modules are adapted, at which rank and alpha: presets, patterns and their counts.
+"""Target modules with their ranks and alphas: presets and patterns.
 
-A target is a preset's name or a regular expression over the whole module name; several are
-joined with "+". Patterns of ranks and alphas are peft's: they match the end of a name at a dot.
+A target is a preset's name or a regular expression over a whole module name; several are joined
+with "+". Patterns of ranks and alphas are peft's: they match the end of a name at a dot.
 """
 
 import re
@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from sd_lora.adapters.kinds import kind_of, kinds
+from sd_lora.adapters.layer_classes import adapted_class_of, adapted_classes
 from sd_lora.adapters.layers import AdaptedLayer
-from sd_lora.adapters.variants import method_named
+from sd_lora.adapters.variants import method_class
 from sd_lora.errors import UsageError, did_you_mean
 
 _ATTENTION = r"(.*\.)?to_(q|k|v|out\.0)"
@@ -46,35 +46,40 @@ embeddings. text: a CLIP text encoder's attention and MLP.
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: its name, rank r and alpha α."""
+    """One module to adapt: name, rank r and alpha α."""
 
     name: str
     rank: int
     alpha: float
 
 
-def _compile(pattern: str, what: str) -> re.Pattern[str]:
+def _compile(pattern: str, option: str) -> re.Pattern[str]:
+    """Compiled pattern; raises UsageError, with the option's name, for a wrong one."""
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise UsageError(f"{what} {pattern!r} is not a regular expression: {error}") from None
+        raise UsageError(f"{option} {pattern!r} is not a regular expression: {error}") from None
 
 
 def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora") -> list[str]:
-    """Returns the names of the modules of `model` that `targets` selects, in the model's order.
+    """Names of the target modules, in the model's order.
+
+    Args:
+        model: any torch module, on any device (the meta device too).
+        targets: names of `PRESETS` and regular expressions over whole module names.
+        method: a method's name; norms are targets for the method full alone.
 
     Raises:
-        UsageError: a target that selects nothing, or only layers that the method cannot adapt.
+        UsageError: a target without a match, or with layers that the method cannot adapt.
     """
     items = targets.split("+") if isinstance(targets, str) else list(targets)
-    method_named(method)
+    method_class(method)
     modules = dict(model.named_modules(remove_duplicate=False))
-    layers = {name: type(module) for name, module in modules.items()}
-    fit = {name for name, module in modules.items() if kind_of(module, method) is not None}
+    adaptable = {n for n, module in modules.items() if adapted_class_of(module, method) is not None}
     chosen: set[str] = set()
     for item in items:
         pattern = _compile(PRESETS.get(item, item), "target")
-        found = [name for name in layers if name and pattern.fullmatch(name)]
+        found = [name for name in modules if name and pattern.fullmatch(name)]
         if not found:
             hint = "" if item in PRESETS else did_you_mean(item, PRESETS)
             raise UsageError(
@@ -82,38 +87,45 @@ def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora")
                 f"Presets: {', '.join(PRESETS)}; anything else is a "
                 "regular expression over whole module names, such as 'mid_block.*conv1'"
             )
-        adaptable = [name for name in found if name in fit]
-        if not adaptable:
-            have = sorted({layers[name].__name__ for name in found})
-            can = (name.rpartition(".")[2] for name in kinds(method))
+        if adaptable.isdisjoint(found):
+            classes = sorted({type(modules[name]).__name__ for name in found})
+            can = (name.rpartition(".")[2] for name in adapted_classes(method))
             raise UsageError(
-                f"target {item!r} matches only {', '.join(have)} ({found[0]}, …), and none of "
+                f"target {item!r} matches only {', '.join(classes)} ({found[0]}, …), and none of "
                 f"these can be adapted; {', '.join(can)} can"
             )
-        # a preset names layers by their place, and one that cannot be adapted there must not be
-        # passed over in silence; a free pattern naturally covers containers and norms as well
-        left_out = [name for name in found if name not in fit]
+        # a preset names layers by their place, so each must be adapted; a free pattern may also
+        # match containers and norms
+        left_out = [name for name in found if name not in adaptable]
         if item in PRESETS and left_out:
-            kind = layers[left_out[0]].__name__
-            raise UsageError(f"target {item!r}: {left_out[0]} is a {kind}, which has no adapter")
-        chosen.update(adaptable)
-    return [name for name in layers if name in chosen]
+            cls = type(modules[left_out[0]]).__name__
+            raise UsageError(
+                f"target {item!r}: {left_out[0]} is a {cls}, which cannot be adapted; name the "
+                "other modules by a regular expression"
+            )
+        chosen.update(adaptable.intersection(found))
+    return [name for name in modules if name in chosen]
 
 
 def match_names(
-    patterns: Mapping[str, float] | None, names: list[str], what: str
+    patterns: Mapping[str, float] | None, names: list[str], option: str
 ) -> dict[str, float]:
-    """Returns name → value of the first pattern that matches its end at a dot (peft's rule).
+    """Name → value of the first pattern that matches the name's end at a dot (peft's rule).
+
+    Args:
+        patterns: regular expression → value.
+        names: all module names.
+        option: the option's name, for messages.
 
     Raises:
-        UsageError: a pattern that matches none of the names.
+        UsageError: a pattern without a match.
     """
     values: dict[str, float] = {}
     for pattern, value in (patterns or {}).items():
-        regex = _compile(rf"(?:.*\.)?(?:{pattern})", what)
+        regex = _compile(rf"(?:.*\.)?(?:{pattern})", option)
         found = [name for name in names if regex.fullmatch(name)]
         if not found:
-            raise UsageError(f"{what} {pattern!r} matches none of the {len(names)} modules")
+            raise UsageError(f"{option} {pattern!r} matches none of the {len(names)} modules")
         for name in found:
             values.setdefault(name, value)
     return values
@@ -130,25 +142,25 @@ def plan(
     alpha_pattern: Mapping[str, float] | None = None,
     method: str = "lora",
 ) -> list[Target]:
-    """Returns what `inject` would adapt, without touching the model.
+    """The targets that `inject` would adapt, without any change of the model.
 
     Args:
         model: any torch module, on any device (the meta device too).
         targets: see `select`.
         rank, alpha: of every module; an alpha of None means α = r, a scale of 1.
         conv_rank, conv_alpha: of convolutions with a kernel larger than 1 (kohya's conv_dim); by
-            default the rank and alpha of the rest. A conv_rank alone means α = conv_rank.
-        rank_pattern, alpha_pattern: pattern → value, which win over the above.
-        method: which layers can be adapted depends on it.
+            default `rank` and `alpha`. A conv_rank alone means α = conv_rank.
+        rank_pattern, alpha_pattern: pattern → value, stronger than all of the above.
+        method: a method's name; it decides which layers can be adapted.
 
     Raises:
-        UsageError: a pattern that matches nothing, a rank below 1, an alpha that is not above 0,
-            or adapters already there.
+        UsageError: a pattern without a match, a rank below 1, an alpha of 0 or below, or a model
+            with adapters.
     """
     if any(isinstance(module, AdaptedLayer) for module in model.modules()):
         raise UsageError(
-            f"this {type(model).__name__} has adapters already: eject them (merge before that to "
-            "keep what they learned)"
+            f"this {type(model).__name__} has adapters already: eject them first (and merge before "
+            "that, to keep their deltas in the weights)"
         )
     names = select(model, targets, method)
     ranks = match_names(rank_pattern, names, "rank_pattern")
@@ -161,7 +173,7 @@ def plan(
         any_conv |= is_conv
         r = int(ranks.get(name, conv_rank if is_conv and conv_rank is not None else rank))
         if r < 1:
-            raise UsageError(f"the rank of {name} is {r}; a rank is a whole number of at least 1")
+            raise UsageError(f"the rank of {name} is {r}; it must be a whole number of at least 1")
         default = default_conv_alpha if is_conv else alpha
         a = float(alphas.get(name, r if default is None else default))
         if not a > 0:
@@ -169,7 +181,7 @@ def plan(
         planned.append(Target(name, r, a))
     if not any_conv and (conv_rank is not None or conv_alpha is not None):
         raise UsageError(
-            "conv_rank and conv_alpha are for convolutions larger than 1×1, and none of the "
-            f"{len(names)} target modules is one: add the preset conv, as in attention+conv"
+            "conv_rank and conv_alpha are for convolutions larger than 1×1, and none is among the "
+            f"{len(names)} target modules: add the preset conv, as in attention+conv"
         )
     return planned

@@ -1,4 +1,4 @@
-"""Which kind of update: a method with its rule, options and dropouts; a fresh one for a weight."""
+"""Variants: a method with its rule, options and dropouts; and fresh deltas of one."""
 
 import inspect
 import math
@@ -14,15 +14,18 @@ from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.errors import UsageError, did_you_mean
 
 RULES = ("add", "decompose")
-_GIVEN = ("weight", "reference", "scale")  # what `create` may ask for besides its options
+_SUPPLIED = ("weight", "reference", "scale")  # arguments of `create` that are no options
 
 
 @dataclass(frozen=True)
 class Variant:
-    """What kind of update: a method, its rule and options, and what is dropped in training.
+    """A method, its rule and options, and its dropouts in training.
 
-    method: a name of `deltas.METHODS`. rule: "add" or "decompose" (DoRA). rslora: s = α/√r.
-    options: the method's own, see its `create`. The four dropouts are probabilities in [0, 1).
+    method: a name of `deltas.METHODS`.
+    rule: "add" or "decompose" (DoRA).
+    rslora: True for s = α/√r.
+    dropout, neuron_dropout, rank_dropout, module_dropout: probabilities in [0, 1), see `inject`.
+    options: of the method, see its `create`.
     """
 
     method: str = "lora"
@@ -35,29 +38,29 @@ class Variant:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        method_named(self.method)
+        method_class(self.method)
         if self.rule not in RULES:
             raise UsageError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
         for name in ("dropout", "neuron_dropout", "rank_dropout", "module_dropout"):
             p = getattr(self, name)
             if not 0 <= p < 1:
-                raise UsageError(f"{name} is a probability in [0, 1), not {p}")
+                raise UsageError(f"{name} must be a probability in [0, 1), not {p}")
 
 
-def method_named(name: str) -> type["Delta"]:
-    """Returns a method's class, or raises UsageError with a suggestion."""
+def method_class(name: str) -> type["Delta"]:
+    """Class of a method; raises UsageError, with a suggestion, for an unknown name."""
     if name not in METHODS:
         raise UsageError(
             f"unknown method {name!r}.{did_you_mean(name, METHODS)} "
-            f"Methods: {', '.join(METHODS)}; DoRA is the rule decompose of any of them"
+            f"Methods: {', '.join(METHODS)}. For DoRA, use any of them with the rule decompose"
         )
     return METHODS[name]
 
 
-def method_of(names: frozenset[str]) -> type["Delta"] | None:
-    """Returns the method whose tensors have these names, the first registered, if there is one."""
-    fitting = (m for m in METHODS.values() if names and names <= {*m.tensor_names})
-    return next(fitting, None)
+def method_by_tensor_names(names: frozenset[str]) -> type["Delta"] | None:
+    """First registered method with all these tensor names; None if there is none."""
+    matching = (m for m in METHODS.values() if names and names <= {*m.tensor_names})
+    return next(matching, None)
 
 
 def new_delta(
@@ -68,22 +71,22 @@ def new_delta(
     generator: torch.Generator | None = None,
     reference: Tensor | None = None,
 ) -> Delta:
-    """Returns a fresh update of `weight` (out, in/groups, k…), on its device.
+    """Fresh delta of a weight, on its device.
 
     Args:
-        variant: which kind of update.
-        weight: the frozen weight W.
+        variant: method, rule, options and dropouts.
+        weight: the frozen weight W (out, in/groups, k…).
         rank, alpha: r and α; s = α/r, and α/√r with rslora (Kalajdzievski 2023, equation 4).
-        generator: a CPU generator of the initial tensors.
+        generator: of the initial tensors, on the CPU.
         reference: the weight before quantisation, for the init "loftq".
 
     Raises:
-        UsageError: an option that the method has not.
-        ValueError: a request that this weight cannot meet, with its reason.
+        UsageError: an unknown option of the method.
+        ValueError: an option or rule that this weight cannot follow, with the reason.
     """
-    cls = method_named(variant.method)
+    cls = method_class(variant.method)
     known = inspect.signature(cls.create).parameters
-    names = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and n not in _GIVEN]
+    names = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and n not in _SUPPLIED]
     for name in variant.options:
         if name not in names:
             raise UsageError(
@@ -91,9 +94,9 @@ def new_delta(
                 f"Its options: {', '.join(names) or 'none'}"
             )
     root = math.sqrt(rank) if variant.rslora else 1.0
-    alpha = float(rank if alpha is None else alpha) * root  # so that everybody's α/r is α/√r
-    given = {"weight": weight, "reference": reference, "scale": alpha / rank}
-    options = dict(variant.options) | {name: given[name] for name in _GIVEN if name in known}
+    alpha = float(rank if alpha is None else alpha) * root  # every reader's α/r is then α/√r
+    supplied = {"weight": weight, "reference": reference, "scale": alpha / rank}
+    options = dict(variant.options) | {name: supplied[name] for name in _SUPPLIED if name in known}
     tensors = cls.create(tuple(weight.shape), rank, generator, **options)
     dtype = torch.promote_types(torch.float32, weight.dtype)
     tensors = {name: t.to(weight.device, dtype) for name, t in tensors.items()}
@@ -103,8 +106,9 @@ def new_delta(
     delta.rank_dropout = variant.rank_dropout
     if variant.rule == "decompose":
         if weight.dim() < 2:
-            raise ValueError("decompose rescales the rows of a matrix, and this is a vector")
-        if delta.lost is not None:  # a magnitude would rescale Q and not what is added to it
-            raise ValueError("the init loftq goes with the rule add alone")
-        delta.decompose(weight)
+            raise ValueError("the rule decompose scales the rows of a matrix, and this is a vector")
+        # m would scale the quantised weight without the residual
+        if delta.quantization_residual is not None:
+            raise ValueError("the init loftq works with the rule add only")
+        delta.init_magnitude(weight)
     return delta

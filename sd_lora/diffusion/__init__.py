@@ -1,1 +1,1 @@
-"""The objective: noise schedule, targets, weightings, per-sample loss."""
+"""The training objective: noise schedule, targets, loss weights, losses of batch items."""

@@ -1,34 +1,29 @@
-"""What the model is asked for, and how much each timestep and sample counts."""
+"""Training targets and losses of a batch's items."""
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from sd_lora.diffusion.schedule import NoiseSchedule
 
-PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda x0, noise, alpha, sigma: noise,
     "v_prediction": lambda x0, noise, alpha, sigma: alpha * noise - sigma * x0,
     "edm": lambda x0, noise, alpha, sigma: sigma * x0 - alpha * noise,
 }
-"""Name → target(x0, noise, alpha, sigma).
+"""Prediction type → target(x0, noise, alpha, sigma).
 
 epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. edm: Karras et
 al. 2022, equation 8, with x0 in units of σ_data.
 """
 
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l2": lambda prediction, target: (prediction - target).square(),
+}
+"""Name → loss(prediction, target) of each element, both float32 (B, C, H, W).
 
-def min_snr_weights(snr: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Returns the min-SNR-γ weights (B,) of signal-to-noise ratios (B,).
-
-    Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy", section 3.4:
-    min(SNR, γ) in terms of x₀, hence divided by SNR for epsilon and by SNR + 1 for v. At zero SNR
-    the weight is its limit, 1 for epsilon and 0 for v.
-    """
-    if prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    return torch.where(snr > gamma, gamma / snr, 1.0)
+l2: Ho et al. 2020, equation 14.
+"""
 
 
 def sample_losses(
@@ -37,32 +32,37 @@ def sample_losses(
     noise: Tensor,
     t: Tensor,
     schedule: NoiseSchedule,
-    snr_gamma: float | None = None,
     mask: Tensor | None = None,
+    loss: str = "l2",
 ) -> Tensor:
-    """Returns each sample's mean squared error (B,) in float32, weighted by the schedule, and by
-    min-SNR if asked.
+    """Loss of each batch item (B,), float32, weighted by its timestep.
 
-    prediction, x0, noise: (B, C, H, W); t: (B,). mask: (B, 1, H, W), how much each place counts:
-    the mean is over what counts, so that a small subject weighs as much as a large one.
+    Args:
+        prediction: the UNet's output (B, C, H, W).
+        x0, noise: latents and noise (B, C, H, W).
+        t: timesteps (B,).
+        schedule: noise levels, prediction type and loss weights.
+        mask: weight of each place (B, 1, H, W). The mean is over the weights, so that a small
+            subject counts as much as a large one.
+        loss: a name of `LOSSES`.
     """
-    alpha, sigma = schedule.at(t, x0.dim())
-    target = PREDICTIONS[schedule.prediction_type](x0 / schedule.data_std, noise, alpha, sigma)
-    errors = (prediction.float() - target.float()).square()
+    alpha, sigma = schedule.coefficients(t, x0.dim())
+    target = TARGETS[schedule.prediction_type](x0 / schedule.data_std, noise, alpha, sigma)
+    errors = LOSSES[loss](prediction.float(), target.float())
     losses = errors.flatten(1).mean(1)
     if mask is not None:
-        counted = mask.expand_as(errors).flatten(1)
-        losses = (errors.flatten(1) * counted).sum(1) / counted.sum(1).clamp(min=1e-6)
-    losses = losses * schedule.weights[t]
-    if snr_gamma is not None:
-        losses = losses * min_snr_weights(schedule.snr(t), snr_gamma, schedule.prediction_type)
-    return losses
+        weights = mask.expand_as(errors).flatten(1)
+        losses = (errors.flatten(1) * weights).sum(1) / weights.sum(1).clamp(min=1e-6)
+    return losses * schedule.weights[t]
 
 
-def weighted_loss(losses: Tensor, weights: Tensor, share: float) -> Tensor:
-    """Returns Σ wᵢ·lᵢ · share; share: 1 / number of instance samples, for what is one whole batch.
+def weighted_loss(losses: Tensor, weights: Tensor, scale: float) -> Tensor:
+    """Loss of a batch: scale · Σ wᵢ·lᵢ.
 
-    Prior preservation (Ruiz et al. 2022, "DreamBooth", equation 2) is the weight λ of the class
-    samples; instance samples weigh 1, or what their source says.
+    Args:
+        losses: of the batch items (B,).
+        weights: of the batch items (B,): 1, or the source's weight, for instance items; λ for
+            class items (prior preservation, Ruiz et al. 2022, "DreamBooth", equation 2).
+        scale: 1 / number of instance items, if this is one whole batch.
     """
-    return (losses * weights).sum() * share
+    return (losses * weights).sum() * scale

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
 from sd_lora.adapters.state import locate, make_delta, refuse_overflow
 from sd_lora.errors import UsageError
@@ -111,10 +111,10 @@ def read(
     deltas: dict[str, Delta] = {}
     modules = dict(model.named_modules())
     for name, parts in grouped.items():
-        packed = name in modules and kind_of(modules[name]) is AdaptedAttention
+        packed = name in modules and adapted_class_of(modules[name]) is AdaptedAttention
         own = f"{name}.in_proj_weight" if packed else name
         holder = name.removesuffix(".out_proj")  # peft gives out_proj the attention's own scale
-        inner = holder in modules and kind_of(modules[holder]) is AdaptedAttention
+        inner = holder in modules and adapted_class_of(modules[holder]) is AdaptedAttention
         if own in deltas:
             raise UsageError(f"{own} is in the file by two names")
         deltas[own] = rescale(make_delta(own, parts), config, [holder if inner else name])
@@ -126,7 +126,7 @@ def read(
         module = model.get_submodule(module_name)
         if path not in dict(module.named_parameters()):
             raise UsageError(f"the file has {key!r}, which the model has not")
-        own_weight = (kind_of(module, "full") or AdaptedLayer).weight_of(module, path)
+        own_weight = (adapted_class_of(module, "full") or AdaptedLayer).weight_of(module, path)
         shaped = value.T if own_weight.shape != value.shape and value.dim() == 2 else value
         if own_weight.shape != shaped.shape:
             raise UsageError(
@@ -235,6 +235,6 @@ def rescale(delta: Delta, config: Mapping[str, Any], names: Collection[str]) -> 
     if delta.rank is not None:
         delta.alpha = scale * delta.rank
     else:  # a LoKr of two whole matrices: peft scales it, everybody else does not
-        delta.shrink(scale)
+        delta.scale_by(scale)
     refuse_overflow(min(names), delta)
     return delta

@@ -1,0 +1,1 @@
+"""Images from a model and its adapters, and the score of learning."""

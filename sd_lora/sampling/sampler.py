@@ -1,4 +1,4 @@
-"""PromptImages from the model that is being trained, without a second copy of any part of it."""
+"""Images from a model in training, without a second copy of any of its parts."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,22 +27,22 @@ from sd_lora.models.load import Parts
 
 
 @contextmanager
-def _on(device: torch.device, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Puts models on a device, in evaluation mode, and back as they were."""
+def _evaluating_on(device: torch.device, models: Iterable[nn.Module]) -> Iterator[None]:
+    """Move models to a device in evaluation mode; at the end, undo both."""
     models = list(models)
-    places = [next(model.parameters()).device for model in models]
+    devices = [next(model.parameters()).device for model in models]
     modes = [model.training for model in models]
     for model in models:
         model.to(device).eval()
     try:
         yield
     finally:
-        for model, place, mode in zip(models, places, modes, strict=True):
-            model.to(place).train(mode)
+        for model, before, mode in zip(models, devices, modes, strict=True):
+            model.to(before).train(mode)
 
 
-def draws(family: Family) -> bool:
-    """Whether a model draws images from noise: SDXL's refiner finishes those of another one."""
+def can_generate_images(family: Family) -> bool:
+    """True unless a model only finishes images of other models, as SDXL's refiner does."""
     return family.max_timestep is None
 
 
@@ -58,37 +58,53 @@ def sample(
     guidance_scale: float = 7.5,
     batch_size: int = 4,
 ) -> Iterator[Image.Image]:
-    """Yields one image per prompt and seed, by DPM-Solver++ (2M) with classifier-free guidance.
+    """Generate one image per prompt and seed by DPM-Solver++ (2M), with classifier-free guidance.
 
-    An image is a function of its prompt, its seed and the model: neither of the batch it is in,
-    nor of any generator's state. Lu et al. 2022, "DPM-Solver++", algorithm 2. The text encoders are
-    on the device while they read, UNet and VAE until the last image is taken.
+    Lu et al. 2022, "DPM-Solver++", algorithm 2. An image is a function of its prompt, its seed and
+    the model alone; neither the batch nor the state of a generator changes it. The text encoders
+    are on the device while they encode the prompts, UNet and VAE until the last image is taken.
 
     Args:
         parts: the model, with or without adapters, of any base precision. An inpainting model
             paints the whole image.
-        reader: how it reads prompts.
+        caption_encoder: makes embeddings of the prompts.
         prompts, seeds: one each per image.
         resolution: side in pixels.
-        device: where to compute; the parts are put back where they were.
-        steps, guidance_scale: of the sampler.
+        device: where to compute; afterwards all parts are back on their devices.
+        steps: denoising steps.
+        guidance_scale: of classifier-free guidance.
         batch_size: images at once.
+
+    Yields:
+        RGB images in the order of the prompts.
+
+    Raises:
+        RunError: NaN or infinite pixels.
     """
     if not prompts:
         return
-    with _on(device, parts.text_encoders.values()):
-        known = dict(encode_in_batches(caption_encoder, parts.text_encoders, [None, *prompts]))
+    with _evaluating_on(device, parts.text_encoders.values()):
+        embeddings = dict(encode_in_batches(caption_encoder, parts.text_encoders, [None, *prompts]))
     sampler = Sampler(parts, resolution, steps, guidance_scale, device)
-    with _on(device, (parts.unet, parts.vae)):
+    with _evaluating_on(device, (parts.unet, parts.vae)):
         for start in range(0, len(prompts), batch_size):
             chunk = slice(start, start + batch_size)
-            texts = [known[None]] * len(prompts[chunk]) + [known[p] for p in prompts[chunk]]
-            yield from _decode(parts, sampler.latents(texts, seeds[chunk]))
+            conditional = [embeddings[prompt] for prompt in prompts[chunk]]
+            unconditional = [embeddings[None]] * len(conditional)
+            latents = sampler.latents([*unconditional, *conditional], seeds[chunk])
+            yield from _decode(parts, latents)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """DPM-Solver++ for a model whose parts are where they are to compute."""
+    """DPM-Solver++ for a model whose UNet and VAE are on `device` already.
+
+    parts: the model.
+    resolution: side in pixels.
+    steps: denoising steps.
+    guidance_scale: of classifier-free guidance.
+    device: where to compute.
+    """
 
     parts: Parts
     resolution: int
@@ -98,21 +114,24 @@ class Sampler:
 
     @torch.no_grad()
     def latents(self, texts: Sequence[Embedding], seeds: Sequence[int]) -> Tensor:
-        """Returns x₀ (B, C, h, w) of B seeds; texts: 2·B, those to be subtracted first."""
+        """Latents x₀ (B, C, h, w) of B seeds.
+
+        texts: 2·B embeddings, the B unconditional ones first.
+        """
         parts, unet, r = self.parts, self.parts.unet, self.resolution
         side = r // parts.pixels_per_latent
-        dtype = unet.conv_in.weight.dtype  # the base's: LoRA parameters are float32 in any case
-        whole = Geometry((r, r), (0, 0), (r, r))
-        conditions = collate(texts, [whole] * len(texts), parts.family).to(self.device, dtype)
+        dtype = unet.conv_in.weight.dtype  # the base's: LoRA parameters are always float32
+        uncropped = Geometry((r, r), (0, 0), (r, r))
+        conditions = collate(texts, [uncropped] * len(texts), parts.family).to(self.device, dtype)
         scheduler = _scheduler(parts)
         scheduler.set_timesteps(self.steps, device=self.device)
         shape = (unet.config.out_channels, side, side)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         x = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
-        beside = _all_to_be_painted(parts, r, self.device).expand(len(texts), -1, side, side)
+        extra = _inpainting_channels(parts, r, self.device).expand(len(texts), -1, side, side)
         for t in scheduler.timesteps:
             x_in = scheduler.scale_model_input(torch.cat([x, x]), t)
-            x_in = torch.cat([x_in, beside], dim=1).to(dtype)
+            x_in = torch.cat([x_in, extra], dim=1).to(dtype)
             out = unet(x_in, t, **conditions.arguments()).sample
             unconditional, conditional = out.float().chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
@@ -121,37 +140,38 @@ class Sampler:
 
 
 def _scheduler(parts: Parts) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
-    """Returns DPM-Solver++ (2M) for a model's own schedule."""
+    """DPM-Solver++ (2M) with the model's own noise schedule."""
     edm = isinstance(parts.scheduler, EDMEulerScheduler)
     cls = EDMDPMSolverMultistepScheduler if edm else DPMSolverMultistepScheduler
     return cls.from_config(parts.scheduler.config)
 
 
-def _all_to_be_painted(parts: Parts, resolution: int, device: torch.device) -> Tensor:
-    """Returns what an inpainting UNet sees besides the noisy latents where nothing is given,
-    (1, 1 + C, h, w); no channels for other UNets."""
+def _inpainting_channels(parts: Parts, resolution: int, device: torch.device) -> Tensor:
+    """Mask and masked-image latents (1, 1 + C, h, w) of an inpainting UNet, all to be painted;
+    (1, 0, h, w) for other UNets."""
     side = resolution // parts.pixels_per_latent
     if parts.task is not INPAINTING:
         return torch.zeros(1, 0, side, side, device=device)
     grey = torch.zeros(1, 3, resolution, resolution, device=device, dtype=parts.vae.dtype)
     with torch.autocast(device.type, enabled=False):
         z = parts.vae.encode(grey).latent_dist.mean.float()
-    seen = Scaling.of(parts.vae).scaled(z)
-    return torch.cat([torch.ones_like(seen[:, :1]), seen], dim=1)
+    masked = Scaling.of(parts.vae).scaled(z)
+    return torch.cat([torch.ones_like(masked[:, :1]), masked], dim=1)
 
 
 @torch.no_grad()
 def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
+    """RGB images of latents (B, C, h, w)."""
     vae = parts.vae
     x0 = Scaling.of(vae).unscaled(latents).to(vae.dtype)
-    # autocast is for the UNet: SDXL's decoder overflows in float16 whatever its weights are
-    # one by one: at 1024 pixels each activation of a float32 decoder is up to 1 GiB an image
+    # no autocast: SDXL's decoder overflows in float16, also with float32 weights
+    # one by one: at 1024 pixels an activation of a float32 decoder is up to 1 GiB an image
     with torch.autocast(x0.device.type, enabled=False):
         pixels = torch.cat([vae.decode(z).sample.float() for z in x0.split(1)])
     if not torch.isfinite(pixels).all():
         raise RunError(
-            "the model drew NaN or infinite pixels: its precision is too low for it (try bf16 or "
-            "no mixed precision), or its weights are broken"
+            "the model generated NaN or infinite pixels: its precision is too low (set "
+            "--mixed_precision to bf16 or no), or its weights are broken"
         )
     array = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(a.permute(1, 2, 0).cpu().numpy()) for a in array]

@@ -15,7 +15,7 @@ from sd_lora.models.families import Family
 from sd_lora.models.load import Parts
 from sd_lora.report.events import Listener, tracked
 from sd_lora.report.sheets import write_image
-from sd_lora.sampling.sampler import draws, sample
+from sd_lora.sampling.sampler import can_generate_images, sample
 from sd_lora.seeds import seed_for
 from sd_lora.training.processes import DTYPES
 
@@ -45,7 +45,7 @@ def check_class_images(config: TrainConfig, there: int, family: Family) -> None:
     there: number of usable class images.
     """
     missing = config.num_class_images - there
-    if config.with_prior_preservation and missing > 0 and not draws(family):
+    if config.with_prior_preservation and missing > 0 and not can_generate_images(family):
         raise UsageError(
             f"class_data_dir {config.class_data_dir} lacks {missing} of {config.num_class_images} "
             f"class images, and {family.label} cannot draw images alone: put them there"

@@ -203,7 +203,7 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    losses = sample_losses(prediction, x0, noise, t, schedule, config.snr_gamma, drawn.mask)
+    losses = sample_losses(prediction, x0, noise, t, schedule, drawn.mask)
     prior = config.prior_loss_weight
     weights = [item.weight * (1.0 if item.kind == "instance" else prior) for item in items]
     return weighted_loss(losses, torch.tensor(weights, device=device), batch.loss_scale)

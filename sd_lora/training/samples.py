@@ -7,7 +7,7 @@ from PIL import Image
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.report.events import SamplesDrawn
 from sd_lora.report.sheets import grid, write_image
-from sd_lora.sampling.sampler import draws, sample
+from sd_lora.sampling.sampler import can_generate_images, sample
 from sd_lora.training.run import Run
 
 
@@ -28,7 +28,7 @@ def draw_samples(run: Run) -> list[Image.Image]:
     """Sample images of the model as it is now, with seeds 0, 1, 2, …; none on other processes than
     the main one."""
     prompts = sample_prompts(run)
-    if not prompts or not run.main or not draws(run.parts.family):
+    if not prompts or not run.main or not can_generate_images(run.parts.family):
         return []
     images = sample(
         run.parts,

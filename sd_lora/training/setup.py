@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import EDMEulerScheduler
 from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
@@ -21,7 +20,7 @@ from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
-from sd_lora.sampling.sampler import draws
+from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.caches import Caches, open_store
@@ -105,7 +104,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         plan.num_micro_batches,
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    _cache_embeddings(config, caches, text, stream, draws(parts.family))
+    _cache_embeddings(config, caches, text, stream, can_generate_images(parts.family))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, config, plan.samples_per_step, text.tokens)
     log = LogFile(Path(config.output_dir) / "training_log.jsonl")
@@ -168,9 +167,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
 
 def _objective(config: TrainConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
     """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
-    schedule = NoiseSchedule.of(parts.scheduler, config.do_edm_style_training)
-    if config.snr_gamma is not None and isinstance(parts.scheduler, EDMEulerScheduler):
-        raise UsageError("snr_gamma is for models of diffusion's usual kind, and this is EDM's")
+    weighting, parameters = _weighting(config)
+    schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
     return schedule, _timesteps(config, parts, schedule)
 
 
@@ -228,6 +226,13 @@ def _check_output(config: TrainConfig) -> None:
         raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
     if not config.resume_from_checkpoint:
         checkpoint.refuse_others(folder)
+
+
+def _weighting(config: TrainConfig) -> tuple[str, dict[str, float]]:
+    """Name and parameters of the loss weighting, a row of `WEIGHTINGS`."""
+    if config.snr_gamma is not None:
+        return "min_snr", {"gamma": config.snr_gamma}
+    return ("edm_style" if config.do_edm_style_training else "uniform"), {}
 
 
 def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:

@@ -6,7 +6,6 @@ from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
 from sd_lora.config.schema import TrainConfig
-from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.files import mib
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
@@ -15,7 +14,7 @@ from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import adapted_modules
-from sd_lora.sampling.sampler import draws
+from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.adapt import rank_and_alpha
 from sd_lora.training.caches import Caches
 from sd_lora.training.run import Run
@@ -58,9 +57,9 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
 def _notes(run: Run) -> list[str]:
     """Hints about options without effect, and work that no cache can save."""
     notes = []
-    if run.config.do_edm_style_training and not weighed(run.schedule):
+    if run.config.do_edm_style_training and not run.schedule.weighting:
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
-    if not draws(run.parts.family):
+    if not can_generate_images(run.parts.family):
         notes.append(
             f"no sample images: {run.parts.family.label} refines images of another model and "
             "cannot draw them alone"
@@ -96,18 +95,12 @@ def _text_rows(run: Run) -> dict[str, str]:
     return rows
 
 
-def weighed(schedule: NoiseSchedule) -> bool:
-    """Whether a schedule weights the losses of timesteps."""
-    return bool((schedule.weights != 1).any())
-
-
 def objective_of(run: Run) -> str:
     """The objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
-    config, schedule = run.config, run.schedule
+    schedule = run.schedule
     words = [schedule.prediction_type]
     words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
-    words += ["weighed as EDM does"] if weighed(schedule) else []
-    words += [f"min-SNR γ {config.snr_gamma:g}"] if config.snr_gamma else []
+    words += [schedule.weighting] if schedule.weighting else []
     first, last = run.timesteps
     if (first, last) != (0, schedule.num_timesteps):
         words.append(f"timesteps {first} to {last - 1}")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.adapters.kinds import kind_of, wrap
+from sd_lora.adapters.layer_classes import adapted_class_of, wrap
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.variants import Variant, new_delta
 
@@ -100,15 +100,15 @@ def build(
     make, inputs = LAYERS[layer]
     base = make().to(dtype).requires_grad_(False)
     args = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs())
-    kind = kind_of(base, "full")
+    kind = adapted_class_of(base, "full")
     assert kind is not None
     chosen = Variant(**VARIANTS[variant], rule=rule, **more)
     if rank is None:  # LoKr's factors are this small that a higher rank would be none
         rank = 1 if variant.startswith("lokr") else 3
     deltas = {}
-    for path in kind.adaptable(base):
+    for path in kind.paths_in(base):
         deltas[path] = new_delta(chosen, kind.weight_of(base, path), rank, alpha)
-        kind.start(base, deltas[path])
+        kind.prepare_delta(base, deltas[path])
     dropouts = {n: getattr(chosen, n) for n in ("dropout", "neuron_dropout", "module_dropout")}
     adapted = wrap(base, deltas, **dropouts)
     if trained:

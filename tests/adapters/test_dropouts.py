@@ -128,7 +128,7 @@ def test_ranks_are_dropped_in_the_forward_pass_alone(variant: str, rule: str) ->
     assert torch.equal(adapted.delta.norm(), plain.delta.norm())
     assert torch.equal(adapted.delta_weight(), plain.delta_weight())
     adapted.merge()
-    assert torch.equal(adapted.base.weight, plain.effective())
+    assert torch.equal(adapted.base.weight, plain.effective_weight())
     assert torch.equal(torch.get_rng_state(), before)
 
 

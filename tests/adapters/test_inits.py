@@ -148,12 +148,12 @@ def linear() -> nn.Module:
     ("make", "options", "message"),
     [
         (linear, {"init": "orthogonall"}, "0: init must be one of kaiming.*not 'orthogonall'"),
-        (linear, {"init": "pissa", "rank": 7}, "0: the init pissa has 6 singular vectors"),
+        (linear, {"init": "pissa", "rank": 7}, "0: rank 7 is too high for the init pissa"),
         (on_meta, {"init": "pissa"}, "0: the init pissa is computed from the weight"),
         (
             lambda: nn.Sequential(nn.Conv2d(6, 6, 3)),
             {"init": "pissa", "tucker": True},
-            "0: the init pissa is for two factors",
+            "0: the init pissa gives two factors",
         ),
         (linear, {"init": "loftq"}, "0: .*it needs a quantised base and reference="),
         (
@@ -191,7 +191,7 @@ def test_loftq_makes_up_for_what_quantisation_lost() -> None:
     model.to("cpu")  # quantises
     Q: Tensor = dequantize(model[0])
     eye = torch.eye(64)
-    with pytest.raises(sd_lora.UsageError, match="0: the init loftq goes with the rule add alone"):
+    with pytest.raises(sd_lora.UsageError, match="0: the init loftq works with the rule add"):
         sd_lora.inject(model, ["0"], rule="decompose", init="loftq", reference=whole)
     sd_lora.inject(model, ["0"], rank=16, alpha=24.0, init="loftq", reference=whole)
     remains = torch.linalg.svdvals(whole[0].weight - Q)[16:].pow(2).sum().sqrt()

@@ -269,22 +269,25 @@ def test_initial_factors_depend_on_seed_and_name_only() -> None:
         ({"alpha_pattern": {"to_q": -1.0}}, "the alpha of .*to_q is -1; it must be above 0"),
         ({"rank_pattern": {"nothing_here": 4}}, "rank_pattern 'nothing_here' matches none"),
         ({"alpha_pattern": {"nor_here": 4.0}}, "alpha_pattern 'nor_here' matches none"),
-        ({"dropout": 1.5}, "dropout is a probability"),
-        ({"module_dropout": -0.1}, "module_dropout is a probability"),
+        ({"dropout": 1.5}, "dropout must be a probability"),
+        ({"module_dropout": -0.1}, "module_dropout must be a probability"),
         ({"method": "lroa"}, "unknown method 'lroa'.*Did you mean lora"),
-        ({"method": "dora"}, "unknown method 'dora'.*DoRA is the rule decompose"),
+        ({"method": "dora"}, "unknown method 'dora'.*For DoRA, use"),
         ({"rule": "decomposed"}, "rule must be add or decompose"),
         ({"tuckr": True}, "lora has no option 'tuckr'.*Did you mean tucker"),
         ({"method": "lokr", "factr": 4}, "lokr has no option 'factr'.*Did you mean factor"),
         ({"weight": torch.zeros(1)}, "lora has no option 'weight'"),
-        ({"method": "full", "rank_dropout": 0.1}, "rank_dropout drops ranks, and full has none"),
+        (
+            {"method": "full", "rank_dropout": 0.1},
+            "rank_dropout drops ranks, and the method full has none",
+        ),
         ({"train_bias": "some"}, "train_bias must be none, lora_only or all"),
         ({"modules_to_save": ["conv_norm_uot"]}, "modules_to_save 'conv_norm_uot' matches none"),
         (
             {"modules_to_save": ["mid_block"]},
             "mid_block.*to_q is both a target and in modules_to_save",
         ),
-        ({"conv_rank": 4}, "none of the .* target modules is one: add the preset conv"),
+        ({"conv_rank": 4}, "none is among the .* target modules: add the preset conv"),
     ],
 )
 def test_bad_requests_name_themselves(options: dict, message: str) -> None:
@@ -325,7 +328,7 @@ class OwnBias(nn.Module):
     [
         (lambda: linear(4, 4), {"method": "loha", "neuron_dropout": 0.1}, "0: neuron_dropout"),
         (lambda: linear(4, 4), {"rule": "decompose", "neuron_dropout": 0.1}, "0: neuron_dropout"),
-        (lambda: linear(4, 4), {"init": "pissa", "neuron_dropout": 0.1}, "0: .* of its start"),
+        (lambda: linear(4, 4), {"init": "pissa", "neuron_dropout": 0.1}, "0: .* keep those of A₀"),
         (
             lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
             {"neuron_dropout": 0.1},
@@ -334,19 +337,23 @@ class OwnBias(nn.Module):
         (
             lambda: nn.Sequential(nn.MultiheadAttention(8, 2)),
             {"dropout": 0.1},
-            "0: dropout of the input means nothing for a MultiheadAttention",
+            "0: dropout: a MultiheadAttention has no input elements to drop",
         ),
         (
             lambda: nn.Sequential(nn.Embedding(5, 4)),
             {"dropout": 0.1},
-            "0: dropout of the input means nothing for a Embedding",
+            "0: dropout: a Embedding has no input elements to drop",
         ),
         (
             lambda: nn.Sequential(nn.Embedding(6, 4, padding_idx=1)),
             {"method": "lokr"},
             "0: lokr cannot leave out one row",
         ),
-        (lambda: nn.Sequential(nn.Embedding(5, 4, sparse=True)), {}, "0: sparse=True wants sparse"),
+        (
+            lambda: nn.Sequential(nn.Embedding(5, 4, sparse=True)),
+            {},
+            "0: an Embedding with sparse=True",
+        ),
         (
             lambda: nn.Sequential(torch.nn.utils.spectral_norm(nn.Linear(4, 4))),
             {},
@@ -366,22 +373,22 @@ class OwnBias(nn.Module):
         (
             lambda: nn.Sequential(nn.GroupNorm(2, 4, affine=False)),
             {"method": "full"},
-            "0: this GroupNorm has no gain",
+            "0: this GroupNorm has no weight",
         ),
         (
             lambda: nn.Sequential(nn.GroupNorm(2, 4)),
             {"method": "full", "rule": "decompose"},
-            "0: decompose rescales the rows of a matrix",
+            "0: the rule decompose scales the rows of a matrix",
         ),
         (
             OwnBias,
             {"targets": ["last"], "train_bias": "all"},
-            "OwnBias itself holds parameters to train",
+            "OwnBias itself has parameters to train",
         ),
         (
             OwnBias,
             {"targets": ["last"], "modules_to_save": ["inner"]},
-            "inner holds parameters of its own and inner.proj",
+            "inner and inner.proj, a module inside it",
         ),
     ],
 )
@@ -407,10 +414,10 @@ def test_a_layer_by_itself_has_no_place_to_eject_from() -> None:
     layer = nn.Linear(4, 4)
     model = nn.Sequential(layer)
     sd_lora.inject(model, ["0"])
-    with pytest.raises(sd_lora.UsageError, match="what it adapts is its `base`"):
+    with pytest.raises(sd_lora.UsageError, match="take its `base`"):
         sd_lora.eject(model[0])
     state = {k.removeprefix("0"): t for k, t in sd_lora.lora_state_dict(model).items()}
-    with pytest.raises(sd_lora.UsageError, match="Linear itself holds parameters"):
+    with pytest.raises(sd_lora.UsageError, match="Linear itself has parameters"):
         sd_lora.load_lora_state_dict(nn.Linear(4, 4), state)
 
 

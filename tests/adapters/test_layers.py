@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.deltas import METHODS
-from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.state import make_delta
 from sd_lora.adapters.variants import Variant, new_delta
 from tests.adapters.layers import LAYERS, RULES, VARIANTS, build, out, randomise
@@ -38,7 +38,7 @@ def test_input_gets_the_gradient_of_the_effective_weight(layer: str, rule: str) 
     adapted, (x,) = build(layer, "lora", rule, torch.float64)
     x.requires_grad_()
     (got,) = torch.autograd.grad(adapted(x).pow(3).sum(), x)
-    state = {"weight": adapted.effective().detach()}
+    state = {"weight": adapted.effective_weight().detach()}
     y = torch.func.functional_call(adapted.base, state, (x,))
     (want,) = torch.autograd.grad(y.pow(3).sum(), x)
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
@@ -123,7 +123,7 @@ def test_wrapper_answers_for_its_base(rule: str) -> None:
     adapted, (x,) = build("conv2d 3x3", rule=rule, dtype=torch.bfloat16)
     weight = adapted.weight
     assert weight.dtype == torch.bfloat16
-    assert torch.equal(weight, adapted.effective().bfloat16())
+    assert torch.equal(weight, adapted.effective_weight().bfloat16())
     assert not torch.equal(weight, adapted.base.weight)
     weight.float().pow(2).sum().backward()
     assert adapted.delta.lora_B.grad.abs().sum() > 0
@@ -192,11 +192,11 @@ def test_only_known_classes_are_taken_for_their_kind() -> None:
     class MyLinear(nn.Linear):
         pass
 
-    assert kind_of(nn.Linear(4, 4)) is not None
-    assert kind_of(MyLinear(4, 4)) is None
-    assert kind_of(nn.MultiheadAttention(8, 2).out_proj) is None
-    assert kind_of(nn.LayerNorm(4), "lora") is None
-    assert kind_of(nn.LayerNorm(4), "full") is not None
+    assert adapted_class_of(nn.Linear(4, 4)) is not None
+    assert adapted_class_of(MyLinear(4, 4)) is None
+    assert adapted_class_of(nn.MultiheadAttention(8, 2).out_proj) is None
+    assert adapted_class_of(nn.LayerNorm(4), "lora") is None
+    assert adapted_class_of(nn.LayerNorm(4), "full") is not None
 
 
 def test_rslora_scales_by_the_root_of_the_rank() -> None:
@@ -321,12 +321,12 @@ def test_autocast_does_not_round_the_weight(variant: str, rule: str) -> None:
     """W', and the norm of DoRA in it, are computed in float32 under autocast too: to the last bit
     the weight that merging puts in; bfloat16 products would lose what a LoRA has just learned."""
     adapted, _ = build("conv2d 3x3", variant, rule)
-    want = adapted.effective()
+    want = adapted.effective_weight()
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(adapted.effective(), want)
+        assert torch.equal(adapted.effective_weight(), want)
         factors = adapted.delta.low_rank()
         if rule == "decompose" and factors is not None:
-            got = adapted.delta.gain(adapted.base.weight, *factors)
+            got = adapted.delta.output_scale(adapted.base.weight, *factors)
     if rule == "decompose" and factors is not None:
         norm = (adapted.base.weight + adapted.delta.weight()).flatten(1).norm(dim=1)
         torch.testing.assert_close(got, adapted.delta.magnitude.flatten() / norm)
@@ -362,5 +362,5 @@ def test_a_merged_layer_has_no_state_to_save() -> None:
     adapted, _ = build("linear")
     adapted.state_dict()
     adapted.merge()
-    with pytest.raises(RuntimeError, match="unmerge or eject"):
+    with pytest.raises(RuntimeError, match="call unmerge or eject first"):
         adapted.state_dict()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.adapters.kinds import kind_of
+from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.quantized import AdaptedQuantized, dequantize
 from tests.adapters.layers import randomise_model
 
@@ -116,7 +116,7 @@ def test_dequantised_values(base: str) -> None:
     assert off.max() > 0.5 * step * largest.min()
     torch.testing.assert_close(layer(x), F.linear(x, Q, layer.bias), rtol=1e-4, atol=1e-5)
     assert torch.equal(dequantize(layer), Q)
-    assert kind_of(layer) is AdaptedQuantized
+    assert adapted_class_of(layer) is AdaptedQuantized
 
 
 @methods
@@ -199,7 +199,7 @@ def test_its_adapter_merges_into_the_full_precision_model(base: str, method: str
     full = nn.Sequential(whole(), nn.Tanh(), copy.deepcopy(model[2].base))
     sd_lora.load_lora_state_dict(full, sd_lora.lora_state_dict(model))
     assert torch.equal(full[0].delta.weight(), model[0].delta.weight())
-    y, W = full(x), full[0].effective()
+    y, W = full(x), full[0].effective_weight()
     sd_lora.merge(full)
     assert torch.equal(full[0].base.weight, W)
     torch.testing.assert_close(full(x), y, rtol=1e-5, atol=1e-5)

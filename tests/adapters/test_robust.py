@@ -273,7 +273,7 @@ def test_state_dict_of_the_injected_model(method: str) -> None:
     assert all(torch.equal(after[key], state[key]) for key in state)
     assert not other.load_state_dict(state).missing_keys
     assert_same(model, other)
-    with sd_lora.merged(other), pytest.raises(RuntimeError, match="unmerge the model before"):
+    with sd_lora.merged(other), pytest.raises(RuntimeError, match="unmerge the model first"):
         other.load_state_dict(state)  # what is loaded while merged would be lost by unmerging
     assert_same(model, other)
 

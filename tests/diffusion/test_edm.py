@@ -17,7 +17,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.diffusion.loss import PREDICTIONS, sample_losses
+from sd_lora.diffusion.loss import TARGETS, sample_losses
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
@@ -28,7 +28,7 @@ KIND = pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 
 
 def drawn(seed: int = 0, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
-    """x₀, noise, and what a network might answer, for every timestep."""
+    """x₀, noise and a network's output for every timestep, at random."""
     x0, noise, out = torch.randn(3, 1000, 4, 2, 2, generator=torch.Generator().manual_seed(seed))
     return scale * x0, noise, out
 
@@ -43,9 +43,9 @@ def vp(kind: str, zero_snr: bool = False) -> dict[str, object]:
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
 @pytest.mark.parametrize("data_std", [0.5, 1.0])
 def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
-    """At every one of its noise levels the UNet's input and what it is told of the level are those
-    of EDMEulerScheduler's preconditioning; our target, preconditioned as its outputs, is x₀; and
-    the loss of any other answer is ‖D - x₀‖², as example script D of diffusers has it."""
+    """At each of its noise levels the UNet's input and its timestep input are those of
+    EDMEulerScheduler's preconditioning; our target, preconditioned as its outputs, is x₀; and the
+    loss of any other output is ‖D - x₀‖², as in example script D of diffusers."""
     options = {"sigma_data": data_std, "prediction_type": kind, "sigma_schedule": schedule}
     scheduler = EDMEulerScheduler(**options)
     ours = NoiseSchedule.of(scheduler)
@@ -56,7 +56,7 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
     torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-5)
     told = scheduler.precondition_noise(sigma.flatten())
     torch.testing.assert_close(ours.timesteps, told, rtol=1e-5, atol=1e-6)
-    target = PREDICTIONS[ours.prediction_type](x0 / data_std, noise, *ours.at(T))
+    target = TARGETS[ours.prediction_type](x0 / data_std, noise, *ours.coefficients(T))
     denoised = scheduler.precondition_outputs(noisy, target, sigma)
     torch.testing.assert_close(denoised, x0, rtol=0, atol=2e-5)
     denoised = scheduler.precondition_outputs(noisy, out, sigma)
@@ -69,8 +69,8 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
 @KIND
 def test_edm_style_weights_are_the_scripts(kind: str) -> None:
     """For other models EDM's style is script D's (lines 1720-1794): the error of x₀ over σ², of
-    EulerDiscreteScheduler's σ; noise is weighed as ever, velocities by α²."""
-    ours = NoiseSchedule.of(DDPMScheduler(**vp(kind)), edm_style=True)
+    EulerDiscreteScheduler's σ; the weight is 1 for epsilon and α² for v."""
+    ours = NoiseSchedule.of(DDPMScheduler(**vp(kind)), "edm_style")
     x0, noise, out = drawn()
     scheduler = EulerDiscreteScheduler(**vp(kind))
     sigma = scheduler.sigmas[999 - T].view(-1, 1, 1, 1)
@@ -98,11 +98,12 @@ def test_zero_terminal_snr() -> None:
     velocity = scheduler.get_velocity(x0, noise, T)
     assert sample_losses(velocity, x0, noise, T, ours).max() < 1e-10
     assert torch.equal(ours.add_noise(x0, noise, T)[-1], noise[-1])
-    assert torch.equal(PREDICTIONS["v_prediction"](x0, noise, *ours.at(T))[-1], -x0[-1])
-    weighted = sample_losses(out, x0, noise, T, ours, snr_gamma=5.0)
+    assert torch.equal(TARGETS["v_prediction"](x0, noise, *ours.coefficients(T))[-1], -x0[-1])
+    min_snr = NoiseSchedule.of(scheduler, "min_snr", gamma=5.0)
+    weighted = sample_losses(out, x0, noise, T, min_snr)
     assert torch.isfinite(weighted).all()
     assert weighted[-1] == 0 < weighted[:-1].min()
-    styled = sample_losses(out, x0, noise, T, NoiseSchedule.of(scheduler, edm_style=True))
+    styled = sample_losses(out, x0, noise, T, NoiseSchedule.of(scheduler, "edm_style"))
     assert torch.isfinite(styled).all()
     assert styled[-1] == 0 < sample_losses(out, x0, noise, T, ours)[-1]
 

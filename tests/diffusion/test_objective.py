@@ -1,12 +1,13 @@
-"""Schedules, targets and weights against diffusers and the papers' closed forms."""
+"""Schedules, targets and loss weights against diffusers and the papers' closed forms."""
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
 
-from sd_lora.diffusion.loss import min_snr_weights, sample_losses, weighted_loss
+from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import NoiseSchedule, draw_noise, draw_timesteps
+from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
 from tests.tiny import build_pipeline
 
@@ -18,9 +19,12 @@ def scheduler(request: pytest.FixtureRequest) -> DDPMScheduler:
     return build_pipeline(request.param).scheduler
 
 
-def predicting(kind: str, scheduler: DDPMScheduler) -> NoiseSchedule:
-    """The schedule of a model with these betas that predicts something else."""
-    return NoiseSchedule.of(DDPMScheduler.from_config(scheduler.config, prediction_type=kind))
+def predicting(
+    kind: str, scheduler: DDPMScheduler, weighting: str = "uniform", **parameters: float
+) -> NoiseSchedule:
+    """The schedule of a model with these betas and another prediction type."""
+    other = DDPMScheduler.from_config(scheduler.config, prediction_type=kind)
+    return NoiseSchedule.of(other, weighting, **parameters)
 
 
 def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
@@ -41,24 +45,50 @@ def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
     """SD2's v-prediction is read from its scheduler."""
     assert NoiseSchedule.of(scheduler).prediction_type == scheduler.config.prediction_type
     scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(UsageError, match="says prediction_type 'sample'"):
+    with pytest.raises(UsageError, match="has prediction_type 'sample'"):
         NoiseSchedule.of(scheduler)
 
 
 def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:
     """min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v, with diffusers' SNR."""
     snr = compute_snr(scheduler, T)
-    torch.testing.assert_close(NoiseSchedule.of(scheduler).snr(T), snr, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(NoiseSchedule.of(scheduler).snr[T], snr, rtol=1e-4, atol=1e-6)
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
-    torch.testing.assert_close(min_snr_weights(snr, 5.0, "epsilon"), clipped / snr)
-    torch.testing.assert_close(min_snr_weights(snr, 5.0, "v_prediction"), clipped / (snr + 1))
+    for kind, want in (("epsilon", clipped / snr), ("v_prediction", clipped / (snr + 1))):
+        weights = predicting(kind, scheduler, "min_snr", gamma=5.0).weights[T]
+        torch.testing.assert_close(weights, want, rtol=1e-4, atol=1e-6)
 
 
-def test_min_snr_weights_at_zero_snr() -> None:
+@pytest.mark.parametrize(("kind", "limit"), [("epsilon", 1), ("v_prediction", 0)])
+def test_min_snr_weights_at_zero_snr(kind: str, limit: float) -> None:
     """At zero terminal SNR the weights are finite: their limits."""
-    zero = torch.zeros(1)
-    assert min_snr_weights(zero, 5.0, "epsilon") == 1
-    assert min_snr_weights(zero, 5.0, "v_prediction") == 0
+    zero, one = torch.zeros(1), torch.ones(1)
+    schedule = NoiseSchedule(zero, one, kind, torch.arange(1), one)
+    assert WEIGHTINGS["min_snr"].weights(schedule, gamma=5.0) == limit
+
+
+@pytest.mark.parametrize(("weighting", "label"), [("min_snr", "min-SNR γ 5"), ("uniform", "")])
+def test_a_weighting_multiplies_the_losses(
+    weighting: str, label: str, scheduler: DDPMScheduler
+) -> None:
+    """The losses are the plain ones times the row's weights, bit for bit; the schedule keeps the
+    weighting in words."""
+    x0, noise, out = torch.randn(3, len(T), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    plain = NoiseSchedule.of(scheduler)
+    given = {"gamma": 5.0} if weighting == "min_snr" else {}
+    schedule = NoiseSchedule.of(scheduler, weighting, **given)
+    want = sample_losses(out, x0, noise, T, plain) * schedule.weights[T]
+    assert torch.equal(sample_losses(out, x0, noise, T, schedule), want)
+    assert schedule.weighting == label
+
+
+def test_edm_models_have_their_own_weighting() -> None:
+    """EDM's formulation takes no other weighting, and the message names the flag to leave out."""
+    scheduler = EDMEulerScheduler()
+    style = NoiseSchedule.of(scheduler, "edm_style")
+    assert torch.equal(style.weights, NoiseSchedule.of(scheduler).weights)
+    with pytest.raises(UsageError, match="leave out --snr_gamma"):
+        NoiseSchedule.of(scheduler, "min_snr", gamma=5.0)
 
 
 def test_prior_preservation_is_the_two_chunk_formula() -> None:
@@ -72,7 +102,7 @@ def test_prior_preservation_is_the_two_chunk_formula() -> None:
 
 
 def test_draws_are_functions_of_their_address() -> None:
-    """A sample's noise and timestep do not depend on its batch; other addresses differ; the noise
+    """An item's noise and timestep do not depend on its batch; other addresses differ; the noise
     is standard normal and the timesteps cover the range."""
     a, b = (0, "instance", "position", 3), (0, "instance", "position", 4)
     both = draw_noise((4, 8, 8), [a, b])

@@ -1,4 +1,4 @@
-"""The score of learning: its arithmetic in closed form, and that it sees what a person sees."""
+"""The score of learning: its arithmetic in closed form, and its agreement with the eye."""
 
 import random
 import sys
@@ -15,12 +15,12 @@ from sd_lora.sampling.sampler import sample
 from sd_lora.sampling.score import (
     PromptImages,
     Score,
-    distance,
-    distinctive,
-    drift,
-    nearest,
-    patches,
+    distinctive_patches,
+    latent_patches,
+    nearest_distances,
+    pixel_drift,
     score,
+    subject_distance,
 )
 from tests.tiny import pipeline_of
 
@@ -37,18 +37,18 @@ def images_of(folder: Path) -> list[Image.Image]:
 
 
 def test_distances_and_drift_in_closed_form() -> None:
-    """Nearest distances, distinctive patches and their means on numbers one can check by hand."""
+    """Nearest distances, distinctive patches and means on numbers that can be checked by hand."""
     known = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
     image = torch.tensor([[0.0, 1.0], [10.0, 3.0], [5.0, 0.0], [0.0, 0.0], [10.0, 0.0]])
-    assert nearest(image, known).tolist() == [1.0, 3.0, 5.0, 0.0, 0.0]
-    others = torch.tensor([[5.0, 1.0], [10.0, 3.0]])  # distances 5, 0, 1, …
-    assert distinctive(image, others, known).tolist() == [[5.0, 0.0]]  # 5 - 1; a fifth of five
+    assert nearest_distances(image, known).tolist() == [1.0, 3.0, 5.0, 0.0, 0.0]
+    others = torch.tensor([[5.0, 1.0], [10.0, 3.0]])  # distances 5, 0, 1, …; a fifth of five counts
+    assert distinctive_patches(image, others, known).tolist() == [[5.0, 0.0]]  # 5 - 1
     drawn = torch.tensor([[[5.0, 2.0], [9.0, 9.0]], [[5.0, 0.0], [1.0, 1.0]]])
     particular = [torch.tensor([[5.0, 0.0]]), torch.tensor([[9.0, 9.0]])]
-    assert distance(particular[:1], drawn) == pytest.approx((2 + 0) / 2)
-    assert distance(particular, drawn, same=True) == pytest.approx((0 + 0) / 2)
+    assert subject_distance(particular[:1], drawn) == pytest.approx((2 + 0) / 2)
+    assert subject_distance(particular, drawn, same=True) == pytest.approx((0 + 0) / 2)
     black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert drift([black, black], [black, grey]) == pytest.approx(0.1)
+    assert pixel_drift([black, black], [black, grey]) == pytest.approx(0.1)
     result = Score(before=0.6, after=0.3, held_out=0.1, class_drift=0.0, unrelated_drift=0.0)
     assert result.learned == pytest.approx(0.6)
     assert result.margin == pytest.approx(0.3)
@@ -56,20 +56,20 @@ def test_distances_and_drift_in_closed_form() -> None:
 
 def test_patches_do_not_depend_on_place(base: Parts, root: Path) -> None:
     """(N, 225, 16) patches of 16×16 latents with 4 channels, the same each time; an image is at
-    distance 0 from itself wherever its patches are."""
+    distance 0 from itself in any order of its patches."""
     mascots = images_of(root / "sample_data/dreambooth/instance")[:2]
-    first = patches(base, mascots, CPU)
+    first = latent_patches(base, mascots, CPU)
     assert first.shape == (2, 15 * 15, 4 * 2 * 2)
     torch.randn(100)
-    assert torch.equal(patches(base, mascots, CPU), first)
+    assert torch.equal(latent_patches(base, mascots, CPU), first)
     shuffled = first[:, torch.randperm(225)]
-    assert distance(list(first), shuffled[:1]) == distance(list(first), first[:1])
-    assert distance([first[0]], shuffled[:1]) == 0
+    assert subject_distance(list(first), shuffled[:1]) == subject_distance(list(first), first[:1])
+    assert subject_distance([first[0]], shuffled[:1]) == 0
 
 
 def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
-    """Real images of the subject, taken for a LoRA's, score about 1; orange monsters with stripes
-    stay far below, and what the base draws anyway scores 0."""
+    """Real images of the subject, in place of a LoRA's, score about 1; striped orange monsters stay
+    far below, and the base model's own images score 0."""
     sys.path.insert(0, str(root / "dev"))
     import images as drawing
 
@@ -121,8 +121,8 @@ def test_an_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
 
 
 def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
-    """Our sampler draws what diffusers' pipeline draws with the same scheduler and noise, for
-    epsilon and for v-prediction."""
+    """Our images equal those of diffusers' pipeline with the same scheduler and noise, for epsilon
+    and for v-prediction."""
     from diffusers import DPMSolverMultistepScheduler
 
     for path in (tiny_sd1, tiny_sd2):

@@ -248,7 +248,7 @@ def test_what_an_edm_model_cannot_do(
     shutil.copytree(tiny("sdxl"), model)
     diffusers.EDMEulerScheduler().save_pretrained(model / "scheduler")
     run = prepare(text_to_image(model, data, tmp_path / "out"))
-    assert run.summary.rows["objective"] == "edm, weighed as EDM does"
+    assert run.summary.rows["objective"] == "edm, EDM weighting"
     with pytest.raises(sd_lora.UsageError, match=message):
         prepare(text_to_image(model, data, tmp_path / "out", **changes))
 

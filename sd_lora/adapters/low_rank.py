@@ -1,8 +1,8 @@
-"""The low-rank pair's forward and backward: y = W x + b + s·B(A x), s = α/r.
+"""Low-rank products, forward and backward: y = W x + b + s·B(A x), s = α/r.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", section 4.1. The scale goes
-into the rank-wide product, never onto the output, and each direction accumulates onto the frozen
-product inside one GEMM: against `base(x) + s * up(down(x))` this saves two passes over the
+into the product of width r, never onto the output, and each direction adds to the frozen product
+inside one GEMM: against `base(x) + s * up(down(x))` this saves two passes over the
 activations (benchmarks/README.md has the measured ratios).
 """
 
@@ -13,6 +13,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class _LowRankLinear(torch.autograd.Function):
+    """Forward and backward of `low_rank_linear`."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
@@ -21,7 +23,7 @@ class _LowRankLinear(torch.autograd.Function):
         h = torch.addmm(x2.new_empty(1), x2, A.t(), beta=0, alpha=s)  # (N, r), scaled
         y = F.linear(x, W, bias)
         y.view(-1, y.shape[-1]).addmm_(h, B.t())
-        # the input is kept for A's gradient alone: LoRA-FA, with a frozen A, needs none of it
+        # only A's gradient needs the input: LoRA-FA, with a frozen A, keeps none
         keep = x2 if ctx.needs_input_grad[3] else None  # type: ignore[attr-defined]
         ctx.save_for_backward(keep, W, A, B, h)  # type: ignore[arg-type]
         ctx.s, ctx.x_shape = s, x.shape  # type: ignore[attr-defined]
@@ -41,13 +43,16 @@ class _LowRankLinear(torch.autograd.Function):
         return dx, None, None, dA, dB, None
 
 
-def lowrank_linear(
+def low_rank_linear(
     x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, s: float
 ) -> Tensor:
-    """Returns W x + b + s·B(A x) for a *frozen* W and b.
+    """W x + b + s·B(A x), (…, out), for a frozen W and b: they get no gradient.
 
-    x: (…, in), W: (out, in), A: (r, in), B: (out, r), all of one dtype. No gradient is computed
-    for W and b.
+    Args:
+        x: input (…, in).
+        W, bias: frozen weight (out, in) and bias (out,).
+        A, B: factors (r, in) and (out, r). All tensors are of one dtype.
+        s: scale.
     """
     return _LowRankLinear.apply(x, W, bias, A, B, s)
 
@@ -55,6 +60,6 @@ def lowrank_linear(
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
-def pointwise(h: Tensor, B: Tensor, groups: int) -> Tensor:
-    """Applies B: (out, r, 1…) to h: (N, r·groups, …) as a 1×1 convolution, group by group."""
+def pointwise_conv(h: Tensor, B: Tensor, groups: int) -> Tensor:
+    """1×1 convolution of h (N, r·groups, …) with B (out, r, 1…), group by group."""
     return _CONV[B.dim() - 2](h, B, groups=groups)
