@@ -11,10 +11,10 @@ import pytest
 
 from sd_lora import check as checkup
 from sd_lora.config import kohya
-from sd_lora.config.command_line import parse, read_toml
-from sd_lora.config.contradictions import type_name
-from sd_lora.config.schema import FIELDS
-from sd_lora.config.sources import LEFTOVERS, RULES, SOURCE, CaptionRules
+from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.rows import LEFTOVERS
+from sd_lora.config.schema import OPTIONS
+from sd_lora.config.sources import RULES, SOURCE, CaptionRules
 from sd_lora.data.batches.caption_rules import caption_of
 from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.check.scan import ADVICE
@@ -121,7 +121,7 @@ def test_every_key_of_a_source_is_there(page: str) -> None:
         (name,) = named(keys)
         for word in named(unsaid):
             if word.startswith("--"):
-                assert word.removeprefix("--") in FIELDS, name
+                assert word.removeprefix("--") in OPTIONS, name
             else:
                 default = SOURCE[name].default
                 shown = str(default).lower() if isinstance(default, bool) else str(default)
@@ -143,11 +143,11 @@ def test_every_option_of_data_is_there(root: Path, page: str) -> None:
     """Each flag of the section data is written out here or in docs/models.md; each one here is a
     flag."""
     text = page + (root / "docs/models.md").read_text()
-    flags = [name for name, field in FIELDS.items() if field.metadata["section"] == "data"]
+    flags = [name for name, field in OPTIONS.items() if field.section == "data"]
     assert [f for f in flags if f"--{f}" not in text and f != "sources"] == []
-    switches = {f"no-{name}" for name, field in FIELDS.items() if type_name(field) == "bool"}
+    switches = {f"no-{name}" for name, field in OPTIONS.items() if field.kind == "bool"}
     own = {"json", "page", "no_page", "num_processes", "config"}
-    assert set(re.findall(r"--(\w[\w-]*)", page)) - {*FIELDS, *switches, *own} == set()
+    assert set(re.findall(r"--(\w[\w-]*)", page)) - {*OPTIONS, *switches, *own} == set()
     table = rows(section(page, "What is left over"), "`--bucket_leftovers`")
     assert {word for row in table for word in named(row[0])} == set(LEFTOVERS)
 
@@ -231,15 +231,15 @@ def test_the_example_files_can_be_trained(
     file = f"sample_data/configs/{name}.toml"
     words = ["--data_cache_dir", str(tmp_path)]
     if name == "sources":
-        assert "sources" in read_toml(file)
+        assert "sources" in read_config_file(file)
         words += ["--config", file]
     else:
         model = "sample_data/tiny-sd"
         words += ["--pretrained_model_name_or_path", model, "--dataset_config", file]
     checked = checkup.check(parse(words), page=False)
     assert [f for f in checked.findings if f.level != "note"] == []
-    counts = {kind: len(found.set.samples) for kind, found in checked.images.items()}
-    entries = len(checked.instances.entries)
+    counts = {kind: len(found.set.samples) for kind, found in checked.images.by_kind.items()}
+    entries = len(checked.images.instances.entries)
     expected = {"sources": ((36, 24), 60), "dataset_kohya": ((8, 24), 80)}
     assert ((counts["instance"], counts["class"]), entries) == expected[name]
 

@@ -275,7 +275,7 @@ def test_rows_name_images_in_folders_that_are_not_read(
     source = opened(Path("root"), recursive=False)
     assert [s.name for s in source.rows()] == ["root/.c.png", "root/sub/a.png"]
     (finding,) = [f for f in source.findings if f.code == "subfolder"]
-    assert (finding.level, finding.text[:22]) == ("left out", "a folder: its 1 pictur")
+    assert (finding.level, finding.text[:21]) == ("left out", "a folder: its 1 image")
 
 
 def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
@@ -532,12 +532,12 @@ def test_tables_of_sources() -> None:
         ({"path": "a", "repeats": 0}, "repeats must be at least 1"),
         ({"path": "a", "random_crop": 1}, "random_crop must be true or false"),
         ({"path": 3}, "path must be a text"),
-        ({"path": "a", "weight": 0}, "weight must be a number above 0"),
-        ({"path": "a", "weight": float("inf")}, "weight must be a number above 0"),
+        ({"path": "a", "weight": 0}, "weight must be"),
+        ({"path": "a", "weight": float("inf")}, "weight must be"),
         ({"path": "a", "caption_dropout": 1.0}, "caption_dropout must be at least 0 and below 1"),
         ({"path": "a", "caption_tag_dropout": float("nan")}, "caption_tag_dropout must be"),
-        ({"path": "a", "kind": "clas"}, "kind must be one of instance, class, not 'clas'. Did"),
-        ({"path": "a", "layout": "flat"}, "layout must be one of auto, plain, kohya"),
+        ({"path": "a", "kind": "clas"}, "kind is one of instance, class, not 'clas'. Did"),
+        ({"path": "a", "layout": "flat"}, "layout is one of auto, plain, kohya"),
         ({"path": "a", "captions": "prompt"}, "captions = prompt needs a prompt"),
         ({"path": "a", "streaming": True}, "streaming is for a dataset"),
         ({"dataset": "a", "recursive": True}, "recursive is for folders"),
