@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -11,6 +12,7 @@ import sd_lora
 from sd_lora import cli, commands
 from sd_lora.adapters.deltas import METHODS
 from sd_lora.config import schema as config
+from sd_lora.models.load import load_parts
 
 
 def test_every_adapter_flag_is_documented(root: Path) -> None:
@@ -45,12 +47,17 @@ def test_every_method_is_documented(root: Path) -> None:
     assert all(f"| `{name}` |" in text for name in METHODS)
 
 
-def test_the_method_of_ones_own_works(root: Path) -> None:
-    """The class in docs/adapters.md, as printed, is injected, trained, merged and loaded again."""
+def register_printed_method(root: Path) -> None:
+    """Run the class of docs/adapters.md, which registers the method "outer"."""
     text = (root / "docs/adapters.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     (code,) = (block for block in blocks if "register_method" in block)
     exec(code, {})
+
+
+def test_the_method_of_ones_own_works(root: Path) -> None:
+    """The class in docs/adapters.md, as printed, is injected, trained, merged and loaded again."""
+    register_printed_method(root)
     try:
         model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
         bare = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1))
@@ -69,3 +76,45 @@ def test_the_method_of_ones_own_works(root: Path) -> None:
             torch.testing.assert_close(model(x), after)
     finally:
         del METHODS["outer"]
+
+
+@pytest.mark.parametrize("rule", ["add", "decompose"])
+def test_files_of_a_method_of_ones_own(
+    rule: str, root: Path, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`save_adapter` writes the printed method, and `load_adapter` reads every ΔW back bit for bit,
+    in attention, convolutions and the text encoder; the tools take the file; without the class it
+    is refused by the method's name; a second method with such tensors cannot be registered."""
+    register_printed_method(root)
+    try:
+        parts, fresh = load_parts(str(tiny_sd1)), load_parts(str(tiny_sd1))
+        for component, targets in (("unet", "attention+conv"), ("text_encoder", "text")):
+            sd_lora.inject(parts.models[component], targets, rank=2, method="outer", rule=rule)
+        with torch.no_grad():
+            for model in parts.models.values():
+                for parameter in sd_lora.lora_layers(model):
+                    parameter.normal_(std=0.1)
+        (path,) = sd_lora.save_adapter(parts.models, tmp_path / "own", family="sd1")
+        loaded = sd_lora.load_adapter(fresh.models, path)
+        assert {name: len(modules) for name, modules in loaded.items()} == {
+            name: len(sd_lora.deltas_of(model)) for name, model in parts.models.items()
+        }
+        for component, model in parts.models.items():
+            again = sd_lora.deltas_of(fresh.models[component])
+            for name, delta in sd_lora.deltas_of(model).items():
+                assert torch.equal(delta.weight(), again[name].weight()), name
+                if rule == "decompose":
+                    assert torch.equal(delta.magnitude.flatten(), again[name].magnitude.flatten())
+        assert cli.main(["inspect", str(path)]) == 0
+        assert "does not know the method outer" in capsys.readouterr().out
+        out = tmp_path / "again.safetensors"
+        words = ["convert", str(path), "--to", "lycoris", "--out", str(out), "--model"]
+        assert cli.main([*words, str(tiny_sd1)]) == 0
+        with pytest.raises(ValueError, match="'mine' and 'outer' both have tensors called outer_u"):
+            sd_lora.register_method("mine")(type("Mine", (sd_lora.Delta,), {
+                "tensor_names": ("outer_u",)
+            }))  # fmt: skip
+    finally:
+        del METHODS["outer"]
+    with pytest.raises(sd_lora.UsageError, match="method 'outer', which is not registered here"):
+        sd_lora.load_adapter(load_parts(str(tiny_sd1)).models, path)

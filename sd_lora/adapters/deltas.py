@@ -23,8 +23,11 @@ METHODS: dict[str, type["Delta"]] = {}
 def register_method(name: str) -> Callable[[type["Delta"]], type["Delta"]]:
     """Class decorator: add a method to `METHODS`.
 
+    Files tell a method by the names of its tensors, so no two may share one, but for a class and
+    its base, as LoRA-FA and LoRA.
+
     Raises:
-        ValueError: the name is taken.
+        ValueError: the name is taken, or a tensor name is another method's.
     """
 
     def add(method: type[Delta]) -> type[Delta]:
@@ -33,6 +36,13 @@ def register_method(name: str) -> Callable[[type["Delta"]], type["Delta"]]:
                 f"method {name!r} is registered already: {METHODS[name].__name__}; choose "
                 "another name"
             )
+        for other, known in METHODS.items():
+            shared = {*known.tensor_names} & {*method.tensor_names}
+            if shared and not issubclass(method, known):
+                raise ValueError(
+                    f"methods {name!r} and {other!r} both have tensors called {min(shared)}: files "
+                    "could not tell them apart; choose other names"
+                )
         METHODS[name] = method
         method.method = name
         return method

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.errors import RunError, UsageError
 
@@ -25,6 +25,19 @@ Modules = Mapping[str, Delta]
 
 Adapter = Mapping[str, Modules]
 """Component ("unet", "text_encoder"; "" for a model by itself) → its updates."""
+
+
+def method_tensors() -> dict[str, str]:
+    """Tensor name → method, of all registered methods that files write by these very names.
+
+    LoRA's factors, whole weights, biases and magnitudes have other names in files.
+    """
+    return {
+        tensor: name
+        for name, method in METHODS.items()
+        if "lora_A" not in method.tensor_names and name != "full"
+        for tensor in method.tensor_names
+    }
 
 
 class Lazy(Mapping[str, Delta]):

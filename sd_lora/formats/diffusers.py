@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError
-from sd_lora.formats.canonical import Adapter, Modules, each, file_rank, is_plain, plain
+from sd_lora.formats.canonical import (
+    Adapter,
+    Modules,
+    each,
+    file_rank,
+    is_plain,
+    method_tensors,
+    plain,
+)
 from sd_lora.formats.names import Naming, canonical
 from sd_lora.models.original_names import Layout
 
@@ -49,7 +57,7 @@ _ENDS = {
     "flat_magnitude": r"\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?",
     "magnitude": r"\.dora_scale",
     "alpha": r"\.alpha",
-    "other": r"\.(?P<kind>(?:hada|lokr)_\w+)",
+    "other": r"\.(?P<kind>[a-z]\w+)",
 }
 _END = "|".join(f"(?P<{kind}>{end})" for kind, end in _ENDS.items())
 _KEY = re.compile(rf"(?P<name>.+?)(?:{_END})\Z")
@@ -69,6 +77,8 @@ def parse(key: str, layout: Layout) -> tuple[str, str, str] | None:
         return None
     end = next(end for end in _ENDS if match[end])
     kind = {"down": "lora_A", "up": "lora_B", "other": match["kind"]}.get(end, end)
+    if end == "other" and kind not in method_tensors():
+        return None
     name, component = match["name"], None
     for prefix, of in _PREFIXES.items():
         if name.startswith(f"{prefix}."):

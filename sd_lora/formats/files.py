@@ -34,6 +34,9 @@ from sd_lora.models.original_names import Layout
 
 LYCORIS_END = "_lycoris.safetensors"
 
+BUILT_IN = ("lora", "lora_fa", "loha", "lokr", "full")
+"""Methods that other programs know; `register_method` may have added more."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -88,6 +91,10 @@ def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[For
     full = {f"{c} {n}.bias" for c, n, delta in each(adapter) if delta.method == "full"}
     biases = {f"{c} {n}" for c, modules in adapter.items() for n in modules if n.endswith(".bias")}
     notes = ["diffusers' load_lora_weights has no form for this kind of update"]
+    own = sorted({d.method for _, _, d in each(adapter)} - {*BUILT_IN})
+    if own:
+        notes.append(f"only sd_lora.load_adapter reads the method {' and '.join(own)}")
+        return [dataclasses.replace(LYCORIS, use="sd_lora.load_adapter: {file}")], notes
     if decomposed:
         notes.append(
             "A1111 and ComfyUI normalise weight-decomposed updates otherwise: the file is exact in "

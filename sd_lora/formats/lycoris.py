@@ -1,17 +1,17 @@
 """LyCORIS' keys, for ComfyUI, A1111 and LyCORIS itself: kohya's names, every method's tensors.
 
-`lora_down/up/mid`, `hada_…`, `lokr_…`, `diff` and `diff_b`, `w_norm` and `b_norm`, `dora_scale`.
+`lora_down/up/mid`, `hada_…`, `lokr_…`, `diff` and `diff_b`, `w_norm` and `b_norm`, `dora_scale`; a
+registered method's tensors by their own names.
 Each module has its own alpha; for a LoKr of two whole matrices it means nothing, the scale is 1.
 """
 
-import re
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.formats.canonical import Adapter, Modules, each, plain
+from sd_lora.formats.canonical import Adapter, Modules, each, method_tensors, plain
 from sd_lora.formats.names import Naming, from_kohya
 from sd_lora.models.original_names import Layout
 
@@ -27,7 +27,6 @@ _READ = {kind: name for name, kind in _WRITTEN.items()} | {
     "b_norm": "diff",
 }
 _OF_BIAS = ("diff_b", "b_norm")
-_METHODS = re.compile(r"(?:hada|lokr)_\w+")
 
 OTHER_METHODS = {
     "oft_blocks": "OFT or BOFT",
@@ -52,7 +51,7 @@ def parse(
     """
     stem, _, kind = key.partition(".")
     found = (live or {}).get(stem) or from_kohya(stem, layout)
-    ours = _READ.get(kind) or (kind if _METHODS.fullmatch(kind) else None)
+    ours = _READ.get(kind) or (kind if kind in method_tensors() else None)
     if found is None or ours is None:
         return None
     component, name = found

@@ -62,6 +62,15 @@ def build(
     return metadata
 
 
+def method_in(header: Mapping[str, str]) -> str | None:
+    """The method by a header's `ss_network_args`, as `network` writes it; None if it has none."""
+    try:
+        method = json.loads(header.get("ss_network_args", "{}")).get("algo")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return method if isinstance(method, str) else None
+
+
 def network(adapter: Adapter) -> dict[str, str]:
     """Returns the keys about ranks and method, as they are in the file: kohya's has one alpha,
     diffusers' none, which means the rank."""
@@ -69,12 +78,13 @@ def network(adapter: Adapter) -> dict[str, str]:
     decomposed = False
     for _, _, delta in each(adapter):
         decomposed |= delta.magnitude is not None
+        if delta.method != "full":
+            methods.append(delta.method)
         if delta.rank is None:
             continue
         rank = file_rank(delta) or 0
         ranks.append(rank)
         alphas.append(delta.alpha)
-        methods.append(delta.method)
         if any(k > 1 for k in delta.shape[2:]):
             conv_ranks.append(rank)
             conv_alphas.append(delta.alpha)

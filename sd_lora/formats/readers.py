@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from sd_lora.formats import diffusers
+from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.reading import LoRAFile, kinds_and_keys
 from sd_lora.models.families import Family
@@ -42,8 +43,18 @@ def _kinds(lora: LoRAFile) -> Counter[str]:
 
 def _beyond_lora(lora: LoRAFile) -> list[str]:
     kinds = _kinds(lora)
-    methods = {"hada": "LoHa", "lokr": "LoKr", "lora_mid": "Tucker cores", "diff": "full weights"}
-    return [m for start, m in methods.items() if any(kind.startswith(start) for kind in kinds)]
+    labels = {"loha": "LoHa", "lokr": "LoKr"}
+    found = {tensor: labels.get(method, method) for tensor, method in method_tensors().items()}
+    found |= {"lora_mid": "Tucker cores", "diff": "full weights"}
+    return list(dict.fromkeys(label for kind, label in found.items() if kind in kinds))
+
+
+def _only_here(lora: LoRAFile) -> Iterator[str]:
+    """The methods that no other program knows."""
+    own = {t: m for t, m in method_tensors().items() if m not in ("loha", "lokr")}
+    kinds = _kinds(lora)
+    for method in dict.fromkeys(method for tensor, method in own.items() if tensor in kinds):
+        yield f"does not know the method {method}"
 
 
 def _keys(lora: LoRAFile) -> list[str]:
@@ -174,6 +185,7 @@ def _off_by_alpha(lora: LoRAFile) -> int:
 
 
 def _comfyui_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
+    yield from _only_here(lora)
     if decomposed := _decomposed(lora):
         yield f"normalises {decomposed} weight-decomposed updates otherwise"
     if nameless := _nameless(lora):
@@ -181,6 +193,7 @@ def _comfyui_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 
 
 def _a1111_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
+    yield from _only_here(lora)
     if decomposed := _decomposed(lora):
         yield f"normalises {decomposed} weight-decomposed updates otherwise"
     if nameless := _nameless(lora):

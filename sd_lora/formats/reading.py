@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
 from sd_lora.formats import diffusers, lycoris, peft
-from sd_lora.formats.canonical import Adapter, Lazy
+from sd_lora.formats.canonical import Adapter, Lazy, method_tensors
+from sd_lora.formats.metadata import method_in
 from sd_lora.models.original_names import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]
@@ -112,7 +113,7 @@ def open_lora(
     known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
     title = max(known, key=lambda t: known[t])
     if known[title] < len(file):
-        raise UsageError(f"{path} {_refusal(parsed, known)}")
+        raise UsageError(f"{path} {_refusal(parsed, known, file.header)}")
     places = _places(path, parsed[title])
     header = {} if folder else file.header
     scaled = dict.fromkeys(places, config) if config else {}
@@ -123,9 +124,7 @@ def open_lora(
         for component, modules in places.items()
     }
     kinds = {kind for kind, _ in kinds_and_keys(places)}
-    if title == "kohya" and kinds & {"magnitude", "lora_mid", "diff"} | {
-        kind for kind in kinds if kind.startswith(("hada_", "lokr_"))
-    }:
+    if title == "kohya" and kinds & {"magnitude", "lora_mid", "diff", *method_tensors()}:
         title = "LyCORIS"
     dtypes = Counter(file.spec(key)[0] for kind, key in kinds_and_keys(places) if kind != "alpha")
     dtype = max(dtypes, key=lambda d: dtypes[d]) if dtypes else torch.float32
@@ -202,7 +201,9 @@ def _make(
     return delta
 
 
-def _refusal(parsed: Mapping[str, Mapping[str, object]], known: Mapping[str, int]) -> str:
+def _refusal(
+    parsed: Mapping[str, Mapping[str, object]], known: Mapping[str, int], header: Mapping[str, str]
+) -> str:
     """Returns why a file whose keys are not all of one format is refused."""
     title = max(known, key=lambda t: known[t])
     unknown = [key for key, place in parsed[title].items() if place is None]
@@ -221,6 +222,12 @@ def _refusal(parsed: Mapping[str, Mapping[str, object]], known: Mapping[str, int
     for end, method in lycoris.OTHER_METHODS.items():
         if any(key.endswith(f".{end}") for key in unknown):
             return f"is of the method {method}, which cannot be read yet (key {first!r})"
+    algorithm = method_in(header)
+    if algorithm and algorithm not in METHODS:
+        return (
+            f"is of the method {algorithm!r}, which is not registered here: import the module of its "
+            "class (sd_lora.register_method) first"
+        )
     if whole:
         return f"is no LoRA that can be read: its first key is {first!r}"
     return f"has {len(unknown)} keys that are not of the {title} format, the first {first!r}"
