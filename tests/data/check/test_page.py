@@ -103,7 +103,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     outside it."""
 
     def elements(word: str) -> tuple[list[tuple[str, list[str], str | None]], Page]:
-        found = Finding("left out", word, word, word)
+        found = Finding("broken", word, word)
         shown = image(f"{word}/{word}", caption=word, tokens=3, findings=(found,), bucket=word)
         parsed = Page(
             page(PageReport(word, word, {word: word}, [], word, [shown], 9, [found, found]))
@@ -146,7 +146,7 @@ def test_printable_leaves_words_alone() -> None:
 
 def test_counts_filters_and_what_is_not_shown() -> None:
     """The page says how many of how many images it shows, and its filters count right."""
-    warning, note = Finding("warning", "tiny", "a", "x"), Finding("note", "grey", "b", "y")
+    warning, note = Finding("tiny", "a", "x"), Finding("grey", "b", "y")
     shown = [
         image("a", crop_loss=0.25, findings=(warning,)),
         image("b", scale=1.5, findings=(note,)),
@@ -184,9 +184,9 @@ def test_the_bucket_table() -> None:
 
 
 FINDINGS = [
-    Finding("warning", "tiny", "t.png", "8×8 pixels"),
-    *(Finding("left out", "truncated", f"{i}.jpg", "ends too early") for i in range(17)),
-    Finding("left out", "empty", "e\n.png", "no bytes"),
+    Finding("long-caption", "t.png", "90 tokens"),
+    *(Finding("bomb", f"{i}.jpg", "too many pixels") for i in range(17)),
+    Finding("float", "e\n.png", "no range"),
 ]
 
 
@@ -194,19 +194,19 @@ def test_findings_in_groups() -> None:
     """A terminal shows the gravest first, so many of a code and how many more; the page all."""
     assert report_lines(FINDINGS, limit=2) == [
         "left out: 18",
-        "  truncated: 17: ends too early",
+        "  bomb: 17: too many pixels",
         "    0.jpg",
         "    1.jpg",
         "    … and 15 more (sd-lora check --json names all)",
-        "  empty: 1",
-        "    e\\n.png: no bytes",
+        "  float: 1",
+        "    e\\n.png: no range",
         "warning: 1",
-        "  tiny: 1",
-        "    t.png: 8×8 pixels",
+        "  long-caption: 1",
+        "    t.png: 90 tokens",
     ]
     assert report_lines([]) == []
-    different = [Finding("note", "a", "x", "one"), Finding("note", "a", "y", "two")]
-    assert report_lines(different) == ["note: 2", "  a: 2", "    x: one", "    y: two"]
+    different = [Finding("buckets", "x", "one"), Finding("buckets", "y", "two")]
+    assert report_lines(different) == ["note: 2", "  buckets: 2", "    x: one", "    y: two"]
     html = Page(page(PageReport("t", "v", findings=FINDINGS)))
     assert len(html.of("li")) == len(FINDINGS)
     assert [a["class"] for a, _ in html.of("details")] == ["left-out", "left-out", "warning"]
@@ -218,7 +218,9 @@ def test_json_names_all() -> None:
     """JSON has every finding in its order, and counts every level, also one that has none."""
     shape = json.loads(json.dumps(findings_as_json(FINDINGS)))
     assert shape["counts"] == {"left out": 18, "warning": 1, "note": 0}
-    assert [Finding(**finding) for finding in shape["findings"]] == FINDINGS
+    assert shape["findings"] == [finding.as_dict() for finding in FINDINGS]
+    first = {"level": "warning", "code": "long-caption", "name": "t.png", "text": "90 tokens"}
+    assert shape["findings"][0] == first
 
 
 def test_it_is_written_whole_or_not(tmp_path: Path) -> None:

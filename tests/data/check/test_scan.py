@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sd_lora.config.sources import Kind, SourceSpec
 from sd_lora.data.cache.store import Store
-from sd_lora.data.check.scan import NEAR, ScanResult, near_duplicates, scan
+from sd_lora.data.check.scan import NEAR_BITS, ScanResult, near_duplicates, scan
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.images.facts import Facts, content_digest
 from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample, Source
@@ -122,7 +123,7 @@ def test_every_bad_file_is_named(torture: tuple[Path, dict[str, str]]) -> None:
     }
     assert [f[0] for f in told if f[2] == "near-duplicate"] == ["near twin.jpg"]
     for sample in found.samples:
-        assert sample.image().size == sample.size
+        assert decode_with_mask(sample.read(), sample.name)[0].size == sample.size
         assert found.facts[sample.digest].size == sample.size
 
 
@@ -233,8 +234,8 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     spec = SourceSpec(path=str(tmp_path))
     missing = Sample("gone.png", (tmp_path / "gone.png").read_bytes, ("a",), spec)
     found = scanned(Source(spec, partial(iter, [missing]), [], 1))
-    text = "it could not be read: No such file or directory"
-    assert found.findings == [Finding("left out", "unreadable", "gone.png", text)]
+    details = "cannot be read: No such file or directory"
+    assert found.findings == [Finding("unreadable", "gone.png", details)]
     assert not found.samples
 
 
@@ -276,7 +277,7 @@ def test_near_duplicates_are_found_and_others_not() -> None:
     near = {f.name: f.text for f in found.findings if f.code == "near-duplicate"}
     assert len(found.findings) == len(near)
     assert near.keys() == {name for name in images if " " in name}
-    assert all(f"as {name.split()[0]}, " in text for name, text in near.items())
+    assert all(f"as {name.split()[0]}; " in text for name, text in near.items())
 
 
 def test_flat_and_exact_ones_are_not_near_duplicates() -> None:
@@ -303,7 +304,7 @@ def test_near_duplicates_against_all_pairs() -> None:
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
-    near = [[(a ^ b).bit_count() <= NEAR for b in hashes] for a in hashes]
+    near = [[(a ^ b).bit_count() <= NEAR_BITS for b in hashes] for a in hashes]
     labels = connected_components(csr_array(np.array(near)))[1]
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -368,7 +369,7 @@ def test_findings_of_a_stream_are_those_of_its_rows() -> None:
 
     def rows() -> Iterator[Sample]:
         yield Sample("row 0", bytes, ("a",), spec)
-        findings.append(Finding("left out", "missing-caption", "row 1", "it has no caption"))
+        findings.append(Finding("missing-caption", "row 1"))
 
     found = scanned(Source(spec, rows, findings))
     assert [f.code for f in found.findings] == ["missing-caption", "empty"]

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from sd_lora.config.sources import CaptionRules, SourceSpec, read_specs
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.folder_captions import caption_of_name
 from sd_lora.data.sources.open import Source, open_source
-from sd_lora.errors import RunError, UsageError
+from sd_lora.errors import UsageError
 
 
 def image(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
@@ -80,12 +81,12 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
         ("left out", "missing-caption", "lonely.png"),
         ("left out", "non-utf8-caption", "bad.png"),
         ("note", "hidden", "."),
-        ("note", "not-a-image", "notes.md"),
+        ("note", "other-file", "notes.md"),
         ("warning", "empty-caption", "empty.png"),
         ("warning", "orphan-caption", "orphan.txt"),
     ]
     texts = {f.code: f.text for f in source.findings}
-    assert texts["hidden"].startswith("4 hidden files and folders are not read: .DS_Store, .git")
+    assert texts["hidden"].startswith("4 hidden files and folders: .DS_Store, .git")
     assert "lonely.txt or" in texts["missing-caption"]
     assert "not UTF-8 text (byte 3): save it as UTF-8" in texts["non-utf8-caption"]
     assert tree(tmp_path) == before
@@ -207,11 +208,11 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
     assert captions(source) == {"a.png": ("a photo",)}
     assert sorted(codes(source)) == [
         ("left out", "subfolder", "sub"),
+        ("note", "folder-without-images", "nothing"),
         ("note", "metadata-ignored", "metadata.jsonl"),
         ("note", "sidecar-ignored", "a.txt"),
-        ("note", "subfolder", "nothing"),
     ]
-    assert any("its 2 images are not read" in f.text for f in source.findings)
+    assert any("a folder with 2 images" in f.text for f in source.findings)
 
 
 def test_metadata_jsonl_and_csv(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_rows_that_do_not_fit_the_folder(tmp_path: Path) -> None:
         ("warning", "named-twice", "a.png"),
     ]
     texts = {f.code: f.text for f in source.findings}
-    assert "line 2 names it, and it is not there" in texts["missing-image"]
+    assert "line 2 names it; the file does not exist" in texts["missing-image"]
     assert "line 1 and " in texts["named-twice"]
     assert "line 4 has no caption" in texts["missing-caption"]
 
@@ -275,7 +276,7 @@ def test_rows_name_images_in_folders_that_are_not_read(
     source = opened(Path("root"), recursive=False)
     assert [s.name for s in source.rows()] == ["root/.c.png", "root/sub/a.png"]
     (finding,) = [f for f in source.findings if f.code == "subfolder"]
-    assert (finding.level, finding.text[:22]) == ("left out", "a folder: its 1 pictur")
+    assert (finding.level, finding.text[:22]) == ("left out", "a folder with 1 image;")
 
 
 def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
@@ -285,7 +286,7 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
     jsonl(tmp_path, {"file_name": "a.jfif", "text": "one\u2028two"})
     (sample,) = opened(tmp_path).rows()
     assert sample.captions == ("one\u2028two",)
-    assert sample.image().size == (8, 8)
+    assert decode_with_mask(sample.read(), sample.name)[0].size == (8, 8)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\na.jfif,"one\ntwo"\n')
     assert captions(opened(tmp_path)) == {"a.jfif": ("one\ntwo",)}
@@ -303,7 +304,10 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
             r"line 1 has no caption column 'text'; it has caption",
         ),
         ([{"file_name": "a.png", "txt": "x"}], "Did you mean txt"),
-        ([{"file_name": "b.png", "text": "x"}], "no image to train:\n.*names it, and it is not"),
+        (
+            [{"file_name": "b.png", "text": "x"}],
+            "no image to train:\n.*names it; the file does not exist",
+        ),
         ([{"file_name": "a.jfif", "text": None}], "no image to train:\n.*line 1 has no caption"),
         ([{"text": "x"}], "line 1 has no file_name"),
         ([{"file_name": "\0", "text": "x"}], "line 1 has no file_name"),
@@ -348,7 +352,7 @@ def test_metadata_that_lies_elsewhere(tmp_path: Path) -> None:
     source = opened(root, metadata_file=str(rows))
     assert captions(source) == {"a.png": ("x, y",)}
     assert codes(source) == [("left out", "missing-caption", "b.png")]
-    with pytest.raises(UsageError, match=r"meta\.txt is no metadata file"):
+    with pytest.raises(UsageError, match=r"meta\.txt is not a metadata file"):
         opened(root, metadata_file=str(tmp_path / "meta.txt"))
 
 
@@ -366,7 +370,7 @@ def test_folders_that_cannot_be_trained(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     with pytest.raises(
         UsageError,
-        match=r"no captions: give it a metadata.jsonl .* one for all by --caption_default",
+        match=r"no captions: add a metadata.jsonl .* caption for all with --caption_default",
     ):
         opened(tmp_path)
     with pytest.raises(UsageError, match=r"has no metadata.jsonl or metadata.csv"):
@@ -407,7 +411,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_samples_travel_and_rows_can_be_read_again(tmp_path: Path) -> None:
-    """A sample survives pickling with its specification; an image that vanishes is named."""
+    """A sample survives pickling with its specification; a vanished image is an OSError."""
     path = image(tmp_path / "a.png")
     source = opened(tmp_path, prompt="x", repeats=3)
     assert [s.name for s in source.rows()] == [s.name for s in source.rows()] == [str(path)]
@@ -416,8 +420,8 @@ def test_samples_travel_and_rows_can_be_read_again(tmp_path: Path) -> None:
     assert sample.read() == path.read_bytes()
     assert replace(sample, size=(1, 2)).size == (1, 2)
     path.unlink()
-    with pytest.raises(RunError, match=r"a\.png could not be read: No such file"):
-        sample.image()
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        sample.read()
 
 
 @pytest.fixture
@@ -444,11 +448,11 @@ def test_kohya_folders(kohya: Path) -> None:
     assert [(f.level, f.code, Path(f.name).name) for f in dog.findings] == [
         ("note", "link-loop", "10_around"),
         ("left out", "no-repeats", "0_off"),
-        ("note", "no-repeats", "3_empty"),
-        ("note", "folder-without-number", "log"),
+        ("note", "folder-without-images", "3_empty"),
+        ("note", "folder-without-images", "log"),
         ("left out", "folder-without-number", "spare"),
     ]
-    assert "1 image not trained: call the folder 1_spare, say" in dog.findings[4].text
+    assert "1 image not trained: rename the folder, for example to 1_spare" in dog.findings[4].text
     assert cat.findings == []
     first, second = open_source(replace(spec, captions="prompt", prompt="a pet"))
     assert captions(first) == {"a.png": ("a pet",), "b.png": ("a pet",)}
@@ -495,7 +499,10 @@ def test_kohya_folders_are_only_taken_for_such(kohya: Path) -> None:
     assert (finding.level, finding.name) == ("left out", str(kohya / "beside.png"))
     plain = opened(kohya, prompt="x", layout="plain")
     assert [f.code for f in plain.findings] == ["link-loop"]
-    with pytest.raises(UsageError, match="no folders such as 10_sks dog .* has no folders"):
+    with pytest.raises(
+        UsageError,
+        match="no numbered folders with images, for example 10_sks dog .* has no folders",
+    ):
         open_source(SourceSpec(path=str(kohya / "spare"), layout="kohya"))
 
 
