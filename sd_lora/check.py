@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.placement import latent_bytes
@@ -40,6 +40,7 @@ from sd_lora.training.conditioning import (
     planned_caption_encoder,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 
@@ -99,8 +100,8 @@ def check(
             `refuse_problems` raises these when they have been shown.
     """
     base = base_of(config)
-    config = config.for_base(base.family.name, base.resolution)
-    config = dataclasses.replace(config, strict=False)
+    config = config.resolve(base.family.name, base.resolution)
+    config = config.replace(strict=False)
     crop_settings, seed = crop_settings_of(config, base), config.seed or 0
     caption_encoder = planned_caption_encoder(config, base)
     pixel_settings_of(config, base)
@@ -149,12 +150,12 @@ def _cut_away(images: ImageSet) -> str:
     return f"{mean:.1%} of the images on average" + (f"; {', '.join(most)}" if most else "")
 
 
-def disk(config: TrainConfig, base: Base, plan: Plan, images: RunImages) -> str:
+def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
     """Disk space of caches, checkpoints and files."""
     width = torch.finfo(DTYPES[config.vae_precision]).bits // 8
     size = (base.vae_config.get("latent_channels", 4), base.pixels_per_latent, width)
     latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
-    plain = dataclasses.replace(config, init_lora_weights=None)
+    plain = config.replace(init_lora_weights=None)
     adapted = inject_all(plain, base.family, base.meta_pipeline.models, 0)
     parameters = sum(p.numel() for model in adapted.values() for p in lora_layers(model))
     words = []
@@ -174,7 +175,7 @@ def disk(config: TrainConfig, base: Base, plan: Plan, images: RunImages) -> str:
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     number = sum(len(found.set.samples) for found in images.by_kind.values())
     words.append(f"what is known of images {mib(4096 * number)}")
-    moments = 2 if config.use_8bit_adam else 8
+    moments = optimizer_of(config).state_bytes
     count = math.ceil(plan.num_steps / config.checkpointing_steps) - (
         plan.num_steps % config.checkpointing_steps != 0
     )

@@ -14,6 +14,7 @@ usage: sd-lora <command> [flags]
 commands:
   train   train a LoRA on a folder of images; `sd-lora train --help` lists the flags
   check   look at every image and caption first: which are trained, which are not, and why
+  schema  print the options of train as a JSON schema, for editors and forms
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
   inspect  contents of a LoRA file, programs that load it, and its faults
@@ -47,6 +48,19 @@ def _check(argv: Sequence[str]) -> None:
     check(argv)
 
 
+def _schema(argv: Sequence[str]) -> None:
+    import json
+
+    from sd_lora.config.schema import json_schema
+
+    if argv and argv[0] not in ("-h", "--help"):
+        raise UsageError(f"sd-lora schema takes no arguments, and got {argv[0]!r}")
+    print(json.dumps(json_schema(), indent=2) if not argv else _SCHEMA)
+
+
+_SCHEMA = "usage: sd-lora schema\n\nPrint the JSON schema of a configuration: types, ranges, help."
+
+
 def _demo(argv: Sequence[str]) -> None:
     from sd_lora.demo import main as demo
 
@@ -66,6 +80,7 @@ _TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,
+    "schema": _schema,
     "demo": _demo,
     **{name: _tool(name) for name in _TOOLS},
 }

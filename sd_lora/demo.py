@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from sd_lora.config.command_line import read_toml
+from sd_lora.config.command_line import read_config_file
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
@@ -78,7 +78,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
 
 def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainConfig:
     """The configuration of sample_data/configs/dreambooth.toml, with absolute paths."""
-    values = read_toml(str(sample_data / "configs" / "dreambooth.toml"))
+    values = read_config_file(str(sample_data / "configs" / "dreambooth.toml"))
     values |= {
         "pretrained_model_name_or_path": str(sample_data / "tiny-sd"),
         "instance_data_dir": str(sample_data / "dreambooth" / "instance"),
@@ -96,7 +96,7 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     The file is loaded into a fresh base model, as its users do.
     """
     base = str(config.pretrained_model_name_or_path)
-    guidance, side = config.validation_guidance_scale, config.side
+    guidance, side = config.validation_guidance_scale, int(config.resolution or 64)
     before = draw(bare := load_parts(base), side, guidance)
     tuned = load_parts(base)
     load_adapter(tuned.models, lora)

@@ -5,13 +5,40 @@ Any other exception that reaches a user is a bug of this project.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a configuration. field: its option. remedy: may be empty."""
+
+    field: str
+    text: str
+    remedy: str = ""
+
+    def line(self) -> str:
+        """Text and remedy in a line."""
+        return f"{self.text}. {self.remedy}" if self.remedy else self.text
 
 
 class UsageError(ValueError):
-    """A request that cannot work: a wrong flag, path or pattern, or a contradiction."""
+    """A request that cannot work: a wrong flag, path or pattern, or a contradiction.
+
+    problems: the mistakes of a configuration, one a field; empty for other requests.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise a UsageError with all problems, a line each; nothing for none."""
+    if problems:
+        raise UsageError("\n".join(problem.line() for problem in problems), problems)
 
 
 class RunError(RuntimeError):

@@ -16,9 +16,7 @@ from sd_lora.config import schema as config
 def test_every_adapter_flag_is_documented(root: Path) -> None:
     """Each flag of the section adapter, and each way to set a learning rate, is written out."""
     text = (root / "README.md").read_text() + (root / "docs/adapters.md").read_text()
-    names = [
-        name for name, field in config.FIELDS.items() if field.metadata["section"] == "adapter"
-    ]
+    names = [name for name, field in config.OPTIONS.items() if field.section == "adapter"]
     names += ["loraplus_lr_ratio", "lr_pattern", "scale_weight_norms", "text_encoder_lr"]
     assert len(names) > 20
     assert [name for name in names if f"--{name}" not in text] == []
@@ -44,7 +42,7 @@ def test_every_tool_command_is_one(root: Path) -> None:
 def test_every_method_is_documented(root: Path) -> None:
     """The table of methods has a row for each."""
     text = (root / "docs/adapters.md").read_text()
-    assert all(f"| `{name}` |" in text for name in config.METHODS)
+    assert all(f"| `{name}` |" in text for name in METHODS)
 
 
 def test_the_method_of_ones_own_works(root: Path) -> None:

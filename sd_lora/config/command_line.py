@@ -1,16 +1,24 @@
-"""Command line and TOML file → TrainConfig."""
+"""Command line and configuration files → TrainConfig."""
 
 import argparse
-import dataclasses
+import json
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sd_lora.config.contradictions import type_name
 from sd_lora.config.kohya import read_dataset_config
-from sd_lora.config.schema import FIELDS, Mode, TrainConfig
-from sd_lora.errors import UsageError, did_you_mean
+from sd_lora.config.rows import Mode, Option
+from sd_lora.config.schema import (
+    FORMER_NAMES,
+    OPTIONS,
+    SECTIONS,
+    TrainConfig,
+    with_present_names,
+)
+from sd_lora.errors import Problem, UsageError, did_you_mean, refuse
 
 _NOT_YET = "is not supported yet"
 _IF = "belongs to DeepFloyd IF, which is not trained here"
@@ -47,123 +55,72 @@ REFUSED: dict[str, str] = {
 }
 """Flags of diffusers' scripts that are refused by name, with the reason."""
 
-_ALL_SCRIPTS = (
-    "pretrained_model_name_or_path revision variant seed max_train_steps checkpoints_total_limit "
-    "resume_from_checkpoint hub_token hub_model_id validation_prompt mixed_precision center_crop "
-    "gradient_checkpointing scale_lr use_8bit_adam allow_tf32 push_to_hub "
-    "enable_xformers_memory_efficient_attention num_validation_images validation_epochs output_dir "
-    "resolution train_batch_size num_train_epochs checkpointing_steps gradient_accumulation_steps "
-    "learning_rate lr_scheduler lr_warmup_steps dataloader_num_workers adam_beta1 adam_beta2 "
-    "adam_epsilon max_grad_norm adam_weight_decay logging_dir report_to local_rank rank "
-    "image_interpolation_mode"
-)
-_CAPTIONED = (
-    "dataset_name dataset_config_name cache_dir train_data_dir max_train_samples image_column "
-    "caption_column random_flip snr_gamma noise_offset prediction_type"
-)
-_SUBJECT = (
-    "train_text_encoder instance_data_dir instance_prompt class_data_dir class_prompt "
-    "with_prior_preservation prior_loss_weight num_class_images sample_batch_size "
-    "prior_generation_precision lr_num_cycles lr_power lora_dropout"
-)
+WITHOUT_EFFECT = {
+    "pre_compute_text_embeddings": "text embeddings are always computed once unless they learn",
+}
+"""Flags of diffusers' scripts that are accepted and change nothing."""
 
+BESIDE_OPTIONS: dict[str, str] = {
+    "ABCD": "enable_xformers_memory_efficient_attention hub_model_id hub_token push_to_hub",
+    "B": "debug_loss enable_npu_flash_attention",
+    "C": "class_labels_conditioning pre_compute_text_embeddings text_encoder_use_attention_mask "
+    "tokenizer_max_length validation_images",
+    "D": "optimizer output_kohya_format prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup "
+    "prodigy_use_bias_correction",
+}
+"""Scripts, as letters → their flags that are refused or without effect; the others are in the
+rows."""
 
-FOREIGN: dict[str, str] = {
-    "bucket_reso_steps": "--bucket_step",
+TRANSLATIONS: dict[str, str] = {
     "cache_latents_to_disk": "--cache_latents disk",
-    "cache_text_encoder_outputs": "--cache_text_embeddings memory",
     "cache_text_encoder_outputs_to_disk": "--cache_text_embeddings disk",
-    "caption_dropout_rate": "--caption_dropout",
-    "caption_tag_dropout_rate": "--caption_tag_dropout",
-    "enable_bucket": "what is done without --no-aspect_ratio_buckets",
-    "enable_wildcard": "--wildcards",
-    "flip_aug": "--random_flip",
-    "max_bucket_reso": "--bucket_max_side",
-    "min_bucket_reso": "--bucket_min_side",
-    "random_crop": "--no-center_crop",
-    "reg_data_dir": "--class_data_dir with --with_prior_preservation, or class sources",
-    "max_train_epochs": "--num_train_epochs",
-    "min_snr_gamma": "--snr_gamma",
-    "network_alpha": "--lora_alpha",
+    "enable_bucket": "the default; off: --no-aspect_ratio_buckets",
     "network_args": "--conv_rank, --conv_alpha and --method",
-    "network_dim": "--rank",
     "network_module": "--targets and --method",
-    "network_train_unet_only": "what is done without --train_text_encoder",
+    "network_train_unet_only": "the default; with text encoders: --train_text_encoder",
     "optimizer_type": "AdamW, or --use_8bit_adam",
     "output_name": "the last part of --output_dir",
-    "sample_prompts": "--validation_prompt",
-    "save_every_n_steps": "--checkpointing_steps",
-    "unet_lr": "--learning_rate",
-    "v2": "not needed: the model tells its family",
+    "random_crop": "--no-center_crop",
+    "reg_data_dir": "--class_data_dir with --with_prior_preservation, or class sources",
+    "v2": "not needed: the family is read from the model",
     "v_parameterization": "--prediction_type v_prediction",
-    "vae": "--pretrained_vae_model_name_or_path",
     "xformers": "not needed: PyTorch's own memory-efficient attention is always used",
-    "zero_terminal_snr": "--rescale_betas_zero_snr",
 }
-"""Flags of kohya's scripts → what they are here, for an error that says so."""
+"""Flags of sd-scripts that are more or less than one option here; the others are in the rows."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Script:
-    """A command line: its mode, the family that it insists on, and the flags of diffusers' script
-    of that name, whose unique prefixes carry over."""
+    """A command line: its mode, its required family, and its letter in the rows.
+
+    flags: of diffusers' script of that name, whose unique prefixes carry over.
+    """
 
     mode: Mode
     family: str | None
-    flags: frozenset[str]
+    letter: str
 
-
-def _script(mode: Mode, family: str | None, *flags: str) -> Script:
-    return Script(mode, family, frozenset(" ".join((_ALL_SCRIPTS, *flags)).split()))
+    @property
+    def flags(self) -> frozenset[str]:
+        """All flags of the script."""
+        of_letter = [names for key, names in BESIDE_OPTIONS.items() if self.letter in key]
+        beside = (names.split() for names in of_letter)
+        own = [name for name, option in OPTIONS.items() if self.letter in option.scripts]
+        return frozenset(own).union(*beside)
 
 
 SCRIPTS: dict[str, Script] = {
-    "train_text_to_image_lora.py": _script("text_to_image", None, _CAPTIONED),
-    "train_text_to_image_lora_sdxl.py": _script(
-        "text_to_image",
-        "sdxl",
-        _CAPTIONED,
-        "pretrained_vae_model_name_or_path train_text_encoder enable_npu_flash_attention "
-        "debug_loss",
-    ),
-    "train_dreambooth_lora.py": _script(
-        "dreambooth",
-        None,
-        _SUBJECT,
-        "tokenizer_name tokenizer_max_length class_labels_conditioning validation_images "
-        "pre_compute_text_embeddings text_encoder_use_attention_mask",
-    ),
-    "train_dreambooth_lora_sdxl.py": _script(
-        "dreambooth",
-        "sdxl",
-        _SUBJECT,
-        "dataset_name dataset_config_name cache_dir image_column caption_column random_flip "
-        "snr_gamma pretrained_vae_model_name_or_path text_encoder_lr "
-        "adam_weight_decay_text_encoder repeats optimizer prodigy_beta3 prodigy_decouple "
-        "prodigy_use_bias_correction prodigy_safeguard_warmup use_dora output_kohya_format "
-        "do_edm_style_training",
-    ),
+    "train_text_to_image_lora.py": Script("text_to_image", None, "A"),
+    "train_text_to_image_lora_sdxl.py": Script("text_to_image", "sdxl", "B"),
+    "train_dreambooth_lora.py": Script("dreambooth", None, "C"),
+    "train_dreambooth_lora_sdxl.py": Script("dreambooth", "sdxl", "D"),
 }
-"""Script → what it is. diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
+"""Scripts of diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
 
-ACCEPTED_WITHOUT_EFFECT = {
-    "pre_compute_text_embeddings": "text embeddings are always computed once unless trained",
-}
-
-
-class _Patterns(argparse.Action):
-    """Reads `pattern=number` words into a table."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        whole = self.dest == "rank_pattern"
-        table: dict[str, float] = {}
-        for word in values:
-            pattern, _, number = word.rpartition("=")
-            try:
-                table[pattern] = int(number) if whole else float(number)
-            except ValueError:
-                raise UsageError(f"--{self.dest} {word!r} is not pattern=number") from None
-        setattr(namespace, self.dest, table)
+DESCRIPTION = (
+    "Train a Stable Diffusion LoRA: attention and convolutions, UNet and text encoder. "
+    "Flags may be shortened to a unique prefix."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,100 +131,128 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(
     mode: Mode | None = None, prog: str | None = None, xl: bool = False
 ) -> argparse.ArgumentParser:
-    """Returns the parser of all flags; with a mode, the help shows that mode's flags alone, with
-    the defaults for SDXL if `xl` says so."""
-    parser = _Parser(prog=prog, argument_default=argparse.SUPPRESS, description=_DESCRIPTION)
-    parser.add_argument("--config", metavar="FILE", help="TOML file with any of the fields below")
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
-        meta = field.metadata
-        if field.name == "mode" and mode:
-            continue
-        section = meta["section"]
-        if section not in groups:
-            groups[section] = parser.add_argument_group(section)
-        if mode is not None and meta["only"] not in (None, mode):
+    """The parser of all flags, which leaves their values as texts.
+
+    With a mode, the help shows the flags of this mode alone, with SDXL's defaults if `xl` is True.
+    """
+    parser = _Parser(prog=prog, argument_default=argparse.SUPPRESS, description=DESCRIPTION)
+    parser.add_argument(
+        "--config", metavar="FILE", help="TOML or JSON file with any of the options below"
+    )
+    groups = {name: parser.add_argument_group(name) for name in SECTIONS}
+    for name, option in OPTIONS.items():
+        if option.kind == "list" or (name == "mode" and mode):
+            continue  # tables are in files alone; a script has its mode
+        if mode and option.only not in (None, mode):
             continue  # so that prefixes are as unique as in the script of this mode
-        if type_name(field) == "list":
-            continue  # tables, in a file alone
-        groups[section].add_argument(f"--{field.name}", **_argument(field, _help(field, mode, xl)))
-    for name in ACCEPTED_WITHOUT_EFFECT:
+        groups[option.section].add_argument(f"--{name}", **_argument(option, mode, xl))
+        if option.formerly:
+            hidden = _argument(option, mode, xl) | {"help": argparse.SUPPRESS}
+            groups[option.section].add_argument(f"--{option.formerly}", **hidden)
+    for name in WITHOUT_EFFECT:
         parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-_DESCRIPTION = (
-    "Train a Stable Diffusion LoRA: attention and convolutions, UNet and text encoder. "
-    "Flags may be shortened to a unique prefix."
-)
+def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
+    """The arguments of `add_argument` for an option."""
+    text = _help(option, mode, xl)
+    if option.kind == "bool":
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    if option.kind == "dict":
+        return {"nargs": "+", "metavar": "PATTERN=N", "help": text}
+    metavar = {"int": "N", "float": "X", "str": "TEXT"}[option.kind]
+    if option.choices:
+        metavar = "{" + ",".join(option.choices) + "}"
+    if option.name == "cache_latents":  # without a value in the advanced scripts and sd-scripts
+        return {"nargs": "?", "const": "auto", "metavar": metavar, "help": text}
+    return {"metavar": metavar, "help": text}
 
 
-def _help(field: dataclasses.Field, mode: Mode | None, xl: bool) -> str:
-    modes, default = field.metadata["modes"], field.default
-    if modes and mode:
-        default = field.metadata["xl"].get(mode, modes[mode]) if xl else modes[mode]
-    elif modes:
-        of_mode = [f"{value} ({name})" for name, value in modes.items() if value is not None]
-        default = " / ".join(of_mode) or None
-    if not xl and field.metadata["xl"]:
-        others = {m: v for m, v in field.metadata["xl"].items() if mode in (None, m)}
-        words = [f"{value} ({name}, SDXL)" for name, value in others.items()]
-        default = " / ".join([str(default)] * (default is not None) + words) or None
-    text = field.metadata["help"].replace("%", "%%")
-    return text if default is None or default is False else f"{text} (default: {default})"
+def _help(option: Option, mode: Mode | None, xl: bool) -> str:
+    """Help of an option, with its default."""
+    modes = [mode] if mode else [*option.modes]
+    words = [
+        f"{value}" + f" ({name})" * (not mode)
+        for name in modes
+        if (value := option.default_for(name, xl)) is not None
+    ]
+    if not xl:
+        words += [f"{v} ({name}, SDXL)" for name, v in option.sdxl.items() if name in modes]
+    default = " / ".join(words) if option.modes else option.default
+    text = option.help.replace("%", "%%")
+    return text if default in (None, False, "") else f"{text} (default: {default})"
 
 
-def _argument(field: dataclasses.Field, help_text: str) -> dict[str, Any]:
-    kind = type_name(field)
-    if kind == "bool":
-        return {"action": argparse.BooleanOptionalAction, "help": help_text}
-    if kind == "dict":
-        return {"nargs": "+", "action": _Patterns, "metavar": "PATTERN=N", "help": help_text}
-    kinds = {"int": int, "float": float, "str": str}
-    choices = field.metadata["choices"] or None
-    if field.name == "cache_latents":  # the advanced scripts and kohya have it without a value
-        more = {"nargs": "?", "const": "auto"}
-        return {"type": str, "choices": choices, "metavar": None, "help": help_text} | more
-    metavar = None if choices else {"int": "N", "float": "X", "str": "TEXT"}[kind]
-    return {"type": kinds[kind], "choices": choices, "metavar": metavar, "help": help_text}
+def read_config_file(path: str) -> dict[str, Any]:
+    """Option → value of a TOML or JSON file: at the top, or in tables of any of the sections.
 
-
-def read_toml(path: str) -> dict[str, Any]:
-    """Returns field → value of a TOML file: fields at the top, or in tables of any of the sections.
+    JSON as a run's config.json has it, where null stands for an option that is not given.
 
     Raises:
-        UsageError: no such file, not TOML, or a key that is no field, with the nearest one.
+        UsageError: no such file, broken TOML or JSON; all unknown keys at once.
     """
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"config file {path} does not exist")
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not TOML: {error}") from None
-    sections = {f.metadata["section"] for f in FIELDS.values()}
-    values: dict[str, Any] = {}
-    for key, value in data.items():
-        entries = value if isinstance(value, dict) and key in sections else {key: value}
-        for name, entry in entries.items():
-            if name in REFUSED:
-                raise UsageError(f"{path}: {name} {REFUSED[name]}")
-            if name not in FIELDS:
-                hint = did_you_mean(name, FIELDS)
-                if isinstance(entry, dict):
-                    hint = f" Tables are {', '.join(sorted(sections))}"
-                raise UsageError(f"{path}: {name!r} is not an option.{hint}")
-            if name in values:
-                raise UsageError(f"{path}: {name} is given twice")
-            # TOML writes 1 for 1.0
-            number = type_name(FIELDS[name]) == "float" and type(entry) is int
-            values[name] = float(entry) if number else entry
+    values, problems = _read(path)
+    refuse(problems)
     return values
 
 
-def with_dataset_settings(path: str, values: dict[str, Any]) -> dict[str, Any]:
-    """Returns values with what kohya's dataset configuration says of a run where they say nothing;
-    of buckets only where there are any."""
+def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
+    """Options of a file, and a problem for each key that is none; raises UsageError for a file that
+    cannot be parsed."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"config file {path} does not exist")
+    kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
+        raise UsageError(f"{path} is not {kind}: {error}") from None
+    if not isinstance(data, dict):
+        raise UsageError(f"{path} needs a table of options, and is {data!r:.40}")
+    values: dict[str, Any] = {}
+    problems: list[Problem] = []
+    for key, value in data.items():
+        entries = value if isinstance(value, dict) and key in SECTIONS else {key: value}
+        for name, entry in entries.items():
+            if name in values:
+                problems.append(Problem(name, f"{path}: {name} is given twice"))
+            elif name in OPTIONS or name in FORMER_NAMES:
+                values[name] = entry
+            else:
+                problems.append(_unknown_key(path, name, entry))
+    return {name: value for name, value in values.items() if value is not None}, problems
+
+
+def _unknown_key(path: str, name: str, entry: object) -> Problem:
+    """The problem of a key that is no option."""
+    if name in REFUSED:
+        return Problem(name, f"{path}: {name} {REFUSED[name]}")
+    text = f"{path}: {name!r} is not an option"
+    if isinstance(entry, dict):
+        return Problem(name, text, f"Tables are {', '.join(sorted(SECTIONS))}")
+    here = translation(name)
+    return Problem(name, text, f"Here it is {here}" if here else _near(name))
+
+
+def _near(name: str) -> str:
+    return did_you_mean(name, OPTIONS).strip()
+
+
+def translation(name: str) -> str | None:
+    """The option here for a name of another trainer: "--rank"; None if it is not known."""
+    if name in TRANSLATIONS:
+        return TRANSLATIONS[name]
+    for option in OPTIONS.values():
+        if name in option.names.values() and name != option.name:
+            return f"--{option.name}"
+    return None
+
+
+def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Values, completed by the options in kohya's dataset configuration; those of buckets only
+    where there are buckets."""
     _, settings, _ = read_dataset_config(path)
     if (settings | values).get("aspect_ratio_buckets") is False:
         settings = {k: v for k, v in settings.items() if not k.startswith("bucket_")}
@@ -275,39 +260,96 @@ def with_dataset_settings(path: str, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _expanded(word: str, script: Script | None) -> str:
-    """Returns a shortened flag in full if it is unique among those of diffusers' script."""
+    """A shortened flag in full if it is unique among those of diffusers' script."""
     flag, equals, value = word.partition("=")
     name = flag.removeprefix("--")
-    if not flag.startswith("--") or not name or name in FIELDS or script is None:
+    if not flag.startswith("--") or not name or name in OPTIONS or script is None:
         return word
     matches = [n for n in script.flags if n.startswith(name)]
     return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
 
 
-def _unknown(word: str) -> UsageError:
-    """Returns the error for a word that is no flag: refused by name, or with the nearest one."""
+def _unknown_flag(word: str) -> Problem:
+    """The problem of a word that is no flag."""
     flag = word.partition("=")[0]
-    if not word.startswith("-"):
-        return UsageError(f"{word!r} is not expected here; a value with spaces needs quotes")
     name = flag.lstrip("-")
+    if not word.startswith("-"):
+        return Problem(word, f"{word!r} is not expected here; a value with spaces needs quotes")
 
-    def means(known: str) -> bool:
+    def stands_for(known: str) -> bool:
         return name == known or (len(name) > 3 and known.startswith(name))
 
     for refused, reason in REFUSED.items():
-        if means(refused):
-            return UsageError(f"--{refused} {reason}")
-    for field in FIELDS.values():
-        if field.metadata["only"] and means(field.name):
-            only = field.metadata["only"]
-            return UsageError(f"{field.name} means something in {only} runs only")
-    if name in FOREIGN:
-        return UsageError(f"unknown flag {flag}: here it is {FOREIGN[name]} (docs/flags.md)")
-    return UsageError(f"unknown flag {flag}.{did_you_mean(flag, [f'--{n}' for n in FIELDS])}")
+        if stands_for(refused):
+            return Problem(refused, f"--{refused} {reason}")
+    for option in OPTIONS.values():
+        if option.only and stands_for(option.name):
+            text = f"{option.name} has an effect in {option.only} runs only"
+            return Problem(option.name, text, "Leave it out")
+    here = translation(name)
+    if here:
+        return Problem(name, f"unknown flag {flag}: here it is {here} (docs/flags.md)")
+    near = did_you_mean(flag, [f"--{n}" for n in OPTIONS]).strip()
+    return Problem(name, f"unknown flag {flag}", near)
+
+
+def _take_foreign(words: Iterable[str]) -> tuple[list[str], list[Problem]]:
+    """Words without other trainers' flags and their values, and a problem for each such flag.
+
+    Before argparse takes a foreign name for the start of one of ours.
+    """
+    kept: list[str] = []
+    problems: list[Problem] = []
+    foreign = False
+    for word in words:
+        if word.startswith("--"):
+            name = word.partition("=")[0].removeprefix("--")
+            foreign = name not in OPTIONS and translation(name) is not None
+            if foreign:
+                problems.append(_unknown_flag(word))
+        if not foreign:
+            kept.append(word)
+    return kept, problems
+
+
+def _unknown(rest: Sequence[str]) -> list[Problem]:
+    """Problems of the words that argparse does not know; those after an unknown flag are its
+    values."""
+    problems, after_flag = [], False
+    for word in rest:
+        is_flag = word.startswith("-") and not re.match(r"-\.?\d", word)
+        if is_flag or not after_flag:
+            problems.append(_unknown_flag(word))
+        after_flag = is_flag or after_flag
+    return problems
+
+
+def _value(name: str, given: Any) -> Any:
+    """A flag's value from its text; a text that is none stays one, for the row's own message."""
+    option = OPTIONS[FORMER_NAMES.get(name, name)]
+    convert = {"int": int, "float": float}.get(option.kind)
+    if option.kind == "dict":
+        return dict(_pattern(option, word) for word in given)
+    try:
+        return convert(given) if convert else given
+    except ValueError:
+        return given
+
+
+def _pattern(option: Option, word: str) -> tuple[str, Any]:
+    """A word `pattern=number` as a pair."""
+    pattern, _, number = word.rpartition("=")
+    try:
+        return pattern, int(number) if option.name == "rank_pattern" else float(number)
+    except ValueError:
+        raise UsageError(
+            f"--{option.name} {word!r} is not pattern=number",
+            [Problem(option.name, f"--{option.name} {word!r} is not pattern=number")],
+        ) from None
 
 
 def parse(argv: Sequence[str], script: str | None = None, prog: str | None = None) -> TrainConfig:
-    """Returns the configuration of a command line.
+    """The configuration of a command line.
 
     Args:
         argv: the words after the program's name.
@@ -316,29 +358,38 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
         prog: the program's name in help texts.
 
     Raises:
-        UsageError: an unknown or refused flag, a bad value, a contradiction.
+        UsageError: all unknown and refused flags and keys, wrong values and contradictions.
     """
     known = SCRIPTS[script] if script else None
     mode = known.mode if known else None
-    for word in argv:  # before argparse takes a foreign name for the start of one of ours
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in FOREIGN and name not in FIELDS:
-            raise _unknown(word)
+    words, problems = _take_foreign(argv)
     parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
-    namespace, rest = parser.parse_known_args([_expanded(word, known) for word in argv])
-    if rest:
-        raise _unknown(rest[0])
+    namespace, rest = parser.parse_known_args([_expanded(word, known) for word in words])
+    problems += _unknown(rest)
     flags = vars(namespace)
     file = flags.pop("config", None)
-    values = (read_toml(file) if file else {}) | {k: v for k, v in flags.items() if k in FIELDS}
-    if values.get("dataset_config"):
-        values = with_dataset_settings(str(values["dataset_config"]), values)
-    if flags.get("pre_compute_text_embeddings") and values.get("train_text_encoder"):
-        raise UsageError("pre_compute_text_embeddings contradicts train_text_encoder")
-    if mode and values.get("mode", mode) != mode:
-        raise UsageError(f"{file} is for {values['mode']}, and this script is for {mode}")
-    if known:
-        values["mode"] = known.mode
-        if known.family and values.setdefault("family", known.family) != known.family:
-            raise UsageError(f"family is {values['family']}, and this script is for {known.family}")
-    return TrainConfig(**values)
+    idle = {name for name in WITHOUT_EFFECT if flags.pop(name, False)}
+    values, faults = _read(file) if file else ({}, [])
+    problems += faults
+    try:
+        values |= {name: _value(name, given) for name, given in flags.items()}
+        values, notes = with_present_names(values)
+        if values.get("dataset_config"):
+            values = with_dataset_options(str(values["dataset_config"]), values)
+        if idle and values.get("train_text_encoder"):
+            raise UsageError("pre_compute_text_embeddings contradicts train_text_encoder")
+        if known:
+            _insist(values, known, file)
+        config = TrainConfig(**values)
+    except UsageError as error:
+        problems += error.problems or [Problem("", str(error))]
+    refuse(problems)
+    return config.with_notes(notes)
+
+
+def _insist(values: dict[str, Any], script: Script, file: str | None) -> None:
+    """Set the mode and family of a script; raises UsageError if a file has others."""
+    if values.setdefault("mode", script.mode) != script.mode:
+        raise UsageError(f"{file} is for {values['mode']}, and this script is for {script.mode}")
+    if script.family and values.setdefault("family", script.family) != script.family:
+        raise UsageError(f"family is {values['family']}, and this script is for {script.family}")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_lora.config.sources import WORDS, CaptionRules, SourceSpec, fits, problems
+from sd_lora.config.sources import CaptionRules, SourceSpec, problems
+from sd_lora.config.values import wrong_type
 from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.findings import Finding
 
@@ -188,10 +189,10 @@ def _check_keys(
             text = f"belongs in {home}" if home else f"is unknown.{did_you_mean(key, known)}"
         elif key == "resolution" and _is_pair(value):
             continue
-        elif fits(value, allowed[key]):
-            continue
+        elif right := wrong_type(allowed[key], value):
+            text = f"must be {right}, not {value!r}"
         else:
-            text = f"must be {WORDS[allowed[key]]}, not {value!r}"
+            continue
         reading.problems.append(f"{where}: {key} {text}")
         del table[key]
         fine = False

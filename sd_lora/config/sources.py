@@ -1,29 +1,28 @@
-"""What a source of images is, as a user says it; free of torch: flags are checked at once."""
+"""A source of images as a user describes it; free of torch: flags are checked at once."""
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from sd_lora.errors import UsageError, did_you_mean
+from pydantic import ValidationError
 
-LAYOUTS = ("auto", "plain", "kohya")
-CAPTIONS = ("auto", "metadata", "sidecar", "filename", "prompt")
-LEFTOVERS = ("smaller", "pad-batch", "repeat")
-CACHES = ("auto", "memory", "disk", "no")
+from sd_lora.config.options.data import PerSourceOptions
+from sd_lora.config.rows import CAPTIONS, LAYOUTS, Option, section
+from sd_lora.config.values import problems_of
+from sd_lora.errors import Problem, UsageError
 
 Kind = Literal["instance", "class"]
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionRules:
-    """What a caption goes through each time that its image is seen; see `captions.caption_of`.
+    """Rules for captions, applied at each use of an image; see `caption_rules`.
 
-    caption_dropout: part of the images shown without a caption. shuffle_caption: shuffle the
-    tags between separators, but the first keep_tokens of them, or those before
-    keep_tokens_separator. caption_tag_dropout: part of these tags left out. wildcards: {a|b} is one
-    of them, and of several lines one is read. caption_prefix, caption_suffix: put around, with a
-    space. trigger_word: the first tag, unless the caption has it already.
+    caption_dropout: share of the images used without a caption. shuffle_caption: shuffle the tags
+    between separators, but the first keep_tokens of them, or those before keep_tokens_separator.
+    caption_tag_dropout: share of these tags dropped. wildcards: {a|b} is one of them, and one of
+    several lines is used. caption_prefix, caption_suffix: added with a space. trigger_word: the
+    first tag, unless the caption has it already.
     """
 
     caption_dropout: float = 0.0
@@ -39,22 +38,15 @@ class CaptionRules:
 
     @property
     def varies(self) -> bool:
-        """Whether a caption differs from one time to the next, not counting its absence."""
+        """Whether a caption changes from use to use, apart from its dropout."""
         return self.shuffle_caption or self.caption_tag_dropout > 0 or self.wildcards
 
 
 @dataclass(frozen=True, slots=True)
 class SourceSpec:
-    """One source of images.
+    """One source of images; the rows of `SourceTable` describe its fields.
 
-    path: a folder. dataset: a `datasets` set instead: a hub name, a local folder, a parquet, json
-    or csv file; streaming: read row by row. layout: "kohya" takes `N_token class` subfolders as
-    sources of their own. captions: where they come from; "auto" is metadata, else sidecars, else
-    prompt. metadata_file: instead of each metadata.jsonl or .csv in the folder; its names are
-    relative to path. caption_extension: of sidecars; .txt and .caption when None. prompt: the
-    caption of an image that has none. repeats: times an epoch. weight: of each image's loss.
-    random_flip: mirrored half of the time. random_crop: at a random place; None: as the framing has
-    it. label: what messages call it.
+    label: its name in messages.
     """
 
     path: str | None = None
@@ -82,57 +74,102 @@ class SourceSpec:
 
     @property
     def where(self) -> str:
-        """Returns what messages call the source."""
+        """The name of the source in messages."""
         return self.label or self.path or self.dataset or "source"
+
+
+option = section("source")
+
+
+class SourceTable(PerSourceOptions):
+    """The keys of a `[[sources]]` table."""
+
+    # fmt: off
+    path: str | None = option(None,
+        "folder of images")
+    dataset: str | None = option(None,
+        "a `datasets` set instead: a hub name, a local folder, a parquet, json or csv file")
+    config_name: str | None = option(None,
+        "configuration of the set")
+    split: str = option("train",
+        "split of the set")
+    revision: str | None = option(None,
+        "hub revision of the set")
+    cache_dir: str | None = option(None,
+        "folder for downloaded sets")
+    streaming: bool = option(False,
+        "read the set row by row")
+    caption_column: str | None = option("text",
+        "column of the captions")
+    layout: str = option("auto",
+        "meaning of subfolders: kohya takes `N_token class` subfolders as sources of their own",
+        choices=LAYOUTS)
+    captions: str = option("auto",
+        "origin of captions; auto: metadata, else sidecars, else prompt",
+        choices=CAPTIONS)
+    metadata_file: str | None = option(None,
+        "file instead of each metadata.jsonl or .csv in the folder; its names are relative to "
+        "path")
+    prompt: str | None = option(None,
+        "caption of images without one")
+    recursive: bool = option(True,
+        "read subfolders too")
+    weight: float = option(1.0,
+        "weight of each image's loss",
+        gt=0)
+    kind: str = option("instance",
+        "instances to learn, or class images",
+        choices=get_args(Kind))
+    random_crop: bool | None = option(None,
+        "crop at a random place; if not given, as the run does")
+    # fmt: on
 
 
 RULES: dict[str, dataclasses.Field] = {f.name: f for f in dataclasses.fields(CaptionRules)}
 SOURCE: dict[str, dataclasses.Field] = {
     f.name: f for f in dataclasses.fields(SourceSpec) if f.name not in ("rules", "label")
 }
+KEYS: dict[str, Option] = {n: Option.of(n, f) for n, f in SourceTable.model_fields.items()}
+"""Key of a `[[sources]]` table → its row."""
 
 OF_FOLDERS = ("layout", "metadata_file", "caption_extension", "recursive")
 OF_SETS = ("config_name", "split", "revision", "cache_dir", "streaming")
-"""What means nothing for the other of the two."""
-
-CHOICES = {"layout": LAYOUTS, "captions": CAPTIONS, "kind": get_args(Kind)}
-WORDS = {str: "a text", bool: "true or false", int: "a whole number", float: "a number"}
-
-
-def fits(value: object, kind: type) -> bool:
-    """Returns whether a value of TOML or JSON is one of a kind."""
-    # TOML writes 1 for 1.0, and Python takes True for 1
-    return type(value) is kind or (kind is float and type(value) is int)
-
-
-def _kind(field: dataclasses.Field) -> type:
-    """Returns the type of a field without its None: a choice is a text."""
-    return next((k for k in (field.type, *get_args(field.type)) if k in WORDS), str)
+"""Keys without effect for the other of the two."""
 
 
 def problems(spec: SourceSpec) -> list[str]:
-    """Returns what is wrong with the values of a specification: ranges, choices, contradictions."""
-    rules, found = spec.rules, []
+    """Wrong values of a specification: ranges, choices, contradictions."""
+    values = {name: getattr(spec, name) for name in SOURCE}
+    found = _wrong_values(values | {name: getattr(spec.rules, name) for name in RULES})
+    return [problem.line() for problem in found] + _contradictions(spec)
+
+
+def _wrong_values(values: dict[str, Any]) -> list[Problem]:
+    """Wrong types, ranges, choices and empty texts of a table's values."""
+    try:
+        SourceTable(**values)
+    except ValidationError as error:
+        return problems_of(error, KEYS, "an option of a source")
+    return [problem for name, value in values.items() if (problem := empty_text(name, value))]
+
+
+def empty_text(name: str, value: object) -> Problem | None:
+    """The problem of a text that must not be empty."""
+    blank = isinstance(value, str) and not (value.strip() if name in NEVER_BLANK else value)
+    if blank and name in (*NEVER_BLANK, *NEVER_EMPTY):
+        return Problem(name, f"{name} must not be empty")
+    return None
+
+
+NEVER_BLANK = ("trigger_word", "caption_extension")
+NEVER_EMPTY = ("caption_separator", "keep_tokens_separator")
+"""Texts that need a character; the first two need one that is no space."""
+
+
+def _contradictions(spec: SourceSpec) -> list[str]:
+    found = []
     if (spec.path is None) == (spec.dataset is None):
         found.append("needs either a path (of a folder) or a dataset")
-    for name, choices in CHOICES.items():
-        value = getattr(spec, name)
-        if value not in choices:
-            hint = did_you_mean(value, choices)
-            found.append(f"{name} must be one of {', '.join(choices)}, not {value!r}.{hint}")
-    if spec.repeats < 1:
-        found.append(f"repeats must be at least 1, not {spec.repeats}")
-    if not (spec.weight > 0 and math.isfinite(spec.weight)):
-        found.append(f"weight must be a number above 0, not {spec.weight}")
-    for name in ("caption_dropout", "caption_tag_dropout"):
-        if not 0 <= getattr(rules, name) < 1:
-            found.append(f"{name} must be at least 0 and below 1, not {getattr(rules, name)}")
-    if rules.keep_tokens < 0:
-        found.append(f"keep_tokens must be at least 0, not {rules.keep_tokens}")
-    for name in ("caption_separator", "keep_tokens_separator", "trigger_word"):
-        value = getattr(rules, name)
-        if value is not None and not (value.strip() if name == "trigger_word" else value):
-            found.append(f"{name} must not be empty")
     if spec.caption_extension is not None and not spec.caption_extension.strip(" ."):
         found.append(f"caption_extension must be like .txt, not {spec.caption_extension!r}")
     if spec.captions == "prompt" and spec.prompt is None:
@@ -149,18 +186,17 @@ def problems(spec: SourceSpec) -> list[str]:
 
 
 def _read_spec(table: dict[str, Any], defaults: SourceSpec) -> tuple[SourceSpec, list[str]]:
-    """Returns a specification, and what is wrong with its table."""
-    known, found = SOURCE | RULES, []
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        if name not in known:
-            found.append(f"{name!r} is not an option of a source.{did_you_mean(name, known)}")
-        elif not fits(value, kind := _kind(known[name])):
-            found.append(f"{name} must be {WORDS[kind]}, not {value!r}")
-        else:
-            values[name] = kind(value)
+    """A specification, and the faults of its table."""
+    wrong = {problem.field: problem for problem in _wrong_values(table)}
+    found = [problem.line() for problem in wrong.values()]
+    values: dict[str, Any] = {
+        # TOML writes 1 for 1.0
+        name: float(value) if KEYS[name].kind == "float" else value
+        for name, value in table.items()
+        if name not in wrong
+    }
     rules = {name: values.pop(name) for name in list(values) if name in RULES}
-    if values.get("kind") == "class":  # what is said of the subject is not for its class
+    if values.get("kind") == "class":  # options of the subject are not for its class
         defaults = dataclasses.replace(defaults, prompt=None, repeats=1, rules=CaptionRules())
     spec = dataclasses.replace(
         defaults,
@@ -168,8 +204,8 @@ def _read_spec(table: dict[str, Any], defaults: SourceSpec) -> tuple[SourceSpec,
         rules=dataclasses.replace(defaults.rules, **rules),
         label="",
     )
-    if not {"path", "dataset"} & (set(table) - set(values)):  # else it is wrong as it is
-        found += problems(spec)
+    if not {"path", "dataset"} & wrong.keys():
+        found += _contradictions(spec)
     if spec.dataset is not None:
         found += [f"{name} is for folders" for name in OF_FOLDERS if name in values]
     elif spec.path is not None:
@@ -178,25 +214,25 @@ def _read_spec(table: dict[str, Any], defaults: SourceSpec) -> tuple[SourceSpec,
 
 
 def read_specs(tables: list[dict[str, Any]], defaults: SourceSpec, where: str) -> list[SourceSpec]:
-    """Returns the sources of `[[sources]]` tables: fields of a source and of its caption rules.
+    """The sources of `[[sources]]` tables.
 
     Args:
-        tables: field → value, as TOML has them; each says its own path or dataset.
-        defaults: what else a table leaves unsaid.
+        tables: key → value, as TOML has them; each names its own path or dataset.
+        defaults: values of all keys that a table leaves out.
         where: the file, for messages.
 
     Raises:
-        UsageError: everything that is wrong with any of them, at once.
+        UsageError: all faults of all tables at once.
     """
     specs, found = [], []
     for number, table in enumerate(tables, 1):
         if not isinstance(table, dict):
             found.append(f"source {number}: must be a table, not {table!r:.40}")
             continue
-        spec, wrong = _read_spec(table, defaults)
+        spec, faults = _read_spec(table, defaults)
         name = table.get("path") or table.get("dataset")
         label = f"source {number} ({name})" if name else f"source {number}"
-        found += [f"{label}: {text}" for text in wrong]
+        found += [f"{label}: {text}" for text in faults]
         specs.append(spec)
     if found:
         raise UsageError(f"{where}: [[sources]] cannot be read\n  " + "\n  ".join(found))

@@ -1,4 +1,4 @@
-"""What is adapted in each model of a run, by its configuration."""
+"""Injecting deltas into the models of a run, by its configuration."""
 
 import re
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ from torch import nn
 
 from sd_lora.adapters.inject import inject
 from sd_lora.adapters.targets import select
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.models.families import Family
 
 
 def inject_all(
-    config: TrainConfig, family: Family, models: Mapping[str, nn.Module], seed: int
+    config: RunConfig, family: Family, models: Mapping[str, nn.Module], seed: int
 ) -> dict[str, nn.Module]:
-    """Adapts the UNet, and the text encoders if they are trained.
+    """Adapt the UNet, and the text encoders if they are trained.
 
     Args:
         models: component → model, of the family's UNet and text encoders.
@@ -59,7 +59,7 @@ def inject_all(
     adapted: dict[str, nn.Module] = {"unet": unet}
     shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
     for component in family.text_encoders:
-        rank, alpha = rank_and_alpha(config, component)
+        rank, alpha = config.rank_and_alpha_of(component)
         if config.train_text_encoder and rank:
             encoder = models[component]
             names = read_modules(family, component, encoder, config.clip_skip)
@@ -69,11 +69,11 @@ def inject_all(
 
 
 def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -> list[str]:
-    """Returns the linears of a text encoder, as patterns, whose outputs reach the UNet.
+    """Patterns of a text encoder's linears whose outputs reach the UNet.
 
-    SDXL's first encoder is read before its last layer, and clip skip leaves out more; only the
-    pooled text, of the second, goes through all. What nothing reads could learn nothing, and
-    several processes would wait for its gradients.
+    SDXL's first encoder is read before its last layer, and clip skip leaves out more layers; only
+    the pooled output, of the second encoder, goes through all. A linear that nothing reads cannot
+    learn, and several processes would wait for its gradients.
     """
     num = encoder.config.num_hidden_layers
     if component != "text_encoder_2":
@@ -81,18 +81,3 @@ def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -
     names = select(encoder, "text")
     layers = {name: int(name.partition("layers.")[2].partition(".")[0]) for name in names}
     return [re.escape(name) for name in names if layers[name] < num]
-
-
-def rank_and_alpha(config: TrainConfig, component: str) -> tuple[int, float | None]:
-    """Returns the rank and alpha of a text encoder; rank 0 leaves it out.
-
-    An alpha that is not given is the rank where that is given, and else the more general alpha.
-    """
-    rank, alpha = config.rank, config.lora_alpha
-    names = ["text_encoder"] + (["text_encoder_2"] if component == "text_encoder_2" else [])
-    for name in names:  # from the general to the particular
-        own_rank, own_alpha = getattr(config, f"{name}_rank"), getattr(config, f"{name}_alpha")
-        if own_rank is not None:
-            rank, alpha = own_rank, float(own_rank)
-        alpha = alpha if own_alpha is None else own_alpha
-    return rank, alpha

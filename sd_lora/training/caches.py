@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.cache.encode import Latents, vae_identity
 from sd_lora.data.cache.latents import LatentTable, PixelSettings
 from sd_lora.data.cache.placement import choose, latent_bytes
@@ -45,7 +45,7 @@ class Caches:
     """
 
     def __init__(
-        self, config: TrainConfig, store: Store, accelerator: Accelerator, emit: Listener
+        self, config: RunConfig, store: Store, accelerator: Accelerator, emit: Listener
     ) -> None:
         self.config, self.store, self.accelerator, self.emit = config, store, accelerator, emit
         self.rows: dict[str, str] = {}

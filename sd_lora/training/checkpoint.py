@@ -21,7 +21,7 @@ from sd_lora.adapters.state import (
     load_lora_state_dict,
     lora_state_dict,
 )
-from sd_lora.config.schema import CHANGEABLE, FIELDS
+from sd_lora.config.schema import OPTIONS, with_present_names
 from sd_lora.errors import RunError, UsageError
 
 _PREFIX = "checkpoint-"
@@ -142,11 +142,11 @@ def refuse_others(output_dir: Path) -> None:
 
 
 def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Path) -> None:
-    """Raises UsageError if this run is not the one that the checkpoint belongs to, or is done."""
+    """Raise UsageError if a checkpoint belongs to another run, or its run is done."""
     if progress.step >= num_steps:
         raise UsageError(
-            f"{path} has done {progress.step} steps already, and this run is to do {num_steps}: "
-            "raise max_train_steps to go on"
+            f"{path} has done {progress.step} steps already, and this run has {num_steps}: "
+            "raise max_train_steps to continue"
         )
     for name, meaning in (
         ("seed", "seed"),
@@ -163,20 +163,19 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
     if not progress.order:
         raise UsageError(
             f"{path} was written by an earlier version, whose batches ran on over an epoch's end "
-            "and whose images were cut to squares: it cannot be gone on with here. Finish it "
+            "and whose images were cut to squares, so it cannot be resumed here. Finish it "
             "with that version, or start anew in another output_dir"
         )
 
-    def earlier(name: str) -> object:
-        """The setting of the earlier run; of one that it did not have yet, the default."""
-        return progress.settings.get(name, FIELDS[name].default)
-
+    settings, _ = with_present_names(progress.settings)
     # of a folder with a prompt, earlier versions wrote "text"; it has no captions to read
     without = {"caption_column"} if ours.settings.get("instance_data_dir") else set()
     changed = [
-        f"{name} was {earlier(name)!r} and is {now!r}"
-        for name, now in ours.settings.items()
-        if name not in CHANGEABLE | without and earlier(name) != now
+        f"{name} was {earlier!r} and is {ours.settings[name]!r}"
+        for name, option in OPTIONS.items()
+        if not option.may_change and name not in without
+        # options that the earlier version did not have were at their defaults
+        if (earlier := settings.get(name, option.default)) != ours.settings[name]
     ]
     if changed:
         raise UsageError(

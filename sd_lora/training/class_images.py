@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.data.images.decode import is_image
 from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import CaptionEncoder
@@ -24,7 +24,7 @@ CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
 must not apply to them."""
 
 
-def has_class_images(config: TrainConfig) -> bool:
+def has_class_images(config: RunConfig) -> bool:
     """Whether the folder of class images exists and holds images.
 
     Raises:
@@ -39,7 +39,7 @@ def has_class_images(config: TrainConfig) -> bool:
         raise UsageError(f"class_data_dir {folder} cannot be read: {error.strerror}") from None
 
 
-def check_class_images(config: TrainConfig, there: int, family: Family) -> None:
+def check_class_images(config: RunConfig, there: int, family: Family) -> None:
     """Raise UsageError for missing class images that the base model cannot draw.
 
     there: number of usable class images.
@@ -60,7 +60,7 @@ def _free_names(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def fill_class_folder(
-    config: TrainConfig,
+    config: RunConfig,
     there: int,
     parts: Parts,
     caption_encoder: CaptionEncoder,
@@ -84,7 +84,7 @@ def fill_class_folder(
 
 
 def _generate_class_images(
-    config: TrainConfig,
+    config: RunConfig,
     parts: Parts,
     caption_encoder: CaptionEncoder,
     accelerator: Accelerator,
@@ -102,7 +102,7 @@ def _generate_class_images(
             caption_encoder,
             [str(config.class_prompt)] * len(paths),
             [seed_for(seed, "class picture", path.name) % 2**32 for path in paths],
-            resolution=config.side,
+            resolution=config.resolution,
             device=device,
             steps=CLASS_STEPS,
             guidance_scale=CLASS_GUIDANCE,

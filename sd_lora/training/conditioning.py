@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet, Stream
 from sd_lora.data.cache.text_embeddings import Embeddings
@@ -58,14 +58,13 @@ class LearningStops:
 
     @classmethod
     def of(
-        cls, config: TrainConfig, encoders: Mapping[str, nn.Module], tokens: NewTokens | None
+        cls, config: RunConfig, encoders: Mapping[str, nn.Module], tokens: NewTokens | None
     ) -> "LearningStops":
         """Stops by the configuration, for adapted text encoders."""
         lora = {}
         for component, encoder in encoders.items():
             if adapted_layers(encoder):
-                own = getattr(config, f"{component}_stop_step")
-                lora[component] = config.text_encoder_stop_step if own is None else own
+                lora[component] = config.stop_step_of(component)
         return cls(encoders, tokens, lora, config.embedding_stop_step)
 
     def _of(self, component: str) -> list[int | None]:
@@ -215,7 +214,7 @@ def caption_batch_size(device: torch.device) -> int:
 
 
 def run_caption_encoder(
-    config: TrainConfig, parts: Parts, tokens: NewTokens | None
+    config: RunConfig, parts: Parts, tokens: NewTokens | None
 ) -> CaptionEncoder:
     """The caption encoder of a run, with its new words.
 
@@ -233,7 +232,7 @@ def run_caption_encoder(
     return caption_encoder
 
 
-def planned_caption_encoder(config: TrainConfig, base: Base) -> CaptionEncoder:
+def planned_caption_encoder(config: RunConfig, base: Base) -> CaptionEncoder:
     """The caption encoder of a run before any weights are loaded, for counting tokens: each vector
     of a new word is one token."""
 
@@ -251,7 +250,7 @@ def planned_caption_encoder(config: TrainConfig, base: Base) -> CaptionEncoder:
     )
 
 
-def concepts_of(config: TrainConfig) -> list[Concept]:
+def concepts_of(config: RunConfig) -> list[Concept]:
     """New words of a configuration."""
     words = config.token_abstraction.split(",") if config.token_abstraction else []
     return [
@@ -261,7 +260,7 @@ def concepts_of(config: TrainConfig) -> list[Concept]:
 
 
 def add_new_words(
-    config: TrainConfig, parts: Parts, instances: ImageSet, seed: int
+    config: RunConfig, parts: Parts, instances: ImageSet, seed: int
 ) -> NewTokens | None:
     """Add the new words to a model's tokenizers and text encoders; None if there are none.
 

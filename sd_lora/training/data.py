@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sd_lora.config.kohya import read_dataset_config
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.config.sources import RULES, CaptionRules, Kind, SourceSpec, read_specs
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.latents import PixelSettings
@@ -38,13 +38,13 @@ def base_of(config: TrainConfig) -> Base:
     )
 
 
-def rules_of(config: TrainConfig) -> CaptionRules:
+def rules_of(config: RunConfig) -> CaptionRules:
     """The run's caption rules, which a source may replace."""
     given = {name: getattr(config, name) for name in RULES}
     return CaptionRules(**{name: value for name, value in given.items() if value is not None})
 
 
-def specs_of(config: TrainConfig) -> list[SourceSpec]:
+def specs_of(config: RunConfig) -> list[SourceSpec]:
     """The sources that a configuration names, without the folder of class images.
 
     Raises:
@@ -84,7 +84,7 @@ def specs_of(config: TrainConfig) -> list[SourceSpec]:
     return [dataclasses.replace(defaults, path=config.train_data_dir, label="train_data_dir")]
 
 
-def class_spec(config: TrainConfig) -> SourceSpec:
+def class_spec(config: RunConfig) -> SourceSpec:
     """The folder of class images as a source."""
     return SourceSpec(
         path=config.class_data_dir,
@@ -98,7 +98,7 @@ def class_spec(config: TrainConfig) -> SourceSpec:
     )
 
 
-def find_sources(config: TrainConfig, seed: int) -> list[Source]:
+def find_sources(config: RunConfig, seed: int) -> list[Source]:
     """Open the sources of a run, with at most max_train_samples instances.
 
     Raises:
@@ -130,7 +130,7 @@ def find_sources(config: TrainConfig, seed: int) -> list[Source]:
     return [*kept, *(source for source in sources if source.spec.kind == "class")]
 
 
-def _notes(config: TrainConfig, path: str) -> list[Finding]:
+def _notes(config: RunConfig, path: str) -> list[Finding]:
     """Findings on kohya's dataset configuration, and on options that overrule it."""
     _, settings, notes = read_dataset_config(path)
     if config.aspect_ratio_buckets and "aspect_ratio_buckets" not in settings:
@@ -175,7 +175,7 @@ class _Rows:
         return (row for i, row in enumerate(self.source.rows()) if i in self.kept)
 
 
-def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
+def crop_settings_of(config: RunConfig, base: Base) -> CropSettings:
     """The buckets or squares of a run.
 
     Raises:
@@ -183,7 +183,7 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
             without any bucket.
     """
     vae, unet = base.pixels_per_latent, base.latent_multiple
-    side, whole = config.side, vae * unet
+    side, whole = config.resolution, vae * unet
     if side % whole:
         near = max(whole, round(side / whole) * whole)
         raise UsageError(
@@ -196,7 +196,7 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
         min_side=config.bucket_min_side,
         max_side=config.bucket_max_side,
         upscale=not config.bucket_no_upscale,
-        min_images=config.bucket_min_pictures,
+        min_images=config.bucket_min_images,
         random_crop=None if config.center_crop is None else not config.center_crop,
         interpolation=config.image_interpolation_mode,
     )
@@ -213,7 +213,7 @@ def crop_settings_of(config: TrainConfig, base: Base) -> CropSettings:
     return chosen
 
 
-def pixel_settings_of(config: TrainConfig, base: Base) -> PixelSettings:
+def pixel_settings_of(config: RunConfig, base: Base) -> PixelSettings:
     """How images become pixels; raises UsageError for an unknown colour."""
     return PixelSettings(
         config.image_interpolation_mode,
@@ -240,7 +240,7 @@ class RunImages:
 
     def __init__(
         self,
-        config: TrainConfig,
+        config: RunConfig,
         crop_settings: CropSettings,
         seed: int,
         store: Store,

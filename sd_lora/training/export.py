@@ -1,4 +1,4 @@
-"""What a run leaves for others: the LoRA files, verified, and what they say of how they came."""
+"""The LoRA files of a run: written, verified, with a header that says how they were trained."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
-from sd_lora.training.optimizers import learning_rate
+from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.run import Run
 
@@ -29,11 +29,11 @@ SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
 MOST_TAGS = 1000
-"""So many of the most frequent tags go into a header: a set of 50,000 captions would fill it."""
+"""Most tags in a header, the most frequent ones: a set of 50,000 captions would fill it."""
 
 
 def export(run: Run) -> list[Verified]:
-    """Writes the LoRA files and verifies each by loading it into a fresh pipeline.
+    """Write the LoRA files, and verify each by loading it into a fresh pipeline.
 
     Raises:
         RunError: values that are not finite or beyond the precision, a file that could not be
@@ -57,7 +57,7 @@ def export(run: Run) -> list[Verified]:
 
 
 def export_words(run: Run) -> list[Path]:
-    """Writes the new words' embeddings, a file each, and verifies them by diffusers' loader.
+    """Write the new words' embeddings, a file each, and verify them by diffusers' loader.
 
     Raises:
         RunError: embeddings that are not finite, or a file that does not load as trained.
@@ -94,7 +94,7 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
 
 
 def record(run: Run) -> dict[str, object]:
-    """Returns our own part of the header: everything that another run would need."""
+    """Our own part of the header: everything that a repetition of the run needs."""
     config = run.config
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
@@ -109,9 +109,9 @@ def record(run: Run) -> dict[str, object]:
     }
 
 
-def base_hash(config: TrainConfig) -> str | None:
-    """Returns the SHA-256 of the base UNet's weights: of its file, or of its shards one after
-    another; of a single checkpoint whole; None if it is not found as files."""
+def base_hash(config: RunConfig) -> str | None:
+    """SHA-256 of the base UNet's weights: of its file, of its shards one after another, or of a
+    whole single checkpoint; None if there are no such files."""
     name, variant = str(config.pretrained_model_name_or_path), config.variant
     folder = Path(name).expanduser() / "unet"
     if Path(name).expanduser().is_file():  # of a single checkpoint: the hash that sites show
@@ -142,56 +142,46 @@ def _sha256(files: Sequence[Path]) -> str | None:
 
 
 def facts(run: Run) -> dict[str, str]:
-    """Returns kohya's keys about the training, as A1111 and model sites show them."""
+    """kohya's header keys about the training, as A1111 and model sites show them.
+
+    Options with a `header` in their row are written as they are.
+    """
     config, plan = run.config, run.plan
-    size, instances = config.side, run.images.instances
+    size, instances = config.resolution, run.images.instances
     last = run.timesteps[1]
-    reg = run.images.by_kind.get("class")
     values: dict[str, object] = {
+        option.header: getattr(config, name) for name, option in OPTIONS.items() if option.header
+    }
+    values |= {
         "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
         "ss_resolution": f"({size}, {size})",
         "ss_num_train_images": len(instances.entries),
-        "ss_num_reg_images": len(reg.set.samples) if reg else 0,
+        "ss_num_reg_images": run.images.num_class_images,
         "ss_num_epochs": max(1, round(plan.num_steps / plan.epochs.num_steps)),
         "ss_steps": plan.num_steps,
         "ss_max_train_steps": plan.num_steps,
-        "ss_batch_size_per_device": config.train_batch_size,
-        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
         "ss_total_batch_size": plan.samples_per_step,
         "ss_learning_rate": config.learning_rate,
         "ss_unet_lr": config.learning_rate,
         "ss_text_encoder_lr": (
-            learning_rate(config, run.parts.family.text_encoders[0])
+            config.learning_rate_of(run.parts.family.text_encoders[0])
             if config.train_text_encoder
             else None
         ),
-        "ss_lr_scheduler": config.lr_scheduler,
-        "ss_lr_warmup_steps": config.lr_warmup_steps,
-        "ss_optimizer": "AdamW8bit" if config.use_8bit_adam else "torch.optim.adamw.AdamW",
+        "ss_optimizer": optimizer_of(config).header,
         "ss_mixed_precision": run.accelerator.mixed_precision,
-        "ss_max_grad_norm": config.max_grad_norm,
-        "ss_gradient_checkpointing": config.gradient_checkpointing,
         "ss_network_dropout": config.neuron_dropout or None,
-        "ss_min_snr_gamma": config.snr_gamma,
         "ss_noise_offset": config.noise_offset or None,
-        "ss_prior_loss_weight": config.prior_loss_weight,
-        "ss_scale_weight_norms": config.scale_weight_norms,
         "ss_random_crop": any(map(instances.is_random, range(len(instances.samples)))),
-        "ss_enable_bucket": config.aspect_ratio_buckets,
-        "ss_bucket_no_upscale": config.bucket_no_upscale,
         "ss_bucket_info": json.dumps(_buckets(plan)) if config.aspect_ratio_buckets else None,
-        "ss_shuffle_caption": config.shuffle_caption,
         "ss_keep_tokens": config.keep_tokens or None,
         "ss_caption_tag_dropout_rate": config.caption_tag_dropout or None,
-        "ss_flip_aug": config.random_flip,
         "ss_seed": plan.seed,
         "ss_clip_skip": config.clip_skip + 1 if config.clip_skip else None,  # kohya's 1 is none
         "ss_max_token_length": config.max_token_length if config.max_token_length > 75 else None,
-        "ss_caption_dropout_rate": config.caption_dropout,
         "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
         "ss_min_timestep": config.min_timestep or None,
         "ss_max_timestep": last if last < run.schedule.num_timesteps else None,
-        "ss_vae_name": config.pretrained_vae_model_name_or_path,
         "modelspec.resolution": f"{size}x{size}",
     }
     named = {key: str(value) for key, value in values.items()}
@@ -202,13 +192,13 @@ def facts(run: Run) -> dict[str, str]:
 
 
 def _buckets(plan: Plan) -> dict[str, dict[str, object]]:
-    """Returns the buckets as kohya counts them."""
+    """The buckets in kohya's form."""
     rows = enumerate(plan.epochs.buckets.items())
     return {"buckets": {str(i): {"resolution": [*size], "count": n} for i, (size, n) in rows}}
 
 
 def _tags(run: Run) -> dict[str, dict[str, int]]:
-    """Returns set → how often each part of a caption between commas occurs, as kohya counts."""
+    """Kind of images → how often each tag between commas occurs, in kohya's form."""
     counted = {}
     for kind, images in run.images.by_kind.items():
         tags: Counter[str] = Counter()

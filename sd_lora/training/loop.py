@@ -351,7 +351,7 @@ def replay(run: Run) -> tuple[float, float]:
 def open_output(run: Run) -> None:
     """Make the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
-        text = dataclasses.replace(run.config, seed=run.plan.seed).to_json()
+        text = run.config.replace(seed=run.plan.seed).to_json()
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()

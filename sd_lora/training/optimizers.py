@@ -1,7 +1,8 @@
-"""AdamW over exactly the trained parameters, and its learning-rate schedule."""
+"""Optimisers and learning-rate schedules of a run, over exactly the trained parameters."""
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,19 +11,69 @@ from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.models.new_tokens import NewTokens
+
+Groups = list[dict[str, Any]]
+"""Parameter groups, each with its learning rate and weight decay."""
+
+
+@dataclass(frozen=True)
+class OptimizerRow:
+    """An optimiser.
+
+    build: makes it from parameter groups and the configuration. state_bytes: bytes of its state a
+    parameter. header: its name in `ss_optimizer`. names: peer → its name there.
+    """
+
+    build: Callable[[Groups, RunConfig], torch.optim.Optimizer]
+    state_bytes: int
+    header: str
+    names: Mapping[str, str]
+
+
+def _adamw(groups: Groups, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019), fused where all parameters are on a GPU."""
+    betas = (config.adam_beta1, config.adam_beta2)
+    fused = all(p.is_cuda for group in groups for p in group["params"])
+    return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
+
+
+def _adamw8bit(groups: Groups, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW with 8-bit moments (Dettmers et al. 2022), of bitsandbytes."""
+    from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
+
+    betas = (config.adam_beta1, config.adam_beta2)
+    return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
+
+
+OPTIMIZERS: dict[str, OptimizerRow] = {
+    "adamw": OptimizerRow(
+        _adamw, 8, "torch.optim.adamw.AdamW",
+        {"diffusers": "AdamW", "kohya": "AdamW", "onetrainer": "ADAMW"},
+    ),
+    "adamw8bit": OptimizerRow(
+        _adamw8bit, 2, "AdamW8bit", {"kohya": "AdamW8bit", "onetrainer": "ADAMW_8BIT"}
+    ),
+}  # fmt: skip
+"""Name → optimiser."""
+
+
+def optimizer_of(config: TrainConfig) -> OptimizerRow:
+    """The optimiser that a configuration asks for."""
+    return OPTIMIZERS["adamw8bit" if config.use_8bit_adam else "adamw"]
 
 
 def build_optimizer(
     models: Mapping[str, nn.Module],
-    config: TrainConfig,
+    config: RunConfig,
     num_samples_per_step: int,
     tokens: NewTokens | None = None,
 ) -> torch.optim.Optimizer:
-    """Returns AdamW with a parameter group per component and learning rate; its parameters are
-    `lora_layers`, and the embeddings of new words, whose weights do not decay.
+    """The optimiser of a run, with a parameter group per component and learning rate.
+
+    Its parameters are `lora_layers`, and the embeddings of new words, which do not decay.
 
     Args:
         models: component → injected model.
@@ -33,39 +84,19 @@ def build_optimizer(
         UsageError: a pattern of `lr_pattern` that matches no adapted module.
     """
     factor = num_samples_per_step if config.scale_lr else 1
-    te_decay = config.adam_weight_decay_text_encoder
-    decays = {"text_encoder": te_decay, "text_encoder_2": te_decay}
-
-    def chosen(value: float | None, default: float) -> float:
-        return default if value is None else value
-
     factors = learning_rate_factors(models, config.lr_pattern, config.loraplus_lr_ratio)
-    groups: list[dict[str, Any]] = []
+    groups: Groups = []
     for component in models:
-        rate = learning_rate(config, component) * factor
-        decay = chosen(decays.get(component), config.adam_weight_decay)
+        rate = config.learning_rate_of(component) * factor
+        decay = config.weight_decay_of(component)
         for multiple, parameters in factors[component].items():
             group = {"params": parameters, "lr": rate * multiple, "weight_decay": decay}
             groups.append(group | {"multiple": multiple})  # of the rate that is logged
     if tokens:
-        rate = chosen(config.embedding_lr, learning_rate(config, "text_encoder")) * factor
+        rate = config.new_words_learning_rate * factor
         group = {"params": tokens.parameters(), "lr": rate, "weight_decay": 0.0}
         groups.append(group | {"multiple": 1.0})
-    betas = (config.adam_beta1, config.adam_beta2)
-    if config.use_8bit_adam:
-        from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
-
-        return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
-
-
-def learning_rate(config: TrainConfig, component: str) -> float:
-    """Returns a component's learning rate: its own, or else the more general one."""
-    rates: list[float | None] = [config.learning_rate]
-    rates += [config.text_encoder_lr] if component != "unet" else []
-    rates += [config.text_encoder_2_lr] if component == "text_encoder_2" else []
-    return next(rate for rate in reversed(rates) if rate is not None)
+    return optimizer_of(config).build(groups, config)
 
 
 def learning_rate_factors(
@@ -73,12 +104,12 @@ def learning_rate_factors(
     lr_pattern: Mapping[str, float] | None,
     loraplus_lr_ratio: float | None,
 ) -> dict[str, dict[float, list[nn.Parameter]]]:
-    """Returns component → factor of its learning rate → parameters, in the models' order.
+    """Component → factor of its learning rate → parameters, in the models' order.
 
     Args:
         models: component → injected model.
         lr_pattern: pattern → factor, at the end of a module's name as `rank_pattern`; the first
-            that matches wins.
+            match counts.
         loraplus_lr_ratio: λ of LoRA+ (Hayou et al. 2024, section 4): B learns λ times as fast.
 
     Raises:
@@ -99,22 +130,24 @@ def learning_rate_factors(
 
 
 def check_installed(config: TrainConfig) -> None:
-    """Raises UsageError if a run needs a package that is not installed."""
-    if config.weighted_prompts and not importlib.util.find_spec("compel"):
-        raise UsageError("weighted_prompts needs compel: pip install 'sd_lora[compel]'")
-    if config.use_8bit_adam and not importlib.util.find_spec("bitsandbytes"):
-        raise UsageError(
-            "use_8bit_adam needs bitsandbytes: pip install 'sd_lora[8bit]', or leave it out"
-        )
+    """Raise UsageError if an option needs a package that is not installed."""
+    for name, option in OPTIONS.items():
+        if not option.package or not option.is_given(getattr(config, name)):
+            continue
+        package, extra = option.package
+        if not importlib.util.find_spec(package):
+            raise UsageError(
+                f"{name} needs {package}: pip install 'sd_lora[{extra}]', or leave it out"
+            )
 
 
 def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, num_steps: int
+    optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """Returns a schedule counted in optimiser steps.
+    """A learning-rate schedule counted in optimiser steps; `config.rows.SCHEDULES` has the names.
 
-    It is stepped once per optimiser step and not handed to Accelerate, which would step it once
-    per process; so neither accumulation nor the number of processes changes it.
+    The loop steps it once per optimiser step. Accelerate would step it once per process; so neither
+    accumulation nor the number of processes changes it.
     """
     return get_scheduler(
         config.lr_scheduler,

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.store import digest_of
@@ -21,14 +21,14 @@ class Plan:
     whole run.
     """
 
-    config: TrainConfig
+    config: RunConfig
     images: ImageSet
     epochs: Epochs
     num_processes: int
     num_steps: int
 
     @classmethod
-    def of(cls, config: TrainConfig, images: ImageSet, num_processes: int) -> "Plan":
+    def of(cls, config: RunConfig, images: ImageSet, num_processes: int) -> "Plan":
         epochs = Epochs(
             [images.buckets[index] for index in images.entries],
             config.train_batch_size * num_processes,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import limit_norms, lora_layers
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
 from sd_lora.diffusion.schedule import NoiseSchedule
@@ -65,7 +65,7 @@ class Run:
     saved: checkpoint.Saved | None = None
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> RunConfig:
         return self.plan.config
 
     @property

@@ -35,7 +35,7 @@ def draw_samples(run: Run) -> list[Image.Image]:
         run.text.caption_encoder,
         prompts,
         range(len(prompts)),
-        resolution=run.config.side,
+        resolution=run.config.resolution,
         device=run.accelerator.device,
         steps=run.config.validation_steps,
         guidance_scale=run.config.validation_guidance_scale,

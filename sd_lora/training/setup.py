@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
@@ -77,23 +77,23 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     """
     checked = _check(config, listeners)
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
-    config, seed = plan.config, plan.seed
-    parts = _load(checked.base, config, accelerator)
-    schedule, timesteps = _objective(config, parts)
-    parts.caption_encoder(clip_skip=config.clip_skip).check_clip_skip(parts.text_encoders)
+    resolved, seed = plan.config, plan.seed
+    parts = _load(checked.base, resolved, accelerator)
+    schedule, timesteps = _objective(resolved, parts)
+    parts.caption_encoder(clip_skip=resolved.clip_skip).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
-    models = inject_all(config, parts.family, parts.models, seed)
-    text = _text_conditioning(config, parts, images, accelerator, seed)
+    models = inject_all(resolved, parts.family, parts.models, seed)
+    text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
-    if config.with_prior_preservation:  # the injected model still is the base, bit for bit
+    if resolved.with_prior_preservation:  # the injected model still is the base, bit for bit
         fill_class_folder(
-            config, images.num_class_images, parts, text.caption_encoder, accelerator, seed,
+            resolved, images.num_class_images, parts, text.caption_encoder, accelerator, seed,
             checked.emit,
         )  # fmt: skip
         images.check_class_folder()
-    caches = Caches(config, open_store(config), accelerator, checked.emit)
+    caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = _prepare_models(config, accelerator, models, text)
+    prepared = _prepare_models(resolved, accelerator, models, text)
     stream = Stream(
         images.instances,
         plan.epochs,
@@ -104,10 +104,10 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         plan.num_micro_batches,
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    _cache_embeddings(config, caches, text, stream, can_generate_images(parts.family))
+    _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
     caches.make_room(images, latents, text)
-    optimizer = build_optimizer(models, config, plan.samples_per_step, text.tokens)
-    log = LogFile(Path(config.output_dir) / "training_log.jsonl")
+    optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
+    log = LogFile(Path(resolved.output_dir) / "training_log.jsonl")
     listening: list[Listener] = (
         [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
     )
@@ -127,7 +127,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         stream=stream,
         images=images,
         optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_scheduler=build_lr_scheduler(optimizer, config, plan.num_steps),
+        lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
         saved=saved,
     )
@@ -149,23 +149,26 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     seed = agreed_seed(config, saved_path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     base = base_of(config)
-    config = config.for_base(base.family.name, base.resolution)
-    caption_encoder = planned_caption_encoder(config, base)
-    pixel_settings, crop_settings = pixel_settings_of(config, base), crop_settings_of(config, base)
-    store = open_store(config)
+    resolved = config.resolve(base.family.name, base.resolution)
+    caption_encoder = planned_caption_encoder(resolved, base)
+    pixel_settings, crop_settings = (
+        pixel_settings_of(resolved, base),
+        crop_settings_of(resolved, base),
+    )
+    store = open_store(resolved)
     images = RunImages(
-        config, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
+        resolved, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
     )
     images.check_sources()
-    check_class_images(config, images.num_class_images, base.family)
-    plan = Plan.of(config, images.instances, accelerator.num_processes)
+    check_class_images(resolved, images.num_class_images, base.family)
+    plan = Plan.of(resolved, images.instances, accelerator.num_processes)
     if saved_path:
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
     return CheckedRun(plan, base, images, pixel_settings, accelerator, summary, emit, saved_path)
 
 
-def _objective(config: TrainConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
+def _objective(config: RunConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
     """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
     weighting, parameters = _weighting(config)
     schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
@@ -173,7 +176,7 @@ def _objective(config: TrainConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[
 
 
 def _text_conditioning(
-    config: TrainConfig, parts: Parts, images: RunImages, accelerator: Accelerator, seed: int
+    config: RunConfig, parts: Parts, images: RunImages, accelerator: Accelerator, seed: int
 ) -> TextConditioning:
     """Captions → embeddings, with the run's new words; nothing is encoded yet."""
     tokens = add_new_words(config, parts, images.instances, seed)
@@ -186,7 +189,7 @@ def _text_conditioning(
     )
 
 
-def _load(base: Base, config: TrainConfig, accelerator: Accelerator) -> Parts:
+def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
     return base.load(
         dtype=weight_dtype(accelerator),
@@ -198,7 +201,7 @@ def _load(base: Base, config: TrainConfig, accelerator: Accelerator) -> Parts:
 
 
 def _cache_embeddings(
-    config: TrainConfig,
+    config: RunConfig,
     caches: Caches,
     text: TextConditioning,
     stream: Stream,
@@ -228,14 +231,14 @@ def _check_output(config: TrainConfig) -> None:
         checkpoint.refuse_others(folder)
 
 
-def _weighting(config: TrainConfig) -> tuple[str, dict[str, float]]:
+def _weighting(config: RunConfig) -> tuple[str, dict[str, float]]:
     """Name and parameters of the loss weighting, a row of `WEIGHTINGS`."""
     if config.snr_gamma is not None:
         return "min_snr", {"gamma": config.snr_gamma}
     return ("edm_style" if config.do_edm_style_training else "uniform"), {}
 
 
-def _timesteps(config: TrainConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
+def _timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
     """Returns the first timestep that is trained, and the one after the last."""
     num = schedule.num_timesteps
     last = config.max_timestep or min(num, parts.family.max_timestep or num)
@@ -256,7 +259,7 @@ CHECKPOINTING = (
 
 
 def _prepare_models(
-    config: TrainConfig,
+    config: RunConfig,
     accelerator: Accelerator,
     models: dict[str, nn.Module],
     text: TextConditioning,

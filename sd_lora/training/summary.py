@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig
 from sd_lora.files import mib
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.files import formats_of
@@ -15,7 +15,6 @@ from sd_lora.models.families import INPAINTING
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import adapted_modules
 from sd_lora.sampling.sampler import can_generate_images
-from sd_lora.training.adapt import rank_and_alpha
 from sd_lora.training.caches import Caches
 from sd_lora.training.run import Run
 
@@ -34,7 +33,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
         vae = config.pretrained_vae_model_name_or_path or "the base’s"
         rows["VAE"] = f"{vae}, {config.vae_precision}"
     rows["method"] = method_of_run(config)
-    ranks = {c: rank_and_alpha(config, c) for c in run.models if c != "unet"}
+    ranks = {c: config.rank_and_alpha_of(c) for c in run.models if c != "unet"}
     if any(rank != config.rank for rank, _ in ranks.values()):
         rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, (rank, _) in ranks.items())
     rows["adapted"] = adapted_modules(
@@ -46,7 +45,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["objective"] = objective_of(run)
     precision = f"{run.accelerator.mixed_precision} precision"
     rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
-    run.summary.notes += [*base_notes, *format_notes, *_notes(run), *caches.notes]
+    run.summary.notes += [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
     if run.saved:
         run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:
@@ -107,7 +106,7 @@ def objective_of(run: Run) -> str:
     return ", ".join(words)
 
 
-def caption_options(config: TrainConfig) -> str:
+def caption_options(config: RunConfig) -> str:
     """Options of captions that differ from the defaults, as a line; may be empty."""
     words = []
     if config.max_token_length > PIECE:
@@ -118,7 +117,7 @@ def caption_options(config: TrainConfig) -> str:
     return ", ".join(words)
 
 
-def method_of_run(config: TrainConfig) -> str:
+def method_of_run(config: RunConfig) -> str:
     """The method as a line: "lora, rank 16, alpha 16, …"."""
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     words = [config.method]

@@ -10,9 +10,8 @@ import pytest
 
 from sd_lora.adapters.targets import match_names, plan, select
 from sd_lora.config import kohya
-from sd_lora.config.command_line import ACCEPTED_WITHOUT_EFFECT, REFUSED, SCRIPTS, parse
-from sd_lora.config.contradictions import type_name
-from sd_lora.config.schema import FIELDS, TrainConfig
+from sd_lora.config.command_line import REFUSED, SCRIPTS, WITHOUT_EFFECT, parse
+from sd_lora.config.schema import OPTIONS, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import family_named
@@ -83,9 +82,9 @@ def test_what_is_called_ours_is_ours(page: str) -> None:
     """Each name with dashes is an option, or the beginning of one of diffusers' flags; no cell of a
     column "ours" has another name."""
     shorter = {"gradient_accumulation"}
-    assert all(any(flag.startswith(start) for flag in FIELDS) for start in shorter)
-    switched_off = {f"no-{name}" for name, field in FIELDS.items() if type_name(field) == "bool"}
-    known = {*FIELDS, *ACCEPTED_WITHOUT_EFFECT, *shorter, *switched_off, "config"}
+    assert all(any(flag.startswith(start) for flag in OPTIONS) for start in shorter)
+    switched_off = {f"no-{name}" for name, field in OPTIONS.items() if field.kind == "bool"}
+    known = {*OPTIONS, *WITHOUT_EFFECT, *shorter, *switched_off, "config"}
     assert set(re.findall(r"--(\w[\w-]*)", _prose(page))) - known == set()
     columns = [(head.index("ours"), rows) for head, rows in _tables(page) if "ours" in head]
     assert len(columns) == 4
@@ -110,7 +109,7 @@ def test_what_is_not_there_is_not_there(page: str) -> None:
     assert len(paragraphs) == 2
     named = {name for text in paragraphs for name in _names(text)}
     assert len(named) > 20
-    assert named & {*FIELDS} == set()
+    assert named & {*OPTIONS} == set()
 
 
 def test_the_defaults_are_ours(page: str) -> None:
@@ -119,8 +118,8 @@ def test_the_defaults_are_ours(page: str) -> None:
     checked = 0
     for row in rows:
         here = row[head.index("here")]
-        field = FIELDS[_names(row[-1])[0].removeprefix("--")]
-        modes = field.metadata["modes"]
+        field = OPTIONS[_names(row[-1])[0].removeprefix("--")]
+        modes = field.modes
         values = [modes["text_to_image"], modes["dreambooth"]] if modes else [field.default]
         if re.match(r"[\d.]", here):
             assert [float(number) for number in here.split("/")] == values, row

@@ -9,10 +9,10 @@ import pytest
 
 from sd_lora import check as checkup
 from sd_lora.config import kohya
-from sd_lora.config.command_line import parse, read_toml
-from sd_lora.config.contradictions import type_name
-from sd_lora.config.schema import FIELDS
-from sd_lora.config.sources import LEFTOVERS, RULES, SOURCE, CaptionRules
+from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.rows import LEFTOVERS
+from sd_lora.config.schema import OPTIONS
+from sd_lora.config.sources import RULES, SOURCE, CaptionRules
 from sd_lora.data.batches.caption_rules import caption_of
 from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.images.buckets import CropSettings, Size
@@ -89,7 +89,7 @@ def test_every_key_of_a_source_is_there(page: str) -> None:
         (name,) = named(keys)
         for word in named(unsaid):
             if word.startswith("--"):
-                assert word.removeprefix("--") in FIELDS, name
+                assert word.removeprefix("--") in OPTIONS, name
             else:
                 default = SOURCE[name].default
                 shown = str(default).lower() if isinstance(default, bool) else str(default)
@@ -111,11 +111,11 @@ def test_every_option_of_data_is_there(root: Path, page: str) -> None:
     """Each flag of the section data is written out here or in docs/models.md; each one here is a
     flag."""
     text = page + (root / "docs/models.md").read_text()
-    flags = [name for name, field in FIELDS.items() if field.metadata["section"] == "data"]
+    flags = [name for name, field in OPTIONS.items() if field.section == "data"]
     assert [f for f in flags if f"--{f}" not in text and f != "sources"] == []
-    switches = {f"no-{name}" for name, field in FIELDS.items() if type_name(field) == "bool"}
+    switches = {f"no-{name}" for name, field in OPTIONS.items() if field.kind == "bool"}
     own = {"json", "page", "no_page", "num_processes", "config"}
-    assert set(re.findall(r"--(\w[\w-]*)", page)) - {*FIELDS, *switches, *own} == set()
+    assert set(re.findall(r"--(\w[\w-]*)", page)) - {*OPTIONS, *switches, *own} == set()
     table = rows(section(page, "What is left over"), "`--bucket_leftovers`")
     assert {word for row in table for word in named(row[0])} == set(LEFTOVERS)
 
@@ -199,7 +199,7 @@ def test_the_example_files_can_be_trained(
     file = f"sample_data/configs/{name}.toml"
     words = ["--data_cache_dir", str(tmp_path)]
     if name == "sources":
-        assert "sources" in read_toml(file)
+        assert "sources" in read_config_file(file)
         words += ["--config", file]
     else:
         model = "sample_data/tiny-sd"

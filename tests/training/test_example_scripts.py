@@ -6,7 +6,6 @@ examples/dreambooth/train_dreambooth_lora.py, D: its SDXL twin; numbers are line
 wrong, the test says how, and what is right.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -98,7 +97,7 @@ class Fed:
     @classmethod
     @torch.no_grad()
     def of(cls, run: Run) -> "Fed":
-        items, r = run.stream.batch(0).items, run.config.side
+        items, r = run.stream.batch(0).items, run.config.resolution
         pipeline = loaded(str(run.config.pretrained_model_name_or_path))
         pixels, sizes, corners = [], [], []
         for item in items:  # B 948-964, D 821-840
@@ -169,7 +168,7 @@ class Fed:
 
 def ours(config: TrainConfig) -> tuple[Tensor, Fed]:
     """The loss of our first step in the scripts' squares, and what it was fed."""
-    run = prepare(dataclasses.replace(config, aspect_ratio_buckets=False))
+    run = prepare(config.replace(aspect_ratio_buckets=False))
     with torch.no_grad():
         loss = loop.batch_loss(run, run.stream.batch(0), 0)
     return loss, Fed.of(run)

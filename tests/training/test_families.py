@@ -85,7 +85,7 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).schedule.alpha[-1] > 0
     asked = text_to_image(tiny("sd2"), data, tmp_path, rescale_betas_zero_snr=True)
     assert prepare(asked).schedule.alpha[-1] == 0
-    with pytest.raises(sd_lora.UsageError, match="Zero terminal SNR is for v_prediction"):
+    with pytest.raises(sd_lora.UsageError, match="Use zero terminal SNR with v_prediction"):
         prepare(text_to_image(tiny("sdxl"), data, tmp_path, rescale_betas_zero_snr=True))
     given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
@@ -209,9 +209,9 @@ def test_timesteps_are_those_that_the_user_and_the_family_have(
 def test_defaults_of_sdxl_come_with_the_model(tiny: Folder, data: Path, tmp_path: Path) -> None:
     """Without a word of it, SDXL is trained at its resolution and DreamBooth's rate for it."""
     run = prepare(dreambooth(tiny("sdxl"), data, tmp_path, resolution=None, learning_rate=None))
-    assert (run.config.side, run.config.learning_rate) == (64, 1e-4)  # 8 latents of 8 pixels
+    assert (run.config.resolution, run.config.learning_rate) == (64, 1e-4)  # 8 latents of 8 pixels
     run = prepare(dreambooth(tiny("sd1"), data, tmp_path, resolution=None, learning_rate=None))
-    assert (run.config.side, run.config.learning_rate) == (64, 5e-4)
+    assert (run.config.resolution, run.config.learning_rate) == (64, 5e-4)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_what_a_model_cannot_do_is_told_first(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"snr_gamma": 5.0}, "snr_gamma is for models of diffusion's usual kind"),
+        ({"snr_gamma": 5.0}, "leave out --snr_gamma"),
         ({"rescale_betas_zero_snr": True}, "is an EDM model, and its noise levels have no betas"),
     ],
 )

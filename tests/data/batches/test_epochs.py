@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd_lora.config.sources import LEFTOVERS
+from sd_lora.config.rows import LEFTOVERS
 from sd_lora.data.batches.epochs import Epochs, MicroBatch
 
 SHAPES = [(64, 64), (96, 32), (32, 96), (64, 48)]

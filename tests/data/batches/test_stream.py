@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sd_lora.config.sources import LEFTOVERS, CaptionRules, SourceSpec
+from sd_lora.config.rows import LEFTOVERS
+from sd_lora.config.sources import CaptionRules, SourceSpec
 from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.batches.stream import Batch, ClassOrder, ImageSet, Stream
 from sd_lora.data.cache.latents import LatentTable, LoadedImage, Moments, PixelSettings

@@ -1,0 +1,1 @@
+"""The options of a run, one row an option, a file a section."""

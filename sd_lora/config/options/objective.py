@@ -1,0 +1,66 @@
+"""Options of the objective, and of the sample images that show it."""
+
+from sd_lora.config.rows import SAME, Section, by_mode, section
+
+option = section("objective")
+
+
+class ObjectiveOptions(Section):
+    """Prediction, timesteps, loss weights and noise."""
+
+    # fmt: off
+    prediction_type: str | None = option(None,
+        "prediction of the model; its scheduler's type if not given",
+        choices=("epsilon", "v_prediction"), scripts="AB", kohya="v_parameterization",
+        simpletuner=SAME)
+    rescale_betas_zero_snr: bool | None = option(None,
+        "end the schedule in pure noise (zero terminal SNR), for v-prediction models trained "
+        "this way; the base's scheduler decides if not given",
+        kohya="zero_terminal_snr", onetrainer="rescale_noise_scheduler_to_zero_terminal_snr",
+        simpletuner=SAME)
+    do_edm_style_training: bool = option(False,
+        "weight the losses as EDM does: by SNR / (SNR + 1) for v-prediction, without effect "
+        "for epsilon; EDM models are always trained so",
+        scripts="D", kohya="scale_v_pred_loss_like_noise_pred")
+    min_timestep: int = option(0,
+        "first trained timestep",
+        ge=0, kohya=SAME, onetrainer="min_noising_strength")
+    max_timestep: int | None = option(None,
+        "end of the trained timesteps, itself not trained; 1000, for SDXL's refiner 200, if "
+        "not given",
+        ge=1, kohya=SAME, onetrainer="max_noising_strength")
+    snr_gamma: float | None = option(None,
+        "gamma of min-SNR weighting; 5 is usual; off if not given",
+        gt=0, header="ss_min_snr_gamma", scripts="ABD", kohya="min_snr_gamma",
+        onetrainer="loss_weight_strength", simpletuner=SAME)
+    noise_offset: float = option(0.0,
+        "strength of a constant added to each noise channel; 0.05 to 0.1 for darker darks",
+        ge=0, scripts="AB", kohya=SAME, onetrainer="offset_noise_weight", simpletuner=SAME)
+    # fmt: on
+
+
+option = section("validation")
+
+
+class ValidationOptions(Section):
+    """Sample images."""
+
+    # fmt: off
+    validation_prompt: str | None = option(None,
+        "prompt of the sample images; the training prompts if not given",
+        may_change=True, scripts="ABCD", kohya="sample_prompts", onetrainer="samples",
+        simpletuner=SAME)
+    num_validation_images: int = option(4,
+        "sample images before, during and after training; 0 for none",
+        ge=0, may_change=True, scripts="ABCD")
+    validation_epochs: int = option(None,
+        "epochs between samples during training, if validation_prompt is given",
+        ge=1, modes=by_mode(1, 50), may_change=True, scripts="ABCD",
+        kohya="sample_every_n_epochs", simpletuner="validation_epoch_interval")
+    validation_steps: int = option(25,
+        "sampler steps of the sample images (DPM-Solver++)",
+        ge=1, may_change=True, simpletuner="validation_num_inference_steps")
+    validation_guidance_scale: float = option(7.5,
+        "guidance scale of the sample images",
+        may_change=True, simpletuner="validation_guidance")
+    # fmt: on

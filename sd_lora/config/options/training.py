@@ -1,0 +1,146 @@
+"""Options of training: batch, length, precision, learning rates, checkpoints."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from sd_lora.config.rows import SAME, SCHEDULES, Section, by_mode, section
+
+option = section("training")
+
+
+def _using(option: str) -> tuple[str, ...]:
+    """The schedules that use an option."""
+    return tuple(name for name, options in SCHEDULES.items() if option in options)
+
+
+class TrainingOptions(Section):
+    """Batch, length, precision, learning rates, optimiser and checkpoints."""
+
+    # fmt: off
+    train_batch_size: int = option(None,
+        "images per process and micro-batch (instances; class images come on top)",
+        ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
+        scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME)
+    num_train_epochs: int = option(None,
+        "epochs, unless max_train_steps is given",
+        ge=1, modes=by_mode(100, 1), may_change=True, scripts="ABCD", kohya="max_train_epochs",
+        onetrainer="epochs", simpletuner=SAME)
+    max_train_steps: int | None = option(None,
+        "optimiser steps; overrides num_train_epochs",
+        ge=1, may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
+    gradient_accumulation_steps: int = option(1,
+        "micro-batches per optimiser step",
+        ge=1, may_change=True, header="ss_gradient_accumulation_steps", scripts="ABCD",
+        kohya=SAME, onetrainer=SAME, simpletuner=SAME)
+    gradient_checkpointing: bool = option(False,
+        "recompute activations to save memory, about a third slower",
+        may_change=True, header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
+        onetrainer="unet.gradient_checkpointing", simpletuner=SAME)
+    mixed_precision: str | None = option(None,
+        "precision of the frozen base; accelerate's configuration if not given; LoRA "
+        "parameters are always float32",
+        choices=("no", "fp16", "bf16"), scripts="ABCD", kohya=SAME, onetrainer="train_dtype",
+        simpletuner=SAME)
+    allow_tf32: bool = option(False,
+        "TF32 matrix products on Ampere GPUs and later",
+        may_change=True, scripts="ABCD", simpletuner=SAME)
+    learning_rate: float | None = option(None,
+        "learning rate after warm-up",
+        gt=0, modes=by_mode(0.0001, 0.0005), sdxl={"dreambooth": 0.0001}, may_change=True,
+        scripts="ABCD", kohya="unet_lr", onetrainer=SAME, simpletuner=SAME)
+    text_encoder_lr: float | None = option(None,
+        "learning rate of the text encoders' LoRA; learning_rate if not given",
+        gt=0, modes=by_mode(None, None), sdxl={"dreambooth": 5e-06},
+        requires={"train_text_encoder": None}, may_change=True, scripts="D", kohya=SAME,
+        onetrainer="text_encoder.learning_rate", simpletuner=SAME)
+    text_encoder_2_lr: float | None = option(None,
+        "learning rate of the LoRA of SDXL's second text encoder; text_encoder_lr if not "
+        "given",
+        gt=0, requires={"train_text_encoder": None}, may_change=True,
+        onetrainer="text_encoder_2.learning_rate")
+    text_encoder_stop_step: int | None = option(None,
+        "optimiser step after which the text encoders' LoRA stops learning",
+        ge=0, requires={"train_text_encoder": None},
+        onetrainer="text_encoder.stop_training_after")
+    text_encoder_2_stop_step: int | None = option(None,
+        "the same for SDXL's second text encoder; text_encoder_stop_step if not given",
+        ge=0, requires={"train_text_encoder": None})
+    embedding_lr: float | None = option(None,
+        "learning rate of the new words' embeddings; text_encoder_lr, or else learning_rate, "
+        "if not given",
+        gt=0, requires={"token_abstraction": None}, may_change=True,
+        onetrainer="embedding_learning_rate")
+    embedding_stop_step: int | None = option(None,
+        "optimiser step after which the new words stop learning",
+        ge=0, requires={"token_abstraction": None})
+    loraplus_lr_ratio: float | None = option(None,
+        "LoRA+: learning rate of B divided by that of A; 16 is usual; off if not given",
+        gt=0, requires={"method": ("lora",)}, kohya=SAME)
+    lr_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = option(None,
+        "learning-rate factors by module: pattern=factor …, at the end of names; "
+        "'down_blocks.0.*'=0.5 for a block")
+    scale_weight_norms: float | None = option(None,
+        "scale each delta down to this Frobenius norm after each step; off if not given",
+        gt=0, header="ss_scale_weight_norms", kohya=SAME)
+    scale_lr: bool = option(False,
+        "multiply the learning rates by batch x accumulation x processes",
+        scripts="ABCD", onetrainer="learning_rate_scaler")
+    lr_scheduler: str = option("constant",
+        "learning-rate schedule",
+        choices=tuple(SCHEDULES), header="ss_lr_scheduler", scripts="ABCD", kohya=SAME,
+        onetrainer="learning_rate_scheduler", simpletuner=SAME)
+    lr_warmup_steps: int = option(500,
+        "optimiser steps of warm-up (none for constant)",
+        ge=0, header="ss_lr_warmup_steps", scripts="ABCD", kohya=SAME,
+        onetrainer="learning_rate_warmup_steps", simpletuner=SAME)
+    lr_num_cycles: int = option(1,
+        "restarts of cosine_with_restarts",
+        ge=1, requires={"lr_scheduler": _using("lr_num_cycles")}, scripts="CD",
+        kohya="lr_scheduler_num_cycles", simpletuner=SAME)
+    lr_power: float = option(1.0,
+        "power of polynomial",
+        requires={"lr_scheduler": _using("lr_power")}, scripts="CD", kohya="lr_scheduler_power",
+        simpletuner=SAME)
+    use_8bit_adam: bool = option(False,
+        "8-bit AdamW of bitsandbytes (extra: 8bit)",
+        package=("bitsandbytes", "8bit"), scripts="ABCD", kohya="optimizer_type",
+        onetrainer="optimizer.optimizer")
+    adam_beta1: float = option(0.9,
+        "AdamW's beta1",
+        ge=0, lt=1, scripts="ABCD", simpletuner=SAME)
+    adam_beta2: float = option(0.999,
+        "AdamW's beta2",
+        ge=0, lt=1, scripts="ABCD", simpletuner=SAME)
+    adam_weight_decay: float | None = option(None,
+        "AdamW's weight decay",
+        ge=0, modes=by_mode(0.01, 0.01), sdxl={"dreambooth": 0.0001}, scripts="ABCD",
+        onetrainer="optimizer.weight_decay", simpletuner=SAME)
+    adam_weight_decay_text_encoder: float | None = option(None,
+        "weight decay of the text encoders' LoRA; adam_weight_decay if not given",
+        ge=0, modes=by_mode(None, None), sdxl={"dreambooth": 0.001},
+        requires={"train_text_encoder": None}, scripts="D")
+    adam_epsilon: float = option(1e-08,
+        "AdamW's epsilon",
+        gt=0, scripts="ABCD", simpletuner=SAME)
+    max_grad_norm: float = option(1.0,
+        "gradients are scaled down to this norm; 0 for no limit",
+        ge=0, header="ss_max_grad_norm", scripts="ABCD", kohya=SAME,
+        onetrainer="clip_grad_norm", simpletuner=SAME)
+    checkpointing_steps: int = option(500,
+        "optimiser steps between checkpoints",
+        ge=1, may_change=True, scripts="ABCD", kohya="save_every_n_steps",
+        onetrainer="backup_after", simpletuner="checkpoint_step_interval")
+    checkpoints_total_limit: int | None = option(None,
+        "number of checkpoints to keep, the newest ones",
+        ge=1, may_change=True, scripts="ABCD", kohya="save_last_n_steps_state",
+        onetrainer="rolling_backup_count", simpletuner=SAME)
+    save_precision: str = option("fp32",
+        "precision of the LoRA files; checkpoints keep float32",
+        choices=("fp32", "fp16", "bf16"), may_change=True, kohya=SAME,
+        onetrainer="output_dtype")
+    resume_from_checkpoint: str | None = option(None,
+        "a checkpoint folder, its name inside output_dir, or latest",
+        may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
+        simpletuner=SAME)
+    # fmt: on

@@ -1,0 +1,203 @@
+"""One row an option: type, range, default, help, and the option's names elsewhere.
+
+`option(...)` declares a field of a pydantic model; `Option` is the row read back from it. Flags,
+TOML, help, docs/flags.md, the JSON schema, the header of LoRA files and the comparison on resume
+are made from these rows.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+Mode = Literal["text_to_image", "dreambooth"]
+MODES: tuple[Mode, ...] = ("text_to_image", "dreambooth")
+
+SAME = "="
+"""A peer's name for an option that is our own name."""
+
+PEERS = ("diffusers", "kohya", "onetrainer", "simpletuner")
+"""Other trainers whose names for options are known: diffusers' scripts, sd-scripts (kohya),
+OneTrainer (keys of its configuration), SimpleTuner."""
+
+PLAIN_LORA = ("lora", "lora_fa")
+RANKED = (*PLAIN_LORA, "loha", "lokr")
+METHODS = (*RANKED, "full")
+"""Names of the adapter methods, here without torch; a test compares them with the table."""
+
+LAYOUTS = ("auto", "plain", "kohya")
+CAPTIONS = ("auto", "metadata", "sidecar", "filename", "prompt")
+LEFTOVERS = ("smaller", "pad-batch", "repeat")
+CACHES = ("auto", "memory", "disk", "no")
+
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": (),
+    "cosine_with_restarts": ("lr_num_cycles",),
+    "polynomial": ("lr_power",),
+    "constant": (),
+    "constant_with_warmup": (),
+}
+"""Learning-rate schedule of diffusers → the options that it alone uses."""
+
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
+"""Names of the model families, here without diffusers; compared in the same way."""
+
+
+class Section(BaseModel):
+    """Options of one section: strict types, finite numbers, no unknown names."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _is_a_choice(cls, value: Any, info: ValidationInfo) -> Any:
+        extra: Any = cls.model_fields[str(info.field_name)].json_schema_extra
+        choices = extra["choices"] if extra else []
+        if choices and value is not None and value not in choices:
+            raise PydanticCustomError("choice", "not a choice", {"choices": choices})
+        return value
+
+
+def by_mode(text_to_image: Any, dreambooth: Any) -> dict[str, Any]:
+    """Defaults that differ by mode."""
+    return {"text_to_image": text_to_image, "dreambooth": dreambooth}
+
+
+def section(name: str) -> Callable[..., Any]:
+    """A function `option(default, help, …)` for the rows of one section."""
+
+    def option(
+        default: Any,
+        help: str,
+        *,
+        ge: float | None = None,
+        gt: float | None = None,
+        lt: float | None = None,
+        multiple_of: int | None = None,
+        choices: tuple[str, ...] = (),
+        modes: Mapping[str, Any] | None = None,
+        sdxl: Mapping[str, Any] | None = None,
+        only: Mode | None = None,
+        requires: Mapping[str, tuple[Any, ...] | None] | None = None,
+        may_change: bool = False,
+        package: tuple[str, str] | None = None,
+        header: str | None = None,
+        formerly: str | None = None,
+        scripts: str = "",
+        **names: str,
+    ) -> Any:
+        """Declare an option.
+
+        Args:
+            default: its value if it is not given; None if it is known only later.
+            help: its meaning, with its unit.
+            ge, gt, lt, multiple_of: its range.
+            choices: its allowed values.
+            modes: defaults by mode, in place of `default`.
+            sdxl: mode → default for SDXL, known when the base model is.
+            only: the one mode in which it has an effect.
+            requires: other option → values with which this one has an effect; None: any value
+                that is given.
+            may_change: whether a resumed run may change it.
+            package: name of a package that it needs, and of the extra that installs it.
+            header: key of a LoRA file's header that holds its value.
+            formerly: its former name, still understood.
+            scripts: diffusers' scripts with this flag, as letters of `command_line.SCRIPTS`.
+            names: peer of `PEERS` → its name there, SAME if it is our own.
+        """
+        if scripts:
+            names = {"diffusers": SAME, **names}
+        extra: Any = {
+            "section": name,
+            "choices": list(choices),
+            "modes": dict(modes or {}),
+            "sdxl": dict(sdxl or {}),
+            "only": only,
+            "requires": {k: v and list(v) for k, v in (requires or {}).items()},
+            "may_change": may_change,
+            "package": package and list(package),
+            "header": header,
+            "formerly": formerly,
+            "scripts": scripts,
+            "names": names,
+        }
+        return Field(
+            default,
+            description=help,
+            ge=ge,
+            gt=gt,
+            lt=lt,
+            multiple_of=multiple_of,
+            json_schema_extra=extra,
+        )
+
+    return option
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row. kind: "int", "float", "bool", "str", "dict" or "list"; see `option` for the others."""
+
+    name: str
+    kind: str
+    default: Any
+    help: str
+    section: str
+    choices: tuple[str, ...]
+    modes: dict[str, Any]
+    sdxl: dict[str, Any]
+    only: Mode | None
+    requires: dict[str, tuple[Any, ...] | None]
+    may_change: bool
+    package: tuple[str, str] | None
+    header: str | None
+    formerly: str | None
+    scripts: str
+    names: dict[str, str]
+    range: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, info: FieldInfo) -> "Option":
+        """The row of a field."""
+        extra: Any = dict(info.json_schema_extra or {})  # type: ignore[arg-type]
+        bounds = {
+            key: getattr(rule, key)
+            for rule in info.metadata
+            for key in ("ge", "gt", "lt", "multiple_of")
+            if hasattr(rule, key)
+        }
+        extra["choices"] = tuple(extra["choices"])
+        extra["requires"] = {k: v and tuple(v) for k, v in extra["requires"].items()}
+        extra["package"] = extra["package"] and tuple(extra["package"])
+        extra["names"] = {k: name if v == SAME else v for k, v in extra["names"].items()}
+        kind = kind_of(info.annotation)
+        return cls(name, kind, info.default, str(info.description), **extra, range=bounds)
+
+    def default_for(self, mode: str, sdxl: bool = False) -> Any:
+        """The default in a mode; None while it depends on the base model or other options."""
+        if sdxl and mode in self.sdxl:
+            return self.sdxl[mode]
+        return self.modes.get(mode, self.default)
+
+    def is_given(self, value: Any) -> bool:
+        """Whether a value differs from the default, so that somebody meant it."""
+        return value is not None and value != self.default and value not in self.modes.values()
+
+    def range_text(self) -> str:
+        """The range in words: "at least 0 and below 1"; empty if there is none."""
+        words = {"ge": "at least", "gt": "above", "lt": "below", "multiple_of": "a multiple of"}
+        return " and ".join(f"{words[key]} {bound:g}" for key, bound in self.range.items())
+
+
+def kind_of(annotation: Any) -> str:
+    """Plain type of an annotation: "int | None" is "int", a Literal or text is "str"."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    origin = get_origin(annotation) or annotation
+    kinds = {bool: "bool", int: "int", float: "float", dict: "dict", list: "list"}
+    return kinds.get(origin, "str")
