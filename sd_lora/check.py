@@ -97,7 +97,7 @@ def check(
 
     Raises:
         UsageError, RunError: the errors of the run, but for findings of a strict run:
-            `refuse_any` raises these when they have been shown.
+            `refuse_problems` raises these when they have been shown.
     """
     base = base_of(config)
     config = config.resolve(base.family.name, base.resolution)

@@ -85,7 +85,7 @@ def check(argv: Sequence[str]) -> None:
     config = parse(rest, prog="sd-lora check")
     from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json
-    from sd_lora.data.check.usable import NoUsableImages, refuse_any
+    from sd_lora.data.check.usable import NoUsableImages, refuse_problems
     from sd_lora.terminal import Terminal
 
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
@@ -106,7 +106,7 @@ def check(argv: Sequence[str]) -> None:
         if not args.json:
             print(f"  look at {page}")
     if config.strict:
-        refuse_any(checked.findings)
+        refuse_problems(checked.findings)
 
 
 _CHECK = (

@@ -1,44 +1,184 @@
-"""What a check finds: which file, what is wrong, and what becomes of it."""
+"""Findings of a data check: a table of their codes, and one finding on one file."""
 
-from dataclasses import asdict, dataclass
-from typing import Literal
-
-from sd_lora.errors import RunError
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 Level = Literal["left out", "warning", "note"]
 LEVELS: tuple[Level, ...] = ("left out", "warning", "note")
 
-MAX_NAMED = 20
-"""How many files one error names."""
+
+class FindingKind(NamedTuple):
+    """A row of `FINDINGS`.
+
+    level: "left out": not trained. "warning": trained, but probably not as intended. "note":
+    trained after a harmless conversion, or a file that is not part of the data.
+    advice: the consequence or the remedy, for every file alike; may be empty.
+    """
+
+    level: Level
+    advice: str = ""
+
+
+_GET_AGAIN = "get the file again from its source, or remove it"
+
+FINDINGS: dict[str, FindingKind] = {
+    # images that cannot be decoded
+    "empty": FindingKind("left out", _GET_AGAIN),
+    "truncated": FindingKind("left out", _GET_AGAIN),
+    "broken": FindingKind("left out", _GET_AGAIN),
+    "not-a-image": FindingKind("left out"),
+    "bomb": FindingKind("left out"),
+    "no-plugin": FindingKind("left out"),
+    "float": FindingKind("left out"),
+    "integers": FindingKind("left out"),
+    "unreadable": FindingKind("left out"),
+    # images that do not fit the run
+    "too-small": FindingKind("left out", "bucket_no_upscale forbids enlarging it"),
+    "nothing-opaque": FindingKind(
+        "left out", "the image is transparent everywhere, and alpha_mask trains opaque pixels only"
+    ),
+    # captions that cannot be read
+    "missing-caption": FindingKind(
+        "left out",
+        "write a caption, or give one for all images without: --caption_default (in [[sources]]: "
+        "prompt)",
+    ),
+    "non-utf8-caption": FindingKind("left out"),
+    "unreadable-caption": FindingKind("left out"),
+    "bad-caption": FindingKind("left out"),
+    # files and folders that are not trained
+    "missing-image": FindingKind("left out", "the file does not exist"),
+    "unreadable-folder": FindingKind("left out", "nothing in it is trained"),
+    "outside-folders": FindingKind(
+        "left out", "beside the numbered folders: move it into one of them"
+    ),
+    "folder-without-number": FindingKind("left out"),
+    "no-repeats": FindingKind("left out", "not trained"),
+    "subset-twice": FindingKind("left out"),
+    "subfolder": FindingKind("left out", "subfolders of this source are not read"),
+    "broken-link": FindingKind("left out"),
+    "not-a-file": FindingKind("left out", "neither a file nor a folder"),
+    # captions
+    "empty-caption": FindingKind(
+        "warning",
+        "the caption is empty: the prompt is trained in its place; without a prompt only prefix, "
+        "suffix and trigger word are",
+    ),
+    "long-caption": FindingKind("warning"),
+    "orphan-caption": FindingKind("warning", "a caption file without an image of its name: unused"),
+    "second-caption": FindingKind("warning", "a second caption file for one image: unused"),
+    "stem-clash": FindingKind("warning", "rename them if they need different captions"),
+    "named-twice": FindingKind("warning", "one of its captions is drawn each time"),
+    "wildcard": FindingKind(
+        "warning",
+        "a brace without a partner stays as it is, and the only wildcards are {a|b}, not __name__ "
+        "or {2$$a|b}",
+    ),
+    # folders
+    "many-repeats": FindingKind(
+        "warning",
+        "if the number is a date or part of a name, rename the folder or use --data_layout plain",
+    ),
+    "number-not-read": FindingKind(
+        "warning",
+        "named like kohya's folders, but its number is not read as repeats: give its parent folder "
+        "as the source, or --data_layout kohya if other images or metadata lie beside it",
+    ),
+    # images
+    "animated": FindingKind(
+        "warning",
+        "an animation, trained by its first frame; save other good frames as separate images",
+    ),
+    "pages": FindingKind(
+        "warning",
+        "a file of several images, trained by the first; save the others as separate images",
+    ),
+    "transparent": FindingKind(
+        "warning",
+        "no pixel is more than half opaque, so the background is nearly all that is left; look at "
+        "the image, and remove it if this is not intended",
+    ),
+    "tiny": FindingKind("warning", "get a larger image, or remove it"),
+    "upscaled": FindingKind(
+        "warning",
+        "enlarged images teach blur: use a larger image, a lower resolution or, with buckets, "
+        "--bucket_no_upscale",
+    ),
+    "duplicate": FindingKind(
+        "warning", "keep one, or use repeats for images that should count more"
+    ),
+    "in-both-sets": FindingKind(
+        "warning", "remove it: class images must show other members of the class"
+    ),
+    # kohya's dataset configuration
+    "resolution": FindingKind("warning"),
+    "setting-overruled": FindingKind("warning"),
+    "resolution-area": FindingKind("note"),
+    "buckets": FindingKind("note"),
+    "setting-shared": FindingKind("note"),
+    "caption-extension": FindingKind("note"),
+    "prefix-in-place": FindingKind("note"),
+    # conversions
+    "near-duplicate": FindingKind(
+        "note", "repeated images are learned by heart: keep the better one"
+    ),
+    "exif-rotated": FindingKind("note", "rotated or mirrored by EXIF: trained upright"),
+    "alpha": FindingKind("note", "partly transparent: laid on the background"),
+    "16-bit": FindingKind("note", "more than 8 bits a channel: scaled to 8"),
+    "cmyk": FindingKind("note", "CMYK, a mode for print: converted to RGB"),
+    "palette": FindingKind("note", "a palette image: it may have few colours"),
+    "grey": FindingKind("note", "a grey image"),
+    "profile": FindingKind("note", "converted to sRGB from its embedded colour profile"),
+    # files and folders that are no data
+    "hidden": FindingKind("note", "not read"),
+    "other-file": FindingKind("note", "not read"),
+    "folder-without-images": FindingKind("note", "no images in this folder"),
+    "link-loop": FindingKind("note", "not followed"),
+    "linked-twice": FindingKind("note", "not read twice"),
+    "outside-folder": FindingKind("note", "trained all the same"),
+    "metadata-ignored": FindingKind("note", "not read"),
+    "sidecar-ignored": FindingKind(
+        "note", "a caption file beside its image: not read, because captions come from elsewhere"
+    ),
+    "not-kept": FindingKind("note", "the next check will decode the images again"),
+}
+"""Code → level and advice. Codes are public: scripts read them from `sd-lora check --json`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that a user should know of a file.
+    """A finding on one file, folder or setting.
 
-    level: "left out": it is not trained. "warning": it is trained, and probably not as meant.
-    "note": it is trained, and something was done to it. code: a word for scripts, such as
-    "truncated". name: the file. text: what was found, and what to do.
+    code: a key of `FINDINGS`, which gives the level.
+    name: path of the file, or a dataset's name and row.
+    details: the facts of this file, put before the advice of the code; may be empty.
+
+    Raises:
+        ValueError: an unknown code.
     """
 
-    level: Level
     code: str
     name: str
-    text: str
+    details: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code not in FINDINGS:
+            raise ValueError(f"unknown finding code {self.code!r}: add a row to FINDINGS")
+
+    @property
+    def level(self) -> Level:
+        """Level of the code."""
+        return FINDINGS[self.code].level
+
+    @property
+    def text(self) -> str:
+        """Details and advice, in one line."""
+        return "; ".join(part for part in (self.details, FINDINGS[self.code].advice) if part)
 
     def line(self) -> str:
+        """Name and text."""
         return f"{self.name}: {self.text}"
 
     def as_dict(self) -> dict[str, str]:
-        return asdict(self)
-
-
-def refuse(findings: list[Finding], what: str) -> None:
-    """Raises RunError naming findings, the first of them in full; nothing for none."""
-    if not findings:
-        return
-    more = len(findings) - MAX_NAMED
-    lines = [f.line() for f in findings[:MAX_NAMED]]
-    raise RunError(
-        f"{what}\n  " + "\n  ".join(lines) + (f"\n  … and {more} more" if more > 0 else "")
-    )
+        """Level, code, name and text, for JSON."""
+        return {"level": self.level, "code": self.code, "name": self.name, "text": self.text}

@@ -13,6 +13,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.open import open_source
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.load import Parts, load_parts
@@ -58,7 +59,7 @@ def test_sets_are_complete() -> None:
     samples = list(source.rows())
     assert len(samples) == 28
     assert source.findings == []
-    shapes = [s.image().size for s in samples]
+    shapes = [decode_with_mask(s.read(), s.name)[0].size for s in samples]
     assert sum(width != height for width, height in shapes) >= 4
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sd_lora.config.sources import CaptionRules, SourceSpec, problems
 from sd_lora.config.values import wrong_type
 from sd_lora.errors import UsageError, did_you_mean
-from sd_lora.findings import Finding, Level
+from sd_lora.findings import Finding
 
 SUBSET: dict[str, type] = {
     "image_dir": str,
@@ -89,8 +89,8 @@ class _Reading:
     unsupported: dict[str, str] = field(default_factory=dict)
     notes: list[Finding] = field(default_factory=list)
 
-    def note(self, level: Level, code: str, where: str, text: str) -> None:
-        self.notes.append(Finding(level, code, f"{self.path}, {where}", text))
+    def note(self, code: str, where: str, text: str) -> None:
+        self.notes.append(Finding(code, f"{self.path}, {where}", text))
 
 
 def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], list[Finding]]:
@@ -217,12 +217,12 @@ def _add_source(
         return
     folder = folder or str(Path(str(table)).parent)
     if values.get("num_repeats", 1) == 0:
-        reading.note("left out", "no-repeats", label, f"num_repeats of {folder} is 0")
+        reading.note("no-repeats", label, f"num_repeats of {folder} is 0")
         return
     same = (str(Path(folder)), table or "")
     if same in folders:
         text = f"{folder} is in this dataset already; as with kohya, the first one counts"
-        reading.note("left out", "subset-twice", label, text)
+        reading.note("subset-twice", label, text)
         return
     folders.append(same)
     spec = SourceSpec(
@@ -242,7 +242,7 @@ def _add_source(
     reading.problems += [f"{label}: {text}" for text in problems(spec)]
     if table is None and spec.caption_extension is None:
         text = "no caption_extension: .txt files are read, and kohya's own default, .caption"
-        reading.note("note", "caption-extension", label, text)
+        reading.note("caption-extension", label, text)
     specs.append(spec)
 
 
@@ -266,7 +266,7 @@ def _rules(values: dict[str, Any], label: str, reading: _Reading) -> CaptionRule
         text = (
             "caption_prefix and caption_suffix stay in place; kohya shuffles and drops their tags"
         )
-        reading.note("note", "prefix-in-place", label, text)
+        reading.note("prefix-in-place", label, text)
     return CaptionRules(
         caption_dropout=float(values.get("caption_dropout_rate", 0)),
         shuffle_caption=values.get("shuffle_caption", False),
@@ -297,7 +297,7 @@ def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]
         silent = [str(n) for n in range(1, len(datasets) + 1) if n not in said]
         if silent:
             text = f"says nothing of {key}: it is {value} there too, for a run has one"
-            reading.note("note", "setting-shared", f"dataset {', '.join(silent)}", text)
+            reading.note("setting-shared", f"dataset {', '.join(silent)}", text)
         merged[SETTINGS.get(key, key)] = value
     if "resolution" in merged:
         merged["resolution"] = _side(
@@ -325,7 +325,7 @@ def _side(resolution: Any, buckets: bool, reading: _Reading) -> int:
         "the area of its buckets" if buckets else "squares: say enable_bucket = true for others"
     )
     text = f"{width}×{height} is read as {side}×{side}, {became}"
-    reading.note("note" if buckets else "warning", "resolution", "resolution", text)
+    reading.note("resolution-area" if buckets else "resolution", "resolution", text)
     return side
 
 

@@ -12,7 +12,7 @@ from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.scan import Thumbnails
-from sd_lora.data.check.usable import UsableImages, usable_images
+from sd_lora.data.check.usable import UsableImages, check_images
 from sd_lora.data.images.buckets import CropSettings
 from sd_lora.data.images.decode import colour
 from sd_lora.data.sources.open import open_source
@@ -138,13 +138,13 @@ def _notes(config: RunConfig, path: str) -> list[Finding]:
             "has no enable_bucket, so kohya would train squares; here images are trained in "
             "buckets (--no-aspect_ratio_buckets: in squares)"
         )
-        notes.append(Finding("note", "buckets", path, text))
+        notes.append(Finding("buckets", path, text))
     for name, value in settings.items():
         own = getattr(config, name)
         has_effect = config.aspect_ratio_buckets or not name.startswith("bucket_")
         if own != value and has_effect:
             text = f"has {name} = {value}, and the run overrules it by {own}"
-            notes.append(Finding("warning", "setting-overruled", path, text))
+            notes.append(Finding("setting-overruled", path, text))
     return notes
 
 
@@ -287,18 +287,23 @@ class RunImages:
             self._check(of_class, "class")
         prior = self.config.with_prior_preservation
         if prior and self.once(lambda: has_class_images(self.config)):
-            self.check_class_folder(may_be_none=True)
+            self.check_class_folder(required=False)
 
-    def check_class_folder(self, may_be_none: bool = False) -> None:
+    def check_class_folder(self, required: bool = True) -> None:
         """Check the folder of class images: at the start, and again when it has been filled."""
-        self._check(open_source(class_spec(self.config)), "class", may_be_none)
+        self._check(open_source(class_spec(self.config)), "class", required)
 
-    def _check(self, sources: list[Source], kind: Kind, may_be_none: bool = False) -> None:
-        beside = self.instances.samples if kind == "class" else ()
-        found = usable_images(
-            self.config, sources, kind, self.crop_settings, self.seed, self.store,
-            self.caption_encoder, lambda items, total: tracked(items, self.emit, "checking", total),
-            beside, once=self.once, thumbnails=self.thumbnails, may_be_none=may_be_none,
+    def _check(self, sources: list[Source], kind: Kind, required: bool = True) -> None:
+        instances = self.instances.samples if kind == "class" else ()
+        checked = self.once(
+            lambda: check_images(
+                sources, kind, self.crop_settings, self.store, self.caption_encoder,
+                lambda items, total: tracked(items, self.emit, "checking", total),
+                alpha_mask=self.config.alpha_mask, strict=self.config.strict, instances=instances,
+                thumbnails=self.thumbnails, required=required,
+            )
         )  # fmt: skip
-        if found:
-            self.by_kind[kind] = found
+        if checked.usable:
+            samples, buckets = map(list, zip(*checked.usable, strict=True))
+            images = ImageSet(samples, buckets, self.crop_settings, kind, self.seed)
+            self.by_kind[kind] = UsableImages(sources, images, checked.findings, checked.facts)

@@ -220,14 +220,19 @@ def test_datasets_that_disagree(tmp_path: Path) -> None:
     assert "batch_size" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("buckets", "level"), [("true", "note"), ("false", "warning")])
-def test_resolutions_that_are_no_square(buckets: str, level: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("buckets", "code", "level"),
+    [("true", "resolution-area", "note"), ("false", "resolution", "warning")],
+)
+def test_resolutions_that_are_no_square(
+    buckets: str, code: str, level: str, tmp_path: Path
+) -> None:
     """[width, height] is the side of a square of that area at most; without buckets, a warning."""
     text = f"[general]\nresolution = [768, 512]\nenable_bucket = {buckets}\n{SUBSET}"
     _, settings, notes = read(tmp_path, text)
     assert settings["resolution"] == 624
     assert 624**2 <= 768 * 512 < 632**2
-    (note,) = [note for note in notes if note.code == "resolution"]
+    (note,) = [note for note in notes if note.code == code]
     assert note.level == level
     assert "768×512 is read as 624×624" in note.text
 

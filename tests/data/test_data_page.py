@@ -1,10 +1,8 @@
 """docs/data.md names the findings, keys and options that there are; its numbers are computed."""
 
-import ast
 import re
 import shlex
 import tomllib
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -17,13 +15,8 @@ from sd_lora.config.schema import OPTIONS
 from sd_lora.config.sources import RULES, SOURCE, CaptionRules
 from sd_lora.data.batches.caption_rules import caption_of
 from sd_lora.data.batches.epochs import Epochs
-from sd_lora.data.check.scan import ADVICE
 from sd_lora.data.images.buckets import CropSettings, Size
-from sd_lora.data.images.facts import ODDITIES
-from sd_lora.findings import LEVELS
-
-FORWARDED = {"note", "_findings_of"}
-"""Functions that make findings of levels and codes which others say."""
+from sd_lora.findings import FINDINGS, LEVELS, Finding
 
 
 @pytest.fixture
@@ -55,62 +48,37 @@ def named(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-def constants(node: ast.expr, scope: ast.AST) -> set[str]:
-    """Returns the texts that an expression may be: its own, or those given to its name."""
-    if isinstance(node, ast.Name):
-        given = [
-            n.value
-            for n in ast.walk(scope)
-            if isinstance(n, ast.Assign | ast.AnnAssign)
-            and n.value is not None
-            and node.id in {t.id for t in ast.walk(n) if isinstance(t, ast.Name)}
-        ]
-        return {text for value in given for text in constants(value, ast.Module([], []))}
-    if isinstance(node, ast.IfExp):
-        return constants(node.body, scope) | constants(node.orelse, scope)
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return {node.value}
-    return set()
-
-
-def findings_in(tree: ast.Module) -> list[tuple[str, str]]:
-    """Returns (level, code) of all findings that a module makes."""
-    found = []
-    functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
-    for scope in functions:
-        for call in (n for n in ast.walk(scope) if isinstance(n, ast.Call)):
-            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-            if name == "Undecodable" and call.args:
-                found += [("left out", code) for code in constants(call.args[0], scope)]
-            pair = call.args
-            if name == "append" and call.args and isinstance(call.args[0], ast.Tuple):
-                pair = call.args[0].elts  # of findings to be made
-                if not constants(pair[0], scope) & set(LEVELS):
-                    continue
-            elif name not in ("Finding", "note") or len(pair) < 3:
-                continue
-            levels, codes = constants(pair[0], scope), constants(pair[1], scope)
-            assert (levels and codes) or scope.name in FORWARDED, (scope.name, call.lineno)
-            assert levels <= set(LEVELS), levels
-            found += [(level, code) for level in levels for code in codes]
-    return found
-
-
-def test_every_finding_is_there(root: Path, page: str) -> None:
-    """The table has every code that the code can make, with its levels, and no other."""
-    made: dict[str, set[str]] = defaultdict(set)
-    for path in sorted((root / "sd_lora").rglob("*.py")):
-        for level, code in findings_in(ast.parse(path.read_text())):
-            made[code].add(level)
-    for code in ODDITIES:
-        made[code].add("warning" if code in ADVICE else "note")
-    told = {
-        code: set(levels.split(", "))
-        for codes, levels, _ in rows(section(page, "Findings"), "code")
+def test_the_page_has_every_finding(page: str) -> None:
+    """The page's table has exactly the codes of FINDINGS, each with its level."""
+    on_page = {
+        code: level
+        for codes, level, _ in rows(section(page, "Findings"), "code")
         for code in named(codes)
     }
-    assert len(told) > 40
-    assert told == made
+    assert on_page == {code: kind.level for code, kind in FINDINGS.items()}
+    assert set(on_page.values()) == set(LEVELS)
+
+
+def test_every_finding_is_used(root: Path) -> None:
+    """Each code stands in a source file besides the table, so no row is dead."""
+    sources = [p for p in (root / "sd_lora").rglob("*.py") if p != root / "sd_lora/findings.py"]
+    code = "\n".join(path.read_text() for path in sources)
+    assert [name for name in FINDINGS if f'"{name}"' not in code] == []
+
+
+def test_a_finding_takes_level_and_advice_from_its_row() -> None:
+    """An unknown code is an error; the text is the details, then the advice of the row."""
+    with pytest.raises(ValueError, match="unknown finding code 'trunkated'"):
+        Finding("trunkated", "a.png")
+    finding = Finding("tiny", "a.png", "8×8 pixels")
+    level, advice = FINDINGS["tiny"]
+    assert finding.as_dict() == {
+        "level": level,
+        "code": "tiny",
+        "name": "a.png",
+        "text": f"8×8 pixels; {advice}",
+    }
+    assert Finding("grey", "a.png").text == FINDINGS["grey"].advice
 
 
 def test_every_key_of_a_source_is_there(page: str) -> None:

@@ -26,6 +26,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd_lora.config.schema import TrainConfig
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.diffusion.schedule import draw_timesteps
 from sd_lora.seeds import generator_for
 from sd_lora.training import loop
@@ -100,7 +101,8 @@ class Fed:
         pipeline = loaded(str(run.config.pretrained_model_name_or_path))
         pixels, sizes, corners = [], [], []
         for item in items:  # B 948-964, D 821-840
-            image = run.stream.sets[item.kind].samples[item.index].image()
+            sample = run.stream.sets[item.kind].samples[item.index]
+            image, _ = decode_with_mask(sample.read(), sample.name)
             sizes.append((image.height, image.width))
             x, y = item.crop.corner_of(item.flip)
             corners.append((y, x))

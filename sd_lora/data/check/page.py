@@ -1,4 +1,4 @@
-"""What a check found, told: in lines, as JSON, on a page with every image in its frame."""
+"""Report a check: lines for a terminal, JSON, and a page of the images with their crops."""
 
 import base64
 import io
@@ -16,19 +16,22 @@ from sd_lora.files import write_whole
 from sd_lora.findings import LEVELS, Finding
 
 QUALITY = 80
-"""Of the thumbnails, JPEG: about 8 KB for 256 × 192 pixels, so that 2,000 make a page of 20 MB."""
+"""JPEG quality of thumbnails: about 8 KB for 256 × 192 pixels, so 2,000 make a page of 20 MB."""
 
-MUCH = 0.2
-"""The part cut away from which on the page counts an image among those that lose much: a 4:3
-image in a square loses a quarter, in its nearest bucket a few hundredths."""
+LARGE_CROP_LOSS = 0.2
+"""Crop loss from which the page's filter "cut" selects an image: a 4:3 image in a square loses a
+quarter, in its nearest bucket a few hundredths."""
 
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that turn the direction of what follows: "gpj.exe" could pass for "exe.jpg"."""
+"""Marks that turn the direction of the text after them: "gpj.exe" could pass for "exe.jpg"."""
 
 
 def printable(text: str) -> str:
-    """Returns text with what would act on a terminal or a page written as its code: control
-    characters, line ends, marks of direction, and the surrogates of a name that is not UTF-8."""
+    """Escape the characters of a text that would act on a terminal or a page.
+
+    They are control characters, line ends, marks of direction, and the surrogates of a name that
+    is not UTF-8.
+    """
     return "".join(
         c.encode("unicode_escape").decode()
         if c in _BIDI or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
@@ -38,7 +41,7 @@ def printable(text: str) -> str:
 
 
 def data_uri(image: Image.Image) -> str:
-    """Returns an image as the address of an <img>, a JPEG."""
+    """An image as a JPEG data URI, for the `src` of an <img>."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -48,8 +51,10 @@ def data_uri(image: Image.Image) -> str:
 class PageBucket:
     """A row of the bucket table.
 
-    width, height: in pixels. images: in it. samples: of it in an epoch. batches: in an epoch.
-    left_over: samples of its last batch where that is not full, else 0.
+    width, height: in pixels.
+    images: number of images in the bucket.
+    samples, batches: in an epoch.
+    left_over: samples in its last batch if that is not full, else 0.
     """
 
     width: int
@@ -64,11 +69,16 @@ class PageBucket:
 class PageImage:
     """An image as it will be trained.
 
-    thumbnail: see `data_uri`. size: (width, height), upright, in pixels. crop: (left, top, right,
-    bottom) of what is seen, as parts of the image's width and height. bucket: "512×768".
-    crop_loss: the part of the image that is cut away. scale: how much larger it is made, below 1
-    smaller. random_crop: the place of the crop differs each time. caption: as it is at its
-    longest; None where there is none. tokens: of it. findings: on it.
+    thumbnail: see `data_uri`.
+    size: upright (width, height) in pixels.
+    crop: (left, top, right, bottom) as parts of the image's width and height.
+    bucket: "512×768".
+    crop_loss: part of the image that is cut away.
+    scale: factor of resizing: above 1 enlarged, below 1 reduced.
+    random_crop: the crop is elsewhere each time.
+    caption: its longest form; None without a caption.
+    tokens: number of tokens of the caption.
+    findings: on this image.
     """
 
     name: str
@@ -85,18 +95,18 @@ class PageImage:
 
     def __post_init__(self) -> None:
         if not self.thumbnail.startswith("data:image/"):
-            raise ValueError(f"{self.name}: a thumbnail is a data URI, and this is another address")
+            raise ValueError(f"{self.name}: the thumbnail is not a data URI")
         left, top, right, bottom = self.crop
         if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
             raise ValueError(f"{self.name}: the crop {self.crop} does not lie within the image")
 
     @property
     def marks(self) -> str:
-        """What the page's filters go by, as CSS classes."""
+        """CSS classes for the page's filters."""
         marks = {
             "found": bool(self.findings),
             "odd": any(finding.level == "warning" for finding in self.findings),
-            "cut": self.crop_loss >= MUCH,
+            "cut": self.crop_loss >= LARGE_CROP_LOSS,
             "larger": self.scale > 1,
         }
         return " ".join(mark for mark, holds in marks.items() if holds)
@@ -104,12 +114,15 @@ class PageImage:
 
 @dataclass(frozen=True, slots=True)
 class PageReport:
-    """What the page shows.
+    """Content of the page.
 
-    title: what was checked. verdict: what comes of it, in a sentence. rows: label → text, the
-    summary. leftovers: what becomes of a bucket's last, unfilled batch, in a sentence. images:
-    those that are shown, of `total` that are trained; total: None if all of them are shown.
-    findings: all of them.
+    title: names of the data.
+    verdict: one sentence with the counts.
+    rows: label → text of the summary.
+    leftovers: how a bucket's last, unfilled batch is handled, in a sentence.
+    images: images shown.
+    total: number of images trained; None if all of them are shown.
+    findings: all findings.
     """
 
     title: str
@@ -122,8 +135,8 @@ class PageReport:
     findings: list[Finding] = field(default_factory=list)
 
 
-def grouped(findings: list[Finding]) -> dict[str, dict[str, list[Finding]]]:
-    """Returns level → code → findings: the gravest level first, in a level the commonest code."""
+def group_findings(findings: list[Finding]) -> dict[str, dict[str, list[Finding]]]:
+    """Level → code → findings: the gravest level first, in a level the most frequent code."""
     groups: dict[str, dict[str, list[Finding]]] = {}
     for level in LEVELS:
         of_level = [finding for finding in findings if finding.level == level]
@@ -137,10 +150,13 @@ def grouped(findings: list[Finding]) -> dict[str, dict[str, list[Finding]]]:
 
 
 def report_lines(findings: list[Finding], limit: int = 5) -> list[str]:
-    """Returns the findings for a terminal, by level and code, of each code the first `limit`; what
-    is the same of all files of a code is said once."""
+    """Findings as lines for a terminal, by level and code.
+
+    limit: number of findings shown for each code. A text that all findings of a code share is
+    printed once.
+    """
     lines = []
-    for level, codes in grouped(findings).items():
+    for level, codes in group_findings(findings).items():
         lines.append(f"{level}: {sum(map(len, codes.values()))}")
         for code, of_code in codes.items():
             same = len(of_code) > 1 and len({finding.text for finding in of_code}) == 1
@@ -153,8 +169,10 @@ def report_lines(findings: list[Finding], limit: int = 5) -> list[str]:
 
 
 def findings_as_json(findings: list[Finding]) -> dict[str, Any]:
-    """Returns {"counts": {level: how many}, "findings": [{level, code, name, text}, …]}: every
-    level is counted, and every finding is there, in its order."""
+    """Findings for JSON: {"counts": {level: number}, "findings": [{level, code, name, text}, …]}.
+
+    Every level has a count; the findings keep their order.
+    """
     counts = Counter(finding.level for finding in findings)
     return {
         "counts": {level: counts[level] for level in LEVELS},
@@ -166,7 +184,7 @@ def findings_as_json(findings: list[Finding]) -> dict[str, Any]:
 def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,  # names and captions are other people's
+        autoescape=True,  # names and captions are not ours
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -176,25 +194,21 @@ def _template() -> Template:
 
 
 def page(report: PageReport) -> str:
-    """Returns the page: HTML in one piece, without scripts, that asks nobody for anything."""
+    """The page: one HTML file without scripts and without requests to other places."""
     counts = {
         mark: sum(mark in image.marks.split() for image in report.images)
         for mark in ("found", "cut", "larger")
     }
     return _template().render(
         report=report,
-        groups=grouped(report.findings),
+        groups=group_findings(report.findings),
         counts=counts,
-        much=MUCH,
+        much=LARGE_CROP_LOSS,
         total=len(report.images) if report.total is None else report.total,
         most=max((bucket.samples for bucket in report.buckets), default=1),
     )
 
 
 def write_page(path: Path, report: PageReport) -> None:
-    """Writes the page, whole or not at all.
-
-    Raises:
-        RunError: it could not be written.
-    """
+    """Write the page, whole or not at all; raises RunError on a failed write."""
     write_whole(path, page(report).encode())

@@ -1,4 +1,4 @@
-"""Every image looked at before a run: what cannot be trained, and what is not as one thinks."""
+"""Read and decode every image before a run, and report defects, oddities and duplicates."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,32 +10,20 @@ from PIL import Image
 
 from sd_lora.data.cache.prefetch import prefetch
 from sd_lora.data.cache.store import Store
-from sd_lora.data.images.facts import ODDITIES, Facts, content_digest, examine
+from sd_lora.data.images.facts import Facts, content_digest, examine
 from sd_lora.data.sources.samples import Sample, Source
 from sd_lora.errors import RunError
-from sd_lora.findings import Finding, Level
+from sd_lora.findings import FINDINGS, Finding
 
-TINY = 64
-"""The shorter side, in pixels, of the smallest image that is not tiny. VAE and UNet halve it six
-times: less than 64 leaves less than one position of the innermost level."""
+TINY_SIDE = 64
+"""Pixels: an image with a shorter side below is tiny. VAE and UNet halve it six times, so less than
+64 leaves less than one position of the innermost level."""
 
-NEAR = 4
-"""Bits of 64 in which the perceptual hashes of two images that look the same may differ. Those of
-unrelated ones are as near once in 3·10¹³ pairs."""
+NEAR_BITS = 4
+"""Bits of 64 in which the perceptual hashes of two images that look the same may differ. Hashes of
+unrelated images are as near once in 3·10¹³ pairs."""
 
 MAX_THUMBNAILS = 2000
-
-ADVICE = {
-    "truncated": "get it again from where it came from, or take it away",
-    "broken": "get it again from where it came from, or take it away",
-    "empty": "get it again from where it came from, or take it away",
-    "animated": "save the frames that are worth it as images of their own",
-    "pages": "save the others that are worth it as images of their own",
-    "tiny": "get a larger one, or take it away",
-    "transparent": "look at it, and take it away if that is not meant",
-}
-"""Code → what to do, where `Facts` do not say it. Oddities with advice are warnings; the others are
-put right, and are notes."""
 
 Progress = Callable[[Iterable, int | None], Iterable]
 Thumbnails = Callable[[Sample, Facts, Image.Image], None]
@@ -43,11 +31,11 @@ Thumbnails = Callable[[Sample, Facts, Image.Image], None]
 
 @dataclass
 class ScanResult:
-    """What was found in the images of some sources.
+    """Result of a scan.
 
-    samples: those that can be trained, in the order of their sources, with digest and size.
-    findings: those of the sources first. facts: digest → what is known of an image, also of one
-    that cannot be trained.
+    samples: images that can be decoded, in the order of their sources, with digest and size.
+    findings: of the sources first.
+    facts: digest → facts of an image, decodable or not.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -64,49 +52,48 @@ def scan(
     max_thumbnails: int = MAX_THUMBNAILS,
     workers: int | None = None,
 ) -> ScanResult:
-    """Reads and decodes every image fully, and says what was found.
+    """Read and fully decode every image of some sources.
 
-    What it returns depends on the images alone: not on the number of threads, nor on what the
-    store knows. Of a stream, the bytes of a few images at a time are held.
+    The result depends on the images alone, not on the number of threads or the store. Of a
+    stream, the bytes of a few images at a time are held.
 
     Args:
-        sources: where the images are.
-        store: where what is known of an image is kept, so that one whose bytes are known is not
-            decoded again; None: nowhere.
-        progress: called with the images that were looked at and how many there will be, None if
-            that is not known; returns them.
-        thumbnails: called, in order, with those of the first `max_thumbnails` images that can be
-            trained: upright, RGB, the longer side at most 256 pixels.
-        workers: threads; None: as many as there are processors.
+        store: holds facts and thumbnails by digest, so that a known image is not decoded again;
+            None: no store.
+        progress: called with an iterable of images and their number (None if unknown); returns
+            the iterable.
+        thumbnails: called, in order, for the first `max_thumbnails` images that can be decoded,
+            with an upright RGB thumbnail, its longer side at most 256 pixels.
+        workers: threads; None: one a processor.
 
     Raises:
-        UsageError, RunError: what a source raises as its rows are read.
+        UsageError, RunError: errors of a source while its rows are read.
     """
     found = ScanResult()
     examiner = _Examiner(store, found.facts, max_thumbnails if thumbnails else 0)
     rows = chain.from_iterable(source.rows() for source in sources)
     counts = [source.count for source in sources]
     total = None if None in counts else sum(count or 0 for count in counts)
-    for seen in progress(prefetch(examiner, enumerate(rows), workers), total):
-        found.findings += seen.findings
-        if seen.facts is None:
+    for examined in progress(prefetch(examiner, enumerate(rows), workers), total):
+        found.findings += examined.findings
+        if examined.facts is None:
             continue
-        found.facts[seen.facts.digest] = seen.facts
-        if seen.facts.problem is None:
-            found.samples.append(seen.sample)
-            if thumbnails and seen.thumbnail:
-                thumbnails(seen.sample, seen.facts, seen.thumbnail)
-    # a stream's own findings are there when it was read to its end
+        found.facts[examined.facts.digest] = examined.facts
+        if examined.facts.problem is None:
+            found.samples.append(examined.sample)
+            if thumbnails and examined.thumbnail:
+                thumbnails(examined.sample, examined.facts, examined.thumbnail)
+    # a stream's own findings are complete after its last row
     found.findings[:0] = [finding for source in sources for finding in source.findings]
-    found.findings += _repeated(found.samples) + in_both_sets(found.samples)
-    found.findings += _alike(found.samples, found.facts)
-    found.findings += examiner.complaints[:1]
+    found.findings += _duplicates(found.samples) + find_in_both_sets(found.samples)
+    found.findings += _near_duplicates(found.samples, found.facts)
+    found.findings += examiner.store_findings[:1]
     return found
 
 
 @dataclass(slots=True)
 class _Examined:
-    """A sample without its bytes, and what was found; facts: None where it could not be read."""
+    """A sample without its bytes; facts: None if it could not be read."""
 
     sample: Sample
     facts: Facts | None
@@ -115,122 +102,122 @@ class _Examined:
 
 
 class _Examiner:
-    """Reads and examines one sample, in a thread.
+    """Read and examine one sample; called from several threads.
 
-    known: facts of this scan, by digest. max_thumbnails: samples from the first on that get one.
-    complaints: of a store that cannot be written, after which nothing more is written.
+    known: digest → facts found in this scan.
+    max_thumbnails: number of first samples to make thumbnails for.
+    store_findings: on a store that cannot be written; after the first, it is written no more.
     """
 
     def __init__(self, store: Store | None, known: dict[str, Facts], max_thumbnails: int) -> None:
         self.store, self.known, self.max_thumbnails = store, known, max_thumbnails
-        self.complaints: list[Finding] = []
+        self.store_findings: list[Finding] = []
 
     def __call__(self, numbered: tuple[int, Sample]) -> _Examined:
         number, sample = numbered
         try:
             data = sample.read()
         except OSError as error:
-            text = f"it could not be read: {error.strerror or error}"
-            return _Examined(
-                sample, None, None, [Finding("left out", "unreadable", sample.name, text)]
+            finding = Finding(
+                "unreadable", sample.name, f"cannot be read: {error.strerror or error}"
             )
-        facts, thumbnail = self._examined(data, number < self.max_thumbnails)
+            return _Examined(sample, None, None, [finding])
+        facts, thumbnail = self._examine(data, number < self.max_thumbnails)
         sample = replace(
             sample,
             digest=facts.digest,
             size=facts.size,
-            read=in_order_only if sample.source.streaming else sample.read,
+            read=refuse_second_reading if sample.source.streaming else sample.read,
         )
         return _Examined(sample, facts, thumbnail, _findings_of(sample, facts))
 
-    def _examined(self, data: bytes, shown: bool) -> tuple[Facts, Image.Image | None]:
-        """Returns what is known of an image, and a thumbnail if it is to be `shown`."""
+    def _examine(self, data: bytes, with_thumbnail: bool) -> tuple[Facts, Image.Image | None]:
+        """Facts of an image, and its thumbnail if wanted; from the store where it has them."""
         digest = content_digest(data)
-        facts = self.known.get(digest) or self._recalled(digest)
-        kept = self._read(f"thumbnails/{digest}") if shown and facts else None
-        if facts and (kept or facts.problem or not shown):
-            return facts, Image.open(BytesIO(kept)) if kept else None
+        facts = self.known.get(digest) or self._stored_facts(digest)
+        stored = self._read(f"thumbnails/{digest}") if with_thumbnail and facts else None
+        if facts and (stored or facts.problem or not with_thumbnail):
+            return facts, Image.open(BytesIO(stored)) if stored else None
         facts, thumbnail = examine(data)
         self._write(f"facts/{digest}", facts.to_json())
-        if shown and thumbnail:
+        if with_thumbnail and thumbnail:
             buffer = BytesIO()
             thumbnail.save(buffer, "JPEG", quality=90)
             self._write(f"thumbnails/{digest}", buffer.getvalue())
-        return facts, thumbnail if shown else None
+        return facts, thumbnail if with_thumbnail else None
 
-    def _recalled(self, digest: str) -> Facts | None:
+    def _stored_facts(self, digest: str) -> Facts | None:
         data = self._read(f"facts/{digest}")
-        return Facts.from_json(data) if data else None
+        facts = Facts.from_json(data) if data else None
+        if facts is None:
+            return None
+        codes = {*facts.oddities, *(facts.problem or ())[:1]}  # perhaps of another version
+        return facts if codes <= FINDINGS.keys() else None
 
     def _read(self, key: str) -> bytes | None:
         return self.store.read(key) if self.store else None
 
     def _write(self, key: str, data: bytes) -> None:
-        if self.store is None or self.complaints:
+        if self.store is None or self.store_findings:
             return
         try:
             self.store.write(key, data)
-        except RunError as error:  # it is decoded again next time, which harms nothing
-            text = f"what is known of the images was not kept: {error}"
-            self.complaints.append(Finding("note", "not-kept", str(self.store.folder), text))
+        except RunError as error:  # harmless: the image is decoded again next time
+            details = f"facts of the images were not stored: {error}"
+            self.store_findings.append(Finding("not-kept", str(self.store.folder), details))
 
 
-def in_order_only() -> bytes:
-    """Stands for the reading of a stream's row whose bytes are no longer held."""
+def refuse_second_reading() -> bytes:
+    """Stand-in for the `read` of a streamed row whose bytes are no longer held."""
     raise OSError("a streamed row is read in order only")
 
 
 def _findings_of(sample: Sample, facts: Facts) -> list[Finding]:
-    found: list[tuple[Level, str, str]] = []
+    """Findings on one image: its problem, its oddities, and a tiny size."""
+    found = []
     if facts.problem:
-        found.append(("left out", *facts.problem))
-    for code in facts.oddities:
-        found.append(("warning" if code in ADVICE else "note", code, ODDITIES[code]))
-    if facts.problem is None and min(facts.size) < TINY:
+        code, reason = facts.problem
+        found.append(Finding(code, sample.name, reason))
+    found += [Finding(code, sample.name) for code in facts.oddities]
+    if facts.problem is None and min(facts.size) < TINY_SIDE:
         width, height = facts.size
-        text = f"{width}×{height} pixels, too few to learn anything but blur from"
-        found.append(("warning", "tiny", text))
-    return [
-        Finding(level, code, sample.name, f"{text}; {ADVICE[code]}" if code in ADVICE else text)
-        for level, code, text in found
-    ]
+        details = f"{width}×{height} pixels, too few to learn anything but blur from"
+        found.append(Finding("tiny", sample.name, details))
+    return found
 
 
-def _repeated(samples: Sequence[Sample]) -> list[Finding]:
-    """Returns findings on images that are there more than once, byte for byte."""
+def _duplicates(samples: Sequence[Sample]) -> list[Finding]:
+    """Findings on images of one kind with the same bytes as an earlier one."""
     first: dict[tuple[str, str], Sample] = {}
     findings = []
     for sample in samples:
         same = first.setdefault((sample.source.kind, sample.digest), sample)
         if same is not sample:
-            text = (
-                "read by two sources, and seen as often as both say; leave it out of one"
+            details = (
+                "read by two sources, and trained as often as both say"
                 if same.name == sample.name
-                else f"the same image as {same.name}, byte for byte, and seen as often again; "
-                "take one away, or say with repeats that it counts more"
+                else f"the same image as {same.name}, byte for byte, and trained as often again"
             )
-            findings.append(Finding("warning", "duplicate", sample.name, text))
+            findings.append(Finding("duplicate", sample.name, details))
     return findings
 
 
-def in_both_sets(samples: Sequence[Sample]) -> list[Finding]:
-    """Returns findings on class images that are the same as one that is to be learned."""
-    learned = {s.digest: s for s in reversed(samples) if s.source.kind == "instance"}
+def find_in_both_sets(samples: Sequence[Sample]) -> list[Finding]:
+    """Findings on class images with the same bytes as an instance image."""
+    instances = {s.digest: s for s in reversed(samples) if s.source.kind == "instance"}
     return [
         Finding(
-            "warning",
             "in-both-sets",
             sample.name,
-            f"a class image, and the same as {learned[sample.digest].name}, which is to be "
-            "learned; take it away, for class images are to show others of its kind",
+            f"this class image is the same as {instances[sample.digest].name}, an image to learn",
         )
         for sample in samples
-        if sample.source.kind == "class" and sample.digest in learned
+        if sample.source.kind == "class" and sample.digest in instances
     ]
 
 
-def _alike(samples: Sequence[Sample], facts: dict[str, Facts]) -> list[Finding]:
-    """Returns findings on images that look like others and are not the same bytes."""
+def _near_duplicates(samples: Sequence[Sample], facts: dict[str, Facts]) -> list[Finding]:
+    """Findings on images that look like an earlier one but have other bytes."""
     findings = []
     for kind in ("instance", "class"):
         first: dict[str, Sample] = {}
@@ -239,28 +226,22 @@ def _alike(samples: Sequence[Sample], facts: dict[str, Facts]) -> list[Finding]:
                 first.setdefault(sample.digest, sample)
         hashed = [(s, h) for s in first.values() if (h := facts[s.digest].phash) is not None]
         for group in near_duplicates([h for _, h in hashed]):
-            same = hashed[group[0]][0]
-            text = (
-                f"looks the same as {same.name}, and what is seen so much more often is learned "
-                "by heart; keep the better one"
-            )
-            findings += [
-                Finding("note", "near-duplicate", hashed[i][0].name, text) for i in group[1:]
-            ]
+            details = f"looks the same as {hashed[group[0]][0].name}"
+            findings += [Finding("near-duplicate", hashed[i][0].name, details) for i in group[1:]]
     return findings
 
 
-def near_duplicates(hashes: Sequence[int], distance: int = NEAR) -> list[list[int]]:
-    """Returns groups of two or more hashes of 64 bits of which each is near another of its group.
+def near_duplicates(hashes: Sequence[int], distance: int = NEAR_BITS) -> list[list[int]]:
+    """Group 64-bit hashes so that each is near another one of its group.
 
-    Compared are all with all, block by block: 50,000 in 2.8 s of one processor, in 14 MiB.
+    All pairs are compared, block by block: 50,000 hashes in 2.8 s of one processor, in 14 MiB.
 
     Args:
-        hashes: n of them.
-        distance: in how many bits those that are near differ at most.
+        hashes: n hashes.
+        distance: largest number of differing bits between near hashes.
 
     Returns:
-        indices into `hashes`, ascending in a group; groups by their first index.
+        Groups of two or more indices into `hashes`: ascending in a group, groups by first index.
     """
     rows, columns = 64, 4096  # 2 MiB of differences: they stay in the processor's cache
     values, where = np.unique(np.asarray(hashes, dtype=np.uint64), return_inverse=True)

@@ -1,37 +1,57 @@
-"""Before anything is loaded: every image looked at, in its shape, and the arithmetic of a run."""
+"""Check the images of a run before a model is loaded: usable images, in their buckets."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from sd_lora.config.schema import TrainConfig
 from sd_lora.config.sources import Kind
 from sd_lora.data.batches.caption_rules import is_odd, longest_form
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.page import report_lines
-from sd_lora.data.check.scan import Progress, ScanResult, Thumbnails, in_both_sets, scan
+from sd_lora.data.check.scan import Progress, ScanResult, Thumbnails, find_in_both_sets, scan
 from sd_lora.data.images.buckets import CropSettings, Size
 from sd_lora.data.images.facts import Facts
 from sd_lora.data.sources.samples import Sample, Source
 from sd_lora.errors import RunError
-from sd_lora.findings import Finding, refuse
+from sd_lora.findings import Finding
 from sd_lora.models.caption_encoder import PIECE, CaptionEncoder
+
+MAX_NAMED = 20
+"""Findings that one error prints."""
+
+MAX_USEFUL_TOKENS = 300
+"""Tokens of the longest caption that is advised to be read whole; a longer text is no caption."""
 
 
 class NoUsableImages(RunError):
-    """No image can be trained; findings: why."""
+    """No image can be trained. findings: the reasons."""
 
     findings: list[Finding] = []
 
 
 @dataclass
-class UsableImages:
-    """The images of one kind of a run.
+class ImageCheck:
+    """Result of a check of images; picklable.
 
-    sources: where they are from. set: those that can be trained, in their shapes. findings: what
-    the user should know of them. facts: digest → what is known of an image.
+    usable: samples that can be trained, each with its bucket (width, height).
+    findings: on all images and their sources.
+    facts: digest → facts of an image, usable or not.
+    """
+
+    usable: list[tuple[Sample, Size]]
+    findings: list[Finding]
+    facts: dict[str, Facts]
+
+
+@dataclass
+class UsableImages:
+    """The usable images of one kind.
+
+    sources: of the images.
+    set: images that can be trained, in their buckets.
+    findings: on all images and their sources.
+    facts: digest → facts of an image, usable or not.
     """
 
     sources: list[Source]
@@ -40,142 +60,123 @@ class UsableImages:
     facts: dict[str, Facts]
 
 
-def usable_images(
-    config: TrainConfig,
+def check_images(
     sources: list[Source],
     kind: Kind,
     crop_settings: CropSettings,
-    seed: int,
     store: Store | None,
     caption_encoder: CaptionEncoder,
     progress: Progress,
-    beside: Sequence[Sample] = (),
-    once: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+    *,
+    alpha_mask: bool,
+    strict: bool,
+    instances: Sequence[Sample] = (),
     thumbnails: Thumbnails | None = None,
-    may_be_none: bool = False,
-) -> UsableImages | None:
-    """Returns the images of some sources that can be trained, and what was found of all.
+    required: bool = True,
+) -> ImageCheck:
+    """Check all images of one kind of sources, and find their buckets.
 
     Args:
-        sources: those of this kind.
-        store: where what is known of images is kept.
-        reader: counts the tokens of captions.
-        progress: as `scan` has it.
-        beside: the samples of the other kind, which should not be the same images.
-        once: runs work on one of several processes, and gives all of them what it returns.
-        thumbnails: as `scan` has it.
-        may_be_none: more will be made: None is returned if none of them can be trained.
+        store: holds facts of images; None: no store.
+        caption_encoder: counts the tokens of captions.
+        progress, thumbnails: see `scan`.
+        alpha_mask: leave out images without an opaque pixel.
+        strict: raise an error for a file that is left out, and for a warning.
+        instances: samples of instance images, to find them among class images.
+        required: raise an error if no image is usable.
 
     Raises:
-        RunError: none can be trained; findings, where the configuration is strict.
+        RunError: a strict run with such findings.
+        NoUsableImages: no image can be trained.
     """
-
-    def look() -> tuple[list[tuple[Sample, Size]], list[Finding], dict[str, Facts]]:
-        scanned = scan(sources, store, progress=progress, thumbnails=thumbnails)
-        scanned.findings += in_both_sets([*beside, *scanned.samples])
-        kept, findings = _kept(config, scanned, crop_settings)
-        findings += _cut([sample for sample, _ in kept], caption_encoder)
-        findings += _odd_wildcards([sample for sample, _ in kept])
-        if kept or not may_be_none or config.strict:
-            _refuse(config, kind, kept, findings)
-        return kept, findings, scanned.facts
-
-    kept, findings, facts = once(look)
-    if not kept:
-        return None
-    images = ImageSet([s for s, _ in kept], [b for _, b in kept], crop_settings, kind, seed)
-    return UsableImages(sources, images, findings, facts)
-
-
-def _kept(
-    config: TrainConfig, scanned: ScanResult, crop_settings: CropSettings
-) -> tuple[list[tuple[Sample, Size]], list[Finding]]:
-    """Returns the samples that can be trained in these shapes, and all findings."""
-    findings, samples = list(scanned.findings), scanned.samples
-    if config.alpha_mask:
-        samples = _with_something_opaque(samples, scanned.facts, findings)
-    buckets = crop_settings.assign([s.size for s in samples], [s.source.repeats for s in samples])
-    kept: list[tuple[Sample, Size]] = []
-    for sample, bucket in zip(samples, buckets, strict=True):
-        if bucket is None:
-            findings.append(_too_small(sample, crop_settings))
-            continue
-        kept.append((sample, bucket))
-        scale = crop_settings.crop(sample.size, bucket, None).scale
-        if scale > 1:
-            findings.append(_upscaled(sample, scale, bucket, crop_settings))
-    # what an image is left out for says all that is to be said of it
-    gone = {f.name for f in findings if f.level == "left out"}
-    return kept, [f for f in findings if f.level == "left out" or f.name not in gone]
-
-
-def refuse_any(findings: list[Finding]) -> None:
-    """Raises RunError if anything is left out, or a warning."""
-    wrong = [f for f in findings if f.level != "note"]
-    refuse(wrong, f"{len(wrong)} problems in the data, and this run is strict:")
-
-
-def _refuse(
-    config: TrainConfig, kind: Kind, kept: Sequence[object], findings: list[Finding]
-) -> None:
-    """Raises RunError for findings in strict runs, and if no image is kept."""
-    if config.strict:
-        refuse_any(findings)
-    if not kept:
+    scanned = scan(sources, store, progress=progress, thumbnails=thumbnails)
+    scanned.findings += find_in_both_sets([*instances, *scanned.samples])
+    usable, findings = _assign_buckets(scanned, crop_settings, alpha_mask)
+    samples = [sample for sample, _ in usable]
+    findings += _long_captions(samples, caption_encoder) + _odd_wildcards(samples)
+    if strict:
+        refuse_problems(findings)
+    if required and not usable:
         lines = "\n  ".join(report_lines(findings))
         error = NoUsableImages(f"none of the {kind} images can be trained:\n  {lines}")
         error.findings = findings
         raise error
+    return ImageCheck(usable, findings, scanned.facts)
 
 
-LONG = 300
-"""Tokens of a caption that are worth to be read; beyond, the text is no caption."""
+def refuse_problems(findings: list[Finding]) -> None:
+    """Raise RunError for files left out and warnings, naming the first `MAX_NAMED`."""
+    problems = [f for f in findings if f.level != "note"]
+    if not problems:
+        return
+    lines = [f.line() for f in problems[:MAX_NAMED]]
+    more = len(problems) - MAX_NAMED
+    raise RunError(
+        f"{len(problems)} problems in the data, and this run is strict:\n  "
+        + "\n  ".join(lines)
+        + (f"\n  … and {more} more" if more > 0 else "")
+    )
 
 
-def _cut(samples: list[Sample], caption_encoder: CaptionEncoder) -> list[Finding]:
-    """Returns findings on captions that are longer than what is read of them."""
+def _assign_buckets(
+    scanned: ScanResult, crop_settings: CropSettings, alpha_mask: bool
+) -> tuple[list[tuple[Sample, Size]], list[Finding]]:
+    """Samples that fit a bucket, with it, and all findings."""
+    findings, samples = list(scanned.findings), scanned.samples
+    if alpha_mask:
+        samples = _partly_opaque(samples, scanned.facts, findings)
+    buckets = crop_settings.assign([s.size for s in samples], [s.source.repeats for s in samples])
+    usable: list[tuple[Sample, Size]] = []
+    for sample, bucket in zip(samples, buckets, strict=True):
+        if bucket is None:
+            findings.append(_too_small(sample, crop_settings))
+            continue
+        usable.append((sample, bucket))
+        scale = crop_settings.crop(sample.size, bucket, None).scale
+        if scale > 1:
+            findings.append(_upscaled(sample, scale, bucket))
+    # other findings on an image that is left out are of no use
+    left_out = {f.name for f in findings if f.level == "left out"}
+    return usable, [f for f in findings if f.level == "left out" or f.name not in left_out]
+
+
+def _long_captions(samples: list[Sample], caption_encoder: CaptionEncoder) -> list[Finding]:
+    """Findings on captions longer than the text encoder reads."""
     forms = [longest_form(sample.captions, sample.source.rules) for sample in samples]
     counts = caption_encoder.too_long([form for of_sample in forms for form in of_sample])
     findings = []
     for sample, of_sample in zip(samples, forms, strict=True):
         count = max(counts.get(form, 0) for form in of_sample)
-        if count:
-            enough = math.ceil(count / PIECE) * PIECE
-            remedy = f"--max_token_length {enough} reads it whole"
-            text = f"its caption of {count} tokens is cut at {caption_encoder.max_tokens}; " + (
-                remedy if enough <= LONG else "shorten it"
-            )
-            findings.append(Finding("warning", "long-caption", sample.name, text))
+        if not count:
+            continue
+        enough = math.ceil(count / PIECE) * PIECE
+        whole = f"--max_token_length {enough} reads it whole"
+        remedy = whole if enough <= MAX_USEFUL_TOKENS else "shorten it"
+        details = f"its caption of {count} tokens is cut at {caption_encoder.max_tokens}; {remedy}"
+        findings.append(Finding("long-caption", sample.name, details))
     return findings
 
 
 def _odd_wildcards(samples: list[Sample]) -> list[Finding]:
-    """Returns findings on captions whose wildcards are not what they seem to be."""
+    """Findings on captions with wildcard syntax that is not read."""
     findings = []
     for sample in samples:
-        odd = (
-            [text for text in sample.captions if is_odd(text)]
-            if sample.source.rules.wildcards
-            else []
-        )
-        if odd:
-            text = (
-                f"{odd[0][:60]!r}: a brace without a partner stays as it is, and of wildcards "
-                "{a|b} alone is read here, neither __name__ nor {2$$a|b}"
-            )
-            findings.append(Finding("warning", "wildcard", sample.name, text))
+        if not sample.source.rules.wildcards:
+            continue
+        odd = next((text for text in sample.captions if is_odd(text)), None)
+        if odd is not None:
+            findings.append(Finding("wildcard", sample.name, f"caption {odd[:60]!r}"))
     return findings
 
 
-def _with_something_opaque(
+def _partly_opaque(
     samples: list[Sample], facts: dict[str, Facts], findings: list[Finding]
 ) -> list[Sample]:
-    """Returns samples of which something is seen through their mask; the others are findings."""
+    """Samples with opaque pixels; adds findings on the others."""
     kept = []
     for sample in samples:
         if "transparent" in facts[sample.digest].oddities:
-            text = "it is transparent everywhere, and alpha_mask trains what is opaque"
-            findings.append(Finding("left out", "transparent", sample.name, text))
+            findings.append(Finding("nothing-opaque", sample.name))
         else:
             kept.append(sample)
     return kept
@@ -183,22 +184,13 @@ def _with_something_opaque(
 
 def _too_small(sample: Sample, crop_settings: CropSettings) -> Finding:
     width, height = sample.size
-    return Finding(
-        "left out",
-        "too-small",
-        sample.name,
-        f"{width}×{height} pixels: a side is shorter than {crop_settings.step}, the least of a "
-        "bucket, and bucket_no_upscale forbids to enlarge it",
+    details = (
+        f"{width}×{height} pixels: a side is shorter than {crop_settings.step}, the bucket step"
     )
+    return Finding("too-small", sample.name, details)
 
 
-def _upscaled(sample: Sample, scale: float, bucket: Size, crop_settings: CropSettings) -> Finding:
+def _upscaled(sample: Sample, scale: float, bucket: Size) -> Finding:
     width, height = sample.size
-    return Finding(
-        "warning",
-        "upscaled",
-        sample.name,
-        f"{width}×{height} pixels, enlarged {scale:.2f} times for {bucket[0]}×{bucket[1]}: it "
-        "teaches blur. Take a larger one, or a lower resolution"
-        + (", or --bucket_no_upscale" if crop_settings.step else ""),
-    )
+    details = f"{width}×{height} pixels, enlarged {scale:.2f} times for {bucket[0]}×{bucket[1]}"
+    return Finding("upscaled", sample.name, details)

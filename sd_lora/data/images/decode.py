@@ -329,12 +329,3 @@ def decode_with_mask(
     except Undecodable as error:
         raise RunError(f"{name} could not be decoded: {error}") from None
     return lay(image, alpha, background), alpha
-
-
-def decode(data: bytes, name: str, background: Colour = BACKGROUND) -> Image.Image:
-    """Decodes an image's bytes to upright 8-bit sRGB over the background.
-
-    Raises:
-        RunError: as of `decode_with_mask`.
-    """
-    return decode_with_mask(data, name, background)[0]

@@ -37,19 +37,11 @@ of 2 lose up to 8; noise of 8 levels over one colour comes to 1.4, and its bits 
 OPAQUE = 128
 """Alpha from which on a pixel is more image than background."""
 
-ODDITIES = {
-    "animated": "it is animated: its first frame is the image",
-    "pages": "it holds several images: the first one is the image",
-    "exif-rotated": "it is stored on its side or mirrored, as EXIF says: it is set upright",
-    "alpha": "parts of it are transparent: they are laid on the background",
-    "transparent": "nothing of it is more than half opaque: little but the background is left",
-    "16-bit": "it has more than 8 bits a channel: they are scaled to 8",
-    "cmyk": "it is CMYK, made for print: it is converted to RGB",
-    "palette": "it has a palette: colours may be few",
-    "grey": "it is grey",
-    "profile": "its colours are converted to sRGB from its embedded profile",
-}
-"""What `Facts.oddities` may hold: code → what is odd and what becomes of it."""
+ODDITIES = (
+    *("animated", "pages", "exif-rotated", "alpha", "transparent", "16-bit", "cmyk", "palette"),
+    *("grey", "profile"),
+)
+"""Codes of `Facts.oddities`: findings on images that can be decoded."""
 
 
 def content_digest(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Which caption each image of a folder has: from metadata, text files, names, or a prompt."""
+"""Captions of a folder's images: from metadata, text files, file names, or a prompt."""
 
 import os
 import re
@@ -7,192 +7,221 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.sources.folders import Tree, looks_like_image, names
-from sd_lora.data.sources.metadata_files import TABLES, Row, read_table, text_of
-from sd_lora.data.sources.samples import EMPTY_CAPTION, NO_CAPTION, filled, has_empty, shown
+from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_names
+from sd_lora.data.sources.metadata_files import (
+    METADATA_NAMES,
+    MetadataRow,
+    read_metadata,
+    read_text,
+)
+from sd_lora.data.sources.samples import fill_empty_captions, has_empty_caption, printable_path
 from sd_lora.errors import UsageError
-from sd_lora.findings import Finding, Level
+from sd_lora.findings import Finding
 
-SIDECARS = (".txt", ".caption")
+CAPTION_EXTENSIONS = (".txt", ".caption")
 
 COUNTER = re.compile(r"(?:[\s_-]*\(\d+\)|(?:^|[\s_-]+)\d+)+$")
-"""The end of a file's name that only counts: `_0012`, ` 12`, ` (3)`, or the whole of `0012`."""
+"""A counter at the end of a file name: `_0012`, ` 12`, ` (3)`, or the whole of `0012`."""
 
 
 @dataclass
 class FolderCaptions:
-    """captions: of the images that are trained, at least one each. used: files that were read for
-    them. missing: images without a caption, and why."""
+    """Captions of a folder's images.
+
+    captions: image → at least one caption.
+    missing: image without a caption → reason.
+    used: caption and metadata files that were read.
+    """
 
     captions: dict[Path, tuple[str, ...]] = field(default_factory=dict)
     missing: dict[Path, str] = field(default_factory=dict)
     used: set[Path] = field(default_factory=set)
     findings: list[Finding] = field(default_factory=list)
 
-    def note(self, level: Level, code: str, path: Path, text: str) -> None:
-        self.findings.append(Finding(level, code, shown(path), text))
+    def add_finding(self, code: str, path: Path, details: str = "") -> None:
+        """Add a finding on a file."""
+        self.findings.append(Finding(code, printable_path(path), details))
 
 
-def caption_images(spec: SourceSpec, root: Path, tree: Tree, what: str) -> FolderCaptions:
-    """Returns the captions of a folder's images, found as `spec.captions` says.
+def find_captions(
+    spec: SourceSpec, root: Path, tree: FolderTree, source_name: str
+) -> FolderCaptions:
+    """Find the captions of a folder's images as `spec.captions` says.
 
-    "metadata": its rows name the images. "sidecar": a text file beside each. "filename": the
-    name without its extension and without a counter at its end, `_` read as a space: red_car_0012
-    and "red car (3)" are "red car". "prompt": spec.prompt. "auto": metadata if there is any, else
-    sidecars. Where an image has none, or an empty one, spec.prompt is its caption.
+    "metadata": rows name the images. "sidecar": a text file beside each image. "filename": the
+    name without extension and counter, `_` read as a space: red_car_0012 and "red car (3)" are
+    "red car". "prompt": spec.prompt. "auto": metadata if the folder has any, else sidecars.
+    spec.prompt replaces missing and empty captions.
 
     Raises:
-        UsageError: no images, or no caption for any of them; what `read_table` raises.
+        UsageError: no images, no caption for any image, or an error of `read_metadata`.
     """
-    tables = [path for path in tree.files if path.name in TABLES]
+    metadata = [path for path in tree.files if path.name in METADATA_NAMES]
     if spec.metadata_file:
-        tables = [Path(spec.metadata_file).expanduser()]
-    by_table = spec.captions == "metadata" or (spec.captions == "auto" and bool(tables))
-    by_table = by_table and spec.caption_column is not None
-    if not tree.images and not (by_table and tables):
-        raise _no_images(root, tree, what)
-    if by_table:
-        found = _from_tables(spec, root, tree, tables)
+        metadata = [Path(spec.metadata_file).expanduser()]
+    from_metadata = spec.captions == "metadata" or (spec.captions == "auto" and bool(metadata))
+    from_metadata = from_metadata and spec.caption_column is not None
+    if not tree.images and not (from_metadata and metadata):
+        raise _no_images_error(root, tree, source_name)
+    if from_metadata:
+        found = _from_metadata(spec, root, tree, metadata)
     elif spec.captions in ("auto", "sidecar", "metadata"):
         found = _from_sidecars(spec, tree)
     elif spec.captions == "filename":
         found = FolderCaptions({path: (caption_of_name(path),) for path in tree.images})
     else:
-        found = FolderCaptions(missing=dict.fromkeys(tree.images, "has no caption"))
-    unread = any(f.level == "left out" for f in found.findings)
-    if not (by_table or found.captions or unread) and spec.prompt is None:
-        raise _no_captions(spec, tree, what)
-    _fill_in(found, spec.prompt)
+        found = FolderCaptions(missing=dict.fromkeys(tree.images, "no caption"))
+    unreadable = any(f.level == "left out" for f in found.findings)
+    if not (from_metadata or found.captions or unreadable) and spec.prompt is None:
+        raise _no_captions_error(spec, tree, source_name)
+    _apply_prompt(found, spec.prompt)
     if not found.captions:
         lines = [f.line() for f in found.findings if f.level == "left out"]
-        raise UsageError(f"{what} {root} has no image to train:\n  " + "\n  ".join(lines[:5]))
-    _name_others(found, spec, tree)
+        raise UsageError(
+            f"{source_name} {root} has no image to train:\n  " + "\n  ".join(lines[:5])
+        )
+    _report_other_files(found, spec, tree)
     return found
 
 
 def caption_of_name(path: Path) -> str:
+    """A file name as a caption, without its extension and counter."""
     return COUNTER.sub("", path.stem).replace("_", " ").strip(" -")
 
 
-def _no_images(root: Path, tree: Tree, what: str) -> UsageError:
-    found = [shown(path.relative_to(root)) for path in (*tree.files, *tree.folders)]
+def _no_images_error(root: Path, tree: FolderTree, source_name: str) -> UsageError:
+    found = [printable_path(path.relative_to(root)) for path in (*tree.files, *tree.folders)]
     found += [f"{finding.line()}" for finding in tree.findings] + tree.hidden
-    has = f"it holds {names(found)}" if found else "it is empty"
-    return UsageError(f"{what} {root} holds no images: {has}")
+    content = f"it holds {list_names(found)}" if found else "it is empty"
+    return UsageError(f"{source_name} {root} holds no images: {content}")
 
 
-def _no_captions(spec: SourceSpec, tree: Tree, what: str) -> UsageError:
+def _no_captions_error(spec: SourceSpec, tree: FolderTree, source_name: str) -> UsageError:
     first = tree.images[0]
-    extension = extensions_of(spec)[0]
-    others = [p.name for p in tree.files if p.suffix.lower() in SIDECARS]
+    extension = caption_extensions(spec)[0]
+    others = [p.name for p in tree.files if p.suffix.lower() in CAPTION_EXTENSIONS]
     hint = ""
     if spec.caption_extension and others:
-        hint = f"; caption_extension {spec.caption_extension} fits none of {names(others)}"
+        hint = f"; caption_extension {spec.caption_extension} fits none of {list_names(others)}"
     return UsageError(
-        f"{what} {spec.path} has images and no captions: give it a metadata.jsonl with lines "
-        f'like {{"file_name": "{shown(Path(first.name))}", "{spec.caption_column or "text"}": '
-        f'"a photo of …"}}, or a {shown(Path(first.stem))}{extension} beside each image, or '
-        f"say one for all by --caption_default{hint}"
+        f"{source_name} {spec.path} has images but no captions: add a metadata.jsonl with lines "
+        f'like {{"file_name": "{printable_path(Path(first.name))}", '
+        f'"{spec.caption_column or "text"}": "a photo of …"}}, or a '
+        f"{printable_path(Path(first.stem))}{extension} beside each image, or "
+        f"give one caption for all with --caption_default{hint}"
     )
 
 
-def _fill_in(found: FolderCaptions, prompt: str | None) -> None:
-    """Gives the prompt to images without words; without a prompt, those without a caption go."""
+def _apply_prompt(found: FolderCaptions, prompt: str | None) -> None:
+    """Give the prompt to images without a caption or with an empty one.
+
+    Without a prompt, images without a caption are left out.
+    """
     for path, reason in found.missing.items():
         if prompt is None:
-            found.note("left out", "missing-caption", path, f"{reason}. {NO_CAPTION}")
+            found.add_finding("missing-caption", path, reason)
         else:
             found.captions[path] = (prompt,)
     for path, captions in found.captions.items():
-        if path not in found.missing and has_empty(captions):
-            found.note("warning", "empty-caption", path, EMPTY_CAPTION)
-            found.captions[path] = filled(captions, prompt)
+        if path not in found.missing and has_empty_caption(captions):
+            found.add_finding("empty-caption", path)
+            found.captions[path] = fill_empty_captions(captions, prompt)
 
 
-def _name_others(found: FolderCaptions, spec: SourceSpec, tree: Tree) -> None:
-    """Names the files of the folder that are neither images nor were read for them."""
+def _report_other_files(found: FolderCaptions, spec: SourceSpec, tree: FolderTree) -> None:
+    """Add findings on files that are neither images nor read for them."""
     stems = {path.with_suffix("") for path in tree.images}
-    extensions = (*extensions_of(spec), *SIDECARS)
+    extensions = (*caption_extensions(spec), *CAPTION_EXTENSIONS)
     for path in tree.files:
-        if looks_like_image(path) or path in found.used or path in found.captions:
+        if has_image_extension(path) or path in found.used or path in found.captions:
             continue
         extension = next((e for e in extensions if path.name.lower().endswith(e)), "")
-        if path.name in TABLES:
-            text = f"not read, for captions come from {spec.captions}"
-            found.note("note", "metadata-ignored", path, text)
+        if path.name in METADATA_NAMES:
+            found.add_finding("metadata-ignored", path, f"captions come from {spec.captions}")
         elif extension and path.with_name(path.name[: -len(extension)]) in stems:
-            text = "a caption beside its image; not read, for captions come from elsewhere"
-            found.note("note", "sidecar-ignored", path, text)
+            found.add_finding("sidecar-ignored", path)
         else:
-            found.note("note", "not-a-image", path, "not an image; not read")
+            found.add_finding("other-file", path, "not an image")
 
 
-def _key(path: Path, folders: dict[Path, Path]) -> tuple[Path, str]:
-    """Returns what tells files apart where links lead to a folder by several paths."""
+def _file_key(path: Path, folders: dict[Path, Path]) -> tuple[Path, str]:
+    """(real folder, file name): the same for a file reached by several links.
+
+    folders: path → real path of the folders resolved before.
+    """
     if path.parent not in folders:
         folders[path.parent] = path.parent.resolve()
     return folders[path.parent], path.name
 
 
-def _from_tables(spec: SourceSpec, root: Path, tree: Tree, tables: list[Path]) -> FolderCaptions:
-    if not tables:
-        raise UsageError(
-            f"{spec.where} has no {' or '.join(TABLES)}, and captions = metadata asks for one"
-        )
-    found, folders = FolderCaptions(used=set(tables)), dict[Path, Path]()
-    listed = {_key(path, folders): path for path in tree.files}
+def _rows_by_image(
+    spec: SourceSpec, root: Path, tree: FolderTree, metadata: list[Path], found: FolderCaptions
+) -> dict[Path, list[MetadataRow]]:
+    """Existing image → rows that name it; adds findings on the other rows."""
+    folders = dict[Path, Path]()
+    listed = {_file_key(path, folders): path for path in tree.files}
     # kohya's tools name images without their extension
-    stems: dict[tuple[Path, str], list[Path]] = defaultdict(list)
+    by_stem: dict[tuple[Path, str], list[Path]] = defaultdict(list)
     for key, path in listed.items():
-        if looks_like_image(path):
-            stems[key[0], path.stem].append(path)
-    rows: dict[Path, list[Row]] = defaultdict(list)
+        if has_image_extension(path):
+            by_stem[key[0], path.stem].append(path)
+    rows: dict[Path, list[MetadataRow]] = defaultdict(list)
     inside = root.resolve()
-    for table in tables:
-        base = root if spec.metadata_file else table.parent
-        for row in read_table(table, spec):
-            key = _key(base / row.name, folders)
-            called = stems.get(key, []) if key not in listed else []
-            path = listed.get(key) or (called[0] if called else key[0] / key[1])
-            if len(called) > 1:
-                alike = names([shown(Path(p.name)) for p in called])
-                text = f"{row.where} may mean any of {alike}: it is taken for the first"
-                found.note("warning", "stem-clash", path, text)
+    for file in metadata:
+        base = root if spec.metadata_file else file.parent
+        for row in read_metadata(file, spec):
+            key = _file_key(base / row.name, folders)
+            same_stem = by_stem.get(key, []) if key not in listed else []
+            path = listed.get(key) or (same_stem[0] if same_stem else key[0] / key[1])
+            if len(same_stem) > 1:
+                candidates = list_names([printable_path(Path(p.name)) for p in same_stem])
+                details = f"{row.where} may mean any of {candidates}: the first is taken"
+                found.add_finding("stem-clash", path, details)
             if path.is_relative_to(inside):  # hidden, or in a folder that is not read
                 path = root / path.relative_to(inside)
             if os.path.isfile(path):
                 rows[path].append(row)
                 continue
-            text = f"{row.where} names it, and it is not there"
-            found.note("left out", "missing-image", base / row.name, text)
-    for path, named in rows.items():
-        captions = tuple(caption for row in named for caption in row.captions)
-        if len(named) > 1:
-            lines = " and ".join(row.where for row in named)
-            found.note("warning", "named-twice", path, f"{lines} name it: its captions take turns")
+            found.add_finding("missing-image", base / row.name, f"{row.where} names it")
+    return rows
+
+
+def _from_metadata(
+    spec: SourceSpec, root: Path, tree: FolderTree, metadata: list[Path]
+) -> FolderCaptions:
+    if not metadata:
+        raise UsageError(
+            f"{spec.where} has no {' or '.join(METADATA_NAMES)}, and captions = metadata needs one"
+        )
+    found = FolderCaptions(used=set(metadata))
+    rows = _rows_by_image(spec, root, tree, metadata, found)
+    for path, of_image in rows.items():
+        captions = tuple(caption for row in of_image for caption in row.captions)
+        if len(of_image) > 1:
+            lines = " and ".join(row.where for row in of_image)
+            found.add_finding("named-twice", path, f"{lines} name it")
         if not path.is_relative_to(root):
-            text = f"{named[0].where} names it, outside of {shown(root)}"
-            found.note("note", "outside-folder", path, text)
+            details = f"{of_image[0].where} names it, outside of {printable_path(root)}"
+            found.add_finding("outside-folder", path, details)
         if captions:
             found.captions[path] = captions
         else:
-            found.missing[path] = f"{named[0].where} has no caption for it"
-    tables_named = names([shown(table) for table in tables])
-    reason = f"no row of {tables_named} names it"
+            found.missing[path] = f"{of_image[0].where} has no caption for it"
+    reason = f"no row of {list_names([printable_path(file) for file in metadata])} names it"
     found.missing |= {path: reason for path in tree.images if path not in rows}
     return found
 
 
-def extensions_of(spec: SourceSpec) -> tuple[str, ...]:
-    """Returns the ends of the names of caption files, in lower case."""
+def caption_extensions(spec: SourceSpec) -> tuple[str, ...]:
+    """Endings of caption files, in lower case, the preferred one first."""
     if spec.caption_extension is None:
-        return SIDECARS
+        return CAPTION_EXTENSIONS
     return ("." + spec.caption_extension.lower().lstrip("."),)
 
 
-def _from_sidecars(spec: SourceSpec, tree: Tree) -> FolderCaptions:
-    found, extensions = FolderCaptions(), extensions_of(spec)
-    sidecars: dict[Path, list[Path]] = defaultdict(list)  # path without extension → its texts
+def _from_sidecars(spec: SourceSpec, tree: FolderTree) -> FolderCaptions:
+    found, extensions = FolderCaptions(), caption_extensions(spec)
+    sidecars: dict[Path, list[Path]] = defaultdict(list)  # path without extension → caption files
     for extension in extensions:
         for path in tree.files:
             if path.name.lower().endswith(extension) and len(path.name) > len(extension):
@@ -200,36 +229,35 @@ def _from_sidecars(spec: SourceSpec, tree: Tree) -> FolderCaptions:
     images: dict[Path, list[Path]] = defaultdict(list)
     for path in tree.images:
         images[path.with_suffix("")].append(path)
-    for stem, paths in images.items():
-        texts = sidecars.pop(stem, [])
-        if not texts:
-            reason = f"has no {' or '.join(shown(stem) + e for e in extensions)}"
-            found.missing |= dict.fromkeys(paths, reason)
+    for stem, same_stem in images.items():
+        files = sidecars.pop(stem, [])
+        if files:
+            _read_sidecar(found, same_stem, files)
             continue
-        _read_sidecar(found, paths, texts)
-    for texts in sidecars.values():
-        for path in texts:
+        reason = f"no {' or '.join(printable_path(stem) + e for e in extensions)}"
+        found.missing |= dict.fromkeys(same_stem, reason)
+    for files in sidecars.values():
+        for path in files:
             found.used.add(path)
-            text = "a caption without an image of its name; not read"
-            found.note("warning", "orphan-caption", path, text)
+            found.add_finding("orphan-caption", path)
     return found
 
 
-def _read_sidecar(found: FolderCaptions, images: list[Path], texts: list[Path]) -> None:
-    """Gives the first of the texts to the images of its name."""
-    first, *others = texts
-    found.used |= set(texts)
+def _read_sidecar(found: FolderCaptions, images: list[Path], files: list[Path]) -> None:
+    """Give the first caption file to all images of its name."""
+    first, *others = files
+    found.used |= set(files)
     for path in others:
-        found.note("warning", "second-caption", path, f"not read, for {first.name} is")
+        found.add_finding("second-caption", path, f"{printable_path(Path(first.name))} is read")
     if len(images) > 1:
-        same = " and ".join(shown(Path(path.name)) for path in images)
-        text = f"{same} share the caption in {shown(Path(first.name))}; rename them if they differ"
-        found.note("warning", "stem-clash", images[0], text)
+        same = " and ".join(printable_path(Path(path.name)) for path in images)
+        details = f"{same} share the caption in {printable_path(Path(first.name))}"
+        found.add_finding("stem-clash", images[0], details)
     try:
-        caption = text_of(first).strip()
+        caption = read_text(first).strip()
     except UsageError as error:
         for path in images:
             code = "non-utf8-caption" if "UTF-8" in str(error) else "unreadable-caption"
-            found.note("left out", code, path, f"its caption: {error}")
+            found.add_finding(code, path, f"its caption: {error}")
         return
     found.captions |= dict.fromkeys(images, (caption,))

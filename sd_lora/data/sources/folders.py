@@ -1,4 +1,4 @@
-"""What lies in a folder tree: every file once, in an order that no file system decides."""
+"""List a folder tree: every file once, in the same order on every file system."""
 
 import os
 from collections import deque
@@ -6,19 +6,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sd_lora.data.images.decode import EXTENSIONS
-from sd_lora.data.sources.samples import shown
+from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError
-from sd_lora.findings import Finding, Level
+from sd_lora.findings import Finding
 
-JUNK = ("thumbs.db", "desktop.ini", "__macosx")
-"""What systems leave in folders, beside the names that start with a dot; in lower case."""
+SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
+"""Hidden like names that start with a dot: files that systems leave in folders, in lower case."""
 
 
 @dataclass
-class Tree:
-    """files: all that are not hidden, by path. folders: those directly below that were not read.
+class FolderTree:
+    """Files and folders below a root.
 
-    hidden: names of what is hidden. findings: of links and of folders.
+    files: all visible files, sorted by path.
+    folders: folders directly below the root, if not read recursively.
+    hidden: names of hidden files and folders.
+    findings: on links and folders.
     """
 
     files: list[Path] = field(default_factory=list)
@@ -28,57 +31,63 @@ class Tree:
 
     @property
     def images(self) -> list[Path]:
-        return [path for path in self.files if looks_like_image(path)]
+        """Files with an image's extension."""
+        return [path for path in self.files if has_image_extension(path)]
 
 
-def looks_like_image(path: Path) -> bool:
+def has_image_extension(path: Path) -> bool:
+    """Whether a file name ends as an image's, in small or capital letters."""
     return path.suffix.lower() in EXTENSIONS
 
 
-def names(items: list[str]) -> str:
-    """Returns the first five names, and how many more there are."""
+def list_names(items: list[str]) -> str:
+    """The first five names, and the number of the others."""
     return ", ".join(items[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
 
 
-def existing_folder(path: str, what: str) -> Path:
-    """Returns a folder that is there; `what` is the name of the setting that says it.
+def existing_folder(path: str, setting: str) -> Path:
+    """Check that a folder exists and can be read.
+
+    Args:
+        path: `~` is expanded.
+        setting: name of the option, for messages.
 
     Raises:
-        UsageError: it is not there, is a file, or may not be read.
+        UsageError: a missing or unreadable folder, or a file.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        kind = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"{what} {path} {kind}")
+        problem = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise UsageError(f"{setting} {path} {problem}")
     try:
         os.scandir(folder).close()
     except OSError as error:
-        raise UsageError(f"{what} {path} cannot be read: {error.strerror}") from None
+        raise UsageError(f"{setting} {path} cannot be read: {error.strerror}") from None
     return folder
 
 
-def walk(root: Path, recursive: bool = True) -> Tree:
-    """Returns what lies in a folder; with `recursive`, in those below it too.
+def walk(root: Path, recursive: bool = True) -> FolderTree:
+    """List a folder, and with `recursive` all folders below it.
 
-    Links to folders are followed once all folders are read, and each folder is read once, under
-    its own path where it has one in the tree. So a link that leads back ends there.
+    Links to folders are followed after all real folders have been read, and each folder is read
+    once, under its own path if that lies in the tree. So a link that leads back ends there.
     """
-    tree = Tree()
+    tree = FolderTree()
     start = root.resolve()
-    read: dict[Path, Path] = {}  # real path → the path that it was read by
+    read: dict[Path, Path] = {}  # real path → path under which it was read
     folders, links = deque([root]), deque[Path]()
     while folders or links:
         folder = folders.popleft() if folders else links.popleft()
         real = folder.resolve()
         if real in read or real in start.parents:
-            tree.findings.append(_seen_before(folder, real, read))
+            tree.findings.append(_repeated_folder(folder, real, read))
             continue
         read[real] = folder
-        for path in _entries(folder, tree):
+        for path in _list_folder(folder, tree):
             if not os.path.isdir(path):
                 _add_file(path, tree)
             elif not recursive and path.resolve() in (start, *start.parents):
-                tree.findings.append(_seen_before(path, path.resolve(), read))
+                tree.findings.append(_repeated_folder(path, path.resolve(), read))
             elif not recursive:
                 tree.folders.append(path)
             elif path.is_symlink():
@@ -89,35 +98,39 @@ def walk(root: Path, recursive: bool = True) -> Tree:
     return tree
 
 
-def _entries(folder: Path, tree: Tree) -> list[Path]:
-    """Returns the paths in a folder by name; what is hidden goes to the tree."""
+def _list_folder(folder: Path, tree: FolderTree) -> list[Path]:
+    """Visible paths in a folder, by name; adds hidden names to the tree."""
     try:
         found = sorted(os.listdir(folder))
     except OSError as error:
-        text = f"the folder cannot be read: {error.strerror}; nothing in it is trained"
-        tree.findings.append(Finding("left out", "unreadable-folder", shown(folder), text))
+        details = f"the folder cannot be read: {error.strerror}"
+        tree.findings.append(Finding("unreadable-folder", printable_path(folder), details))
         return []
-    hidden = {name for name in found if name.startswith(".") or name.lower() in JUNK}
-    tree.hidden += (shown(Path(name)) for name in found if name in hidden)
+    hidden = {name for name in found if name.startswith(".") or name.lower() in SYSTEM_FILES}
+    tree.hidden += (printable_path(Path(name)) for name in found if name in hidden)
     return [folder / name for name in found if name not in hidden]
 
 
-def _add_file(path: Path, tree: Tree) -> None:
+def _add_file(path: Path, tree: FolderTree) -> None:
+    """Add a regular file to the tree, or a finding on a broken link, pipe or device."""
     if os.path.isfile(path):
         tree.files.append(path)
         return
-    level: Level = "left out" if looks_like_image(path) else "note"
-    name = shown(path)
+    code, details = "not-a-file", ""
     if path.is_symlink():
-        text = f"a link to {shown(path.readlink())}, which is not there"
-        tree.findings.append(Finding(level, "broken-link", name, text))
-    else:
-        tree.findings.append(Finding(level, "not-a-file", name, "neither a file nor a folder"))
+        code, details = (
+            "broken-link",
+            f"a link to {printable_path(path.readlink())}, which does not exist",
+        )
+    if not has_image_extension(path):
+        code, details = "other-file", details or "neither a file nor a folder"
+    tree.findings.append(Finding(code, printable_path(path), details))
 
 
-def _seen_before(link: Path, real: Path, read: dict[Path, Path]) -> Finding:
+def _repeated_folder(link: Path, real: Path, read: dict[Path, Path]) -> Finding:
+    name, target = printable_path(link), printable_path(real)
     if real not in read or read[real] in link.parents:
-        text = f"a link in a loop: it leads back to {shown(real)}; not followed"
-        return Finding("note", "link-loop", shown(link), text)
-    text = f"leads to {shown(real)}, which is read as {shown(read[real])}; not read twice"
-    return Finding("note", "linked-twice", shown(link), text)
+        return Finding("link-loop", name, f"a link in a loop, back to {target}")
+    return Finding(
+        "linked-twice", name, f"leads to {target}, which is read as {printable_path(read[real])}"
+    )

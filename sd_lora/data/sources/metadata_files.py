@@ -1,4 +1,4 @@
-"""Metadata files: an image and its captions in each row, and errors that name the line."""
+"""Metadata files: an image and its captions in each row; errors name the line."""
 
 import csv
 import io
@@ -9,56 +9,62 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.sources.samples import shown
+from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError, did_you_mean
 
-TABLES = ("metadata.jsonl", "metadata.csv")
-"""The names of metadata files in a folder: the imagefolder layout of `datasets`."""
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
+"""Names of metadata files in a folder: the imagefolder layout of `datasets`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """where: file and line, for messages. name: of the image, as written. captions: () where
-    the row has none."""
+class MetadataRow:
+    """A row of a metadata file.
+
+    where: file and line, for messages.
+    name: of the image, as written in the file.
+    captions: () without a caption.
+    """
 
     where: str
     name: str
     captions: tuple[str, ...]
 
 
-def text_of(path: Path) -> str:
-    """Returns a text file without its byte order mark; raises UsageError by name."""
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file without its byte order mark; raises UsageError with its name."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        what = f"is not UTF-8 text (byte {error.start}): save it as UTF-8"
+        problem = f"is not UTF-8 text (byte {error.start}): save it as UTF-8"
     except OSError as error:
-        what = f"cannot be read: {error.strerror}"
-    raise UsageError(f"{shown(path)} {what}")
+        problem = f"cannot be read: {error.strerror}"
+    raise UsageError(f"{printable_path(path)} {problem}")
 
 
-def read_table(table: Path, spec: SourceSpec) -> list[Row]:
-    """Returns the rows of a metadata file.
+def read_metadata(path: Path, spec: SourceSpec) -> list[MetadataRow]:
+    """Read the rows of a metadata file.
 
-    `.jsonl` and `.csv` are those of `datasets`: a file_name, and the caption column with a text or
-    a list of texts. `.json` is kohya's: {image: {"caption": …, "tags": …}}, and so is a `.jsonl`
-    of rows with an image_path; their caption and tags are joined.
+    `.jsonl` and `.csv` as in `datasets`: a file_name, and the caption column with a text or a
+    list of texts. `.json` as in kohya's tools: {image: {"caption": …, "tags": …}}, and so is a
+    `.jsonl` of rows with an image_path; caption and tags are joined.
 
     Raises:
-        UsageError: a file that cannot be read, has no rows, or a row without image or caption
-            column, by line.
+        UsageError: an unreadable or empty file, or a row without image or caption column, with
+            its line.
     """
-    known = {".jsonl": _json_lines, ".csv": _csv_lines, ".json": _kohya_rows}
-    read = known.get(table.suffix.lower())
+    readers = {".jsonl": _json_lines, ".csv": _csv_lines, ".json": _kohya_rows}
+    read = readers.get(path.suffix.lower())
     if read is None:
-        raise UsageError(f"{shown(table)} is no metadata file: those end in {', '.join(known)}")
-    rows = [_row(row, where, spec) for where, row in read(table)]
+        raise UsageError(
+            f"{printable_path(path)} is not a metadata file: these end in {', '.join(readers)}"
+        )
+    rows = [_metadata_row(row, where, spec) for where, row in read(path)]
     if not rows:
-        raise UsageError(f"{shown(table)} has no rows")
+        raise UsageError(f"{printable_path(path)} has no rows")
     return rows
 
 
-def _json(text: str, where: str) -> dict[str, Any]:
+def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -68,34 +74,34 @@ def _json(text: str, where: str) -> dict[str, Any]:
     return value
 
 
-def _json_lines(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(text_of(table).split("\n"), 1):  # a caption may hold U+2028
+def _json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # a caption may hold U+2028
         if line.strip():
-            where = f"{shown(table)}, line {number}"
-            yield where, _json(line, where)
+            where = f"{printable_path(path)}, line {number}"
+            yield where, _json_object(line, where)
 
 
-def _csv_lines(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text_of(table), newline=""))
+def _csv_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    name, reader = printable_path(path), csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
         for row in reader:
-            yield f"{shown(table)}, line {reader.line_num}", {str(k): v for k, v in row.items()}
+            yield f"{name}, line {reader.line_num}", {str(k): v for k, v in row.items()}
     except csv.Error as error:
-        raise UsageError(f"{shown(table)}, line {reader.line_num}: not CSV: {error}") from None
+        raise UsageError(f"{name}, line {reader.line_num}: not CSV: {error}") from None
 
 
-def _kohya_rows(table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, row in _json(text_of(table), shown(table)).items():
-        where = f"{shown(table)}, {name!r}"
+def _kohya_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, row in _json_object(read_text(path), printable_path(path)).items():
+        where = f"{printable_path(path)}, {name!r}"
         if not isinstance(row, dict):
             raise UsageError(f"{where}: not an object with a caption but {row!r:.40}")
         yield where, {**row, "image_path": name}
 
 
-def _row(row: dict[str, Any], where: str, spec: SourceSpec) -> Row:
+def _metadata_row(row: dict[str, Any], where: str, spec: SourceSpec) -> MetadataRow:
     image, column = spec.image_column, str(spec.caption_column)
     if isinstance(row.get("image_path"), str) and image != "image_path":
-        return Row(where, row["image_path"], _kohya_captions(row, where, spec))
+        return MetadataRow(where, row["image_path"], _kohya_captions(row, where, spec))
     name = row.get("file_name", row.get(f"{image}_file_name", row.get(image)))
     if not isinstance(name, str) or "\0" in name:
         raise UsageError(f"{where} has no file_name (found {', '.join(map(str, row))})")
@@ -105,24 +111,28 @@ def _row(row: dict[str, Any], where: str, spec: SourceSpec) -> Row:
             f"{where} has no caption column {column!r}; it has {', '.join(columns) or 'none'}."
             f"{did_you_mean(column, columns)} Choose one with --caption_column"
         )
-    return Row(where, name, texts(row[column], where, column))
+    return MetadataRow(where, name, captions_in(row[column], where, column))
 
 
 def _kohya_captions(row: dict[str, Any], where: str, spec: SourceSpec) -> tuple[str, ...]:
-    """Returns captions with the tags behind them: behind each line, where one will be chosen."""
+    """Captions with the tags appended: to each line, if wildcards choose a line."""
     comma = f"{spec.rules.caption_separator} "
-    tags = comma.join(texts(row.get("tags"), where, "tags"))
+    tags = comma.join(captions_in(row.get("tags"), where, "tags"))
 
-    def tagged(caption: str) -> str:
+    def append_tags(caption: str) -> str:
         lines = caption.split("\n") if spec.rules.wildcards else [caption]
         return "\n".join(comma.join(part for part in (line, tags) if part) for line in lines)
 
-    captions = texts(row.get("caption"), where, "caption")
-    return tuple(map(tagged, captions)) or ((tags,) if tags else ())
+    captions = captions_in(row.get("caption"), where, "caption")
+    return tuple(map(append_tags, captions)) or ((tags,) if tags else ())
 
 
-def texts(value: object, where: str, column: str) -> tuple[str, ...]:
-    """Returns a text or a list of texts as a tuple, () for none; raises UsageError for others."""
+def captions_in(value: object, where: str, column: str) -> tuple[str, ...]:
+    """Captions of a cell: a text, a list of texts, or None; () without any.
+
+    Raises:
+        UsageError: another type, with where and column.
+    """
     found = list(value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(text, str | None) for text in found):
         raise UsageError(f"{where}: {column} must be a text or a list of texts, not {value!r:.80}")

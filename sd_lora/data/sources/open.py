@@ -1,4 +1,4 @@
-"""Where samples come from: folders, kohya's numbered folders, and `datasets` sets."""
+"""Open a source: a folder, kohya's numbered folders, or a `datasets` set."""
 
 import dataclasses
 import re
@@ -7,143 +7,144 @@ from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import read_file
-from sd_lora.data.sources.datasets_hub import open_set
-from sd_lora.data.sources.folder_captions import FolderCaptions, caption_images, extensions_of
-from sd_lora.data.sources.folders import Tree, existing_folder, looks_like_image, names, walk
-from sd_lora.data.sources.metadata_files import TABLES
-from sd_lora.data.sources.samples import Sample, Source, shown
+from sd_lora.data.sources.datasets_hub import open_dataset
+from sd_lora.data.sources.folder_captions import FolderCaptions, caption_extensions, find_captions
+from sd_lora.data.sources.folders import (
+    FolderTree,
+    existing_folder,
+    has_image_extension,
+    list_names,
+    walk,
+)
+from sd_lora.data.sources.metadata_files import METADATA_NAMES
+from sd_lora.data.sources.samples import Sample, Source, printable_path
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 
 __all__ = ["Sample", "Source", "open_source"]
 
 NUMBERED = re.compile(r"(\d+)_(.+)", re.DOTALL)
-"""kohya's names of folders: how often its images are seen in an epoch, and their caption."""
+"""kohya's folder names: repeats of its images in an epoch, and their caption."""
 
 
-MANY = 1000
-"""Repeats that are more likely a year or a number of something else."""
+MANY_REPEATS = 1000
+"""From here on, the number is more likely a year or a part of a name than repeats."""
 
 
 def open_source(spec: SourceSpec) -> list[Source]:
-    """Returns the sources that a specification names: one, or one for each of kohya's folders.
+    """Open the sources of a specification: one, or one a numbered folder.
 
-    A folder is read whole, with its captions, but for the images themselves. Whatever in it is
-    not trained, or not as meant, is in the findings.
+    Folders are listed and captions are read; images are not. Files that are not trained, or not
+    as intended, are in the findings.
 
     Raises:
-        UsageError: nothing can be trained: a folder or set that is missing or has no images or
-            captions, a column that is not there, a row of metadata that cannot be read.
+        UsageError: a folder or set that is missing or has no images or captions, a missing
+            column, or an unreadable row of metadata.
     """
     if spec.dataset is not None:
-        return [open_set(spec)]
-    what = spec.label or "source"
-    root = existing_folder(str(spec.path), what)
+        return [open_dataset(spec)]
+    name = spec.label or "source"
+    root = existing_folder(str(spec.path), name)
     top = walk(root, recursive=False)
     if spec.layout == "kohya" or (spec.layout == "auto" and _is_kohya(top, spec)):
-        return _numbered_folders(spec, root, top, what)
+        return _numbered_folders(spec, root, top, name)
     tree = walk(root) if spec.recursive else top
     if spec.layout == "auto":
-        tree.findings += _numbers_not_read(root, tree)
-    return [_folder_source(spec, root, tree, what)]
+        tree.findings += _unread_numbers(root, tree)
+    return [_folder_source(spec, root, tree, name)]
 
 
-def _is_kohya(top: Tree, spec: SourceSpec) -> bool:
-    """Whether a folder is one of numbered folders: nothing beside these can be trained."""
-    has_table = spec.metadata_file or any(path.name in TABLES for path in top.files)
+def _is_kohya(top: FolderTree, spec: SourceSpec) -> bool:
+    """Whether a folder holds numbered folders, and nothing else to train."""
+    has_metadata = spec.metadata_file or any(path.name in METADATA_NAMES for path in top.files)
     numbered = any(NUMBERED.fullmatch(folder.name) for folder in top.folders)
-    beside = spec.prompt is not None or spec.captions == "filename"
+    captioned = spec.prompt is not None or spec.captions == "filename"
     stems = {
         path.with_name(path.name[: -len(extension)])
         for path in top.files
-        for extension in extensions_of(spec)
+        for extension in caption_extensions(spec)
         if path.name.lower().endswith(extension)
     }
-    beside |= any(path.with_suffix("") in stems for path in top.images)
-    return numbered and not has_table and not (top.images and beside)
+    captioned |= any(path.with_suffix("") in stems for path in top.images)
+    return numbered and not has_metadata and not (top.images and captioned)
 
 
-def _folder_source(spec: SourceSpec, root: Path, tree: Tree, what: str) -> Source:
+def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) -> Source:
     findings = list(tree.findings)
     if tree.hidden:
-        text = f"{len(tree.hidden)} hidden files and folders are not read: {names(tree.hidden)}"
-        findings.append(Finding("note", "hidden", shown(root), text))
-    found: FolderCaptions = caption_images(spec, root, tree, what)
-    findings += (_unread_folder(folder, set(found.captions)) for folder in tree.folders)
+        details = f"{len(tree.hidden)} hidden files and folders: {list_names(tree.hidden)}"
+        findings.append(Finding("hidden", printable_path(root), details))
+    found: FolderCaptions = find_captions(spec, root, tree, name)
+    findings += (_subfolder_finding(folder, set(found.captions)) for folder in tree.folders)
     samples = [
-        Sample(shown(path), partial(read_file, path), captions, spec)
+        Sample(printable_path(path), partial(read_file, path), captions, spec)
         for path, captions in sorted(found.captions.items())
     ]
     return Source(spec, partial(iter, samples), findings + found.findings, len(samples))
 
 
-def _numbered_folders(spec: SourceSpec, root: Path, top: Tree, what: str) -> list[Source]:
-    """Returns a source for each `<repeats>_<class tokens>` folder."""
+def _numbered_folders(spec: SourceSpec, root: Path, top: FolderTree, name: str) -> list[Source]:
+    """One source a `<repeats>_<class tokens>` folder."""
     findings = list(top.findings)
     sources = []
     for folder in top.folders:
         match, tree = NUMBERED.fullmatch(folder.name), walk(folder, spec.recursive)
-        count = len(tree.images)
-        if not match or not int(match[1]) or not count:
-            findings += [*tree.findings, _not_numbered(folder, match, count)]
+        repeats, count = int(match[1]) if match else 0, len(tree.images)
+        if not match or not repeats or not count:
+            findings += [*tree.findings, _skipped_folder(folder, match, count)]
             continue
-        own = dataclasses.replace(
+        numbered = dataclasses.replace(
             spec,
             path=str(folder),
             layout="plain",
-            repeats=int(match[1]) * spec.repeats,
+            repeats=repeats * spec.repeats,
             prompt=spec.prompt if spec.captions == "prompt" and spec.prompt else match[2],
             label=f"{spec.label}/{folder.name}" if spec.label else "",
         )
-        sources.append(_folder_source(own, folder, tree, str(folder)))
-        if int(match[1]) >= MANY:
-            text = (
-                f"its images are seen {int(match[1])} times an epoch, as its name says: if that "
-                "is a date or the like, rename it, or take --data_layout plain"
-            )
-            findings.append(Finding("warning", "many-repeats", shown(folder), text))
+        sources.append(_folder_source(numbered, folder, tree, str(folder)))
+        if repeats >= MANY_REPEATS:
+            details = f"each image is trained {repeats} times an epoch, as the folder's name says"
+            findings.append(Finding("many-repeats", printable_path(folder), details))
     for path in top.files:
-        if looks_like_image(path):
-            text = "lies beside the numbered folders; move it into one of them"
-            findings.append(Finding("left out", "outside-folders", shown(path), text))
+        if has_image_extension(path):
+            findings.append(Finding("outside-folders", printable_path(path)))
     if not sources:
-        has = names([shown(Path(folder.name)) for folder in top.folders]) or "no folders"
+        names = [printable_path(Path(folder.name)) for folder in top.folders]
         raise UsageError(
-            f"{what} {root} has no folders such as 10_sks dog with images (10 times an epoch, "
-            f"the caption is sks dog): it has {has}"
+            f"{name} {root} has no numbered folders with images, for example 10_sks dog (10 times "
+            f"an epoch, with the caption sks dog): it has {list_names(names) or 'no folders'}"
         )
     sources[0].findings[:0] = findings
     return sources
 
 
-def _not_numbered(folder: Path, match: re.Match[str] | None, count: int) -> Finding:
-    images = f"{count} {'image' if count == 1 else 'images'}"
+def _skipped_folder(folder: Path, match: re.Match[str] | None, count: int) -> Finding:
+    name, images = printable_path(folder), _images(count)
     if not count:
-        text = "holds no images"
-    elif match:
-        text = f"its {images} are to be seen 0 times an epoch, so they are not trained"
-    else:
-        text = f"{images} not trained: call the folder 1_{shown(Path(folder.name))}, say"
-    code = "no-repeats" if match else "folder-without-number"
-    return Finding("left out" if count else "note", code, shown(folder), text)
+        return Finding("folder-without-images", name)
+    if match:
+        return Finding("no-repeats", name, f"0 repeats for its {images}")
+    details = f"{images} not trained: rename the folder, for example to 1_"
+    return Finding("folder-without-number", name, details + printable_path(Path(folder.name)))
 
 
-def _unread_folder(folder: Path, trained: set[Path]) -> Finding:
+def _images(count: int) -> str:
+    return f"{count} {'image' if count == 1 else 'images'}"
+
+
+def _subfolder_finding(folder: Path, trained: set[Path]) -> Finding:
     count = sum(path not in trained for path in walk(folder).images)
-    text = f"a folder: its {count} images are not read"
-    return Finding("left out" if count else "note", "subfolder", shown(folder), text)
+    if not count:
+        return Finding("folder-without-images", printable_path(folder))
+    return Finding("subfolder", printable_path(folder), f"a folder with {_images(count)}")
 
 
-def _numbers_not_read(root: Path, tree: Tree) -> list[Finding]:
+def _unread_numbers(root: Path, tree: FolderTree) -> list[Finding]:
+    """Findings on numbered folders in a tree that is read as a plain one."""
     folders = {
         folder
         for path in tree.images
         for folder in path.parents
         if folder.is_relative_to(root) and folder != root and NUMBERED.fullmatch(folder.name)
     }
-    text = (
-        "named like kohya's folders, whose number says how often images are seen; it says "
-        f"nothing here. Give the folder that it lies in as the source instead of {shown(root)}, or "
-        "--data_layout kohya where other images or metadata lie beside it"
-    )
-    return [Finding("warning", "number-not-read", shown(f), text) for f in sorted(folders)]
+    return [Finding("number-not-read", printable_path(folder)) for folder in sorted(folders)]

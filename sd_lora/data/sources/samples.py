@@ -1,26 +1,24 @@
-"""One image of a source, and a source: what every kind of source comes down to."""
+"""A sample (one image with its captions) and a source of samples."""
 
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.images.decode import BACKGROUND, decode
-from sd_lora.errors import RunError
 from sd_lora.findings import Finding
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One image and its captions; it can be pickled.
+    """One image and its captions; picklable.
 
-    name: for messages: the full path, or "set, row 7". read: returns its bytes or raises OSError;
-    of a stream, it holds them. captions: at least one, any of which may be empty. source: what is
-    done with it. digest: blake2b of its bytes, 16 bytes in hex, and size: upright (width, height),
-    both known only after `check.scan`.
+    name: for messages: the full path, or "set, row 7".
+    read: returns the bytes of the image, or raises OSError; holds the bytes of a streamed row.
+    captions: at least one; may be empty strings.
+    source: repeats, loss weight, flips, crops and caption rules.
+    digest: blake2b of the bytes, 16 bytes in hex; empty before `check.scan`.
+    size: upright (width, height) in pixels; (0, 0) before `check.scan`.
     """
 
     name: str
@@ -30,23 +28,14 @@ class Sample:
     digest: str = ""
     size: tuple[int, int] = (0, 0)
 
-    def image(self, background: tuple[int, int, int] = BACKGROUND) -> Image.Image:
-        """Returns the decoded image; raises RunError by name if that cannot be done."""
-        try:
-            data = self.read()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"{self.name} could not be read: {reason}") from None
-        return decode(data, self.name, background)
-
 
 @dataclass
 class Source:
-    """Samples, and what was found on the way to them.
+    """Samples, and the findings made while listing them.
 
-    rows: returns the samples from the first on, each time that it is called. findings: of a
-    stream, they are of its rows and grow while these are read. count: None where that is not known
-    before the rows were read.
+    rows: returns an iterator over all samples, from the first, at each call.
+    findings: for a stream, they grow while its rows are read.
+    count: number of samples; None if unknown before the rows are read.
     """
 
     spec: SourceSpec
@@ -55,25 +44,16 @@ class Source:
     count: int | None = None
 
 
-EMPTY_CAPTION = (
-    "its caption is empty: what is trained is the prompt if there is one, else what prefix, suffix "
-    "and trigger word make of nothing"
-)
-NO_CAPTION = (
-    "Write one, or say a caption for all that have none by --caption_default (in [[sources]]: "
-    "prompt)"
-)
-
-
-def filled(captions: tuple[str, ...], prompt: str | None) -> tuple[str, ...]:
-    """Returns captions with the prompt in the place of those without words."""
+def fill_empty_captions(captions: tuple[str, ...], prompt: str | None) -> tuple[str, ...]:
+    """Captions with blank ones replaced by the prompt, or by "" without a prompt."""
     return tuple(caption if caption.strip() else prompt or "" for caption in captions)
 
 
-def has_empty(captions: tuple[str, ...]) -> bool:
+def has_empty_caption(captions: tuple[str, ...]) -> bool:
+    """Whether a caption is blank."""
     return not all(caption.strip() for caption in captions)
 
 
-def shown(path: Path) -> str:
-    """Returns a path as it can be printed: a file name may hold bytes that are no UTF-8."""
+def printable_path(path: Path) -> str:
+    """A path as valid text: bytes of a file name that are not UTF-8 become escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""What a check found, as lines, as JSON and as a page: whole, and harmless whatever names hold."""
+"""A check as lines, JSON and page: complete, and harmless with any file names and captions."""
 
 import json
 from base64 import b64decode
@@ -39,7 +39,7 @@ HOSTILE = (
 
 
 class Page(HTMLParser):
-    """The elements of a page: tag, attributes, the text directly in it."""
+    """The elements of a page: tag, attributes, and the text directly inside."""
 
     VOID = ("meta", "img", "input", "br", "link")
 
@@ -64,7 +64,7 @@ class Page(HTMLParser):
             self.elements[self._open[-1]][2].append(data)
 
     def of(self, tag: str, kind: str | None = None) -> list[tuple[dict[str, str | None], str]]:
-        """Returns attributes and text of the elements with a tag and a class."""
+        """Attributes and text of the elements with a tag and a class."""
         return [
             (attrs, "".join(text).strip())
             for found, attrs, text in self.elements
@@ -84,7 +84,7 @@ def image(name: str = "a.jpg", **changes: object) -> PageImage:
 
 
 def test_the_crop_is_where_it_says() -> None:
-    """A frame lies at the crop's part of the thumbnail, whose shape is the image's own."""
+    """The frame covers the crop's part of the thumbnail, in the image's own shape."""
     shown = image(crop=(0.1, 0.2, 0.6, 0.95))
     html = Page(page(PageReport("t", "v", images=[shown])))
     ((crop, _),) = html.of("div", "crop")
@@ -103,7 +103,7 @@ def test_hostile_text_stays_text(text: str) -> None:
     outside it."""
 
     def elements(word: str) -> tuple[list[tuple[str, list[str], str | None]], Page]:
-        found = Finding("left out", word, word, word)
+        found = Finding("broken", word, word)
         shown = image(f"{word}/{word}", caption=word, tokens=3, findings=(found,), bucket=word)
         parsed = Page(
             page(PageReport(word, word, {word: word}, [], word, [shown], 9, [found, found]))
@@ -125,7 +125,7 @@ def test_hostile_text_stays_text(text: str) -> None:
 
 
 def test_there_are_no_scripts_and_no_requests() -> None:
-    """The page forbids itself everything but its own style and the images within it."""
+    """The page's policy allows only its own style and the images inside."""
     html = Page(page(PageReport("t", "v", images=[image()])))
     assert not html.of("script")
     assert not html.of("link")
@@ -138,15 +138,15 @@ def test_there_are_no_scripts_and_no_requests() -> None:
 
 
 def test_printable_leaves_words_alone() -> None:
-    """Letters, marks and emoji of any script stay; what steers a terminal is spelt out."""
+    """Letters, marks and emoji of any script stay; characters that steer a terminal are escaped."""
     for text in ("über café 猫.png", "صورة", "नमस्ते", "👩\u200d🚀", "a b\u00a0c"):
         assert printable(text) == text
     assert printable("a\nb\x1b[0m\u202e\udcff") == "a\\nb\\x1b[0m\\u202e\\udcff"
 
 
 def test_counts_filters_and_what_is_not_shown() -> None:
-    """The page says how many of how many images it shows, and its filters count right."""
-    warning, note = Finding("warning", "tiny", "a", "x"), Finding("note", "grey", "b", "y")
+    """The page gives the number of images shown and of all, and its filters count right."""
+    warning, note = Finding("tiny", "a", "x"), Finding("grey", "b", "y")
     shown = [
         image("a", crop_loss=0.25, findings=(warning,)),
         image("b", scale=1.5, findings=(note,)),
@@ -184,29 +184,30 @@ def test_the_bucket_table() -> None:
 
 
 FINDINGS = [
-    Finding("warning", "tiny", "t.png", "8×8 pixels"),
-    *(Finding("left out", "truncated", f"{i}.jpg", "ends too early") for i in range(17)),
-    Finding("left out", "empty", "e\n.png", "no bytes"),
+    Finding("long-caption", "t.png", "90 tokens"),
+    *(Finding("bomb", f"{i}.jpg", "too many pixels") for i in range(17)),
+    Finding("float", "e\n.png", "no range"),
 ]
 
 
 def test_findings_in_groups() -> None:
-    """A terminal shows the gravest first, so many of a code and how many more; the page all."""
+    """A terminal shows the gravest level first, the first of a code and the number of the others;
+    the page shows all."""
     assert report_lines(FINDINGS, limit=2) == [
         "left out: 18",
-        "  truncated: 17: ends too early",
+        "  bomb: 17: too many pixels",
         "    0.jpg",
         "    1.jpg",
         "    … and 15 more (sd-lora check --json names all)",
-        "  empty: 1",
-        "    e\\n.png: no bytes",
+        "  float: 1",
+        "    e\\n.png: no range",
         "warning: 1",
-        "  tiny: 1",
-        "    t.png: 8×8 pixels",
+        "  long-caption: 1",
+        "    t.png: 90 tokens",
     ]
     assert report_lines([]) == []
-    different = [Finding("note", "a", "x", "one"), Finding("note", "a", "y", "two")]
-    assert report_lines(different) == ["note: 2", "  a: 2", "    x: one", "    y: two"]
+    different = [Finding("buckets", "x", "one"), Finding("buckets", "y", "two")]
+    assert report_lines(different) == ["note: 2", "  buckets: 2", "    x: one", "    y: two"]
     html = Page(page(PageReport("t", "v", findings=FINDINGS)))
     assert len(html.of("li")) == len(FINDINGS)
     assert [a["class"] for a, _ in html.of("details")] == ["left-out", "left-out", "warning"]
@@ -215,14 +216,16 @@ def test_findings_in_groups() -> None:
 
 
 def test_json_names_all() -> None:
-    """JSON has every finding in its order, and counts every level, also one that has none."""
+    """JSON has every finding in order, and a count for every level, also for an empty one."""
     shape = json.loads(json.dumps(findings_as_json(FINDINGS)))
     assert shape["counts"] == {"left out": 18, "warning": 1, "note": 0}
-    assert [Finding(**finding) for finding in shape["findings"]] == FINDINGS
+    assert shape["findings"] == [finding.as_dict() for finding in FINDINGS]
+    first = {"level": "warning", "code": "long-caption", "name": "t.png", "text": "90 tokens"}
+    assert shape["findings"][0] == first
 
 
 def test_it_is_written_whole_or_not(tmp_path: Path) -> None:
-    """An old page is replaced by the whole new one; where it cannot be, the error names it."""
+    """An old page is replaced by the whole new one; the error of a failed write names the file."""
     path = tmp_path / "check.html"
     path.write_text("old")
     report = PageReport("t", "v", images=[image(name) for name in HOSTILE])

@@ -1,4 +1,4 @@
-"""The check: every image looked at, what was found named, nothing changed, nothing held."""
+"""The scan: every image is decoded, defects are reported, files stay as they are, memory small."""
 
 import io
 import os
@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sd_lora.config.sources import Kind, SourceSpec
 from sd_lora.data.cache.store import Store
-from sd_lora.data.check.scan import NEAR, ScanResult, near_duplicates, scan
+from sd_lora.data.check.scan import NEAR_BITS, ScanResult, near_duplicates, scan
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.images.facts import Facts, content_digest
 from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample, Source
@@ -26,7 +27,7 @@ from tests.data.check.torture import make_torture
 
 
 def drawing(seed: int, size: tuple[int, int] = (200, 150)) -> Image.Image:
-    """Returns an image with large and small shapes, as a photograph has them."""
+    """An image with large and small shapes, like a photograph."""
     rng = random.Random(seed)
     image = Image.new("RGB", size, tuple(rng.randrange(256) for _ in range(3)))
     draw = ImageDraw.Draw(image)
@@ -44,7 +45,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 
 
 def source_of(images: dict[str, bytes], kind: Kind = "instance", streaming: bool = False) -> Source:
-    """Returns a source of bytes in memory."""
+    """A source of bytes in memory."""
     spec = SourceSpec(dataset="set", kind=kind, streaming=streaming)
     samples = [Sample(name, partial(bytes, data), ("a",), spec) for name, data in images.items()]
     return Source(spec, partial(iter, samples), [], None if streaming else len(samples))
@@ -63,7 +64,7 @@ def codes(found: ScanResult) -> dict[str, str]:
 
 
 def contents(folder: Path) -> dict[str, tuple[int, int, bytes | str | None]]:
-    """Returns all that there is to a folder: names, modes, times of change, bytes."""
+    """The whole content of a folder: names, modes, times of change, bytes."""
     found: dict[str, tuple[int, int, bytes | str | None]] = {}
     for root, folders, files in os.walk(folder):
         for name in [".", *folders, *files]:
@@ -88,8 +89,8 @@ def open_torture(folder: Path) -> list[Source]:
 
 
 def test_every_bad_file_is_named(torture: tuple[Path, dict[str, str]]) -> None:
-    """Each file of a folder of bad and odd ones is found with its reason; none that is bad is among
-    those that are trained; nothing in the folder has changed; a pipe is not waited for."""
+    """Each file of a folder of bad and odd files is reported with its reason, and no bad one is
+    trained; nothing in the folder has changed; the scan does not wait for a pipe."""
     folder, expected = torture
 
     def name(path: str) -> str:
@@ -122,7 +123,7 @@ def test_every_bad_file_is_named(torture: tuple[Path, dict[str, str]]) -> None:
     }
     assert [f[0] for f in told if f[2] == "near-duplicate"] == ["near twin.jpg"]
     for sample in found.samples:
-        assert sample.image().size == sample.size
+        assert decode_with_mask(sample.read(), sample.name)[0].size == sample.size
         assert found.facts[sample.digest].size == sample.size
 
 
@@ -158,8 +159,8 @@ def test_threads_and_store_do_not_show(
 
 
 def test_known_images_are_not_decoded_again(tmp_path: Path) -> None:
-    """What the store knows is believed: facts and thumbnails that were changed there come back, so
-    they were not made anew; other bytes under the same name are looked at."""
+    """Stored facts and thumbnails are used: altered ones come back, so none was computed again.
+    Other bytes under the same name are examined, and so are facts with an unknown code."""
     store = Store(tmp_path, 2**30)
     thumbs: list[Image.Image] = []
 
@@ -181,10 +182,14 @@ def test_known_images_are_not_decoded_again(tmp_path: Path) -> None:
     problem = replace(changed, digest=content_digest(b"no image"), problem=("empty", "told"))
     store.write(f"facts/{problem.digest}", problem.to_json())
     assert examiner(b"no image").facts[problem.digest] == problem
+    for unknown in (replace(problem, problem=("new", "x")), replace(problem, oddities=("new",))):
+        store.write(f"facts/{problem.digest}", unknown.to_json())
+        facts = examiner(b"no image").facts[problem.digest]
+        assert (facts.problem or ())[:1] == ("not-a-image",)
 
 
 def test_a_store_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
-    """The images are checked all the same, and one finding says why it was not kept."""
+    """The images are checked all the same, and one finding gives the reason."""
     (tmp_path / "file").touch()
     store = Store(tmp_path / "file", 2**30)
     source = source_of({f"{i}.png": encoded(drawing(i)) for i in range(3)})
@@ -196,8 +201,8 @@ def test_a_store_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:
 
 
 def test_oddities_are_told_with_what_becomes_of_them() -> None:
-    """Animated, tiny and invisible images are warnings with advice; what is put right is a note;
-    what cannot be decoded is left out, with advice."""
+    """Animated, tiny and invisible images are warnings with advice; a conversion is a note; an
+    image that cannot be decoded is left out, with advice."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image, other = drawing(0), drawing(1)
@@ -229,18 +234,18 @@ def test_oddities_are_told_with_what_becomes_of_them() -> None:
 
 
 def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
-    """A file that is gone, or fails to be read, is named with the system's reason."""
+    """A file that is gone or unreadable is reported with the system's reason."""
     spec = SourceSpec(path=str(tmp_path))
     missing = Sample("gone.png", (tmp_path / "gone.png").read_bytes, ("a",), spec)
     found = scanned(Source(spec, partial(iter, [missing]), [], 1))
-    text = "it could not be read: No such file or directory"
-    assert found.findings == [Finding("left out", "unreadable", "gone.png", text)]
+    details = "cannot be read: No such file or directory"
+    assert found.findings == [Finding("unreadable", "gone.png", details)]
     assert not found.samples
 
 
 def test_exact_duplicates() -> None:
-    """Copies are named with the first of them, once each, in their own kind of source, over all of
-    its sources; the same image among those to learn and those of the class is its own warning."""
+    """Copies are reported with the first of them, once each, over all sources of one kind; the same
+    image among instance and class images is a warning of its own."""
     one, two = encoded(drawing(0)), encoded(drawing(1))
     found = scanned(
         source_of({"a": one, "b": two, "c": one}),
@@ -264,7 +269,7 @@ def test_exact_duplicates() -> None:
 
 def test_near_duplicates_are_found_and_others_not() -> None:
     """Of 40 different images, each with a re-encoded, a resized and a brightened copy, every copy
-    is named with its original, and nothing else is named."""
+    is reported with its original, and no other image is."""
     images = {}
     for i in range(40):
         image = drawing(i)
@@ -276,12 +281,12 @@ def test_near_duplicates_are_found_and_others_not() -> None:
     near = {f.name: f.text for f in found.findings if f.code == "near-duplicate"}
     assert len(found.findings) == len(near)
     assert near.keys() == {name for name in images if " " in name}
-    assert all(f"as {name.split()[0]}, " in text for name, text in near.items())
+    assert all(f"as {name.split()[0]}; " in text for name, text in near.items())
 
 
 def test_flat_and_exact_ones_are_not_near_duplicates() -> None:
-    """Images of one colour look alike to a hash and are not called copies; an exact copy is not
-    named a second time as a near one."""
+    """Images of one colour look alike to a hash and are not reported as copies; an exact copy is
+    not reported again as a near one."""
     colours = {name: encoded(Image.new("RGB", (99, 99), name)) for name in ("red", "white", "navy")}
     one = encoded(drawing(0))
     found = scanned(source_of({**colours, "a": one, "b": one}))
@@ -303,7 +308,7 @@ def test_near_duplicates_against_all_pairs() -> None:
     from scipy.sparse import csr_array
     from scipy.sparse.csgraph import connected_components
 
-    near = [[(a ^ b).bit_count() <= NEAR for b in hashes] for a in hashes]
+    near = [[(a ^ b).bit_count() <= NEAR_BITS for b in hashes] for a in hashes]
     labels = connected_components(csr_array(np.array(near)))[1]
     members: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
@@ -317,7 +322,7 @@ def test_near_duplicates_against_all_pairs() -> None:
 
 
 def test_near_duplicates_of_more_than_a_block() -> None:
-    """Of 10,000 hashes the planted pairs are found wherever they lie, and no others."""
+    """Of 10,000 hashes the planted pairs are found at any place, and no others."""
     rng = np.random.default_rng(0)
     hashes = rng.integers(0, 2**64, 10_000, dtype=np.uint64).tolist()
     planted = [(3, 9_999), (4_095, 4_096), (63, 64), (5_000, 5_001)]
@@ -327,7 +332,7 @@ def test_near_duplicates_of_more_than_a_block() -> None:
 
 
 def rows_of(count: int, size: int, spec: SourceSpec) -> Iterator[Sample]:
-    """Yields images of 8×8 pixels, each with `size` bytes of its own after them."""
+    """Yield images of 8×8 pixels, each followed by `size` random bytes."""
     image = encoded(Image.new("RGB", (8, 8), "red"))
     for i in range(count):
         data = image + i.to_bytes(4, "big") * (size // 4)
@@ -335,8 +340,8 @@ def rows_of(count: int, size: int, spec: SourceSpec) -> Iterator[Sample]:
 
 
 def test_a_stream_is_not_held() -> None:
-    """5,000 rows with 100 kB each, 500 MB in all, are checked in 16 MB; a sample of a stream says
-    why its bytes are gone, can be pickled, and the number of rows need not be known."""
+    """5,000 rows with 100 kB each, 500 MB in all, are checked in 16 MB; a sample of a stream gives
+    the reason for its missing bytes and can be pickled; the number of rows may be unknown."""
     import pickle
 
     spec = SourceSpec(dataset="set", streaming=True)
@@ -362,20 +367,20 @@ def test_a_stream_is_not_held() -> None:
 
 
 def test_findings_of_a_stream_are_those_of_its_rows() -> None:
-    """What a stream finds while it is read is among the findings, before those of the images."""
+    """Findings that a stream makes while it is read come before those of the images."""
     spec = SourceSpec(dataset="set", streaming=True)
     findings: list[Finding] = []
 
     def rows() -> Iterator[Sample]:
         yield Sample("row 0", bytes, ("a",), spec)
-        findings.append(Finding("left out", "missing-caption", "row 1", "it has no caption"))
+        findings.append(Finding("missing-caption", "row 1"))
 
     found = scanned(Source(spec, rows, findings))
     assert [f.code for f in found.findings] == ["missing-caption", "empty"]
 
 
 def test_only_so_many_thumbnails() -> None:
-    """Thumbnails are made of the first images, small ones, until there are enough."""
+    """Small thumbnails are made of the first images, up to the wanted number."""
     seen: dict[str, Image.Image] = {}
     source = source_of({f"{i}": encoded(drawing(i, (600, 400))) for i in range(5)})
     scanned(source, thumbnails=lambda s, f, t: seen.update({s.name: t}), max_thumbnails=3)
@@ -384,7 +389,7 @@ def test_only_so_many_thumbnails() -> None:
 
 
 def test_it_stops_when_asked(tmp_path: Path) -> None:
-    """Ctrl-C ends the check at once: what waits is not begun, and no thread goes on."""
+    """Ctrl-C ends the scan at once: waiting images are not begun, and no thread goes on."""
     begun: Counter[str] = Counter()
 
     def read(name: str) -> bytes:
@@ -411,7 +416,7 @@ def test_it_stops_when_asked(tmp_path: Path) -> None:
 
 
 def test_the_number_of_images_is_known_for_folders() -> None:
-    """Progress is told the sum of the sources' counts, where all of them know it."""
+    """Progress gets the sum of the sources' counts if all are known."""
     totals: list[int | None] = []
 
     def progress(items: Iterable, total: int | None) -> Iterable:

@@ -1,4 +1,4 @@
-"""A folder of bad and odd files, each of a kind that someone's folder has had."""
+"""A folder of bad and odd files, each of a kind found in real folders."""
 
 import io
 import os
@@ -27,7 +27,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options: object) -> bytes
 
 
 def photo(seed: int, size: tuple[int, int] = SIZE) -> Image.Image:
-    """Returns a smooth image; those of two seeds look nothing alike."""
+    """A smooth image; two seeds give images that look different."""
     blots = np.random.default_rng(seed).integers(0, 256, (9, 12, 3), dtype=np.uint8)
     return Image.fromarray(blots).resize(size, Image.Resampling.BICUBIC)
 
@@ -67,25 +67,25 @@ def tiff(
 
 
 def bomb(side: int = 20_000) -> bytes:
-    """Returns 50 kB of PNG that would take 400 MB when decoded."""
+    """50 kB of PNG that would take 400 MB when decoded."""
     return png((side, side), 1, 0, bytes((side + 7) // 8 + 1) * side)
 
 
 class Maker:
-    """Writes images with captions, and keeps what is to be found of them."""
+    """Write images with captions, and keep the findings expected of them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.seed, self.expected = folder, 0, dict[str, str]()
 
     def photo(self) -> Image.Image:
-        """Returns an image like none before."""
+        """An image unlike all before."""
         self.seed += 1
         return photo(self.seed)
 
     def put(
         self, name: str, data: bytes, code: str = "", caption: bytes | None = b"a photo of sks"
     ) -> None:
-        """Writes an image and, unless None, a caption; code: why it is no image after all."""
+        """Write an image and, unless None, a caption; code: the expected problem."""
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd_lora.data.images.decode import decode
+from sd_lora.data.images.decode import decode_with_mask
 from tests.data import icc
 from tests.data.check.torture import encoded
 from tests.data.images.test_decode import gradient, row_of
@@ -20,14 +20,14 @@ def test_a_profile_that_rounds_otherwise_is_srgb(levels: float, touched: bool) -
         return icc.srgb_to_linear(v + levels / 255 * 4 * v * (1 - v))
 
     profile = icc.rgb_profile(icc.SRGB, nearly)
-    got = decode(encoded(gradient(), icc_profile=profile), "x")
+    got = decode_with_mask(encoded(gradient(), icc_profile=profile), "x")[0]
     assert np.array_equal(got, gradient()) is not touched
 
 
 def test_lab_is_measured_colour() -> None:
     """CIE Lab of a saturated blue decodes to the sRGB that the standards' formulas give it."""
     image = Image.new("LAB", (1, 1), (153, 98, 88))  # L 60, a -30, b -40, as pillow stores them
-    got = decode(encoded(image, "TIFF"), "x").getpixel((0, 0))
+    got = decode_with_mask(encoded(image, "TIFF"), "x")[0].getpixel((0, 0))
     assert np.abs(np.subtract(got, lab_to_srgb(60, -30, -40))).max() <= 2
 
 
@@ -45,12 +45,12 @@ def test_cmyk_goes_through_its_profile() -> None:
     image = Image.new("CMYK", (2, 2), (255, 0, 0, 0))
     for format in ("TIFF", "JPEG"):
         data = encoded(image, format, icc_profile=icc.CMYK_PROFILE)
-        got = decode(data, "x").getpixel((0, 0))
+        got = decode_with_mask(data, "x")[0].getpixel((0, 0))
         assert np.abs(np.subtract(got, lab_to_srgb(*icc.CYAN))).max() <= 2
     for black, want in ((255, (0, 0, 0)), (0, (255, 255, 255))):  # the paper is white
         image = Image.new("CMYK", (2, 2), (0, 0, 0, black))
         data = encoded(image, "TIFF", icc_profile=icc.CMYK_PROFILE)
-        assert decode(data, "x").getpixel((0, 0)) == want
+        assert decode_with_mask(data, "x")[0].getpixel((0, 0)) == want
 
 
 def test_cmyk_without_a_profile() -> None:
@@ -58,7 +58,7 @@ def test_cmyk_without_a_profile() -> None:
     image = Image.new("CMYK", (2, 2), (0, 255, 51, 102))
     for profile in (None, b"nonsense", icc.SRGB_PROFILE):
         data = encoded(image, "TIFF", icc_profile=profile)
-        got = decode(data, "x").getpixel((0, 0))
+        got = decode_with_mask(data, "x")[0].getpixel((0, 0))
         assert np.abs(np.subtract(got, (153, 0, 122.4))).max() <= 1
 
 
@@ -69,7 +69,7 @@ def test_cmyk_jpegs_are_stored_inverted() -> None:
     with Image.open(io.BytesIO(data)) as raw:
         raw.tile = [tile._replace(args=("CMYK", "")) for tile in raw.tile]
         assert raw.getpixel((0, 0)) == (0, 255, 255, 255)  # what is stored, not turned around
-    assert decode(data, "x").getpixel((0, 0)) == (0, 255, 255)
+    assert decode_with_mask(data, "x")[0].getpixel((0, 0)) == (0, 255, 255)
 
 
 P3_TO_SRGB = np.array([[1.2249, -0.2247, 0], [-0.0420, 1.0419, 0], [-0.0197, -0.0786, 1.0979]])
@@ -93,11 +93,11 @@ def test_wide_colours_become_srgb(profile: bytes, matrix: np.ndarray, light: icc
     want = 255 * icc.linear_to_srgb(light(colours / 255) @ matrix.T)
     image = Image.fromarray(colours[None].astype(np.uint8))
     for mode in ("RGB", "RGBA"):
-        got = decode(encoded(image.convert(mode), icc_profile=profile), "x")
+        got = decode_with_mask(encoded(image.convert(mode), icc_profile=profile), "x")[0]
         assert np.abs(np.asarray(got)[0] - want).max() <= 2
         assert got.getpixel((4, 0)) == (255, 0, 0)
     palette = encoded(image.quantize(5), icc_profile=profile)
-    assert np.abs(np.asarray(decode(palette, "x"))[0] - want).max() <= 2
+    assert np.abs(np.asarray(decode_with_mask(palette, "x")[0])[0] - want).max() <= 2
 
 
 def test_grey_goes_through_its_profile() -> None:
@@ -114,5 +114,5 @@ def test_grey_goes_through_its_profile() -> None:
 def test_a_profile_that_cannot_be_used_is_as_good_as_none(profile: bytes) -> None:
     """A broken profile, and one for another kind of image, leave the pixels as they are."""
     for image in (gradient(), gradient().convert("L")):
-        got = decode(encoded(image, icc_profile=profile), "x")
+        got = decode_with_mask(encoded(image, icc_profile=profile), "x")[0]
         assert np.array_equal(got, image.convert("RGB"))

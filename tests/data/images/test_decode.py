@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile
 
 from sd_lora.data.images import decode as images
-from sd_lora.data.images.decode import colour, decode, decode_with_mask, is_image, read_file
+from sd_lora.data.images.decode import colour, decode_with_mask, is_image, read_file
 from sd_lora.errors import RunError, UsageError
 from tests.data import icc
 from tests.data.check.torture import bomb, chunk, encoded, photo, png, tiff
@@ -25,17 +25,19 @@ def gradient(width: int = 8, height: int = 6) -> Image.Image:
 
 def row_of(data: bytes) -> list[int]:
     """Returns the first channel of the first row of a decoded image."""
-    return np.asarray(decode(data, "x"))[0, :, 0].tolist()
+    return np.asarray(decode_with_mask(data, "x")[0])[0, :, 0].tolist()
 
 
 def test_plain_rgb_is_untouched() -> None:
     """An ordinary PNG decodes to its own pixels, also where a profile says that it is sRGB."""
     made_by_pillow = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for profile in (None, icc.SRGB_PROFILE, made_by_pillow):
-        assert np.array_equal(decode(encoded(gradient(), icc_profile=profile), "x"), gradient())
+        assert np.array_equal(
+            decode_with_mask(encoded(gradient(), icc_profile=profile), "x")[0], gradient()
+        )
     grey = gradient().convert("L")
     data = encoded(grey, icc_profile=icc.grey_profile(icc.srgb_to_linear))
-    assert np.array_equal(decode(data, "x"), grey.convert("RGB"))
+    assert np.array_equal(decode_with_mask(data, "x")[0], grey.convert("RGB"))
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "YCbCr", "CMYK", "LAB"])
@@ -43,22 +45,26 @@ def test_colour_modes_become_rgb(mode: str) -> None:
     """Grey, palette, bilevel, YCbCr, Lab and CMYK decode to pillow's own RGB conversion."""
     image = gradient().convert(mode)
     data = encoded(image, "TIFF")
-    assert np.array_equal(decode(data, "x"), image.convert("RGB"))
+    assert np.array_equal(decode_with_mask(data, "x")[0], image.convert("RGB"))
 
 
 def test_transparency_is_laid_on_white() -> None:
     """Garbage under transparent pixels is not trained: white is; half opacity mixes."""
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 128))
-    assert [decode(encoded(image), "x").getpixel((i, 0)) for i in (0, 1)] == [
+    assert [decode_with_mask(encoded(image), "x")[0].getpixel((i, 0)) for i in (0, 1)] == [
         (255, 255, 255),
         (127, 127, 127),
     ]
     palette = Image.new("P", (1, 1), 0)
     palette.putpalette([255, 0, 0])
-    assert decode(encoded(palette, transparency=0), "x").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_with_mask(encoded(palette, transparency=0), "x")[0].getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
     grey = Image.new("LA", (1, 1), (0, 0))
-    assert decode(encoded(grey), "x").getpixel((0, 0)) == (255, 255, 255)
+    assert decode_with_mask(encoded(grey), "x")[0].getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (10, 128, 200)])
@@ -66,7 +72,9 @@ def test_alpha_mixes_with_the_background(background: tuple[int, int, int]) -> No
     """Each of the 65,536 pairs of colour and alpha is α·c + (1 - α)·background, rounded."""
     alpha, value = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
     image = np.stack([value, value, value, alpha], -1).astype(np.uint8)
-    got = np.asarray(decode(encoded(Image.fromarray(image)), "x", background)).astype(float)
+    got = np.asarray(decode_with_mask(encoded(Image.fromarray(image)), "x", background)[0]).astype(
+        float
+    )
     want = (alpha * value)[..., None] + (255 - alpha)[..., None] * np.array(background)
     assert np.abs(got - want / 255).max() <= 0.5
 
@@ -160,10 +168,10 @@ def test_sixteen_bits_are_off_by_less_than_one_level() -> None:
     """
     values = np.arange(65536, dtype=">u2").reshape(256, 256)
     rows = b"".join(b"\0" + row.tobytes() for row in values)
-    grey = np.asarray(decode(png((256, 256), 16, 0, rows), "x"))[..., 0]
+    grey = np.asarray(decode_with_mask(png((256, 256), 16, 0, rows), "x")[0])[..., 0]
     assert np.abs(grey - values / 257).max() <= 0.5
     rows = b"".join(b"\0" + np.repeat(row, 3).tobytes() for row in values)
-    rgb = np.asarray(decode(png((256, 256), 16, 2, rows), "x"))[..., 1]
+    rgb = np.asarray(decode_with_mask(png((256, 256), 16, 2, rows), "x")[0])[..., 1]
     assert np.abs(rgb - values / 257).max() < 1
 
 
@@ -194,7 +202,7 @@ def test_exif_orientation_is_applied(turn: int, format: str) -> None:
     exif[0x0112] = turn
     options = {"lossless": True, "exact": True} if format == "WEBP" else {}
     data = encoded(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
-    assert np.array_equal(decode(data, "x"), upright)
+    assert np.array_equal(decode_with_mask(data, "x")[0], upright)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -203,7 +211,7 @@ def test_broken_metadata_harm_no_pixel(exif: bytes) -> None:
     """An image with EXIF that cannot be read is taken as it lies."""
     for format in ("JPEG", "PNG", "WEBP"):
         plain, odd = encoded(gradient(), format), encoded(gradient(), format, exif=exif)
-        assert np.array_equal(decode(odd, "x"), decode(plain, "x"))
+        assert np.array_equal(decode_with_mask(odd, "x")[0], decode_with_mask(plain, "x")[0])
 
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
@@ -212,7 +220,7 @@ def test_of_several_images_the_first_is_taken(format: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
     crops = [Image.new("RGB", (8, 8), name) for name in ("red", "blue", "lime")]
     data = encoded(crops[0], format, save_all=True, append_images=crops[1:], **options)
-    got = decode(data, "x").getpixel((4, 4))
+    got = decode_with_mask(data, "x")[0].getpixel((4, 4))
     assert np.abs(np.subtract(got, (255, 0, 0))).max() <= 2
 
 
@@ -226,13 +234,15 @@ def test_heif_is_read_with_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "pillow_heif", None)
         with pytest.raises(RunError, match=r"pip install 'sd_lora\[heif\]'"):
-            decode(heif, "x")
+            decode_with_mask(heif, "x")
     images._register_heif.cache_clear()
     pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6
     for options in ({}, {"exif": exif}):
-        got = np.asarray(decode(encoded(photo(1), "HEIF", quality=95, chroma=444, **options), "x"))
+        got = np.asarray(
+            decode_with_mask(encoded(photo(1), "HEIF", quality=95, chroma=444, **options), "x")[0]
+        )
         assert np.abs(got.astype(int) - photo(1)).mean() < 4
 
 
@@ -241,7 +251,7 @@ def test_avif_is_read() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     lying = photo(1).transpose(Image.Transpose.ROTATE_90)
-    got = np.asarray(decode(encoded(lying, "AVIF", quality=95, exif=exif), "x"))
+    got = np.asarray(decode_with_mask(encoded(lying, "AVIF", quality=95, exif=exif), "x")[0])
     assert np.abs(got.astype(int) - photo(1)).mean() < 4
 
 
@@ -283,14 +293,14 @@ THUMBNAILED = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(JPEG) + 2) + JPEG + JP
 def test_broken_images_are_named(data: bytes, message: str) -> None:
     """Empty, truncated and foreign files give an error that names the file and the reason."""
     with pytest.raises(RunError, match=message):
-        decode(data, "a.png")
+        decode_with_mask(data, "a.png")
 
 
 def test_whole_images_are_not_taken_for_truncated() -> None:
     """What lies behind a JPEG's end, or a thumbnail within, is no sign of a missing end."""
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     for data in (JPEG + b"\xff\xda\0" * 99, THUMBNAILED, PNG + b"garbage", WEBP + b"garbage"):
-        assert decode(data, "x").size == photo(1).size
+        assert decode_with_mask(data, "x")[0].size == photo(1).size
 
 
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +314,7 @@ def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.Monke
     for limit in (Image.MAX_IMAGE_PIXELS, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(RunError, match=r"bomb.png .* 179 million pixels.* decompression bomb"):
-            decode(data, "bomb.png")
+            decode_with_mask(data, "bomb.png")
     after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert (after - before) * 1024 < 100e6
 

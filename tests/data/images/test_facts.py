@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sd_lora.data.images import facts
-from sd_lora.data.images.decode import decode, is_image, read_file
+from sd_lora.data.images.decode import decode_with_mask, is_image, read_file
 from sd_lora.data.images.facts import ODDITIES, Facts, content_digest, examine
 from sd_lora.errors import RunError
 from tests.data import icc
@@ -55,12 +55,12 @@ def test_every_file_of_the_torture_folder(torture: tuple[Path, dict[str, str]]) 
             assert (thumbnail, known.size, known.phash) == (None, (0, 0), None)
             assert known.problem[1]
             with pytest.raises(RunError, match="could not be decoded"):
-                decode(data, name)
+                decode_with_mask(data, name)
         else:
             assert thumbnail is not None
             assert thumbnail.mode == "RGB"
             assert max(thumbnail.size) <= 256
-            assert known.size == decode(data, name).size
+            assert known.size == decode_with_mask(data, name)[0].size
     assert snapshot(folder) == before
 
 
@@ -142,7 +142,7 @@ def test_nothing_raises(torture: tuple[Path, dict[str, str]]) -> None:
         problems += known.problem is not None
         assert (thumbnail is None) == (known.problem is not None)
         try:
-            assert decode(data, "x").size == known.size
+            assert decode_with_mask(data, "x")[0].size == known.size
             assert known.problem is None
         except RunError:
             assert known.problem is not None

@@ -1,4 +1,4 @@
-"""`datasets` sets: all their forms give the same bytes and captions, at once or as a stream."""
+"""Sets of `datasets`: all forms give the same bytes and captions, loaded whole or streamed."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.open import Source, open_source
 from sd_lora.errors import RunError, UsageError
 
@@ -27,7 +28,7 @@ def images(tmp_path: Path) -> list[Path]:
 
 
 def made(images: list[Path], texts: list | None = None) -> datasets.Dataset:
-    """Returns a set of the images, one of them known by its path alone."""
+    """A set of the images, one of them given by its path alone."""
     texts = ["one", ["two"], "", None] if texts is None else texts
     texts = [text if isinstance(text, list) or text is None else [text] for text in texts]
     rows = [{"bytes": p.read_bytes(), "path": None} for p in images]
@@ -49,13 +50,15 @@ def opened(tmp_path: Path, dataset: object, **changes: object) -> Source:
 
 
 def check(source: Source, images: list[Path]) -> None:
-    """Asserts the rows of `made`, twice, and their findings."""
+    """Assert the rows of `made`, read twice, and their findings."""
     for _ in range(2):
         samples = list(source.rows())
         assert [s.name for s in samples] == [f"{source.spec.dataset}, row {i}" for i in range(3)]
         assert [s.captions for s in samples] == [("one",), ("two",), ("",)]
         assert [s.read() for s in samples] == [p.read_bytes() for p in images[:3]]
-        assert [s.image().size for s in pickle.loads(pickle.dumps(samples))] == [
+        assert [
+            decode_with_mask(s.read(), s.name)[0].size for s in pickle.loads(pickle.dumps(samples))
+        ] == [
             (8, 8),
             (9, 8),
             (10, 8),
@@ -71,8 +74,8 @@ def check(source: Source, images: list[Path]) -> None:
 def test_forms_of_local_sets(
     form: str, streaming: bool, images: list[Path], tmp_path: Path
 ) -> None:
-    """A folder of parquet, a parquet or arrow file, and what save_to_disk writes are the same set,
-    streamed or not; a stream's findings come with its rows, and not twice."""
+    """A folder of parquet, a parquet or arrow file, and a folder of save_to_disk are the same set,
+    streamed or not; a stream's findings come with its rows, once."""
     dataset, folder = made(images), tmp_path / "set"
     path = folder
     if form in ("folder", "file"):
@@ -91,7 +94,7 @@ def test_forms_of_local_sets(
 
 
 def test_a_prompt_fills_gaps(images: list[Path], tmp_path: Path) -> None:
-    """The prompt is the caption of rows without words, or of all, if no column is to be read."""
+    """The prompt is the caption of rows with a blank one, or of all rows if no column is read."""
     made(images).to_parquet(tmp_path / "a.parquet")
     source = opened(tmp_path, tmp_path / "a.parquet", prompt="p")
     assert [s.captions for s in source.rows()] == [("one",), ("two",), ("p",), ("p",)]
@@ -106,8 +109,8 @@ def test_a_prompt_fills_gaps(images: list[Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_tables_of_paths(suffix: str, streaming: bool, images: list[Path], tmp_path: Path) -> None:
-    """A csv or json file names images relative to itself; one that is missing is an error of
-    that image."""
+    """A csv or json file names images relative to itself; a missing image is an error
+    on reading."""
     names = ["images/0.png", str(images[1]), "images/gone.png"]
     table = tmp_path / f"table{suffix}"
     if suffix == ".csv":
@@ -116,12 +119,12 @@ def test_tables_of_paths(suffix: str, streaming: bool, images: list[Path], tmp_p
         table.write_text("\n".join(json.dumps({"image": n, "text": "a"}) for n in names))
     samples = list(opened(tmp_path, table, streaming=streaming).rows())
     assert [s.read() for s in samples[:2]] == [p.read_bytes() for p in images[:2]]
-    with pytest.raises(RunError, match="row 2 could not be read: No such file"):
-        samples[2].image()
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        samples[2].read()
 
 
 def test_splits(images: list[Path], tmp_path: Path) -> None:
-    """Another split, a part of one, and a split that is not there."""
+    """Another split, a part of a split, and a missing split."""
     (tmp_path / "set").mkdir()
     for name in ("train", "test"):
         made(images, ["a", "b", "c", name]).to_parquet(tmp_path / "set" / f"{name}.parquet")
@@ -147,25 +150,25 @@ def test_splits(images: list[Path], tmp_path: Path) -> None:
 def test_wrong_columns(
     changes: dict, message: str, streaming: bool, images: list[Path], tmp_path: Path
 ) -> None:
-    """Columns that are missing or hold something else are named before anything is read."""
+    """Columns that are missing or of another type are named before an image is read."""
     made(images).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=message):
         opened(tmp_path, tmp_path / "a.parquet", streaming=streaming, **changes)
 
 
 def test_sets_that_cannot_be_loaded(images: list[Path], tmp_path: Path) -> None:
-    """A missing set, a file of another kind, and a set none of whose rows has a caption."""
+    """A missing set, a file of another format, and a set without any caption are errors."""
     with pytest.raises(UsageError, match="nowhere .*could not be loaded"):
         opened(tmp_path, tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="is a file, but not one of .parquet"):
+    with pytest.raises(UsageError, match="is a file, but has none of the endings .parquet"):
         opened(tmp_path, images[0])
     made(images, [None] * 4).to_parquet(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match="has no row to train\n.*row 0: it has no caption"):
+    with pytest.raises(UsageError, match="has no row to train\n.*row 0: no caption; write"):
         opened(tmp_path, tmp_path / "a.parquet")
 
 
 def test_a_stream_holds_one_row_at_a_time(images: list[Path], tmp_path: Path) -> None:
-    """Rows are only read when they are asked for, and a stream that breaks off says where."""
+    """Rows are read only on request, and the error of a broken stream names the row."""
     made(images).to_parquet(tmp_path / "a.parquet")
     source = opened(tmp_path, tmp_path / "a.parquet", streaming=True)
     assert source.findings == []
@@ -186,7 +189,7 @@ def test_a_stream_holds_one_row_at_a_time(images: list[Path], tmp_path: Path) ->
 def test_rows_that_are_not_as_the_others(
     streaming: bool, images: list[Path], tmp_path: Path
 ) -> None:
-    """A json column may hold texts and lists of them; what is neither is left out by name."""
+    """A json column may hold texts and lists of texts; rows with other values are left out."""
     lines = [{"image": str(images[0]), "text": text} for text in ("x", ["y", "z"], 3, None)]
     (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, lines)))
     source = opened(tmp_path, tmp_path / "b.jsonl", streaming=streaming)
@@ -196,7 +199,7 @@ def test_rows_that_are_not_as_the_others(
 
 
 def test_images_in_archives(images: list[Path], tmp_path: Path) -> None:
-    """Where a stream names images by addresses, as those of a zip file, they are read there."""
+    """Images that a stream names by addresses, for example in a zip file, are read from there."""
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.write(images[0], "a.png")
     row = {"image": f"zip://a.png::{tmp_path / 'a.zip'}", "text": "x"}
@@ -207,8 +210,8 @@ def test_images_in_archives(images: list[Path], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_a_stream_does_not_fill_memory(tmp_path: Path) -> None:
-    """A stream of 200 MB takes less than half of that, whatever else the process does: what pyarrow
-    keeps of a file unless it is told otherwise is all of it."""
+    """A stream of 200 MB takes less than half of that in memory; by default pyarrow would keep all
+    of the file."""
 
     def resident() -> float:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")

@@ -1,4 +1,4 @@
-"""Folders of images: every file is trained or named, whatever people and systems put there."""
+"""Folders of images: every file is trained or reported, also files of systems and other tools."""
 
 import json
 import os
@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from sd_lora.config.sources import CaptionRules, SourceSpec, read_specs
+from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.folder_captions import caption_of_name
 from sd_lora.data.sources.open import Source, open_source
-from sd_lora.errors import RunError, UsageError
+from sd_lora.errors import UsageError
 
 
 def image(path: Path, size: tuple[int, int] = (8, 8)) -> Path:
@@ -29,19 +30,19 @@ def jsonl(folder: Path, *rows: object) -> None:
 
 
 def opened(folder: Path, **changes: object) -> Source:
-    """Returns the one source of a folder."""
+    """The single source of a folder."""
     (source,) = open_source(SourceSpec(path=str(folder), **changes))  # type: ignore[arg-type]
     return source
 
 
 def captions(source: Source) -> dict[str, tuple[str, ...]]:
-    """Returns image → captions, with paths relative to the source's folder."""
+    """Image → captions, with paths relative to the source's folder."""
     root = Path(str(source.spec.path))
     return {str(Path(s.name).relative_to(root)): s.captions for s in source.rows()}
 
 
 def codes(source: Source) -> list[tuple[str, str, str]]:
-    """Returns (level, code, path relative to the folder) of the findings."""
+    """(level, code, path relative to the folder) of the findings."""
     root = Path(str(source.spec.path))
     return [(f.level, f.code, os.path.relpath(f.name, root)) for f in source.findings]
 
@@ -51,8 +52,8 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_a_folder_of_everything(tmp_path: Path) -> None:
-    """Odd names are trained, hidden files counted, all else named with its reason, in an order
-    that does not depend on the file system; nothing in the folder is changed."""
+    """Images with odd names are trained, hidden files counted, all others reported with the reason,
+    in the same order on any file system; nothing in the folder is changed."""
     for name in ("b.PNG", "A b.jpg", "ünï/cödé 画.webp", "sub/deep/c.png", "lonely.png"):
         image(tmp_path / name)
     for stem in ("b", "A b", "ünï/cödé 画", "sub/deep/c", "orphan"):
@@ -80,19 +81,19 @@ def test_a_folder_of_everything(tmp_path: Path) -> None:
         ("left out", "missing-caption", "lonely.png"),
         ("left out", "non-utf8-caption", "bad.png"),
         ("note", "hidden", "."),
-        ("note", "not-a-image", "notes.md"),
+        ("note", "other-file", "notes.md"),
         ("warning", "empty-caption", "empty.png"),
         ("warning", "orphan-caption", "orphan.txt"),
     ]
     texts = {f.code: f.text for f in source.findings}
-    assert texts["hidden"].startswith("4 hidden files and folders are not read: .DS_Store, .git")
+    assert texts["hidden"].startswith("4 hidden files and folders: .DS_Store, .git")
     assert "lonely.txt or" in texts["missing-caption"]
     assert "not UTF-8 text (byte 3): save it as UTF-8" in texts["non-utf8-caption"]
     assert tree(tmp_path) == before
 
 
 def test_a_prompt_is_the_caption_of_what_has_none(tmp_path: Path) -> None:
-    """With a prompt nothing is left out for want of words; texts that cannot be read still are."""
+    """A prompt replaces missing and empty captions; an unreadable caption is left out still."""
     for name in ("a.png", "b.png", "c.png", "d.png"):
         image(tmp_path / name)
     (tmp_path / "a.txt").write_text("an a")
@@ -107,8 +108,8 @@ def test_a_prompt_is_the_caption_of_what_has_none(tmp_path: Path) -> None:
 
 
 def test_links(tmp_path: Path) -> None:
-    """Links in a loop end, each folder is read once and under its own name, dead links are named,
-    and two names of one file are two images."""
+    """Links in a loop end, each folder is read once and under its own name, broken links are
+    reported, and two names of one file are two images."""
     root = tmp_path / "root"
     image(root / "real" / "a.png")
     image(tmp_path / "elsewhere" / "b.png")
@@ -138,7 +139,7 @@ def test_links(tmp_path: Path) -> None:
 
 
 def test_stem_clashes_and_second_captions(tmp_path: Path) -> None:
-    """Two images of one name share its caption, which is said; so is a text that is not read."""
+    """Two images of one stem share the caption; this and an unread caption file are warnings."""
     for name in ("a.jpg", "a.png", "b.c.png"):
         image(tmp_path / name)
     for name in ("a.txt", "a.caption", "b.c.TXT"):
@@ -153,7 +154,7 @@ def test_stem_clashes_and_second_captions(tmp_path: Path) -> None:
 
 
 def test_one_caption_extension(tmp_path: Path) -> None:
-    """A caption_extension, with or without its dot, is the only one; an error tells of others."""
+    """A caption_extension, with or without its dot, is the only one read; an error lists others."""
     image(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("text")
     (tmp_path / "a.tags.txt").write_text("tags")
@@ -178,12 +179,12 @@ def test_one_caption_extension(tmp_path: Path) -> None:
     ],
 )
 def test_captions_from_names(stem: str, caption: str) -> None:
-    """A name is read without the counter at its end, and with spaces for underscores."""
+    """The caption of a name has no counter at its end, and spaces for underscores."""
     assert caption_of_name(Path(f"{stem}.png")) == caption
 
 
 def test_file_names_as_captions(tmp_path: Path) -> None:
-    """captions = filename reads no texts, and says so; a name that only counts is an empty one."""
+    """captions = filename ignores caption files, with a note; a bare counter is an empty one."""
     image(tmp_path / "a_cat_01.png")
     image(tmp_path / "02.png")
     (tmp_path / "02.txt").write_text("x")
@@ -196,7 +197,7 @@ def test_file_names_as_captions(tmp_path: Path) -> None:
 
 
 def test_dreambooth_folders(tmp_path: Path) -> None:
-    """captions = prompt reads images only, of this folder only, and names what it passes by."""
+    """captions = prompt reads only the images of this folder, and reports all other files."""
     image(tmp_path / "a.png")
     image(tmp_path / "sub" / "b.png")
     image(tmp_path / "sub" / "deep" / "c.png")
@@ -207,16 +208,16 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
     assert captions(source) == {"a.png": ("a photo",)}
     assert sorted(codes(source)) == [
         ("left out", "subfolder", "sub"),
+        ("note", "folder-without-images", "nothing"),
         ("note", "metadata-ignored", "metadata.jsonl"),
         ("note", "sidecar-ignored", "a.txt"),
-        ("note", "subfolder", "nothing"),
     ]
-    assert any("its 2 images are not read" in f.text for f in source.findings)
+    assert any("a folder with 2 images" in f.text for f in source.findings)
 
 
 def test_metadata_jsonl_and_csv(tmp_path: Path) -> None:
-    """Both metadata layouts, nested folders, lists of captions; what no row names is left out, and
-    texts beside the images are not read."""
+    """Both metadata layouts, nested folders, lists of captions; images without a row are left out,
+    and caption files beside the images are not read."""
     for name in ("a.png", "sub/b.png", "lonely.png"):
         image(tmp_path / name)
     (tmp_path / "lonely.txt").write_text("x")
@@ -232,8 +233,8 @@ def test_metadata_jsonl_and_csv(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit_the_folder(tmp_path: Path) -> None:
-    """Rows for missing images, several rows for one, rows without a caption and rows that leave
-    the folder stop nothing, and each is named by its line."""
+    """Rows for missing images, several rows for one image, rows without a caption and rows with an
+    image outside of the folder are findings with their line, not errors."""
     root = tmp_path / "root"
     image(root / "a.png")
     image(root / "b.png")
@@ -256,7 +257,7 @@ def test_rows_that_do_not_fit_the_folder(tmp_path: Path) -> None:
         ("warning", "named-twice", "a.png"),
     ]
     texts = {f.code: f.text for f in source.findings}
-    assert "line 2 names it, and it is not there" in texts["missing-image"]
+    assert "line 2 names it; the file does not exist" in texts["missing-image"]
     assert "line 1 and " in texts["named-twice"]
     assert "line 4 has no caption" in texts["missing-caption"]
 
@@ -264,8 +265,8 @@ def test_rows_that_do_not_fit_the_folder(tmp_path: Path) -> None:
 def test_rows_name_images_in_folders_that_are_not_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a row names is trained, though its folder is not read or it is hidden, and goes by the
-    folder's path as it was given."""
+    """An image named by a row is trained though it is hidden or its folder is not read; its path
+    begins with the folder's path as given."""
     image(tmp_path / "root" / "sub" / "a.png")
     image(tmp_path / "root" / "sub" / "b.png")
     image(tmp_path / "root" / ".c.png")
@@ -275,17 +276,17 @@ def test_rows_name_images_in_folders_that_are_not_read(
     source = opened(Path("root"), recursive=False)
     assert [s.name for s in source.rows()] == ["root/.c.png", "root/sub/a.png"]
     (finding,) = [f for f in source.findings if f.code == "subfolder"]
-    assert (finding.level, finding.text[:21]) == ("left out", "a folder: its 1 image")
+    assert (finding.level, finding.text[:22]) == ("left out", "a folder with 1 image;")
 
 
 def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
-    """What metadata names is trained whatever its extension; captions may hold line separators
+    """Images named in metadata are trained with any extension; captions may hold line separators
     and quoted newlines."""
     image(tmp_path / "a.png").rename(tmp_path / "a.jfif")
     jsonl(tmp_path, {"file_name": "a.jfif", "text": "one\u2028two"})
     (sample,) = opened(tmp_path).rows()
     assert sample.captions == ("one\u2028two",)
-    assert sample.image().size == (8, 8)
+    assert decode_with_mask(sample.read(), sample.name)[0].size == (8, 8)
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\na.jfif,"one\ntwo"\n')
     assert captions(opened(tmp_path)) == {"a.jfif": ("one\ntwo",)}
@@ -303,7 +304,10 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
             r"line 1 has no caption column 'text'; it has caption",
         ),
         ([{"file_name": "a.png", "txt": "x"}], "Did you mean txt"),
-        ([{"file_name": "b.png", "text": "x"}], "no image to train:\n.*names it, and it is not"),
+        (
+            [{"file_name": "b.png", "text": "x"}],
+            "no image to train:\n.*names it; the file does not exist",
+        ),
         ([{"file_name": "a.jfif", "text": None}], "no image to train:\n.*line 1 has no caption"),
         ([{"text": "x"}], "line 1 has no file_name"),
         ([{"file_name": "\0", "text": "x"}], "line 1 has no file_name"),
@@ -315,7 +319,7 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
     ],
 )
 def test_broken_metadata_is_named_by_line(rows: list, message: str, tmp_path: Path) -> None:
-    """Every fault of a metadata file as such is an error with its line and the remedy."""
+    """Every fault of a metadata file is an error with its line and the remedy."""
     image(tmp_path / "a.png")
     image(tmp_path / "b.png").rename(tmp_path / "a.jfif")
     if rows and isinstance(rows[0], bytes):
@@ -348,12 +352,12 @@ def test_metadata_that_lies_elsewhere(tmp_path: Path) -> None:
     source = opened(root, metadata_file=str(rows))
     assert captions(source) == {"a.png": ("x, y",)}
     assert codes(source) == [("left out", "missing-caption", "b.png")]
-    with pytest.raises(UsageError, match=r"meta\.txt is no metadata file"):
+    with pytest.raises(UsageError, match=r"meta\.txt is not a metadata file"):
         opened(root, metadata_file=str(tmp_path / "meta.txt"))
 
 
 def test_folders_that_cannot_be_trained(tmp_path: Path) -> None:
-    """Missing, empty, image-less and caption-less folders are errors that say what is there."""
+    """Folders that are missing, empty, without images or captions are errors with their content."""
     with pytest.raises(UsageError, match="source .*none does not exist"):
         opened(tmp_path / "none")
     with pytest.raises(UsageError, match="holds no images: it is empty"):
@@ -366,7 +370,7 @@ def test_folders_that_cannot_be_trained(tmp_path: Path) -> None:
     image(tmp_path / "a.png")
     with pytest.raises(
         UsageError,
-        match=r"no captions: give it a metadata.jsonl .* one for all by --caption_default",
+        match=r"no captions: add a metadata.jsonl .* caption for all with --caption_default",
     ):
         opened(tmp_path)
     with pytest.raises(UsageError, match=r"has no metadata.jsonl or metadata.csv"):
@@ -378,7 +382,7 @@ def test_folders_that_cannot_be_trained(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
-    """A folder and a caption without permission are left out by name; so is no other image."""
+    """A folder and a caption without permission are left out; all other images are trained."""
     for name in ("a.png", "b.png", "locked/c.png"):
         image(tmp_path / name)
     (tmp_path / "b.txt").write_text("x")
@@ -398,7 +402,7 @@ def test_what_may_not_be_read_is_named(tmp_path: Path) -> None:
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
-    """A file name of bytes that are not UTF-8 is trained, and its name can be printed."""
+    """A file with a name that is not UTF-8 is trained, and its name can be printed."""
     path = os.fsencode(tmp_path) + b"/\xff.png"
     os.rename(image(tmp_path / "a.png"), path)
     (sample,) = opened(tmp_path, prompt="x").rows()
@@ -407,7 +411,7 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
 
 
 def test_samples_travel_and_rows_can_be_read_again(tmp_path: Path) -> None:
-    """A sample survives pickling with its specification; an image that vanishes is named."""
+    """A sample survives pickling with its specification; a vanished image is an OSError."""
     path = image(tmp_path / "a.png")
     source = opened(tmp_path, prompt="x", repeats=3)
     assert [s.name for s in source.rows()] == [s.name for s in source.rows()] == [str(path)]
@@ -416,13 +420,13 @@ def test_samples_travel_and_rows_can_be_read_again(tmp_path: Path) -> None:
     assert sample.read() == path.read_bytes()
     assert replace(sample, size=(1, 2)).size == (1, 2)
     path.unlink()
-    with pytest.raises(RunError, match=r"a\.png could not be read: No such file"):
-        sample.image()
+    with pytest.raises(FileNotFoundError, match=r"a\.png"):
+        sample.read()
 
 
 @pytest.fixture
 def kohya(tmp_path: Path) -> Path:
-    """A folder as kohya's tools want it, with what people also put there."""
+    """A folder in kohya's layout, with other files beside it."""
     for name in ("10_sks dog/a.png", "10_sks dog/b.png", "2_my_cat/c.png", "spare/d.png"):
         image(tmp_path / name)
     image(tmp_path / "0_off" / "e.png")
@@ -434,8 +438,8 @@ def kohya(tmp_path: Path) -> Path:
 
 
 def test_kohya_folders(kohya: Path) -> None:
-    """Each numbered folder is a source: repeats, sidecars, else class tokens; a folder without a
-    number is not passed by in silence."""
+    """Each numbered folder is a source with its repeats, and sidecars, else class tokens, as
+    captions; a folder without a number is reported."""
     spec = SourceSpec(path=str(kohya), repeats=2)
     dog, cat = open_source(spec)
     assert (dog.spec.repeats, cat.spec.repeats) == (20, 4)
@@ -444,11 +448,11 @@ def test_kohya_folders(kohya: Path) -> None:
     assert [(f.level, f.code, Path(f.name).name) for f in dog.findings] == [
         ("note", "link-loop", "10_around"),
         ("left out", "no-repeats", "0_off"),
-        ("note", "no-repeats", "3_empty"),
-        ("note", "folder-without-number", "log"),
+        ("note", "folder-without-images", "3_empty"),
+        ("note", "folder-without-images", "log"),
         ("left out", "folder-without-number", "spare"),
     ]
-    assert "1 image not trained: call the folder 1_spare, say" in dog.findings[4].text
+    assert "1 image not trained: rename the folder, for example to 1_spare" in dog.findings[4].text
     assert cat.findings == []
     first, second = open_source(replace(spec, captions="prompt", prompt="a pet"))
     assert captions(first) == {"a.png": ("a pet",), "b.png": ("a pet",)}
@@ -456,8 +460,8 @@ def test_kohya_folders(kohya: Path) -> None:
 
 
 def test_metadata_may_name_images_without_extension(tmp_path: Path) -> None:
-    """kohya's tools write names without extension: the image is found, and where two have that
-    name it is the first one, with a warning."""
+    """kohya's tools write names without extension: the image is found; of two with the same stem
+    the first is taken, with a warning."""
     for name in ("a.png", "b.png", "b.jpg"):
         image(tmp_path / "in" / name)
     table = tmp_path / "captions.json"
@@ -471,7 +475,7 @@ def test_metadata_may_name_images_without_extension(tmp_path: Path) -> None:
 
 
 def test_many_repeats_are_a_warning(tmp_path: Path) -> None:
-    """A year before a folder's name is read as its repeats, and said to be many."""
+    """A year at the start of a folder's name is read as repeats, with a warning."""
     image(tmp_path / "2023_holiday" / "a.png")
     (source,) = open_source(SourceSpec(path=str(tmp_path)))
     assert source.spec.repeats == 2023
@@ -479,9 +483,8 @@ def test_many_repeats_are_a_warning(tmp_path: Path) -> None:
 
 
 def test_kohya_folders_are_only_taken_for_such(kohya: Path) -> None:
-    """An image beside the numbered folders that could be trained makes a plain folder of them,
-    with a warning, unless the layout is said; then, and where that image has no caption, it is
-    the image that is named."""
+    """An image with a caption beside the numbered folders makes them plain folders, with a warning.
+    With layout = kohya, or if the image has no caption, the image is reported instead."""
     image(kohya / "beside.png")
     for spec in (SourceSpec(path=str(kohya)), SourceSpec(path=str(kohya), layout="kohya")):
         codes = [f.code for f in open_source(spec)[0].findings]
@@ -495,7 +498,10 @@ def test_kohya_folders_are_only_taken_for_such(kohya: Path) -> None:
     assert (finding.level, finding.name) == ("left out", str(kohya / "beside.png"))
     plain = opened(kohya, prompt="x", layout="plain")
     assert [f.code for f in plain.findings] == ["link-loop"]
-    with pytest.raises(UsageError, match="no folders such as 10_sks dog .* has no folders"):
+    with pytest.raises(
+        UsageError,
+        match="no numbered folders with images, for example 10_sks dog .* has no folders",
+    ):
         open_source(SourceSpec(path=str(kohya / "spare"), layout="kohya"))
 
 
@@ -503,8 +509,8 @@ DEFAULTS = SourceSpec(dataset="d", repeats=3, rules=CaptionRules(caption_prefix=
 
 
 def test_tables_of_sources() -> None:
-    """Tables take fields of sources and rules, and from the defaults what they leave unsaid, but
-    not where the images are; class images take no rules of the subject's captions."""
+    """Tables take fields of sources and rules, and defaults for the others except the place of the
+    images; class images take no caption rules of the instance images."""
     first, second = read_specs(
         [
             {"path": "a", "weight": 2, "shuffle_caption": True, "random_crop": True},
@@ -548,7 +554,7 @@ def test_tables_of_sources() -> None:
     ],
 )
 def test_tables_that_cannot_be_meant(table: dict, message: str) -> None:
-    """Each fault of a table is named in one line, with the source it is of."""
+    """Each fault of a table is one line with its source."""
     with pytest.raises(UsageError) as caught:
         read_specs([{"path": "fine"}, table], DEFAULTS, "my.toml")
     head, line = str(caught.value).split("\n")
@@ -558,7 +564,7 @@ def test_tables_that_cannot_be_meant(table: dict, message: str) -> None:
 
 
 def test_all_faults_of_all_tables_come_at_once() -> None:
-    """One look at the error is enough to mend the file."""
+    """One error names all faults of the file."""
     with pytest.raises(UsageError) as caught:
         read_specs([{"path": "a", "x": 1, "repeats": 0}, {}, 3], DEFAULTS, "f")  # type: ignore[list-item]
     assert str(caught.value).count("\n") == 4
@@ -567,7 +573,7 @@ def test_all_faults_of_all_tables_come_at_once() -> None:
 def test_the_order_of_a_folder_is_not_the_file_systems(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever order a folder is listed in, samples and findings come in the same."""
+    """Samples and findings have one order, in whatever order the system lists a folder."""
     for name in ("a.png", "b.png", "s/a.png", "t/c.png", "x.md", "y.md"):
         image(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("")
     listdir: Callable = os.listdir
