@@ -19,7 +19,7 @@ from PIL import Image
 import sd_lora
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.demo import SUBJECT, demo_config, draw, find_sample_data
-from sd_lora.formats.files import load_adapter
+from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
 from sd_lora.report.sheets import grid, write_image
 from sd_lora.sampling.score import score

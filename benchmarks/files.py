@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 
 from sd_lora.adapters.methods import LoRA
 from sd_lora.adapters.targets import select
-from sd_lora.formats import files, metadata
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import metadata
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import FAMILIES

@@ -22,14 +22,14 @@ _HOME = {
     "eject": "adapters.inject",
     "inject": "adapters.inject",
     "limit_norms": "adapters.inject",
-    "load_adapter": "formats.files",
+    "load_adapter": "formats.adapter_files",
     "load_lora_state_dict": "adapters.state",
     "lora_layers": "adapters.inject",
     "lora_state_dict": "adapters.state",
     "merge": "adapters.inject",
     "merged": "adapters.inject",
     "register_method": "adapters.deltas",
-    "save_adapter": "formats.files",
+    "save_adapter": "formats.adapter_files",
     "set_strength": "adapters.inject",
     "train": "training.loop",
     "unmerge": "adapters.inject",
@@ -82,7 +82,7 @@ if TYPE_CHECKING:
     from sd_lora.adapters.variants import Variant
     from sd_lora.config.schema import TrainConfig
     from sd_lora.errors import RunError, UsageError
-    from sd_lora.formats.files import load_adapter, save_adapter
+    from sd_lora.formats.adapter_files import load_adapter, save_adapter
     from sd_lora.terminal import Terminal
     from sd_lora.training.loop import train
 

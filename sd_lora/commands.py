@@ -198,7 +198,7 @@ def _add_writing(parser: _Parser, command: str) -> None:
 
 
 def run(command: str, argv: Sequence[str]) -> None:
-    """Runs a tool with its arguments.
+    """Run a tool with its arguments.
 
     Raises:
         UsageError, RunError: for people.
@@ -233,7 +233,7 @@ def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 
 
 def _skeleton(args: argparse.Namespace) -> Any:
-    """Returns the skeleton of --model; without one, of the --family that a file is held against."""
+    """The skeleton of --model; without one, of the --family that a file is held against."""
     from sd_lora.formats.checkpoints import Checkpoint
     from sd_lora.models.families import family_named
     from sd_lora.models.meta_pipeline import MetaPipeline
@@ -271,7 +271,7 @@ def _cut(args: argparse.Namespace, required: bool = False) -> Any:
 
 
 def _base(args: argparse.Namespace, cut: object) -> Any:
-    """Returns the base model's weights, if they may be needed: of what is weight-decomposed."""
+    """The base model's weights, if they may be needed: of what is weight-decomposed."""
     from sd_lora.formats.checkpoints import Checkpoint
 
     if cut is None or args.model is None or not Path(args.model).expanduser().exists():
@@ -292,8 +292,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from sd_lora.formats.reading import open_lora
-    from sd_lora.formats.recognise import family_of
+    from sd_lora.formats.family_of_file import family_of
+    from sd_lora.formats.lora_file import open_lora
     from sd_lora.formats.verify import verify_file
     from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -372,7 +372,7 @@ def _bake(args: argparse.Namespace) -> None:
 
 
 def _say(result: Any) -> None:
-    """Prints what a tool wrote, what it lost, and what to do with the file."""
+    """Print what a tool wrote, what it lost, and what to do with the file."""
     from sd_lora.files import mib
 
     written = result.written

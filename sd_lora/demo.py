@@ -14,7 +14,7 @@ from sd_lora.config.command_line import read_config_file
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
-from sd_lora.formats.files import load_adapter
+from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import grid, write_image
 from sd_lora.sampling.sampler import sample

@@ -26,7 +26,7 @@ FINDINGS: dict[str, FindingKind] = {
     "empty": FindingKind("left out", _GET_AGAIN),
     "truncated": FindingKind("left out", _GET_AGAIN),
     "broken": FindingKind("left out", _GET_AGAIN),
-    "not-a-image": FindingKind("left out"),
+    "not-an-image": FindingKind("left out"),
     "bomb": FindingKind("left out"),
     "no-plugin": FindingKind("left out"),
     "float": FindingKind("left out"),

@@ -12,7 +12,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from sd_lora.cli import main
-from sd_lora.formats import files
+from sd_lora.formats import adapter_files as files
 from tests.formats.trained import saved, trained
 
 

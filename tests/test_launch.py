@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
 from sd_lora.formats import diffusers, verify
-from sd_lora.formats.reading import open_lora
+from sd_lora.formats.lora_file import open_lora
 from tests.training.runs import images, trained_adapter
 
 pytestmark = pytest.mark.launch

@@ -1,9 +1,9 @@
-"""The nearest plain LoRA to any update: singular vectors, and what is lost by cutting them.
+"""The nearest plain LoRA to any delta, by singular vectors, with its error.
 
 By Eckart and Young (1936) the first r singular triplets of ΔW are its best approximation of rank r,
 and the squared error is the sum of the squared singular values left out. Large matrices take the
-randomised method of Halko, Martinsson and Tropp (2011, algorithm 4.4); what it keeps is a
-projection of ΔW, so the error is known exactly there too: ‖ΔW‖² − Σ σᵢ².
+randomised method of Halko, Martinsson and Tropp (2011, algorithm 4.4); its result is a projection
+of ΔW, so the error is known exactly there too: ‖ΔW‖² − Σ σᵢ².
 """
 
 import math
@@ -26,10 +26,11 @@ Triplets = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Cut:
-    """How many singular values to keep; the smallest of what is asked for.
+    """The number of singular values to keep: the smallest of these bounds.
 
-    rank: at most so many. conv_rank: of kernels above 1×1 instead; None is the rank. energy: as few
-    as hold this share of Σ σ², in (0, 1]. ratio: those that are at least σ₁/ratio, above 1.
+    rank: at most this many. conv_rank: for kernels above 1×1 instead; None is the rank. energy: as
+    few
+    as hold this share of Σ σ², in (0, 1]. ratio: values of at least σ₁/ratio, above 1.
     """
 
     rank: int | None = None
@@ -50,12 +51,12 @@ class Cut:
             raise UsageError("give a rank, an energy or a ratio to keep")
 
     def limit(self, shape: tuple[int, ...]) -> int | None:
-        """Returns the largest rank for a weight of this shape, None if only its values say it."""
+        """The largest rank for a weight of this shape; None if it depends on the values."""
         kernel = any(k > 1 for k in shape[2:])
         return self.conv_rank if kernel and self.conv_rank is not None else self.rank
 
     def count(self, sigma: Tensor, total: float, shape: tuple[int, ...]) -> int:
-        """Returns how many of the singular values σ (descending) to keep, at least one."""
+        """How many of the singular values σ (descending) to keep, at least one."""
         keep = len(sigma)
         if self.ratio is not None:
             keep = min(keep, int((sigma * self.ratio >= sigma[0]).sum()))
@@ -71,7 +72,7 @@ class Cut:
 
 @dataclass
 class Loss:
-    """What approximating left out, of one update or of many: ‖ΔW − BA‖² and ‖ΔW‖²."""
+    """The error of an approximation, of one delta or of many: ‖ΔW − BA‖² and ‖ΔW‖²."""
 
     lost: float = 0.0
     total: float = 0.0
@@ -96,15 +97,15 @@ def squared_norm(t: Tensor) -> float:
 
 @torch.no_grad()
 def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
-    """Returns the nearest plain LoRA to an update of the rule add, and what it leaves out.
+    """The nearest plain LoRA to a delta of the rule add, and its error.
 
-    An update that is B·A already, of no more ranks than the cut allows, is given back as it is.
+    A delta of the form B·A, with no more ranks than the cut allows, is returned unchanged.
 
     Raises:
-        UsageError: a weight-decomposed update: its ΔW depends on the base weight.
+        UsageError: a weight-decomposed delta: its ΔW depends on the base weight.
     """
     if delta.magnitude is not None:
-        raise UsageError("a weight-decomposed update (DoRA) has a ΔW only on its base model")
+        raise UsageError("a weight-decomposed delta (DoRA) has a ΔW only on its base model")
     factors = delta.low_rank()
     if factors is None:
         return nearest_to(delta.weight(), cut)
@@ -122,7 +123,7 @@ def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
 
 @torch.no_grad()
 def nearest_to(weight: Tensor, cut: Cut) -> tuple[Delta, Loss]:
-    """Returns the nearest plain LoRA to a ΔW (out, in/groups, k…), and what it leaves out."""
+    """The nearest plain LoRA to a ΔW (out, in/groups, k…), and its error."""
     matrix = weight.flatten(1).double()
     total = squared_norm(matrix)
     smallest = min(matrix.shape)

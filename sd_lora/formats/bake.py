@@ -15,17 +15,17 @@ from sd_lora.errors import RunError, UsageError
 from sd_lora.files import Spec, write_tensors
 from sd_lora.formats.canonical import each
 from sd_lora.formats.checkpoints import Checkpoint, Slot
+from sd_lora.formats.family_of_file import family_by_tensors
+from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.merge import check_weights
 from sd_lora.formats.output import DTYPES, Progress, silently
-from sd_lora.formats.reading import LoRAFile, open_lora
-from sd_lora.formats.recognise import family_by_tensors
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
 
 
 @dataclass(frozen=True)
 class Baked:
-    """What was written, how many parameters were changed, and what to know about it."""
+    """The result of baking: the path, the number of changed parameters, and notes."""
 
     path: Path
     changed: int
@@ -41,23 +41,23 @@ def bake(
     overwrite: bool = False,
     progress: Progress = silently,
 ) -> Baked:
-    """Writes the base with W + Σ weightᵢ·(Wᵢ' − W) in place of every adapted W.
+    """Write the base with W + Σ weightᵢ·(Wᵢ' − W) in place of every adapted W.
 
-    Every method and rule is exact here, weight-decomposed ones too: each update is composed with
-    the base's own W. Everything else of the model is copied as it is.
+    Every method and rule is exact here, weight-decomposed ones too: each delta is composed with the
+    base's own W. Everything else of the model is copied unchanged.
 
     Args:
         base: a diffusers folder or a single checkpoint.
         sources: LoRA files.
         weights: one a file.
         out: a folder for a folder, a .safetensors file for a checkpoint.
-        dtype: "keep", or "float32", "float16", "bfloat16" for the files that a LoRA may change.
-        overwrite: whether to replace what is there.
+        dtype: "keep", or "float32", "float16", "bfloat16" for the files with adaptable parts.
+        overwrite: whether to replace an existing output.
         progress: shows the work.
 
     Raises:
         UsageError: a LoRA that cannot be read or does not fit, or an output that exists.
-        RunError: a value beyond the dtype, or a file that could not be written; nothing is left.
+        RunError: a value beyond the dtype, or a failed write; nothing is left.
     """
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
@@ -95,7 +95,7 @@ def bake(
 
 @dataclass
 class _Baker:
-    """Writes a base's files with the updates in them."""
+    """Write a base's files with the deltas in them."""
 
     base: Checkpoint
     loras: Sequence[tuple[LoRAFile, float]]
@@ -152,7 +152,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _opened(path: Path, base: Checkpoint) -> LoRAFile:
-    """Opens a LoRA and checks that every update has its place in the base."""
+    """Open a LoRA and checks that every delta has its place in the base."""
     lora = open_lora(path, base.meta_pipeline.layout)
     lora.check()
     known = family_by_tensors(lora)
@@ -186,7 +186,7 @@ def _check_output(base: Checkpoint, out: Path, overwrite: bool) -> None:
 
 
 def _safetensors_name(name: str) -> Path:
-    """Returns where a file of weights goes: pickled ones as loaders look for them first."""
+    """Where a file of weights goes: pickled ones as loaders look for them first."""
     path = Path(name)
     if path.suffix == ".safetensors":
         return path
@@ -197,7 +197,7 @@ def _safetensors_name(name: str) -> Path:
 
 
 def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
-    """Copies everything but the parts' weights; returns notes on what was left out."""
+    """Copy everything but the parts' weights; returns notes on files left out."""
     left_out = []
     for source in _files_below(base.path):
         name = source.relative_to(base.path)
@@ -218,7 +218,7 @@ def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yields the files in a folder, also behind links, without what downloads keep beside them."""
+    """Yield the files in a folder, also behind links, without the side files of downloads."""
     seen = set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)

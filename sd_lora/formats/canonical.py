@@ -1,12 +1,12 @@
-"""The one form in the middle: component → canonical name → the update itself.
+"""The canonical form of an adapter: component → canonical name → delta.
 
 Formats read into it and write from it; nothing else knows a file's key names. Canonical names are
-diffusers' and transformers' own, with one rule added: a text encoder's always start with
+diffusers' and transformers' own, with one rule added: names in a text encoder always start with
 `text_model.`, which transformers 5 left out of CLIPTextModel and kept in
 CLIPTextModelWithProjection. Files with that level load in every tool; files without do not.
 
-Both levels are mappings, and those of files and tools are `Lazy`: an update is made when it is
-asked for and forgotten afterwards, so that what streams through them takes the memory of one.
+Both levels are mappings, and those of files and tools are `Lazy`: a delta is made at each access
+and forgotten afterwards, so that streaming through them takes the memory of one.
 """
 
 import copy
@@ -20,11 +20,11 @@ from sd_lora.adapters.inject import deltas_of
 from sd_lora.errors import RunError, UsageError
 
 Modules = Mapping[str, Delta]
-"""Canonical update name → update. The name is the parameter's without a final ".weight", as
+"""Canonical delta name → delta. The name is the parameter's without a final ".weight", as
 `sd_lora.deltas_of` has it."""
 
 Adapter = Mapping[str, Modules]
-"""Component ("unet", "text_encoder"; "" for a model by itself) → its updates."""
+"""Component ("unet", "text_encoder"; "" for a model by itself) → its deltas."""
 
 
 def method_tensors() -> dict[str, str]:
@@ -41,7 +41,7 @@ def method_tensors() -> dict[str, str]:
 
 
 class Lazy(Mapping[str, Delta]):
-    """Updates by name, each made anew whenever it is asked for."""
+    """Deltas by name, each made anew whenever it is asked for."""
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Delta]) -> None:
         self._names = dict.fromkeys(names)
@@ -63,36 +63,36 @@ class Lazy(Mapping[str, Delta]):
 
 
 def each(adapter: Adapter) -> Iterator[tuple[str, str, Delta]]:
-    """Yields component, name and update, one at a time."""
+    """Yield component, name and delta, one at a time."""
     for component, modules in adapter.items():
         for name, delta in modules.items():
             yield component, name, delta
 
 
 def count(adapter: Adapter) -> int:
-    """Returns how many updates an adapter has."""
+    """How many deltas an adapter has."""
     return sum(len(modules) for modules in adapter.values())
 
 
 def canonical_name(component: str, name: str) -> str:
-    """Returns the canonical form of a live module's name."""
+    """The canonical form of a live module's name."""
     if component.startswith("text_encoder") and not name.startswith(("text_model.", "text_proj")):
         return f"text_model.{name}"
     return name
 
 
 def live_names(component: str, model: nn.Module) -> dict[str, str]:
-    """Returns canonical name → live name of every module and parameter of `model`."""
+    """Canonical name → live name of every module and parameter of `model`."""
     names = [name for name, _ in model.named_modules() if name]
     names += [name for name, _ in model.named_parameters() if not name.endswith(".weight")]
     return {canonical_name(component, name): name for name in names}
 
 
 def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
-    """Returns the adapter that the injected `models` (component → model) hold, on the CPU.
+    """The adapter of injected `models` (component → model), on the CPU.
 
     Raises:
-        UsageError: none of the models has an adapter.
+        UsageError: no model has an adapter.
     """
     adapter = {}
     for component, model in models.items():
@@ -108,7 +108,7 @@ def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
 
 
 def plain(delta: Delta) -> tuple[Tensor, Tensor, float] | None:
-    """Returns A, B and alpha with ΔW = (alpha/r)·B·A if the update has that form, else None."""
+    """A, B and alpha with ΔW = (alpha/r)·B·A if the delta has this form, else None."""
     with torch.no_grad():
         factors = delta.low_rank()
     if factors is None:
@@ -118,13 +118,13 @@ def plain(delta: Delta) -> tuple[Tensor, Tensor, float] | None:
 
 
 def file_rank(delta: Delta) -> int | None:
-    """Returns the rank that an update has in a file: a PiSSA of rank r is a LoRA of rank 2r."""
+    """The rank of a delta in a file: a PiSSA of rank r is a LoRA of rank 2r."""
     factors = plain(delta)
     return delta.rank if factors is None else len(factors[0])
 
 
 def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
-    """Whether every update is B·A (or, if asked, B·A with a magnitude an output)."""
+    """Whether every delta is B·A (or, if asked, B·A with a magnitude an output)."""
     for _, _, delta in each(adapter):
         magnitude = delta.magnitude
         if plain(delta) is None or not (magnitude is None or decomposed):
@@ -135,7 +135,7 @@ def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
 
 
 def check_finite(adapter: Adapter) -> None:
-    """Raises RunError naming the first module whose update holds a NaN or an infinity."""
+    """Raise RunError naming the first module whose delta holds a NaN or an infinity."""
     for component, name, delta in each(adapter):
         if not all(torch.isfinite(tensor).all() for tensor in delta.tensors().values()):
             raise RunError(f"{component} {name} holds NaN or infinite values; not written")

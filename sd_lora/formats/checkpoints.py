@@ -1,7 +1,7 @@
-"""A base model's own files, one tensor at a time: a diffusers folder or a single checkpoint.
+"""The files of a base model, one tensor at a time: a diffusers folder or a single checkpoint.
 
-Every tensor's key is read as the parameters that it holds, in canonical names; OpenCLIP's three
-input projections share one tensor, and its text projection lies transposed.
+Every tensor's key is read as its parameters, in canonical names; OpenCLIP's three input projections
+share one tensor, and its text projection is stored transposed.
 """
 
 import json
@@ -27,9 +27,9 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True)
 class Slot:
-    """A parameter's place in a tensor: which third of the rows (None: all), and if transposed.
+    """The place of a parameter in a tensor: a third of the rows (None: all), and its layout.
 
-    name: the update's, which is the parameter's without a final ".weight".
+    name: of the delta: the parameter's without a final ".weight".
     """
 
     component: str
@@ -38,7 +38,7 @@ class Slot:
     transposed: bool = False
 
     def view(self, tensor: Tensor) -> Tensor:
-        """Returns the parameter as a view of its tensor."""
+        """The parameter as a view of its tensor."""
         if self.third is not None:
             tensor = tensor.unflatten(0, (3, -1))[self.third]
         return tensor.T if self.transposed else tensor
@@ -47,17 +47,19 @@ class Slot:
 class Checkpoint:
     """A base model on disk.
 
-    files: path relative to the folder (or the file's name) → its tensors. Only the components that
-    a LoRA may adapt are opened in a folder; a single checkpoint has all parts in one. indexes:
-    those of sharded parts. They are opened when they are first asked for.
+    files: path relative to the folder (or the file's name) → its tensors. In a folder only
+    adaptable
+    components are opened; a single checkpoint has all parts in one file. indexes: of sharded parts.
+    Files are opened at their first use.
 
     Args:
         path: of the folder or file.
-        variant: of a folder's weights, such as "fp16"; a part without it is taken as it is.
+        variant: of a folder's weights, for example "fp16"; parts without it are taken without.
 
     Raises:
-        UsageError: neither a diffusers folder nor a checkpoint of Stable Diffusion, or a part that
-            lacks its weights.
+        UsageError: neither a diffusers folder nor a checkpoint of Stable Diffusion, or a part
+        without
+            weights.
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
@@ -91,10 +93,11 @@ class Checkpoint:
         return self.meta_pipeline.family
 
     def slots(self, file: str, key: str) -> list[Slot]:
-        """Returns the parameters that a tensor holds; none for the VAE's and the like.
+        """The parameters in a tensor; none for the VAE and other frozen parts.
 
-        Of a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
-        and both have buffers.
+        In a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
+        and
+        both have buffers.
         """
         if self.files and file in self._components:  # filled with the files
             component = self._components[file]
@@ -113,7 +116,7 @@ class Checkpoint:
 
     @cached_property
     def places(self) -> dict[tuple[str, str], tuple[str, str, Slot]]:
-        """(component, update name) → file, key and place there."""
+        """(component, delta name) → file, key and place there."""
         return {
             (slot.component, slot.name): (file, key, slot)
             for file, tensors in self.files.items()
@@ -122,7 +125,7 @@ class Checkpoint:
         }
 
     def weight(self, component: str, name: str) -> Tensor:
-        """Returns the parameter of an update's name.
+        """The parameter of a delta's name.
 
         Raises:
             UsageError: the checkpoint has none.
@@ -133,7 +136,7 @@ class Checkpoint:
         return slot.view(self.files[file][key])
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
-        """Returns the shape of `weight`, without reading it. Raises UsageError: as `weight`."""
+        """The shape of `weight`, without reading it. Raises UsageError like `weight`."""
         if (component, name) not in self.places:
             raise UsageError(f"{self.path} has no {component} {name}")
         file, key, slot = self.places[component, name]
@@ -142,10 +145,10 @@ class Checkpoint:
 
 
 def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], Path | None]:
-    """Returns the files that a part's weights are in: one, or the shards of an index, and that.
+    """The files of a part's weights: one, or the shards of an index, and the index.
 
     Raises:
-        UsageError: none, naming what is there.
+        UsageError: none, with the names of the files found.
     """
     if variant and not any(f".{variant}." in path.name for path in folder.glob("*")):
         variant = None
@@ -192,8 +195,9 @@ _OUTSIDE = (
 
 
 def _family_of(path: Path, tensors: TensorFile) -> Family:
-    """Returns the family of a single file: by the width of the text that its UNet attends to, or,
-    of an unpublished width, by its text encoders."""
+    """The family of a single file: by the width of the text that its UNet attends to, or, for an
+    unpublished width, by its text encoders.
+    """
     for key in tensors:
         if key.startswith(_UNET) and key.endswith(".attn2.to_k.weight"):
             width = tensors.spec(key)[1][-1]

@@ -68,9 +68,9 @@ FLAT = "flat_magnitude"
 
 
 def parse(key: str, layout: Layout) -> tuple[str, str, str] | None:
-    """Returns (component, canonical name, kind of tensor) of a key, None if it is of another form.
+    """Component, canonical name and kind of tensor of a key; None for a key of another form.
 
-    Without a component before it, a name tells it: SDXL's second text encoder cannot be told then.
+    A key without a component is sorted by its name; SDXL's second text encoder cannot be told then.
     """
     match = _KEY.match(key)
     if match is None:
@@ -100,10 +100,10 @@ def parse(key: str, layout: Layout) -> tuple[str, str, str] | None:
 
 
 def configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Returns component → peft configuration, as `save_lora_weights` may put into the header.
+    """Component → peft configuration, as `save_lora_weights` may put into the header.
 
     Raises:
-        UsageError: a configuration that is no table.
+        UsageError: a configuration that is not a table.
     """
     if HEADER_KEY not in header:
         return {}
@@ -128,7 +128,7 @@ def has_attention(modules: Iterable[str]) -> bool:
 
 
 def can_write(adapter: Adapter) -> bool:
-    """Whether diffusers' loader has a form for every update: B·A, with or without a magnitude.
+    """Whether diffusers' loader has a form for every delta: B·A, with or without a magnitude.
 
     Of a text encoder it must find the attention or the MLP, and magnitudes with the attention's.
     """
@@ -143,10 +143,11 @@ def can_write(adapter: Adapter) -> bool:
 
 
 def padded_ranks(component: str, modules: Modules) -> dict[str, int]:
-    """Returns name → rank to fill up with zeros, where diffusers' loader needs it.
+    """Name → rank to fill up with zeros, where diffusers' loader needs it.
 
-    It reads the ranks of a text encoder's attention and MLP, and gives `text_projection` the most
-    common of them.
+    The loader reads the ranks of a text encoder's attention and MLP, and gives `text_projection`
+    the
+    most common of them.
     """
     ranks = {name: file_rank(delta) or 0 for name, delta in modules.items()}
     projections = {name for name in ranks if name.startswith("text_projection")}
@@ -158,7 +159,7 @@ def padded_ranks(component: str, modules: Modules) -> dict[str, int]:
 
 
 def padded(A: Tensor, B: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """Returns factors with zeros up to a rank, None for no more than they have."""
+    """Factors with zeros up to a rank, None for no more than they have."""
     more = 0 if rank is None else rank - len(A)
     if more <= 0:
         return A, B
@@ -168,7 +169,7 @@ def padded(A: Tensor, B: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
 
 
 def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
-    """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
+    """Yield the file's keys and tensors, of an adapter that `can_write` allows."""
     fill = {component: padded_ranks(component, modules) for component, modules in adapter.items()}
     # without attention diffusers knows a text encoder's keys by older names alone
     old = {c for c, modules in adapter.items() if c != "unet" and not has_attention(modules)}

@@ -1,8 +1,8 @@
-"""Files of new words' embeddings, one a concept, as diffusers, A1111 and ComfyUI take them.
+"""Files of new words' embeddings, one a concept, for diffusers, A1111 and ComfyUI.
 
-One text encoder: a single key, the word. SDXL: "clip_l" and "clip_g"; its refiner, which has the
-second encoder alone: "clip_g". In prompts, A1111 knows them by the file's name without its ending,
-ComfyUI by `embedding:` and that name, diffusers by the word (see `how_to_load`).
+One text encoder: a single key, the word. SDXL: "clip_l" and "clip_g"; its refiner, with the second
+encoder alone: "clip_g". In prompts, A1111 knows them by the file's name without its ending, ComfyUI
+by `embedding:` and this name, diffusers by the word (see `how_to_load`).
 """
 
 import copy
@@ -46,7 +46,7 @@ def write_embeddings(
     record: Mapping[str, object],
     facts: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Writes `<folder>/<name>_<word>.safetensors` for each concept, in float32; returns the paths.
+    """Write `<folder>/<name>_<word>.safetensors` for each concept, in float32; returns the paths.
 
     record: our own, kept as JSON, with the word and its number of vectors. facts: further keys of
     the header (`modelspec.architecture`, …), as they are.
@@ -72,7 +72,7 @@ def write_embeddings(
 
 
 def _fresh_pipeline(tokens: NewTokens) -> DiffusionPipeline:
-    """Returns a pipeline of the given tokenizers, and of text encoders with nothing but tables."""
+    """A pipeline of the given tokenizers, and of text encoders with nothing but tables."""
     parts: dict[str, Any] = dict.fromkeys(("vae", "unet", "scheduler", *_PAIRS, *_PAIRS.values()))
     for component, encoder in tokens.text_encoders.items():
         with torch.device("meta"):
@@ -89,13 +89,14 @@ def _fresh_pipeline(tokens: NewTokens) -> DiffusionPipeline:
 
 
 def verify_embeddings(paths: Sequence[Path], tokens: NewTokens) -> int:
-    """Loads files by diffusers' `load_textual_inversion` into fresh tokenizers and text encoders.
+    """Load files by diffusers' `load_textual_inversion` into fresh tokenizers and text encoders.
 
-    Returns how many embeddings were compared, bit for bit; the base's own are compared as well.
-    paths: what `write_embeddings` returned for these tokens.
+    paths: as returned by `write_embeddings` for these tokens.
+
+    Returns the number of embeddings compared, bit for bit; the base's own are compared as well.
 
     Raises:
-        RunError: a loader's complaint, a row that is off, or a word that is not read as trained.
+        RunError: a loader's complaint, a wrong row, or a word read otherwise than trained.
     """
     pipeline, wrong, count = _fresh_pipeline(tokens), [], 0
     for component, embedding in tokens.embeddings.items():
@@ -134,11 +135,12 @@ def verify_embeddings(paths: Sequence[Path], tokens: NewTokens) -> int:
 
 
 def how_to_load(path: Path, word: str, components: Collection[str] = ("text_encoder",)) -> str:
-    """Returns the lines of Python that load a file into a diffusers pipeline `pipe`.
+    """Python code that loads a file into a diffusers pipeline `pipe`.
 
-    For SDXL the last mends its second text encoder's pooling: where the configuration says
+    For SDXL the last line mends the pooling of its second text encoder: where the configuration has
     `eos_token_id` = 2, as published ones do, transformers takes a prompt's largest id for its end.
-    That is now the new word's, and images come out otherwise than trained, without a warning.
+    The
+    largest id is now the new word's, and without the line images differ from training, silently.
     """
     if list(components) == _ONE:
         return f"pipe.load_textual_inversion({str(path)!r})  # prompts: {word!r}"

@@ -1,4 +1,4 @@
-"""The difference of two checkpoints as a LoRA: what a finetune learned, in a file of a few MiB."""
+"""The difference of two checkpoints as a LoRA: a finetune in a file of a few MiB."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ from torch import Tensor
 from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut, Loss, nearest_to, squared_norm
 from sd_lora.formats.checkpoints import Checkpoint
+from sd_lora.formats.family_of_file import usual_prediction
 from sd_lora.formats.output import Origin, Output, Progress, Spool, silently, write
-from sd_lora.formats.recognise import usual_prediction
 from sd_lora.formats.tools import Result
 from sd_lora.formats.verify import shapes_of
 
@@ -23,10 +23,11 @@ UNCHANGED = 1e-6
 
 @dataclass
 class Difference:
-    """What of two checkpoints differs, by squared Frobenius norm.
+    """The difference of two checkpoints by squared Frobenius norm.
 
-    unchanged: modules. without_form: parameters that differ and that no LoRA can hold (norms,
-    biases, embeddings), and their share of ‖tuned − base‖².
+    unchanged: modules. without_form: parameters that differ but have no form in a LoRA (norms,
+    biases,
+    embeddings), and their share of ‖tuned − base‖².
     """
 
     unchanged: int = 0
@@ -43,19 +44,19 @@ def extract(
     prediction_type: str | None = None,
     progress: Progress = silently,
 ) -> Result:
-    """Writes the LoRA nearest to tuned − base: linear layers and convolutions, every component.
+    """Write the LoRA nearest to tuned − base: linear layers and convolutions, every component.
 
     Args:
         base, tuned: two models of one architecture, in any of the forms, also different ones.
-        output: where and how.
-        cut: how many ranks to keep.
-        components: which ("unet", "text_encoder", …); None: all.
+        output: path, format and dtype.
+        cut: number of ranks to keep.
+        components: names ("unet", "text_encoder", …); None: all.
         prediction_type: for the header; None takes that of a folder's scheduler.
         progress: shows the work.
 
     Raises:
         UsageError: different architectures, no difference at all, or a value that is not finite.
-        RunError: a file that could not be written or does not load as it should; none is left.
+        RunError: a failed write, or a file that does not load exactly; none is left.
     """
     if base.family is not tuned.family:
         raise UsageError(
@@ -99,7 +100,7 @@ def extract(
 
 
 def _prediction_of(model: Checkpoint) -> str | None:
-    """Returns what a folder's scheduler says that the model predicts."""
+    """The prediction type of a folder's scheduler."""
     try:
         text = (model.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
         said = json.loads(text).get("prediction_type")
@@ -109,7 +110,7 @@ def _prediction_of(model: Checkpoint) -> str | None:
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:
-    """Returns tuned − base of a parameter in float32, and ‖base‖."""
+    """Tuned − base of a parameter in float32, and ‖base‖."""
     after = tuned.weight(component, name).float()
     # a 1×1 convolution here may be a linear layer there
     before = base.weight(component, name).float().reshape(after.shape)
@@ -120,7 +121,7 @@ def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> t
 
 
 def _check_skeleton(tuned: Checkpoint, output: Output) -> None:
-    """Raises UsageError, before the work, if the LoRA's model is another one than was given."""
+    """Raise UsageError, before the work, if the LoRA's model is another one than was given."""
     meta_pipeline = output.meta_pipeline
     if meta_pipeline is None or not output.check:
         return
@@ -140,7 +141,7 @@ def _check_skeleton(tuned: Checkpoint, output: Output) -> None:
 
 
 def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...] | None) -> None:
-    """Raises UsageError naming the first parameter that only one of two models has."""
+    """Raise UsageError naming the first parameter that only one of two models has."""
     mine, theirs = (
         {p for p in m.places if components is None or p[0] in components} for m in (base, tuned)
     )
@@ -165,7 +166,7 @@ def _check_same(base: Checkpoint, tuned: Checkpoint, components: tuple[str, ...]
 
 
 def _significant(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns a shape without trailing ones: a 1×1 convolution is a linear layer."""
+    """A shape without trailing ones: a 1×1 convolution is a linear layer."""
     return _significant(shape[:-1]) if shape[2:] and shape[-1] == 1 else shape
 
 

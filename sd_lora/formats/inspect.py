@@ -1,4 +1,4 @@
-"""What is in a LoRA file: a table for people, a record for scripts, and the problems found."""
+"""The contents of a LoRA file: a table for people, a record for scripts, and its problems."""
 
 import dataclasses
 import hashlib
@@ -20,11 +20,11 @@ from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY, mib
 from sd_lora.formats import diffusers
 from sd_lora.formats.canonical import Adapter, Lazy, count, file_rank
+from sd_lora.formats.family_of_file import family_by_header, family_by_tensors
+from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import Progress, silently
-from sd_lora.formats.readers import readers
-from sd_lora.formats.reading import LoRAFile, open_lora
-from sd_lora.formats.recognise import family_by_header, family_by_tensors
+from sd_lora.formats.programs import readers
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
@@ -32,7 +32,7 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 
 @dataclass
 class Block:
-    """What a part of a model gets. norm: ‖ΔW‖, the Frobenius norm over its modules."""
+    """The deltas of a part of a model. norm: ‖ΔW‖, the Frobenius norm over its modules."""
 
     component: str
     name: str
@@ -80,7 +80,7 @@ class Inspection:
     header: dict[str, str]
 
     def as_json(self) -> str:
-        """Returns everything as JSON, ranks and alphas as counts."""
+        """Everything as JSON, ranks and alphas as counts."""
         record = asdict(self) | {"path": str(self.path)}
         for kind in ("components", "blocks"):
             for block in record[kind]:
@@ -92,15 +92,15 @@ class Inspection:
 def inspect(
     path: Path, meta_pipeline: MetaPipeline | None = None, progress: Progress = silently
 ) -> Inspection:
-    """Reads a LoRA file and says what is in it, and what is wrong with it.
+    """Read a LoRA file and describe its contents and its problems.
 
     Args:
-        path: any LoRA file or folder that can be read.
-        skeleton: of the model it is for; None takes the published one of its family.
+        path: any readable LoRA file or folder.
+        meta_pipeline: of its model; None takes the published one of its family.
         progress: shows the work.
 
     Raises:
-        UsageError: no LoRA file, or keys that no format has.
+        UsageError: not a LoRA file, or keys of no format.
     """
     lora = open_lora(path, meta_pipeline.layout if meta_pipeline else None)
     problems = list(lora.problems())
@@ -110,7 +110,7 @@ def inspect(
     adapter = lora.adapter
     if problems:
         adapter = _whole_ones(lora)
-        problems.append(f"the table is of the {count(adapter)} updates that can be read whole")
+        problems.append(f"the table is of the {count(adapter)} deltas that can be read whole")
     if adapter:
         names = [(c, n) for c, modules in adapter.items() for n in modules]
         layers = {c: _layers(modules) for c, modules in adapter.items()}
@@ -124,7 +124,7 @@ def inspect(
             components.setdefault(component, Block(component, "")).add(delta, norm)
             blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
     if zero:
-        problems.append(f"{len(zero)} updates are zero ({zero[0]}, …): they were never trained")
+        problems.append(f"{len(zero)} deltas are zero ({zero[0]}, …): they were never trained")
     whole = dataclasses.replace(lora, adapter=adapter)
     family, how = _family(whole, meta_pipeline)
     verdicts = readers(lora, family) if adapter is lora.adapter else {}
@@ -146,7 +146,7 @@ def inspect(
 
 
 def _whole_ones(lora: LoRAFile) -> Adapter:
-    """Returns the updates of a file that can be made."""
+    """The deltas of a file that can be made."""
     kept: dict[str, dict[str, None]] = {}
     for component, modules in lora.adapter.items():
         for name in modules:
@@ -167,7 +167,7 @@ def _family(lora: LoRAFile, meta_pipeline: MetaPipeline | None) -> tuple[Family 
 
 
 def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
-    """Yields what the header says that the file is not."""
+    """Yield contradictions between the header and the tensors."""
     said = family_by_header(lora.header)
     if said is not None and family is not None and said is not family:
         yield f"the header says {said.label}, the tensors {family.label}: the tensors are right"
@@ -191,17 +191,17 @@ def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 def _of_place(
     lora: LoRAFile, meta_pipeline: MetaPipeline | None, family: Family | None
 ) -> Iterator[str]:
-    """Yields how the file does not fit its model."""
+    """Yield how the file does not fit its model."""
     meta_pipeline = meta_pipeline or (MetaPipeline.of_family(family) if family else None)
     if meta_pipeline is not None:
         wrong = list(misfits(lora.adapter, meta_pipeline))
         if wrong:
-            of = f"{len(wrong)} of {count(lora.adapter)} updates"
+            of = f"{len(wrong)} of {count(lora.adapter)} deltas"
             yield f"{of} do not fit {meta_pipeline.source}: {wrong[0]}"
 
 
 def body_hash(path: Path) -> str:
-    """Returns the SHA-256 of what follows a safetensors header: kohya's `sshs_model_hash`."""
+    """SHA-256 of everything after a safetensors header: kohya's `sshs_model_hash`."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         file.seek(8 + length)
@@ -217,7 +217,7 @@ def _layers(modules: Mapping[str, object]) -> int:
 
 
 def _block(component: str, name: str, layers: int) -> str:
-    """Returns the part of a model that a module belongs to."""
+    """The part of the model that a module belongs to."""
     if match := _UNET_BLOCK.match(name):
         return match[1]
     if match := _LAYER.match(name):
@@ -257,7 +257,7 @@ _SHOWN = (
 
 
 def text(found: Inspection, width: int = 100) -> str:
-    """Returns an inspection as lines of at most `width` characters."""
+    """An inspection as lines of at most `width` characters."""
     family = f"{found.family} ({found.family_by})" if found.family else found.family_by
     lines = [
         *_wrapped("", str(found.path), width),
@@ -305,7 +305,7 @@ def _wrapped(head: str, value: str, width: int) -> list[str]:
 
 def _table(components: list[Block], blocks: list[Block], width: int) -> list[str]:
     if not components:
-        return ["  no update could be read whole"]
+        return ["  no delta could be read whole"]
     head = f"  {'':<20} {'modules':>7} {'linear':>6} {'conv':>5} {'rank':>9} {'alpha':>11}  "
     head += f"{'method':<12} {'‖ΔW‖':>9}"
     loudest = max((_loudness(block) for block in blocks), default=0.0) or 1.0

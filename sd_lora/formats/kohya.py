@@ -1,9 +1,9 @@
 """kohya's keys, for A1111, Forge, ComfyUI and sd-scripts: `lora_unet_….lora_down.weight`.
 
 Readers scale by alpha/rank, and take alpha = rank where it is missing; but diffusers' reader
-honours only one alpha a component. So one alpha is written for every layer of the file and the
-rest of each layer's scale is folded into its `lora_up`: exact in all of them. Reading is
-`lycoris.parse`: the same keys, of which these are the plain ones.
+honours only one alpha a component. So one alpha is written for every layer of the file and the rest
+of each layer's scale is folded into its `lora_up`: exact in all of them. Reading is
+`lycoris.parse`, since these are the plain ones of LyCORIS' keys.
 """
 
 from collections import Counter
@@ -19,7 +19,7 @@ from sd_lora.models.original_names import Layout
 
 
 def can_write(adapter: Adapter) -> bool:
-    """Whether every reader of this format has a form for every update: B·A alone (LoRA)."""
+    """Whether every reader of this format has a form for every delta: B·A alone (LoRA)."""
     return "" not in adapter and is_plain(adapter)
 
 
@@ -27,8 +27,10 @@ def diffusers_reads(adapter: Adapter, layout: Layout | None = None) -> bool:
     """Whether diffusers' loader takes this form too.
 
     It knows a text encoder's projections of queries, keys and values only beside that of the
-    output, and its MLP only beside these; in original names, whose `layout` is then given, no
-    upsampler of a block without attention, as the first one of SDXL's refiner is.
+    output,
+    and its MLP only beside these; in original names, with their `layout`, it knows no upsampler of
+    a
+    block without attention, the first one of SDXL's refiner.
     """
     for component, modules in adapter.items():
         if component == "unet":
@@ -49,13 +51,13 @@ def diffusers_reads(adapter: Adapter, layout: Layout | None = None) -> bool:
 
 
 def common_alpha(adapter: Adapter) -> float:
-    """Returns the alpha that `write` gives to every layer: the most common rank."""
+    """The alpha of every layer in a written file: the most common rank."""
     ranks = Counter(rank for _, _, delta in each(adapter) if (rank := file_rank(delta)))
     return float(max(ranks, key=lambda rank: (ranks[rank], rank), default=1))
 
 
 def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
-    """Yields the file's keys and tensors, of an adapter that `can_write` allows."""
+    """Yield the file's keys and tensors, of an adapter that `can_write` allows."""
     common = common_alpha(adapter)
     fill = {component: padded_ranks(component, modules) for component, modules in adapter.items()}
     for component, name, delta in each(adapter):

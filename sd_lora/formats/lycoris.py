@@ -36,18 +36,18 @@ OTHER_METHODS = {
     "glora_a": "GLoRA",
     "lora_down.weight.0": "DyLoRA",
 }
-"""Kinds of tensor that belong to methods which cannot be read → the method."""
+"""Kind of tensor → its method, for methods that cannot be read."""
 
 
 def parse(
     key: str, layout: Layout, live: Mapping[str, tuple[str, str]] | None = None
 ) -> tuple[str, str, str] | None:
-    """Returns (component, canonical name, kind of tensor) of a key, None if it is of another form.
+    """Component, canonical name and kind of tensor of a key; None for a key of another form.
 
     Args:
         key: in kohya's or LyCORIS' form.
         layout: of the UNet, for original names.
-        live: kohya name → (component, canonical name) of models at hand, which are looked up first.
+        live: kohya name → (component, canonical name) of models at hand, which go first.
     """
     stem, _, kind = key.partition(".")
     found = (live or {}).get(stem) or from_kohya(stem, layout)
@@ -59,7 +59,7 @@ def parse(
 
 
 def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
-    """Yields the file's keys and tensors."""
+    """Yield the file's keys and tensors."""
     for component, name, delta in each(adapter):
         for kind, tensor in _tensors(name, delta, adapter[component]).items():
             module = name.removesuffix(".bias") if kind in _OF_BIAS else name
@@ -67,7 +67,7 @@ def write(adapter: Adapter, naming: Naming) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(name: str, delta: Delta, modules: Modules) -> dict[str, Tensor]:
-    """Returns the file's kinds of key → tensor of one update."""
+    """The file's kinds of key → tensor of one delta."""
     if delta.method == "full":
         is_bias = name.endswith(".bias")
         weight = modules.get(name.removesuffix(".bias")) if is_bias else delta

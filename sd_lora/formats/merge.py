@@ -16,9 +16,9 @@ from sd_lora.errors import UsageError
 from sd_lora.formats.approximate import Cut
 from sd_lora.formats.canonical import Adapter, Lazy, plain
 from sd_lora.formats.checkpoints import Checkpoint
+from sd_lora.formats.family_of_file import prediction_type
+from sd_lora.formats.lora_file import LoRAFile
 from sd_lora.formats.output import Origin, Output, Progress, silently, write
-from sd_lora.formats.reading import LoRAFile
-from sd_lora.formats.recognise import prediction_type
 from sd_lora.formats.tools import Result, cut_to, kept_facts, opened, record_of, whole_change
 from sd_lora.models.families import Family
 
@@ -37,7 +37,7 @@ class BlockWeight:
 
     @classmethod
     def parse(cls, text: str) -> "BlockWeight":
-        """Reads `[FILE:]PATTERN=NUMBER`, files counted from 1. Raises UsageError."""
+        """Read `[FILE:]PATTERN=NUMBER`, files counted from 1. Raises UsageError."""
         match = re.fullmatch(r"(?:(\d+):)?(.+)=([^=]+)", text)
         try:
             if match is not None and math.isfinite(factor := float(match[3])):
@@ -68,25 +68,27 @@ def merge(
     base: Checkpoint | None = None,
     progress: Progress = silently,
 ) -> Result:
-    """Writes one LoRA whose every ΔW is Σ weightᵢ·ΔWᵢ.
+    """Write one LoRA whose every ΔW is Σ weightᵢ·ΔWᵢ.
 
     Without a cut it is exact: ranks are concatenated. With one, each sum is cut to fewer ranks and
-    its error stated; methods without an exact sum (LoHa, LoKr, DoRA) need one.
+    its
+    error stated; methods without an exact sum (LoHa, LoKr, DoRA) need one.
 
     Args:
         sources: LoRA files of one family.
         weights: one a file.
-        output: where and how.
-        family: where the files do not say it.
-        blocks: factors on the weights of some modules; of those that cover one, the first counts.
-        cut: how many ranks to keep.
-        base: the base model, for weight-decomposed updates.
+        output: path, format and dtype.
+        family: where the files do not name it.
+        blocks: factors on the weights of some modules; the first that covers a module counts.
+        cut: number of ranks to keep.
+        base: the base model, for weight-decomposed deltas.
         progress: shows the work.
 
     Raises:
-        UsageError: files of different families or shapes, a sum that has no exact form, a block
-            weight that covers nothing.
-        RunError: a file that could not be written or does not load as it should; none is left.
+        UsageError: files of different families or shapes, a sum without an exact form, a block
+        weight
+            without modules.
+        RunError: a failed write, or a file that does not load exactly; none is left.
     """
     check_weights(sources, weights)
     found = [opened(path, output, family) for path in sources]
@@ -136,7 +138,7 @@ def merge(
 
 
 def _one_family(found: Sequence[tuple[LoRAFile, Family]]) -> Family:
-    """Returns the family of all files, or raises UsageError naming two that differ."""
+    """The family of all files; raises UsageError naming two that differ."""
     first, family = found[0]
     for lora, row in found:
         if row is not family:
@@ -148,13 +150,15 @@ def _one_family(found: Sequence[tuple[LoRAFile, Family]]) -> Family:
 
 
 def _shared(loras: Sequence[LoRAFile]) -> dict[str, str]:
-    """Returns what all headers say alike: how many images one was trained on is not the sum's."""
+    """Header keys with the same value in all sources: a number of training images is not the
+    sum's.
+    """
     first, *others = (kept_facts(lora.header) for lora in loras)
     return {k: v for k, v in first.items() if all(other.get(k) == v for other in others)}
 
 
 def check_weights(sources: Sequence[Path], weights: Sequence[float]) -> None:
-    """Raises UsageError if there is not one finite weight a file."""
+    """Raise UsageError if there is not one finite weight a file."""
     if len(weights) != len(sources):
         raise UsageError(f"{len(sources)} files and {len(weights)} weights: give one weight a file")
     for weight in weights:
@@ -165,8 +169,11 @@ def check_weights(sources: Sequence[Path], weights: Sequence[float]) -> None:
 def _factors(
     loras: Sequence[LoRAFile], weights: Sequence[float], blocks: Sequence[BlockWeight]
 ) -> list[dict[tuple[str, str], float]]:
-    """Returns (component, name) → factor, one table a file. Raises UsageError: a pattern that
-    covers nothing, or a file number that is none."""
+    """(component, name) → factor, one table a file.
+
+    Raises:
+        UsageError: a pattern without modules, or a wrong file number.
+    """
     used: set[BlockWeight] = set()
     tables = []
     for number, (lora, weight) in enumerate(zip(loras, weights, strict=True), start=1):
@@ -195,7 +202,7 @@ def _sum(
     base: Checkpoint | None,
     name: str,
 ) -> Delta:
-    """Returns Σ factorᵢ·ΔWᵢ of one module: by its factors, or, if `dense`, else as a whole ΔW."""
+    """Σ factorᵢ·ΔWᵢ of one module: by its factors, or, if `dense`, else as a whole ΔW."""
     summands: list[tuple[Delta, float]] = []
     for lora, table in zip(loras, factors, strict=True):
         factor = table.get((component, name), 0.0)

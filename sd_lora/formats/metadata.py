@@ -1,6 +1,6 @@
-"""What a file says about itself: the keys that A1111, ComfyUI and model sites read, and our own.
+"""The header of a file: the keys of A1111, ComfyUI and model sites, and our own.
 
-Readers of this project never trust any of it over the tensors.
+Readers of this project trust the tensors first.
 """
 
 import json
@@ -30,15 +30,15 @@ def build(
     extra: Mapping[str, object] | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Returns a safetensors header's metadata: every value a string.
+    """The metadata of a safetensors header: every value a string.
 
     Args:
-        adapter: what is written.
-        family: of Stable Diffusion; None for a model by itself, of which less can be said.
+        adapter: the deltas to write.
+        family: of Stable Diffusion; None for another model, with fewer keys.
         name: of the output, shown by model sites.
-        prediction_type: "epsilon" or "v_prediction"; None if nothing says it.
+        prediction_type: "epsilon" or "v_prediction"; None if unknown.
         extra: our own record, kept as JSON.
-        facts: further keys (`ss_…`, `modelspec.…`) as they are, such as those of a converted file.
+        facts: further keys (`ss_…`, `modelspec.…`), for example those of a converted file.
     """
     metadata = {"format": "pt", **(facts or {}), **network(adapter)}
     metadata |= {"ss_output_name": name, "sd_lora_version": version("sd_lora"), HASH_KEY: ""}
@@ -72,8 +72,9 @@ def method_in(header: Mapping[str, str]) -> str | None:
 
 
 def network(adapter: Adapter) -> dict[str, str]:
-    """Returns the keys about ranks and method, as they are in the file: kohya's has one alpha,
-    diffusers' none, which means the rank."""
+    """The keys about ranks and method, as in the file: kohya's has one alpha, diffusers' none,
+    meaning the rank.
+    """
     ranks, conv_ranks, alphas, conv_alphas, methods = [], [], [], [], []
     decomposed = False
     for _, _, delta in each(adapter):

@@ -1,8 +1,8 @@
 """kohya's module names: a prefix for the component, and underscores for dots.
 
-Underscores do not say which of them were dots (`to_q`, `mid_block`); but the words that have one
-of their own are few in a Stable Diffusion, so a name can be read without a model at hand. Any
-other model's names can only be read with the model.
+An underscore may stand for a dot or for itself (`to_q`, `mid_block`); but few words of a Stable
+Diffusion have one of their own, so a name can be read without a model. Names of any other model can
+be read with the model only.
 """
 
 import re
@@ -26,7 +26,7 @@ PREFIXES = {
     "lora_te2": "text_encoder_2",
     ALONE: "unet",
 }
-"""What the keys of a component start with → the component."""
+"""Start of a component's keys → the component."""
 
 # longest first: `out_proj` must not be read as `out`, `proj`
 _WORDS = sorted(
@@ -45,7 +45,7 @@ _WORD = re.compile(rf"(?:{'|'.join(_WORDS)})(?=_|$)|[^_]+(?=_|$)")
 
 @lru_cache(maxsize=8192)
 def dotted(name: str) -> str | None:
-    """Returns a name with dots for the underscores that stand for them; None for `a__b`."""
+    """A name with dots in place of the underscores that stand for them; None for `a__b`."""
     words, at = [], 0
     while at <= len(name):
         match = _WORD.match(name, at)
@@ -64,10 +64,10 @@ class Naming:
     layout: Layout
 
     def kohya(self, component: str, name: str) -> str:
-        """Returns `lora_unet_down_blocks_0_…` for a canonical module name.
+        """`lora_unet_down_blocks_0_…` for a canonical module name.
 
         Raises:
-            UsageError: a module that the family's files have no name for.
+            UsageError: a module without a name in the family's files.
         """
         if component == "" or self.family is None:
             return f"{ALONE}_{name.replace('.', '_')}"
@@ -83,7 +83,7 @@ class Naming:
 
 
 def naming_of(family: str | Family | None, layout: Layout | None = None) -> Naming:
-    """Returns the naming of a family, by default in its published layout."""
+    """The naming of a family, by default in its published layout."""
     row = FAMILIES[family] if isinstance(family, str) else family
     if layout is None:
         layout = Layout.of(CONFIGS[row.name]["unet"]) if row else Layout()
@@ -91,7 +91,7 @@ def naming_of(family: str | Family | None, layout: Layout | None = None) -> Nami
 
 
 def from_kohya(stem: str, layout: Layout) -> tuple[str, str] | None:
-    """Returns (component, canonical name) of a Stable Diffusion module's kohya name, if it is one.
+    """Component and canonical name of a Stable Diffusion module's kohya name; None for others.
 
     Both names of the UNet's modules are read, in one file too: diffusers' and the original ones.
     """
@@ -103,7 +103,7 @@ def from_kohya(stem: str, layout: Layout) -> tuple[str, str] | None:
 
 
 def canonical(component: str, name: str, layout: Layout) -> tuple[str, str] | None:
-    """Returns (component, canonical name) of a dotted name, which may be an original one."""
+    """Component and canonical name for a dotted name, also an original one."""
     if component == "unet":
         try:
             found = unet_from_original(name, layout)
@@ -118,10 +118,10 @@ def canonical(component: str, name: str, layout: Layout) -> tuple[str, str] | No
 def of_live(
     component_names: Mapping[str, Iterable[str]], used: Container[str]
 ) -> dict[str, tuple[str, str]]:
-    """Returns LyCORIS' name → (component, canonical name), by a live model's own names.
+    """LyCORIS' name → (component, canonical name), by a live model's own names.
 
     Raises:
-        UsageError: one of the names `used` in a file that means two modules of the model.
+        UsageError: one of the `used` names of a file that stands for two modules of the model.
     """
     naming = Naming(None, Layout())
     names: dict[str, tuple[str, str]] = {}

@@ -18,8 +18,8 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError, UsageError, did_you_mean
 from sd_lora.formats import diffusers, kohya, metadata
+from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
 from sd_lora.formats.canonical import Adapter, Lazy, count, each
-from sd_lora.formats.files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
 from sd_lora.models.families import Family
@@ -27,7 +27,7 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 
 T = TypeVar("T")
 Progress = Callable[[Iterable[T], int, str], Iterable[T]]
-"""(items, how many, what is done to them) → the items, under a bar."""
+"""(items, their number, the work on them) → the items, under a bar."""
 
 FORMATS = {"diffusers": DIFFUSERS, "kohya": KOHYA, "lycoris": LYCORIS}
 DTYPES = {
@@ -43,12 +43,13 @@ def silently(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 
 @dataclass(frozen=True)
 class Output:
-    """What to write, and how.
+    """Path, format and dtype of a file to write.
 
     path: of the .safetensors file. to: "diffusers", "kohya" or "lycoris"; None takes the first of
-    kohya, diffusers, lycoris that is exact. dtype: "float32", "float16", "bfloat16", or "auto":
-    that of the source where it holds every number exactly, else float32. skeleton: of the model
-    that the file is for; None takes the published one of its family. check: whether to verify.
+    kohya, diffusers, lycoris that is exact. dtype: "float32", "float16", "bfloat16", or "auto": the
+    source's where it holds every number exactly, else float32. meta_pipeline: of the file's model;
+    None
+    takes the published one of its family. check: whether to verify.
     """
 
     path: Path
@@ -73,11 +74,13 @@ class Output:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an output comes from: the dtype of its source, and what its header says of it.
+    """The source of an output: its dtype, and its header.
 
-    prediction_type: None if nothing says it. record: our own part of the header. facts: the
-    source's keys that stay true. computed: whether the factors are singular vectors, which are
-    approximations anyway, and not the source's own.
+    prediction_type: None if unknown. record: our own part of the header. facts: the source's keys
+    that
+    stay true. computed: whether the factors are singular vectors, approximations anyway, and not
+    the
+    source's own.
     """
 
     dtype: torch.dtype = torch.float32
@@ -100,10 +103,10 @@ class Written:
 
 
 def format_for(adapter: Adapter, to: str | None) -> Format:
-    """Returns the format to write, as asked for, or the first that is exact.
+    """The format to write: the one asked for, or the first exact one.
 
     Raises:
-        UsageError: the format asked for has no form for an update; with what would do instead.
+        UsageError: the format asked for has no form for a delta; with a remedy.
     """
     if to is None:
         to = "kohya" if kohya.can_write(adapter) else "lycoris"
@@ -134,12 +137,13 @@ def _inexpressible(adapter: Adapter, to: str) -> str:
 
 
 def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> Written:
-    """Writes an adapter as asked for; the file takes its name when it is verified.
+    """Write an adapter; the file gets its name after it is verified.
 
     Raises:
-        UsageError: no form for it in that format, or no place for it in that model.
-        RunError: values beyond the dtype, a file that could not be written or does not load as it
-            should; nothing is left then.
+        UsageError: no form for it in this format, or no place for it in this model.
+        RunError: values beyond the dtype, a failed write, or a file that does not load exactly;
+        nothing
+            is left then.
     """
     kind = format_for(adapter, output.to)
     meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)
@@ -183,7 +187,7 @@ def _rename(beside: Path, path: Path) -> None:
 
 
 def check_place(adapter: Adapter, output: Output, family: Family, what: str) -> None:
-    """Raises UsageError if an adapter has modules or shapes that the model has not."""
+    """Raise UsageError if an adapter has modules or shapes that the model has not."""
     meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)
     wrong = list(misfits(adapter, meta_pipeline)) if output.check else []
     if wrong:
@@ -202,8 +206,9 @@ def _is_exact(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> bool
 
 
 class Spool:
-    """Computed updates on disk, one small file each, beside the output: what took long is computed
-    once, and memory holds one. A context manager; the files go when it ends."""
+    """Computed deltas on disk, one small file each, beside the output: slow work is done once,
+    and memory holds one. A context manager; the files go at its end.
+    """
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -223,7 +228,7 @@ class Spool:
         self._folder.cleanup()
 
     def add(self, component: str, name: str, delta: Delta) -> None:
-        """Keeps an update. Raises RunError if the disk is full."""
+        """Keep a delta. Raises RunError if the disk is full."""
         path = Path(self._folder.name) / f"{self._count}.safetensors"
         self._count += 1
         tensors = {k: t.contiguous() for k, t in delta.tensors().items()}
@@ -237,7 +242,7 @@ class Spool:
 
     @property
     def adapter(self) -> Adapter:
-        """What was added, read anew whenever it is asked for."""
+        """The added deltas, read anew at each access."""
         return {c: Lazy(paths, partial(_kept, paths)) for c, paths in self._paths.items()}
 
 

@@ -32,7 +32,7 @@ _KEY = re.compile(rf"(?P<name>.+?)\.(?P<end>{'|'.join(map(re.escape, _ENDS))}|(?
 
 
 def group(tensors: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
-    """Returns (module name → our tensor name → tensor, what is no update's tensor)."""
+    """Module name → our tensor name → tensor, and the tensors of no delta."""
     grouped: dict[str, dict[str, Tensor]] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -55,7 +55,7 @@ def is_folder(path: Path) -> bool:
 
 
 def weights_of(path: Path) -> Path:
-    """Returns the file of a folder's tensors, or raises UsageError."""
+    """The file of a folder's tensors, or raises UsageError."""
     for name in (WEIGHTS_NAME, "adapter_model.bin"):
         if (path / name).is_file():
             return path / name
@@ -63,7 +63,7 @@ def weights_of(path: Path) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Returns a peft folder's configuration, or raises UsageError naming what cannot be read."""
+    """The configuration of a peft folder; raises UsageError naming unreadable parts."""
     try:
         config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -78,12 +78,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 _KEEPS_BASE = (None, True, False, "gaussian", "orthogonal", "eva", "lycoris")
-"""Values of `init_lora_weights` that leave the base as it is; pissa, olora, corda, lora_ga and
-loftq change it, so that B·A alone is not what was trained."""
+"""Values of `init_lora_weights` that leave the base unchanged; pissa, olora, corda, lora_ga and
+loftq change it, so that B·A alone is not the trained function."""
 
 
 def _refuse_other_functions(path: Path, config: Mapping[str, Any]) -> None:
-    """Raises UsageError if the folder's function is not W + s·ΔW on the untouched base."""
+    """Raise UsageError if the folder's function is not W + s·ΔW on the untouched base."""
     init = config.get("init_lora_weights")
     if init not in _KEEPS_BASE:
         raise UsageError(
@@ -98,14 +98,16 @@ def _refuse_other_functions(path: Path, config: Mapping[str, Any]) -> None:
 def read(
     tensors: Mapping[str, Tensor], config: Mapping[str, Any], model: nn.Module
 ) -> dict[str, Delta]:
-    """Returns update name → update of what `PeftModel.save_pretrained` wrote for `model`.
+    """Delta name → delta, from a folder of `PeftModel.save_pretrained` for `model`.
 
-    Biases and modules_to_save are whole in the file; their updates are what differs from the model.
-    A MultiheadAttention's out_proj gets α/r·B·A as everything else; peft 0.21 itself adds that
-    twice (its merge calls the inner layer's merge once more).
+    Biases and modules_to_save are whole in the file; their deltas are the differences from the
+    model.
+    A MultiheadAttention's out_proj gets α/r·B·A like everything else; peft 0.21 itself adds it
+    twice
+    (its merge calls the inner layer's merge once more).
 
     Raises:
-        UsageError: a key that the model has no place for, or tensors that do not fit together.
+        UsageError: a key without a place in the model, or tensors that do not fit together.
     """
     grouped, rest = group(_stripped(tensors))
     deltas: dict[str, Delta] = {}
@@ -121,7 +123,7 @@ def read(
     for key, value in rest.items():
         name = key.removesuffix(".weight")
         if name in deltas:
-            raise UsageError(f"{key} is in the file both whole and as an update")
+            raise UsageError(f"{key} is in the file both whole and as a delta")
         module_name, path = locate(model, name)
         module = model.get_submodule(module_name)
         if path not in dict(module.named_parameters()):
@@ -140,9 +142,9 @@ def read(
 
 
 def _stripped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns a folder's tensors by the model's own names.
+    """The tensors of a folder by the model's own names.
 
-    Without what peft saves of the base beside the updates: an embedding's own weight, and the
+    Without the base's tensors that peft saves beside the deltas: an embedding's own weight, and the
     originals of modules that are there whole.
     """
     names = {
@@ -174,15 +176,15 @@ _UNREADABLE = (
 
 
 def scale_of(config: Mapping[str, Any], names: Collection[str], rank: int | None = None) -> float:
-    """Returns α/r, or α/√r, of a module by a peft configuration.
+    """α/r, or α/√r, of a module by a peft configuration.
 
     Args:
         config: with r, lora_alpha (or alpha), and patterns.
-        names: the module's, of which one suffices for a pattern.
-        rank: that of the tensors, which is believed rather than the configuration's.
+        names: of the module, one of which must match a pattern.
+        rank: of the tensors, trusted above the configuration's.
 
     Raises:
-        UsageError: an r or an alpha that is no number above 0, or patterns that are none.
+        UsageError: an r or an alpha that is not a number above 0, or wrong patterns.
     """
 
     def of(pattern: str, default: str) -> float:
@@ -214,7 +216,7 @@ def _fits(pattern: str, name: str) -> bool:
 
     Raises:
         UsageError: a pattern that could take Python's matcher for ever.
-        re.error: one that is none.
+        re.error: a broken pattern.
     """
     if not re.search(r"[^\w.]", pattern):  # a name, as nearly always; a dot is any letter
         start = len(name) - len(pattern)
@@ -230,7 +232,7 @@ def _fits(pattern: str, name: str) -> bool:
 
 
 def rescale(delta: Delta, config: Mapping[str, Any], names: Collection[str]) -> Delta:
-    """Gives an update the scale of a peft configuration; returns it. Raises: see `scale_of`."""
+    """Give a delta the scale of a peft configuration; returns it. Raises: see `scale_of`."""
     scale = scale_of(config, names, delta.rank)
     if delta.rank is not None:
         delta.alpha = scale * delta.rank

@@ -1,4 +1,4 @@
-"""What is done to a LoRA file: convert, resize; one update at a time."""
+"""The tools for one LoRA file, convert and resize, one delta at a time."""
 
 import dataclasses
 import json
@@ -15,6 +15,8 @@ from sd_lora.files import HASH_KEY
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
 from sd_lora.formats.checkpoints import Checkpoint
+from sd_lora.formats.family_of_file import family_of, prediction_type
+from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import (
     Origin,
@@ -26,16 +28,14 @@ from sd_lora.formats.output import (
     silently,
     write,
 )
-from sd_lora.formats.reading import LoRAFile, open_lora
-from sd_lora.formats.recognise import family_of, prediction_type
 from sd_lora.models.families import Family
 
 
 @dataclass
 class Result:
-    """What a tool did: the file, what was approximated by how much, and what to know about it.
+    """The result of a tool: the file, the errors of approximations, and notes.
 
-    losses: (component, update name) → what was left out. ranks: → the rank that was kept.
+    losses: (component, delta name) → error. ranks: → kept rank.
     """
 
     written: Written
@@ -50,11 +50,12 @@ class Result:
 
 
 def opened(path: Path, output: Output, family: str | None) -> tuple[LoRAFile, Family]:
-    """Opens a LoRA file, makes every update once, and finds its family and its place there.
+    """Open a LoRA file, make every delta once, and find its family and its place there.
 
     Raises:
-        UsageError: anything wrong in the file, a family that nothing says, a module or shape that
-            the model has not.
+        UsageError: any fault of the file, an unknown family, or a module or shape that the model
+        has
+            not.
     """
     lora = open_lora(path, output.meta_pipeline.layout if output.meta_pipeline else None)
     lora.check()
@@ -72,27 +73,27 @@ def convert(
     drop_vectors: bool = False,
     progress: Progress = silently,
 ) -> Result:
-    """Writes a LoRA file in another format, dtype or family's names.
+    """Write a LoRA file in another format, dtype or family's names.
 
     Args:
-        source: any LoRA file or folder that can be read.
-        output: where and how.
-        family: "sd1", "sd2", "sdxl" or "sdxl_refiner", where the file does not say it.
-        cut: how to approximate what the format has no form for; the rest stays exact.
-        base: the base model, on which alone a weight-decomposed update has a ΔW.
-        drop_vectors: leave out biases and norms, which no plain LoRA can hold.
+        source: any readable LoRA file or folder.
+        output: path, format and dtype.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner", where the file does not name it.
+        cut: ranks for approximating deltas without a form in the format; the rest stays exact.
+        base: the base model, needed for the ΔW of a weight-decomposed delta.
+        drop_vectors: leave out biases and norms, for which a plain LoRA has no form.
         progress: shows the work.
 
     Raises:
-        UsageError: what cannot be read, or has no form in that format, with what would do instead.
-        RunError: a file that could not be written or does not load as it should; none is left.
+        UsageError: an unreadable file, or one without a form in this format, with a remedy.
+        RunError: a failed write, or a file that does not load exactly; none is left.
     """
     lora, row = opened(source, output, family)
     adapter: Adapter = lora.adapter
     notes: list[str] = []
     if cut is not None and output.to == "lycoris":
         raise UsageError(
-            "--to lycoris keeps every update as it is: `sd-lora resize` cuts ranks, and --to kohya "
+            "--to lycoris keeps every delta as it is: `sd-lora resize` cuts ranks, and --to kohya "
             "or diffusers approximates what they have no form for"
         )
     if drop_vectors:
@@ -136,18 +137,18 @@ _OF_TENSORS = ("ss_network_", "sshs_", "lora_adapter_metadata", "format", "sd_lo
 
 
 def kept_facts(header: Mapping[str, str]) -> dict[str, str]:
-    """Returns what of a source's header stays true of a file that is made from it."""
+    """Header keys of a source that stay true of a file made from it."""
     return {k: v for k, v in header.items() if not k.startswith(_OF_TENSORS)}
 
 
 def origin_of(lora: LoRAFile, family: Family) -> Origin:
-    """Returns what a file that is made from another one says of it."""
+    """The origin of a file made from another one."""
     kind, facts = prediction_type(lora.header, family), kept_facts(lora.header)
     return Origin(lora.dtype, kind, record=record_of(lora), facts=facts)
 
 
 def record_of(lora: LoRAFile) -> dict[str, object]:
-    """Returns where an output came from, for our own part of its header."""
+    """Where an output came from, for our own part of its header."""
     record: dict[str, object] = {"source": lora.path.name}
     if HASH_KEY in lora.header:
         record["source_hash"] = lora.header[HASH_KEY]
@@ -157,10 +158,11 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
 
 
 def whole_change(component: str, name: str, delta: Delta, base: Checkpoint | None) -> torch.Tensor:
-    """Returns W' − W of an update, in its own shape.
+    """W' − W of a delta, in its own shape.
 
     Raises:
-        UsageError: a weight-decomposed update without a base model, or on one that it does not fit.
+        UsageError: a weight-decomposed delta without a base model, or with another shape than the
+            base's.
     """
     if delta.magnitude is None:
         return delta.weight()
@@ -186,14 +188,14 @@ def resize(
     base: Checkpoint | None = None,
     progress: Progress = silently,
 ) -> Result:
-    """Writes a LoRA cut to fewer ranks, each update to its nearest one; the error is stated.
+    """Write a LoRA cut to fewer ranks, each delta to its nearest one; the error is stated.
 
     Args:
         source: any LoRA file; biases and norms stay as they are.
         output: where and how.
         cut: how many ranks to keep.
         family: where the file does not say it.
-        base: the base model, for weight-decomposed updates.
+        base: the base model, for weight-decomposed deltas.
         progress: shows the work.
 
     Raises:
@@ -213,7 +215,7 @@ def cut_to(
     progress: Progress,
     only: Callable[[Delta], bool] = lambda delta: len(delta.shape) > 1,
 ) -> Result:
-    """Cuts the updates that `only` names, once each, and writes the result."""
+    """Cut the deltas that `only` names, once each, and writes the result."""
     losses: dict[tuple[str, str], Loss] = {}
     ranks: dict[tuple[str, str], int] = {}
     with Spool(output.path.parent) as spool:

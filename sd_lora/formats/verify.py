@@ -1,7 +1,7 @@
-"""Does the file do what was trained? Load it into a fresh pipeline and compare every module.
+"""Verification: load a file into a fresh pipeline and compare every module with the trained one.
 
 Loaders lose modules and rescale weights with a log line at best, so a line from one is a failure
-here, and so is a parameter that was left without a value.
+here, and so is a parameter left without a value.
 """
 
 import copy
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError, UsageError
+from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name
-from sd_lora.formats.files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.kohya import diffusers_reads
-from sd_lora.formats.reading import open_lora
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.models.meta_pipeline import MetaPipeline, without_progress_bars
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What diffusers made of a file: the adapter, and every line that its loaders logged."""
+    """The result of diffusers' loader: the adapter, and every logged line."""
 
     adapter: Adapter
     complaints: list[str]
@@ -64,7 +64,7 @@ class _Collector(logging.Handler):
 
 @contextmanager
 def captured_complaints() -> Iterator[list[str]]:
-    """Collects every warning that the loaders log or raise within a `with` block, unprinted."""
+    """Collect every warning that the loaders log or raise within a `with` block, unprinted."""
     messages: list[str] = []
     handler = _Collector(messages)
     loggers = [logging.getLogger(name) for name in _LOADERS]
@@ -87,7 +87,7 @@ def captured_complaints() -> Iterator[list[str]]:
 
 
 def loaded_adapter(pipeline: "DiffusionPipeline") -> Adapter:
-    """Returns the adapter that a pipeline's peft layers hold.
+    """The adapter in a pipeline's peft layers.
 
     Raises:
         RunError: a parameter on the meta device, which would compute with uninitialised memory.
@@ -118,7 +118,7 @@ def _loaded(layers: Mapping[str, Any], name: str) -> Delta:
 
 
 def _errors(want: Delta, have: Delta) -> list[float]:
-    """Returns the relative errors of ΔW and, of a weight-decomposed update, of its magnitude."""
+    """The relative errors of ΔW and, of a weight-decomposed delta, of its magnitude."""
 
     def error(a: Tensor, b: Tensor) -> float:
         if a.numel() != b.numel():
@@ -144,7 +144,7 @@ def _errors(want: Delta, have: Delta) -> list[float]:
 
 
 def _product_error(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> float:
-    """Returns ‖BA − DC‖ / ‖BA‖ without either product: of SDXL's modules they take minutes.
+    """‖BA − DC‖ / ‖BA‖ without either product: for SDXL's modules they take minutes.
 
     With [B −D] = QR, ‖[B −D] [A; C]‖ = ‖R [A; C]‖, whose entries cancel as those of ΔW do.
     """
@@ -159,7 +159,7 @@ def _product_error(A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> float:
 def compare(
     trained: Adapter, loaded: Adapter, tolerance: float = TOLERANCE[torch.float32]
 ) -> tuple[int, float, list[str]]:
-    """Returns (modules compared, largest relative error of a ΔW, what is wrong).
+    """Number of modules compared, largest relative error of a ΔW, and the faults.
 
     One module's ΔW at a time: those of a whole SD1.5 take 7 GB.
     """
@@ -178,7 +178,7 @@ def compare(
 
 
 def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
-    """Yields what of an adapter has no place in a model: components, modules, shapes."""
+    """Yield the parts of an adapter without a place in a model: components, modules, shapes."""
     for component, modules in adapter.items():
         if component not in meta_pipeline.models:
             yield f"{meta_pipeline.family.label} has no {component}"
@@ -194,8 +194,9 @@ def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
 
 
 def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
-    """Returns an adapter without `misfits` in the model's own shapes: the factors of a 1×1
-    convolution come as matrices in some files, and those of a linear layer as kernels."""
+    """An adapter without `misfits`, in the model's own shapes: some files have the factors of a 1×1
+    convolution as matrices, and those of a linear layer as kernels.
+    """
     return {
         component: Lazy(
             modules,
@@ -206,7 +207,7 @@ def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
 
 
 def shapes_of(component: str, meta_pipeline: MetaPipeline) -> dict[str, tuple[int, ...]]:
-    """Returns canonical update name → shape of every parameter of a component."""
+    """Canonical delta name → shape of every parameter of a component."""
     return {
         canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
         for name, parameter in meta_pipeline.models[component].named_parameters()
@@ -224,12 +225,12 @@ def _fit(
 def load_into_pipeline(
     path: Path, meta_pipeline: MetaPipeline, components: Collection[str]
 ) -> Loaded:
-    """Loads a file by diffusers' own loader into a fresh pipeline of the family.
+    """Load a file by diffusers' own loader into a fresh pipeline of the family.
 
     Args:
         path: of the file.
-        skeleton: of the pipeline.
-        components: those that the file adapts; of the others diffusers rightly says so.
+        meta_pipeline: of the pipeline.
+        components: adapted by the file; diffusers rightly complains about the others.
     """
     pipeline = meta_pipeline.pipeline()
     with captured_complaints() as complaints, without_progress_bars():
@@ -249,13 +250,14 @@ def load_into_pipeline(
 def verify(
     path: Path, adapter: Adapter, meta_pipeline: MetaPipeline, kind: Format = DIFFUSERS
 ) -> Verified:
-    """Loads a file into a fresh pipeline and compares every module's ΔW with the trained one.
+    """Load a file into a fresh pipeline, and compare every module's ΔW with the trained one.
 
-    It is read back by our own reader as well; of a LyCORIS file, which is not for diffusers, that
-    is all.
+    The file is read back by our own reader as well; for a LyCORIS file, unknown to diffusers, this
+    is
+    all.
 
     Raises:
-        RunError: a loader's complaint, a module lost, added or left empty, or a ΔW that is off.
+        RunError: a loader's complaint, a module lost, added or left empty, or a wrong ΔW.
     """
     lora = open_lora(path, meta_pipeline.layout)
     tolerance = TOLERANCE.get(lora.dtype, TOLERANCE[torch.float32])
@@ -272,13 +274,13 @@ def verify(
 
 
 def verify_file(path: Path, meta_pipeline: MetaPipeline) -> tuple[Verified | None, list[str]]:
-    """Compares what diffusers loads of any file with what is in it.
+    """Compare diffusers' result of loading any file with the file's contents.
 
-    Returns what was compared (None of a file that diffusers has no loader for), and all that is
-    lost, rescaled or complained about.
+    Returns the comparison (None for a file without a loader in diffusers), and everything lost,
+    rescaled or complained about.
 
     Raises:
-        UsageError: no LoRA that can be read whole, or one that does not fit the model.
+        UsageError: not a whole LoRA, or one that does not fit the model.
     """
     lora = open_lora(path, meta_pipeline.layout)
     lora.check()

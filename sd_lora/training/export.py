@@ -14,10 +14,10 @@ from huggingface_hub import try_to_load_from_cache
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.errors import UsageError
+from sd_lora.formats.adapter_files import formats_of, write_adapter
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
-from sd_lora.formats.files import formats_of, write_adapter
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan

@@ -7,8 +7,8 @@ from torch import nn
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
 from sd_lora.config.schema import RunConfig
 from sd_lora.files import mib
+from sd_lora.formats.adapter_files import formats_of
 from sd_lora.formats.canonical import Adapter
-from sd_lora.formats.files import formats_of
 from sd_lora.formats.names import naming_of
 from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING

@@ -56,7 +56,7 @@ def test_the_mean_over_draws_is_the_update(
     """The mean of many training outputs is the eval output: no entry is further away than chance
     allows (4.5 standard errors), and the draws do differ."""
     adapted, args = build(layer, variant, rule, **ranks(variant), **dropouts)
-    if layer == "attention":  # softmax is not linear: of its updates, the output's alone is left
+    if layer == "attention":  # softmax is not linear: of its deltas, the output's alone is left
         del adapted.deltas["in_proj_weight"]
     adapted.eval()
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_checkpointed_gradients_are_identical(
 @pytest.mark.parametrize("variant", ["lora", "loha", "lokr", "lora tucker"])
 def test_ranks_are_dropped_in_the_forward_pass_alone(variant: str, rule: str) -> None:
     """In training too, what is merged, asked for (`weight`), measured (`norm`) or started from
-    (DoRA's magnitude) is the whole update, and none of it takes from the random state."""
+    (DoRA's magnitude) is the whole delta, and none of it takes from the random state."""
     more = {"rank_dropout": 0.5, **ranks(variant)}
     adapted, _ = build("conv2d 3x3", variant, rule, **more)
     plain, _ = build("conv2d 3x3", variant, rule, **ranks(variant))
@@ -155,7 +155,7 @@ def test_a_decomposed_draw_is_one_draw(layer: str) -> None:
 
 @pytest.mark.parametrize("rule", ["add", "decompose"])
 def test_pissa_drops_a_rank_with_its_start(rule: str) -> None:
-    """PiSSA's update begins at zero under rank_dropout, too: a rank is dropped from B·A and from
+    """PiSSA's delta begins at zero under rank_dropout, too: a rank is dropped from B·A and from
     B₀·A₀ at once, so the first output in training is the base's; DoRA starts from ‖W‖."""
     adapted, args = build(
         "linear", rule=rule, trained=False, rank_dropout=0.5, options={"init": "pissa"}

@@ -1,4 +1,4 @@
-"""How an update starts: the distributions of A, PiSSA's and LoftQ's principal factors.
+"""How a delta starts: the distributions of A, PiSSA's and LoftQ's principal factors.
 
 LoftQ on quantised layers is in test_quantized.py, LoHa's and LoKr's tensors in test_lycoris.py.
 """
@@ -54,7 +54,7 @@ pissa = {"init": "pissa"}
 @pytest.mark.parametrize("layer", PISSA)
 def test_pissa_starts_from_the_principal_part(layer: str, rslora: bool) -> None:
     """s·B·A is the best rank-r approximation of W, U_r·S_r·V_rᵀ of an SVD in float64, each factor
-    with half of S; the update that it starts from is zero, so the output is the base's."""
+    with half of S; the delta that it starts from is zero, so the output is the base's."""
     adapted, args = build(
         layer, dtype=torch.float64, trained=False, alpha=5.0, rslora=rslora, options=pissa
     )
@@ -76,7 +76,7 @@ def test_pissa_starts_from_the_principal_part(layer: str, rslora: bool) -> None:
 @pytest.mark.parametrize("layer", PISSA)
 def test_pissa_is_the_papers_function(layer: str) -> None:
     """The paper freezes W_res = W − s·B₀·A₀ and trains s·B·A; here W stays whole and −s·B₀·A₀ is
-    part of the update. Both are one function: the same output and the same gradients of A and B,
+    part of the delta. Both are one function: the same output and the same gradients of A and B,
     at the start and after training."""
     adapted, args = build(layer, dtype=torch.float64, trained=False, options=pissa)
     delta, W = adapted.delta, adapted.weight_of(adapted.base, "weight")

@@ -435,7 +435,7 @@ def roberta() -> RobertaForSequenceClassification:
 
 
 def trained_names(model: nn.Module) -> set[str]:
-    """Returns what is trained: `layer.lora_A` of low-rank updates, the parameter's name of full
+    """Returns what is trained: `layer.lora_A` of low-rank deltas, the parameter's name of full
     ones; and asserts that this is what `lora_layers` gives and what wants a gradient."""
     names, trained = set(), set()
     for name, layer in adapted_layers(model).items():
@@ -488,7 +488,7 @@ def test_biases_are_those_of_loralib(bias: str) -> None:
 
 
 def test_biases_and_whole_modules_train_and_come_back() -> None:
-    """The first output is the base's bit for bit; a step of training moves every update and no
+    """The first output is the base's bit for bit; a step of training moves every delta and no
     bit of the base; the state reloads into a bare model, merges, and ejecting gives the base."""
     model, twin, fresh = roberta(), roberta().requires_grad_(False), roberta()
     before = copy.deepcopy(model.state_dict())
@@ -525,8 +525,8 @@ def gpt2() -> GPT2LMHeadModel:
 
 @pytest.mark.parametrize("adapted", ["lm_head", "transformer.wte"])
 def test_merging_leaves_a_tied_weight_alone(adapted: str) -> None:
-    """GPT-2's head is its token embedding: merging an update of one of them leaves the other's
-    weight its bits, the output is that of the update on one of them, and unmerging ties again."""
+    """GPT-2's head is its token embedding: merging a delta of one of them leaves the other's
+    weight its bits, the output is that of the delta on one of them, and unmerging ties again."""
     model = gpt2()
     tied = model.lm_head.weight
     assert tied is model.transformer.wte.weight

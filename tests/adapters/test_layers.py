@@ -22,7 +22,7 @@ DENSE = [name for name in LAYERS if not name.startswith(("embedding", "attention
 
 
 def delta_of(*shape: int, seed: int = 0, **variant: object) -> sd_lora.Delta:
-    """Returns a trained update of a weight of this shape, rank 2, alpha 3."""
+    """Returns a trained delta of a weight of this shape, rank 2, alpha 3."""
     g = torch.Generator().manual_seed(seed)
     delta = new_delta(Variant(**variant), torch.randn(shape, generator=g), 2, 3.0, g)
     for p in delta.parameters():
@@ -83,18 +83,18 @@ def test_hooks_of_the_base_are_heard() -> None:
     """A forward hook of torch, and one of accelerate (offloading puts them on each layer), act on
     the base's product: the fused path, which never calls the base, is left for them."""
     adapted, (x,) = build("linear")
-    base, update = adapted.base(x), adapted(x) - adapted.base(x)
+    base, delta = adapted.base(x), adapted(x) - adapted.base(x)
     handle = adapted.base.register_forward_hook(lambda module, args, y: 2 * y)
-    torch.testing.assert_close(adapted(x), 2 * base + update)
+    torch.testing.assert_close(adapted(x), 2 * base + delta)
     handle.remove()
     add_hook_to_module(adapted.base, Doubled())
-    torch.testing.assert_close(adapted(x), 2 * base + update)
+    torch.testing.assert_close(adapted(x), 2 * base + delta)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layer", ["linear", "gpt2 conv1d", "conv2d 3x3", "attention"])
 def test_autocast_computes_in_its_dtype(layer: str, rule: str) -> None:
-    """Under autocast a float32 layer and its update run in bfloat16, to its precision, and the
+    """Under autocast a float32 layer and its delta run in bfloat16, to its precision, and the
     gradients of the float32 tensors are float32."""
     adapted, args = build(layer, rule=rule)
     with torch.autocast("cpu", torch.bfloat16):
@@ -119,7 +119,7 @@ def test_inputs_are_taken_by_keyword(layer: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_wrapper_answers_for_its_base(rule: str) -> None:
     """Asked for its weight a layer gives W', in the base's dtype and with its gradient (so model
-    code that computes with it trains the update); asked for anything else, the base's own."""
+    code that computes with it trains the delta); asked for anything else, the base's own."""
     adapted, (x,) = build("conv2d 3x3", rule=rule, dtype=torch.bfloat16)
     weight = adapted.weight
     assert weight.dtype == torch.bfloat16
@@ -168,7 +168,7 @@ def test_norms_are_trained_in_full(norm: str) -> None:
 
 def test_any_module_can_be_wrapped() -> None:
     """A module of a kind without a class of its own computes with W' in the parameter's place: a
-    low-rank update of a GRU's recurrent weight is the GRU with W + s·B·A, merged and unmerged."""
+    low-rank delta of a GRU's recurrent weight is the GRU with W + s·B·A, merged and unmerged."""
     torch.manual_seed(0)
     gru, x = nn.GRU(5, 4).double().requires_grad_(False), torch.randn(7, 2, 5).double()
     before, delta = gru(x)[0], delta_of(12, 4).double()
@@ -358,7 +358,7 @@ def test_the_padding_row_is_not_trained(variant: str, rule: str) -> None:
 
 
 def test_a_merged_layer_has_no_state_to_save() -> None:
-    """W' and the update in one state would be the update twice wherever it is loaded."""
+    """W' and the delta in one state would be the delta twice wherever it is loaded."""
     adapted, _ = build("linear")
     adapted.state_dict()
     adapted.merge()

@@ -40,7 +40,7 @@ RENAMED = {"lora_up.weight": "lora_B", "lora_down.weight": "lora_A", "lora_mid.w
 
 
 def lycoris_pair(kind: str, module: str, **options: object) -> tuple[nn.Module, sd_lora.Delta]:
-    """Returns LyCORIS' module with random tensors, and our update made of its state."""
+    """Returns LyCORIS' module with random tensors, and our delta made of its state."""
     torch.manual_seed(0)
     base = BASES[kind]().requires_grad_(False)
     cls, more = MODULES[module]

@@ -23,7 +23,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @cells
 @dtypes
 def test_first_output_is_the_bases(layer: str, variant: str, rule: str, dtype: torch.dtype) -> None:
-    """A fresh update changes no bit of the output; its tensors are never below float32."""
+    """A fresh delta changes no bit of the output; its tensors are never below float32."""
     adapted, args = build(layer, variant, rule, dtype, trained=False)
     before = out(copy.deepcopy(adapted.base), args)  # max_norm rewrites the base that is called
     with torch.no_grad():

@@ -147,7 +147,7 @@ def out(model: nn.Module, args: tuple[Tensor, ...]) -> Tensor:
 
 @pytest.mark.parametrize(("name", "variant"), CELLS)
 def test_every_adaptable_layer_of_any_model(name: str, variant: str) -> None:
-    """With an update on every adaptable layer: the first output is the base's bit for bit; every
+    """With a delta on every adaptable layer: the first output is the base's bit for bit; every
     trained tensor gets a gradient and nothing else does; merged is the same function to 1e-10;
     the state makes it of a fresh model; ejecting gives the base back bit for bit."""
     model, args = made(name)
@@ -205,7 +205,7 @@ ENCODER: dict[str, dict[str, Any]] = {
 def test_torchs_transformer_does_not_bypass_adapters(case: str, whole: bool, bias: bool) -> None:
     """In eval without gradients nn.TransformerEncoderLayer calls its own kernel with the weights it
     reads off its layers, and nn.TransformerEncoder packs a padded batch into a nested tensor for
-    it: both compute what training computes, with the updates, and as merged."""
+    it: both compute what training computes, with the deltas, and as merged."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, bias=bias)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=bias) if whole else layer

@@ -149,7 +149,7 @@ def test_quantised_layers_are_adapted(base: str, method: str) -> None:
 @methods
 @bases
 def test_training_leaves_the_base_its_bits(base: str, method: str, optimizer: str) -> None:
-    """Thirty steps halve a loss: gradients come into the updates alone, through the quantised
+    """Thirty steps halve a loss: gradients come into the deltas alone, through the quantised
     layer to one before it, too, and no bit of the quantised weight, its scales or bias changes;
     with torch's AdamW and with states of 8 bits."""
     torch.manual_seed(1)
@@ -224,7 +224,7 @@ def test_a_merged_model_is_left_before_the_quantised_layer(base: str) -> None:
 def test_loftq_is_the_best_correction_of_its_rank(base: str, rslora: bool) -> None:
     """LoftQ's s·B·A is the best rank-r approximation of W − Q: the error that remains is the rest
     of its singular values (Eckart-Young), the output is nearer to W's, Q keeps its bits. As the
-    update of W it starts at zero: in the full-precision model the state computes what W does."""
+    delta of W it starts at zero: in the full-precision model the state computes what W does."""
     W, model, x = whole().weight, nn.Sequential(BASES[base][0]()), inputs()
     before = bits(model[0])
     reference = nn.Sequential(whole())

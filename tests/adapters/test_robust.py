@@ -258,7 +258,7 @@ def test_moved_while_merged(dtype: torch.dtype) -> None:
 
 @methods
 def test_state_dict_of_the_injected_model(method: str) -> None:
-    """torch's own state_dict carries base and updates: loaded into an equally injected model it
+    """torch's own state_dict carries base and deltas: loaded into an equally injected model it
     makes the same function; merged and unmerged in between leaves it as it was."""
     model, other = net(method), net(method)
     randomise_model(other)

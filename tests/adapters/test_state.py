@@ -1,4 +1,4 @@
-"""Adapters as tensors: out, in again, combined; and what acts on a whole model's updates."""
+"""Adapters as tensors: out, in again, combined; and what acts on a whole model's deltas."""
 
 import copy
 
@@ -151,7 +151,7 @@ A, B = torch.zeros(2, 12), torch.zeros(10, 2)
     ],
 )
 def test_broken_states_are_refused(state: dict[str, Tensor], message: str) -> None:
-    """Tensors that make up no update of a bare model's layers are an error that names the update
+    """Tensors that make up no delta of a bare model's layers are an error that names the delta
     with both shapes or the reason; the model stays bare."""
     model = Net()
     before = dict(model.named_modules())
@@ -164,7 +164,7 @@ def test_broken_states_are_refused(state: dict[str, Tensor], message: str) -> No
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_loaded_update_goes_to_its_layers_device() -> None:
-    """A state, always on the CPU, loaded into a bare model on the GPU: every update is where its
+    """A state, always on the CPU, loaded into a bare model on the GPU: every delta is where its
     layer is, and the output is the CPU's."""
     model, bare = net(rule="decompose"), Net().cuda()
     sd_lora.load_lora_state_dict(bare, sd_lora.lora_state_dict(model))
@@ -229,7 +229,7 @@ def test_combined_adapters_are_their_weighted_sum() -> None:
 
 @pytest.mark.parametrize("weights", [None, [1.5, -0.5]], ids=["", "weighted"])
 def test_full_updates_combine_with_full_ones(weights: list[float] | None) -> None:
-    """Updates of full rank, norms and biases too, are added; weights are 1 by default."""
+    """Deltas of full rank, norms and biases too, are added; weights are 1 by default."""
     models = [net("full", seed=s, targets=ALL, train_bias="all") for s in (1, 2)]
     total, (w0, w1) = Net(), weights or (1.0, 1.0)
     state = sd_lora.combine([sd_lora.lora_state_dict(m) for m in models], weights)
@@ -242,7 +242,7 @@ def test_full_updates_combine_with_full_ones(weights: list[float] | None) -> Non
 
 def test_sums_that_are_not_exact_are_refused() -> None:
     """A DoRA, a Hadamard or Kronecker product, a mixture and another shape have no exact sum of
-    the form B·A: each is refused by the update's name."""
+    the form B·A: each is refused by the delta's name."""
     lora = sd_lora.lora_state_dict(net())
     wide = nn.ModuleDict({"last": nn.Linear(13, 10)})
     sd_lora.inject(wide, ["last"], rank=2)
@@ -322,7 +322,7 @@ def test_norms_are_limited_exactly(variant: str) -> None:
 
 
 def test_norms_that_cannot_be_limited_are_named() -> None:
-    """A limit that is none, and a PiSSA update, a difference of two products, are refused."""
+    """A limit that is none, and a PiSSA delta, a difference of two products, are refused."""
     for limit in (0, -1.0, float("nan")):
         with pytest.raises(sd_lora.UsageError, match="max_norm must be above 0"):
             sd_lora.limit_norms(net(), limit)
@@ -351,7 +351,7 @@ def test_what_changes_while_merged_is_merged_anew(act: str) -> None:
 
 
 def test_combined_factors_stay_on_the_update() -> None:
-    """combine of one state with itself at weights that cancel is a zero update, not a missing one:
+    """combine of one state with itself at weights that cancel is a zero delta, not a missing one:
     the model computes its base."""
     state = sd_lora.lora_state_dict(net())
     model = Net()

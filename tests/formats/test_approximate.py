@@ -16,16 +16,18 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.methods import LoRA
 from sd_lora.adapters.state import make_delta
 from sd_lora.files import TensorFile
-from sd_lora.formats import files, output, reading, tools, verify
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import lora_file as reading
+from sd_lora.formats import output, tools, verify
+from sd_lora.formats.adapter_files import Format
 from sd_lora.formats.approximate import Cut, nearest, nearest_to
 from sd_lora.formats.bake import bake
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.checkpoints import Checkpoint
-from sd_lora.formats.files import Format
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.merge import BlockWeight, merge
 from sd_lora.formats.names import Naming
 from sd_lora.formats.output import Origin, Output, Spool
-from sd_lora.formats.reading import open_lora
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import saved, trained, weights
@@ -444,7 +446,7 @@ def test_the_spool_keeps_every_number(tmp_path: Path) -> None:
 
 
 class Alive:
-    """Makes updates, and counts how many of those that were made are alive, by their memory."""
+    """Makes deltas, and counts how many of those that were made are alive, by their memory."""
 
     def __init__(self) -> None:
         self.refs: list[StorageWeakRef] = []
@@ -473,7 +475,7 @@ def alive(monkeypatch: pytest.MonkeyPatch) -> Alive:
 def test_conversion_holds_a_module_or_two(
     to: str, two: list[Path], tiny_sd1: Path, tmp_path: Path, alive: Alive
 ) -> None:
-    """Of the hundreds of updates of a file, converting and verifying hold two or three."""
+    """Of the hundreds of deltas of a file, converting and verifying hold two or three."""
     tools.convert(two[0], out(tmp_path / "o.safetensors", tiny_sd1, to=to))
     assert alive.total > 1000
     assert alive.most <= 4

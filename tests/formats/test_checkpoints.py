@@ -15,13 +15,13 @@ from transformers import CLIPTextModel
 
 import sd_lora
 from sd_lora.files import TensorFile
-from sd_lora.formats import files
+from sd_lora.formats import adapter_files as files
 from sd_lora.formats.approximate import Cut
 from sd_lora.formats.bake import bake
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.extract import extract
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.output import Output
-from sd_lora.formats.reading import open_lora
 from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import models_of, saved, trained
 from tests.tiny import build_pipeline, build_unet
@@ -427,7 +427,7 @@ def test_each_decomposed_update_is_composed_with_the_base(tiny_sd1: Path, tmp_pa
 def test_a_base_that_is_broken_where_it_is_adapted(
     copy: Path, unet_lora: Path, tmp_path: Path
 ) -> None:
-    """NaN in a weight that gets an update is an error that names it; nothing is left."""
+    """NaN in a weight that gets a delta is an error that names it; nothing is left."""
     edit(copy, "unet", "conv_in", lambda t: t.view(-1)[3:4].fill_(float("nan")))
     with pytest.raises(sd_lora.RunError, match=r"conv_in\.weight .*NaN"):
         bake(Checkpoint(copy), [unet_lora], [1.0], tmp_path / "baked")

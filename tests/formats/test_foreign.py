@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.formats import files
+from sd_lora.formats import adapter_files as files
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.names import naming_of
 

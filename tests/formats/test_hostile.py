@@ -26,7 +26,7 @@ from sd_lora.adapters.inject import adapted_layers, eject
 from sd_lora.files import TensorFile
 from sd_lora.formats import diffusers, lycoris, peft
 from sd_lora.formats.canonical import each
-from sd_lora.formats.reading import LoRAFile, open_lora
+from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.models.load import load_parts
 from sd_lora.models.original_names import Layout
 
@@ -97,7 +97,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 def opened(path: Path) -> LoRAFile | None:
     """Opens and checks a file without a model: either an error of ours that names the file, or
-    every key has its place and every update its file's numbers, finite ones."""
+    every key has its place and every delta its file's numbers, finite ones."""
     lora, refusal = attempt(lambda: open_lora(path))
     if lora is not None:
         _, refusal = attempt(lora.check)
@@ -835,8 +835,8 @@ def test_parts_that_are_passed_over_by_no_one(
         ("lin.lora_A.weight", (2, 6), "by two names"),
         ("base_model.model.lin.lora_embedding_A", (2, 6), "by two names"),
         ("base_model.model.lin.lora_magnitude_vector.weight", (8,), "by two names"),
-        ("base_model.model.lin.weight", (8, 6), "both whole and as an update"),
-        ("base_model.model.attn.in_proj_weight", (24, 8), "both whole and as an update"),
+        ("base_model.model.lin.weight", (8, 6), "both whole and as a delta"),
+        ("base_model.model.attn.in_proj_weight", (24, 8), "both whole and as a delta"),
         ("base_model.model.norm.weight", (8,), "by two names"),
         ("base_model.model.attn.weight", (8,), "which the model has not"),
         ("base_model.model.norm.original_module.shift", (8,), "shift"),

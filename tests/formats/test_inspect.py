@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sd_lora
-from sd_lora.formats import files, inspect, verify
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import inspect, verify
 from sd_lora.formats.canonical import each
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.names import naming_of
-from sd_lora.formats.reading import open_lora
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import models_of, saved, trained, weights
@@ -174,7 +175,7 @@ def test_the_verdict_on_parts_of_a_text_encoder(
 
 
 def test_problems_are_listed(tiny_sd1: Path, tmp_path: Path) -> None:
-    """A key without its partner, NaN, zero updates, a changed body, an untrue header, and another
+    """A key without its partner, NaN, zero deltas, a changed body, an untrue header, and another
     model's shapes: each is a line, and none of them a traceback."""
     meta_pipeline = MetaPipeline.of_folder(str(tiny_sd1))
     path = saved(tmp_path / "file.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
@@ -191,12 +192,12 @@ def test_problems_are_listed(tiny_sd1: Path, tmp_path: Path) -> None:
     assert problems(nan)[0] == "unet conv_in.lora_B holds NaN or infinite values"
     zero = tensors | {up: tensors[up] * 0}
     found = problems(zero)
-    assert found[0].startswith("1 updates are zero (unet conv_in")
+    assert found[0].startswith("1 deltas are zero (unet conv_in")
     assert "the header says Stable Diffusion XL, the tensors" in found[1]
     hashed = {"sshs_model_hash": "0" * 64}
     assert "its tensors were changed" in problems(tensors, hashed)[0]
     wide = {k: torch.zeros(2, 5, 3, 3) if k == down else t for k, t in tensors.items()}
-    assert any("1 of 144 updates do not fit" in p for p in problems(wide, {}))
+    assert any("1 of 144 deltas do not fit" in p for p in problems(wide, {}))
     no_alpha = {k: t for k, t in tensors.items() if k != "lora_unet_conv_in.alpha"}
     assert "1 of 144 modules have no alpha" in problems(no_alpha, {})[0]
     shown = inspect.text(inspect.inspect(path, meta_pipeline))

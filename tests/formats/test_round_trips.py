@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.deltas import Delta
-from sd_lora.formats import files, reading, verify
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import lora_file as reading
+from sd_lora.formats import verify
 from sd_lora.formats.canonical import Adapter, canonical_name, each, read_models
 from sd_lora.formats.names import Naming, naming_of
 from sd_lora.models.original_names import Layout, unet_to_original
@@ -193,7 +195,7 @@ def test_every_method_is_read_as_it_was_written(case: str, tmp_path: Path) -> No
 
 @cache
 def whole(family: str) -> Adapter:
-    """Random updates of full rank: layers, all biases, and the weights of norms."""
+    """Random deltas of full rank: layers, all biases, and the weights of norms."""
     generator, injected = torch.Generator().manual_seed(0), models(build_pipeline(family))
     for component, model in injected.items():
         norm = ["norm1", "conv_norm_out"] if component == "unet" else ["layer_norm1"]
@@ -214,7 +216,7 @@ def whole(family: str) -> Adapter:
 
 
 def test_full_updates_of_norms_have_their_own_keys(tmp_path: Path) -> None:
-    """What A1111 and LyCORIS read of whole updates: `w_norm` and `b_norm` of the norms, `diff` and
+    """What A1111 and LyCORIS read of whole deltas: `w_norm` and `b_norm` of the norms, `diff` and
     `diff_b` of every other layer."""
     lora = through(tmp_path / "x.safetensors", files.LYCORIS, whole("sd1"), "sd1")
     kinds: dict[str, set[str]] = {}

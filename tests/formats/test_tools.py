@@ -18,12 +18,13 @@ from torch import Tensor
 
 import sd_lora
 from sd_lora import files as tensors
-from sd_lora.formats import approximate, bake, extract, files, merge, tools
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import approximate, bake, extract, merge, tools
 from sd_lora.formats.approximate import Cut
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.inspect import body_hash
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.output import Output
-from sd_lora.formats.reading import open_lora
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_to_original
 from tests.formats.trained import models_of, saved, trained, weights
@@ -733,7 +734,7 @@ def test_convert_approximates_only_what_it_must(tiny_sd1: Path, tmp_path: Path) 
         before, after = load_file(path), load_file(out.path)
         assert before.keys() == after.keys()
         assert all(torch.equal(before[k], after[k]) for k in before)
-    with pytest.raises(sd_lora.UsageError, match="keeps every update as it is"):
+    with pytest.raises(sd_lora.UsageError, match="keeps every delta as it is"):
         tools.convert(
             plain, output(tmp_path / "c.safetensors", tiny_sd1, to="lycoris"), cut=Cut(rank=1)
         )

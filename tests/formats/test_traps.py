@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.targets import select
-from sd_lora.formats import files, reading, verify
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import lora_file as reading
+from sd_lora.formats import verify
 from sd_lora.formats.canonical import Adapter, canonical_name, read_models
 from sd_lora.formats.names import Naming, naming_of
 from sd_lora.models.families import FAMILIES

@@ -12,8 +12,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 import sd_lora
 from sd_lora.adapters.deltas import Delta
+from sd_lora.formats.adapter_files import Format, write_file
 from sd_lora.formats.canonical import Adapter, each, read_models
-from sd_lora.formats.files import Format, write_file
 from sd_lora.formats.metadata import build
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import FAMILIES

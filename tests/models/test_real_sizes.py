@@ -10,8 +10,8 @@ from torch import nn
 import sd_lora
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.adapters.targets import select
+from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA
 from sd_lora.formats.canonical import Adapter
-from sd_lora.formats.files import DIFFUSERS, KOHYA
 from sd_lora.formats.names import naming_of
 from sd_lora.models.caption_encoder import Geometry, time_ids
 from sd_lora.models.families import FAMILIES

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import sd_lora
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.formats import verify
-from sd_lora.formats.reading import open_lora
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample

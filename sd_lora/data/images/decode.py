@@ -155,7 +155,7 @@ def _undecodable(data: bytes, error: Exception) -> Undecodable:
         promised = image_format(data)
         if promised is None:
             kind = looks_like(data)
-            return Undecodable("not-a-image", "it is not an image" + (kind and f" but {kind}"))
+            return Undecodable("not-an-image", "it is not an image" + (kind and f" but {kind}"))
         reason = f"it begins as a {promised} and goes on as nonsense"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -168,7 +168,7 @@ def open_header(data: bytes) -> Image.Image:
     """Opens an image without decoding it: its format, mode, size and metadata are known.
 
     Raises:
-        Undecodable: empty, not-a-image, no-plugin, bomb, truncated, broken.
+        Undecodable: empty, not-an-image, no-plugin, bomb, truncated, broken.
     """
     if not data:
         raise Undecodable("empty", "the file is empty")

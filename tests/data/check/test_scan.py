@@ -185,7 +185,7 @@ def test_known_images_are_not_decoded_again(tmp_path: Path) -> None:
     for unknown in (replace(problem, problem=("new", "x")), replace(problem, oddities=("new",))):
         store.write(f"facts/{problem.digest}", unknown.to_json())
         facts = examiner(b"no image").facts[problem.digest]
-        assert (facts.problem or ())[:1] == ("not-a-image",)
+        assert (facts.problem or ())[:1] == ("not-an-image",)
 
 
 def test_a_store_that_cannot_be_written_harms_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Anybody's LoRA file → the canonical form, by its keys alone: no model is needed.
 
-Every key must be of one format: a file with one key too many is refused by that key's name, and
-nothing is left out of what is read.
+Every key must be of one format: a file with one key too many is refused by this key's name, and
+nothing is left out.
 """
 
 import os
@@ -25,7 +25,7 @@ from sd_lora.formats.metadata import method_in
 from sd_lora.models.original_names import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]
-"""Component → canonical update name → kind of tensor → the file's key."""
+"""Component → canonical delta name → kind of tensor → the file's key."""
 
 _WHAT_IT_IS = (
     ("model.diffusion_model.", "a whole checkpoint: `sd-lora extract` makes a LoRA of it"),
@@ -50,10 +50,10 @@ _WHAT_IT_IS = (
 
 @dataclass(frozen=True)
 class LoRAFile:
-    """A LoRA file that was read: its updates are made from it as they are asked for.
+    """An opened LoRA file; its deltas are made at each access.
 
-    format: "diffusers", "kohya", "LyCORIS", "peft". dtype: that of most of its factors.
-    places: which keys make up which update.
+    format: "diffusers", "kohya", "LyCORIS", "peft". dtype: of most of its factors.
+    places: the keys of each delta.
     """
 
     path: Path
@@ -65,12 +65,12 @@ class LoRAFile:
     places: Places
 
     def check(self) -> None:
-        """Makes every update once; raises UsageError at the first that the file has not whole."""
+        """Make every delta once; raises UsageError at the first that the file has not whole."""
         for problem in self.problems():
             raise UsageError(f"{self.path}: {problem}")
 
     def problems(self) -> Iterator[str]:
-        """Yields what is wrong with each of the updates: partners, shapes, values."""
+        """Yield the problems of each delta: partners, shapes, values."""
         for component, modules in self.places.items():
             for name in modules:
                 try:
@@ -84,7 +84,7 @@ def open_lora(
     layout: Layout | None = None,
     live: Callable[[set[str]], Mapping[str, tuple[str, str]]] | None = None,
 ) -> LoRAFile:
-    """Opens a LoRA file or folder of any of the formats and sorts its keys.
+    """Open a LoRA file or folder of any of the formats, and sort its keys.
 
     Args:
         path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
@@ -92,8 +92,8 @@ def open_lora(
         live: kohya names of the file → (component, canonical name) of models at hand, by them.
 
     Raises:
-        UsageError: no LoRA, mixed formats, or a key that no format has, naming it. What the tensors
-            are is seen when they are read: see `LoRAFile.check`.
+        UsageError: not a LoRA, mixed formats, or a key of no format, with its name. The tensors are
+            checked when they are read: see `LoRAFile.check`.
     """
     path = find_file(path)
     folder = path if os.path.isdir(path) else None
@@ -132,10 +132,10 @@ def open_lora(
 
 
 def find_file(path: Path) -> Path:
-    """Returns the LoRA file that a path means: itself, a peft folder, or a folder's only one.
+    """The LoRA file of a path: itself, a peft folder, or a folder's only file.
 
     Raises:
-        UsageError: nothing there, or several, which are named.
+        UsageError: no file, or several, with their names.
     """
     if not os.path.isdir(path):  # False, too, for a name that the system refuses
         return path
@@ -162,7 +162,7 @@ def _configs(path: Path, header: Mapping[str, str]) -> dict[str, dict[str, Any]]
 
 
 def kinds_and_keys(places: Places) -> Iterator[tuple[str, str]]:
-    """Yields the kind of tensor and the key of everything in a file."""
+    """Yield the kind of tensor and the key of everything in a file."""
     for modules in places.values():
         for kinds in modules.values():
             yield from kinds.items()
@@ -187,7 +187,7 @@ def _make(
     config: Mapping[str, object] | None,
     name: str,
 ) -> Delta:
-    """Returns one update of a file; raises UsageError naming it."""
+    """One delta of a file; raises UsageError naming it."""
     parts = {}
     for kind, key in modules[name].items():
         tensor = file[key]
@@ -204,7 +204,7 @@ def _make(
 def _refusal(
     parsed: Mapping[str, Mapping[str, object]], known: Mapping[str, int], header: Mapping[str, str]
 ) -> str:
-    """Returns why a file whose keys are not all of one format is refused."""
+    """Why a file whose keys are not all of one format is refused."""
     title = max(known, key=lambda t: known[t])
     unknown = [key for key, place in parsed[title].items() if place is None]
     first = min(unknown)
@@ -225,8 +225,8 @@ def _refusal(
     algorithm = method_in(header)
     if algorithm and algorithm not in METHODS:
         return (
-            f"is of the method {algorithm!r}, which is not registered here: import the module of its "
-            "class (sd_lora.register_method) first"
+            f"is of the method {algorithm!r}, which is not registered here: import the module "
+            "of its class (sd_lora.register_method) first"
         )
     if whole:
         return f"is no LoRA that can be read: its first key is {first!r}"

@@ -1,17 +1,17 @@
-"""Which family a LoRA file is for: its tensors say it, and only where they do not, its header."""
+"""The family of a LoRA file: by its tensors, and only where they leave it open, by its header."""
 
 import re
 from collections.abc import Mapping
 
 from sd_lora.errors import UsageError
-from sd_lora.formats.reading import LoRAFile
+from sd_lora.formats.lora_file import LoRAFile
 from sd_lora.models.families import FAMILIES, Family, family_named
 
 _TEXT_WIDTHS = {768: None, 1024: "sd2", 1280: "sdxl"}  # CLIP-L is in SD1 and in SDXL
 
 
 def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
-    """Returns the family that a file's tensors are for, with what says so; None if none does."""
+    """The family of a file by its tensors, with the tensor that shows it; None if none does."""
     unet = lora.adapter.get("unet", {})
     attending = (n for n in unet if re.search(r"\.attn2\.to_[kv]$", n) and len(unet[n].shape) > 1)
     name = next(attending, None)
@@ -40,7 +40,7 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
 
 
 def family_by_header(header: Mapping[str, str]) -> Family | None:
-    """Returns the family that a header names, as kohya's and Stability's keys have it."""
+    """The family named in a header, by kohya's and Stability's keys."""
     version = header.get("ss_base_model_version", "")
     for family in FAMILIES.values():
         if version in family.base_versions.values():
@@ -53,8 +53,9 @@ def family_by_header(header: Mapping[str, str]) -> Family | None:
 
 
 def prediction_type(header: Mapping[str, str], family: Family) -> str | None:
-    """Returns "v_prediction" or "epsilon", as a header has it; tensors cannot say it. Without a
-    word of it: `usual_prediction`."""
+    """ "v_prediction" or "epsilon" by a header; tensors do not show it. Without a key:
+    `usual_prediction`.
+    """
     version = header.get("ss_base_model_version", "")
     said = header.get("modelspec.prediction_type")
     if said == "v" or version in ("sd_v1_v", "sd_v2_v"):
@@ -63,16 +64,15 @@ def prediction_type(header: Mapping[str, str], family: Family) -> str | None:
 
 
 def usual_prediction(family: Family) -> str | None:
-    """Returns "epsilon" for SD1 and SDXL, as nearly all predict it; None for SD2, which was
-    published in both kinds."""
+    """ "epsilon" for SD1 and SDXL, as nearly all of them; None for SD2, published in both kinds."""
     return None if family.name == "sd2" else "epsilon"
 
 
 def family_of(lora: LoRAFile, given: str | None = None) -> Family:
-    """Returns the family of a file: as given, by its tensors, or else by its header.
+    """The family of a file: as given, by its tensors, or else by its header.
 
     Raises:
-        UsageError: nothing says it, or the given one contradicts the tensors.
+        UsageError: an unknown family, or a given one that contradicts the tensors.
     """
     by_tensors = family_by_tensors(lora)
     if given is not None:

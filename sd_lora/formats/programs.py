@@ -1,6 +1,6 @@
-"""What other programs make of a LoRA file, by its keys: what they lose, refuse or rescale.
+"""Other programs and a LoRA file, by its keys: modules that they lose, refuse or rescale.
 
-Facts of diffusers 0.42.1 with peft 0.21.2, and of the key maps of ComfyUI and A1111. Of diffusers
+Facts of diffusers 0.42.1 with peft 0.21.2, and of the key maps of ComfyUI and A1111. For diffusers
 `sd-lora verify` measures it; the two applications are not run.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from sd_lora.formats import diffusers
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
-from sd_lora.formats.reading import LoRAFile, kinds_and_keys
+from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -23,7 +23,7 @@ _OF_DIFFUSERS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)")
 
 
 def readers(lora: LoRAFile, family: Family | None) -> dict[str, str]:
-    """Returns program → "exact", or what it loses or why it refuses the file."""
+    """Program → "exact", or its losses, or its reason to refuse the file."""
     checks: dict[str, Callable[[LoRAFile, Family | None], Iterator[str]]] = {
         "diffusers": _diffusers_dotted if _is_dotted(lora) else _diffusers_kohya,
         "ComfyUI": _comfyui_dotted if _is_dotted(lora) else _comfyui_kohya,
@@ -37,7 +37,7 @@ def _is_dotted(lora: LoRAFile) -> bool:
 
 
 def _kinds(lora: LoRAFile) -> Counter[str]:
-    """Returns how many updates have each kind of tensor."""
+    """How many deltas have each kind of tensor."""
     return Counter(kind for kind, _ in kinds_and_keys(lora.places))
 
 
@@ -165,8 +165,9 @@ def _diffusers_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 
 
 def _off_by_alpha(lora: LoRAFile) -> int:
-    """Counts the modules that get the component's most common alpha and not their own: those of the
-    UNet's attention and of the text encoders."""
+    """Number of modules that get the component's most common alpha instead of their own: in the
+    UNet's attention and the text encoders.
+    """
     wrong = 0
     for component, modules in lora.places.items():
         alphas = {
@@ -187,7 +188,7 @@ def _off_by_alpha(lora: LoRAFile) -> int:
 def _comfyui_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     yield from _only_here(lora)
     if decomposed := _decomposed(lora):
-        yield f"normalises {decomposed} weight-decomposed updates otherwise"
+        yield f"normalises {decomposed} weight-decomposed deltas otherwise"
     if nameless := _nameless(lora):
         yield f"passes over {nameless} text-encoder modules (no `text_model`)"
 
@@ -195,7 +196,7 @@ def _comfyui_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 def _a1111_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     yield from _only_here(lora)
     if decomposed := _decomposed(lora):
-        yield f"normalises {decomposed} weight-decomposed updates otherwise"
+        yield f"normalises {decomposed} weight-decomposed deltas otherwise"
     if nameless := _nameless(lora):
         yield f"passes over {nameless} text-encoder modules (no `text_model`)"
     stems = {key.partition(".")[0] for key in _keys(lora)}
@@ -214,7 +215,7 @@ def _a1111_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 
 
 def _nameless(lora: LoRAFile) -> int:
-    """Counts the text-encoder modules whose names lack the level `text_model`."""
+    """Count the text-encoder modules whose names lack the level `text_model`."""
     return sum(
         not any("text_model" in key or "text_proj" in key for key in kinds.values())
         for component, modules in lora.places.items()

@@ -12,16 +12,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sd_lora
-from sd_lora.formats import files, inspect
-from sd_lora.formats.names import Naming
-from sd_lora.formats.readers import EXACT, readers
-from sd_lora.formats.reading import LoRAFile, open_lora
-from sd_lora.formats.recognise import (
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import inspect
+from sd_lora.formats.family_of_file import (
     family_by_header,
     family_by_tensors,
     family_of,
     prediction_type,
 )
+from sd_lora.formats.lora_file import LoRAFile, open_lora
+from sd_lora.formats.names import Naming
+from sd_lora.formats.programs import EXACT, readers
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout
@@ -114,7 +115,7 @@ def test_the_family_by_the_tensors(case: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stem", [f"lora_unet_{KEYS}", f"lora_te_{Q_PROJ.format(0)}"])
 def test_a_vector_in_a_matrix_place(stem: str, tmp_path: Path) -> None:
-    """A whole-weight update that is a vector where projections are matrices has no width: the file
+    """A whole-weight delta that is a vector where projections are matrices has no width: the file
     tells no family, is inspected with that problem, and is no traceback."""
     path = tmp_path / "a.safetensors"
     save_file({f"{stem}.diff": torch.ones(320)}, path, {"ss_base_model_version": "sd_v1"})

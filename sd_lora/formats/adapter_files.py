@@ -27,8 +27,8 @@ from sd_lora.formats.canonical import (
     live_names,
     read_models,
 )
+from sd_lora.formats.lora_file import find_file, open_lora
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
-from sd_lora.formats.reading import find_file, open_lora
 from sd_lora.models.families import family_named
 from sd_lora.models.original_names import Layout
 
@@ -40,10 +40,10 @@ BUILT_IN = ("lora", "lora_fa", "loha", "lokr", "full")
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file: its name for an adapter called `name`, its tensors, who reads it.
+    """A kind of file: its name for an adapter called `name`, its tensors, its programs.
 
-    end: of the file's name; the diffusers file has a name of its own. use: what to do with it, with
-    places for {file}, its {folder} and the {pipeline} that loads the base.
+    end: of the file's name; the diffusers file has a name of its own. use: a line on how to use it,
+    with places for {file}, its {folder} and the {pipeline} that loads the base.
     """
 
     title: str
@@ -68,12 +68,13 @@ _ONLY_KOHYA = (
 
 
 def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[Format], list[str]]:
-    """Returns every format that has an exact form for the adapter, and notes on who reads them.
+    """Every format with an exact form for the adapter, and notes on programs that cannot load it.
 
-    layout: of the UNet, where kohya's file calls its modules as the original code does.
+    layout: of the UNet, where kohya's file uses the original code's names.
 
-    LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, for the others' readers disagree on
-    its norm. Everything else: LyCORIS'.
+    LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, since the others disagree on its
+    norm.
+    Everything else: LyCORIS'.
     """
     if kohya.can_write(adapter):
         notes = []
@@ -90,14 +91,14 @@ def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[For
     decomposed = any(delta.magnitude is not None for _, _, delta in each(adapter))
     full = {f"{c} {n}.bias" for c, n, delta in each(adapter) if delta.method == "full"}
     biases = {f"{c} {n}" for c, modules in adapter.items() for n in modules if n.endswith(".bias")}
-    notes = ["diffusers' load_lora_weights has no form for this kind of update"]
+    notes = ["diffusers' load_lora_weights has no form for this kind of delta"]
     own = sorted({d.method for _, _, d in each(adapter)} - {*BUILT_IN})
     if own:
         notes.append(f"only sd_lora.load_adapter reads the method {' and '.join(own)}")
         return [dataclasses.replace(LYCORIS, use="sd_lora.load_adapter: {file}")], notes
     if decomposed:
         notes.append(
-            "A1111 and ComfyUI normalise weight-decomposed updates otherwise: the file is exact in "
+            "A1111 and ComfyUI normalise weight-decomposed deltas otherwise: the file is exact in "
             "LyCORIS and sd_lora.load_adapter"
         )
         alone = "LyCORIS, or sd_lora.load_adapter: {file}"
@@ -112,10 +113,10 @@ def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[For
 def rounded(
     tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yields tensors in the dtype of a file.
+    """Yield tensors in the dtype of a file.
 
     Raises:
-        RunError: a value beyond what the dtype holds, naming the key.
+        RunError: a value beyond the dtype, with its key.
     """
     for key, tensor in tensors:
         cast = tensor.to(dtype)
@@ -136,7 +137,7 @@ def write_file(
     header: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Writes an adapter in one format, module by module.
+    """Write an adapter in one format, module by module.
 
     Raises:
         UsageError: two modules of one name, or one without a name in this format.
@@ -161,21 +162,20 @@ def write_adapter(
     layout: Layout | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Path]:
-    """Writes an adapter in each of its formats; returns the paths.
+    """Write an adapter in each of its formats; returns the paths.
 
     Args:
-        adapter: what was trained.
-        folder: where the files go.
-        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; None for a model by itself.
+        adapter: the trained deltas.
+        folder: of the files.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; None for another model.
         name: of the kohya or LyCORIS file.
         prediction_type, extra, facts: see `metadata.build`.
-        layout: of a UNet that is not the published one.
+        layout: of a UNet that differs from the published one.
         dtype: of the files.
 
     Raises:
         UsageError: an unknown family.
-        RunError: factors that are not finite, or a file that could not be written; none is left
-            then.
+        RunError: factors that are not finite, or a failed write; no file is left.
     """
     row = None if family is None else family_named(family)
     check_finite(adapter)
@@ -197,7 +197,7 @@ def write_adapter(
 
 
 def layout_of(models: Mapping[str, nn.Module]) -> Layout | None:
-    """Returns the layout of the UNet among live models, if there is one that says it."""
+    """The layout of the UNet among live models, by its configuration; None without one."""
     config: Any = getattr(models.get("unet"), "config", None)
     return Layout.of(config) if config is not None and "up_block_types" in config else None
 
@@ -205,14 +205,14 @@ def layout_of(models: Mapping[str, nn.Module]) -> Layout | None:
 def save_adapter(
     models: Mapping[str, nn.Module], folder: str | Path, family: str = "sd1", name: str = ""
 ) -> list[Path]:
-    """Writes the adapter of injected models in every format that has an exact form for it.
+    """Write the adapter of injected models in every format with an exact form for it.
 
     Args:
-        models: component ("unet", "text_encoder", "text_encoder_2") → injected model; "" for a
-            model by itself.
-        folder: where `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors` go, or
-            `<name>_lycoris.safetensors` for the methods that need it.
-        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; without meaning for a model by itself.
+        models: component ("unet", "text_encoder", "text_encoder_2") → injected model; "" for one
+            model of any kind.
+        folder: for `pytorch_lora_weights.safetensors` and `<name>_kohya.safetensors`, or
+            `<name>_lycoris.safetensors` for methods that need it.
+        family: "sd1", "sd2", "sdxl" or "sdxl_refiner"; ignored for a model of another kind.
         name: of the kohya or LyCORIS file; the folder's name by default.
 
     Returns:
@@ -220,8 +220,7 @@ def save_adapter(
 
     Raises:
         UsageError: no adapter in the models, an adapted embedding, or an unknown family.
-        RunError: factors that are not finite, or a file that could not be written; nothing is left
-            half-written.
+        RunError: factors that are not finite, or a failed write; no file is left half-written.
     """
     folder = Path(folder)
     name = name or folder.resolve().name
@@ -237,15 +236,16 @@ def save_adapter(
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
-    """Returns the adapter of a file of any of the formats, or of a peft folder, for live models.
+    """The adapter of a file of any of the formats, or of a peft folder, for live models.
 
     Args:
         path: the file or folder.
-        models: component → model; other models' names can only be read with the model at hand,
+        models: component → model; the names of other models can be read with the model at hand
+        only,
             and peft's whole modules need its weights.
 
     Raises:
-        UsageError: not an adapter of a format that can be read, naming the key that says so.
+        UsageError: not an adapter of a known format, with the key that shows it.
     """
     path = find_file(path)
     if peft.is_folder(path):
@@ -265,7 +265,7 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
 
 
 def _live_stems(models: Mapping[str, nn.Module], stems: set[str]) -> dict[str, tuple[str, str]]:
-    """Returns kohya name → (component, canonical name) of live models, for the stems of a file."""
+    """Kohya name → (component, canonical name) of live models, for the stems of a file."""
     known: dict[str, tuple[str, str]] = {}
     for component, model in models.items():
         names = {component: live_names(component, model)}
@@ -281,17 +281,17 @@ def _live_stems(models: Mapping[str, nn.Module], stems: set[str]) -> dict[str, t
 def load_adapter(
     models: Mapping[str, nn.Module] | nn.Module, path: str | Path
 ) -> dict[str, list[str]]:
-    """Injects the adapter of a file into bare models; returns component → names of its updates.
+    """Inject the adapter of a file into bare models; returns component → names of its deltas.
 
     Args:
         models: component ("unet", "text_encoder", "text_encoder_2") → model without adapters, or
-            one model by itself, whose component is "".
-        path: a LoRA file in anybody's format (see docs/files.md), a folder that holds one, a folder
-            of `PeftModel.save_pretrained`, or, for one model, the file of its `lora_state_dict`.
+            one model of any kind, whose component is "".
+        path: a LoRA file in anybody's format (see docs/files.md), a folder with one, a folder of
+            `PeftModel.save_pretrained`, or, for one model, the file of its `lora_state_dict`.
 
     Raises:
-        UsageError: what cannot be read, a component or module that the models lack, shapes that
-            differ. The models are then as they were.
+        UsageError: a file that cannot be read, a component or module that the models lack, other
+            shapes. The models are unchanged then.
     """
     models = {"": models} if isinstance(models, nn.Module) else models
     adapter = read_adapter(Path(path), models)
@@ -316,7 +316,7 @@ def load_adapter(
 
 
 def _live(component: str, models: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, Delta]:
-    """Returns live update name → update, in the model's order."""
+    """Live delta name → delta, in the model's order."""
     if component not in models:
         raise UsageError(f"the file adapts {component}, which was not given: {', '.join(models)}")
     names = live_names(component, models[component])

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import sd_lora
 from sd_lora import files as tensors
 from sd_lora.adapters.inject import adapted_layers
-from sd_lora.formats import files, verify
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import Parts, load_parts
 from tests.formats.trained import MIXED
@@ -283,7 +284,7 @@ def test_a_failed_load_leaves_every_model_as_it_was(tiny_sd1: Path, tmp_path: Pa
 
 
 def test_embeddings_are_not_written(tiny_sd1: Path, tmp_path: Path) -> None:
-    """No reader of Stable Diffusion LoRAs takes an embedding's update: an error, before a file."""
+    """No reader of Stable Diffusion LoRAs takes an embedding's delta: an error, before a file."""
     parts = load_parts(str(tiny_sd1))
     sd_lora.inject(parts.text_encoders["text_encoder"], targets="text+.*token_embedding")
     with pytest.raises(sd_lora.UsageError, match="token_embedding is an Embedding"):
