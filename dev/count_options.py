@@ -1,13 +1,13 @@
 """In how many files is each option named? The fewer, the easier to add, rename or remove one.
 
-    python dev/count_options.py          # option, number of files, files; then the median
+    python dev/count_options.py    # option, files; then medians, by file and with config/ as one
 
 A file names an option where it reads it off a configuration (`config.rank`), declares its row, or
 has its name in a text of the program (docstrings are none): as `--rank`, or, in the rooms that know
-options, as a word. There a name without an underscore counts alone only, since words such as rank,
-seed and mode mean other things too. The rooms below config/ have names of their own, some of which
-are the same (`rank_dropout` of an adapted layer, `cache_dir` of a model): these are no options.
-A name built at run time, such as `f"{component}_rank"`, names none.
+options, as a word with an underscore (rank, seed and mode mean other things too). The rooms below
+config/ have names of their own, some of which are the same (`rank_dropout` of an adapted layer,
+`cache_dir` of a model), and so have the tools (`sd-lora resize --rank`): these are no options. A
+name built at run time, such as `f"{component}_rank"`, names none.
 """
 
 import ast
@@ -47,6 +47,8 @@ KNOW_OPTIONS = (
 def options_of(path: Path) -> set[str]:
     """Options that a file names."""
     named: set[str] = set()
+    if path.name == "commands.py" or path.parent.name == "formats":  # the tools' own flags
+        return named
     in_schema = path.name == "schema.py"
     knows = path.relative_to(ROOT).parts[0] in KNOW_OPTIONS
     tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -73,7 +75,7 @@ def _in_text(text: str, knows: bool) -> set[str]:
     flags = set(re.findall(r"--(?:no-)?([a-z0-9_]+)", text))
     if not knows:
         return flags & OPTIONS.keys()
-    return {n for n in OPTIONS if n in flags or n == text or ("_" in n and n in words)}
+    return {n for n in OPTIONS if n in flags or ("_" in n and n in words)}
 
 
 def main() -> None:
@@ -82,7 +84,18 @@ def main() -> None:
     for name, files in sorted(found.items(), key=lambda item: -len(item[1])):
         print(f"{len(files)}  {name}: {', '.join(files)}")
     counts = [len(files) for files in found.values()]
-    print(f"median {statistics.median(counts):g}, most {max(counts)}, options {len(counts)}")
+    print(f"by file: median {statistics.median(counts):g}, most {max(counts)}")
+    places = [len({place_of(file) for file in files}) for files in found.values()]
+    above = sum(count > 4 for count in places)
+    print(
+        f"with config/ as one place: median {statistics.median(places):g}, most {max(places)}, "
+        f"{above} of {len(places)} above 4"
+    )
+
+
+def place_of(file: str) -> str:
+    """A file, or config/ for all of its files: the row, its contradictions, the command line."""
+    return "config/" if file.startswith("sd_lora/config/") else file
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def check(
     )  # fmt: skip
     images.check_sources()
     plan = Plan.of(config, images.instances, num_processes)
-    rows = {"model": f"{config.pretrained_model_name_or_path} ({base.family.label})"}
+    rows = {"model": f"{config.base_model} ({base.family.label})"}
     rows |= plan.rows()
     if images.classes:
         rows["images"] += f", and {images.num_class_images} of the class"

@@ -271,7 +271,7 @@ def _cut(args: argparse.Namespace, required: bool = False) -> Any:
 
 
 def _base(args: argparse.Namespace, cut: object) -> Any:
-    """The base model's weights, if they may be needed: of what is weight-decomposed."""
+    """The base model's weights, where a weight-decomposed delta may need them."""
     from sd_lora.formats.checkpoints import Checkpoint
 
     if cut is None or args.model is None or not Path(args.model).expanduser().exists():
@@ -372,7 +372,7 @@ def _bake(args: argparse.Namespace) -> None:
 
 
 def _say(result: Any) -> None:
-    """Print what a tool wrote, what it lost, and what to do with the file."""
+    """Print a tool's file, its errors, and how to use the file."""
     from sd_lora.files import mib
 
     written = result.written

@@ -95,7 +95,7 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
 
     The file is loaded into a fresh base model, as its users do.
     """
-    base = str(config.pretrained_model_name_or_path)
+    base = config.base_model
     guidance, side = config.validation_guidance_scale, int(config.resolution or 64)
     before = draw(bare := load_parts(base), side, guidance)
     tuned = load_parts(base)

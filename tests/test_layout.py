@@ -1,6 +1,7 @@
 """The house keeps its shape: small files and functions, cheap imports, an exact public list."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,48 @@ def test_files_and_functions_stay_small() -> None:
             if isinstance(node, ast.FunctionDef):
                 size = (node.end_lineno or 0) - node.lineno + 1
                 assert size <= MAX_FUNCTION, f"{path}: {node.name} has {size} lines"
+
+
+def docstrings(tree: ast.Module) -> list[str]:
+    """All docstrings of a module: its own, and those of classes and functions."""
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    return [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, nodes)]
+
+
+def test_docstrings_say_the_thing_itself() -> None:
+    """The word "what" stands at most twice in 1,000 docstring words: the thing is named."""
+    words: list[str] = []
+    for path in FILES:
+        for text in docstrings(ast.parse(path.read_text(encoding="utf-8"))):
+            words += re.findall(r"[a-z]+", text.lower())
+    assert len(words) > 20_000
+    assert 1000 * words.count("what") / len(words) <= 2
+
+
+def test_only_the_front_door_prints() -> None:
+    """`print` is called in the commands, the demo and the terminal alone."""
+    printing = {
+        path.name
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
+    }
+    assert printing == {"cli.py", "commands.py", "demo.py", "terminal.py"}
+
+
+def test_the_loop_is_flat() -> None:
+    """Blocks in the training loop's file are at most three deep."""
+    blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try)
+
+    def depth(node: ast.AST) -> int:
+        inner = max((depth(child) for child in ast.iter_child_nodes(node)), default=0)
+        return inner + isinstance(node, blocks)
+
+    (loop,) = (path for path in FILES if path.name == "loop.py")
+    tree = ast.parse(loop.read_text(encoding="utf-8"))
+    assert {
+        n.name: d for n in tree.body if isinstance(n, ast.FunctionDef) and (d := depth(n)) > 3
+    } == {}
 
 
 def test_public_names_exist_and_are_listed() -> None:

@@ -1,7 +1,7 @@
-"""kohya's dataset config: what it says, as sources and settings of a run; free of torch.
+"""kohya's dataset configuration → sources and options of a run; free of torch.
 
 `[general]`, `[[datasets]]` and `[[datasets.subsets]]` of sd-scripts' `--dataset_config`, in TOML or
-JSON: what a subset does not say, its dataset says, and what that does not, `[general]`.
+JSON: a subset's keys go before its dataset's, and these before `[general]`.
 """
 
 import json
@@ -22,7 +22,7 @@ SUBSET: dict[str, type] = {
     "is_reg": bool,
     "alpha_mask": bool,
 }
-"""What only a subset says."""
+"""Keys of a subset alone."""
 
 SHARED: dict[str, type] = {
     "num_repeats": int,
@@ -40,7 +40,7 @@ SHARED: dict[str, type] = {
     "flip_aug": bool,
     "random_crop": bool,
 }
-"""What a subset says, or a dataset for its subsets, or [general] for all."""
+"""Keys of a subset, or of a dataset for its subsets, or of [general] for all."""
 
 DATASET: dict[str, type] = {
     "resolution": int,
@@ -51,7 +51,7 @@ DATASET: dict[str, type] = {
     "min_bucket_reso": int,
     "max_bucket_reso": int,
 }
-"""What a dataset says, or [general] for all."""
+"""Keys of a dataset, or of [general] for all."""
 
 SETTINGS = {
     "batch_size": "train_batch_size",
@@ -60,7 +60,7 @@ SETTINGS = {
     "min_bucket_reso": "bucket_min_side",
     "max_bucket_reso": "bucket_max_side",
 }
-"""What settings of a run are called here, where that differs."""
+"""Key → option of the run, where the names differ."""
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "color_aug": ((False,), "colours are trained as they are"),
@@ -79,7 +79,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "debug_dataset": ((False,), "look at the images with sd-lora check"),
     "prior_loss_weight": ((), "it is a setting of the run: say --prior_loss_weight"),
 }
-"""What is not read: the values that change nothing (None: all), and why others are refused."""
+"""Key → values without effect (None: all), and the reason to refuse the others."""
 
 
 @dataclass
@@ -94,15 +94,15 @@ class _Reading:
 
 
 def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], list[Finding]]:
-    """Returns sources, settings of the run by the names of its flags, and what to know of them.
+    """Sources, options of the run by the names of their flags, and findings.
 
-    A caption_prefix or suffix stays around the tags here, where kohya shuffles it with them. With
-    no caption_extension, .txt files are read beside kohya's .caption. A resolution that is no
-    square stands for the square of its area, rounded down to a multiple of 8.
+    A caption_prefix or suffix stays around the tags here; kohya shuffles it with them. Without
+    caption_extension, .txt files are read beside kohya's .caption. A resolution of two numbers
+    stands for the square of its area, rounded down to a multiple of 8.
 
     Raises:
-        UsageError: no such file, not TOML or JSON; everything in it that is unknown, of a wrong
-            type, contradictory, or has an effect that is not supported, at once.
+        UsageError: no such file, not TOML or JSON; all keys that are unknown, of a wrong type,
+            contradictory or unsupported, at once.
     """
     reading, data = _Reading(path), _parsed(path)
     general, datasets = data.get("general", {}), data.get("datasets")
@@ -170,9 +170,9 @@ def _are_tables(value: object) -> bool:
 def _check_keys(
     table: dict[str, Any], allowed: dict[str, type], where: str, reading: _Reading
 ) -> bool:
-    """Names what is wrong with the keys of a table and their types; returns whether nothing is.
+    """Note wrong keys of a table and wrong types; returns whether there are none.
 
-    Keys whose value is wrong are taken out, so that nobody trips over them later.
+    Keys with a wrong value are removed, so that later code does not meet them.
     """
     fine = True
     for key, value in list(table.items()):
@@ -210,7 +210,7 @@ def _add_source(
     specs: list[SourceSpec],
     reading: _Reading,
 ) -> None:
-    """Adds the source of a subset, if it has one of its own."""
+    """Add the source of a subset, if it has one of its own."""
     folder, table = values.get("image_dir"), values.get("metadata_file")
     if folder is None and table is None:
         reading.problems.append(f"{label} has no image_dir")
@@ -247,7 +247,7 @@ def _add_source(
 
 
 def _rules(values: dict[str, Any], label: str, reading: _Reading) -> CaptionRules:
-    """Returns the caption rules of a subset, its prefix and suffix taken out of the tags."""
+    """The caption rules of a subset, its prefix and suffix taken out of the tags."""
     comma, mark = values.get("caption_separator", ","), values.get("keep_tokens_separator")
     around = {key: values.get(key, "") for key in ("caption_prefix", "caption_suffix")}
     keep = values.get("keep_tokens", 0)
@@ -280,7 +280,7 @@ def _rules(values: dict[str, Any], label: str, reading: _Reading) -> CaptionRule
 
 
 def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]:
-    """Returns the settings that all datasets agree on, by our names."""
+    """The options on which all datasets agree, by our names."""
     merged: dict[str, Any] = {}
     for key in DATASET:
         said = {n: values[key] for n, values in enumerate(datasets, 1) if key in values}
@@ -314,7 +314,7 @@ def _plain(value: Any) -> Any:
 
 
 def _side(resolution: Any, buckets: bool, reading: _Reading) -> int:
-    """Returns the side of the square of a resolution's area."""
+    """The side of the square of a resolution's area."""
     if not isinstance(resolution, list):
         return resolution
     width, height = resolution

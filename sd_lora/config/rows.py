@@ -27,7 +27,7 @@ OneTrainer (keys of its configuration), SimpleTuner."""
 PLAIN_LORA = ("lora", "lora_fa")
 RANKED = (*PLAIN_LORA, "loha", "lokr")
 METHODS = (*RANKED, "full")
-"""Names of the adapter methods, here without torch; a test compares them with the table."""
+"""Name of the adapter methods, here without torch; a test compares them with the table."""
 
 LAYOUTS = ("auto", "plain", "kohya")
 CAPTIONS = ("auto", "metadata", "sidecar", "filename", "prompt")
@@ -45,7 +45,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 """Learning-rate schedule of diffusers → the options that it alone uses."""
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
-"""Names of the model families, here without diffusers; compared in the same way."""
+"""Name of the model families, here without diffusers; compared in the same way."""
 
 
 class Section(BaseModel):

@@ -74,6 +74,16 @@ class TrainConfig(
         return type(self)(**(self.as_dict() | changes)).with_notes(self._notes)
 
     @property
+    def base_model(self) -> str:
+        """The base model: a folder, a file or a hub id."""
+        return str(self.pretrained_model_name_or_path)
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the run's files."""
+        return Path(self.output_dir)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """Hints about how the options were given, such as former names."""
         return self._notes

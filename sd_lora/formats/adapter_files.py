@@ -241,8 +241,7 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
     Args:
         path: the file or folder.
         models: component → model; the names of other models can be read with the model at hand
-        only,
-            and peft's whole modules need its weights.
+            only, and peft's whole modules need its weights.
 
     Raises:
         UsageError: not an adapter of a known format, with the key that shows it.

@@ -29,8 +29,7 @@ class Cut:
     """The number of singular values to keep: the smallest of these bounds.
 
     rank: at most this many. conv_rank: for kernels above 1×1 instead; None is the rank. energy: as
-    few
-    as hold this share of Σ σ², in (0, 1]. ratio: values of at least σ₁/ratio, above 1.
+    few as hold this share of Σ σ², in (0, 1]. ratio: values of at least σ₁/ratio, above 1.
     """
 
     rank: int | None = None

@@ -48,9 +48,8 @@ class Checkpoint:
     """A base model on disk.
 
     files: path relative to the folder (or the file's name) → its tensors. In a folder only
-    adaptable
-    components are opened; a single checkpoint has all parts in one file. indexes: of sharded parts.
-    Files are opened at their first use.
+    adaptable components are opened; a single checkpoint has all parts in one file. indexes: of
+    sharded parts. Files are opened at their first use.
 
     Args:
         path: of the folder or file.
@@ -58,8 +57,7 @@ class Checkpoint:
 
     Raises:
         UsageError: neither a diffusers folder nor a checkpoint of Stable Diffusion, or a part
-        without
-            weights.
+            without weights.
     """
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
@@ -96,8 +94,7 @@ class Checkpoint:
         """The parameters in a tensor; none for the VAE and other frozen parts.
 
         In a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
-        and
-        both have buffers.
+        and both have buffers.
         """
         if self.files and file in self._components:  # filled with the files
             component = self._components[file]

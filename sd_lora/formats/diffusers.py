@@ -146,8 +146,7 @@ def padded_ranks(component: str, modules: Modules) -> dict[str, int]:
     """Name → rank to fill up with zeros, where diffusers' loader needs it.
 
     The loader reads the ranks of a text encoder's attention and MLP, and gives `text_projection`
-    the
-    most common of them.
+    the most common of them.
     """
     ranks = {name: file_rank(delta) or 0 for name, delta in modules.items()}
     projections = {name for name in ranks if name.startswith("text_projection")}

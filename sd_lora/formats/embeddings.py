@@ -139,8 +139,8 @@ def how_to_load(path: Path, word: str, components: Collection[str] = ("text_enco
 
     For SDXL the last line mends the pooling of its second text encoder: where the configuration has
     `eos_token_id` = 2, as published ones do, transformers takes a prompt's largest id for its end.
-    The
-    largest id is now the new word's, and without the line images differ from training, silently.
+    The largest id is now the new word's, and without the line images differ from training,
+    silently.
     """
     if list(components) == _ONE:
         return f"pipe.load_textual_inversion({str(path)!r})  # prompts: {word!r}"

@@ -26,8 +26,7 @@ class Difference:
     """The difference of two checkpoints by squared Frobenius norm.
 
     unchanged: modules. without_form: parameters that differ but have no form in a LoRA (norms,
-    biases,
-    embeddings), and their share of ‖tuned − base‖².
+    biases, embeddings), and their share of ‖tuned − base‖².
     """
 
     unchanged: int = 0

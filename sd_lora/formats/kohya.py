@@ -27,10 +27,8 @@ def diffusers_reads(adapter: Adapter, layout: Layout | None = None) -> bool:
     """Whether diffusers' loader takes this form too.
 
     It knows a text encoder's projections of queries, keys and values only beside that of the
-    output,
-    and its MLP only beside these; in original names, with their `layout`, it knows no upsampler of
-    a
-    block without attention, the first one of SDXL's refiner.
+    output, and its MLP only beside these; in original names, with their `layout`, it knows no
+    upsampler of a block without attention, the first one of SDXL's refiner.
     """
     for component, modules in adapter.items():
         if component == "unet":

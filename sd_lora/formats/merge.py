@@ -71,8 +71,7 @@ def merge(
     """Write one LoRA whose every ΔW is Σ weightᵢ·ΔWᵢ.
 
     Without a cut it is exact: ranks are concatenated. With one, each sum is cut to fewer ranks and
-    its
-    error stated; methods without an exact sum (LoHa, LoKr, DoRA) need one.
+    its error stated; methods without an exact sum (LoHa, LoKr, DoRA) need one.
 
     Args:
         sources: LoRA files of one family.
@@ -86,8 +85,7 @@ def merge(
 
     Raises:
         UsageError: files of different families or shapes, a sum without an exact form, a block
-        weight
-            without modules.
+            weight without modules.
         RunError: a failed write, or a file that does not load exactly; none is left.
     """
     check_weights(sources, weights)

@@ -48,8 +48,7 @@ class Output:
     path: of the .safetensors file. to: "diffusers", "kohya" or "lycoris"; None takes the first of
     kohya, diffusers, lycoris that is exact. dtype: "float32", "float16", "bfloat16", or "auto": the
     source's where it holds every number exactly, else float32. meta_pipeline: of the file's model;
-    None
-    takes the published one of its family. check: whether to verify.
+    None takes the published one of its family. check: whether to verify.
     """
 
     path: Path
@@ -77,10 +76,8 @@ class Origin:
     """The source of an output: its dtype, and its header.
 
     prediction_type: None if unknown. record: our own part of the header. facts: the source's keys
-    that
-    stay true. computed: whether the factors are singular vectors, approximations anyway, and not
-    the
-    source's own.
+    that stay true. computed: whether the factors are singular vectors, approximations anyway, and
+    not the source's own.
     """
 
     dtype: torch.dtype = torch.float32
@@ -142,8 +139,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     Raises:
         UsageError: no form for it in this format, or no place for it in this model.
         RunError: values beyond the dtype, a failed write, or a file that does not load exactly;
-        nothing
-            is left then.
+            nothing is left then.
     """
     kind = format_for(adapter, output.to)
     meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)

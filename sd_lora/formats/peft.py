@@ -103,8 +103,7 @@ def read(
     Biases and modules_to_save are whole in the file; their deltas are the differences from the
     model.
     A MultiheadAttention's out_proj gets α/r·B·A like everything else; peft 0.21 itself adds it
-    twice
-    (its merge calls the inner layer's merge once more).
+    twice (its merge calls the inner layer's merge once more).
 
     Raises:
         UsageError: a key without a place in the model, or tensors that do not fit together.

@@ -54,8 +54,7 @@ def opened(path: Path, output: Output, family: str | None) -> tuple[LoRAFile, Fa
 
     Raises:
         UsageError: any fault of the file, an unknown family, or a module or shape that the model
-        has
-            not.
+            has not.
     """
     lora = open_lora(path, output.meta_pipeline.layout if output.meta_pipeline else None)
     lora.check()

@@ -253,8 +253,7 @@ def verify(
     """Load a file into a fresh pipeline, and compare every module's ΔW with the trained one.
 
     The file is read back by our own reader as well; for a LyCORIS file, unknown to diffusers, this
-    is
-    all.
+    is all.
 
     Raises:
         RunError: a loader's complaint, a module lost, added or left empty, or a wrong ΔW.

@@ -29,7 +29,7 @@ from sd_lora.training.class_images import has_class_images
 def base_of(config: TrainConfig) -> Base:
     """The base model of a run, without its weights; raises the errors of `find_base`."""
     return find_base(
-        str(config.pretrained_model_name_or_path),
+        config.base_model,
         revision=config.revision,
         variant=config.variant,
         cache_dir=config.cache_dir,

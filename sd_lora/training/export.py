@@ -75,7 +75,7 @@ def export_words(run: Run) -> list[Path]:
 
 def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[str]:
     """Lines on how to load the files: one a LoRA file, and the Python code for each new word."""
-    base = str(run.config.pretrained_model_name_or_path)
+    base = run.config.base_model
     pipeline = f'DiffusionPipeline.from_pretrained("{base}")'
     if Path(base).expanduser().is_file():
         name = run.parts.family.pipelines[run.parts.task.name]
@@ -98,7 +98,7 @@ def record(run: Run) -> dict[str, object]:
     config = run.config
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
-        "base_model": config.pretrained_model_name_or_path,
+        "base_model": config.base_model,
         "base_model_sha256": base_hash(config),
         "family": run.parts.family.name,
         "config": config.as_dict() | {"seed": run.plan.seed},
@@ -112,7 +112,7 @@ def record(run: Run) -> dict[str, object]:
 def base_hash(config: RunConfig) -> str | None:
     """SHA-256 of the base UNet's weights: of its file, of its shards one after another, or of a
     whole single checkpoint; None if there are no such files."""
-    name, variant = str(config.pretrained_model_name_or_path), config.variant
+    name, variant = config.base_model, config.variant
     folder = Path(name).expanduser() / "unet"
     if Path(name).expanduser().is_file():  # of a single checkpoint: the hash that sites show
         return _sha256([Path(name).expanduser()])
@@ -153,7 +153,7 @@ def facts(run: Run) -> dict[str, str]:
         option.header: getattr(config, name) for name, option in OPTIONS.items() if option.header
     }
     values |= {
-        "ss_sd_model_name": Path(str(config.pretrained_model_name_or_path)).name,
+        "ss_sd_model_name": Path(config.base_model).name,
         "ss_resolution": f"({size}, {size})",
         "ss_num_train_images": len(instances.entries),
         "ss_num_reg_images": run.images.num_class_images,

@@ -61,7 +61,7 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
     log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
         project_dir=config.output_dir,
-        logging_dir=str(Path(config.output_dir) / config.logging_dir),
+        logging_dir=str(config.output_path / config.logging_dir),
     )
     try:
         return Accelerator(

@@ -70,7 +70,7 @@ class Run:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.output_dir)
+        return self.config.output_path
 
     @property
     def main(self) -> bool:

@@ -136,12 +136,12 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
 
 
 def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
-    """Check what can be checked before any weights are loaded, and plan the steps."""
+    """Run all checks that need no weights, and plan the steps."""
     _check_output(config)
     check_installed(config)
     saved_path = None
     if config.resume_from_checkpoint:
-        saved_path = checkpoint.find(Path(config.output_dir), config.resume_from_checkpoint)
+        saved_path = checkpoint.find(config.output_path, config.resume_from_checkpoint)
     summary = Summary()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
@@ -221,7 +221,7 @@ def _cache_embeddings(
 
 
 def _check_output(config: TrainConfig) -> None:
-    folder = Path(config.output_dir)
+    folder = config.output_path
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UsageError(f"output_dir {folder}: {there} is a file, not a folder")
@@ -239,7 +239,7 @@ def _weighting(config: RunConfig) -> tuple[str, dict[str, float]]:
 
 
 def _timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
-    """Returns the first timestep that is trained, and the one after the last."""
+    """The first timestep that is trained, and the one after the last."""
     num = schedule.num_timesteps
     last = config.max_timestep or min(num, parts.family.max_timestep or num)
     if not config.min_timestep < last <= num:

@@ -23,7 +23,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     """Fill a run's summary. base_notes: hints about the base model."""
     config, parts, rows = run.config, run.parts, run.summary.rows
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
-    rows["model"] = f"{config.pretrained_model_name_or_path} ({parts.family.label}{task})"
+    rows["model"] = f"{config.base_model} ({parts.family.label}{task})"
     rows |= run.plan.rows()
     if run.images.classes:
         rows["images"] += f", and {run.images.num_class_images} of the class"

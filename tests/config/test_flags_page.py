@@ -4,6 +4,8 @@ are understood."""
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -230,3 +232,12 @@ def test_the_places_of_sdxl_are_right(page: str) -> None:
             assert place == 13 + 3 * int(found[1]) + j
         else:
             assert re.search(listed[place], name), (place, name)
+
+
+def test_the_tables_of_options_are_those_of_the_rows(root: Path) -> None:
+    """The generated part of the page equals what the generator writes, for every option."""
+    done = subprocess.run(
+        [sys.executable, "dev/write_flags_page.py", "--check"], cwd=root, capture_output=True,
+        text=True, env={"PYTHONPATH": str(root), "PATH": ""},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.returncode) == ("the same", 0)
