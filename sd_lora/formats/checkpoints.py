@@ -22,8 +22,6 @@ from sd_lora.models.families import FAMILIES, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_from_original
 
-COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
-
 
 @dataclass(frozen=True)
 class Slot:
