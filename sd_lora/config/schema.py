@@ -1,4 +1,5 @@
-"""The configuration of a run: as given (`TrainConfig`), and resolved for a base model (`RunConfig`).
+"""The configuration of a run: as given (`TrainConfig`), and resolved for a base model
+(`RunConfig`).
 
 Its fields are the rows of `options/`. Flags carry the names and per-mode defaults of diffusers'
 example scripts, so that their command lines carry over. Defaults < file < flags.

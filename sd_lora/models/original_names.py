@@ -1,4 +1,4 @@
-"""Names of the original code for modules of UNets and text encoders.
+"""Name of the original code for modules of UNets and text encoders.
 
 Single-file checkpoints name a UNet's modules by position (`input_blocks.4.1`), and so do kohya's
 SDXL LoRAs. OpenCLIP's text encoders (SD2's, and SDXL's second) have their three input projections

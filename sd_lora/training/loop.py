@@ -204,9 +204,8 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
     losses = sample_losses(prediction, x0, noise, t, schedule, drawn.mask)
-    prior = config.prior_loss_weight
-    weights = [item.weight * (1.0 if item.kind == "instance" else prior) for item in items]
-    return weighted_loss(losses, torch.tensor(weights, device=device), batch.loss_scale)
+    weights = torch.tensor([item.weight for item in items], device=device)
+    return weighted_loss(losses, weights, batch.loss_scale)
 
 
 @dataclass

@@ -64,7 +64,7 @@ class Plan:
         by which captions, crops and flips are drawn for them."""
         steps: list[list[int]] = [[]]
         for micro in self.epochs.epoch(0):
-            steps[-1] += [place.entry for place in micro.places if place.counted]
+            steps[-1] += [e.entry for e in micro.entries if e.counted]
             if micro.last:
                 steps.append([])
         drawn = (

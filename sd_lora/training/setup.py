@@ -102,6 +102,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         accelerator.num_processes,
         latents.table,
         plan.num_micro_batches,
+        resolved.prior_loss_weight,
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))

@@ -153,7 +153,7 @@ def test_the_arithmetic_is_right(page: str) -> None:
     for policy in LEFTOVERS:
         epochs = Epochs(entries, 4, leftovers=policy)
         assert epochs.num_micro_batches == 11
-        sizes = sorted(len(m.places) for m in epochs.epoch(0))
+        sizes = sorted(len(m.entries) for m in epochs.epoch(0))
         assert sizes == ([2, 3, 3] if policy == "smaller" else [4] * 3) + [4] * 8
         assert told[policy][1] == str(epochs.num_samples)
     assert Epochs(entries, 4, leftovers="pad-batch").empty == 4

@@ -1,4 +1,4 @@
-"""What becomes of a caption each time that its image is seen: a function of where that is.
+"""Rules for captions, applied at each use of an image: a function of the use's address.
 
 In this order: one of the image's captions is chosen, or none at all (caption dropout); then
 wildcards, tags, the trigger word, and prefix and suffix.
@@ -12,11 +12,11 @@ from sd_lora.seeds import seed_for, uniform
 
 Address = tuple[int | str, ...]
 Pick = Callable[[list[str], str], str]
-"""Chooses among options; the word says what for, so that each choice has a draw of its own."""
+"""Chooses among options; the word names the choice, so that each choice has a draw of its own."""
 
 
 def caption_of(captions: tuple[str, ...], rules: CaptionRules, address: Address) -> str | None:
-    """Returns the caption that is shown at an address, None where it is dropped."""
+    """The caption at an address, None where it is dropped."""
     if uniform(*address, "caption dropout") < rules.caption_dropout:
         return None
 
@@ -25,25 +25,25 @@ def caption_of(captions: tuple[str, ...], rules: CaptionRules, address: Address)
 
     text = pick(list(captions), "caption")
     if rules.wildcards:
-        text = _wording(text, pick)
-    return _dressed(_tagged(text, rules, address), rules)
+        text = _one_wording(text, pick)
+    return _with_affixes(_with_tags(text, rules, address), rules)
 
 
 def longest_form(captions: tuple[str, ...], rules: CaptionRules) -> list[str]:
-    """Returns each caption at its longest: its longest line and wildcards, and all of its tags."""
+    """Each caption at its longest: its longest line and wildcards, and all of its tags."""
 
     def pick(options: list[str], what: str) -> str:
         return max(options, key=len)
 
     texts = [_longest_line(text, pick) if rules.wildcards else text for text in captions]
-    return [_dressed(_tagged(text, rules, None), rules) for text in texts]
+    return [_with_affixes(_with_tags(text, rules, None), rules) for text in texts]
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.split("\n") if line.strip()] or [""]
 
 
-def _wording(text: str, pick: Pick) -> str:
+def _one_wording(text: str, pick: Pick) -> str:
     return expanded(pick(_lines(text), "line"), pick)
 
 
@@ -53,10 +53,10 @@ def _longest_line(text: str, pick: Pick) -> str:
 
 
 def expanded(text: str, pick: Pick) -> str:
-    """Returns a text with one option in the place of every {a|b|c}; these may be nested.
+    """A text with one option in the place of every {a|b|c}; these may be nested.
 
-    {{ and }} are literal braces, but }} ends two wildcards where no {{ is open in the inner one.
-    A brace without a partner stays as it is.
+    {{ and }} are literal braces, but }} ends two wildcards where no {{ is open in the inner one. A
+    brace without a partner stays.
     """
     groups = [[""]]  # the text, then the options so far of each wildcard that is open
     literals = [0]  # {{ without }}, in each of them
@@ -83,8 +83,10 @@ def expanded(text: str, pick: Pick) -> str:
     return text + "".join("{" + "|".join(options) for options in groups[1:])
 
 
-def _parts(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
-    """Returns the tags that stay in front, those that move or go, and those that stay behind."""
+def _tag_groups(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[str]]:
+    """The tags that stay in front, the tags that are shuffled or dropped, and the tags that stay
+    behind.
+    """
 
     def tags(part: str) -> list[str]:
         return [tag.strip() for tag in part.split(rules.caption_separator) if tag.strip()]
@@ -97,8 +99,8 @@ def _parts(text: str, rules: CaptionRules) -> tuple[list[str], list[str], list[s
     return all_tags[: rules.keep_tokens], all_tags[rules.keep_tokens :], []
 
 
-def _tagged(text: str, rules: CaptionRules, address: Address | None) -> str:
-    """Returns a text with its tags dropped and shuffled; without an address, with all in place.
+def _with_tags(text: str, rules: CaptionRules, address: Address | None) -> str:
+    """A text with its tags dropped and shuffled; without an address, with all in place.
 
     Where the rules say neither, commas and spaces stay as they were written.
     """
@@ -106,7 +108,7 @@ def _tagged(text: str, rules: CaptionRules, address: Address | None) -> str:
     marked = mark is not None and mark in text
     if not (rules.shuffle_caption or rules.caption_tag_dropout > 0 or marked):
         return text
-    first, middle, last = _parts(text, rules)
+    first, middle, last = _tag_groups(text, rules)
     order = list(range(len(middle)))
     if address is not None:
         rate = rules.caption_tag_dropout
@@ -116,8 +118,8 @@ def _tagged(text: str, rules: CaptionRules, address: Address | None) -> str:
     return f"{rules.caption_separator} ".join([*first, *(middle[i] for i in order), *last])
 
 
-def _dressed(text: str, rules: CaptionRules) -> str:
-    """Returns a text with trigger word, prefix and suffix."""
+def _with_affixes(text: str, rules: CaptionRules) -> str:
+    """A text with trigger word, prefix and suffix."""
     around = (rules.caption_prefix, rules.caption_suffix)
     word = rules.trigger_word
     if word and not any(_has_word(part, word) for part in (text, *around)):
@@ -130,9 +132,8 @@ def _has_word(text: str, word: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def is_odd(text: str) -> bool:
-    """Whether a caption has what looks like wildcards and is not read as such: a brace without a
-    partner, or the syntax of other programs."""
+def has_unread_wildcards(text: str) -> bool:
+    """Whether braces without a partner, or other programs' wildcards, are left unread."""
     depth = 0
     for brace in re.findall(r"\{\{|\}\}|\{|\}", text):
         if brace == "}}" and depth >= 2:

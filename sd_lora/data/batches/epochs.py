@@ -1,9 +1,9 @@
-"""Which samples make which batch: every epoch shows every image as often as it should.
+"""Samples of each batch: every epoch uses every image exactly as often as it should.
 
 Entry k of a set is one of the repeats of one of its images. Epoch e is one seeded permutation of
-all entries; buckets only group it: the entries of a bucket, in that order, are cut into
-micro-batches of P·B (processes × batch), and what is left over at a bucket's end is not dropped.
-All is a function of (seed, epoch), so any process or worker finds any micro-batch by its number.
+all entries; buckets only group it: the entries of a bucket, in this order, are cut into
+micro-batches of P·B (processes × batch), and the rest at a bucket's end is not dropped. All is a
+function of (seed, epoch), so any process or worker finds any micro-batch by its number.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,11 @@ from sd_lora.seeds import shuffled
 
 @dataclass(frozen=True, slots=True)
 class BatchEntry:
-    """One place in a micro-batch: the entry that is shown; again: 0, or which time it is that it
-    fills a place that would be empty; counted: whether it counts in the loss."""
+    """One place in a micro-batch.
+
+    entry: of the set. again: 0, or its count among repetitions that fill an empty place. counted:
+    whether it counts in the loss.
+    """
 
     entry: int
     again: int = 0
@@ -25,14 +28,14 @@ class BatchEntry:
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The places of a micro-batch of all processes, those that count first.
+    """The entries of a micro-batch of all processes, those with weight in the loss first.
 
-    epoch, position: of its first place; position counts from the start of the run. window: how
-    many micro-batches its optimiser step has; last: whether it ends it. step_samples: how many
-    samples count in that step.
+    epoch, position: of the first entry; position counts from the start of the run.
+    accumulation_steps: micro-batches of its optimiser step. last: whether it ends the step.
+    step_samples: samples that count in the step.
     """
 
-    places: tuple[BatchEntry, ...]
+    entries: tuple[BatchEntry, ...]
     epoch: int
     position: int
     accumulation_steps: int
@@ -40,9 +43,9 @@ class MicroBatch:
     step_samples: int
 
     def part_of(self, process: int, num_processes: int) -> range:
-        """Returns the indices of one process's places: as equal parts as can be, none if there
+        """The indices of one process's places: as equal parts as can be, none if there
         are fewer places than processes."""
-        n = len(self.places)
+        n = len(self.entries)
         return range(process * n // num_processes, (process + 1) * n // num_processes)
 
 
@@ -50,17 +53,16 @@ class Epochs:
     """The micro-batches of a run, by number.
 
     num_micro_batches, num_steps: of an epoch, which always ends with a whole step: the last one has
-    fewer micro-batches if the accumulation does not divide them. num_samples: that count in an
-    epoch. extra: how many of these are shown once more, to fill a batch. empty: places that are
-    filled and do not count.
+    fewer micro-batches if the accumulation does not divide them. num_samples: samples of an epoch
+    that count. extra: repetitions among them, to fill a batch. empty: places filled without weight.
 
     Args:
         entries: the bucket of each entry.
         batch: P·B, samples of a micro-batch over all processes.
         accumulation: micro-batches of a step.
-        leftovers: what becomes of a bucket's last, unfilled batch: "smaller": it has fewer samples.
-            "pad-batch": it is filled with samples that do not count, so that all shapes are the
-            same. "repeat": it is filled with samples that are shown once more, and count.
+        leftovers: the last, unfilled batch of a bucket: "smaller" keeps it smaller, "pad-batch"
+            fills it with samples without weight, so that all shapes are the same, "repeat" fills it
+            with repetitions, which count.
         seed, kind: the address of the order.
     """
 
@@ -93,34 +95,36 @@ class Epochs:
         return {bucket: len(members) for bucket, members in self._members.items()}
 
     def first_of_step(self, step: int) -> int:
-        """Returns the number of the first micro-batch after `step` steps are done."""
+        """The number of the first micro-batch after `step` steps are done."""
         epoch, within = divmod(step, self.num_steps)
         return epoch * self.num_micro_batches + within * self.accumulation
 
     def micro_batch(self, number: int) -> MicroBatch:
-        """Returns a micro-batch by its number from the start of the run."""
+        """A micro-batch by its number from the start of the run."""
         epoch, place = divmod(number, self.num_micro_batches)
         if epoch != self._epoch:
             self._batches, self._epoch = self.epoch(epoch), epoch
         return self._batches[place]
 
     def epoch(self, epoch: int) -> list[MicroBatch]:
-        """Returns an epoch's micro-batches, in their order."""
+        """An epoch's micro-batches, in their order."""
         groups: dict[Size, list[BatchEntry]] = {bucket: [] for bucket in self._members}
         for entry in shuffled(len(self._entries), self.seed, self.kind, "order", epoch):
             groups[self._entries[entry]].append(BatchEntry(entry))
         chunks: list[tuple[BatchEntry, ...]] = []
-        for bucket, places in groups.items():
-            places += self._filling(bucket, epoch)
-            chunks += [tuple(places[i : i + self.batch]) for i in range(0, len(places), self.batch)]
+        for bucket, entries in groups.items():
+            entries += self._filling(bucket, epoch)
+            starts = range(0, len(entries), self.batch)
+            chunks += [tuple(entries[i : i + self.batch]) for i in starts]
         if len(groups) > 1:  # else one bucket would be learned after the other
             order = shuffled(len(chunks), self.seed, self.kind, "batches", epoch)
             chunks = [chunks[i] for i in order]
         return self._numbered(chunks, epoch)
 
     def _filling(self, bucket: Size, epoch: int) -> list[BatchEntry]:
-        """Returns what fills a bucket's last batch: its members in turn, on from where the epoch
-        before ended, so that none is shown more often than another for long."""
+        """The filling of a bucket's last batch: its members in turn, starting where the epoch
+        before ended, so that none is used more often than another for long.
+        """
         members = self._members[bucket]
         missing = -len(members) % self.batch if self.leftovers != "smaller" else 0
         turns = range(epoch * missing, (epoch + 1) * missing)

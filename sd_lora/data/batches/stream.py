@@ -1,9 +1,9 @@
-"""The batches of a run, addressed by number: slots, and what is read of their images.
+"""The batches of a run, addressed by number: batch items, and their loaded images.
 
-Everything that is drawn for a sample is a function of the run's seed and of where the sample
-stands: what it looks like and is called (crop, flip, caption) of its epoch and entry, its noise,
-timestep and latent of its position in the run. So neither workers nor processes, caches or resuming
-change it, and any split of the same batch among processes trains on the same samples.
+Every draw for a sample is a function of the run's seed and the sample's place: crop, flip and
+caption of its epoch and entry, noise, timestep and latent of its position in the run. So neither
+workers nor processes, caches or resuming change a draw, and any split of a batch among processes
+trains on the same samples.
 """
 
 from collections.abc import Sequence
@@ -27,9 +27,9 @@ MOST_SAMPLES = 1_000_000
 class BatchItem:
     """One sample of a batch.
 
-    address: from which its noise, timestep and latents are drawn. kind: "instance" or "class".
-    index: which sample of its kind. caption: None where it is dropped. frame, flip: what is seen of
-    its image. weight: of its loss; 0 for what only fills a batch.
+    address: seeds its noise, timestep and latents. kind: "instance" or "class". index: of the
+    sample in its kind. caption: None where it is dropped. crop, flip: of its image. weight: of its
+    loss, final; 0 for a filling.
     """
 
     address: tuple[int | str, ...]
@@ -45,10 +45,9 @@ class BatchItem:
 class Batch:
     """One process's part of a micro-batch.
 
-    seen: what was read for each slot. share: what Σ wᵢ·lᵢ is multiplied by, so that its mean over
-    the processes and over the window's micro-batches is the optimiser step's Σ wᵢ·lᵢ / number of
-    instance samples. window, last: how many micro-batches the step has, and whether this one ends
-    it.
+    loaded: the loaded image of each item. loss_scale: factor of Σ wᵢ·lᵢ: with it the mean over the
+    processes and the step's micro-batches is Σ wᵢ·lᵢ / number of instance samples of the optimiser
+    step. accumulation_steps: micro-batches of the step. last: whether this one ends it.
     """
 
     items: list[BatchItem]
@@ -58,28 +57,28 @@ class Batch:
     last: bool
 
     def by_size(self) -> "list[Batch]":
-        """Returns batches of one size each: class samples may have other shapes than instances."""
+        """Batches of one size each: class samples may have other shapes than instances."""
         groups: dict[Size, list[int]] = {}
         for i, item in enumerate(self.items):
             groups.setdefault(item.crop.size, []).append(i)
         return [self.part(indices) for indices in groups.values()]
 
     def part(self, indices: Sequence[int]) -> "Batch":
-        """Returns the batch of some of its samples."""
+        """The batch of some of its samples."""
         items, loaded = [self.items[i] for i in indices], [self.loaded[i] for i in indices]
         return replace(self, items=items, loaded=loaded)
 
 
 class ImageSet:
-    """The samples of one kind, with their buckets; makes slots of them.
+    """The samples of one kind, with their buckets; makes batch items of them.
 
-    entries: the sample of each entry: all images once, then those that repeat once more, …
+    entries: the sample of each entry: all images once, then the repeated ones once more, …
 
     Args:
-        samples: their sizes are known.
+        samples: with known sizes.
         buckets: one for each.
-        framing: how images get their shapes.
-        seed: the run's.
+        crop_settings: shapes of images.
+        seed: of the run.
     """
 
     def __init__(
@@ -101,42 +100,42 @@ class ImageSet:
         ]
 
     def is_random(self, index: int) -> bool:
-        """Whether an image's cut is drawn each time."""
+        """Whether an image's crop is random."""
         sample = self.samples[index]
         chosen = sample.source.random_crop
         return self.crop_settings.is_random(sample.size, self.buckets[index], chosen)
 
     def crop(self, index: int, address: tuple[int | str, ...] | None = None) -> Crop:
-        """Returns what is seen of an image; address: from which a random cut is drawn."""
+        """The crop of an image; address: seeds a random crop."""
         u = None
         if self.is_random(index):
             if address is None:
-                raise ValueError("a random cut needs an address")
+                raise ValueError("a random crop needs an address")
             u = (uniform(*address, "crop"), uniform(*address, "crop", "top"))
         return self.crop_settings.crop(self.samples[index].size, self.buckets[index], u)
 
-    def _address(self, place: BatchEntry, epoch: int) -> tuple[int | str, ...]:
-        """Returns from where all is drawn that does not depend on the position in the run."""
-        address = (self.seed, self.kind, epoch, place.entry)
-        return (*address, "again", place.again) if place.again else address
+    def _address(self, entry: BatchEntry, epoch: int) -> tuple[int | str, ...]:
+        """The address of all draws that do not depend on the position in the run."""
+        address = (self.seed, self.kind, epoch, entry.entry)
+        return (*address, "again", entry.again) if entry.again else address
 
-    def caption(self, place: BatchEntry, epoch: int) -> str | None:
-        """Returns the caption that is shown at a place, None where it is dropped."""
-        sample = self.samples[self.entries[place.entry]]
-        return caption_of(sample.captions, sample.source.rules, self._address(place, epoch))
+    def caption(self, entry: BatchEntry, epoch: int) -> str | None:
+        """The caption of an entry, None where it is dropped."""
+        sample = self.samples[self.entries[entry.entry]]
+        return caption_of(sample.captions, sample.source.rules, self._address(entry, epoch))
 
-    def item(self, place: BatchEntry, epoch: int, position: int | str) -> BatchItem:
-        """Returns what stands at a place; position: the place's in the run."""
-        index, address = self.entries[place.entry], self._address(place, epoch)
+    def item(self, entry: BatchEntry, epoch: int, position: int | str) -> BatchItem:
+        """The batch item of an entry. position: of the entry in the run."""
+        index, address = self.entries[entry.entry], self._address(entry, epoch)
         sample = self.samples[index]
         return BatchItem(
             address=(self.seed, self.kind, "position", position),
             kind=self.kind,
             index=index,
-            caption=self.caption(place, epoch),
+            caption=self.caption(entry, epoch),
             flip=sample.source.random_flip and uniform(*address, "flip") < 0.5,
             crop=self.crop(index, address),
-            weight=sample.source.weight if place.counted else 0.0,
+            weight=sample.source.weight if entry.counted else 0.0,
         )
 
 
@@ -148,15 +147,15 @@ class ClassOrder:
         self._turn, self._order = -1, list[int]()
 
     def place(self, position: int) -> tuple[BatchEntry, int]:
-        """Returns the place at a position of the endless order, and the turn that it is in."""
-        turn, place = divmod(position, len(self.set.entries))
+        """The entry at a position of the endless order, and its turn."""
+        turn, entry = divmod(position, len(self.set.entries))
         if turn != self._turn:
             address = (self.set.seed, self.set.kind, "order", turn)
             self._order, self._turn = shuffled(len(self.set.entries), *address), turn
-        return BatchEntry(self._order[place]), turn
+        return BatchEntry(self._order[entry]), turn
 
     def item(self, position: int) -> BatchItem:
-        """Returns what stands at a position of the endless order."""
+        """The batch item at a position of the endless order."""
         return self.set.item(*self.place(position), position)
 
 
@@ -164,12 +163,13 @@ class Stream(Dataset):
     """Micro-batches by number, of one process.
 
     Args:
-        instance: the samples that are trained.
+        instance: the instances.
         epochs: their order.
         prior: the class samples, one beside each instance; None without.
-        process, num_processes: which of P this is.
-        table: what is read of images.
+        process, num_processes: index of this process, of P.
+        table: loads images.
         length: number of micro-batches.
+        class_weight: factor of the class samples' weights (prior_loss_weight).
     """
 
     def __init__(
@@ -181,11 +181,12 @@ class Stream(Dataset):
         num_processes: int,
         table: LatentTable,
         length: int,
+        class_weight: float = 1.0,
     ) -> None:
         self.instance, self.epochs, self.prior = instance, epochs, prior
-        self.rotation = ClassOrder(prior) if prior else None
+        self.class_order = ClassOrder(prior) if prior else None
         self.process, self.num_processes = process, num_processes
-        self.table, self.length = table, length
+        self.table, self.length, self.class_weight = table, length, class_weight
 
     def __len__(self) -> int:
         return self.length
@@ -196,44 +197,46 @@ class Stream(Dataset):
         return {s.kind: s for s in (self.instance, self.prior) if s}
 
     def items(self, micro: MicroBatch, indices: Sequence[int]) -> list[BatchItem]:
-        """Returns the slots of some places: instances first, then a class sample for each."""
+        """Items of some entries: instances first, then a class sample for each."""
         instances, classes = [], []
         for i in indices:
-            place = micro.places[i]
-            # what does not count stands nowhere in the run
-            where = micro.position + i if place.counted else f"{micro.position} + {i}"
-            instances.append(self.instance.item(place, micro.epoch, where))
-            if self.rotation:
-                partner = self.rotation.item(micro.position + i)
-                classes.append(partner if place.counted else replace(partner, weight=0.0))
+            entry = micro.entries[i]
+            # fillings have no position in the run
+            where = micro.position + i if entry.counted else f"{micro.position} + {i}"
+            instances.append(self.instance.item(entry, micro.epoch, where))
+            if self.class_order:
+                partner = self.class_order.item(micro.position + i)
+                weight = partner.weight * self.class_weight if entry.counted else 0.0
+                classes.append(replace(partner, weight=weight))
         return [*instances, *classes]
 
     def captions(self, most: int) -> list[str | None] | None:
-        """Returns the distinct captions of the run on all processes; None if there are more than
-        `most`, or if the run is so long that looking for them takes a quarter of a minute."""
+        """The distinct captions of the run on all processes; None if there are more than `most`, or
+        if finding them would take more than a quarter of a minute.
+        """
         if self.length * self.epochs.batch > MOST_SAMPLES:
             return None
         found: dict[str | None, None] = {}
         for number in range(self.length):
             micro = self.epochs.micro_batch(number)
-            for i, place in enumerate(micro.places):
-                found[self.instance.caption(place, micro.epoch)] = None
-                if self.rotation:
-                    partner = self.rotation.place(micro.position + i)
-                    found[self.rotation.set.caption(*partner)] = None
+            for i, entry in enumerate(micro.entries):
+                found[self.instance.caption(entry, micro.epoch)] = None
+                if self.class_order:
+                    partner = self.class_order.place(micro.position + i)
+                    found[self.class_order.set.caption(*partner)] = None
             if len(found) > most:
                 return None
         return list(found)
 
     def __getitem__(self, number: int) -> Batch | RunError:
-        """Returns a micro-batch; an error as a value: a worker would raise it as a traceback."""
+        """A micro-batch, or an error as a value: a worker would raise it as a traceback."""
         try:
             return self.batch(number)
         except RunError as error:
             return error
 
     def batch(self, number: int) -> Batch:
-        """Returns a micro-batch; raises RunError for an image that cannot be read."""
+        """A micro-batch; raises RunError for an image that cannot be read."""
         micro = self.epochs.micro_batch(number)
         mine = micro.part_of(self.process, self.num_processes)
         items = self.items(micro, mine)

@@ -26,7 +26,7 @@ AREA_AT_ONCE = 4 * 512**2
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a VAE's latents z become what its UNet works on: x₀ = (z - mean) · factor.
+    """From a VAE's latents z to the UNet's x₀ = (z - mean) · factor.
 
     mean, factor: (C, 1, 1).
     """
@@ -36,7 +36,7 @@ class Scaling:
 
     @classmethod
     def of(cls, vae: AutoencoderKL) -> "Scaling":
-        """Reads a VAE's configuration: one factor and shift, or, as Playground v2.5's has them,
+        """Read a VAE's configuration: one factor and shift, or, as Playground v2.5's has them,
         means and deviations of the channels."""
         config = vae.config
         mean = torch.full((config.latent_channels,), float(config.get("shift_factor") or 0.0))
@@ -47,17 +47,18 @@ class Scaling:
         return cls(mean.view(-1, 1, 1), factor.view(-1, 1, 1))
 
     def scaled(self, z: Tensor) -> Tensor:
-        """Returns x₀ of latents z (…, C, H, W)."""
+        """x₀ of latents z (…, C, H, W)."""
         return (z - self.mean.to(z.device)) * self.factor.to(z.device)
 
     def unscaled(self, x0: Tensor) -> Tensor:
-        """Returns the latents z of x₀ (…, C, H, W)."""
+        """The latents z of x₀ (…, C, H, W)."""
         return x0 / self.factor.to(x0.device) + self.mean.to(x0.device)
 
 
 def vae_identity(vae: AutoencoderKL, device: torch.device) -> str:
-    """Returns what tells a VAE's encoder from others, and what it computes from what others do: its
-    weights and dtype, the kind of device, and the versions of the libraries."""
+    """The identity of a VAE's encoder and its arithmetic: weights, dtype, kind of device, versions
+    of the libraries.
+    """
     weights = weights_digest(vae, leave_out=("decoder.", "post_quant_conv."))
     libraries = " ".join(f"{name} {version(name)}" for name in ("torch", "diffusers"))
     return f"{weights} {vae.dtype} {device.type} {libraries}"
@@ -66,12 +67,12 @@ def vae_identity(vae: AutoencoderKL, device: torch.device) -> str:
 class Latents:
     """A run's latents, on its device.
 
-    The VAE computes in its own dtype, float32 unless the user wants it otherwise: SDXL's overflows
-    in float16. It comes to the device when it is needed.
+    The VAE computes in its own dtype, float32 by default: SDXL's overflows in float16. It comes to
+    the device when it is needed.
 
     Args:
-        vae, device: the encoder, and where it computes.
-        table: what is known already.
+        vae, device: the encoder, and the device that computes.
+        table: known latents.
     """
 
     def __init__(self, vae: AutoencoderKL, device: torch.device, table: LatentTable) -> None:
@@ -79,10 +80,10 @@ class Latents:
         self.scaling = Scaling.of(vae)
 
     def at_once(self, size: Size) -> int:
-        """Returns how many images of a size are encoded at once.
+        """Number of images of a size encoded at once.
 
-        One on a CPU: an image's latent is then the same bits in any company, so that caching
-        cannot change a run.
+        One on a CPU: an image's latent is then the same bits in any company, so that caching cannot
+        change a run.
         """
         if self.device.type == "cpu":
             return 1
@@ -90,7 +91,7 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Moments]:
-        """Returns the moments of images (3, H, W) of one size, on the CPU.
+        """Latent distributions of images (3, H, W) of one size, on the CPU.
 
         Raises:
             RunError: latents that are not finite, with the image's name.
@@ -118,7 +119,7 @@ class Latents:
         return RunError(f"the VAE gave NaN or infinite latents for {name} in {precision}: {remedy}")
 
     def jobs(self, images: ImageSet) -> list["EncodeJob"]:
-        """Returns what of a set can be kept, known or not, by bucket."""
+        """The cacheable latents of a set, known or not, by bucket."""
         if self.table.mode == "no":
             return []
         jobs: dict[str, EncodeJob] = {}
@@ -137,12 +138,12 @@ class Latents:
         sources: Iterable[Source],
         progress: Callable[[Iterator[None]], Iterable[None]],
     ) -> None:
-        """Encodes and keeps images, in batches by bucket; each is kept as soon as it is encoded.
+        """Encode and keep images, in batches by bucket; each is kept as soon as it is encoded.
 
         Args:
-            jobs: those of this process.
-            sources: where the rows of streams are read again.
-            progress: shows how many are done.
+            jobs: of this process.
+            sources: for a second reading of streams.
+            progress: shows the finished ones.
 
         Raises:
             RunError: an image that cannot be read any more, or whose latent is not finite.
@@ -181,7 +182,7 @@ class Latents:
             yield
 
     def latents(self, items: list[BatchItem], loaded: list[LoadedImage]) -> "LatentBatch":
-        """Returns the latents of slots of one size, sampled anew for each.
+        """Latents of items of one size, sampled anew for each.
 
         Raises:
             RunError: a latent that is not finite, with the image's name.
@@ -216,7 +217,7 @@ class Latents:
         return self.scaling.scaled(mean + std * noise).to(self.device)  # one copy a batch
 
     def masked(self, items: list[BatchItem], loaded: list[LoadedImage]) -> Tensor:
-        """Returns what an inpainting UNet sees besides x_t, (B, 1 + C, H, W) on the device.
+        """Further input channels of an inpainting UNet, (B, 1 + C, H, W) on the device.
 
         The mask (1: to be painted), and the latents of the image with grey in its place.
         """
@@ -239,7 +240,7 @@ class LatentBatch:
 
 @dataclass(frozen=True, slots=True)
 class EncodeJob:
-    """One latent to be computed: its address, and of what."""
+    """One latent to compute: its address, sample, crop and flip."""
 
     key: str
     sample: Sample
@@ -250,7 +251,7 @@ class EncodeJob:
 def _readings(
     jobs: Sequence[EncodeJob], sources: Iterable[Source]
 ) -> Iterator[tuple[EncodeJob, Callable[[], bytes]]]:
-    """Yields jobs with what reads their bytes; those of streams as the stream comes by."""
+    """Yield jobs with their readers of bytes; jobs of streams in the stream's order."""
     streamed: dict[str, list[EncodeJob]] = {}
     for job in jobs:
         if job.sample.source.streaming:

@@ -1,8 +1,8 @@
-"""Latent distributions by content: the mean and deviation of each image's latent, kept.
+"""Cached latent distributions by content: mean and deviation of each image's latent.
 
-An entry is addressed by all that it is made of: the bytes of the image, what is seen of it, its
-flip, and the VAE. So an image that is replaced is another entry, and so is another resolution or
-another VAE; what did not change is never computed again, by any run.
+An entry's address contains everything that made it: the bytes of the image, its crop, its flip, and
+the VAE. So a replaced image is another entry, and so is another resolution or another VAE;
+everything else is never computed again, by any run.
 """
 
 from collections.abc import Callable
@@ -20,10 +20,7 @@ from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import RunError
 
 VERSION = "1"
-"""Of how images become pixels: with another one, what was kept is forgotten."""
-
-MODES = ("auto", "memory", "disk", "no")
-"""Where caches are: "no" computes each time."""
+"""Version of the way from images to pixels: another one makes all kept entries unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +38,11 @@ class Moments:
 
 @dataclass(frozen=True, slots=True)
 class LoadedImage:
-    """What was read of an image.
+    """An image as loaded for a batch.
 
-    name: for messages. key: the address of its moments, None where its cut is drawn anew each time.
-    moments: where they are on the disk. pixels: (3, H, W) in [-1, 1], with mask (1, h, w), where
-    the moments are nowhere, or where the pixels are needed, too.
+    name: for messages. key: the address of its latent, None for a random crop. moments: its latent
+    distribution where the disk has it. pixels: (3, H, W) in [-1, 1], with mask (1, h, w), where no
+    cache has the latent, or where the pixels are needed, too.
     """
 
     name: str
@@ -57,8 +54,9 @@ class LoadedImage:
 
 @dataclass(frozen=True)
 class PixelSettings:
-    """How images become pixels: the filter that resizes them, the colour that transparent ones
-    are laid on, whether their opacity is the mask of the loss, and how many pixels a latent has."""
+    """From images to pixels: resizing filter, background of transparent images, whether opacity is
+    the mask of the loss, and pixels a latent.
+    """
 
     interpolation: str = "lanczos"
     background: tuple[int, int, int] = (255, 255, 255)
@@ -66,10 +64,10 @@ class PixelSettings:
     pixels_per_latent: int = 8
 
     def pixels(self, data: bytes, name: str, crop: Crop, flip: bool) -> LoadedImage:
-        """Returns what is seen of an image.
+        """The pixels of an image's crop.
 
         Raises:
-            RunError: bytes that are no image.
+            RunError: bytes of no image.
         """
         image, alpha = decode_with_mask(data, name, self.background)
         mask = None
@@ -79,6 +77,15 @@ class PixelSettings:
         return LoadedImage(
             name, None, None, pixels_of(crop.cut(image, self.interpolation), flip), mask
         )
+
+
+def _named(crop: Crop) -> str:
+    """A crop in the text of cache keys: as the class was called when the first entries were made,
+    since another text would make every user's cached latents unknown."""
+    return (
+        f"Frame(original={crop.original!r}, resized={crop.resized!r}, corner={crop.corner!r}, "
+        f"size={crop.size!r})"
+    )
 
 
 class LatentTable:
@@ -112,12 +119,12 @@ class LatentTable:
         self.memory: dict[str, Moments] = {}
 
     def key(self, sample: Sample, crop: Crop, flip: bool) -> str:
-        """Returns the address of what is seen of an image."""
+        """The address of a crop's latent."""
         pixel_settings = self.pixel_settings
         # what an image without transparency is laid on, or its mask, is no part of it; but only
         # decoding tells, and entries that are computed twice do no harm
         return "latents/" + digest_of(
-            VERSION, PIL.__version__, sample.digest, repr(crop), str(flip),
+            VERSION, PIL.__version__, sample.digest, _named(crop), str(flip),
             pixel_settings.interpolation, repr(pixel_settings.background),
             str(pixel_settings.alpha_mask), self.identity,
         )  # fmt: skip
@@ -126,7 +133,7 @@ class LatentTable:
         return key in self.memory or (self.store is not None and key in self.store)
 
     def get(self, key: str) -> Moments | None:
-        """Returns the moments of an address; None where they are not known, or no more."""
+        """The moments of an address; None where they are not known, or no more."""
         if self.store is None:
             return self.memory.get(key)
         tensors = self.store.tensors(key)
@@ -135,7 +142,7 @@ class LatentTable:
         return Moments(tensors["mean"], tensors["std"], tensors.get("mask"))
 
     def put(self, key: str, moments: Moments) -> None:
-        """Keeps moments; raises RunError if the disk does not take them."""
+        """Keep moments; raises RunError if the disk does not take them."""
         if self.store is None:
             self.memory[key] = moments
             return
@@ -145,10 +152,10 @@ class LatentTable:
         self.store.put_tensors(key, tensors)
 
     def loaded(self, sample: Sample, crop: Crop, flip: bool, random: bool) -> LoadedImage:
-        """Reads what is seen of an image: its moments if they are known, else its pixels.
+        """Load an image: its latent distribution if it is known, else its pixels.
 
         Args:
-            random: the cut is drawn anew each time, so that nothing can be known.
+            random: whether the crop is random, so that nothing can be known.
 
         Raises:
             RunError: an image that cannot be read any more.
@@ -175,12 +182,12 @@ class LatentTable:
         flip: bool,
         read_bytes: Callable[[], bytes] | None = None,
     ) -> LoadedImage:
-        """Returns an image's pixels, of the very bytes that were checked.
+        """Pixels of an image, from the very bytes that were checked.
 
         read_bytes: reads the bytes of a stream's sample; the sample's own `read` when None.
 
         Raises:
-            RunError: by name, an image that cannot be read, or was changed since it was checked.
+            RunError: by name, an image that cannot be read, or has changed since the check.
         """
         try:
             data = (read_bytes or sample.read)()

@@ -15,13 +15,13 @@ SPARE = 1 << 30
 
 
 def choose(needed: int, missing: int, store: Store, num_processes: int) -> tuple[str, str]:
-    """Returns where a cache is best kept, "disk", "memory" or "no", and why if not on the disk.
+    """The best place of a cache, "disk", "memory" or "no", and the reason if not the disk.
 
     Args:
-        needed: bytes that it takes.
-        missing: those of them that are not on the disk yet.
+        needed: its bytes.
+        missing: bytes of entries that are not on the disk yet.
         store: the caches on disk.
-        num_processes: that would each hold all of it in memory.
+        num_processes: number of processes, each with all of it in memory.
     """
     why = _no_disk(needed, missing, store)
     if not why:
@@ -32,7 +32,7 @@ def choose(needed: int, missing: int, store: Store, num_processes: int) -> tuple
 
 
 def _no_disk(needed: int, missing: int, store: Store) -> str:
-    """Returns why a cache cannot be on disk; empty if it can."""
+    """The reason against a cache on disk; empty if there is none."""
     if needed > store.limit:
         return f"{mib(needed)} are more than data_cache_limit, {mib(store.limit)}"
     try:
@@ -50,10 +50,10 @@ def _no_disk(needed: int, missing: int, store: Store) -> str:
 
 
 def latent_bytes(images: ImageSet, channels: int, factor: int, width: int) -> int:
-    """Returns what the latents of some images take.
+    """Bytes of the latents of some images.
 
     Args:
-        images: those whose cut is fixed are counted, with their flips.
+        images: those with fixed crops are counted, with their flips.
         channels, factor: of the VAE's latents, and pixels a latent.
         width: bytes a number.
     """

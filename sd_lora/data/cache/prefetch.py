@@ -14,16 +14,16 @@ ITEMS_PER_THREAD = 4
 
 
 def threads() -> int:
-    """Returns how many threads decode images: pillow and hashlib let others run meanwhile."""
+    """How many threads decode images: pillow and hashlib let others run meanwhile."""
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 4)
 
 
 def prefetch(work: Callable[[A], B], items: Iterable[A], workers: int | None = None) -> Iterator[B]:
-    """Yields work(item) for each item, in the order of the items.
+    """Yield work(item) for each item, in the order of the items.
 
-    No more than a few items a thread are taken ahead of the results, so that what is not held
-    elsewhere does not pile up. An error of `work` is raised where its result would be; what waits
-    then, or when the caller stops, is not begun.
+    Only a few items a thread are taken ahead of the results, so that unfinished ones do not pile
+    up. An error of `work` is raised in the place of its result; items that wait then, or when the
+    caller stops, are not begun.
     """
     count = workers or threads()
     waiting: deque[Future[B]] = deque()

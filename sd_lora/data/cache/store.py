@@ -1,14 +1,13 @@
-"""What is costly to compute, kept on disk for the next time and for other runs: by content.
+"""Results of slow computations, kept on disk for later runs: by content.
 
-An entry is one file, named by the digest of all that it was computed from, so none is ever out of
-date: what was computed from something else has another name. A file is a head of 16 bytes (a mark,
-the CRC-32 of the key and the data, the length of the data), then the data.
+An entry is one file, named by the digest of everything it was computed from, so none is ever out of
+date: a result of other inputs has another name. A file is a head of 16 bytes (a mark, the CRC-32 of
+the key and the data, the length of the data), then the data.
 
 Several runs may share a folder. A file appears whole, by rename, and an entry that is gone or not
-whole is a miss. Nothing waits for the disk (`fsync` doubles the time of a write, at the least):
-what a power cut leaves, an empty file, zeros or half of it, is found by its head and its checksum,
-and computed again. The checksum takes 20 of the 50 µs in which 128 KiB are read, and 150 of 240 µs
-of 1 MiB.
+whole is a miss. Nothing waits for the disk (`fsync` doubles the time of a write, at the least): the
+remains of a power cut, an empty file, zeros or half of it, are found by head and checksum, and
+computed again. The checksum takes 20 of the 50 µs for reading 128 KiB, and 150 of 240 µs for 1 MiB.
 """
 
 import errno
@@ -40,7 +39,7 @@ _KEY = re.compile(r"[a-z][a-z0-9_-]*/[0-9a-f]{32}")
 _PART = re.compile(r"\.[0-9a-f]{32}\.[0-9a-f]{16}\.part")
 
 _BLOCK = 4096
-"""What the usual file systems give out space in: 300 bytes of facts take as much of a disk."""
+"""Block size of usual file systems: 300 bytes of facts take as much of a disk."""
 
 _TOUCH_EVERY = 3600.0
 """Seconds between two marks of use: every reading would write to the disk, too."""
@@ -50,14 +49,14 @@ _TO_DO = {
     (errno.EACCES, errno.EPERM, errno.EROFS): "Make it writable for you. ",
     (errno.ENOTDIR, errno.EEXIST): "A file is where a folder has to be: move it away. ",
 }
-"""Kinds of errors of the system, and what a user can do."""
+"""Kinds of errors of the system → the remedy for users."""
 
 _LEFT_OVER = 86400.0
-"""Seconds after which an unfinished file is of a run that was killed."""
+"""Age in seconds at which an unfinished file must be of a killed run."""
 
 
 def default_folder() -> Path:
-    """Returns where the cache is: $SD_LORA_CACHE, else as the XDG directories have it."""
+    """The folder of the cache: $SD_LORA_CACHE, else by the XDG directories."""
     if own := os.environ.get("SD_LORA_CACHE"):
         return Path(own).expanduser()
     shared = os.environ.get("XDG_CACHE_HOME", "")
@@ -67,7 +66,7 @@ def default_folder() -> Path:
 
 
 def digest_of(*parts: str | bytes) -> str:
-    """Returns the digest of parts, 32 hexadecimal digits; ("ab", "c") has another than ("a", "bc"),
+    """The digest of parts, 32 hexadecimal digits; ("ab", "c") has another than ("a", "bc"),
     and a text another than its bytes."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
@@ -78,9 +77,9 @@ def digest_of(*parts: str | bytes) -> str:
 
 
 def weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
-    """Returns the digest of a module's state: names, dtypes, shapes and every byte.
+    """The digest of a module's state: names, dtypes, shapes and every byte.
 
-    It does not depend on the device. leave_out: the beginnings of names that do not count.
+    It does not depend on the device. leave_out: starts of names to ignore.
     """
     state = {k: t for k, t in module.state_dict().items() if not k.startswith(leave_out)}
 
@@ -97,11 +96,11 @@ def weights_digest(module: nn.Module, leave_out: tuple[str, ...] = ()) -> str:
 
 @dataclass(frozen=True)
 class Store:
-    """The entries in a folder. It is made when the first is written.
+    """The entries in a folder, which is made at the first write.
 
-    key: "facts/" and 32 hexadecimal digits, of `digest_of`. limit: the bytes that `evict` leaves.
-    Reading marks an entry as used, at most once an hour, by its time of change; in a folder that
-    cannot be written reading works all the same.
+    key: "facts/" and 32 hexadecimal digits, of `digest_of`. limit: bytes left by `evict`. Reading
+    marks an entry as used, at most once an hour, by its time of change; reading also works in a
+    folder without write permission.
     """
 
     folder: Path
@@ -112,14 +111,14 @@ class Store:
         return self._open(key, whole=False) is not None
 
     def read(self, key: str) -> bytes | None:
-        """Returns an entry's data; None where it is not there, or not whole. That is removed."""
+        """An entry's data; None if it is missing, or not whole. A broken entry is removed."""
         return self._open(key, whole=True)
 
     def write(self, key: str, data: bytes) -> None:
-        """Writes an entry, there whole or not at all; of two at once, the last to finish stays.
+        """Write an entry, complete or not at all; of two at once, the last to finish stays.
 
         Raises:
-            RunError: it could not be written, why, and what to do. Nothing is left behind.
+            RunError: a failed write, its reason and the remedy. Nothing is left behind.
         """
         path = self._path(key)
         part = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
@@ -135,7 +134,7 @@ class Store:
             _unlink(part)
 
     def tensors(self, key: str) -> dict[str, Tensor] | None:
-        """Returns an entry's tensors by name, on the CPU; None as `read`."""
+        """An entry's tensors by name, on the CPU; None as `read`."""
         data = self.read(key)
         if data is None:
             return None
@@ -146,7 +145,7 @@ class Store:
             return None
 
     def put_tensors(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Writes tensors of any dtype and device as an entry. Raises: see `write`."""
+        """Write tensors of any dtype and device as an entry. Raises: see `write`."""
         # clones: safetensors refuses tensors that share their memory, such as slices of a batch
         plain = {
             name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -155,22 +154,23 @@ class Store:
         self.write(key, safetensors.torch.save(plain))
 
     def size(self) -> int:
-        """Returns the bytes that entries and unfinished files take on the disk, in blocks of 4096;
-        100,000 take half a second."""
+        """Bytes of entries and unfinished files on the disk, in blocks of 4096; 100,000 take half a
+        second.
+        """
         return sum(size for _, size, _, _ in self._files())
 
     def evict(self, keep: Container[str] = ()) -> tuple[int, int]:
-        """Removes the entries that were not used for longest, until the rest is within the limit.
+        """Remove the longest unused entries, until the rest is within the limit.
 
-        Another run may do the same at the same time, or read what is removed: it reads it to the
-        end, or has a miss. Files that are no entries are left alone, but for unfinished ones of
-        runs that were killed, when they are a day old.
+        Another run may do the same at the same time, or read a removed entry: it reads to the end,
+        or has a miss. Foreign files stay; unfinished ones of killed runs go when they are a day
+        old.
 
         Args:
-            keep: keys that stay, whatever the limit.
+            keep: keys that stay in any case.
 
         Returns:
-            how many entries were removed, and their bytes on the disk.
+            The number of removed entries, and their bytes on the disk.
         """
         files = list(self._files())
         used = sum(size for _, size, _, _ in files)
@@ -196,8 +196,7 @@ class Store:
         return self.folder / kind / name[:2] / name
 
     def _open(self, key: str, whole: bool) -> bytes | None:
-        """Returns the data of an entry, b"" unless the `whole` is wanted, None where it is not
-        there or broken."""
+        """The data of an entry, b"" unless `whole`; None if it is missing or broken."""
         path = self._path(key)
         try:
             with open(path, "rb", buffering=0) as file:
@@ -217,7 +216,7 @@ class Store:
         return data
 
     def _files(self) -> Iterator[tuple[float, int, str, str | None]]:
-        """Yields (time of change, bytes on the disk, path, key) of each entry; key None: of each
+        """Yield (time of change, bytes on the disk, path, key) of each entry; key None: of each
         unfinished file."""
         for kind in _folders(self.folder):
             for shelf in _folders(kind.path):
@@ -243,12 +242,12 @@ class Store:
 
 
 def _checksum(key: str, data: bytes) -> int:
-    """Returns a CRC-32 of key and data: of an entry's data under another name it is another."""
+    """A CRC-32 of key and data: the same data under another name has another."""
     return zlib.crc32(data, zlib.crc32(key.encode()))
 
 
 def _write(file: BinaryIO, data: bytes) -> None:
-    """Writes all of it: one call may take a part, as on a disk that is almost full."""
+    """Write all of it: one call may take a part, as on an almost full disk."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]

@@ -16,26 +16,26 @@ from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import Caption, CaptionEncoder, Embedding
 
 VERSION = "1"
-"""Of how captions become embeddings and entries: with another one, what was kept is forgotten."""
+"""Version of the way from captions to entries: another one makes all kept entries unknown."""
 
 HELD = 64 << 20
-"""Bytes of the embeddings last used that are held in memory although they are in the store: 100 of
-SDXL in float32. Prompts that come in every step are not read from the disk each time."""
+"""Bytes of the last used embeddings held in memory although the store has them: 100 of SDXL in
+float32. Prompts of every step are not read from the disk each time."""
 
 _SAYS_NOTHING = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
-"""What of an encoder's configuration says where it is from or is told by its weights."""
+"""Keys of an encoder's configuration about its origin, or implied by its weights."""
 
 
 class Embeddings:
-    """Embeddings of captions, in the dtype in which they were put: the same bits come back.
+    """Embeddings of captions, in the dtype of `put`: the same bits come back.
 
     In memory without a store. With one, an entry may be gone at any time, since another run made
-    room: `get` answers None, and the caller reads the caption anew.
+    room: `get` answers None, and the caller encodes the caption anew.
 
     Args:
-        identity: of `identity_of`; "" will do without a store.
-        store: where they are kept.
-        held: bytes of those in the store that are held in memory, too; `HELD` when None.
+        identity: of `identity_of`; "" without a store.
+        store: the caches on disk.
+        held: bytes held in memory beside the store; `HELD` when None.
     """
 
     def __init__(self, identity: str, store: Store | None, held: int | None = None) -> None:
@@ -46,12 +46,12 @@ class Embeddings:
         self._room = HELD if held is None else held
 
     def key(self, caption: Caption) -> str:
-        """Returns a caption's address; its absence has one of its own, not that of ""."""
+        """A caption's address; no caption has one of its own, different from that of ""."""
         said = ("absent",) if caption is None else ("caption", caption)
         return "texts/" + digest_of(self.identity, *said)
 
     def missing(self, captions: Iterable[Caption]) -> list[Caption]:
-        """Returns the captions whose embeddings are not known, each once, in the order given."""
+        """The captions whose embeddings are not known, each once, in the order given."""
         return [caption for caption in dict.fromkeys(captions) if not self._has(caption)]
 
     def _has(self, caption: Caption) -> bool:
@@ -60,7 +60,7 @@ class Embeddings:
         return self.key(caption) in self.store
 
     def put(self, caption: Caption, embedding: Embedding) -> None:
-        """Keeps an embedding, on the CPU.
+        """Keep an embedding, on the CPU.
 
         Raises:
             RunError: values that are not finite, by caption; or the store cannot be written.
@@ -82,8 +82,7 @@ class Embeddings:
         self._remember(caption, embedding)
 
     def get(self, caption: Caption) -> Embedding | None:
-        """Returns a caption's embedding, not to be changed in place; None if it is not known, or
-        no more."""
+        """A caption's embedding, not to be changed in place; None if it is not known, or gone."""
         known = self._kept.get(caption) or self._recent.get(caption)
         if known is not None or self.store is None:
             if caption in self._recent:
@@ -97,7 +96,7 @@ class Embeddings:
         return embedding
 
     def hold(self, captions: Iterable[Caption]) -> None:
-        """Takes captions into memory, however many: if all are known, `may_lose` is False from
+        """Take captions into memory, however many: if all are known, `may_lose` is False from
         then on, and no text encoder is needed for them any more."""
         found = {caption: self.get(caption) for caption in dict.fromkeys(captions)}
         self._kept |= {caption: e for caption, e in found.items() if e is not None}
@@ -112,7 +111,7 @@ class Embeddings:
 
 
 def _own(tensor: Tensor) -> Tensor:
-    """Returns a copy on the CPU, which holds no more memory than its own values."""
+    """A copy on the CPU that holds no more memory than its own values."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
@@ -127,15 +126,15 @@ def identity_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> str:
-    """Returns the digest of all that an embedding depends on besides its caption.
+    """The digest of everything that an embedding depends on besides its caption.
 
     Weights and configurations of the encoders, tokenizers with their special tokens and lengths,
-    the reader's options, the dtype and the kind of device, and the versions of the libraries whose
-    code computes it. Not the folders that things are from. Hashing takes a second a GiB.
+    the caption encoder's options, the dtype and the kind of device, and the versions of the
+    libraries. Not the folders of their origin. Hashing takes a second a GiB.
 
     Args:
         encoders: component → text encoder, without anything that learns.
-        dtype: of the embeddings, as they are kept.
+        dtype: of the kept embeddings.
     """
     libraries = ["torch", "transformers", *(["compel"] if caption_encoder.weighted else [])]
     about: dict[str, Any] = {
@@ -161,7 +160,7 @@ def identity_of(
 
 
 def _read_by(tokenizer: CLIPTokenizer, encoder: nn.Module) -> str:
-    """Returns the digest of a tokenizer and of the text encoder that reads its tokens."""
+    """The digest of a tokenizer and its text encoder."""
     words = json.loads(tokenizer.backend_tokenizer.to_str())
     for state in ("truncation", "padding"):  # of its last call
         words.pop(state, None)

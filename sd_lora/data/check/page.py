@@ -23,7 +23,7 @@ LARGE_CROP_LOSS = 0.2
 quarter, in its nearest bucket a few hundredths."""
 
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""Marks that turn the direction of the text after them: "gpj.exe" could pass for "exe.jpg"."""
+"""Mark that turn the direction of the text after them: "gpj.exe" could pass for "exe.jpg"."""
 
 
 def printable(text: str) -> str:

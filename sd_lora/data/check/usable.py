@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sd_lora.config.sources import Kind
-from sd_lora.data.batches.caption_rules import is_odd, longest_form
+from sd_lora.data.batches.caption_rules import has_unread_wildcards, longest_form
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.page import report_lines
@@ -163,7 +163,7 @@ def _odd_wildcards(samples: list[Sample]) -> list[Finding]:
     for sample in samples:
         if not sample.source.rules.wildcards:
             continue
-        odd = next((text for text in sample.captions if is_odd(text)), None)
+        odd = next((text for text in sample.captions if has_unread_wildcards(text)), None)
         if odd is not None:
             findings.append(Finding("wildcard", sample.name, f"caption {odd[:60]!r}"))
     return findings

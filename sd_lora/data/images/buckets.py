@@ -1,4 +1,4 @@
-"""In which shape an image is trained, and which part of it: aspect-ratio buckets, or squares."""
+"""Shapes of training images, and the trained part of each: aspect-ratio buckets, or squares."""
 
 import math
 from collections import Counter
@@ -19,10 +19,10 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """What is seen of an image, all in pixels: it is resized, then cut.
+    """Resizing and crop of an image, all in pixels.
 
-    original: the image's own (width, height), upright. resized: after resizing. corner: (left,
-    top) of what is cut out of the resized image. size: (width, height) of what is cut out.
+    original: the image's own (width, height), upright. resized: after resizing. corner: (left, top)
+    of the crop in the resized image. size: (width, height) of the crop.
     """
 
     original: Size
@@ -41,13 +41,12 @@ class Crop:
         return max(new / old for new, old in zip(self.resized, self.original, strict=True))
 
     def corner_of(self, flip: bool) -> tuple[int, int]:
-        """Returns (left, top) of the cut, with `flip` in the mirrored image: what is seen starts
-        as far from its left as it ended from the right."""
+        """(left, top) of the crop; with `flip`, in the mirrored image."""
         left, top = self.corner
         return (self.resized[0] - self.size[0] - left if flip else left), top
 
     def cut(self, image: Image.Image, interpolation: str) -> Image.Image:
-        """Returns what is seen of an image of the size `original`."""
+        """The crop of an image of the size `original`."""
         if self.resized != image.size:
             image = image.resize(self.resized, INTERPOLATIONS[interpolation])
         left, top = self.corner
@@ -55,24 +54,24 @@ class Crop:
 
 
 def pixels_of(image: Image.Image, flip: bool) -> Tensor:
-    """Returns an RGB image as (3, H, W) in [-1, 1]."""
+    """An RGB image as (3, H, W) in [-1, 1]."""
     array = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return (array.flip(-1) if flip else array).float() / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How images get their shapes.
+    """Rules for the shapes of images.
 
     With a `step`, aspect-ratio buckets: sizes whose sides are multiples of it, from min_side to
-    max_side (half and twice the resolution when None), of at most resolution² pixels; an image
-    goes to the one whose aspect ratio is nearest in logarithm, covers it, and is cut. Without, the
-    squares of diffusers' scripts: the shorter side is resized to the resolution.
+    max_side (half and twice the resolution when None), of at most resolution² pixels; an image goes
+    to the bucket with the nearest aspect ratio in logarithm, is resized to cover it, and is
+    cropped. Without, the squares of diffusers' scripts: the shorter side is resized to the
+    resolution.
 
-    upscale: whether images smaller than their bucket are made larger; if not, they get a bucket
-    of their own size, rounded down. min_images: of a bucket; the images of one that has fewer
-    go to the next one. random_crop: cut at a random place, not in the middle; None: where there is
-    no step.
+    upscale: whether images smaller than their bucket are enlarged; if not, they get a bucket of
+    their own size, rounded down. min_images: of a bucket; images of a smaller one go to the next
+    one. random_crop: crop at a random place, not in the middle; None: where there is no step.
     """
 
     resolution: int
@@ -104,8 +103,9 @@ class CropSettings:
         return max(step, math.ceil(least / step) * step), int(most // step * step)
 
     def bucket(self, size: Size) -> Size | None:
-        """Returns the bucket of an image of this size; None for one that is smaller than the
-        step, where nothing is upscaled."""
+        """The bucket of an image of this size; None for an image smaller than the step without
+        upscaling.
+        """
         best = self._nearest(size, self.buckets)
         if self.step is None or self.upscale or _covering(size, best)[1] <= 1:
             return best
@@ -122,7 +122,7 @@ class CropSettings:
         return min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1], b))
 
     def assign(self, sizes: Sequence[Size], counts: Sequence[int]) -> list[Size | None]:
-        """Returns the bucket of each image of a set, or None as `bucket` does.
+        """The bucket of each image of a set, or None as `bucket` does.
 
         Args:
             sizes: of the images.
@@ -153,7 +153,7 @@ class CropSettings:
                 del filled[least]
 
     def resized(self, size: Size, bucket: Size) -> Size:
-        """Returns (width, height) after resizing; of squares, rounded as torchvision's Resize."""
+        """(width, height) after resizing; of squares, rounded as torchvision's Resize."""
         if self.step is not None:
             return _covering(size, bucket)[0]
         width, height = size
@@ -171,8 +171,9 @@ class CropSettings:
         return chosen and self.resized(size, bucket) != bucket
 
     def crop(self, size: Size, bucket: Size, u: tuple[float, float] | None) -> Crop:
-        """Returns what is seen of an image; u: two numbers in [0, 1) that place a random cut, None
-        for the middle."""
+        """The crop of an image; u: two numbers in [0, 1) that place a random crop, None for the
+        middle.
+        """
         width, height = resized = self.resized(size, bucket)
         spare = (width - bucket[0], height - bucket[1])
         if u is None:  # rounding as torchvision's CenterCrop
@@ -183,7 +184,7 @@ class CropSettings:
 
 
 def _covering(size: Size, bucket: Size) -> tuple[Size, float]:
-    """Returns the smallest size of the image's shape that covers a bucket, and its scale."""
+    """The smallest size of the image's shape to cover a bucket, and its scale."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     width, height = (max(b, round(s * scale)) for s, b in zip(size, bucket, strict=True))
     return (width, height), scale

@@ -24,8 +24,8 @@ FORMATS = (
     *("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000"),
     *("PPM", "QOI", "TGA"),
 )
-"""What pillow may take a file for. It knows more, such as PostScript, for which it starts
-Ghostscript: nothing that someone else's data set should be able to ask for."""
+"""Formats that pillow may take a file for. It knows more; for PostScript it starts Ghostscript, and
+a foreign data set must not be able to ask for this."""
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -40,11 +40,11 @@ INTERPOLATIONS = {
 Colour = tuple[int, int, int]
 
 BACKGROUND: Colour = (255, 255, 255)
-"""Transparent pixels are laid on white: what lies hidden under them is often garbage."""
+"""Colour under transparent pixels, white: their own hidden colour is often garbage."""
 
 MAX_PIXELS = 178_956_970
-"""What pillow refuses by default as a decompression bomb: half a GiB of RGB. A limit of our own as
-well, since other libraries switch pillow's off."""
+"""Pillow's own bound for decompression bombs: half a GiB of RGB. Checked here as well, since other
+libraries switch pillow's check off."""
 
 BOMB = (
     f"it claims more than {MAX_PIXELS / 1e6:.0f} million pixels, which is taken for a "
@@ -61,12 +61,12 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation → what sets the image upright."""
+"""EXIF orientation → transposition to upright."""
 
 SRGB = ImageCms.createProfile("sRGB")
 CLOSE = 2
 """Levels of 255. A profile that moves no colour by more is sRGB itself: makers write its curve as
-tables or formulas that round differently, and such images keep their pixels bit for bit."""
+tables or formulas with different rounding, and these images keep their pixels bit for bit."""
 
 # pillow warns of large images, odd metadata and the like, in every worker again; what matters of
 # it is a finding of the check. A filter for good, as warnings.catch_warnings is not thread-safe.
@@ -89,7 +89,7 @@ def is_image(path: Path) -> bool:
 
 
 def read_file(path: Path) -> bytes:
-    """Returns the bytes of a regular file, and waits for nothing else to send some.
+    """The bytes of a regular file, without waiting for another process to send some.
 
     Raises:
         OSError: a file that cannot be read; a folder, pipe, socket or device.
@@ -105,10 +105,10 @@ def read_file(path: Path) -> bytes:
 
 
 def colour(text: str) -> Colour:
-    """Returns (r, g, b) of a colour as CSS writes it: white, grey, #rrggbb, rgb(0, 128, 0).
+    """(r, g, b) of a CSS colour: white, grey, #rrggbb, rgb(0, 128, 0).
 
     Raises:
-        UsageError: what is no colour, or a partly transparent one.
+        UsageError: an unknown colour, or a partly transparent one.
     """
     with suppress(ValueError):
         found = ImageColor.getrgb(text)
@@ -120,14 +120,14 @@ def colour(text: str) -> Colour:
 
 
 def _formats() -> list[str]:
-    """Returns those of `FORMATS` that this pillow reads."""
+    """The `FORMATS` that this pillow reads."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 @cache
 def _register_heif() -> bool:
-    """Makes pillow read HEIF, what iPhones write, if pillow-heif is installed."""
+    """Make pillow read HEIF, iPhones' format, if pillow-heif is installed."""
     try:
         import pillow_heif
     except ImportError:
@@ -148,7 +148,7 @@ def reasons(data: bytes) -> Iterator[None]:
 
 
 def _undecodable(data: bytes, error: Exception) -> Undecodable:
-    """Returns why an image does not decode, from pillow's error and the bytes themselves."""
+    """Why an image does not decode, from pillow's error and the bytes themselves."""
     if isinstance(error, Image.DecompressionBombError):
         return Undecodable("bomb", BOMB)
     if isinstance(error, Image.UnidentifiedImageError):
@@ -165,7 +165,7 @@ def _undecodable(data: bytes, error: Exception) -> Undecodable:
 
 
 def open_header(data: bytes) -> Image.Image:
-    """Opens an image without decoding it: its format, mode, size and metadata are known.
+    """Open an image without decoding it: its format, mode, size and metadata are known.
 
     Raises:
         Undecodable: empty, not-an-image, no-plugin, bomb, truncated, broken.
@@ -189,10 +189,10 @@ def open_header(data: bytes) -> Image.Image:
 
 
 def load(data: bytes) -> Image.Image:
-    """Decodes an image's bytes fully, the first frame of several, to whatever mode pillow has it.
+    """Decode an image's bytes fully, the first frame of several, to pillow's own mode.
 
     Raises:
-        Undecodable: as of `open_header`; here what is missing or broken in the pixels shows.
+        Undecodable: the errors of `open_header`; here missing or broken pixels show.
     """
     image = open_header(data)
     with reasons(data):
@@ -212,9 +212,9 @@ def load(data: bytes) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """Returns the EXIF orientation, 1 to 8; 1, upright, where metadata are missing or broken.
+    """The EXIF orientation, 1 to 8; 1, upright, where metadata are missing or broken.
 
-    For a loaded image: a PNG may tell it after its pixels.
+    For a loaded image: a PNG may have it after its pixels.
     """
     try:
         found = image.getexif().get(0x0112)
@@ -224,7 +224,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def colours_of(mode: str) -> str:
-    """Returns the 8-bit mode of a mode's colours without their alpha: "L", "CMYK" or "RGB"."""
+    """The 8-bit mode of a mode's colours without their alpha: "L", "CMYK" or "RGB"."""
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         return "L"
     return "CMYK" if mode == "CMYK" else "RGB"
@@ -232,9 +232,9 @@ def colours_of(mode: str) -> str:
 
 @lru_cache(maxsize=64)
 def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """Returns what takes the mode's pixels (RGB, L or CMYK) through an embedded profile to sRGB.
+    """The conversion of a mode's pixels (RGB, L or CMYK) through an embedded profile to sRGB.
 
-    None where the pixels stay as they are: the profile is sRGB, is broken, or is of another mode.
+    None where the pixels stay unchanged: the profile is sRGB, is broken, or is for another mode.
     Colorimetric with black-point compensation, as Photoshop converts: black stays black.
     """
     try:
@@ -258,12 +258,12 @@ def to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 
 def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Returns 16-bit grey as 8-bit grey, and alpha if one value of it means transparent.
+    """16-bit grey as 8-bit grey, and alpha if one value of it means transparent.
 
     Pillow's own conversion would clip: 255 and everything above it white.
 
     Raises:
-        Undecodable: integers beyond 16 bits, of which nobody knows the white.
+        Undecodable: integers beyond 16 bits, whose white is unknown.
     """
     values = np.asarray(image).astype(np.int64)
     tags = getattr(image, "tag_v2", {})  # of a TIFF
@@ -281,10 +281,10 @@ def _grey(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """Returns a loaded image as (8-bit sRGB, "L" alpha or None), both upright.
+    """A loaded image as (8-bit sRGB, "L" alpha or None), both upright.
 
-    The colours under the alpha are as they are stored, which may be garbage. 16-bit colour is cut
-    to its high bytes by pillow, at most one level darker than rounded.
+    The colours under the alpha stay as stored, and may be garbage. Pillow cuts 16-bit colour to its
+    high bytes, at most one level darker than rounded.
 
     Raises:
         Undecodable: integers beyond 16 bits.
@@ -305,7 +305,7 @@ def split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def lay(image: Image.Image, alpha: Image.Image | None, background: Colour) -> Image.Image:
-    """Returns an RGB image laid on a colour; where alpha is 0, that colour exactly."""
+    """An RGB image over a colour; exactly the colour where alpha is 0."""
     if alpha is None:
         return image
     canvas = Image.new("RGB", image.size, background)
@@ -316,12 +316,12 @@ def lay(image: Image.Image, alpha: Image.Image | None, background: Colour) -> Im
 def decode_with_mask(
     data: bytes, name: str, background: Colour = BACKGROUND
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Decodes an image's bytes to (upright 8-bit sRGB over the background, its alpha or None).
+    """Decode an image's bytes to (upright 8-bit sRGB over the background, its alpha or None).
 
     The alpha is an "L" image of the same size: 255 is opaque; None where the file has none.
 
     Raises:
-        RunError: what is empty, truncated, not an image, or too large to be one, by name.
+        RunError: a file that is empty, truncated, not an image, or too large, by name.
     """
     try:
         with reasons(data):

@@ -1,4 +1,4 @@
-"""What is known of an image once it was decoded; a function of its bytes alone."""
+"""Facts about a decoded image; a function of its bytes alone."""
 
 import dataclasses
 import hashlib
@@ -24,14 +24,14 @@ from sd_lora.data.images.decode import (
 )
 
 VERSION = f"1, pillow {PIL.__version__}"
-"""Of the facts: another pillow may read an image that this one does not, or read it otherwise."""
+"""Version of the facts: another pillow may fail to read an image, or read it otherwise."""
 
 THUMBNAIL = 256
 """The longest side of a thumbnail, in pixels."""
 
 FLAT = 3.0
-"""The standard deviation of grey in a thumbnail, in levels of 255, below which there is no hash.
-Re-encoded as a JPEG of quality 30 to 95, images of 4 levels keep all but 4 of the 64 bits, those
+"""Standard deviation of grey in a thumbnail, in levels of 255; below it there is no hash.
+Re-encoded as a JPEG of quality 30 to 95, images of 4 levels keep all but 4 of the 64 bits, images
 of 2 lose up to 8; noise of 8 levels over one colour comes to 1.4, and its bits are chance."""
 
 OPAQUE = 128
@@ -45,18 +45,18 @@ ODDITIES = (
 
 
 def content_digest(data: bytes) -> str:
-    """Returns what names a file's bytes everywhere: blake2b, 16 bytes, in hex."""
+    """The name of a file's bytes everywhere: blake2b, 16 bytes, in hex."""
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of an image.
+    """Facts about an image.
 
-    digest: of its bytes. size: upright (width, height), (0, 0) where it cannot be decoded. format,
-    mode: pillow's names, before any conversion; empty where unknown. phash: 64 bits that images
-    which look alike share but for a few; None where it cannot be decoded, or is too flat for them
-    to mean anything. oddities: codes of `ODDITIES`. problem: (code, text) why it cannot be decoded.
+    digest: of its bytes. size: upright (width, height), (0, 0) if undecodable. format, mode:
+    pillow's names, before any conversion; empty if unknown. phash: 64 bits, shared but for a few by
+    images that look alike; None if undecodable, or too flat for a meaningful hash. oddities: codes
+    of `ODDITIES`. problem: (code, text), the reason if undecodable.
     """
 
     digest: str
@@ -73,7 +73,7 @@ class Facts:
 
     @classmethod
     def from_json(cls, data: bytes) -> "Facts | None":
-        """Returns the facts of `to_json`; None for garbage, or of another version.
+        """The facts of `to_json`; None for garbage, or of another version.
 
         None also for an image that lacked a plugin, which may have been installed since.
         """
@@ -95,10 +95,10 @@ class Facts:
 
 
 def examine(data: bytes) -> tuple[Facts, Image.Image | None]:
-    """Decodes an image fully and returns what is known of it, and a thumbnail.
+    """Decode an image fully; returns its facts and a thumbnail.
 
-    The thumbnail is upright RGB over white, its longest side at most 256 pixels; None where the
-    image cannot be decoded, which is a problem among the facts and no exception.
+    The thumbnail is upright RGB over white, its longest side at most 256 pixels; None for an
+    undecodable image, whose problem is among the facts and raises nothing.
     """
     facts = Facts(content_digest(data))
     try:
@@ -133,7 +133,7 @@ def _seen(data: bytes, header: Image.Image, facts: Facts) -> tuple[Facts, Image.
 
 
 def _oddities(data: bytes, header: Image.Image) -> set[str]:
-    """Returns what is odd by the header alone."""
+    """Oddities shown by the header alone."""
     odd, mode, colours = set(), header.mode, colours_of(header.mode)
     if colours != "RGB":
         odd.add("cmyk" if colours == "CMYK" else "grey")
@@ -154,7 +154,7 @@ def _oddities(data: bytes, header: Image.Image) -> set[str]:
 
 
 def _shrink(image: Image.Image) -> None:
-    """Shrinks an image in place to a thumbnail; a third of the time of Lanczos on the whole."""
+    """Shrink an image in place to a thumbnail; a third of the time of Lanczos on the whole."""
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS, reducing_gap=3.0)
 
 

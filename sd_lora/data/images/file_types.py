@@ -1,4 +1,4 @@
-"""What a file's bytes say of themselves, before any decoder: its kind, and whether it is whole."""
+"""The kind of a file by its bytes, before any decoder, and whether the file is complete."""
 
 BRANDS = {
     b"avif": "AVIF",
@@ -7,7 +7,7 @@ BRANDS = {
     **dict.fromkeys((b"hevc", b"hevx", b"hevm", b"hevs"), "HEIF"),
     **dict.fromkeys((b"mif1", b"mif2", b"msf1"), "HEIF"),
 }
-"""ISO media files that are images: AVIF (AV1 inside), HEIF (HEVC inside, what iPhones write)."""
+"""ISO media files with images: AVIF (AV1 inside), HEIF (HEVC inside, iPhones' format)."""
 
 SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
@@ -42,7 +42,7 @@ HEAD = 1024
 
 
 def image_format(data: bytes) -> str | None:
-    """Returns pillow's name of the format that the first bytes promise, such as "JPEG"."""
+    """Pillow's name of the format that the first bytes announce, for example "JPEG"."""
     if data[4:8] == b"ftyp":
         compatible = [data[i : i + 4] for i in range(16, min(_box(data, 0)[1], 128), 4)]
         found = [BRANDS[b] for b in (data[8:12], *compatible) if b in BRANDS]
@@ -54,7 +54,7 @@ def image_format(data: bytes) -> str | None:
 
 
 def looks_like(data: bytes) -> str:
-    """Returns what a file that is no image is instead; empty: unknown."""
+    """The kind of a file that is not an image; empty if unknown."""
     for magic, name in OTHERS:
         if data.startswith(magic):
             return name
@@ -80,11 +80,11 @@ def looks_like(data: bytes) -> str:
 
 
 def is_cut_short(data: bytes) -> bool:
-    """Whether the end of an image is missing, by its format's own account of its length.
+    """Whether the end of an image is missing, by the length in its format.
 
-    Of a JPEG: no end marker after its pixels began; pillow takes a file whose second half is
-    zeros, as a broken copy leaves it, for whole. Of WebP, AVIF and HEIF: a length beyond the file,
-    which pillow takes for nonsense. Of the others pillow itself says that they are truncated.
+    JPEG: no end marker after the start of its pixels; pillow accepts a file whose second half is
+    zeros, the result of a broken copy. WebP, AVIF and HEIF: a length beyond the file, for which
+    pillow's error is misleading. For the others pillow itself reports truncation.
     """
     kind = image_format(data)
     if kind == "JPEG":
@@ -102,7 +102,7 @@ def is_cut_short(data: bytes) -> bool:
 
 
 def _box(data: bytes, at: int) -> tuple[bytes, int]:
-    """Returns (type, end) of the ISO media box that starts at a byte."""
+    """(type, end) of the ISO media box that starts at a byte."""
     size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
     if size == 1:  # a 64-bit length follows
         size = int.from_bytes(data[at + 8 : at + 16], "big")
@@ -110,7 +110,7 @@ def _box(data: bytes, at: int) -> tuple[bytes, int]:
 
 
 def _jpeg_scan(data: bytes) -> int:
-    """Returns where a JPEG's pixels begin: after the segments, one of which holds a thumbnail."""
+    """The start of a JPEG's pixels: after the segments, one of which holds a thumbnail."""
     at = 2
     while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         if data[at + 1] == 0xFF:  # fill bytes

@@ -1,4 +1,4 @@
-"""Masks for inpainting, made during training: what is to be painted, 1, and what is kept, 0."""
+"""Masks for inpainting, drawn during training: 1 is to be painted, 0 is kept."""
 
 import torch
 from PIL import Image, ImageDraw
@@ -7,15 +7,15 @@ from torch import Tensor
 from sd_lora.seeds import seed_for, uniform
 
 WHOLE = 0.25
-"""The part of the masks that cover the whole image, as in the training of Stable Diffusion's
-inpainting model (its model card), so that it goes on drawing from the text alone."""
+"""Share of masks that cover the whole image, as in the training of Stable Diffusion's inpainting
+model (its model card), so that it keeps drawing from the text alone."""
 
 STROKES = 4
 """At most so many strokes in a mask of strokes."""
 
 
 def draw_mask(size: tuple[int, int], address: tuple[int | str, ...]) -> Tensor:
-    """Returns a mask (1, height, width) of zeros and ones, a function of its address.
+    """A mask (1, height, width) of zeros and ones, a function of its address.
 
     size: (width, height) in pixels.
 

@@ -13,7 +13,7 @@ from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError, did_you_mean
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
-"""Names of metadata files in a folder: the imagefolder layout of `datasets`."""
+"""Name of metadata files in a folder: the imagefolder layout of `datasets`."""
 
 
 @dataclass(frozen=True, slots=True)

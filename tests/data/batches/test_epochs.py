@@ -14,7 +14,7 @@ entries = st.lists(st.sampled_from(SHAPES), min_size=1, max_size=40)
 
 
 def counted(batches: list[MicroBatch]) -> Counter[int]:
-    return Counter(place.entry for micro in batches for place in micro.places if place.counted)
+    return Counter(place.entry for micro in batches for place in micro.entries if place.counted)
 
 
 @settings(max_examples=60)
@@ -44,10 +44,10 @@ def test_an_epoch_shows_everything(
             assert sum(own) == count + extra
             assert max(own) - min(own) <= 1  # what is shown more often takes turns
         for micro in micros:
-            assert len({entries[place.entry] for place in micro.places}) == 1
-            assert leftovers == "smaller" or len(micro.places) == batch
+            assert len({entries[place.entry] for place in micro.entries}) == 1
+            assert leftovers == "smaller" or len(micro.entries) == batch
         assert len(micros) == epochs.num_micro_batches
-        empty = sum(not place.counted for micro in micros for place in micro.places)
+        empty = sum(not place.counted for micro in micros for place in micro.entries)
         assert empty == epochs.empty
 
 
@@ -79,41 +79,41 @@ def test_the_arithmetic_of_steps(entries: list, batch: int, accumulation: int) -
         assert {micro.accumulation_steps for micro in micros} == {len(micros)}
         assert len(micros) <= accumulation
         assert {micro.epoch for micro in micros} == {step // epochs.num_steps}
-        samples = sum(len(micro.places) for micro in micros)
+        samples = sum(len(micro.entries) for micro in micros)
         assert {micro.step_samples for micro in micros} == {samples}
         for micro in micros:
             assert micro.position == position
-            position += len(micro.places)
+            position += len(micro.entries)
     assert position == 2 * len(entries)
     assert epochs.first_of_step(2 * epochs.num_steps) == number == 2 * epochs.num_micro_batches
 
 
-@given(places=st.integers(1, 20), processes=st.integers(1, 6))
-def test_processes_share_a_micro_batch(places: int, processes: int) -> None:
+@given(entries=st.integers(1, 20), processes=st.integers(1, 6))
+def test_processes_share_a_micro_batch(entries: int, processes: int) -> None:
     """Each place belongs to exactly one process, in order, in parts as equal as can be."""
-    micro = Epochs([(8, 8)] * places, places).epoch(0)[0]
+    micro = Epochs([(8, 8)] * entries, entries).epoch(0)[0]
     shares = [micro.part_of(p, processes) for p in range(processes)]
-    assert [i for loss_scale in shares for i in loss_scale] == list(range(places))
+    assert [i for loss_scale in shares for i in loss_scale] == list(range(entries))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_epochs_differ_and_are_addressed() -> None:
     """Each epoch is another order, the same whenever it is asked for, in any order of asking."""
     epochs = Epochs([SHAPES[i % 4] for i in range(30)], 4, seed=3)
-    orders = [[m.places for m in epochs.epoch(e)] for e in range(3)]
+    orders = [[m.entries for m in epochs.epoch(e)] for e in range(3)]
     assert len({tuple(order) for order in orders}) == 3
     numbers = [40, 3, 25, 3, 0]
     again = Epochs([SHAPES[i % 4] for i in range(30)], 4, seed=3)
     assert [again.micro_batch(n) for n in numbers] == [epochs.micro_batch(n) for n in numbers]
     other = Epochs([SHAPES[i % 4] for i in range(30)], 4, seed=4)
-    assert [m.places for m in other.epoch(0)] != orders[0]
+    assert [m.entries for m in other.epoch(0)] != orders[0]
 
 
 def test_buckets_are_mixed() -> None:
     """Batches of different buckets alternate in an epoch: 20 of each of two shapes, batch 2, are
     not first all of one and then all of the other."""
     entries = [SHAPES[0]] * 20 + [SHAPES[1]] * 20
-    shapes = [entries[m.places[0].entry] for m in Epochs(entries, 2).epoch(0)]
+    shapes = [entries[m.entries[0].entry] for m in Epochs(entries, 2).epoch(0)]
     changes = sum(a != b for a, b in zip(shapes, shapes[1:], strict=False))
     assert changes > 3
 
@@ -123,7 +123,7 @@ def test_a_bucket_smaller_than_a_batch(leftovers: str) -> None:
     """Two images in batches of seven: seen once, or filled up as was said, and no more."""
     epochs = Epochs([SHAPES[0]] * 2, 7, leftovers=leftovers)
     (micro,) = epochs.epoch(1)
-    assert len(micro.places) == (2 if leftovers == "smaller" else 7)
+    assert len(micro.entries) == (2 if leftovers == "smaller" else 7)
     assert micro.step_samples == (7 if leftovers == "repeat" else 2)
     # what is seen again is seen in another way: its address differs
-    assert len({(p.entry, p.again) for p in micro.places}) == len(micro.places)
+    assert len({(p.entry, p.again) for p in micro.entries}) == len(micro.entries)

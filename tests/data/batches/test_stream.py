@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -19,7 +20,7 @@ from sd_lora.config.sources import CaptionRules, SourceSpec
 from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.batches.stream import Batch, ClassOrder, ImageSet, Stream
 from sd_lora.data.cache.latents import LatentTable, LoadedImage, Moments, PixelSettings
-from sd_lora.data.cache.store import Store
+from sd_lora.data.cache.store import Store, digest_of
 from sd_lora.data.images.buckets import Crop, CropSettings
 from sd_lora.data.images.facts import content_digest
 from sd_lora.data.sources.samples import Sample
@@ -178,12 +179,12 @@ def test_any_split_of_a_batch_is_the_same_samples(processes: int, accumulation: 
 def test_class_images_are_all_used() -> None:
     """11 class images beside 5 instances: each is shown once before any is shown again, in
     another order each time around."""
-    rotation = ClassOrder(made(samples([(64, 64)] * 11), "class"))
-    turns = [[rotation.item(t * 11 + i).index for i in range(11)] for t in range(3)]
+    class_order = ClassOrder(made(samples([(64, 64)] * 11), "class"))
+    turns = [[class_order.item(t * 11 + i).index for i in range(11)] for t in range(3)]
     assert all(sorted(turn) == list(range(11)) for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 3
     instance = made(samples([(64, 64)] * 5))
-    (stream,) = streams(instance, 4, 1, 11, prior=rotation.set)
+    (stream,) = streams(instance, 4, 1, 11, prior=class_order.set)
     shown = Counter(
         item.index for n in range(len(stream)) for item in stream.batch(n).items
         if item.kind == "class"
@@ -360,3 +361,35 @@ def test_partners_of_what_does_not_count_do_not_count(leftovers: str) -> None:
             found += weights
     assert found.count(1.0) == 10
     assert 0.0 in found
+
+
+def test_class_weights_are_the_streams() -> None:
+    """A class item's weight is its source's times `class_weight`, an instance's its source's alone;
+    a filling weighs nothing."""
+    framing = CropSettings(64)
+    spec = SourceSpec(path="a", weight=0.5)
+    samples = [Sample(f"{i}", bytes, ("x",), spec, "d", (64, 64)) for i in range(3)]
+    instances, classes = (
+        ImageSet(samples, [(64, 64)] * 3, framing, kind, 0) for kind in ("instance", "class")
+    )
+    epochs = Epochs([(64, 64)] * 3, 2, leftovers="pad-batch")
+    table = LatentTable(PixelSettings(), "", "no")
+    stream = Stream(instances, epochs, classes, 0, 1, table, 2, class_weight=0.1)
+    for number in range(2):
+        micro = epochs.micro_batch(number)
+        items = stream.items(micro, range(2))
+        counted = [entry.counted for entry in micro.entries]
+        assert [i.weight for i in items[:2]] == [0.5 if c else 0.0 for c in counted]
+        assert [i.weight for i in items[2:]] == [0.5 * 0.1 if c else 0.0 for c in counted]
+
+
+def test_keys_of_cached_latents_stay() -> None:
+    """The text of a crop in a latent's key is that of the first entries ever made, so that the
+    renamed class loses no user's cache."""
+    crop = Crop((10, 20), (64, 128), (0, 32), (64, 64))
+    text = "Frame(original=(10, 20), resized=(64, 128), corner=(0, 32), size=(64, 64))"
+    sample = Sample("a", bytes, ("x",), SourceSpec(path="a"), "digest", (10, 20))
+    table = LatentTable(PixelSettings(), "vae", "memory")
+    assert table.key(sample, crop, True) == "latents/" + digest_of(
+        "1", PIL.__version__, "digest", text, "True", "lanczos", "(255, 255, 255)", "False", "vae"
+    )
