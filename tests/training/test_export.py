@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,66 @@ from safetensors.torch import load_file
 import sd_lora
 from sd_lora.formats.inspect import body_hash
 from tests.training.runs import dreambooth, images, text_to_image
+
+# of a dreambooth run on six instance images and three class images
+EXPECTED_HEADER = {
+    "format": "pt",
+    "modelspec.architecture": "stable-diffusion-v1/lora",
+    "modelspec.implementation": "diffusers",
+    "modelspec.prediction_type": "epsilon",
+    "modelspec.resolution": "64x64",
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.title": "mine",
+    "modelspec.trigger_phrase": "sks thing, red",
+    "ss_base_model_version": "sd_v1",
+    "ss_batch_size_per_device": "2",
+    "ss_bucket_info": '{"buckets": {"0": {"resolution": [64, 64], "count": 6}}}',
+    "ss_bucket_no_upscale": "True",
+    "ss_caption_dropout_rate": "0.25",
+    "ss_caption_tag_dropout_rate": "0.2",
+    "ss_clip_skip": "2",
+    "ss_enable_bucket": "True",
+    "ss_flip_aug": "True",
+    "ss_gradient_accumulation_steps": "2",
+    "ss_gradient_checkpointing": "True",
+    "ss_keep_tokens": "1",
+    "ss_learning_rate": "0.002",
+    "ss_lr_scheduler": "cosine",
+    "ss_lr_warmup_steps": "1",
+    "ss_max_grad_norm": "0.7",
+    "ss_max_timestep": "900",
+    "ss_max_token_length": "150",
+    "ss_max_train_steps": "4",
+    "ss_min_snr_gamma": "4.0",
+    "ss_min_timestep": "10",
+    "ss_mixed_precision": "no",
+    "ss_network_alpha": "4",
+    "ss_network_args": '{"conv_dim": "2", "conv_alpha": "4"}',
+    "ss_network_dim": "4",
+    "ss_network_dropout": "0.1",
+    "ss_network_module": "networks.lora",
+    "ss_noise_offset": "0.05",
+    "ss_num_epochs": "2",
+    "ss_num_reg_images": "3",
+    "ss_num_train_images": "6",
+    "ss_optimizer": "torch.optim.adamw.AdamW",
+    "ss_output_name": "mine",
+    "ss_prior_loss_weight": "0.5",
+    "ss_random_crop": "False",
+    "ss_resolution": "(64, 64)",
+    "ss_scale_weight_norms": "3.0",
+    "ss_sd_model_name": "tiny-sd1",
+    "ss_seed": "7",
+    "ss_shuffle_caption": "True",
+    "ss_steps": "4",
+    "ss_tag_frequency": '{"instance": {"sks thing": 6, "red": 6}, "class": {"a thing": 3}}',
+    "ss_text_encoder_lr": "0.0003",
+    "ss_total_batch_size": "4",
+    "ss_unet_lr": "0.002",
+    "ss_v2": "False",
+    "ss_vae_name": "None",
+    "ss_zero_terminal_snr": "False",
+}
 
 
 @pytest.fixture
@@ -52,6 +113,61 @@ def test_the_header_says_how_it_was_trained(tiny_sd1: Path, data: Path, tmp_path
         assert own["config"]["snr_gamma"] == 5.0
         assert own["versions"]["torch"] == torch.__version__
         assert own["family"] == "sd1"
+
+
+def test_every_key_of_the_header(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """The header of both files, written out in full for a run whose options differ from their
+    defaults: a key that is lost, renamed or filled from another option fails. The writer
+    rescales the factors to one alpha in the file; the date, the hash of the file's tensors and
+    our own record are proved by themselves."""
+    classes = images(tmp_path / "classes", 3, (64, 96))
+    options = {
+        "instance_prompt": "sks thing, red",
+        "with_prior_preservation": True,
+        "class_data_dir": str(classes),
+        "class_prompt": "a thing",
+        "num_class_images": 3,
+        "prior_loss_weight": 0.5,
+        "gradient_accumulation_steps": 2,
+        "max_train_steps": 4,
+        "learning_rate": 2e-3,
+        "train_text_encoder": True,
+        "text_encoder_lr": 3e-4,
+        "lr_scheduler": "cosine",
+        "lr_warmup_steps": 1,
+        "max_grad_norm": 0.7,
+        "gradient_checkpointing": True,
+        "neuron_dropout": 0.1,
+        "snr_gamma": 4.0,
+        "noise_offset": 0.05,
+        "scale_weight_norms": 3.0,
+        "bucket_no_upscale": True,
+        "bucket_step": 32,
+        "random_flip": True,
+        "caption_dropout": 0.25,
+        "shuffle_caption": True,
+        "keep_tokens": 1,
+        "caption_tag_dropout": 0.2,
+        "clip_skip": 1,
+        "max_token_length": 150,
+        "min_timestep": 10,
+        "max_timestep": 900,
+        "seed": 7,
+        "rank": 4,
+        "lora_alpha": 2.0,
+        "conv_rank": 2,
+        "conv_alpha": 1.0,
+    }
+    result = sd_lora.train(dreambooth(tiny_sd1, data, tmp_path / "mine", **options))
+    assert len(result.files) == 2
+    for file in result.files:
+        said = header(file.path)
+        own = json.loads(said.pop("sd_lora"))
+        assert datetime.fromisoformat(said.pop("modelspec.date"))
+        assert said.pop("sshs_model_hash") == body_hash(file.path)
+        assert {key: own["config"][key] for key in options} == options
+        assert (own["images"], own["steps"]) == ({"instance": 6, "class": 3}, 4)
+        assert said == EXPECTED_HEADER | {"sd_lora_version": sd_lora.__version__}
 
 
 @pytest.mark.parametrize(
