@@ -1,4 +1,4 @@
-# make demo | test | check | fix | clean. Each makes .venv by itself.
+# make demo | test | check | compat | fix | clean. Each makes .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check fix clean
+.PHONY: demo test check compat fix clean
 .DEFAULT_GOAL := demo
 
 # torch by itself first: CPU machines take the pinned build, and nothing later may replace it
@@ -29,6 +29,11 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the wheel, and the oldest versions that pyproject.toml allows: about three minutes
+compat: $(VENV)/.ready
+	bash .ci/wheel
+	bash .ci/floors
 
 fix: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
