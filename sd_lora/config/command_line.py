@@ -1,12 +1,9 @@
 """Command line and configuration files → TrainConfig."""
 
 import argparse
-import json
 import re
-import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from sd_lora.config.kohya import read_dataset_config
@@ -18,6 +15,7 @@ from sd_lora.config.schema import (
     TrainConfig,
     with_present_names,
 )
+from sd_lora.config.values import read_table
 from sd_lora.errors import Problem, UsageError, did_you_mean, refuse
 
 _NOT_YET = "is not supported yet"
@@ -200,17 +198,7 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """Options of a file, and a problem for each key that is none; raises UsageError for a file that
     cannot be parsed."""
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"config file {path} does not exist")
-    kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
-    try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
-        raise UsageError(f"{path} is not {kind}: {error}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} needs a table of options, and is {data!r:.40}")
+    data = read_table(path, "config file", "a table of options")
     values: dict[str, Any] = {}
     problems: list[Problem] = []
     for key, value in data.items():
@@ -371,15 +359,23 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
     idle = {name for name in WITHOUT_EFFECT if flags.pop(name, False)}
     values, faults = _read(file) if file else ({}, [])
     problems += faults
+    for name, given in flags.items():
+        try:
+            values[name] = _value(name, given)
+        except UsageError as error:
+            problems += error.problems
+    values, notes = with_present_names(values)
+    if idle and values.get("train_text_encoder"):
+        text = "pre_compute_text_embeddings contradicts train_text_encoder"
+        problems.append(Problem("pre_compute_text_embeddings", text))
     try:
-        values |= {name: _value(name, given) for name, given in flags.items()}
-        values, notes = with_present_names(values)
         if values.get("dataset_config"):
             values = with_dataset_options(str(values["dataset_config"]), values)
-        if idle and values.get("train_text_encoder"):
-            raise UsageError("pre_compute_text_embeddings contradicts train_text_encoder")
-        if known:
-            _insist(values, known, file)
+    except UsageError as error:
+        problems.append(Problem("dataset_config", str(error)))
+    if known:
+        problems += _take_from_script(values, known, file)
+    try:
         config = TrainConfig(**values)
     except UsageError as error:
         problems += error.problems or [Problem("", str(error))]
@@ -387,9 +383,13 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
     return config.with_notes(notes)
 
 
-def _insist(values: dict[str, Any], script: Script, file: str | None) -> None:
-    """Set the mode and family of a script; raises UsageError if a file has others."""
+def _take_from_script(values: dict[str, Any], script: Script, file: str | None) -> list[Problem]:
+    """Set the mode and family of a script; a problem for each that is given otherwise."""
+    problems = []
     if values.setdefault("mode", script.mode) != script.mode:
-        raise UsageError(f"{file} is for {values['mode']}, and this script is for {script.mode}")
+        text = f"{file} is for {values['mode']}, and this script is for {script.mode}"
+        problems.append(Problem("mode", text))
     if script.family and values.setdefault("family", script.family) != script.family:
-        raise UsageError(f"family is {values['family']}, and this script is for {script.family}")
+        text = f"family is {values['family']}, and this script is for {script.family}"
+        problems.append(Problem("family", text))
+    return problems

@@ -4,15 +4,13 @@
 JSON: a subset's keys go before its dataset's, and these before `[general]`.
 """
 
-import json
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sd_lora.config.sources import CaptionRules, SourceSpec, problems
-from sd_lora.config.values import wrong_type
+from sd_lora.config.values import read_table, wrong_type
 from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.findings import Finding
 
@@ -104,7 +102,8 @@ def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], li
         UsageError: no such file, not TOML or JSON; all keys that are unknown, of a wrong type,
             contradictory or unsupported, at once.
     """
-    reading, data = _Reading(path), _parsed(path)
+    reading = _Reading(path)
+    data = read_table(path, "dataset config", "[[datasets]]")
     general, datasets = data.get("general", {}), data.get("datasets")
     for key in data:
         if key not in ("general", "datasets"):
@@ -144,23 +143,6 @@ def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], li
     if not specs:
         raise UsageError(f"{path}: every subset is left out: num_repeats is 0")
     return specs, merged, reading.notes
-
-
-def _parsed(path: str) -> dict[str, Any]:
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UsageError(f"dataset config {path} does not exist")
-    kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-        data = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
-        raise UsageError(f"{path} is not {kind}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    if not isinstance(data, dict):
-        raise UsageError(f"{path}: needs [[datasets]], and is {data!r:.40}")
-    return data
 
 
 def _are_tables(value: object) -> bool:

@@ -1,13 +1,16 @@
-"""Errors of pydantic in plain words: the one place where wrong types and ranges are described."""
+"""Values of configurations: tables read from files, and pydantic's errors in plain words."""
 
+import json
+import tomllib
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sd_lora.config.rows import Option
-from sd_lora.errors import Problem, did_you_mean
+from sd_lora.errors import Problem, UsageError, did_you_mean
 
 TYPES = {
     "bool": "true or false",
@@ -19,6 +22,33 @@ TYPES = {
     "list": "a list of tables, [[sources]] in TOML",
 }
 """Kind of a value → its description."""
+
+
+def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
+    """The table in a TOML or JSON file, told apart by the name's end.
+
+    Args:
+        path: of the file; a byte order mark, as Windows' editors write it, is left out.
+        called: the file's name in messages, "config file".
+        needs: its contents in messages, "a table of options".
+
+    Raises:
+        UsageError: no such file, no permission, not TOML or JSON, or no table.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise UsageError(f"{called} {path} does not exist")
+    kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+        table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
+        raise UsageError(f"{path} is not {kind}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    if not isinstance(table, dict):
+        raise UsageError(f"{path} needs {needs}, and is {table!r:.40}")
+    return table
 
 
 def problems_of(

@@ -39,20 +39,22 @@ def test_five_mistakes_in_a_file_are_told_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """An unknown key, a wrong type, a value out of range, a wrong choice and a contradiction in a
-    file, with an unknown flag beside it: exit code 2, a line each; each problem names its field."""
+    file, with an unknown flag and a pattern without a number beside it: exit code 2, a line each;
+    each problem names its field."""
     file = tmp_path / "broken.toml"
     file.write_text(
         'mode = "text_to_image"\n[model]\npretrained_model_name_or_path = "m"\n'
         '[data]\ntrain_data_dir = "d"\n[adapter]\nnetwork_dim = 8\nrank = "4"\n'
         'lora_dropout = 1.5\nmethod = "lokar"\n[training]\nlr_power = 2\n'
     )
-    words = ["train", "--config", str(file), "--snr_gama", "5"]
+    words = ["train", "--config", str(file), "--snr_gama", "5", "--rank_pattern", "to_q"]
     assert main(words) == 2
     lines = capsys.readouterr().err.removeprefix("error: ").splitlines()
     assert sorted(lines) == sorted(
         [
             "unknown flag --snr_gama. Did you mean --snr_gamma?",
             f"{file}: 'network_dim' is not an option. Here it is --rank",
+            "--rank_pattern 'to_q' is not pattern=number",
             "rank must be a whole number, not '4'",
             "lora_dropout must be at least 0 and below 1, not 1.5",
             "method is one of lora, lora_fa, loha, lokr, full, not 'lokar'. Did you mean lokr?",
@@ -62,7 +64,17 @@ def test_five_mistakes_in_a_file_are_told_at_once(
     with pytest.raises(UsageError) as error:
         parse(words[1:])
     fields = {problem.field for problem in error.value.problems}
-    assert fields == {"network_dim", "snr_gama", "lora_dropout", "method", "rank", "lr_power"}
+    wrong = {"network_dim", "snr_gama", "rank_pattern", "rank", "lora_dropout", "method"}
+    assert fields == wrong | {"lr_power"}
+
+
+def test_a_byte_order_mark_is_no_content(tmp_path: Path) -> None:
+    """Notepad writes a mark before UTF-8: TOML and JSON with it are read as without."""
+    for name, text in (("a.toml", "rank = 8"), ("a.json", '{"rank": 8}')):
+        file = tmp_path / name
+        file.write_text(text, encoding="utf-8-sig")
+        assert file.read_bytes().startswith(b"\xef\xbb\xbf")
+        assert read_config_file(str(file)) == {"rank": 8}
 
 
 def test_every_unknown_flag_is_translated() -> None:
@@ -154,10 +166,12 @@ def test_the_options_know_the_tables_of_other_rooms() -> None:
     from diffusers.optimization import SchedulerType
 
     from sd_lora.adapters.variants import method_class
-    from sd_lora.models.families import family_named
+    from sd_lora.formats.adapter_files import BUILT_IN
+    from sd_lora.models import families
 
+    assert METHODS == BUILT_IN
     assert all(method_class(name) for name in METHODS)
-    assert all(family_named(name).name == name for name in FAMILIES)
+    assert FAMILIES == tuple(families.FAMILIES)
     assert set(SCHEDULES) <= {kind.value for kind in SchedulerType}
 
 
