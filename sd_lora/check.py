@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from sd_lora.adapters.inject import lora_layers
@@ -43,6 +42,7 @@ from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_se
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
+from sd_lora.training.summary import data_rows
 
 NUM_WORST = 5
 """Images named as those that lose most to their crop."""
@@ -117,11 +117,7 @@ def check(
     images.check_sources()
     plan = Plan.of(config, images.instances, num_processes)
     rows = {"model": f"{config.base_model} ({base.family.label})"}
-    rows |= plan.rows()
-    if images.classes:
-        rows["images"] += f", and {images.num_class_images} of the class"
-    if images.classes or config.with_prior_preservation:
-        rows["batch"] += ", as many class images on top"
+    rows |= data_rows(plan, images)
     if config.with_prior_preservation:
         there = images.num_class_images
         check_class_images(config, there, base.family)
@@ -152,7 +148,7 @@ def _cut_away(images: ImageSet) -> str:
 
 def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
     """Disk space of caches, checkpoints and files."""
-    width = torch.finfo(DTYPES[config.vae_precision]).bits // 8
+    width = DTYPES[config.vae_precision].itemsize
     size = (base.vae_config.get("latent_channels", 4), base.pixels_per_latent, width)
     latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
     plain = config.replace(init_lora_weights=None)
@@ -174,7 +170,7 @@ def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
         one = embedding_bytes(configs, config.max_token_length, precision)
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     number = sum(len(found.set.samples) for found in images.by_kind.values())
-    words.append(f"what is known of images {mib(4096 * number)}")
+    words.append(f"facts of images {mib(4096 * number)}")
     moments = optimizer_of(config).state_bytes
     count = math.ceil(plan.num_steps / config.checkpointing_steps) - (
         plan.num_steps % config.checkpointing_steps != 0
@@ -182,7 +178,7 @@ def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
     count = min(count, config.checkpoints_total_limit or count)
     if count:
         words.append(f"{count} checkpoints {mib(count * parameters * (4 + moments))}")
-    saved = 4 if config.save_precision == "fp32" else 2
+    saved = DTYPES[config.save_precision].itemsize
     words.append(f"LoRA files {mib(2 * parameters * saved)}")
     return ", ".join(words)
 

@@ -263,8 +263,8 @@ def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        mib = f"{size / 2**20:.1f} MiB"
-        raise RunError(f"{path} ({mib}) could not be written: {error.strerror or error}") from None
+        reason = error.strerror or error
+        raise RunError(f"{path} ({mib(size)}) could not be written: {reason}") from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)

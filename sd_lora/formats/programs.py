@@ -194,11 +194,7 @@ def _comfyui_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
 
 
 def _a1111_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
-    yield from _only_here(lora)
-    if decomposed := _decomposed(lora):
-        yield f"normalises {decomposed} weight-decomposed deltas otherwise"
-    if nameless := _nameless(lora):
-        yield f"passes over {nameless} text-encoder modules (no `text_model`)"
+    yield from _comfyui_kohya(lora, family)  # A1111 has these faults too, and more
     stems = {key.partition(".")[0] for key in _keys(lora)}
     if family is not None and family.original_names:
         lost = [s for s in stems if "_add_embedding_" in s or "up_blocks_0_upsamplers" in s]

@@ -72,6 +72,12 @@ class StepRecord:
     learning_rate: float
     grad_norm: float | None
 
+    def numbers(self) -> dict[str, float]:
+        """Loss, learning rate ("lr") and gradient norm by name, as the log and trackers have
+        them; without a norm that is None."""
+        numbers = {"loss": self.loss, "lr": self.learning_rate}
+        return numbers if self.grad_norm is None else numbers | {"grad_norm": self.grad_norm}
+
 
 @dataclass(frozen=True)
 class StepsLogged:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sd_lora.errors import RunError
 from sd_lora.files import write_whole
-from sd_lora.report.events import Event, StepRecord, StepsLogged
+from sd_lora.report.events import Event, StepsLogged
 
 
 class LogFile:
@@ -18,7 +18,7 @@ class LogFile:
         """Append the records of logged steps; raises RunError if the disk refuses them."""
         if not isinstance(event, StepsLogged):
             return
-        lines = [json.dumps(_row(record)) for record in event.records]
+        lines = [json.dumps({"step": r.step} | r.numbers()) for r in event.records]
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
@@ -35,8 +35,3 @@ class LogFile:
         """Remove the rows of later steps, which a resumed run does again."""
         kept = [json.dumps(row) + "\n" for row in self.rows() if row["step"] <= last_step]
         write_whole(self.path, "".join(kept).encode())
-
-
-def _row(record: StepRecord) -> dict[str, float]:
-    row = {"step": record.step, "loss": record.loss, "lr": record.learning_rate}
-    return row if record.grad_norm is None else row | {"grad_norm": record.grad_norm}

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import psutil
-import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
@@ -60,8 +59,7 @@ class Caches:
         """
         vae, device = parts.vae, self.accelerator.device
         sets = images.by_kind.values()
-        width = torch.finfo(vae.dtype).bits // 8
-        size = (vae.config.latent_channels, pixel_settings.pixels_per_latent, width)
+        size = (vae.config.latent_channels, pixel_settings.pixels_per_latent, vae.dtype.itemsize)
         needed = sum(latent_bytes(found.set, *size) for found in sets)
         asked = self.config.cache_latents
         identity = vae_identity(vae, device) if asked != "no" else ""

@@ -204,7 +204,7 @@ def embedding_bytes(
 ) -> int:
     """Most bytes of one caption's embedding. configs: of the text encoders."""
     width = sum(config["hidden_size"] for config in configs)
-    return (PIECE + 2) * max_token_length // PIECE * width * torch.finfo(dtype).bits // 8
+    return (PIECE + 2) * max_token_length // PIECE * width * dtype.itemsize
 
 
 def caption_batch_size(device: torch.device) -> int:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
@@ -19,12 +18,11 @@ from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.verify import Verified, verify
+from sd_lora.models.caption_encoder import PIECE
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
+from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
-
-SAVED = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-"""Value of `save_precision` → dtype of the files."""
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -49,7 +47,7 @@ def export(run: Run) -> list[Verified]:
         record(run),
         facts(run),
         run.meta_pipeline.layout,
-        SAVED[run.config.save_precision],
+        DTYPES[run.config.save_precision],
     )
     kinds = formats_of(adapter)[0]
     meta_pipeline = run.meta_pipeline
@@ -178,7 +176,7 @@ def facts(run: Run) -> dict[str, str]:
         "ss_caption_tag_dropout_rate": config.caption_tag_dropout or None,
         "ss_seed": plan.seed,
         "ss_clip_skip": config.clip_skip + 1 if config.clip_skip else None,  # kohya's 1 is none
-        "ss_max_token_length": config.max_token_length if config.max_token_length > 75 else None,
+        "ss_max_token_length": config.max_token_length if config.max_token_length > PIECE else None,
         "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
         "ss_min_timestep": config.min_timestep or None,
         "ss_max_timestep": last if last < run.schedule.num_timesteps else None,

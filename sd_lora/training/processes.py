@@ -97,9 +97,7 @@ class Trackers:
         match event:
             case StepsLogged():
                 for record in event.records:
-                    row = {"loss": record.loss, "lr": record.learning_rate}
-                    row |= {} if record.grad_norm is None else {"grad_norm": record.grad_norm}
-                    self.accelerator.log(row, step=record.step)
+                    self.accelerator.log(record.numbers(), step=record.step)
             case SamplesDrawn():
                 array = np.stack([np.asarray(image) for image in event.images])  # (N, H, W, 3)
                 for tracker in self.accelerator.trackers:

@@ -152,10 +152,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     base = base_of(config)
     resolved = config.resolve(base.family.name, base.resolution)
     caption_encoder = planned_caption_encoder(resolved, base)
-    pixel_settings, crop_settings = (
-        pixel_settings_of(resolved, base),
-        crop_settings_of(resolved, base),
-    )
+    pixel_settings = pixel_settings_of(resolved, base)
+    crop_settings = crop_settings_of(resolved, base)
     store = open_store(resolved)
     images = RunImages(
         resolved, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)

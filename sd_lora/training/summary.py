@@ -16,6 +16,9 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import adapted_modules
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.caches import Caches
+from sd_lora.training.data import RunImages
+from sd_lora.training.plan import Plan
+from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
 
 
@@ -24,10 +27,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     config, parts, rows = run.config, run.parts, run.summary.rows
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
     rows["model"] = f"{config.base_model} ({parts.family.label}{task})"
-    rows |= run.plan.rows()
-    if run.images.classes:
-        rows["images"] += f", and {run.images.num_class_images} of the class"
-        rows["batch"] += ", as many class images on top"
+    rows |= data_rows(run.plan, run.images)
     rows |= caches.rows
     if config.pretrained_vae_model_name_or_path or config.vae_precision != "fp32":
         vae = config.pretrained_vae_model_name_or_path or "the base’s"
@@ -51,6 +51,16 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
         if run.saved.progress.images != run.plan.content:
             run.summary.notes.append("images or captions have changed since it was written")
     run.summary.findings += run.images.findings
+
+
+def data_rows(plan: Plan, images: RunImages) -> dict[str, str]:
+    """Rows of the plan, with the class images; they may still have to be generated."""
+    rows = plan.rows()
+    if images.classes:
+        rows["images"] += f", and {images.num_class_images} of the class"
+    if images.classes or plan.config.with_prior_preservation:
+        rows["batch"] += ", as many class images on top"
+    return rows
 
 
 def _notes(run: Run) -> list[str]:
@@ -138,6 +148,5 @@ def files_of(
     family = meta_pipeline.family
     formats, notes = formats_of(adapter, meta_pipeline.layout if family.original_names else None)
     tensors = formats[0].write(adapter, naming_of(family))
-    width = 4 if precision == "fp32" else 2
-    size = mib(sum(t.numel() * width for _, t in tensors))
+    size = mib(sum(t.numel() for _, t in tensors) * DTYPES[precision].itemsize)
     return f"{size} ({precision}), for {' and for '.join(f.title for f in formats)}", notes
