@@ -1,4 +1,4 @@
-"""Write the tables of options in docs/flags.md from their rows.
+"""Write the tables of options and optimisers in docs/flags.md from their rows.
 
 python dev/write_flags_page.py           # writes them
 python dev/write_flags_page.py --check   # compares; exit code 1 if they differ
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sd_lora.config.rows import PEERS, Option
 from sd_lora.config.schema import OPTIONS, SECTIONS
+from sd_lora.training.optimizers import OPTIMIZERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 START, END = "<!-- options: start -->\n", "<!-- options: end -->\n"
@@ -49,7 +50,17 @@ def tables() -> str:
                 cells = [f"`--{name}`", help, range_of(option), default_of(option), *peers]
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *optimizer_table(), ""]) + "\n"
+
+
+def optimizer_table() -> list[str]:
+    """Lines of the table of optimisers, with their names elsewhere."""
+    lines = ["### optimisers", "", f"| optimiser | bytes of state | {' | '.join(TITLES)} |"]
+    lines += ["|---|---|" + "---|" * len(TITLES)]
+    for name, row in OPTIMIZERS.items():
+        peers = [f"`{n}`" if (n := row.names.get(p)) else "" for p in PEERS]
+        lines.append("| " + " | ".join([name, f"{row.state_bytes} a parameter", *peers]) + " |")
+    return lines
 
 
 def main() -> int:

@@ -146,10 +146,6 @@ class NewTokens:
         """Return the new rows: one parameter a text encoder, (vectors of all words, D)."""
         return [embedding.new for embedding in self.embeddings.values()]
 
-    def parameters_of(self, component: str) -> list[nn.Parameter]:
-        """Return the new rows of one text encoder."""
-        return [self.embeddings[component].new]
-
     def expand(self, caption: str) -> str:
         """Return a caption with all tokens of its words: "<monster>" → "<monster> <monster>_1 …".
 

@@ -147,7 +147,7 @@ def test_names_of_files_are_safe(tmp_path: Path) -> None:
 def test_broken_embeddings_are_not_written(value: float, tmp_path: Path) -> None:
     """One value that is not finite, in the second word: no file at all, and the word is named."""
     tokens = train("sdxl", Concept("<monster>"), Concept("<toy>", 2))
-    tokens.parameters_of("text_encoder_2")[0].data[2, 7] = value
+    tokens.embeddings["text_encoder_2"].new.data[2, 7] = value
     with pytest.raises(RunError, match="text_encoder_2.<toy> are not finite"):
         write_embeddings(tokens, tmp_path / "out", "run", {})
     assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def test_equals_a_resized_table(component: str, dtype: torch.dtype) -> None:
     encoder, first = getattr(pipeline, component), len(pipeline.tokenizer)
     resized = copy.deepcopy(encoder)
     tokens = extend(pipeline, MONSTER, STYLE, TOY)
-    (new,) = tokens.parameters_of(component)
+    new = tokens.embeddings[component].new
     assert new.dtype == torch.float32
     assert encoder.dtype == dtype
     resized.resize_token_embeddings(first + len(new), mean_resizing=False)
