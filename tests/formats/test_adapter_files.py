@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing_behind(
         fsync(fd)
 
     monkeypatch.setattr(tensors.os, "fsync", full)
-    with pytest.raises(sd_lora.RunError, match=r"MiB\) could not be written: No space left"):
+    with pytest.raises(sd_lora.RunError, match=r"KiB\) could not be written: No space left"):
         sd_lora.save_adapter(models(parts), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
