@@ -1,13 +1,14 @@
 """In how many files is each option named? The fewer, the easier to add, rename or remove one.
 
-    python dev/count_options.py    # option, files; then medians, by file and with config/ as one
+    python dev/count_options.py    # options with their files; then the median number of files
 
 A file names an option where it reads it off a configuration (`config.rank`), declares its row, or
-has its name in a text of the program (docstrings are none): as `--rank`, or, in the rooms that know
+has its name in a text of the program: as `--rank`, or, in the rooms that know
 options, as a word with an underscore (rank, seed and mode mean other things too). The rooms below
 config/ have names of their own, some of which are the same (`rank_dropout` of an adapted layer,
-`cache_dir` of a model), and so have the tools (`sd-lora resize --rank`): these are no options. A
-name built at run time, such as `f"{component}_rank"`, names none.
+`cache_dir` of a model), and so have the tools (`sd-lora resize --rank`): these are no options, and
+neither are docstrings, diffusers' `scheduler.config.prediction_type`, and a row's names at peers
+(`onetrainer="cache_dir"`). A name built at run time, `f"{component}_rank"`, names none.
 """
 
 import ast
@@ -15,11 +16,15 @@ import re
 import statistics
 from pathlib import Path
 
+from sd_lora.config.rows import PEERS
 from sd_lora.config.schema import OPTIONS
 
 ROOT = Path(__file__).parent.parent / "sd_lora"
 CONFIGS = re.compile(r"(.*_)?(config|resolved|self)")
-"""Names of variables and attributes that hold a configuration; self: in config/schema.py alone."""
+"""Names of variables and attributes that hold a configuration; self: in its own classes alone."""
+
+FOREIGN = ("scheduler", "unet", "vae")
+"""Models of diffusers, which have a `config` of their own."""
 
 
 def files_of_options() -> dict[str, list[str]]:
@@ -49,25 +54,30 @@ def options_of(path: Path) -> set[str]:
     named: set[str] = set()
     if path.name == "commands.py" or path.parent.name == "formats":  # the tools' own flags
         return named
-    in_schema = path.name == "schema.py"
+    own_class = path.name == "schema.py" or path.parent.name == "options"
     knows = path.relative_to(ROOT).parts[0] in KNOW_OPTIONS
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    documents = {
-        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)
-    }  # docstrings
-    for node in ast.walk(tree):
+    nodes = [*ast.walk(tree)]
+    left_out = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}  # docstrings
+    left_out |= {id(n.value) for n in nodes if isinstance(n, ast.keyword) and n.arg in PEERS}
+    for node in nodes:
         if isinstance(node, ast.Attribute) and node.attr in OPTIONS:
-            holder = node.value
-            last = getattr(holder, "attr", getattr(holder, "id", ""))
-            if CONFIGS.fullmatch(last) and (last != "self" or in_schema):
+            last, before = _name(node.value), _name(getattr(node.value, "value", None))
+            of_run = CONFIGS.fullmatch(last) and before not in FOREIGN
+            if of_run and (last != "self" or own_class):
                 named.add(node.attr)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Call):
             if getattr(node.value.func, "id", "") == "option":
                 named.add(getattr(node.target, "id", ""))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            if id(node) not in documents:
+            if id(node) not in left_out:
                 named |= _in_text(node.value, knows)
     return named & OPTIONS.keys()
+
+
+def _name(node: object) -> str:
+    """Last part of a variable or attribute: "config" of `run.config`."""
+    return getattr(node, "attr", getattr(node, "id", ""))
 
 
 def _in_text(text: str, knows: bool) -> set[str]:
@@ -85,17 +95,6 @@ def main() -> None:
         print(f"{len(files)}  {name}: {', '.join(files)}")
     counts = [len(files) for files in found.values()]
     print(f"by file: median {statistics.median(counts):g}, most {max(counts)}")
-    places = [len({place_of(file) for file in files}) for files in found.values()]
-    above = sum(count > 4 for count in places)
-    print(
-        f"with config/ as one place: median {statistics.median(places):g}, most {max(places)}, "
-        f"{above} of {len(places)} above 4"
-    )
-
-
-def place_of(file: str) -> str:
-    """A file, or config/ for all of its files: the row, its contradictions, the command line."""
-    return "config/" if file.startswith("sd_lora/config/") else file
 
 
 if __name__ == "__main__":

@@ -118,10 +118,11 @@ def check(
     plan = Plan.of(config, images.instances, num_processes)
     rows = {"model": f"{config.base_model} ({base.family.label})"}
     rows |= data_rows(plan, images)
-    if config.with_prior_preservation:
+    wanted = config.class_images
+    if wanted:
         there = images.num_class_images
-        check_class_images(config, there, base.family)
-        missing = max(0, config.num_class_images - there)
+        check_class_images(wanted, there, base.family)
+        missing = max(0, wanted.count - there)
         rows["class images"] = f"{there} there, {missing} will be generated"
     if config.max_train_samples and config.seed is None:
         rows["images"] += " (others than those that a run without --seed will draw)"
@@ -157,9 +158,7 @@ def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
     words = []
     if config.cache_latents in ("auto", "disk"):
         words.append(f"latents {mib(latents)}")
-    if config.cache_text_embeddings in ("auto", "disk") and not (
-        config.train_text_encoder or config.token_abstraction
-    ):
+    if config.cache_text_embeddings in ("auto", "disk") and not config.trains_text:
         samples = [s for p in images.by_kind.values() for s in p.set.samples]
         count = len({f for s in samples for f in longest_form(s.captions, s.source.rules)})
         varies = any(s.source.rules.varies for s in samples)
@@ -167,7 +166,7 @@ def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
             count = min(MAX_CAPTIONS, plan.num_steps * plan.samples_per_step)
         configs = [base.meta_pipeline.configs[c] for c in base.family.text_encoders]
         precision = DTYPES[config.mixed_precision or "no"]
-        one = embedding_bytes(configs, config.max_token_length, precision)
+        one = embedding_bytes(configs, images.caption_encoder.max_pieces, precision)
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     number = sum(len(found.set.samples) for found in images.by_kind.values())
     words.append(f"facts of images {mib(4096 * number)}")

@@ -162,8 +162,8 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
     metavar = {"int": "N", "float": "X", "str": "TEXT"}[option.kind]
     if option.choices:
         metavar = "{" + ",".join(option.choices) + "}"
-    if option.name == "cache_latents":  # without a value in the advanced scripts and sd-scripts
-        return {"nargs": "?", "const": "auto", "metavar": metavar, "help": text}
+    if option.without_value:
+        return {"nargs": "?", "const": option.without_value, "metavar": metavar, "help": text}
     return {"metavar": metavar, "help": text}
 
 
@@ -242,9 +242,9 @@ def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
     """Values, completed by the options in kohya's dataset configuration; those of buckets only
     where there are buckets."""
     _, settings, _ = read_dataset_config(path)
-    if (settings | values).get("aspect_ratio_buckets") is False:
-        settings = {k: v for k, v in settings.items() if not k.startswith("bucket_")}
-    return settings | values
+    together = settings | values
+    idle = {n for n in settings if any(together.get(o) is False for o in OPTIONS[n].requires)}
+    return {name: value for name, value in together.items() if name in values or name not in idle}
 
 
 def _expanded(word: str, script: Script | None) -> str:
@@ -328,7 +328,7 @@ def _pattern(option: Option, word: str) -> tuple[str, Any]:
     """A word `pattern=number` as a pair."""
     pattern, _, number = word.rpartition("=")
     try:
-        return pattern, int(number) if option.name == "rank_pattern" else float(number)
+        return pattern, int(number) if option.item == "int" else float(number)
     except ValueError:
         raise UsageError(
             f"--{option.name} {word!r} is not pattern=number",

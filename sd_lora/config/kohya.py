@@ -9,10 +9,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sd_lora.config.sources import CaptionRules, SourceSpec, problems
-from sd_lora.config.values import read_table, wrong_type
+from sd_lora.config.options.images import ImageOptions
+from sd_lora.config.options.per_source import PerSourceOptions
+from sd_lora.config.options.training import TrainingOptions
+from sd_lora.config.rows import Option, Section
+from sd_lora.config.sources import RULES, CaptionRules, SourceSpec, problems
+from sd_lora.config.values import KINDS, read_table, wrong_type
 from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.findings import Finding
+
+
+def by_dataset_key(options: type[Section]) -> dict[str, Option]:
+    """Key of kohya's dataset configuration → row of an option."""
+    rows = [Option.of(name, info) for name, info in options.model_fields.items()]
+    return {row.dataset_key: row for row in rows if row.dataset_key}
+
 
 SUBSET: dict[str, type] = {
     "image_dir": str,
@@ -22,43 +33,18 @@ SUBSET: dict[str, type] = {
 }
 """Keys of a subset alone."""
 
-SHARED: dict[str, type] = {
-    "num_repeats": int,
-    "class_tokens": str,
-    "caption_extension": str,
-    "shuffle_caption": bool,
-    "keep_tokens": int,
-    "keep_tokens_separator": str,
-    "caption_separator": str,
-    "caption_prefix": str,
-    "caption_suffix": str,
-    "caption_dropout_rate": float,
-    "caption_tag_dropout_rate": float,
-    "enable_wildcard": bool,
-    "flip_aug": bool,
-    "random_crop": bool,
-}
+PER_SOURCE = by_dataset_key(PerSourceOptions)
+"""Key → row of an option that each source has of its own."""
+
+OF_RUN = by_dataset_key(TrainingOptions) | by_dataset_key(ImageOptions)
+"""Key → row of an option that all sources share."""
+
+SHARED = {key: KINDS[option.kind] for key, option in PER_SOURCE.items()}
+SHARED |= {"class_tokens": str, "random_crop": bool}
 """Keys of a subset, or of a dataset for its subsets, or of [general] for all."""
 
-DATASET: dict[str, type] = {
-    "resolution": int,
-    "batch_size": int,
-    "enable_bucket": bool,
-    "bucket_no_upscale": bool,
-    "bucket_reso_steps": int,
-    "min_bucket_reso": int,
-    "max_bucket_reso": int,
-}
+DATASET = {key: KINDS[option.kind] for key, option in OF_RUN.items()}
 """Keys of a dataset, or of [general] for all."""
-
-SETTINGS = {
-    "batch_size": "train_batch_size",
-    "enable_bucket": "aspect_ratio_buckets",
-    "bucket_reso_steps": "bucket_step",
-    "min_bucket_reso": "bucket_min_side",
-    "max_bucket_reso": "bucket_max_side",
-}
-"""Key → option of the run, where the names differ."""
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "color_aug": ((False,), "colours are trained as they are"),
@@ -207,19 +193,19 @@ def _add_source(
         reading.note("subset-twice", label, text)
         return
     folders.append(same)
+    rules = _rules(values, label, reading)
+    own = {name: value for name, value in _own(values).items() if name not in RULES}
     spec = SourceSpec(
         path=folder,
         layout="plain",
         recursive=False,
         captions="metadata" if table else "sidecar",
         metadata_file=table,
-        caption_extension=values.get("caption_extension"),
         prompt=values.get("class_tokens"),
-        repeats=values.get("num_repeats", 1),
         kind="class" if values.get("is_reg") else "instance",
-        random_flip=values.get("flip_aug", False),
         random_crop=values.get("random_crop", False),
-        rules=_rules(values, label, reading),
+        rules=rules,
+        **own,
     )
     reading.problems += [f"{label}: {text}" for text in problems(spec)]
     if table is None and spec.caption_extension is None:
@@ -249,16 +235,17 @@ def _rules(values: dict[str, Any], label: str, reading: _Reading) -> CaptionRule
             "caption_prefix and caption_suffix stay in place; kohya shuffles and drops their tags"
         )
         reading.note("prefix-in-place", label, text)
-    return CaptionRules(
-        caption_dropout=float(values.get("caption_dropout_rate", 0)),
-        shuffle_caption=values.get("shuffle_caption", False),
-        keep_tokens=keep,
-        keep_tokens_separator=mark or None,
-        caption_separator=comma,
-        caption_tag_dropout=float(values.get("caption_tag_dropout_rate", 0)),
-        wildcards=values.get("enable_wildcard", False),
-        **around,
-    )
+    own = _own(values) | around | {"keep_tokens": keep, "keep_tokens_separator": mark or None}
+    return CaptionRules(**{name: value for name, value in own.items() if name in RULES})
+
+
+def _own(values: dict[str, Any]) -> dict[str, Any]:
+    """Option → value, of the keys of a subset that are options of a source."""
+    return {
+        row.name: float(values[key]) if row.kind == "float" else values[key]
+        for key, row in PER_SOURCE.items()
+        if key in values
+    }
 
 
 def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]:
@@ -280,7 +267,7 @@ def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]
         if silent:
             text = f"says nothing of {key}: it is {value} there too, for a run has one"
             reading.note("setting-shared", f"dataset {', '.join(silent)}", text)
-        merged[SETTINGS.get(key, key)] = value
+        merged[OF_RUN[key].name] = value
     if "resolution" in merged:
         merged["resolution"] = _side(
             merged["resolution"], merged.get("aspect_ratio_buckets", False), reading

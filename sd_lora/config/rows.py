@@ -29,6 +29,13 @@ RANKED = (*PLAIN_LORA, "loha", "lokr")
 METHODS = (*RANKED, "full")
 """Name of the adapter methods, here without torch; a test compares them with the table."""
 
+SUBJECT_FOLDER, DATA_SET, DATASET_FILE = (
+    ("instance_data_dir",),
+    ("dataset_name",),
+    ("dataset_config",),
+)
+"""Places of images, for rows of options that have no effect there."""
+
 LAYOUTS = ("auto", "plain", "kohya")
 CAPTIONS = ("auto", "metadata", "sidecar", "filename", "prompt")
 LEFTOVERS = ("smaller", "pad-batch", "repeat")
@@ -87,6 +94,11 @@ def section(name: str) -> Callable[..., Any]:
         may_change: bool = False,
         package: tuple[str, str] | None = None,
         header: str | None = None,
+        header_form: str = "always",
+        summary: tuple[str, str] | None = None,
+        ignored_by: tuple[str, ...] = (),
+        without_value: str | None = None,
+        dataset_key: str | bool = False,
         formerly: str | None = None,
         scripts: str = "",
         **names: str,
@@ -106,6 +118,11 @@ def section(name: str) -> Callable[..., Any]:
             may_change: whether a resumed run may change it.
             package: name of a package that it needs, and of the extra that installs it.
             header: key of a LoRA file's header that holds its value.
+            header_form: row of `HEADER_FORMS`, its value there.
+            summary: row of a run's summary, and its text there ("clip skip {}"), if it is given.
+            ignored_by: places of images, as options, with which it has no effect.
+            without_value: value of its flag without one.
+            dataset_key: its name in kohya's dataset configuration; True: its `kohya` name.
             formerly: its former name, still understood.
             scripts: diffusers' scripts with this flag, as letters of `command_line.SCRIPTS`.
             names: peer of `PEERS` → its name there, SAME if it is our own.
@@ -113,35 +130,24 @@ def section(name: str) -> Callable[..., Any]:
         if scripts:
             names = {"diffusers": SAME, **names}
         extra: Any = {
-            "section": name,
-            "choices": list(choices),
-            "modes": dict(modes or {}),
-            "sdxl": dict(sdxl or {}),
-            "only": only,
+            "section": name, "choices": list(choices), "modes": dict(modes or {}),
+            "sdxl": dict(sdxl or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
-            "may_change": may_change,
-            "package": package and list(package),
-            "header": header,
-            "formerly": formerly,
-            "scripts": scripts,
-            "names": names,
-        }
-        return Field(
-            default,
-            description=help,
-            ge=ge,
-            gt=gt,
-            lt=lt,
-            multiple_of=multiple_of,
-            json_schema_extra=extra,
-        )
+            "may_change": may_change, "package": package and list(package), "header": header,
+            "header_form": header_form, "summary": summary and list(summary),
+            "ignored_by": list(ignored_by), "without_value": without_value,
+            "dataset_key": dataset_key, "formerly": formerly, "scripts": scripts, "names": names,
+        }  # fmt: skip
+        bounds: Any = {"ge": ge, "gt": gt, "lt": lt, "multiple_of": multiple_of}
+        return Field(default, description=help, json_schema_extra=extra, **bounds)
 
     return option
 
 
 @dataclass(frozen=True)
 class Option:
-    """A row. kind: "int", "float", "bool", "str", "dict" or "list"; see `option` for the others."""
+    """A row. kind: "int", "float", "bool", "str", "dict" or "list"; item: kind of a dict's values;
+    see `option` for the others."""
 
     name: str
     kind: str
@@ -156,10 +162,16 @@ class Option:
     may_change: bool
     package: tuple[str, str] | None
     header: str | None
+    header_form: str
+    summary: tuple[str, str] | None
+    ignored_by: tuple[str, ...]
+    without_value: str | None
+    dataset_key: str | None
     formerly: str | None
     scripts: str
     names: dict[str, str]
     range: dict[str, float] = field(default_factory=dict)
+    item: str = ""
 
     @classmethod
     def of(cls, name: str, info: FieldInfo) -> "Option":
@@ -175,8 +187,14 @@ class Option:
         extra["requires"] = {k: v and tuple(v) for k, v in extra["requires"].items()}
         extra["package"] = extra["package"] and tuple(extra["package"])
         extra["names"] = {k: name if v == SAME else v for k, v in extra["names"].items()}
+        extra["ignored_by"] = tuple(extra["ignored_by"])
+        extra["summary"] = extra["summary"] and tuple(extra["summary"])
+        if extra["dataset_key"] is True:
+            extra["dataset_key"] = extra["names"]["kohya"]
         kind = kind_of(info.annotation)
-        return cls(name, kind, info.default, str(info.description), **extra, range=bounds)
+        item = item_of(info.annotation) if kind == "dict" else ""
+        text = str(info.description)
+        return cls(name, kind, info.default, text, **extra, range=bounds, item=item)
 
     def default_for(self, mode: str, sdxl: bool = False) -> Any:
         """The default in a mode; None while it depends on the base model or other options."""
@@ -188,16 +206,48 @@ class Option:
         """Whether a value differs from the default, so that somebody meant it."""
         return value is not None and value != self.default and value not in self.modes.values()
 
+    def value_in_header(self, value: Any) -> Any:
+        """The value as a LoRA file's header has it."""
+        return HEADER_FORMS[self.header_form](self, value)
+
+    def missing(self, config: object) -> list[str]:
+        """Options for want of which it has no effect in a configuration."""
+        found = []
+        for other, values in self.requires.items():
+            theirs = getattr(config, other)
+            if not (theirs in values if values else theirs):
+                found.append(other)
+        return found
+
     def range_text(self) -> str:
         """The range in words: "at least 0 and below 1"; empty if there is none."""
         words = {"ge": "at least", "gt": "above", "lt": "below", "multiple_of": "a multiple of"}
         return " and ".join(f"{words[key]} {bound:g}" for key, bound in self.range.items())
 
 
+HEADER_FORMS: dict[str, Callable[[Option, Any], Any]] = {
+    "always": lambda option, value: value,
+    "if given": lambda option, value: value if option.is_given(value) else None,
+    # kohya's clip skip 1 is the last layer
+    "counted from 1": lambda option, value: value + 1 if value else None,
+}
+"""How a value stands in a LoRA file's header, by the peers' meaning of its key."""
+
+
+def _without_none(annotation: Any) -> Any:
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next(a for a in get_args(annotation) if a is not type(None))
+    return annotation
+
+
+def item_of(annotation: Any) -> str:
+    """Kind of the values of a dict's annotation: "int", "float"."""
+    return kind_of(get_args(get_args(_without_none(annotation))[1])[0])
+
+
 def kind_of(annotation: Any) -> str:
     """Plain type of an annotation: "int | None" is "int", a Literal or text is "str"."""
-    if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(a for a in get_args(annotation) if a is not type(None))
+    annotation = _without_none(annotation)
     origin = get_origin(annotation) or annotation
     kinds = {bool: "bool", int: "int", float: "float", dict: "dict", list: "list"}
     return kinds.get(origin, "str")

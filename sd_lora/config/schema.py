@@ -8,7 +8,6 @@ example scripts, so that their command lines carry over. Defaults < file < flags
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import PrivateAttr, ValidationError
@@ -16,11 +15,12 @@ from pydantic import PrivateAttr, ValidationError
 from sd_lora.config.contradictions import contradictions
 from sd_lora.config.options.adapter import AdapterOptions
 from sd_lora.config.options.data import DataOptions
+from sd_lora.config.options.images import ResolvedImages
 from sd_lora.config.options.objective import ObjectiveOptions, ValidationOptions
 from sd_lora.config.options.run import ModelOptions, RunOptions
-from sd_lora.config.options.training import TrainingOptions
+from sd_lora.config.options.sources import source_specs
+from sd_lora.config.options.training import ResolvedTraining, TrainingOptions
 from sd_lora.config.rows import MODES, Option, Section
-from sd_lora.config.sources import SourceSpec, read_specs
 from sd_lora.config.values import problems_of
 from sd_lora.errors import Problem, UsageError, refuse
 
@@ -55,8 +55,6 @@ class TrainConfig(
             # defaults that SDXL has otherwise wait for the base model: `resolve`
             if option.modes and values.get(name) is None and mode not in option.sdxl:
                 values[name] = option.modes.get(mode, option.modes[MODES[0]])
-        if isinstance(values.get("output_dir"), str):
-            values["output_dir"] = str(Path(values["output_dir"]).expanduser())
         problems: list[Problem] = []
         try:
             super().__init__(**values)
@@ -67,22 +65,11 @@ class TrainConfig(
         problems += contradictions(type(self).model_construct(**sound), OPTIONS, wrong)
         refuse(problems)
         if self.sources is not None:  # before anything is read
-            general = SourceSpec(prompt=self.caption_default or self.instance_prompt)
-            read_specs(self.sources, general, "sources")
+            source_specs(self)
 
     def replace(self: T, **changes: Any) -> T:
         """The same configuration with other values, checked like a new one."""
         return type(self)(**(self.as_dict() | changes)).with_notes(self._notes)
-
-    @property
-    def base_model(self) -> str:
-        """The base model: a folder, a file or a hub id."""
-        return str(self.pretrained_model_name_or_path)
-
-    @property
-    def output_path(self) -> Path:
-        """The folder of the run's files."""
-        return Path(self.output_dir)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -104,18 +91,13 @@ class TrainConfig(
         Raises:
             UsageError: another family than `family` names, or options without effect for it.
         """
-        if self.family is not None and self.family != family:
-            raise UsageError(
-                f"{self.pretrained_model_name_or_path} is a model of family {family}, and family "
-                f"says {self.family} (--family, which the _sdxl scripts set)"
-            )
+        self.refuse_other_family(family)
         values = self.as_dict()
         for name, option in OPTIONS.items():
-            if option.sdxl and values[name] is None:
+            # a default for text encoders does not ask for them
+            if option.sdxl and values[name] is None and not option.missing(self):
                 values[name] = option.default_for(self.mode, family.startswith("sdxl"))
         values["resolution"] = self.resolution or resolution
-        if not self.train_text_encoder:  # a default for text encoders does not ask for them
-            values |= {"text_encoder_lr": None, "adam_weight_decay_text_encoder": None}
         second = [n for n in OPTIONS if n.startswith("text_encoder_2_") and values[n] is not None]
         if second and family != "sdxl":
             raise UsageError(f"{min(second)} needs two text encoders, and {family} has one")
@@ -130,51 +112,8 @@ class TrainConfig(
         return json.dumps(self.as_dict(), indent=2, sort_keys=True)
 
 
-class RunConfig(TrainConfig):
+class RunConfig(ResolvedTraining, ResolvedImages, TrainConfig):
     """The options of a run on a known base model: every number that it needs is one."""
-
-    learning_rate: float
-    adam_weight_decay: float
-    resolution: int
-
-    def learning_rate_of(self, component: str) -> float:
-        """Learning rate of a component's deltas: its own, or else the more general one."""
-        rates: list[float | None] = [self.learning_rate]
-        rates += [self.text_encoder_lr] if component != "unet" else []
-        rates += [self.text_encoder_2_lr] if component == "text_encoder_2" else []
-        return next(rate for rate in reversed(rates) if rate is not None)
-
-    def weight_decay_of(self, component: str) -> float:
-        """Weight decay of a component's deltas."""
-        own = self.adam_weight_decay_text_encoder
-        return self.adam_weight_decay if component == "unet" or own is None else own
-
-    @property
-    def new_words_learning_rate(self) -> float:
-        """Learning rate of the embeddings of new words."""
-        own = self.embedding_lr
-        return self.learning_rate_of("text_encoder") if own is None else own
-
-    def rank_and_alpha_of(self, component: str) -> tuple[int, float | None]:
-        """Rank and alpha of a component; a text encoder of rank 0 is left out.
-
-        An alpha that is not given is the rank if that is given, and else the more general alpha;
-        None stands for each module's rank.
-        """
-        rank, alpha = self.rank, self.lora_alpha
-        names = ["text_encoder"] if component != "unet" else []
-        names += ["text_encoder_2"] if component == "text_encoder_2" else []
-        for name in names:  # from the general to the particular
-            own_rank, own_alpha = getattr(self, f"{name}_rank"), getattr(self, f"{name}_alpha")
-            if own_rank is not None:
-                rank, alpha = own_rank, float(own_rank)
-            alpha = alpha if own_alpha is None else own_alpha
-        return rank, alpha
-
-    def stop_step_of(self, component: str) -> int | None:
-        """Number of steps after which a text encoder's LoRA stops learning; None: never."""
-        own = getattr(self, f"{component}_stop_step")
-        return self.text_encoder_stop_step if own is None else own
 
 
 SECTIONS: dict[str, type[Section]] = {
@@ -205,6 +144,13 @@ def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
     return {FORMER_NAMES.get(name, name): value for name, value in values.items()}, notes
 
 
+NOT_IN_SCHEMA = (
+    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "package",
+    "scripts", "summary", "without_value",
+)  # fmt: skip
+"""Parts of rows that editors and forms do not need, or find under another name."""
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of a configuration, for editors and forms.
 
@@ -214,7 +160,7 @@ def json_schema() -> dict[str, Any]:
     schema = TrainConfig.model_json_schema()
     for name, option in OPTIONS.items():
         row: dict[str, Any] = schema["properties"][name]
-        for key in ("choices", "header", "formerly", "scripts", "package"):
+        for key in NOT_IN_SCHEMA:
             row.pop(key, None)
         if option.choices:
             row["enum"] = [*option.choices, *([None] if row.get("default", "") is None else [])]

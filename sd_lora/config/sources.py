@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from sd_lora.config.options.data import PerSourceOptions
+from sd_lora.config.options.per_source import PerSourceOptions, empty_text
 from sd_lora.config.rows import CAPTIONS, LAYOUTS, Option, section
 from sd_lora.config.values import problems_of
 from sd_lora.errors import Problem, UsageError
@@ -151,19 +151,6 @@ def _wrong_values(values: dict[str, Any]) -> list[Problem]:
     except ValidationError as error:
         return problems_of(error, KEYS, "an option of a source")
     return [problem for name, value in values.items() if (problem := empty_text(name, value))]
-
-
-def empty_text(name: str, value: object) -> Problem | None:
-    """The problem of a text that must not be empty."""
-    blank = isinstance(value, str) and not (value.strip() if name in NEVER_BLANK else value)
-    if blank and name in (*NEVER_BLANK, *NEVER_EMPTY):
-        return Problem(name, f"{name} must not be empty")
-    return None
-
-
-NEVER_BLANK = ("trigger_word", "caption_extension")
-NEVER_EMPTY = ("caption_separator", "keep_tokens_separator")
-"""Texts that need a character; the first two need one that is no space."""
 
 
 def _contradictions(spec: SourceSpec) -> list[str]:

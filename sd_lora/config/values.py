@@ -12,6 +12,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from sd_lora.config.rows import Option
 from sd_lora.errors import Problem, UsageError, did_you_mean
 
+KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
+"""Kind of an option that has a single value → its type."""
+
 TYPES = {
     "bool": "true or false",
     "int": "a whole number",
@@ -75,7 +78,7 @@ def _problem(option: Option, details: Any) -> Problem:
     name, value = option.name, details["input"]
     if len(details["loc"]) > 1 and option.kind == "dict":
         pattern = details["loc"][1]
-        meaning = "a whole number of at least 1" if name == "rank_pattern" else "above 0"
+        meaning = "a whole number of at least 1" if option.item == "int" else "above 0"
         return Problem(name, f"{name} {pattern!r} must be {meaning}, not {value!r}")
     if details["type"] in ("choice", "literal_error"):
         text = f"{name} is one of {', '.join(option.choices)}, not {value!r}"

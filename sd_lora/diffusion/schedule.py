@@ -62,7 +62,8 @@ class NoiseSchedule:
         if kind not in ("epsilon", "v_prediction"):
             raise UsageError(
                 f"the base model's scheduler has prediction_type {kind!r}; only epsilon and "
-                "v_prediction can be trained. If the scheduler is wrong, set --prediction_type"
+                "v_prediction can be trained. If the scheduler is wrong, give the run the "
+                "right prediction type"
             )
         if isinstance(scheduler, EDMEulerScheduler):
             schedule = cls._of_edm(scheduler, kind)

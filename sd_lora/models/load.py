@@ -117,6 +117,7 @@ class Base:
     index: the pipeline's model_index.json; {} for a single file.
     vae: folder, hub id or file of a replacement VAE; None for the base's own.
     options: `revision`, `cache_dir` and `variant` of `from_pretrained`.
+    prediction_type: "epsilon" or "v_prediction" instead of the model's own.
     """
 
     name: str
@@ -129,6 +130,7 @@ class Base:
     index: Mapping[str, Any]
     vae: str | None
     options: Mapping[str, Any]
+    prediction_type: str | None = None
 
     @property
     def pixels_per_latent(self) -> int:
@@ -162,7 +164,6 @@ class Base:
         dtype: torch.dtype = torch.float32,
         vae_dtype: torch.dtype = torch.float32,
         tokenizer_name: str | None = None,
-        prediction_type: str | None = None,
         zero_terminal_snr: bool | None = None,
     ) -> Parts:
         """Read the parts. Text encoders are float32: each caption is encoded once, exactly.
@@ -170,14 +171,13 @@ class Base:
         dtype: of the UNet.
         vae_dtype: of the VAE.
         tokenizer_name: folder or hub id of another tokenizer; a single file has none of its own.
-        prediction_type: "epsilon" or "v_prediction" instead of the model's own.
         zero_terminal_snr: whether the betas are rescaled until the last step is pure noise; None:
             the model's own setting.
 
         Raises:
             UsageError: a part is missing or broken, or the scheduler is of another kind.
         """
-        scheduler = self._load_scheduler(prediction_type, zero_terminal_snr)
+        scheduler = self._load_scheduler(zero_terminal_snr)
         encoders = self.family.text_encoders
         tokenizers = {c: self._load_tokenizer(c, tokenizer_name) for c in encoders}
         # first, for the peak of memory: while it is read, its file's pages are mapped beside it
@@ -276,9 +276,8 @@ class Base:
         tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
-    def _load_scheduler(
-        self, prediction_type: str | None, zero_terminal_snr: bool | None
-    ) -> DDPMScheduler | EDMEulerScheduler:
+    def _load_scheduler(self, zero_terminal_snr: bool | None) -> DDPMScheduler | EDMEulerScheduler:
+        prediction_type = self.prediction_type
         if self.single:
             kind = prediction_type or self.single.prediction_type
             if kind is None:
@@ -329,8 +328,8 @@ def find_base(
         single file (.safetensors, .ckpt) in the original layout.
     revision, variant, cache_dir: as in diffusers' `from_pretrained`.
     vae: a replacement VAE: a folder, a hub id or a file.
-    prediction_type: if the caller knows a single file's; SD 2's models with v-prediction were made
-        for larger images.
+    prediction_type: "epsilon" or "v_prediction" instead of the model's own; SD 2's models with
+        v-prediction were made for larger images.
 
     Raises:
         UsageError: not found, a part is missing, another model than Stable Diffusion (with its
@@ -367,14 +366,14 @@ def find_base(
         own = part_config(AutoencoderKL, name, "vae", options)
     vae_config = replacement_config(vae, own, options) if vae else own
     found = (name, family, task, unet_config, vae_config, own)
-    base = Base(*found, single, index, vae, options)
+    base = Base(*found, single, index, vae, options, prediction_type)
     _check_vae(base)
     return base
 
 
 def load_parts(name: str, **options: Any) -> Parts:
     """Find a base model and read its parts; options: those of `find_base` and `Base.load`."""
-    to_find = ("revision", "variant", "cache_dir", "vae")
+    to_find = ("revision", "variant", "cache_dir", "vae", "prediction_type")
     found = find_base(name, **{key: options.pop(key) for key in to_find if key in options})
     return found.load(**options)
 

@@ -60,7 +60,7 @@ def inject_all(
     shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
     for component in family.text_encoders:
         rank, alpha = config.rank_and_alpha_of(component)
-        if config.train_text_encoder and rank:
+        if rank:
             encoder = models[component]
             names = read_modules(family, component, encoder, config.clip_skip)
             inject(encoder, names, rank=rank, alpha=alpha, **shared)

@@ -131,6 +131,15 @@ def read_progress(path: Path) -> Progress:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UsageError for a run's folder that cannot be written."""
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"output_dir {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
+
+
 def refuse_others(output_dir: Path) -> None:
     """Raise UsageError if a new run would mix its checkpoints with those of an earlier one."""
     there = checkpoints(output_dir)
@@ -168,12 +177,11 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
         )
 
     settings, _ = with_present_names(progress.settings)
-    # of a folder with a prompt, earlier versions wrote "text"; it has no captions to read
-    without = {"caption_column"} if ours.settings.get("instance_data_dir") else set()
     changed = [
         f"{name} was {earlier!r} and is {ours.settings[name]!r}"
         for name, option in OPTIONS.items()
-        if not option.may_change and name not in without
+        # earlier versions wrote other defaults of options that a folder with a prompt ignores
+        if not (option.may_change or any(ours.settings[place] for place in option.ignored_by))
         # options that the earlier version did not have were at their defaults
         if (earlier := settings.get(name, option.default)) != ours.settings[name]
     ]

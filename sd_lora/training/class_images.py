@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sd_lora.config.schema import RunConfig
+from sd_lora.config.options.dreambooth import ClassImages
 from sd_lora.data.images.decode import is_image
 from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import CaptionEncoder
@@ -24,13 +24,12 @@ CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
 must not apply to them."""
 
 
-def has_class_images(config: RunConfig) -> bool:
-    """Whether the folder of class images exists and holds images.
+def has_class_images(folder: Path) -> bool:
+    """Whether a folder of class images exists and holds images.
 
     Raises:
         UsageError: a file in its place, or no permission.
     """
-    folder = Path(str(config.class_data_dir)).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"class_data_dir {folder} is a file, not a folder")
     try:
@@ -39,16 +38,16 @@ def has_class_images(config: RunConfig) -> bool:
         raise UsageError(f"class_data_dir {folder} cannot be read: {error.strerror}") from None
 
 
-def check_class_images(config: RunConfig, there: int, family: Family) -> None:
+def check_class_images(wanted: ClassImages, there: int, family: Family) -> None:
     """Raise UsageError for missing class images that the base model cannot draw.
 
     there: number of usable class images.
     """
-    missing = config.num_class_images - there
-    if config.with_prior_preservation and missing > 0 and not can_generate_images(family):
+    missing = wanted.count - there
+    if missing > 0 and not can_generate_images(family):
         raise UsageError(
-            f"class_data_dir {config.class_data_dir} lacks {missing} of {config.num_class_images} "
-            f"class images, and {family.label} cannot draw images alone: put them there"
+            f"class_data_dir {wanted.folder} lacks {missing} of {wanted.count} class images, and "
+            f"{family.label} cannot draw images alone: put them there"
         )
 
 
@@ -60,10 +59,11 @@ def _free_names(folder: Path, count: int, seed: int) -> list[str]:
 
 
 def fill_class_folder(
-    config: RunConfig,
+    wanted: ClassImages,
     there: int,
     parts: Parts,
     caption_encoder: CaptionEncoder,
+    resolution: int,
     accelerator: Accelerator,
     seed: int,
     emit: Listener,
@@ -72,21 +72,24 @@ def fill_class_folder(
 
     The main process names them, and all processes share the work. An image is written whole or not
     at all, so an interrupted run continues where it stopped. there: number of usable class images.
+    resolution: side in pixels.
     """
-    folder = Path(str(config.class_data_dir)).expanduser()
-    check_class_images(config, there, parts.family)
-    missing = [_free_names(folder, max(0, config.num_class_images - there), seed)]
+    check_class_images(wanted, there, parts.family)
+    missing = [_free_names(wanted.folder, max(0, wanted.count - there), seed)]
     mine = broadcast_object_list(missing)[0][accelerator.process_index :: accelerator.num_processes]
     if mine:
-        paths = [folder / name for name in mine]
-        _generate_class_images(config, parts, caption_encoder, accelerator, seed, paths, emit)
+        paths = [wanted.folder / name for name in mine]
+        _generate_class_images(
+            wanted, parts, caption_encoder, resolution, accelerator, seed, paths, emit
+        )
     accelerator.wait_for_everyone()
 
 
 def _generate_class_images(
-    config: RunConfig,
+    wanted: ClassImages,
     parts: Parts,
     caption_encoder: CaptionEncoder,
+    resolution: int,
     accelerator: Accelerator,
     seed: int,
     paths: list[Path],
@@ -94,19 +97,19 @@ def _generate_class_images(
 ) -> None:
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
-    dtype = DTYPES[config.prior_generation_precision or default]
+    dtype = DTYPES[wanted.precision or default]
     # autocast, not a cast of the weights: fp16 there and back would round them
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         images = sample(
             parts,
             caption_encoder,
-            [str(config.class_prompt)] * len(paths),
+            [wanted.prompt] * len(paths),
             [seed_for(seed, "class picture", path.name) % 2**32 for path in paths],
-            resolution=config.resolution,
+            resolution=resolution,
             device=device,
             steps=CLASS_STEPS,
             guidance_scale=CLASS_GUIDANCE,
-            batch_size=config.sample_batch_size,
+            batch_size=wanted.batch_size,
         )
         for path in tracked(paths, emit, "class images", len(paths)):
             write_image(path, next(images))

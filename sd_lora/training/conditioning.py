@@ -189,8 +189,8 @@ class TextConditioning:
     def num_bytes(self) -> int:
         """Most bytes that the embeddings of all captions take."""
         configs: list[Any] = [encoder.config for encoder in self.encoders.values()]
-        length = self.caption_encoder.max_pieces * PIECE
-        one = embedding_bytes([c.to_dict() for c in configs], length, self.dtype)
+        pieces = self.caption_encoder.max_pieces
+        one = embedding_bytes([c.to_dict() for c in configs], pieces, self.dtype)
         return one * len(self.captions or ())
 
     def free_encoders(self) -> None:
@@ -200,11 +200,14 @@ class TextConditioning:
 
 
 def embedding_bytes(
-    configs: Iterable[Mapping[str, Any]], max_token_length: int, dtype: torch.dtype
+    configs: Iterable[Mapping[str, Any]], max_pieces: int, dtype: torch.dtype
 ) -> int:
-    """Most bytes of one caption's embedding. configs: of the text encoders."""
+    """Most bytes of one caption's embedding.
+
+    configs: of the text encoders. max_pieces: pieces of 75 tokens, each with a start and an end.
+    """
     width = sum(config["hidden_size"] for config in configs)
-    return (PIECE + 2) * max_token_length // PIECE * width * dtype.itemsize
+    return (PIECE + 2) * max_pieces * width * dtype.itemsize
 
 
 def caption_batch_size(device: torch.device) -> int:

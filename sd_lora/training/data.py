@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from sd_lora.config.kohya import read_dataset_config
-from sd_lora.config.schema import RunConfig, TrainConfig
-from sd_lora.config.sources import RULES, CaptionRules, Kind, SourceSpec, read_specs
+from sd_lora.config.options.dreambooth import ClassImages
+from sd_lora.config.options.sources import source_specs
+from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
+from sd_lora.config.sources import Kind
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.data.cache.store import Store
@@ -30,71 +32,9 @@ def base_of(config: TrainConfig) -> Base:
     """The base model of a run, without its weights; raises the errors of `find_base`."""
     return find_base(
         config.base_model,
-        revision=config.revision,
-        variant=config.variant,
-        cache_dir=config.cache_dir,
+        **config.hub_options,
         vae=config.pretrained_vae_model_name_or_path,
         prediction_type=config.prediction_type,
-    )
-
-
-def rules_of(config: RunConfig) -> CaptionRules:
-    """The run's caption rules, which a source may replace."""
-    given = {name: getattr(config, name) for name in RULES}
-    return CaptionRules(**{name: value for name, value in given.items() if value is not None})
-
-
-def specs_of(config: RunConfig) -> list[SourceSpec]:
-    """The sources that a configuration names, without the folder of class images.
-
-    Raises:
-        UsageError: a wrong table or file of sources.
-    """
-    subject = config.mode == "dreambooth"
-    defaults = SourceSpec(
-        image_column=config.image_column,
-        caption_column=config.caption_column,
-        cache_dir=config.cache_dir,
-        layout=config.data_layout,
-        captions=config.captions_from,
-        caption_extension=config.caption_extension,
-        prompt=config.instance_prompt if subject else config.caption_default,
-        repeats=config.repeats,
-        random_flip=config.random_flip,
-        rules=rules_of(config),
-    )
-    if config.sources is not None:
-        column = config.caption_column or "text"  # DreamBooth's own default is None
-        defaults = dataclasses.replace(defaults, caption_column=column)
-        return read_specs(config.sources, defaults, "sources")
-    if config.dataset_config:
-        return read_dataset_config(config.dataset_config)[0]
-    if config.dataset_name:
-        name = dataclasses.replace(defaults, dataset=config.dataset_name, label="dataset_name")
-        return [
-            dataclasses.replace(
-                name, config_name=config.dataset_config_name, streaming=config.streaming
-            )
-        ]
-    if subject:
-        prompted = dataclasses.replace(defaults, layout="plain", captions="prompt", recursive=False)
-        return [
-            dataclasses.replace(prompted, path=config.instance_data_dir, label="instance_data_dir")
-        ]
-    return [dataclasses.replace(defaults, path=config.train_data_dir, label="train_data_dir")]
-
-
-def class_spec(config: RunConfig) -> SourceSpec:
-    """The folder of class images as a source."""
-    return SourceSpec(
-        path=config.class_data_dir,
-        layout="plain",
-        captions="prompt",
-        prompt=config.class_prompt,
-        recursive=False,
-        kind="class",
-        random_flip=config.random_flip,
-        label="class_data_dir",
     )
 
 
@@ -105,16 +45,16 @@ def find_sources(config: RunConfig, seed: int) -> list[Source]:
         UsageError: a source that cannot be opened, no source of instances, or class images from
             two places.
     """
-    sources = [source for spec in specs_of(config) for source in open_source(spec)]
+    sources = [source for spec in source_specs(config) for source in open_source(spec)]
     if config.dataset_config:
         sources[0].findings[:0] = _notes(config, config.dataset_config)
     if not any(source.spec.kind == "instance" for source in sources):
         raise UsageError("all sources hold class images: add one of kind instance to train on")
     of_class = next((s for s in sources if s.spec.kind == "class"), None)
-    if of_class and config.with_prior_preservation:
+    if of_class and config.class_images:
         raise UsageError(
-            "with_prior_preservation takes class images from class_data_dir, and a source has "
-            f"class images too ({of_class.spec.where}): keep one of the two"
+            "prior preservation has a folder of class images, and a source has class images too "
+            f"({of_class.spec.where}): keep one of the two"
         )
     if config.max_train_samples is None:
         return sources
@@ -141,8 +81,7 @@ def _notes(config: RunConfig, path: str) -> list[Finding]:
         notes.append(Finding("buckets", path, text))
     for name, value in settings.items():
         own = getattr(config, name)
-        has_effect = config.aspect_ratio_buckets or not name.startswith("bucket_")
-        if own != value and has_effect:
+        if own != value and not OPTIONS[name].missing(config):
             text = f"has {name} = {value}, and the run overrules it by {own}"
             notes.append(Finding("setting-overruled", path, text))
     return notes
@@ -285,13 +224,13 @@ class RunImages:
         self._check([s for s in sources if s.spec.kind == "instance"], "instance")
         if of_class:
             self._check(of_class, "class")
-        prior = self.config.with_prior_preservation
-        if prior and self.once(lambda: has_class_images(self.config)):
-            self.check_class_folder(required=False)
+        wanted = self.config.class_images
+        if wanted and self.once(lambda: has_class_images(wanted.folder)):
+            self.check_class_folder(wanted, required=False)
 
-    def check_class_folder(self, required: bool = True) -> None:
+    def check_class_folder(self, wanted: ClassImages, required: bool = True) -> None:
         """Check the folder of class images: at the start, and again when it has been filled."""
-        self._check(open_source(class_spec(self.config)), "class", required)
+        self._check(open_source(wanted.spec), "class", required)
 
     def _check(self, sources: list[Source], kind: Kind, required: bool = True) -> None:
         instances = self.instances.samples if kind == "class" else ()

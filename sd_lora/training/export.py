@@ -11,14 +11,13 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.config.schema import OPTIONS, RunConfig
+from sd_lora.config.schema import OPTIONS
 from sd_lora.errors import UsageError
 from sd_lora.formats.adapter_files import formats_of, write_adapter
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.verify import Verified, verify
-from sd_lora.models.caption_encoder import PIECE
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
@@ -97,7 +96,7 @@ def record(run: Run) -> dict[str, object]:
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
         "base_model": config.base_model,
-        "base_model_sha256": base_hash(config),
+        "base_model_sha256": base_hash(config.base_model, **config.hub_options),
         "family": run.parts.family.name,
         "config": config.as_dict() | {"seed": run.plan.seed},
         "steps": run.plan.num_steps,
@@ -107,16 +106,17 @@ def record(run: Run) -> dict[str, object]:
     }
 
 
-def base_hash(config: RunConfig) -> str | None:
+def base_hash(name: str, variant: str | None = None, **hub: str | None) -> str | None:
     """SHA-256 of the base UNet's weights: of its file, of its shards one after another, or of a
-    whole single checkpoint; None if there are no such files."""
-    name, variant = config.base_model, config.variant
+    whole single checkpoint; None if there are no such files.
+
+    name: the base model. variant, hub: options of `from_pretrained`.
+    """
     folder = Path(name).expanduser() / "unet"
     if Path(name).expanduser().is_file():  # of a single checkpoint: the hash that sites show
         return _sha256([Path(name).expanduser()])
     if not folder.is_dir():
-        options = {"cache_dir": config.cache_dir, "revision": config.revision}
-        cached = try_to_load_from_cache(name, "unet/config.json", **options)
+        cached = try_to_load_from_cache(name, "unet/config.json", **hub)
         if not isinstance(cached, str):
             return None
         folder = Path(cached).parent
@@ -142,51 +142,42 @@ def _sha256(files: Sequence[Path]) -> str | None:
 def facts(run: Run) -> dict[str, str]:
     """kohya's header keys about the training, as A1111 and model sites show them.
 
-    Options with a `header` in their row are written as they are.
+    Options with a `header` in their row are written as it says.
     """
     config, plan = run.config, run.plan
-    size, instances = config.resolution, run.images.instances
+    instances, crops = run.images.instances, run.images.crop_settings
     last = run.timesteps[1]
+    encoder = next((c for c in run.parts.family.text_encoders if c in run.models), None)
     values: dict[str, object] = {
-        option.header: getattr(config, name) for name, option in OPTIONS.items() if option.header
+        option.header: option.value_in_header(getattr(config, name))
+        for name, option in OPTIONS.items()
+        if option.header
     }
     values |= {
         "ss_sd_model_name": Path(config.base_model).name,
-        "ss_resolution": f"({size}, {size})",
+        "ss_resolution": f"({crops.resolution}, {crops.resolution})",
         "ss_num_train_images": len(instances.entries),
         "ss_num_reg_images": run.images.num_class_images,
         "ss_num_epochs": max(1, round(plan.num_steps / plan.epochs.num_steps)),
         "ss_steps": plan.num_steps,
         "ss_max_train_steps": plan.num_steps,
         "ss_total_batch_size": plan.samples_per_step,
-        "ss_learning_rate": config.learning_rate,
-        "ss_unet_lr": config.learning_rate,
-        "ss_text_encoder_lr": (
-            config.learning_rate_of(run.parts.family.text_encoders[0])
-            if config.train_text_encoder
-            else None
-        ),
+        "ss_learning_rate": config.learning_rate_of("unet"),
+        "ss_unet_lr": config.learning_rate_of("unet"),
+        "ss_text_encoder_lr": config.learning_rate_of(encoder) if encoder else None,
         "ss_optimizer": optimizer_of(config).header,
         "ss_mixed_precision": run.accelerator.mixed_precision,
-        "ss_network_dropout": config.neuron_dropout or None,
-        "ss_noise_offset": config.noise_offset or None,
         "ss_random_crop": any(map(instances.is_random, range(len(instances.samples)))),
-        "ss_bucket_info": json.dumps(_buckets(plan)) if config.aspect_ratio_buckets else None,
-        "ss_keep_tokens": config.keep_tokens or None,
-        "ss_caption_tag_dropout_rate": config.caption_tag_dropout or None,
+        "ss_bucket_info": json.dumps(_buckets(plan)) if crops.step else None,
         "ss_seed": plan.seed,
-        "ss_clip_skip": config.clip_skip + 1 if config.clip_skip else None,  # kohya's 1 is none
-        "ss_max_token_length": config.max_token_length if config.max_token_length > PIECE else None,
         "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
-        "ss_min_timestep": config.min_timestep or None,
         "ss_max_timestep": last if last < run.schedule.num_timesteps else None,
-        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.resolution": f"{crops.resolution}x{crops.resolution}",
     }
-    named = {key: str(value) for key, value in values.items()}
-    named["ss_tag_frequency"] = json.dumps(_tags(run), ensure_ascii=False)
-    if config.instance_prompt:
-        named["modelspec.trigger_phrase"] = config.instance_prompt
-    return named
+    values["ss_tag_frequency"] = json.dumps(_tags(run), ensure_ascii=False)
+    # kohya writes "None" for a setting that is off; modelspec has no such word
+    shown = {k: v for k, v in values.items() if v is not None or k.startswith("ss_")}
+    return {key: str(value) for key, value in shown.items()}
 
 
 def _buckets(plan: Plan) -> dict[str, dict[str, object]]:

@@ -60,7 +60,7 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
     """The Accelerator of a run: device, processes, precision, trackers; not accumulation."""
     log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
-        project_dir=config.output_dir,
+        project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
     try:
@@ -75,8 +75,7 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
                 # all buffers are constants
                 DistributedDataParallelKwargs(
                     broadcast_buffers=False,
-                    # all biases: those of layers that nothing reads among them
-                    find_unused_parameters=config.train_text_encoder and config.train_bias == "all",
+                    find_unused_parameters=config.has_idle_parameters,
                 ),
                 # processes wait while the main one draws samples: on a slow device, for hours
                 InitProcessGroupKwargs(timeout=timedelta(hours=6)),

@@ -14,10 +14,9 @@ from sd_lora.training.run import Run
 def sample_prompts(run: Run) -> list[str]:
     """Prompts of the sample images, one each."""
     config, count = run.config, run.config.num_validation_images
-    if config.validation_prompt:
-        return [config.validation_prompt] * count
-    if config.mode == "dreambooth" and config.instance_prompt:
-        return [config.instance_prompt] * count
+    prompt = config.validation_prompt or config.instance_prompt
+    if prompt:
+        return [prompt] * count
     samples = run.images.instances.samples
     captions = (longest_form(s.captions, s.source.rules)[0] for s in samples)
     distinct = list(itertools.islice(dict.fromkeys(captions), count))
@@ -35,7 +34,7 @@ def draw_samples(run: Run) -> list[Image.Image]:
         run.text.caption_encoder,
         prompts,
         range(len(prompts)),
-        resolution=run.config.resolution,
+        resolution=run.images.crop_settings.resolution,
         device=run.accelerator.device,
         steps=run.config.validation_steps,
         guidance_scale=run.config.validation_guidance_scale,

@@ -1,6 +1,5 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -85,12 +84,13 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     models = inject_all(resolved, parts.family, parts.models, seed)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
-    if resolved.with_prior_preservation:  # the injected model still is the base, bit for bit
+    wanted = resolved.class_images
+    if wanted:  # the injected model still is the base, bit for bit
         fill_class_folder(
-            resolved, images.num_class_images, parts, text.caption_encoder, accelerator, seed,
-            checked.emit,
+            wanted, images.num_class_images, parts, text.caption_encoder,
+            images.crop_settings.resolution, accelerator, seed, checked.emit,
         )  # fmt: skip
-        images.check_class_folder()
+        images.check_class_folder(wanted)
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     latents = caches.latents(images, parts, checked.pixel_settings)
     prepared = _prepare_models(resolved, accelerator, models, text)
@@ -108,7 +108,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
-    log = LogFile(Path(resolved.output_dir) / "training_log.jsonl")
+    log = LogFile(resolved.output_path / "training_log.jsonl")
     listening: list[Listener] = (
         [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
     )
@@ -138,11 +138,13 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
 
 def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
-    _check_output(config)
+    checkpoint.check_folder(config.output_path)
     check_installed(config)
     saved_path = None
     if config.resume_from_checkpoint:
         saved_path = checkpoint.find(config.output_path, config.resume_from_checkpoint)
+    else:
+        checkpoint.refuse_others(config.output_path)
     summary = Summary()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
@@ -159,7 +161,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
         resolved, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
     )
     images.check_sources()
-    check_class_images(resolved, images.num_class_images, base.family)
+    if resolved.class_images:
+        check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
     if saved_path:
         progress = checkpoint.read_progress(saved_path)
@@ -169,7 +172,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
 
 def _objective(config: RunConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
     """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
-    weighting, parameters = _weighting(config)
+    weighting, parameters = config.weighting
     schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
     return schedule, _timesteps(config, parts, schedule)
 
@@ -194,7 +197,6 @@ def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
         dtype=weight_dtype(accelerator),
         vae_dtype=DTYPES[config.vae_precision],
         tokenizer_name=config.tokenizer_name,
-        prediction_type=config.prediction_type,
         zero_terminal_snr=config.rescale_betas_zero_snr,
     )
 
@@ -217,24 +219,6 @@ def _cache_embeddings(
     samples = config.num_validation_images and draws_samples
     if not (samples and caches.accelerator.is_main_process):
         text.free_encoders()
-
-
-def _check_output(config: TrainConfig) -> None:
-    folder = config.output_path
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"output_dir {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
-    if not config.resume_from_checkpoint:
-        checkpoint.refuse_others(folder)
-
-
-def _weighting(config: RunConfig) -> tuple[str, dict[str, float]]:
-    """Name and parameters of the loss weighting, a row of `WEIGHTINGS`."""
-    if config.snr_gamma is not None:
-        return "min_snr", {"gamma": config.snr_gamma}
-    return ("edm_style" if config.do_edm_style_training else "uniform"), {}
 
 
 def _timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:

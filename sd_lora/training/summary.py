@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
-from sd_lora.config.schema import RunConfig
+from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.files import mib
 from sd_lora.formats.adapter_files import formats_of
 from sd_lora.formats.canonical import Adapter
 from sd_lora.formats.names import naming_of
-from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import adapted_modules
@@ -29,17 +28,17 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["model"] = f"{config.base_model} ({parts.family.label}{task})"
     rows |= data_rows(run.plan, run.images)
     rows |= caches.rows
-    if config.pretrained_vae_model_name_or_path or config.vae_precision != "fp32":
-        vae = config.pretrained_vae_model_name_or_path or "the base’s"
-        rows["VAE"] = f"{vae}, {config.vae_precision}"
-    rows["method"] = method_of_run(config)
-    ranks = {c: config.rank_and_alpha_of(c) for c in run.models if c != "unet"}
-    if any(rank != config.rank for rank, _ in ranks.values()):
-        rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, (rank, _) in ranks.items())
+    given = given_options(config)
+    rows["method"] = ", ".join([config.method_text, *given.pop("method", [])])
+    ranks = {c: config.rank_and_alpha_of(c)[0] for c in run.models}
+    if len({*ranks.values()}) > 1:
+        del ranks["unet"]
+        rows["method"] += "; " + ", ".join(f"{c} rank {rank}" for c, rank in ranks.items())
     rows["adapted"] = adapted_modules(
         {c: list(adapted_layers(m)) for c, m in run.models.items()},
         {c: sum(p.numel() for p in lora_layers(m)) for c, m in run.models.items()},
     )
+    rows |= {row: ", ".join(texts) for row, texts in given.items()}
     rows |= _text_rows(run)
     rows["LoRA file"], format_notes = files_of(run.models, run.meta_pipeline, config.save_precision)
     rows["objective"] = objective_of(run)
@@ -58,8 +57,19 @@ def data_rows(plan: Plan, images: RunImages) -> dict[str, str]:
     rows = plan.rows()
     if images.classes:
         rows["images"] += f", and {images.num_class_images} of the class"
-    if images.classes or plan.config.with_prior_preservation:
+    if images.classes or plan.config.class_images:
         rows["batch"] += ", as many class images on top"
+    return rows
+
+
+def given_options(config: RunConfig) -> dict[str, list[str]]:
+    """Row of the summary → texts of the options that are given, by their rows."""
+    rows: dict[str, list[str]] = {}
+    for name, option in OPTIONS.items():
+        value = getattr(config, name)
+        if option.summary and option.is_given(value):
+            row, text = option.summary
+            rows.setdefault(row, []).append(text.format(value))
     return rows
 
 
@@ -86,11 +96,8 @@ def _notes(run: Run) -> list[str]:
 
 
 def _text_rows(run: Run) -> dict[str, str]:
-    """Rows on captions, new words, and text encoders that stop early."""
+    """Rows on new words, and text encoders that stop early."""
     rows = {}
-    options = caption_options(run.config)
-    if options:
-        rows["captions"] = options
     tokens = run.text.tokens
     if tokens:
         words = ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in tokens.concepts)
@@ -113,30 +120,6 @@ def objective_of(run: Run) -> str:
     first, last = run.timesteps
     if (first, last) != (0, schedule.num_timesteps):
         words.append(f"timesteps {first} to {last - 1}")
-    return ", ".join(words)
-
-
-def caption_options(config: RunConfig) -> str:
-    """Options of captions that differ from the defaults, as a line; may be empty."""
-    words = []
-    if config.max_token_length > PIECE:
-        words.append(f"up to {config.max_token_length} tokens, in pieces of {PIECE}")
-    words += [f"clip skip {config.clip_skip}"] if config.clip_skip else []
-    words += ["weighted"] if config.weighted_prompts else []
-    words += [f"{config.caption_dropout:.0%} dropped"] if config.caption_dropout else []
-    return ", ".join(words)
-
-
-def method_of_run(config: RunConfig) -> str:
-    """The method as a line: "lora, rank 16, alpha 16, …"."""
-    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-    words = [config.method]
-    if config.method != "full":
-        words += [f"rank {config.rank}", f"alpha {alpha:g}"]
-    words += ["with magnitudes (DoRA)"] if config.use_dora else []
-    words += ["scaled by alpha / sqrt(rank)"] if config.use_rslora else []
-    words += [f"started by {config.init_lora_weights}"] if config.init_lora_weights else []
-    words += ["with Tucker cores"] if config.use_tucker else []
     return ", ".join(words)
 
 

@@ -78,16 +78,15 @@ def test_a_single_file_trains_as_its_folder(
 
 
 def test_the_header_has_the_hash_of_the_whole_file(
-    both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
+    both: Callable[[str], tuple[Path, Path]],
 ) -> None:
-    """What model sites show of a checkpoint, its SHA-256, is in the LoRA's header."""
+    """The SHA-256 that model sites show of a checkpoint is in the LoRA's header."""
     import hashlib
 
     from sd_lora.training.export import base_hash
 
-    folder, file = both("sd1")
-    config = text_to_image(file, data, tmp_path, tokenizer_name=tokenizer(folder))
-    assert base_hash(config) == hashlib.sha256(file.read_bytes()).hexdigest()
+    _, file = both("sd1")
+    assert base_hash(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_what_a_single_file_does_not_say_is_asked_for(
@@ -363,7 +362,6 @@ def test_a_vae_of_another_scaling_is_noted(tiny: Folder, data: Path, tmp_path: P
     vae = {"pretrained_vae_model_name_or_path": str(model)}
     run = prepare(text_to_image(tiny("sd1"), data, tmp_path / "out", **vae))
     assert "scales its latents by 0.13025, the base's own by 0.18215" in run.summary.text()
-    assert "fp32" in run.summary.rows["VAE"]
 
 
 def test_another_tokenizer_pads_for_each_encoder(tiny: Folder, tmp_path: Path) -> None:

@@ -1,10 +1,15 @@
 """Options of the adapter: target modules, ranks, method, dropouts."""
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from sd_lora.config.rows import METHODS, PLAIN_LORA, RANKED, SAME, Section, section
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
 
 option = section("adapter")
 
@@ -42,19 +47,22 @@ class AdapterOptions(Section):
         choices=METHODS, kohya="network_module", onetrainer="peft_type")
     use_dora: bool = option(False,
         "train a magnitude per output beside the direction (DoRA), with any method",
-        scripts="D", onetrainer="lora_decompose", simpletuner=SAME)
+        summary=("method", "with magnitudes (DoRA)"), scripts="D", onetrainer="lora_decompose",
+        simpletuner=SAME)
     use_rslora: bool = option(False,
         "scale by alpha / sqrt(rank) instead of alpha / rank",
-        requires={"method": RANKED})
+        requires={"method": RANKED}, summary=("method", "scaled by alpha / sqrt(rank)"))
     init_lora_weights: str | None = option(None,
         "initial factors of lora; kaiming if not given; pissa: the base's principal singular "
         "vectors",
         choices=("kaiming", "gaussian", "orthogonal", "pissa"),
-        requires={"method": PLAIN_LORA}, simpletuner="lora_init_type")
+        requires={"method": PLAIN_LORA}, summary=("method", "started by {}"),
+        simpletuner="lora_init_type")
     use_tucker: bool = option(False,
         "give convolutions larger than 1x1 a small core instead of a large factor (lora, "
         "loha, lokr)",
-        requires={"method": RANKED}, onetrainer="lokr_use_tucker")
+        requires={"method": RANKED}, summary=("method", "with Tucker cores"),
+        onetrainer="lokr_use_tucker")
     lokr_factor: int | None = option(None,
         "side of lokr's first factor; near the square root if not given",
         ge=1, requires={"method": ("lokr",)}, onetrainer="lokr_decompose_factor")
@@ -70,7 +78,8 @@ class AdapterOptions(Section):
     neuron_dropout: float = option(0.0,
         "probability of dropping an element between the factors A and B",
         ge=0, lt=1, requires={"method": PLAIN_LORA, "use_dora": (False,)},
-        kohya="network_dropout", onetrainer="dropout_probability")
+        header="ss_network_dropout", header_form="if given", kohya="network_dropout",
+        onetrainer="dropout_probability")
     rank_dropout: float = option(0.0,
         "probability of dropping a rank of the delta",
         ge=0, lt=1, requires={"method": RANKED}, kohya=SAME)
@@ -112,3 +121,57 @@ class AdapterOptions(Section):
         requires={"token_abstraction": None}, diffusers=SAME,
         onetrainer="additional_embeddings.initial_embedding_text")
     # fmt: on
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether anything in the text encoders learns."""
+        return self.train_text_encoder or self.token_abstraction is not None
+
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Whether some trained parameters may get no gradient: biases of layers that nothing
+        reads, such as those that a clip skip leaves out."""
+        return self.train_text_encoder and self.train_bias == "all"
+
+    def rank_and_alpha_of(self, component: str) -> tuple[int, float | None]:
+        """Rank and alpha of a component; a component of rank 0 is left out.
+
+        An alpha that is not given is the rank if that is given, and else the more general alpha;
+        None stands for each module's rank.
+        """
+        rank, alpha = self.rank, self.lora_alpha
+        if component != "unet" and not self.train_text_encoder:
+            return 0, alpha
+        names = ["text_encoder"] if component != "unet" else []
+        names += ["text_encoder_2"] if component == "text_encoder_2" else []
+        for name in names:  # from the general to the particular
+            own_rank, own_alpha = getattr(self, f"{name}_rank"), getattr(self, f"{name}_alpha")
+            if own_rank is not None:
+                rank, alpha = own_rank, float(own_rank)
+            alpha = alpha if own_alpha is None else own_alpha
+        return rank, alpha
+
+    @property
+    def method_text(self) -> str:
+        """Method, rank and alpha in words."""
+        if self.method not in RANKED:
+            return self.method
+        alpha = self.rank if self.lora_alpha is None else self.lora_alpha
+        return f"{self.method}, rank {self.rank}, alpha {alpha:g}"
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield ranks without effect, new words without a word, and exclusions of PiSSA."""
+    left_out = config.text_encoder_rank == 0 and not config.text_encoder_2_rank
+    if config.train_text_encoder and left_out:
+        text = "train_text_encoder with text_encoder_rank 0 trains no text encoder"
+        yield Problem("text_encoder_rank", text)
+    for name in ("text_encoder_rank", "text_encoder_2_rank"):
+        if config.method not in RANKED and getattr(config, name):  # 0 leaves an encoder out
+            yield Problem(name, f"{name} has no effect with method {config.method}", "Leave it out")
+    if config.token_abstraction is not None and not config.token_abstraction.strip(" ,"):
+        yield Problem("token_abstraction", "token_abstraction names no word")
+    excluded = [n for n in ("use_tucker", "scale_weight_norms") if getattr(config, n)]
+    if config.init_lora_weights == "pissa" and excluded:
+        text = f"init_lora_weights pissa excludes {' and '.join(excluded)}"
+        yield Problem("init_lora_weights", text)

@@ -1,6 +1,13 @@
 """Options of the objective, and of the sample images that show it."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from sd_lora.config.rows import SAME, Section, by_mode, section
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
 
 option = section("objective")
 
@@ -24,7 +31,8 @@ class ObjectiveOptions(Section):
         scripts="D", kohya="scale_v_pred_loss_like_noise_pred")
     min_timestep: int = option(0,
         "first trained timestep",
-        ge=0, kohya=SAME, onetrainer="min_noising_strength")
+        ge=0, header="ss_min_timestep", header_form="if given", kohya=SAME,
+        onetrainer="min_noising_strength")
     max_timestep: int | None = option(None,
         "end of the trained timesteps, itself not trained; 1000, for SDXL's refiner 200, if "
         "not given",
@@ -35,8 +43,16 @@ class ObjectiveOptions(Section):
         onetrainer="loss_weight_strength", simpletuner=SAME)
     noise_offset: float = option(0.0,
         "strength of a constant added to each noise channel; 0.05 to 0.1 for darker darks",
-        ge=0, scripts="AB", kohya=SAME, onetrainer="offset_noise_weight", simpletuner=SAME)
+        ge=0, header="ss_noise_offset", header_form="if given", scripts="AB", kohya=SAME,
+        onetrainer="offset_noise_weight", simpletuner=SAME)
     # fmt: on
+
+    @property
+    def weighting(self) -> tuple[str, dict[str, float]]:
+        """Name and parameters of the loss weighting, a row of `weightings.WEIGHTINGS`."""
+        if self.snr_gamma is not None:
+            return "min_snr", {"gamma": self.snr_gamma}
+        return ("edm_style" if self.do_edm_style_training else "uniform"), {}
 
 
 option = section("validation")
@@ -64,3 +80,15 @@ class ValidationOptions(Section):
         "guidance scale of the sample images",
         may_change=True, simpletuner="validation_guidance")
     # fmt: on
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield an empty range of timesteps, two weightings, and a prompt of no sample images."""
+    if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
+        yield Problem("max_timestep", "max_timestep must be above min_timestep")
+    if config.do_edm_style_training and config.snr_gamma is not None:
+        text = "do_edm_style_training excludes snr_gamma: each weights the losses"
+        yield Problem("do_edm_style_training", text)
+    if config.validation_prompt and not config.num_validation_images:
+        text = "validation_prompt has no effect with num_validation_images 0"
+        yield Problem("validation_prompt", text, "Leave it out")

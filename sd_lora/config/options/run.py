@@ -1,6 +1,16 @@
 """Options of the run itself and of its base model."""
 
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import field_validator
+
 from sd_lora.config.rows import FAMILIES, MODES, SAME, Mode, Section, by_mode, section
+from sd_lora.errors import Problem, UsageError
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
 
 option = section("run")
 
@@ -31,6 +41,21 @@ class RunOptions(Section):
         may_change=True, scripts="ABCD")
     # fmt: on
 
+    @field_validator("output_dir", mode="before")
+    @classmethod
+    def _in_full(cls, folder: Any) -> Any:
+        return str(Path(folder).expanduser()) if isinstance(folder, str) else folder
+
+    @property
+    def is_dreambooth(self) -> bool:
+        """Whether one subject is learned, by DreamBooth."""
+        return self.mode == "dreambooth"
+
+    @property
+    def output_path(self) -> Path:
+        """The folder of the run's files."""
+        return Path(self.output_dir)
+
 
 option = section("model")
 
@@ -55,11 +80,11 @@ class ModelOptions(Section):
         may_change=True, scripts="C")
     pretrained_vae_model_name_or_path: str | None = option(None,
         "another VAE: a folder, a hub id or a single file",
-        may_change=True, header="ss_vae_name", scripts="BD", kohya="vae",
+        may_change=True, header="ss_vae_name", summary=("VAE", "{}"), scripts="BD", kohya="vae",
         onetrainer="vae.model_name", simpletuner=SAME)
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
-        choices=("fp32", "fp16", "bf16"))
+        choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"))
     family: str | None = option(None,
         "required family of the base model, an error for another one; any if not given",
         choices=FAMILIES, may_change=True)
@@ -67,3 +92,28 @@ class ModelOptions(Section):
         "folder for downloaded models and data sets",
         may_change=True, scripts="ABD", simpletuner=SAME)
     # fmt: on
+
+    @property
+    def base_model(self) -> str:
+        """The base model: a folder, a file or a hub id."""
+        return str(self.pretrained_model_name_or_path)
+
+    @property
+    def hub_options(self) -> dict[str, str | None]:
+        """Options of diffusers' `from_pretrained` for files of the hub."""
+        return {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+
+    def refuse_other_family(self, family: str) -> None:
+        """Raise UsageError for a base model of another family than the required one."""
+        if self.family not in (None, family):
+            raise UsageError(
+                f"{self.base_model} is a model of family {family}, and family says {self.family} "
+                "(--family, which the _sdxl scripts set)"
+            )
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield a missing base model."""
+    name = "pretrained_model_name_or_path"
+    if not config.pretrained_model_name_or_path:
+        yield Problem(name, f"{name} is required: a folder, a file or a hub id")

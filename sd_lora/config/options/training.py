@@ -21,7 +21,8 @@ class TrainingOptions(Section):
     train_batch_size: int = option(None,
         "images per process and micro-batch (instances; class images come on top)",
         ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
-        scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME)
+        scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME,
+        dataset_key="batch_size")
     num_train_epochs: int = option(None,
         "epochs, unless max_train_steps is given",
         ge=1, modes=by_mode(100, 1), may_change=True, scripts="ABCD", kohya="max_train_epochs",
@@ -140,7 +141,37 @@ class TrainingOptions(Section):
         choices=("fp32", "fp16", "bf16"), may_change=True, kohya=SAME,
         onetrainer="output_dtype")
     resume_from_checkpoint: str | None = option(None,
-        "a checkpoint folder, its name inside output_dir, or latest",
+        "a checkpoint folder, its name in the run's folder, or latest",
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
         simpletuner=SAME)
     # fmt: on
+
+
+class ResolvedTraining(TrainingOptions):
+    """Options of training on a known base model: every rate is a number."""
+
+    learning_rate: float
+    adam_weight_decay: float
+
+    def learning_rate_of(self, component: str) -> float:
+        """Learning rate of a component's deltas: its own, or else the more general one."""
+        rates: list[float | None] = [self.learning_rate]
+        rates += [self.text_encoder_lr] if component != "unet" else []
+        rates += [self.text_encoder_2_lr] if component == "text_encoder_2" else []
+        return next(rate for rate in reversed(rates) if rate is not None)
+
+    def weight_decay_of(self, component: str) -> float:
+        """Weight decay of a component's deltas."""
+        own = self.adam_weight_decay_text_encoder
+        return self.adam_weight_decay if component == "unet" or own is None else own
+
+    @property
+    def new_words_learning_rate(self) -> float:
+        """Learning rate of the embeddings of new words."""
+        own = self.embedding_lr
+        return self.learning_rate_of("text_encoder") if own is None else own
+
+    def stop_step_of(self, component: str) -> int | None:
+        """Number of steps after which a text encoder's LoRA stops learning; None: never."""
+        own = getattr(self, f"{component}_stop_step")
+        return self.text_encoder_stop_step if own is None else own

@@ -1,0 +1,111 @@
+"""Options of DreamBooth: the subject, and class images for prior preservation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sd_lora.config.rows import SAME, Section, section
+from sd_lora.config.sources import SourceSpec
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
+
+option = section("data")
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """Class images for prior preservation: their source, and how missing ones are generated.
+
+    folder: filled up to `count` images. batch_size: images generated at once. precision: "fp16",
+    "fp32", "bf16" or "no"; None: by the device.
+    """
+
+    folder: Path
+    prompt: str
+    count: int
+    batch_size: int
+    precision: str | None
+    random_flip: bool
+
+    @property
+    def spec(self) -> SourceSpec:
+        """The folder as a source."""
+        return SourceSpec(
+            path=str(self.folder),
+            layout="plain",
+            captions="prompt",
+            prompt=self.prompt,
+            recursive=False,
+            kind="class",
+            random_flip=self.random_flip,
+            label="class_data_dir",
+        )
+
+
+class DreamBoothOptions(Section):
+    """The subject, its prompt, and class images."""
+
+    # fmt: off
+    instance_data_dir: str | None = option(None,
+        "folder with images of the subject",
+        only="dreambooth", may_change=True, scripts="CD")
+    instance_prompt: str | None = option(None,
+        "prompt for the subject, with a rare word: 'a photo of sks dog'",
+        only="dreambooth", header="modelspec.trigger_phrase", scripts="CD")
+    with_prior_preservation: bool = option(False,
+        "train on class images too, to preserve the class",
+        only="dreambooth", scripts="CD")
+    class_data_dir: str | None = option(None,
+        "folder with class images; filled up to num_class_images",
+        only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,
+        scripts="CD", kohya="reg_data_dir")
+    class_prompt: str | None = option(None,
+        "prompt for the class: 'a photo of a dog'",
+        only="dreambooth", requires={"with_prior_preservation": None}, scripts="CD")
+    num_class_images: int = option(100,
+        "generate class images up to this number",
+        ge=1, only="dreambooth", requires={"with_prior_preservation": None}, scripts="CD")
+    sample_batch_size: int = option(4,
+        "class images generated at once",
+        ge=1, only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,
+        scripts="CD")
+    prior_loss_weight: float = option(1.0,
+        "weight of the class images' loss",
+        ge=0, header="ss_prior_loss_weight", scripts="CD", kohya=SAME)
+    prior_generation_precision: str | None = option(None,
+        "precision for generating class images; fp16 on a GPU, else fp32, if not given",
+        choices=("no", "fp32", "fp16", "bf16"), only="dreambooth",
+        requires={"with_prior_preservation": None}, may_change=True, scripts="CD")
+    # fmt: on
+
+    @property
+    def class_images(self) -> ClassImages | None:
+        """The class images; None without prior preservation."""
+        if not self.with_prior_preservation:
+            return None
+        return ClassImages(
+            Path(str(self.class_data_dir)).expanduser(),
+            str(self.class_prompt),
+            self.num_class_images,
+            self.sample_batch_size,
+            self.prior_generation_precision,
+            self.random_flip,  # type: ignore[attr-defined]
+        )
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield missing prompts and folders, and a weight of class images without any."""
+    elsewhere = config.has_own_tables
+    if config.prior_loss_weight != 1 and not (config.with_prior_preservation or elsewhere):
+        text = "prior_loss_weight has no effect without class images"
+        yield Problem("prior_loss_weight", text, "Leave it out")
+    if config.is_dreambooth and not (config.instance_prompt or elsewhere):
+        text = "instance_prompt is required, for example 'a photo of sks dog'"
+        yield Problem("instance_prompt", text)
+    for name in ("class_data_dir", "class_prompt"):
+        wanted = config.is_dreambooth and config.with_prior_preservation
+        if wanted and not getattr(config, name):
+            yield Problem(name, f"with_prior_preservation needs {name}")

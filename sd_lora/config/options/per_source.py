@@ -1,0 +1,110 @@
+"""Options that each source of images may have of its own."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from sd_lora.config.rows import DATA_SET, DATASET_FILE, SAME, SUBJECT_FOLDER, Section, section
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
+
+option = section("data")
+
+
+class PerSourceOptions(Section):
+    """Caption rules, columns, repeats and flips."""
+
+    # fmt: off
+    shuffle_caption: bool = option(False,
+        "shuffle the tags of captions each time",
+        header="ss_shuffle_caption", dataset_key=True, kohya=SAME,
+        onetrainer="text.enable_tag_shuffling", ignored_by=DATASET_FILE)
+    keep_tokens: int = option(0,
+        "tags at the start of captions to keep in place, neither shuffled nor dropped",
+        ge=0, header="ss_keep_tokens", header_form="if given", dataset_key=True, kohya=SAME,
+        onetrainer="text.keep_tags_count",
+        ignored_by=DATASET_FILE)
+    keep_tokens_separator: str | None = option(None,
+        "mark in captions, for example |||: tags before it are neither shuffled nor dropped",
+        dataset_key=True, kohya=SAME,
+        ignored_by=DATASET_FILE)
+    caption_separator: str = option(",",
+        "separator between tags",
+        dataset_key=True, kohya=SAME, onetrainer="text.tag_delimiter",
+        ignored_by=DATASET_FILE)
+    caption_tag_dropout: float = option(0.0,
+        "share of the tags dropped each time",
+        ge=0, lt=1, header="ss_caption_tag_dropout_rate", header_form="if given", dataset_key=True,
+        kohya="caption_tag_dropout_rate",
+        onetrainer="text.tag_dropout_probability",
+        ignored_by=DATASET_FILE)
+    caption_prefix: str | None = option(None,
+        "text before each caption, with a space",
+        dataset_key=True, kohya=SAME,
+        ignored_by=DATASET_FILE)
+    caption_suffix: str | None = option(None,
+        "text after each caption, with a space",
+        dataset_key=True, kohya=SAME,
+        ignored_by=DATASET_FILE)
+    wildcards: bool = option(False,
+        "captions may have {a|b}: one of them each time; of captions with several lines one "
+        "is used",
+        dataset_key=True, kohya="enable_wildcard",
+        ignored_by=DATASET_FILE)
+    trigger_word: str | None = option(None,
+        "first tag of each caption, unless the caption has it already",
+        ignored_by=DATASET_FILE)
+    caption_dropout: float = option(0.0,
+        "share of the instances trained without their caption, so that guidance learns too; "
+        "0.1 is usual. Without a caption means zeros for SDXL, as its guidance has it, and "
+        "the empty prompt for SD 1 and 2; class images keep theirs",
+        ge=0, lt=1, header="ss_caption_dropout_rate", summary=("captions", "{:.0%} dropped"),
+        dataset_key=True, kohya="caption_dropout_rate",
+        onetrainer="text_encoder.dropout_probability",
+        simpletuner="caption_dropout_probability",
+        ignored_by=DATASET_FILE)
+    caption_extension: str | None = option(None,
+        "extension of caption files; .txt and .caption if not given",
+        dataset_key=True, kohya=SAME,
+        ignored_by=(*SUBJECT_FOLDER, *DATA_SET, *DATASET_FILE))
+    image_column: str = option("image",
+        "column of the images",
+        scripts="ABD",
+        ignored_by=SUBJECT_FOLDER)
+    repeats: int = option(1,
+        "uses of each image per epoch; sources and kohya's folders have their own",
+        ge=1, scripts="D", dataset_key="num_repeats", kohya="dataset_repeats",
+        ignored_by=DATASET_FILE)
+    random_flip: bool = option(False,
+        "mirror images half of the time",
+        header="ss_flip_aug", dataset_key=True, scripts="ABD", kohya="flip_aug",
+        onetrainer="image.enable_random_flip",
+        ignored_by=DATASET_FILE)
+    # fmt: on
+
+
+NEVER_BLANK = ("trigger_word", "caption_extension")
+NEVER_EMPTY = ("caption_separator", "keep_tokens_separator")
+"""Texts that need a character; the first two need one that is no space."""
+
+
+def empty_text(name: str, value: object) -> Problem | None:
+    """The problem of a text that must not be empty."""
+    blank = isinstance(value, str) and not (value.strip() if name in NEVER_BLANK else value)
+    if blank and name in (*NEVER_BLANK, *NEVER_EMPTY):
+        return Problem(name, f"{name} must not be empty")
+    return None
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield empty texts, and kept tags where no tag moves."""
+    for name in PerSourceOptions.model_fields:
+        problem = empty_text(name, getattr(config, name))
+        if problem:
+            yield problem
+    tagged = config.shuffle_caption or config.caption_tag_dropout or config.sources is not None
+    for name in ("keep_tokens", "keep_tokens_separator"):
+        if getattr(config, name) and not tagged:
+            text = f"{name} has no effect without shuffle_caption or caption_tag_dropout"
+            yield Problem(name, text, "Leave it out")
