@@ -14,6 +14,7 @@ usage: sd-lora <command> [flags]
 commands:
   train   train a LoRA on a folder of images; `sd-lora train --help` lists the flags
   check   look at every image and caption first: which are trained, which are not, and why
+  presets list options that suit a purpose: subject, character, style
   schema  print the options of train as a JSON schema, for editors and forms
   demo    teach the embedded base model a subject in a few minutes on a CPU
 
@@ -35,7 +36,10 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
 
     config = parse(argv, script, script or "sd-lora train")
-    from sd_lora.terminal import Terminal  # seconds of import, after the flags are known good
+    from sd_lora.data.check.places import check_places
+
+    check_places(config)
+    from sd_lora.terminal import Terminal  # seconds of import, after flags and paths are known good
     from sd_lora.training.loop import train
 
     with Terminal() as terminal:
@@ -56,6 +60,18 @@ def _schema(argv: Sequence[str]) -> None:
     if argv and argv[0] not in ("-h", "--help"):
         raise UsageError(f"sd-lora schema takes no arguments, and got {argv[0]!r}")
     print(json.dumps(json_schema(), indent=2) if not argv else _SCHEMA)
+
+
+def _presets(argv: Sequence[str]) -> None:
+    from sd_lora.config.presets import listing
+    from sd_lora.config.rows import PRESETS
+
+    if argv and (argv[0] in ("-h", "--help") or len(argv) > 1):
+        print("usage: sd-lora presets [NAME]\n\nList the presets, or show one with its reasons.")
+    elif argv and argv[0] not in PRESETS:
+        raise UsageError(f"preset is one of {', '.join(PRESETS)}, not {argv[0]!r}")
+    else:
+        print(listing(*argv))
 
 
 _SCHEMA = "usage: sd-lora schema\n\nPrint the JSON schema of a configuration: types, ranges, help."
@@ -80,6 +96,7 @@ _TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,
+    "presets": _presets,
     "schema": _schema,
     "demo": _demo,
     **{name: _tool(name) for name in _TOOLS},

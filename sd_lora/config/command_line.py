@@ -169,6 +169,8 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
 
 def _help(option: Option, mode: Mode | None, xl: bool) -> str:
     """Help of an option, with its default."""
+    if mode in option.of_scripts:
+        return f"{option.help.replace('%', '%%')} (default: {option.of_scripts[mode]})"
     modes = [mode] if mode else [*option.modes]
     words = [
         f"{value}" + f" ({name})" * (not mode)
@@ -384,8 +386,12 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
 
 
 def _take_from_script(values: dict[str, Any], script: Script, file: str | None) -> list[Problem]:
-    """Set the mode and family of a script; a problem for each that is given otherwise."""
+    """Set the mode, family and defaults of a script; a problem for each that is given otherwise."""
     problems = []
+    if not values.get("preset"):  # which has a length of its own
+        for name, option in OPTIONS.items():
+            if option.of_scripts:
+                values.setdefault(name, option.of_scripts[script.mode])
     if values.setdefault("mode", script.mode) != script.mode:
         text = f"{file} is for {values['mode']}, and this script is for {script.mode}"
         problems.append(Problem("mode", text))

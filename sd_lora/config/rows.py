@@ -39,6 +39,9 @@ SUBJECT_FOLDER, DATA_SET, DATASET_FILE = (
 LAYOUTS = ("auto", "plain", "kohya")
 CAPTIONS = ("auto", "metadata", "sidecar", "filename", "prompt")
 LEFTOVERS = ("smaller", "pad-batch", "repeat")
+PRESETS = ("subject", "character", "style")
+"""Name of the presets: of the files in `presets/`."""
+
 CACHES = ("auto", "memory", "disk", "no")
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -89,6 +92,7 @@ def section(name: str) -> Callable[..., Any]:
         choices: tuple[str, ...] = (),
         modes: Mapping[str, Any] | None = None,
         sdxl: Mapping[str, Any] | None = None,
+        of_scripts: Mapping[str, Any] | None = None,
         only: Mode | None = None,
         requires: Mapping[str, tuple[Any, ...] | None] | None = None,
         may_change: bool = False,
@@ -112,6 +116,7 @@ def section(name: str) -> Callable[..., Any]:
             choices: its allowed values.
             modes: defaults by mode, in place of `default`.
             sdxl: mode → default for SDXL, known when the base model is.
+            of_scripts: mode → default of the launch scripts alone.
             only: the one mode in which it has an effect.
             requires: other option → values with which this one has an effect; None: any value
                 that is given.
@@ -131,7 +136,7 @@ def section(name: str) -> Callable[..., Any]:
             names = {"diffusers": SAME, **names}
         extra: Any = {
             "section": name, "choices": list(choices), "modes": dict(modes or {}),
-            "sdxl": dict(sdxl or {}), "only": only,
+            "sdxl": dict(sdxl or {}), "of_scripts": dict(of_scripts or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
             "may_change": may_change, "package": package and list(package), "header": header,
             "header_form": header_form, "summary": summary and list(summary),
@@ -157,6 +162,7 @@ class Option:
     choices: tuple[str, ...]
     modes: dict[str, Any]
     sdxl: dict[str, Any]
+    of_scripts: dict[str, Any]
     only: Mode | None
     requires: dict[str, tuple[Any, ...] | None]
     may_change: bool

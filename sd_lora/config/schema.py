@@ -8,6 +8,7 @@ example scripts, so that their command lines carry over. Defaults < file < flags
 import json
 import warnings
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from pydantic import PrivateAttr, ValidationError
@@ -20,7 +21,8 @@ from sd_lora.config.options.objective import ObjectiveOptions, ValidationOptions
 from sd_lora.config.options.run import ModelOptions, RunOptions
 from sd_lora.config.options.sources import source_specs
 from sd_lora.config.options.training import ResolvedTraining, TrainingOptions
-from sd_lora.config.rows import MODES, Option, Section
+from sd_lora.config.presets import preset
+from sd_lora.config.rows import MODES, PRESETS, Option, Section
 from sd_lora.config.values import problems_of
 from sd_lora.errors import Problem, UsageError, refuse
 
@@ -50,10 +52,13 @@ class TrainConfig(
         values, notes = with_present_names(values)
         for note in notes:
             warnings.warn(note, DeprecationWarning, stacklevel=2)
+        values = with_preset(values)
         mode = values.get("mode", "text_to_image")
+        waiting = _of_family(values)
         for name, option in OPTIONS.items():
-            # defaults that SDXL has otherwise wait for the base model: `resolve`
-            if option.modes and values.get(name) is None and mode not in option.sdxl:
+            # defaults that depend on the family wait for the base model: `resolve`
+            waits = mode in option.sdxl or name in waiting
+            if option.modes and values.get(name) is None and not waits:
                 values[name] = option.modes.get(mode, option.modes[MODES[0]])
         problems: list[Problem] = []
         try:
@@ -93,10 +98,13 @@ class TrainConfig(
         """
         self.refuse_other_family(family)
         values = self.as_dict()
+        of_family = _of_family(values, family)
         for name, option in OPTIONS.items():
             # a default for text encoders does not ask for them
-            if option.sdxl and values[name] is None and not option.missing(self):
-                values[name] = option.default_for(self.mode, family.startswith("sdxl"))
+            if values[name] is None and not option.missing(self):
+                values[name] = of_family.get(
+                    name, option.default_for(self.mode, family.startswith("sdxl"))
+                )
         values["resolution"] = self.resolution or resolution
         second = [n for n in OPTIONS if n.startswith("text_encoder_2_") and values[n] is not None]
         if second and family != "sdxl":
@@ -138,6 +146,26 @@ FORMER_NAMES = {o.formerly: name for name, o in OPTIONS.items() if o.formerly}
 """Former name of an option → its name."""
 
 
+def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, completed by those of their preset: not by options without effect beside them."""
+    name = values.get("preset")
+    given = {key: value for key, value in values.items() if value is not None}
+    if name not in PRESETS:  # none, or a wrong one, for the row's own message
+        return dict(values)
+    mode = str(given.get("mode", MODES[0]))
+    defaults = {key: option.default_for(mode) for key, option in OPTIONS.items()}
+    together = preset(name).options | given
+    config = SimpleNamespace(**(defaults | together))
+    idle = {key for key in together if key in OPTIONS and OPTIONS[key].missing(config)}
+    return dict(values) | {k: v for k, v in together.items() if k in given or k not in idle}
+
+
+def _of_family(values: Mapping[str, Any], family: str = "") -> dict[str, Any]:
+    """Options of a preset that depend on the family."""
+    name = values.get("preset")
+    return preset(name).of_family(family) if name in PRESETS else {}
+
+
 def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Values by the present names of options, and a note for each former name."""
     notes = [f"{old} is called {FORMER_NAMES[old]} now" for old in values if old in FORMER_NAMES]
@@ -145,8 +173,8 @@ def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 
 NOT_IN_SCHEMA = (
-    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "package",
-    "scripts", "summary", "without_value",
+    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "of_scripts",
+    "package", "scripts", "summary", "without_value",
 )  # fmt: skip
 """Parts of rows that editors and forms do not need, or find under another name."""
 

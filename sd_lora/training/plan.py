@@ -37,7 +37,12 @@ class Plan:
             images.seed,
             images.kind,
         )
-        num_steps = config.max_train_steps or config.num_train_epochs * epochs.num_steps
+        num_steps = config.max_train_steps
+        if config.num_train_epochs and not num_steps:
+            num_steps = config.num_train_epochs * epochs.num_steps
+        if not num_steps:
+            _, length = config.default_length
+            num_steps = length.num_steps(len(images.samples), epochs.batch * epochs.accumulation)
         return cls(config, images, epochs, num_processes, num_steps)
 
     @property
@@ -98,6 +103,9 @@ class Plan:
         rows["steps"] = (
             f"{epochs.num_steps} an epoch, {self.num_steps} in all ({number:.1f} epochs)"
         )
+        if not (config.max_train_steps or config.num_train_epochs):
+            purpose, length = config.default_length
+            rows["steps"] += f"; the length for a {purpose}, {length.uses:g} uses of each image"
         plain = math.ceil(len(images.entries) / self.samples_per_step)
         if epochs.num_steps > plain:
             rows["steps"] += f"; {plain} if all had one shape"

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import field_validator
 
-from sd_lora.config.rows import FAMILIES, MODES, SAME, Mode, Section, by_mode, section
+from sd_lora.config.presets import OF_MODE, Length, preset
+from sd_lora.config.rows import FAMILIES, MODES, PRESETS, SAME, Mode, Section, by_mode, section
 from sd_lora.errors import Problem, UsageError
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ class RunOptions(Section):
     mode: Mode = option("text_to_image",
         "captioned images, or one subject by DreamBooth",
         choices=MODES)
+    preset: str | None = option(None,
+        "options that suit a purpose: subject, character, style (`sd-lora presets`); options "
+        "that are given go before it",
+        choices=PRESETS, may_change=True)
     output_dir: str = option(None,
         "folder for the LoRA files, checkpoints and samples",
         modes=by_mode("sd-model-finetuned-lora", "lora-dreambooth-model"), may_change=True,
@@ -50,6 +55,12 @@ class RunOptions(Section):
     def is_dreambooth(self) -> bool:
         """Whether one subject is learned, by DreamBooth."""
         return self.mode == "dreambooth"
+
+    @property
+    def default_length(self) -> tuple[str, Length]:
+        """Length of a run that names neither steps nor epochs, and the preset that has it."""
+        name = self.preset or OF_MODE[self.mode]
+        return name, preset(name).length
 
     @property
     def output_path(self) -> Path:

@@ -23,9 +23,10 @@ class TrainingOptions(Section):
         ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
         scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME,
         dataset_key="batch_size")
-    num_train_epochs: int = option(None,
-        "epochs, unless max_train_steps is given",
-        ge=1, modes=by_mode(100, 1), may_change=True, scripts="ABCD", kohya="max_train_epochs",
+    num_train_epochs: int | None = option(None,
+        "epochs, unless max_train_steps is given; if neither is, the length is that of the "
+        "preset, and without one of subject for DreamBooth and style for captions",
+        ge=1, of_scripts=by_mode(100, 1), may_change=True, scripts="ABCD", kohya="max_train_epochs",
         onetrainer="epochs", simpletuner=SAME)
     max_train_steps: int | None = option(None,
         "optimiser steps; overrides num_train_epochs",
