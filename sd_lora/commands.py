@@ -83,6 +83,9 @@ def check(argv: Sequence[str]) -> None:
     from sd_lora.config.command_line import parse
 
     config = parse(rest, prog="sd-lora check")
+    from sd_lora.data.check.places import check_places
+
+    check_places(config)
     from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json
     from sd_lora.data.check.usable import NoUsableImages, refuse_problems

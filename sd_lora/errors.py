@@ -5,7 +5,8 @@ Any other exception that reaches a user is a bug of this project.
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 
@@ -39,6 +40,15 @@ def refuse(problems: Sequence[Problem]) -> None:
     """Raise a UsageError with all problems, a line each; nothing for none."""
     if problems:
         raise UsageError("\n".join(problem.line() for problem in problems), problems)
+
+
+@contextmanager
+def named(field: str) -> Iterator[None]:
+    """Give the UsageErrors of a block the option that they are about."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(str(error), error.problems or [Problem(field, str(error))]) from None
 
 
 class RunError(RuntimeError):

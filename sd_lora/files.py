@@ -339,3 +339,54 @@ def _bytes_of(tensor: Tensor) -> memoryview | bytes:
 
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def check_model_path(name: str) -> None:
+    """Check a base model's path: a pipeline's folder, or a file; hub ids are not looked up.
+
+    Raises:
+        UsageError: nothing there, or a folder without a pipeline's index.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() and not (path / "model_index.json").is_file():
+        names = sorted(p.name for p in path.iterdir())
+        single = [n for n in names if n.endswith((".safetensors", ".ckpt"))]
+        hint = f"; to train {single[0]}, give its own path" if single else ""
+        raise UsageError(
+            f"{path} is not a diffusers folder: it has no model_index.json (found "
+            f"{', '.join(names[:6]) or 'nothing'}){hint}"
+        )
+    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
+    if not path.exists() and not is_id:
+        raise UsageError(f"model {name} does not exist: there is no such folder or file")
+
+
+def check_writable(folder: Path, setting: str) -> None:
+    """Check that a folder can be made or written.
+
+    setting: its option, for messages.
+
+    Raises:
+        UsageError: a file in its place, or no permission.
+    """
+    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise UsageError(f"{setting} {folder}: {there} is a file, not a folder")
+    if not os.access(there, os.W_OK):
+        raise UsageError(f"{setting} {folder} cannot be written: no permission for {there}")
+
+
+def check_readable(folder: Path, setting: str) -> None:
+    """Check that a folder, if it exists, is one and can be listed.
+
+    setting: its option, for messages.
+
+    Raises:
+        UsageError: a file in its place, or no permission.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{setting} {folder} is a file, not a folder")
+    try:
+        next(folder.iterdir(), None) if folder.is_dir() else None
+    except OSError as error:
+        raise UsageError(f"{setting} {folder} cannot be read: {error.strerror}") from None

@@ -16,7 +16,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sd_lora.errors import UsageError
-from sd_lora.files import PARSER_ERRORS, reason_of
+from sd_lora.files import PARSER_ERRORS, check_model_path, reason_of
 from sd_lora.models.families import Family, refuse_other_pipelines
 from sd_lora.models.meta_pipeline import PART_CLASSES, without_progress_bars
 
@@ -53,18 +53,7 @@ def pipeline_index(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         UsageError: no model or no index there, or a pipeline without training here.
     """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        found = ", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing"
-        single = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".ckpt"))
-        hint = f"; to train {single[0].name}, give its own path" if single else ""
-        raise UsageError(
-            f"{path} is not a diffusers folder: it has no model_index.json (found {found}){hint}"
-        )
-    if not path.is_dir() and (
-        name.startswith((".", "/", "~")) or name.count("/") != 1 or "\\" in name
-    ):
-        raise UsageError(f"model {name} does not exist: there is no such folder or file")
+    check_model_path(name)
     read = partial(DiffusionPipeline.load_config, name, **hub_options(options))
     index = read_part("model_index.json", name, read)
     if not isinstance(index, dict) or not isinstance(index.get("_class_name"), str):

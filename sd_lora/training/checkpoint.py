@@ -131,15 +131,6 @@ def read_progress(path: Path) -> Progress:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UsageError for a run's folder that cannot be written."""
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"output_dir {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"output_dir {folder} cannot be written: no permission for {there}")
-
-
 def refuse_others(output_dir: Path) -> None:
     """Raise UsageError if a new run would mix its checkpoints with those of an earlier one."""
     there = checkpoints(output_dir)

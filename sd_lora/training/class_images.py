@@ -24,18 +24,14 @@ CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
 must not apply to them."""
 
 
-def has_class_images(folder: Path) -> bool:
-    """Whether a folder of class images exists and holds images.
+def has_class_images(wanted: ClassImages) -> bool:
+    """Whether the folder of class images exists and holds images.
 
     Raises:
         UsageError: a file in its place, or no permission.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"class_data_dir {folder} is a file, not a folder")
-    try:
-        return folder.is_dir() and any(map(is_image, folder.iterdir()))
-    except OSError as error:
-        raise UsageError(f"class_data_dir {folder} cannot be read: {error.strerror}") from None
+    wanted.check_folder()
+    return wanted.folder.is_dir() and any(map(is_image, wanted.folder.iterdir()))
 
 
 def check_class_images(wanted: ClassImages, there: int, family: Family) -> None:

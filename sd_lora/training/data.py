@@ -225,7 +225,7 @@ class RunImages:
         if of_class:
             self._check(of_class, "class")
         wanted = self.config.class_images
-        if wanted and self.once(lambda: has_class_images(wanted.folder)):
+        if wanted and self.once(lambda: has_class_images(wanted)):
             self.check_class_folder(wanted, required=False)
 
     def check_class_folder(self, wanted: ClassImages, required: bool = True) -> None:

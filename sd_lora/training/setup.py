@@ -138,7 +138,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
 
 def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
-    checkpoint.check_folder(config.output_path)
+    config.check_output()
     check_installed(config)
     saved_path = None
     if config.resume_from_checkpoint:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from sd_lora.config.rows import SAME, Section, section
 from sd_lora.config.sources import SourceSpec
-from sd_lora.errors import Problem
+from sd_lora.errors import Problem, named
+from sd_lora.files import check_readable
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -29,6 +30,11 @@ class ClassImages:
     batch_size: int
     precision: str | None
     random_flip: bool
+
+    def check_folder(self) -> None:
+        """Raise UsageError for a file in the folder's place, or no permission."""
+        with named("class_data_dir"):
+            check_readable(self.folder, "class_data_dir")
 
     @property
     def spec(self) -> SourceSpec:

@@ -8,7 +8,8 @@ from pydantic import field_validator
 
 from sd_lora.config.presets import OF_MODE, Length, preset
 from sd_lora.config.rows import FAMILIES, MODES, PRESETS, SAME, Mode, Section, by_mode, section
-from sd_lora.errors import Problem, UsageError
+from sd_lora.errors import Problem, UsageError, named
+from sd_lora.files import check_model_path, check_writable
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -55,6 +56,11 @@ class RunOptions(Section):
     def is_dreambooth(self) -> bool:
         """Whether one subject is learned, by DreamBooth."""
         return self.mode == "dreambooth"
+
+    def check_output(self) -> None:
+        """Raise UsageError for an output folder that cannot be written."""
+        with named("output_dir"):
+            check_writable(self.output_path, "output_dir")
 
     @property
     def default_length(self) -> tuple[str, Length]:
@@ -113,6 +119,11 @@ class ModelOptions(Section):
     def hub_options(self) -> dict[str, str | None]:
         """Options of diffusers' `from_pretrained` for files of the hub."""
         return {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+
+    def check_base(self) -> None:
+        """Raise UsageError for a base model's path without a model; hub ids are not looked up."""
+        with named("pretrained_model_name_or_path"):
+            check_model_path(self.base_model)
 
     def refuse_other_family(self, family: str) -> None:
         """Raise UsageError for a base model of another family than the required one."""

@@ -1,0 +1,32 @@
+"""The places that a configuration names, checked in a blink: before torch is imported."""
+
+from collections.abc import Callable
+from functools import partial
+
+from sd_lora.config.options.sources import source_specs
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.sources.open import open_source
+from sd_lora.errors import Problem, UsageError, named, refuse
+
+
+def check_places(config: TrainConfig) -> None:
+    """Check paths, permissions, metadata and columns of a configuration; no image is opened.
+
+    The run makes the same checks later; data sets of `datasets` are left to it, whose library
+    takes seconds to import.
+
+    Raises:
+        UsageError: all mistakes at once.
+    """
+    problems: list[Problem] = []
+    checks: list[Callable[[], object]] = [config.check_base, config.check_output]
+    checks += [config.class_images.check_folder] if config.class_images else []
+    specs = [spec for spec in source_specs(config) if spec.path is not None]
+    checks += [partial(open_source, spec) for spec in specs]
+    for check in checks:
+        try:
+            with named(config.places[0]):
+                check()
+        except UsageError as error:
+            problems += error.problems
+    refuse(problems)
