@@ -5,15 +5,14 @@ from pathlib import Path
 import pytest
 
 from sd_lora.config.command_line import (
-    REFUSED,
     SCRIPTS,
-    WITHOUT_EFFECT,
     _expanded,
     build_parser,
     parse,
     read_config_file,
 )
 from sd_lora.config.schema import OPTIONS, TrainConfig
+from sd_lora.config.translate.diffusers import REFUSED, WITHOUT_EFFECT
 from sd_lora.errors import UsageError
 
 # script → name → default of diffusers 0.42.1, in the order of SCRIPTS; "-" where the script lacks

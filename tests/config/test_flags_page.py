@@ -12,8 +12,9 @@ import pytest
 
 from sd_lora.adapters.targets import match_names, plan, select
 from sd_lora.config import kohya
-from sd_lora.config.command_line import REFUSED, SCRIPTS, WITHOUT_EFFECT, parse
+from sd_lora.config.command_line import SCRIPTS, parse
 from sd_lora.config.schema import OPTIONS, TrainConfig
+from sd_lora.config.translate.diffusers import REFUSED, WITHOUT_EFFECT
 from sd_lora.errors import UsageError
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import family_named

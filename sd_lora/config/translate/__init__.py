@@ -1,0 +1,1 @@
+"""Other trainers' settings: their names, and what they are here."""
