@@ -17,6 +17,7 @@ commands:
   presets list options that suit a purpose: subject, character, style
   schema  print the options of train as a JSON schema, for editors and forms
   demo    teach the embedded base model a subject in a few minutes on a CPU
+  translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
   inspect  contents of a LoRA file, programs that load it, and its faults
   verify   load a LoRA file with diffusers and compare every module
@@ -83,6 +84,14 @@ def _demo(argv: Sequence[str]) -> None:
     demo(argv)
 
 
+def _translate(argv: Sequence[str]) -> None:
+    from sd_lora.config.translate.command import run
+
+    toml, table = run(argv)
+    print(toml, end="" if table else "\n")
+    print(table, file=sys.stderr)
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -99,6 +108,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "presets": _presets,
     "schema": _schema,
     "demo": _demo,
+    "translate": _translate,
     **{name: _tool(name) for name in _TOOLS},
 }
 

@@ -57,7 +57,10 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Hint ' Did you mean X?' with the nearest of the known words; empty if none is near."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
+    """Hint ' Did you mean X?' with the nearest of the known words; empty if none is near.
+
+    likeness: share of the letters that two words have in common, from where on they are near.
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f" Did you mean {close[0]}?" if close else ""

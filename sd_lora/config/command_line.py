@@ -15,8 +15,9 @@ from sd_lora.config.schema import (
     TrainConfig,
     with_present_names,
 )
-from sd_lora.config.translate.diffusers import BESIDE_OPTIONS, REFUSED, WITHOUT_EFFECT
-from sd_lora.config.translate.kohya import TRANSLATIONS
+from sd_lora.config.translate.diffusers import BESIDE_OPTIONS, DIFFUSERS, SWITCHES
+from sd_lora.config.translate.peers import Peer, known_elsewhere
+from sd_lora.config.translate.rows import Given, Row
 from sd_lora.config.values import read_table
 from sd_lora.errors import Problem, UsageError, did_you_mean, refuse
 
@@ -81,8 +82,6 @@ def build_parser(
         if option.formerly:
             hidden = _argument(option, mode, xl) | {"help": argparse.SUPPRESS}
             groups[option.section].add_argument(f"--{option.formerly}", **hidden)
-    for name in WITHOUT_EFFECT:
-        parser.add_argument(f"--{name}", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
@@ -139,39 +138,38 @@ def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
     problems: list[Problem] = []
     for key, value in data.items():
         entries = value if isinstance(value, dict) and key in SECTIONS else {key: value}
+        if isinstance(value, dict) and key not in SECTIONS and key not in OPTIONS:
+            text = f"{path}: {key!r} is not an option"
+            problems.append(Problem(key, text, f"Tables are {', '.join(sorted(SECTIONS))}"))
+            entries = {name: entry for name, entry in value.items() if name not in OPTIONS}
         for name, entry in entries.items():
             if name in values:
                 problems.append(Problem(name, f"{path}: {name} is given twice"))
             elif name in OPTIONS or name in FORMER_NAMES:
                 values[name] = entry
             else:
-                problems.append(_unknown_key(path, name, entry))
+                problems.append(_unknown_key(path, name))
     return {name: value for name, value in values.items() if value is not None}, problems
 
 
-def _unknown_key(path: str, name: str, entry: object) -> Problem:
+def _unknown_key(path: str, name: str) -> Problem:
     """The problem of a key that is no option."""
-    if name in REFUSED:
-        return Problem(name, f"{path}: {name} {REFUSED[name]}")
-    text = f"{path}: {name!r} is not an option"
-    if isinstance(entry, dict):
-        return Problem(name, text, f"Tables are {', '.join(sorted(SECTIONS))}")
-    here = translation(name)
-    return Problem(name, text, f"Here it is {here}" if here else _near(name))
+    found = known_elsewhere(name)
+    if found is None:
+        return Problem(name, f"{path}: {name!r} is not an option", _near(name, OPTIONS))
+    _, row = found
+    if not row.here:
+        return Problem(name, f"{path}: {name} {row.reason}")
+    return Problem(name, f"{path}: {name!r} is not an option", f"Here it is {row.here}")
 
 
-def _near(name: str) -> str:
-    return did_you_mean(name, OPTIONS).strip()
+LIKENESS = 0.75
+"""Share of letters that a flag has in common with the one that was meant: a slip of the finger, and
+not another word."""
 
 
-def translation(name: str) -> str | None:
-    """The option here for a name of another trainer: "--rank"; None if it is not known."""
-    if name in TRANSLATIONS:
-        return TRANSLATIONS[name]
-    for option in OPTIONS.values():
-        if name in option.names.values() and name != option.name:
-            return f"--{option.name}"
-    return None
+def _near(name: str, known: Iterable[str]) -> str:
+    return did_you_mean(name, known, LIKENESS).strip()
 
 
 def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -193,47 +191,77 @@ def _expanded(word: str, script: Script | None) -> str:
     return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
 
 
-def _unknown_flag(word: str) -> Problem:
-    """The problem of a word that is no flag."""
-    flag = word.partition("=")[0]
-    name = flag.lstrip("-")
-    if not word.startswith("-"):
-        return Problem(word, f"{word!r} is not expected here; a value with spaces needs quotes")
+@dataclass(frozen=True)
+class _Foreign:
+    """A flag that is no option here, with its words; peer and row where its name is known."""
 
-    def stands_for(known: str) -> bool:
-        return name == known or (len(name) > 3 and known.startswith(name))
-
-    for refused, reason in REFUSED.items():
-        if stands_for(refused):
-            return Problem(refused, f"--{refused} {reason}")
-    for option in OPTIONS.values():
-        if option.only and stands_for(option.name):
-            text = f"{option.name} has an effect in {option.only} runs only"
-            return Problem(option.name, text, "Leave it out")
-    here = translation(name)
-    if here:
-        return Problem(name, f"unknown flag {flag}: here it is {here} (docs/flags.md)")
-    near = did_you_mean(flag, [f"--{n}" for n in OPTIONS]).strip()
-    return Problem(name, f"unknown flag {flag}", near)
+    name: str
+    words: list[str]
+    peer: Peer
+    row: Row
 
 
-def _take_foreign(words: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """Words without other trainers' flags and their values, and a problem for each such flag.
+def _take_foreign(words: Iterable[str]) -> tuple[list[str], list[_Foreign]]:
+    """Words without other trainers' flags and their values, and these flags.
 
     Before argparse takes a foreign name for the start of one of ours.
     """
     kept: list[str] = []
-    problems: list[Problem] = []
-    foreign = False
+    foreign: list[_Foreign] = []
+    values = kept
     for word in words:
-        if word.startswith("--"):
-            name = word.partition("=")[0].removeprefix("--")
-            foreign = name not in OPTIONS and translation(name) is not None
-            if foreign:
-                problems.append(_unknown_flag(word))
-        if not foreign:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not _is_flag(word):
+            # a switch of diffusers' scripts takes no value, so the next word is none of its own
+            (kept if foreign and foreign[-1].name in SWITCHES else values).append(word)
+            continue
+        found = None if name in OPTIONS or name in FORMER_NAMES else known_elsewhere(name)
+        if found is None:
+            values = kept
             kept.append(word)
-    return kept, problems
+        else:
+            values = [value] if equals else []
+            foreign.append(_Foreign(name, values, *found))
+    return kept, foreign
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.match(r"-\.?\d", word)
+
+
+def _answered(
+    foreign: Sequence[_Foreign], values: dict[str, Any]
+) -> tuple[list[str], list[Problem]]:
+    """Notes on flags of diffusers' scripts that ask for what happens anyway, and a problem for each
+    other foreign flag.
+
+    values: the options that are given.
+    """
+    notes: list[str] = []
+    problems: list[Problem] = []
+    given = Given(values)
+    given.update({flag.name: flag.words[0] if flag.words else True for flag in foreign})
+    for flag in foreign:
+        if flag.name in DIFFUSERS:
+            taken = flag.row.take(given[flag.name], given)
+            if taken.kind == "needless":
+                notes.append(f"--{flag.name} {taken.reason}")
+            else:
+                problems.append(Problem(flag.name, f"--{flag.name} {taken.reason}"))
+        elif flag.row.here:
+            text = f"unknown flag --{flag.name}: here it is {flag.row.here} (docs/flags.md)"
+            problems.append(Problem(flag.name, text))
+        else:
+            problems.append(Problem(flag.name, f"unknown flag --{flag.name}: it {flag.row.reason}"))
+    peers = [flag.peer.label for flag in foreign if flag.name not in DIFFUSERS]
+    if len(peers) >= MANY:
+        text = "these are flags of other trainers: sd-lora translate, with the whole command after "
+        problems.append(Problem("", f"{text}it, writes a configuration of them"))
+    return notes, problems
+
+
+MANY = 3
+"""Foreign flags from which a command is likely one of another trainer."""
 
 
 def _unknown(rest: Sequence[str]) -> list[Problem]:
@@ -241,11 +269,24 @@ def _unknown(rest: Sequence[str]) -> list[Problem]:
     values."""
     problems, after_flag = [], False
     for word in rest:
-        is_flag = word.startswith("-") and not re.match(r"-\.?\d", word)
-        if is_flag or not after_flag:
+        if _is_flag(word) or not after_flag:
             problems.append(_unknown_flag(word))
-        after_flag = is_flag or after_flag
+        after_flag = _is_flag(word) or after_flag
     return problems
+
+
+def _unknown_flag(word: str) -> Problem:
+    """The problem of a word that is no flag."""
+    flag = word.partition("=")[0]
+    name = flag.lstrip("-")
+    if not word.startswith("-"):
+        return Problem(word, f"{word!r} is not expected here; a value with spaces needs quotes")
+    for option in OPTIONS.values():
+        shortened = len(name) > 3 and option.name.startswith(name)
+        if option.only and (name == option.name or shortened):
+            text = f"{option.name} has an effect in {option.only} runs only"
+            return Problem(option.name, text, "Leave it out")
+    return Problem(name, f"unknown flag {flag}", _near(flag, [f"--{n}" for n in OPTIONS]))
 
 
 def _value(name: str, given: Any) -> Any:
@@ -286,13 +327,12 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
     """
     known = SCRIPTS[script] if script else None
     mode = known.mode if known else None
-    words, problems = _take_foreign(argv)
+    words, foreign = _take_foreign(_expanded(word, known) for word in argv)
     parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
-    namespace, rest = parser.parse_known_args([_expanded(word, known) for word in words])
-    problems += _unknown(rest)
+    namespace, rest = parser.parse_known_args(words)
+    problems = _unknown(rest)
     flags = vars(namespace)
     file = flags.pop("config", None)
-    idle = {name for name in WITHOUT_EFFECT if flags.pop(name, False)}
     values, faults = _read(file) if file else ({}, [])
     problems += faults
     for name, given in flags.items():
@@ -301,9 +341,9 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
         except UsageError as error:
             problems += error.problems
     values, notes = with_present_names(values)
-    if idle and values.get("train_text_encoder"):
-        text = "pre_compute_text_embeddings contradicts train_text_encoder"
-        problems.append(Problem("pre_compute_text_embeddings", text))
+    more_notes, faults = _answered(foreign, values)
+    notes += more_notes
+    problems += faults
     try:
         if values.get("dataset_config"):
             values = with_dataset_options(str(values["dataset_config"]), values)
@@ -311,6 +351,7 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
         problems.append(Problem("dataset_config", str(error)))
     if known:
         problems += _take_from_script(values, known, file)
+        notes += _without_prior(values)
     try:
         config = TrainConfig(**values)
     except UsageError as error:
@@ -333,3 +374,12 @@ def _take_from_script(values: dict[str, Any], script: Script, file: str | None) 
         text = f"family is {values['family']}, and this script is for {script.family}"
         problems.append(Problem("family", text))
     return problems
+
+
+def _without_prior(values: dict[str, Any]) -> list[str]:
+    """Leave out the class's folder and prompt without prior preservation, as diffusers' scripts do;
+    a note for each."""
+    if values["mode"] != "dreambooth" or values.get("with_prior_preservation"):
+        return []
+    names = [name for name in ("class_data_dir", "class_prompt") if values.pop(name, None)]
+    return [f"{name} is left out: it needs with_prior_preservation" for name in names]

@@ -20,9 +20,9 @@ MODES: tuple[Mode, ...] = ("text_to_image", "dreambooth")
 SAME = "="
 """A peer's name for an option that is our own name."""
 
-PEERS = ("diffusers", "kohya", "onetrainer", "simpletuner")
+PEERS = ("diffusers", "kohya", "onetrainer", "ai_toolkit", "simpletuner")
 """Other trainers whose names for options are known: diffusers' scripts, sd-scripts (kohya),
-OneTrainer (keys of its configuration), SimpleTuner."""
+OneTrainer and ai-toolkit (keys of their configurations), SimpleTuner."""
 
 PLAIN_LORA = ("lora", "lora_fa")
 RANKED = (*PLAIN_LORA, "loha", "lokr")

@@ -25,17 +25,17 @@ class AdapterOptions(Section):
     rank: int = option(4,
         "rank r of the low-rank factors",
         ge=1, requires={"method": RANKED}, scripts="ABCD", kohya="network_dim",
-        onetrainer="lora_rank", simpletuner="lora_rank")
+        onetrainer="lora_rank", simpletuner="lora_rank", ai_toolkit="network.linear")
     lora_alpha: float | None = option(None,
         "alpha; the delta is scaled by alpha / rank; each module's rank if not given",
         gt=0, requires={"method": RANKED}, kohya="network_alpha", onetrainer=SAME,
-        simpletuner=SAME)
+        simpletuner=SAME, ai_toolkit="network.linear_alpha")
     conv_rank: int | None = option(None,
         "rank of convolutions larger than 1x1; rank if not given",
-        ge=1, requires={"method": RANKED}, kohya="conv_dim")
+        ge=1, requires={"method": RANKED}, kohya="conv_dim", ai_toolkit="network.conv")
     conv_alpha: float | None = option(None,
         "alpha of these convolutions; conv_rank, or else lora_alpha, if not given",
-        gt=0, requires={"method": RANKED}, kohya=SAME)
+        gt=0, requires={"method": RANKED}, kohya=SAME, ai_toolkit="network.conv_alpha")
     rank_pattern: dict[str, Annotated[int, Field(ge=1)]] | None = option(None,
         "ranks by module: pattern=rank …, as in peft",
         requires={"method": RANKED})
@@ -44,7 +44,7 @@ class AdapterOptions(Section):
         requires={"method": RANKED})
     method: str = option("lora",
         "form of the delta: lora, lora_fa (A is frozen), loha, lokr, full (full rank)",
-        choices=METHODS, kohya="network_module", onetrainer="peft_type")
+        choices=METHODS, kohya="network_module", onetrainer="peft_type", ai_toolkit="network.type")
     use_dora: bool = option(False,
         "train a magnitude per output beside the direction (DoRA), with any method",
         summary=("method", "with magnitudes (DoRA)"), scripts="D", onetrainer="lora_decompose",
@@ -65,10 +65,11 @@ class AdapterOptions(Section):
         onetrainer="lokr_use_tucker")
     lokr_factor: int | None = option(None,
         "side of lokr's first factor; near the square root if not given",
-        ge=1, requires={"method": ("lokr",)}, onetrainer="lokr_decompose_factor")
+        ge=1, requires={"method": ("lokr",)}, onetrainer="lokr_decompose_factor",
+        ai_toolkit="network.lokr_factor")
     lokr_full_matrix: bool = option(False,
         "keep lokr's second factor whole, for any rank",
-        requires={"method": ("lokr",)}, onetrainer=SAME)
+        requires={"method": ("lokr",)}, onetrainer=SAME, ai_toolkit="network.lokr_full_rank")
     lokr_decompose_both: bool = option(False,
         "give lokr's first factor the rank too",
         requires={"method": ("lokr",), "lokr_full_matrix": (False,)}, onetrainer=SAME)
@@ -79,7 +80,7 @@ class AdapterOptions(Section):
         "probability of dropping an element between the factors A and B",
         ge=0, lt=1, requires={"method": PLAIN_LORA, "use_dora": (False,)},
         header="ss_network_dropout", header_form="if given", kohya="network_dropout",
-        onetrainer="dropout_probability")
+        onetrainer="dropout_probability", ai_toolkit="network.dropout")
     rank_dropout: float = option(0.0,
         "probability of dropping a rank of the delta",
         ge=0, lt=1, requires={"method": RANKED}, kohya=SAME)
@@ -94,7 +95,8 @@ class AdapterOptions(Section):
         "names, joined by +")
     train_text_encoder: bool = option(False,
         "adapt the text encoders too",
-        scripts="BCD", onetrainer="text_encoder.train", simpletuner=SAME)
+        scripts="BCD", onetrainer="text_encoder.train", simpletuner=SAME,
+        ai_toolkit="train.train_text_encoder")
     text_encoder_rank: int | None = option(None,
         "rank in the text encoders; rank if not given; 0 leaves them out",
         ge=0, requires={"train_text_encoder": None})
@@ -111,15 +113,17 @@ class AdapterOptions(Section):
     token_abstraction: str | None = option(None,
         "new words, joined by commas, with embeddings trained beside the LoRA (pivotal "
         "tuning): '<monster>'; captions must use them",
-        diffusers=SAME, onetrainer="additional_embeddings.placeholder")
+        diffusers=SAME, onetrainer="additional_embeddings.placeholder",
+        ai_toolkit="embedding.trigger")
     num_new_tokens_per_abstraction: int = option(2,
         "vectors of each new word",
         ge=1, requires={"token_abstraction": None}, diffusers=SAME,
-        onetrainer="additional_embeddings.token_count")
+        onetrainer="additional_embeddings.token_count", ai_toolkit="embedding.tokens")
     initializer_token: str | None = option(None,
         "words whose embeddings are the start of new words: 'monster'; random if not given",
         requires={"token_abstraction": None}, diffusers=SAME,
-        onetrainer="additional_embeddings.initial_embedding_text")
+        onetrainer="additional_embeddings.initial_embedding_text",
+        ai_toolkit="embedding.init_words")
     # fmt: on
 
     @property

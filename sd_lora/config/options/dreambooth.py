@@ -80,7 +80,8 @@ class DreamBoothOptions(Section):
         scripts="CD")
     prior_loss_weight: float = option(1.0,
         "weight of the class images' loss",
-        ge=0, header="ss_prior_loss_weight", scripts="CD", kohya=SAME)
+        ge=0, header="ss_prior_loss_weight", scripts="CD", kohya=SAME,
+        ai_toolkit="train.reg_weight")
     prior_generation_precision: str | None = option(None,
         "precision for generating class images; fp16 on a GPU, else fp32, if not given",
         choices=("no", "fp32", "fp16", "bf16"), only="dreambooth",

@@ -19,13 +19,14 @@ class ImageOptions(Section):
     resolution: int | None = option(None,
         "side in pixels of the training squares; the area of a bucket is its square. If not "
         "given, the base model's: 512, 768 for SD 2 with v-prediction, 1024 for SDXL",
-        ge=1, dataset_key=True, scripts="ABCD", kohya=SAME, onetrainer=SAME, simpletuner=SAME)
+        ge=1, dataset_key=True, scripts="ABCD", kohya=SAME, onetrainer=SAME, simpletuner=SAME,
+        ai_toolkit="datasets.resolution")
     aspect_ratio_buckets: bool = option(True,
         "train each image in a bucket of nearly its own aspect ratio and at most resolution² "
         "pixels; otherwise, as diffusers' scripts do, in squares whose side is the image's "
         "shorter side",
         header="ss_enable_bucket", dataset_key=True, kohya="enable_bucket",
-        onetrainer="aspect_ratio_bucketing")
+        onetrainer="aspect_ratio_bucketing", ai_toolkit="datasets.buckets")
     bucket_step: int | None = option(None,
         "sides of buckets are multiples of this number of pixels; if not given, the smallest "
         "one for VAE and UNet: 64, 32 for SDXL",
@@ -61,7 +62,7 @@ class ImageOptions(Section):
         "colour behind transparent images: a name or #rrggbb")
     alpha_mask: bool = option(False,
         "train the opaque parts of images alone: opacity is the mask of the loss",
-        kohya=SAME)
+        kohya=SAME, ai_toolkit="datasets.alpha_mask")
     image_interpolation_mode: str = option("lanczos",
         "filter for resizing",
         choices=("nearest", "nearest_exact", "bilinear", "bicubic", "box", "hamming", "lanczos"),

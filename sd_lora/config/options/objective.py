@@ -19,7 +19,7 @@ class ObjectiveOptions(Section):
     prediction_type: str | None = option(None,
         "prediction of the model; its scheduler's type if not given",
         choices=("epsilon", "v_prediction"), scripts="AB", kohya="v_parameterization",
-        simpletuner=SAME)
+        simpletuner=SAME, ai_toolkit="model.is_v_pred")
     rescale_betas_zero_snr: bool | None = option(None,
         "end the schedule in pure noise (zero terminal SNR), for v-prediction models trained "
         "this way; the base's scheduler decides if not given",
@@ -32,19 +32,20 @@ class ObjectiveOptions(Section):
     min_timestep: int = option(0,
         "first trained timestep",
         ge=0, header="ss_min_timestep", header_form="if given", kohya=SAME,
-        onetrainer="min_noising_strength")
+        onetrainer="min_noising_strength", ai_toolkit="train.min_denoising_steps")
     max_timestep: int | None = option(None,
         "end of the trained timesteps, itself not trained; 1000, for SDXL's refiner 200, if "
         "not given",
-        ge=1, kohya=SAME, onetrainer="max_noising_strength")
+        ge=1, kohya=SAME, onetrainer="max_noising_strength",
+        ai_toolkit="train.max_denoising_steps")
     snr_gamma: float | None = option(None,
         "gamma of min-SNR weighting; 5 is usual; off if not given",
         gt=0, header="ss_min_snr_gamma", scripts="ABD", kohya="min_snr_gamma",
-        onetrainer="loss_weight_strength", simpletuner=SAME)
+        onetrainer="loss_weight_strength", simpletuner=SAME, ai_toolkit="train.min_snr_gamma")
     noise_offset: float = option(0.0,
         "strength of a constant added to each noise channel; 0.05 to 0.1 for darker darks",
         ge=0, header="ss_noise_offset", header_form="if given", scripts="AB", kohya=SAME,
-        onetrainer="offset_noise_weight", simpletuner=SAME)
+        onetrainer="offset_noise_weight", simpletuner=SAME, ai_toolkit="train.noise_offset")
     # fmt: on
 
     @property
@@ -65,20 +66,21 @@ class ValidationOptions(Section):
     validation_prompt: str | None = option(None,
         "prompt of the sample images; the training prompts if not given",
         may_change=True, scripts="ABCD", kohya="sample_prompts", onetrainer="samples",
-        simpletuner=SAME)
+        simpletuner=SAME, ai_toolkit="sample.prompts")
     num_validation_images: int = option(4,
         "sample images before, during and after training; 0 for none",
-        ge=0, may_change=True, scripts="ABCD")
+        ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
     validation_epochs: int = option(None,
         "epochs between samples during training, if validation_prompt is given",
         ge=1, modes=by_mode(1, 50), may_change=True, scripts="ABCD",
         kohya="sample_every_n_epochs", simpletuner="validation_epoch_interval")
     validation_steps: int = option(25,
         "sampler steps of the sample images (DPM-Solver++)",
-        ge=1, may_change=True, simpletuner="validation_num_inference_steps")
+        ge=1, may_change=True, simpletuner="validation_num_inference_steps",
+        ai_toolkit="sample.sample_steps")
     validation_guidance_scale: float = option(7.5,
         "guidance scale of the sample images",
-        may_change=True, simpletuner="validation_guidance")
+        may_change=True, simpletuner="validation_guidance", ai_toolkit="sample.guidance_scale")
     # fmt: on
 
 

@@ -19,12 +19,13 @@ class PerSourceOptions(Section):
     shuffle_caption: bool = option(False,
         "shuffle the tags of captions each time",
         header="ss_shuffle_caption", dataset_key=True, kohya=SAME,
-        onetrainer="text.enable_tag_shuffling", ignored_by=DATASET_FILE)
+        onetrainer="text.enable_tag_shuffling", ignored_by=DATASET_FILE,
+        ai_toolkit="datasets.shuffle_tokens")
     keep_tokens: int = option(0,
         "tags at the start of captions to keep in place, neither shuffled nor dropped",
         ge=0, header="ss_keep_tokens", header_form="if given", dataset_key=True, kohya=SAME,
         onetrainer="text.keep_tags_count",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="datasets.keep_tokens")
     keep_tokens_separator: str | None = option(None,
         "mark in captions, for example |||: tags before it are neither shuffled nor dropped",
         dataset_key=True, kohya=SAME,
@@ -38,7 +39,7 @@ class PerSourceOptions(Section):
         ge=0, lt=1, header="ss_caption_tag_dropout_rate", header_form="if given", dataset_key=True,
         kohya="caption_tag_dropout_rate",
         onetrainer="text.tag_dropout_probability",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="datasets.token_dropout_rate")
     caption_prefix: str | None = option(None,
         "text before each caption, with a space",
         dataset_key=True, kohya=SAME,
@@ -54,7 +55,7 @@ class PerSourceOptions(Section):
         ignored_by=DATASET_FILE)
     trigger_word: str | None = option(None,
         "first tag of each caption, unless the caption has it already",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="trigger_word")
     caption_dropout: float = option(0.0,
         "share of the instances trained without their caption, so that guidance learns too; "
         "0.1 is usual. Without a caption means zeros for SDXL, as its guidance has it, and "
@@ -63,11 +64,11 @@ class PerSourceOptions(Section):
         dataset_key=True, kohya="caption_dropout_rate",
         onetrainer="text_encoder.dropout_probability",
         simpletuner="caption_dropout_probability",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="train.prompt_dropout_prob")
     caption_extension: str | None = option(None,
         "extension of caption files; .txt and .caption if not given",
         dataset_key=True, kohya=SAME,
-        ignored_by=(*SUBJECT_FOLDER, *DATA_SET, *DATASET_FILE))
+        ignored_by=(*SUBJECT_FOLDER, *DATA_SET, *DATASET_FILE), ai_toolkit="datasets.caption_ext")
     image_column: str = option("image",
         "column of the images",
         scripts="ABD",
@@ -75,12 +76,12 @@ class PerSourceOptions(Section):
     repeats: int = option(1,
         "uses of each image per epoch; sources and kohya's folders have their own",
         ge=1, scripts="D", dataset_key="num_repeats", kohya="dataset_repeats",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="datasets.num_repeats")
     random_flip: bool = option(False,
         "mirror images half of the time",
         header="ss_flip_aug", dataset_key=True, scripts="ABD", kohya="flip_aug",
         onetrainer="image.enable_random_flip",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="datasets.flip_x")
     # fmt: on
 
 

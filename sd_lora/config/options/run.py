@@ -31,20 +31,22 @@ class RunOptions(Section):
     output_dir: str = option(None,
         "folder for the LoRA files, checkpoints and samples",
         modes=by_mode("sd-model-finetuned-lora", "lora-dreambooth-model"), may_change=True,
-        scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME)
+        scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME,
+        ai_toolkit="training_folder")
     seed: int | None = option(None,
         "seed of all random draws; random, and printed, if not given",
         may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
     report_to: str | None = option(None,
         "tracker: tensorboard, wandb, comet_ml, all or none; tensorboard, where installed, if "
         "not given",
-        may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME)
+        may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME,
+        ai_toolkit="logging.use_wandb")
     logging_dir: str = option("logs",
         "folder for the tracker's files, inside output_dir",
-        may_change=True, scripts="ABCD", kohya=SAME)
+        may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
     local_rank: int = option(-1,
         "set by launchers; the LOCAL_RANK environment variable wins",
-        may_change=True, scripts="ABCD")
+        may_change=True, scripts="ABCD", simpletuner=SAME)
     # fmt: on
 
     @field_validator("output_dir", mode="before")
@@ -85,26 +87,26 @@ class ModelOptions(Section):
         "base model: a diffusers folder, a hub id, or a single .safetensors or .ckpt "
         "checkpoint (required)",
         may_change=True, scripts="ABCD", kohya=SAME, onetrainer="base_model_name",
-        simpletuner=SAME)
+        simpletuner=SAME, ai_toolkit="model.name_or_path")
     revision: str | None = option(None,
         "hub revision of the base model",
-        scripts="ABCD")
+        scripts="ABCD", simpletuner=SAME)
     variant: str | None = option(None,
         "file variant of the base model, for example fp16",
-        scripts="ABCD")
+        scripts="ABCD", simpletuner=SAME)
     tokenizer_name: str | None = option(None,
         "another tokenizer: a folder or a hub id; single checkpoints contain none",
         may_change=True, scripts="C")
     pretrained_vae_model_name_or_path: str | None = option(None,
         "another VAE: a folder, a hub id or a single file",
         may_change=True, header="ss_vae_name", summary=("VAE", "{}"), scripts="BD", kohya="vae",
-        onetrainer="vae.model_name", simpletuner=SAME)
+        onetrainer="vae.model_name", simpletuner=SAME, ai_toolkit="model.vae_path")
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
-        choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"))
+        choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"), ai_toolkit="model.vae_dtype")
     family: str | None = option(None,
         "required family of the base model, an error for another one; any if not given",
-        choices=FAMILIES, may_change=True)
+        choices=FAMILIES, may_change=True, ai_toolkit="model.arch")
     cache_dir: str | None = option(None,
         "folder for downloaded models and data sets",
         may_change=True, scripts="ABD", simpletuner=SAME)

@@ -32,7 +32,8 @@ class SourceOptions(Section):
     # fmt: off
     train_data_dir: str | None = option(None,
         "folder of images with metadata.jsonl, metadata.csv or .txt captions",
-        only="text_to_image", may_change=True, scripts="AB", kohya=SAME, onetrainer="concepts")
+        only="text_to_image", may_change=True, scripts="AB", kohya=SAME, onetrainer="concepts",
+        ai_toolkit="datasets.folder_path")
     dataset_name: str | None = option(None,
         "a `datasets` set: a hub name or a local folder",
         may_change=True, scripts="ABD")
@@ -64,7 +65,7 @@ class SourceOptions(Section):
     caption_default: str | None = option(None,
         "caption of images without one; if not given, they are left out",
         only="text_to_image",
-        ignored_by=DATASET_FILE)
+        ignored_by=DATASET_FILE, ai_toolkit="datasets.default_caption")
     strict: bool = option(False,
         "stop if the check of the data leaves out an image or warns",
         may_change=True)

@@ -22,7 +22,7 @@ class TrainingOptions(Section):
         "images per process and micro-batch (instances; class images come on top)",
         ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
         scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME,
-        dataset_key="batch_size")
+        dataset_key="batch_size", ai_toolkit="train.batch_size")
     num_train_epochs: int | None = option(None,
         "epochs, unless max_train_steps is given; if neither is, the length is that of the "
         "preset, and without one of subject for DreamBooth and style for captions",
@@ -30,32 +30,35 @@ class TrainingOptions(Section):
         onetrainer="epochs", simpletuner=SAME)
     max_train_steps: int | None = option(None,
         "optimiser steps; overrides num_train_epochs",
-        ge=1, may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
+        ge=1, may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
+        ai_toolkit="train.steps")
     gradient_accumulation_steps: int = option(1,
         "micro-batches per optimiser step",
         ge=1, may_change=True, header="ss_gradient_accumulation_steps", scripts="ABCD",
-        kohya=SAME, onetrainer=SAME, simpletuner=SAME)
+        kohya=SAME, onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.gradient_accumulation")
     gradient_checkpointing: bool = option(False,
         "recompute activations to save memory, about a third slower",
         may_change=True, header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
-        onetrainer="unet.gradient_checkpointing", simpletuner=SAME)
+        onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
+        ai_toolkit="train.gradient_checkpointing")
     mixed_precision: str | None = option(None,
         "precision of the frozen base; accelerate's configuration if not given; LoRA "
         "parameters are always float32",
         choices=("no", "fp16", "bf16"), scripts="ABCD", kohya=SAME, onetrainer="train_dtype",
-        simpletuner=SAME)
+        simpletuner=SAME, ai_toolkit="train.dtype")
     allow_tf32: bool = option(False,
         "TF32 matrix products on Ampere GPUs and later",
         may_change=True, scripts="ABCD", simpletuner=SAME)
     learning_rate: float | None = option(None,
         "learning rate after warm-up",
         gt=0, modes=by_mode(0.0001, 0.0005), sdxl={"dreambooth": 0.0001}, may_change=True,
-        scripts="ABCD", kohya="unet_lr", onetrainer=SAME, simpletuner=SAME)
+        scripts="ABCD", kohya="unet_lr", onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.lr")
     text_encoder_lr: float | None = option(None,
         "learning rate of the text encoders' LoRA; learning_rate if not given",
         gt=0, modes=by_mode(None, None), sdxl={"dreambooth": 5e-06},
         requires={"train_text_encoder": None}, may_change=True, scripts="D", kohya=SAME,
-        onetrainer="text_encoder.learning_rate", simpletuner=SAME)
+        onetrainer="text_encoder.learning_rate", simpletuner=SAME,
+        ai_toolkit="train.text_encoder_lr")
     text_encoder_2_lr: float | None = option(None,
         "learning rate of the LoRA of SDXL's second text encoder; text_encoder_lr if not "
         "given",
@@ -72,7 +75,7 @@ class TrainingOptions(Section):
         "learning rate of the new words' embeddings; text_encoder_lr, or else learning_rate, "
         "if not given",
         gt=0, requires={"token_abstraction": None}, may_change=True,
-        onetrainer="embedding_learning_rate")
+        onetrainer="embedding_learning_rate", ai_toolkit="train.embedding_lr")
     embedding_stop_step: int | None = option(None,
         "optimiser step after which the new words stop learning",
         ge=0, requires={"token_abstraction": None})
@@ -91,7 +94,7 @@ class TrainingOptions(Section):
     lr_scheduler: str = option("constant",
         "learning-rate schedule",
         choices=tuple(SCHEDULES), header="ss_lr_scheduler", scripts="ABCD", kohya=SAME,
-        onetrainer="learning_rate_scheduler", simpletuner=SAME)
+        onetrainer="learning_rate_scheduler", simpletuner=SAME, ai_toolkit="train.lr_scheduler")
     lr_warmup_steps: int = option(500,
         "optimiser steps of warm-up (none for constant)",
         ge=0, header="ss_lr_warmup_steps", scripts="ABCD", kohya=SAME,
@@ -107,7 +110,7 @@ class TrainingOptions(Section):
     use_8bit_adam: bool = option(False,
         "8-bit AdamW of bitsandbytes (extra: 8bit)",
         package=("bitsandbytes", "8bit"), scripts="ABCD", kohya="optimizer_type",
-        onetrainer="optimizer.optimizer")
+        onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer")
     adam_beta1: float = option(0.9,
         "AdamW's beta1",
         ge=0, lt=1, scripts="ABCD", simpletuner=SAME)
@@ -117,30 +120,33 @@ class TrainingOptions(Section):
     adam_weight_decay: float | None = option(None,
         "AdamW's weight decay",
         ge=0, modes=by_mode(0.01, 0.01), sdxl={"dreambooth": 0.0001}, scripts="ABCD",
-        onetrainer="optimizer.weight_decay", simpletuner=SAME)
+        onetrainer="optimizer.weight_decay", simpletuner=SAME,
+        ai_toolkit="train.optimizer_params.weight_decay")
     adam_weight_decay_text_encoder: float | None = option(None,
         "weight decay of the text encoders' LoRA; adam_weight_decay if not given",
         ge=0, modes=by_mode(None, None), sdxl={"dreambooth": 0.001},
         requires={"train_text_encoder": None}, scripts="D")
     adam_epsilon: float = option(1e-08,
         "AdamW's epsilon",
-        gt=0, scripts="ABCD", simpletuner=SAME)
+        gt=0, scripts="ABCD", simpletuner=SAME, ai_toolkit="train.optimizer_params.eps")
     max_grad_norm: float = option(1.0,
         "gradients are scaled down to this norm; 0 for no limit",
         ge=0, header="ss_max_grad_norm", scripts="ABCD", kohya=SAME,
-        onetrainer="clip_grad_norm", simpletuner=SAME)
+        onetrainer="clip_grad_norm", simpletuner=SAME, ai_toolkit="train.max_grad_norm")
     checkpointing_steps: int = option(500,
         "optimiser steps between checkpoints",
         ge=1, may_change=True, scripts="ABCD", kohya="save_every_n_steps",
-        onetrainer="backup_after", simpletuner="checkpoint_step_interval")
+        onetrainer="backup_after", simpletuner="checkpoint_step_interval",
+        ai_toolkit="save.save_every")
     checkpoints_total_limit: int | None = option(None,
         "number of checkpoints to keep, the newest ones",
         ge=1, may_change=True, scripts="ABCD", kohya="save_last_n_steps_state",
-        onetrainer="rolling_backup_count", simpletuner=SAME)
+        onetrainer="rolling_backup_count", simpletuner=SAME,
+        ai_toolkit="save.max_step_saves_to_keep")
     save_precision: str = option("fp32",
         "precision of the LoRA files; checkpoints keep float32",
         choices=("fp32", "fp16", "bf16"), may_change=True, kohya=SAME,
-        onetrainer="output_dtype")
+        onetrainer="output_dtype", ai_toolkit="save.dtype")
     resume_from_checkpoint: str | None = option(None,
         "a checkpoint folder, its name in the run's folder, or latest",
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",

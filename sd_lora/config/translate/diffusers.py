@@ -1,44 +1,83 @@
-"""Flags of diffusers' scripts that are no options here."""
+"""Flags of diffusers' scripts that are no options here.
+
+Of the four scripts of `command_line.SCRIPTS`, and of the advanced DreamBooth scripts. A flag that
+asks for what happens anyway is needless: it is taken, with a note.
+"""
+
+from typing import Any
+
+from sd_lora.config.translate.rows import Given, Row, Taken, absent, is_off, needless, taking
 
 _NOT_YET = "is not supported yet"
 _IF = "belongs to DeepFloyd IF, which is not trained here"
 _PRODIGY = f"belongs to Prodigy, which {_NOT_YET}"
 _STEPS = "is a part of the epochs in the advanced scripts; here it is a number of steps: give"
 
-REFUSED: dict[str, str] = {
-    "class_labels_conditioning": _IF,
-    "debug_loss": f"{_NOT_YET}; training_log.jsonl holds each step's loss",
-    "enable_npu_flash_attention": f"{_NOT_YET}: no such device was at hand to prove it on",
-    "enable_xformers_memory_efficient_attention": (
-        "is not needed: PyTorch's own memory-efficient attention is always used; leave it out"
-    ),
-    "hub_model_id": f"{_NOT_YET}; upload the files by hand",
-    "hub_token": f"{_NOT_YET}; log in with `hf auth login`",
-    "optimizer": f"{_NOT_YET}: AdamW is used; leave it out",
-    "output_kohya_format": (
-        "is not needed: kohya's file is always written where it can be exact; leave it out"
-    ),
-    "prodigy_beta3": _PRODIGY,
-    "prodigy_decouple": _PRODIGY,
-    "prodigy_safeguard_warmup": _PRODIGY,
-    "prodigy_use_bias_correction": _PRODIGY,
-    "push_to_hub": f"{_NOT_YET}; upload the files by hand",
-    "text_encoder_use_attention_mask": _IF,
-    "tokenizer_max_length": "has another meaning here: --max_token_length, a multiple of 75",
-    "validation_images": "belongs to DeepFloyd IF's upscaler, which is not trained here",
-    # of the advanced scripts
-    "lora_unet_blocks": "is --targets here: regular expressions over the UNet's modules",
-    "train_text_encoder_frac": f"{_STEPS} --text_encoder_stop_step",
-    "train_text_encoder_ti": "is not needed: give the new words with --token_abstraction",
-    "train_text_encoder_ti_frac": f"{_STEPS} --embedding_stop_step",
-    "use_blora": "is --targets here: the two blocks of B-LoRA are up_blocks.0.attentions.0 and .1",
-}
-"""Flags of diffusers' scripts that are refused by name, with the reason."""
 
-WITHOUT_EFFECT = {
-    "pre_compute_text_embeddings": "text embeddings are always computed once unless they learn",
+def _optimizer(value: Any, given: Given) -> Taken:
+    if str(value).lower() == "adamw":
+        return Taken("needless", reason="AdamW is the optimiser here")
+    return Taken("absent", reason=f"{value} {_NOT_YET}: AdamW is used; leave it out")
+
+
+def _new_words(value: Any, given: Given) -> Taken:
+    if not is_off(given.get("token_abstraction")):
+        return Taken("needless", reason="is what token_abstraction asks for")
+    return Taken("absent", reason="needs the new words here: --token_abstraction '<monster>'")
+
+
+_CACHED = "is not needed: text embeddings are always computed once unless they learn"
+
+
+def _pre_compute(value: Any, given: Given) -> Taken:
+    if not is_off(given.get("train_text_encoder")):
+        return Taken("absent", reason="contradicts train_text_encoder")
+    return Taken("needless", reason=_CACHED)
+
+
+DIFFUSERS: dict[str, Row] = {
+    "class_labels_conditioning": absent(_IF),
+    "debug_loss": absent(f"{_NOT_YET}; training_log.jsonl holds each step's loss"),
+    "enable_npu_flash_attention": absent(f"{_NOT_YET}: no such device was at hand to prove it on"),
+    "enable_xformers_memory_efficient_attention": needless(
+        "is not needed: PyTorch's own memory-efficient attention is always used"
+    ),
+    "hub_model_id": absent(f"{_NOT_YET}; upload the files by hand"),
+    "hub_token": absent(f"{_NOT_YET}; log in with `hf auth login`"),
+    "optimizer": taking("", f"{_NOT_YET}: AdamW is used; leave it out", _optimizer),
+    "output_kohya_format": needless(
+        "is not needed: kohya's file is always written where it can be exact"
+    ),
+    "pre_compute_text_embeddings": taking("", _CACHED, _pre_compute),
+    "prodigy_beta3": absent(_PRODIGY),
+    "prodigy_decouple": absent(_PRODIGY, idle=("True", True)),
+    "prodigy_safeguard_warmup": absent(_PRODIGY, idle=("True", True)),
+    "prodigy_use_bias_correction": absent(_PRODIGY, idle=("True", True)),
+    "push_to_hub": absent(f"{_NOT_YET}; upload the files by hand"),
+    "text_encoder_use_attention_mask": absent(_IF),
+    "tokenizer_max_length": absent(
+        "has another meaning here: --max_token_length, a multiple of 75", idle=(77, "77")
+    ),
+    "validation_images": absent("belongs to DeepFloyd IF's upscaler, which is not trained here"),
+    # of the advanced scripts
+    "lora_unet_blocks": absent("is --targets here: regular expressions over the UNet's modules"),
+    "train_text_encoder_frac": absent(f"{_STEPS} --text_encoder_stop_step", idle=("1.0", "1")),
+    "train_text_encoder_ti": taking(
+        "", "is not needed: give the new words with --token_abstraction", _new_words
+    ),
+    "train_text_encoder_ti_frac": absent(f"{_STEPS} --embedding_stop_step"),
+    "use_blora": absent(
+        "is --targets here: the two blocks of B-LoRA are up_blocks.0.attentions.0 and .1"
+    ),
 }
-"""Flags of diffusers' scripts that are accepted and change nothing."""
+"""Flag → row."""
+
+SWITCHES = frozenset(
+    "class_labels_conditioning debug_loss enable_npu_flash_attention push_to_hub "
+    "enable_xformers_memory_efficient_attention output_kohya_format pre_compute_text_embeddings "
+    "text_encoder_use_attention_mask train_text_encoder_ti use_blora".split()
+)
+"""Flags among them that stand without a value."""
 
 BESIDE_OPTIONS: dict[str, str] = {
     "ABCD": "enable_xformers_memory_efficient_attention hub_model_id hub_token push_to_hub",
@@ -48,5 +87,4 @@ BESIDE_OPTIONS: dict[str, str] = {
     "D": "optimizer output_kohya_format prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup "
     "prodigy_use_bias_correction",
 }
-"""Scripts, as letters → their flags that are refused or without effect; the others are in the
-rows."""
+"""Scripts, as letters → their flags of this table; the others are in the options' rows."""

@@ -1,0 +1,52 @@
+"""Other trainers' files: JSON, TOML and YAML, and the files that they name."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from sd_lora.errors import UsageError
+
+YAML = (".yaml", ".yml")
+TABLES = (".json", ".toml", *YAML)
+"""Ends of names of files with settings."""
+
+
+def load(path: Path) -> Any:
+    """The contents of a JSON, TOML or YAML file, told apart by the name's end.
+
+    Raises:
+        UsageError: no such file, no permission, or a file of another form.
+    """
+    suffix = path.suffix.lower()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    try:
+        if suffix in YAML:
+            return _yaml(text)
+        return tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        kind = "TOML" if suffix == ".toml" else "YAML" if suffix in YAML else "JSON"
+        raise UsageError(f"{path} is not {kind}: {error}") from None
+
+
+def _yaml(text: str) -> Any:
+    import yaml  # 30 ms: for ai-toolkit's files alone
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error).replace("\n", " ")) from None
+
+
+def find(name: str, folder: Path) -> Path | None:
+    """A file named in a configuration: as it is named, else from the configuration's folder or
+    those above it, as their programs start elsewhere; None if there is none."""
+    path = Path(name).expanduser()
+    places = [Path(), folder, *folder.absolute().parents]
+    found = (place / path for place in places)
+    return next((file for file in found if file.is_file()), None)
