@@ -8,7 +8,8 @@ options, as a word with an underscore (rank, seed and mode mean other things too
 config/ have names of their own, some of which are the same (`rank_dropout` of an adapted layer,
 `cache_dir` of a model), and so have the tools (`sd-lora resize --rank`): these are no options, and
 neither are docstrings, diffusers' `scheduler.config.prediction_type`, and a row's names at peers
-(`onetrainer="cache_dir"`). A name built at run time, `f"{component}_rank"`, names none.
+(`onetrainer="cache_dir"`) or in config/translate/. A name built at run time, `f"{component}_rank"`,
+names none.
 """
 
 import ast
@@ -52,7 +53,8 @@ KNOW_OPTIONS = (
 def options_of(path: Path) -> set[str]:
     """Options that a file names."""
     named: set[str] = set()
-    if path.name == "commands.py" or path.parent.name == "formats":  # the tools' own flags
+    # the tools' own flags; other trainers' names
+    if path.name == "commands.py" or path.parent.name in ("formats", "translate"):
         return named
     own_class = path.name == "schema.py" or path.parent.name == "options"
     knows = path.relative_to(ROOT).parts[0] in KNOW_OPTIONS

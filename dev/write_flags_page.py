@@ -14,7 +14,7 @@ from sd_lora.training.optimizers import OPTIMIZERS
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 START, END = "<!-- options: start -->\n", "<!-- options: end -->\n"
-TITLES = ("diffusers", "sd-scripts", "OneTrainer", "SimpleTuner")
+TITLES = ("diffusers", "sd-scripts", "OneTrainer", "ai-toolkit", "SimpleTuner")
 
 
 def default_of(option: Option) -> str:

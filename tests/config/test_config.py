@@ -12,7 +12,7 @@ from sd_lora.config.command_line import (
     read_config_file,
 )
 from sd_lora.config.schema import OPTIONS, TrainConfig
-from sd_lora.config.translate.diffusers import REFUSED, WITHOUT_EFFECT
+from sd_lora.config.translate.diffusers import DIFFUSERS, SWITCHES
 from sd_lora.errors import UsageError
 
 # script → name → default of diffusers 0.42.1, in the order of SCRIPTS; "-" where the script lacks
@@ -81,13 +81,33 @@ def test_every_flag_of_the_scripts_is_taken_or_refused_by_name() -> None:
     names = [*THEIRS, *ALSO_THEIRS]
     assert len(set(names)) == len(names) == 84
     assert set(names) == set().union(*(script.flags for script in SCRIPTS.values()))
-    known = OPTIONS.keys() | REFUSED.keys() | WITHOUT_EFFECT.keys()
-    assert set(names) <= known
-    assert REFUSED.keys() <= {*ALSO_THEIRS, *ADVANCED}
-    for name, reason in REFUSED.items():
-        with pytest.raises(UsageError) as error:
-            parse([*T2I, f"--{name}", "x"], A)
-        assert str(error.value) == f"--{name} {reason}"
+    assert set(names) <= OPTIONS.keys() | DIFFUSERS.keys()
+    assert DIFFUSERS.keys() <= {*ALSO_THEIRS, *ADVANCED}
+    taken, told = set(), {}
+    for name, row in DIFFUSERS.items():
+        words = [*T2I, f"--{name}", *([] if name in SWITCHES else ["x"])]
+        try:
+            assert parse(words, A).notes == (f"--{name} {row.reason}",)
+            taken.add(name)
+        except UsageError as error:
+            told[name] = str(error)
+    assert all(text.startswith(f"--{name} ") for name, text in told.items())
+    assert taken == {
+        "enable_xformers_memory_efficient_attention", "output_kohya_format",
+        "pre_compute_text_embeddings",
+    }  # fmt: skip
+    assert parse([*T2I, "--optimizer", "AdamW"], A).notes == ("--optimizer is AdamW always",)
+
+
+def test_a_class_without_prior_preservation_is_left_out_in_the_scripts() -> None:
+    """As in diffusers' DreamBooth scripts, the class's folder and prompt without prior preservation
+    are a warning, not an error; in `sd-lora train`, where nobody carried them over, an error."""
+    words = [*DB, "--class_data_dir", "x", "--class_prompt", "y"]
+    config = parse(words, C)
+    assert (config.class_data_dir, config.class_prompt) == (None, None)
+    assert [note.split()[0] for note in config.notes] == ["class_data_dir", "class_prompt"]
+    with pytest.raises(UsageError, match="class_data_dir has no effect without"):
+        parse(["--mode", "dreambooth", *words])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -216,7 +236,7 @@ def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
     ("words", "message"),
     [
         (["--with_prior_preservation"], "with_prior_preservation needs class_data_dir"),
-        (["--class_data_dir", "x"], "class_data_dir has no effect without with_prior_preservation"),
+        (["--num_class_images", "9"], "num_class_images has no effect without with_prior"),
         (["--train_data_dir", "x"], "train_data_dir has an effect in text_to_image runs only"),
     ],
 )

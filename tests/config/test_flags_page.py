@@ -14,7 +14,8 @@ from sd_lora.adapters.targets import match_names, plan, select
 from sd_lora.config import kohya
 from sd_lora.config.command_line import SCRIPTS, parse
 from sd_lora.config.schema import OPTIONS, TrainConfig
-from sd_lora.config.translate.diffusers import REFUSED, WITHOUT_EFFECT
+from sd_lora.config.translate.diffusers import DIFFUSERS, SWITCHES
+from sd_lora.config.translate.rows import Given
 from sd_lora.errors import UsageError
 from sd_lora.formats.names import naming_of
 from sd_lora.models.families import family_named
@@ -87,7 +88,7 @@ def test_what_is_called_ours_is_ours(page: str) -> None:
     shorter = {"gradient_accumulation"}
     assert all(any(flag.startswith(start) for flag in OPTIONS) for start in shorter)
     switched_off = {f"no-{name}" for name, field in OPTIONS.items() if field.kind == "bool"}
-    known = {*OPTIONS, *WITHOUT_EFFECT, *shorter, *switched_off, "config"}
+    known = {*OPTIONS, *DIFFUSERS, *shorter, *switched_off, "config"}
     assert set(re.findall(r"--(\w[\w-]*)", _prose(page))) - known == set()
     columns = [(head.index("ours"), rows) for head, rows in _tables(page) if "ours" in head]
     assert len(columns) == 4
@@ -99,11 +100,12 @@ def test_every_refused_flag_is_there_with_a_reason(page: str) -> None:
     """The table of refused flags has exactly those that are refused, and parsing refuses them."""
     (rows,) = (rows for head, rows in _tables(page) if head[0] == "refused")
     named = [name for row in rows for name in _names(row[0])]
-    assert sorted(named) == sorted(REFUSED)
+    refused = [n for n, row in DIFFUSERS.items() if row.take("x", Given()).kind == "absent"]
+    assert sorted(named) == sorted(refused)
     assert all(len(reason) > 10 for _, reason in rows)
     for name in named:
         with pytest.raises(UsageError, match=rf"^--{name} "):
-            parse([f"--{name}"])
+            parse([f"--{name}", *([] if name in SWITCHES else ["x"])])
 
 
 def test_what_is_not_there_is_not_there(page: str) -> None:

@@ -13,11 +13,13 @@ _IF = "belongs to DeepFloyd IF, which is not trained here"
 _PRODIGY = f"belongs to Prodigy, which {_NOT_YET}"
 _STEPS = "is a part of the epochs in the advanced scripts; here it is a number of steps: give"
 
+_ADAMW = f"{_NOT_YET}: AdamW is used; leave it out"
+
 
 def _optimizer(value: Any, given: Given) -> Taken:
     if str(value).lower() == "adamw":
-        return Taken("needless", reason="AdamW is the optimiser here")
-    return Taken("absent", reason=f"{value} {_NOT_YET}: AdamW is used; leave it out")
+        return Taken("needless", reason="is AdamW always")
+    return Taken("absent", reason=_ADAMW)
 
 
 def _new_words(value: Any, given: Given) -> Taken:
@@ -44,7 +46,7 @@ DIFFUSERS: dict[str, Row] = {
     ),
     "hub_model_id": absent(f"{_NOT_YET}; upload the files by hand"),
     "hub_token": absent(f"{_NOT_YET}; log in with `hf auth login`"),
-    "optimizer": taking("", f"{_NOT_YET}: AdamW is used; leave it out", _optimizer),
+    "optimizer": taking("", _ADAMW, _optimizer),
     "output_kohya_format": needless(
         "is not needed: kohya's file is always written where it can be exact"
     ),

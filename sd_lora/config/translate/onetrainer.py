@@ -8,6 +8,8 @@ import re
 from typing import Any
 
 from sd_lora.config.translate.kohya import own_rate
+from sd_lora.config.translate.onetrainer_data import concept_file, concepts, embeddings, sample_file
+from sd_lora.config.translate.onetrainer_network import FAMILIES, NETWORK
 from sd_lora.config.translate.prompts import of_list
 from sd_lora.config.translate.rows import (
     Given,
@@ -29,16 +31,6 @@ from sd_lora.config.translate.rows import (
 )
 
 NOT_THERE = "is not there"
-FAMILIES = {
-    "stable_diffusion_15": "sd1",
-    "stable_diffusion_20": "sd2",
-    "stable_diffusion_20_base": "sd2",
-    "stable_diffusion_21": "sd2",
-    "stable_diffusion_21_base": "sd2",
-    "stable_diffusion_xl_10_base": "sdxl",
-}
-"""Model type → family."""
-
 SCHEDULERS = {
     "constant": "constant",
     "linear": "linear",
@@ -75,66 +67,6 @@ def _method(value: Any, given: Given) -> Taken:
     if str(value).upper() != "LORA":
         raise other_model("training_method", value)
     return Taken("needless", reason="is always so here")
-
-
-def _targets(value: Any, given: Given) -> Taken:
-    names = {"attn-mlp": "transformer", "attn-only": "attention", "full": "all"}
-    preset, own = str(value).lower(), str(given.get("layer_filter") or "")
-    if preset in names:
-        return Taken("otherwise", {"targets": names[preset]}, "is called so here")
-    if is_off(own):
-        return Taken("otherwise", {"targets": "all"}, "has no filter")
-    if not is_off(given.get("layer_filter_regex")):
-        return Taken("otherwise", {"targets": own}, "is a pattern over whole names here")
-    words = "|".join(re.escape(word.strip()) for word in own.split(",") if word.strip())
-    return Taken("otherwise", {"targets": f".*({words}).*"}, "is a pattern over whole names here")
-
-
-def _rank(value: Any, given: Given) -> Taken:
-    if str(given.get("peft_type")).upper() == "LOKR" and not is_off(given.get("lokr_dim")):
-        return Taken("needless", reason="counts for nothing: lokr_dim is LoKr's")
-    return Taken("same", {"rank": value})
-
-
-def _of_lokr(option: str) -> Row:
-    def take(value: Any, given: Given) -> Taken:
-        if str(given.get("peft_type")).upper() != "LOKR" or is_off(value) or value == -1:
-            return Taken("needless", reason="is off, or LoKr's")
-        return Taken("same", {option: value})
-
-    return Row(f"--{option}", "", take)
-
-
-def _dropout(value: Any, given: Given) -> Taken:
-    if is_off(value):
-        return Taken("needless", reason="is off")
-    dora = not is_off(given.get("lora_decompose"))
-    name = "lora_dropout" if dora else "neuron_dropout"
-    return Taken("otherwise" if dora else "same", {name: value}, "is of the input with DoRA" * dora)
-
-
-def encoder_rank(second: bool) -> Row:
-    """The switch of one text encoder; together they are train_text_encoder and a rank of 0."""
-
-    def take(value: Any, given: Given) -> Taken:
-        sdxl = FAMILIES.get(str(given.get("model_type")).lower()) == "sdxl"
-        trained = truth(value)
-        if second and not sdxl:
-            return Taken("needless", reason="belongs to SDXL")
-        other = given.get("text_encoder.train" if second else "text_encoder_2.train", True)
-        other = sdxl and truth(other)
-        if trained:
-            return Taken("otherwise", {"train_text_encoder": True}, "is one switch for both")
-        name = "text_encoder_2_rank" if second else "text_encoder_rank"
-        if not other:
-            return Taken("needless", reason="is the default here: the UNet alone")
-        found: dict[str, Any] = {name: 0}
-        if not second:  # the second one's rank is the first one's if it is not given
-            rank = given.get("lora_rank", 16)
-            found["text_encoder_2_rank"] = whole(rank)
-        return Taken("otherwise", found, "is a rank of 0: the other encoder learns alone")
-
-    return Row("--train_text_encoder", "", take)
 
 
 def _encoder_part(name: str, row: Row) -> Row:
@@ -248,110 +180,6 @@ def _destination(value: Any, given: Given) -> Taken:
     return Taken(kind, {"output_dir": folder}, "is a folder: two files and the log are in it")
 
 
-def concept_table(concept: dict[str, Any]) -> dict[str, Any]:
-    """A `[[sources]]` table of a concept."""
-    text, image = concept.get("text") or {}, concept.get("image") or {}
-    table: dict[str, Any] = {"path": str(concept.get("path", ""))}
-    if is_off(concept.get("include_subdirectories")):
-        table["recursive"] = False
-    repeats = number(concept.get("balancing", concept.get("repeats", 1)) or 1)
-    if repeats >= 2 and str(concept.get("balancing_strategy", "REPEATS")).upper() == "REPEATS":
-        table["repeats"] = round(repeats)
-    if number(concept.get("loss_weight", 1)) != 1:
-        table["weight"] = number(concept["loss_weight"])
-    if str(concept.get("type", "STANDARD")).upper() == "PRIOR_PREDICTION":
-        table["kind"] = "class"
-    captions = {"sample": "sidecar", "filename": "filename"}
-    source = str(text.get("prompt_source", "sample")).lower()
-    if source in captions:
-        table["captions"] = captions[source]
-        table |= {"wildcards": True} if source == "sample" else {}  # one of several lines
-    if truth(text.get("enable_tag_shuffling", False)):
-        table |= {"shuffle_caption": True, "keep_tokens": whole(text.get("keep_tags_count", 1))}
-        table |= {"caption_separator": text["tag_delimiter"]} if text.get("tag_delimiter") else {}
-    if truth(text.get("tag_dropout_enable", False)):
-        table["caption_tag_dropout"] = number(text.get("tag_dropout_probability", 0))
-    if truth(image.get("enable_random_flip", False)):
-        table["random_flip"] = True
-    return table
-
-
-CHANGES = {
-    *(f"enable_{how}_{name}" for how in ("random", "fixed")
-      for name in ("rotate", "brightness", "contrast", "saturation", "hue")),
-    "enable_fixed_flip", "enable_resolution_override", "enable_random_circular_mask_shrink",
-    "enable_random_mask_rotate_crop",
-}  # fmt: skip
-"""Keys of a concept's image that change it, and are not there."""
-
-
-def concept_losses(concept: dict[str, Any]) -> list[str]:
-    """Settings of a concept that are not there."""
-    text, image = concept.get("text") or {}, concept.get("image") or {}
-    found = [f"image.{key}" for key, value in image.items() if key in CHANGES and not is_off(value)]
-    if image.get("enable_crop_jitter", True):
-        found.append("image.enable_crop_jitter (random_crop = true cuts anywhere, without a cache)")
-    if str(text.get("prompt_source", "sample")).lower() == "concept":
-        found.append("text.prompt_source concept (prompt says one caption)")
-    mode = str(text.get("tag_dropout_mode", "FULL")).upper()
-    if truth(text.get("tag_dropout_enable", False)) and mode != "RANDOM":
-        found.append(f"text.tag_dropout_mode {mode} (each tag is dropped by itself)")
-    found += [f"text.{key}" for key in ("caps_randomize_enable",) if not is_off(text.get(key))]
-    if str(concept.get("balancing_strategy", "REPEATS")).upper() == "SAMPLES":
-        found.append("balancing_strategy SAMPLES (repeats count uses of each image)")
-    return found
-
-
-def _concepts(value: Any, given: Given) -> Taken:
-    rows = [row for row in value or [] if isinstance(row, dict) and row.get("enabled", True)]
-    left_out = [r for r in rows if str(r.get("type", "")).upper() == "VALIDATION"]
-    rows = [row for row in rows if row not in left_out]
-    if not rows:
-        return Taken("absent", reason="has no concept to train; give --train_data_dir")
-    losses = sorted({loss for row in rows for loss in concept_losses(row)})
-    losses += [f"validation concept {row.get('path')}" for row in left_out]
-    reason = "is [[sources]]" + (f"; not there: {', '.join(losses)}" if losses else "")
-    return Taken("otherwise", {"sources": [concept_table(row) for row in rows]}, reason)
-
-
-def _concept_file(value: Any, given: Given) -> Taken:
-    if given.get("concepts"):
-        return Taken("needless", reason="counts for nothing: concepts are given")
-    rows = _rows_of(str(value), given)
-    if rows is None:
-        return Taken("absent", reason="is a file that cannot be read here; give --train_data_dir")
-    return _concepts(rows, given)
-
-
-def _sample_file(value: Any, given: Given) -> Taken:
-    if given.get("samples"):
-        return Taken("needless", reason="counts for nothing: samples are given")
-    rows = _rows_of(str(value), given)
-    if rows is None:
-        reason = "is a file that cannot be read here; give --validation_prompt"
-        return Taken("absent", reason=reason)
-    return of_list([row for row in rows if row.get("enabled", True)])
-
-
-def _rows_of(path: str, given: Given) -> list[dict[str, Any]] | None:
-    """The tables in a JSON list; None if there is no such file."""
-    rows = given.load(path)
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else None
-
-
-def _embeddings(value: Any, given: Given) -> Taken:
-    rows = [row for row in value or [] if isinstance(row, dict) and row.get("train", True)]
-    if not rows:
-        return Taken("needless", reason="is empty")
-    counts = {whole(row.get("token_count") or 1) for row in rows}
-    found: dict[str, Any] = {
-        "token_abstraction": ",".join(str(row.get("placeholder", "<embedding>")) for row in rows),
-        "num_new_tokens_per_abstraction": max(counts),
-        "initializer_token": ",".join(str(r.get("initial_embedding_text", "*")) for r in rows),
-    }
-    return Taken("otherwise", found, "is files of their own, with one count of vectors for all")
-
-
 _SCALE = "is not there: --scale_lr multiplies by the batch, theirs by its root; write the rate"
 _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3", "text_encoder_4",
           "effnet_encoder", "decoder", "decoder_text_encoder", "decoder_vqgan", "cloud", "secrets",
@@ -359,14 +187,14 @@ _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3",
 OTHER_PARTS = needless("belongs to other models or to the program")
 """The row of tables that are not read."""
 
-ONETRAINER: dict[str, Row] = {
+ONETRAINER: dict[str, Row] = NETWORK | {
     "training_method": taking("", "", _method),
     "model_type": taking("--family", "", _family),
     "output_model_format": needless("is diffusers' and kohya's file here, both"),
     "output_model_destination": taking("--output_dir", "", _destination),
     "output_dtype": among("save_precision", FILE_PRECISIONS, "is called so", "is fp32, fp16, bf16"),
-    "concepts": taking("--train_data_dir, or [[sources]] of a file", "", _concepts),
-    "concept_file_name": taking("--train_data_dir, or [[sources]] of a file", "", _concept_file),
+    "concepts": taking("--train_data_dir, or [[sources]] of a file", "", concepts),
+    "concept_file_name": taking("--train_data_dir, or [[sources]] of a file", "", concept_file),
     "latent_caching": Row("--cache_latents", "", lambda value, given: Taken(
         "needless", reason="is always so here") if truth(value) else Taken(
         "otherwise", {"cache_latents": "no"}, "is a place of the cache")),
@@ -392,39 +220,11 @@ ONETRAINER: dict[str, Row] = {
     "resolution": taking("--resolution", "is one number here", _resolution),
     "train_dtype": taking("--mixed_precision", "", _precision),
     "dataloader_threads": needless("is not needed: latents are cached"),
-    "peft_type": among(
-        "method", {"lora": "lora", "loha": "loha", "lokr": "lokr"}, "is called so here",
-        f"{NOT_THERE}: LoRA is written instead"),
-    "layer_filter_preset": taking("--targets", "", _targets),
-    "layer_filter": read_with("layer_filter_preset", "--targets"),
-    "layer_filter_regex": read_with("layer_filter_preset", "--targets"),
-    "lora_rank": taking("--rank", "", _rank),
-    "lora_decompose": otherwise(
-        "use_dora", "has a magnitude per output; per input there unless "
-        "lora_decompose_output_axis", truth),
-    "lora_decompose_output_axis": needless("is always so here"),
-    "lora_decompose_norm_epsilon": needless("is always so here"),
-    "lora_weight_dtype": absent("is float32 always", idle=("FLOAT_32",)),
-    "lora_model_name": absent("is not there: every run starts from the base"),
-    "bundle_additional_embeddings": needless("is not there: words have files of their own"),
-    "dropout_probability": taking("--neuron_dropout", "", _dropout),
-    "lokr_dim": _of_lokr("rank"),
-    "lokr_decompose_factor": _of_lokr("lokr_factor"),
-    "lokr_decompose_both": _of_lokr("lokr_decompose_both"),
-    "lokr_full_matrix": _of_lokr("lokr_full_matrix"),
-    "lokr_use_tucker": _of_lokr("use_tucker"),
-    "lokr_weight_decompose": _of_lokr("use_dora"),
-    "lokr_dora_on_output": needless("is always so here"),
-    "lokr_vec_trick": needless("is a way of computing there"),
-    **dict.fromkeys(("oft_block_size", "oft_block_share", "oft_scaled"), needless(
-        "belongs to OFT")),
     "unet.train": Row("", "", lambda value, given: Taken(
         "needless", reason="is always so here") if truth(value) else Taken(
         "absent", reason="is not there: the UNet is always trained")),
     **dict.fromkeys(("unet.stop_training_after", "unet.stop_training_after_unit"), needless(
         "is not needed: the UNet learns to the end")),
-    "text_encoder.train": encoder_rank(False),
-    "text_encoder_2.train": encoder_rank(True),
     "text_encoder.stop_training_after": _encoder_part("text_encoder.x", unit_steps(
         "text_encoder.stop_training_after", "text_encoder_stop_step",
         "--text_encoder_stop_step is in steps")),
@@ -453,7 +253,7 @@ ONETRAINER: dict[str, Row] = {
     "masked_training": absent("is not there for mask files; --alpha_mask has the images' own"),
     **dict.fromkeys(("unmasked_probability", "unmasked_weight", "normalize_masked_area_loss",
         "masked_prior_preservation_weight"), needless("belongs to masked_training")),
-    "additional_embeddings": taking("--token_abstraction", "", _embeddings),
+    "additional_embeddings": taking("--token_abstraction", "", embeddings),
     "preserve_embedding_norm": absent(NOT_THERE),
     "embedding_weight_dtype": absent("is float32 always", idle=("FLOAT_32",)),
     "offset_noise_weight": otherwise("noise_offset", "is called so", number),
@@ -489,7 +289,7 @@ ONETRAINER: dict[str, Row] = {
     "compile": absent(NOT_THERE),
     "samples": taking("--validation_prompt", "", lambda value, given: of_list(
         [row for row in value or [] if not isinstance(row, dict) or row.get("enabled", True)])),
-    "sample_definition_file_name": taking("--validation_prompt", "", _sample_file),
+    "sample_definition_file_name": taking("--validation_prompt", "", sample_file),
     "sample_after": Row("--validation_epochs, in epochs", "", lambda value, given: Taken(
         "same", {"validation_epochs": value})
         if str(given.get("sample_after_unit")).upper() == "EPOCH" and not is_off(value)
