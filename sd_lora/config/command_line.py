@@ -156,20 +156,22 @@ def _unknown_key(path: str, name: str) -> Problem:
     """The problem of a key that is no option."""
     found = known_elsewhere(name)
     if found is None:
-        return Problem(name, f"{path}: {name!r} is not an option", _near(name, OPTIONS))
+        return Problem(name, f"{path}: {name!r} is not an option", _near(name))
     _, row = found
     if not row.here:
         return Problem(name, f"{path}: {name} {row.reason}")
     return Problem(name, f"{path}: {name!r} is not an option", f"Here it is {row.here}")
 
 
-LIKENESS = 0.75
+LIKENESS = 0.8
 """Share of letters that a flag has in common with the one that was meant: a slip of the finger, and
 not another word."""
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    return did_you_mean(name, known, LIKENESS).strip()
+def _near(name: str, as_flag: bool = False) -> str:
+    """Hint with the option that was meant, if the name is a slip of it."""
+    flags = [f"--{option}" for option in OPTIONS]  # so that a slip in a short name is near too
+    return did_you_mean(f"--{name}", flags, LIKENESS).strip().replace("--", "--" * as_flag)
 
 
 def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -252,7 +254,7 @@ def _answered(
             text = f"unknown flag --{flag.name}: here it is {flag.row.here} (docs/flags.md)"
             problems.append(Problem(flag.name, text))
         else:
-            problems.append(Problem(flag.name, f"unknown flag --{flag.name}: it {flag.row.reason}"))
+            problems.append(Problem(flag.name, f"--{flag.name} {flag.row.reason}"))
     peers = [flag.peer.label for flag in foreign if flag.name not in DIFFUSERS]
     if len(peers) >= MANY:
         text = "these are flags of other trainers: sd-lora translate, with the whole command after "
@@ -286,7 +288,7 @@ def _unknown_flag(word: str) -> Problem:
         if option.only and (name == option.name or shortened):
             text = f"{option.name} has an effect in {option.only} runs only"
             return Problem(option.name, text, "Leave it out")
-    return Problem(name, f"unknown flag {flag}", _near(flag, [f"--{n}" for n in OPTIONS]))
+    return Problem(name, f"unknown flag {flag}", _near(name, as_flag=True))
 
 
 def _value(name: str, given: Any) -> Any:

@@ -60,6 +60,12 @@ def _model(value: Any, given: Given) -> Taken:
     return Taken("same", {"pretrained_model_name_or_path": value})
 
 
+def _type(value: Any, given: Given) -> Taken:
+    if "trainer" not in str(value):
+        raise other_model("type", value)
+    return Taken("needless", reason="is always so here")
+
+
 def _family(value: Any, given: Given) -> Taken:
     found = family(given)
     if is_off(value):
@@ -137,7 +143,7 @@ def _sources(value: Any, given: Given) -> Taken:
         found |= {"aspect_ratio_buckets": False, "center_crop": True}
     if all(truth(row.get("alpha_mask", False)) for row in rows):
         found["alpha_mask"] = True
-    reason = "is [[sources]]" + (f"; not there: {', '.join(unread)}" if unread else "")
+    reason = f"not there: {', '.join(unread)}" if unread else ""
     return Taken("otherwise", found, reason)
 
 
@@ -227,6 +233,7 @@ _SAMPLES = "is not there: samples are --num_validation_images of one prompt"
 
 AI_TOOLKIT: dict[str, Row] = {
     "name": read_with("training_folder"),
+    "type": taking("", "is about the program itself", _type),
     "training_folder": taking("--output_dir", "", _folder),
     "trigger_word": otherwise(
         "trigger_word", "is the first tag of captions without it; [trigger] is no mark here"),
@@ -308,7 +315,7 @@ AI_TOOLKIT: dict[str, Row] = {
     **dict.fromkeys(("train.diff_output_preservation_multiplier",
         "train.diff_output_preservation_class", "train.blank_prompt_preservation_multiplier",
         "train.lr_scheduler_params"), needless("belongs to a setting that is off or not there")),
-    "save.dtype": among("save_precision", FILE_PRECISIONS, "is called so", "is fp32, fp16, bf16"),
+    "save.dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
     "save.save_every": otherwise(
         "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),
     "save.save_format": needless("is diffusers' and kohya's file here, both"),
@@ -325,7 +332,7 @@ AI_TOOLKIT: dict[str, Row] = {
     **dict.fromkeys(("sample.seed", "sample.walk_seed"), needless("is 0, 1, 2, … here")),
     **dict.fromkeys(("sample.sample_start_step", "sample.num_frames", "sample.fps",
         "sample.format", "sample.ext"), needless("is about the program itself")),
-    **dict.fromkeys(("type", "device", "sqlite_db_path", "performance_log_every", "log_dir",
+    **dict.fromkeys(("device", "sqlite_db_path", "performance_log_every", "log_dir",
         "version"), needless("is about the program itself")),
     "logging.use_wandb": switch("--report_to wandb", "is a tracker", report_to="wandb"),
     **dict.fromkeys(("logging.log_every", "logging.verbose", "logging.use_ui_logger",
@@ -338,6 +345,13 @@ AI_TOOLKIT: dict[str, Row] = {
 WHOLE = ("network.network_kwargs", "train.ema_config", "train.lr_scheduler_params",
          "model.model_kwargs", "model.quantize_kwargs")  # fmt: skip
 """Tables that a row reads as one."""
+
+
+PREFIXES = {
+    "adapter.": absent("is not there"),
+    "slider.": absent("is not there: LoRAs are trained"),
+}
+"""Beginning of a key → row."""
 
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:

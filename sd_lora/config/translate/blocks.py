@@ -69,17 +69,21 @@ def _rates(given: Given) -> dict[str, float]:
     return {pattern: by_place[place] for place, pattern in found.items() if place in by_place}
 
 
+def _kept(given: Given) -> list[str]:
+    """Patterns of the places whose rank and rate are not 0."""
+    ranks = _ranks(given, "block_dims") if not is_off(given.get("block_dims")) else {}
+    rates = _rates(given)
+    found = places(not is_off(given.get("sdxl")), not is_off(given.get("conv_dim")))
+    return [p for p in found.values() if ranks.get(p, 1) and rates.get(p, 1)]
+
+
 def block_targets(given: Given, conv: bool) -> str:
     """Targets without the blocks of rank or rate 0; empty if all blocks stay."""
     try:
-        weights = [_ranks(given, "block_dims")] if not is_off(given.get("block_dims")) else []
-        weights.append(_rates(given))
+        kept = _kept(given)
     except ValueError:  # the lists' own rows say it
         return ""
-    sdxl = not is_off(given.get("sdxl"))
-    patterns = list(places(sdxl, conv).values())
-    kept = [p for p in patterns if all(w.get(p, 1) for w in weights)]
-    if len(kept) == len(patterns):
+    if len(kept) == len(places(not is_off(given.get("sdxl")), conv)):
         return ""
     shown = [name.removesuffix(".*") for name in kept]
     shown = ["mid_block.attentions" if n == "mid_block" and not conv else n for n in shown]
@@ -92,15 +96,14 @@ def _of_ranks(option: str, single: str, name: str, convert: type) -> Any:
     def take(value: Any, given: Given) -> Taken:
         if value in (None, "", []):
             return Taken("needless", reason="is not given")
-        dims = given.get("block_dims")
-        ranks = _ranks(given, "block_dims") if not is_off(dims) else {}
-        found = {p: v for p, v in _ranks(given, name).items() if v and ranks.get(p, 1)}
+        values = _ranks(given, name)
+        found = {pattern: values[pattern] for pattern in _kept(given)}
         if not found:
             raise ValueError("leaves out every block")
         common = Counter(found.values()).most_common(1)[0][0]
-        others = {p: convert(v) for p, v in found.items() if v != common}
-        values: dict[str, Any] = {single: convert(common)} | ({option: others} if others else {})
-        return Taken("otherwise", values, "is patterns over modules here")
+        others = {pattern: convert(v) for pattern, v in found.items() if v != common}
+        taken: dict[str, Any] = {single: convert(common)} | ({option: others} if others else {})
+        return Taken("otherwise", taken, "is patterns over modules here")
 
     return take
 
@@ -108,7 +111,8 @@ def _of_ranks(option: str, single: str, name: str, convert: type) -> Any:
 def _of_rates(value: Any, given: Given) -> Taken:
     if value in (None, "", []):
         return Taken("needless", reason="is not given")
-    found = {pattern: factor for pattern, factor in _rates(given).items() if factor not in (0, 1)}
+    rates = _rates(given)
+    found = {p: rates[p] for p in _kept(given) if rates.get(p, 1) != 1}
     values = {"lr_pattern": found} if found else {}
     return Taken("otherwise", values, "is patterns over modules here")
 

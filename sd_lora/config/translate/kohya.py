@@ -27,7 +27,8 @@ from sd_lora.config.translate.rows import (
     whole,
 )
 
-NOT_THERE = "is not there"
+MISSING = "is not there"
+NOT_THERE = f"{MISSING}: nothing here does it yet"
 ADAPTIVE = ("prodigy", "dadapt")
 """Beginnings of optimisers whose learning rate is a factor near 1."""
 
@@ -102,7 +103,7 @@ def optimizer(value: Any, given: Given) -> Taken:
         return Taken("needless", reason="is the optimiser here")
     if word in ("adamw8bit", "pagedadamw8bit", "bnbadamw8bit"):
         return Taken("otherwise", {"use_8bit_adam": True}, "is AdamW's 8-bit form")
-    reason = f"{NOT_THERE}: AdamW is used; mind the learning rate, theirs is for another optimiser"
+    reason = f"{MISSING}: AdamW is used; mind the learning rate, theirs is for another optimiser"
     return Taken("absent", reason=reason)
 
 
@@ -200,7 +201,7 @@ _UPLOAD = "is not there: upload the files by hand"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
 _LOSS = "is not there: the loss is the squared error, weighted by --snr_gamma"
-_VALIDATION = "is not there"
+_VALIDATION = "is not there: samples and their score show what is learned"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
 _DEVICES = "is not needed: accelerate's configuration says it"
 
@@ -252,11 +253,12 @@ KOHYA: dict[str, Row] = NETWORK | {
     "clip_skip": taking("--clip_skip, one less", "counts from 0 here", _clip_skip),
     "cache_latents": needless("is always so here: cache_latents is auto"),
     "cache_latents_to_disk": switch(
-        "--cache_latents disk", "is a place of the cache", cache_latents="disk"),
+        "--cache_latents disk", "is a switch there, a place here", cache_latents="disk"),
     "cache_text_encoder_outputs": needless(
         "is always so here for text encoders that do not learn, and there turns them off"),
     "cache_text_encoder_outputs_to_disk": switch(
-        "--cache_text_embeddings disk", "is a place of the cache", cache_text_embeddings="disk"),
+        "--cache_text_embeddings disk", "is a switch there, a place here",
+        cache_text_embeddings="disk"),
     "skip_cache_check": needless("is not needed: the cache goes by content"),
     "vae_batch_size": needless("is about memory while caching there"),
     "text_encoder_batch_size": needless("is about memory while caching there"),
@@ -278,15 +280,18 @@ KOHYA: dict[str, Row] = NETWORK | {
     "weight_decay": otherwise("adam_weight_decay", "is AdamW's", number),
     "betas": taking("--adam_beta1 --adam_beta2", "is two options", _betas),
     "eps": otherwise("adam_epsilon", "is AdamW's", number),
-    "optimizer_args": needless("has no part"),
+    "optimizer_args": Row(
+        "--adam_beta1, --adam_beta2, --adam_epsilon and --adam_weight_decay", "",
+        needless("has no part").take,
+    ),
     **dict.fromkeys(
         ("decouple", "d_coef", "d0", "growth_rate", "use_bias_correction", "safeguard_warmup",
          "relative_step", "scale_parameter", "warmup_init", "momentum", "amsgrad"),
         absent("belongs to another optimiser")),
     "lr_scheduler": among(
-        "lr_scheduler", {n: n for n in SCHEDULES}, "", f"{NOT_THERE}: constant is used"),
-    "lr_scheduler_type": absent(f"{NOT_THERE}: schedules are diffusers' six"),
-    "lr_scheduler_args": absent(f"{NOT_THERE}: schedules are diffusers' six"),
+        "lr_scheduler", {n: n for n in SCHEDULES}, "", f"{MISSING}: constant is used"),
+    "lr_scheduler_type": absent(f"{MISSING}: schedules are diffusers' six"),
+    "lr_scheduler_args": absent(f"{MISSING}: schedules are diffusers' six"),
     "lr_warmup_steps": taking("--lr_warmup_steps", "", _warmup),
     "lr_decay_steps": absent(NOT_THERE),
     "lr_scheduler_timescale": absent(NOT_THERE),
@@ -308,7 +313,7 @@ KOHYA: dict[str, Row] = NETWORK | {
     "dynamo_backend": absent(NOT_THERE, idle=("inductor", "no")),
     "lowram": needless("is not needed: the base is loaded once"),
     "highvram": needless("is not needed"),
-    "cpu_offload_checkpointing": absent(f"{NOT_THERE}; --gradient_checkpointing is"),
+    "cpu_offload_checkpointing": absent(f"{MISSING}; --gradient_checkpointing is"),
     "blocks_to_swap": absent(NOT_THERE),
     **dict.fromkeys(
         ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"), needless(_DEVICES)),
@@ -337,7 +342,7 @@ KOHYA: dict[str, Row] = NETWORK | {
     "save_model_as": absent("is safetensors always", idle=("safetensors",)),
     "use_safetensors": needless("is always so here"),
     "save_precision": among(
-        "save_precision", {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}, "is called fp32",
+        "save_precision", {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}, "",
         "is fp32, fp16 or bf16 here"),
     "save_every_n_steps": otherwise(
         "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),
@@ -360,11 +365,12 @@ KOHYA: dict[str, Row] = NETWORK | {
          "resume_from_huggingface", "async_upload"), absent(_UPLOAD)),
     **dict.fromkeys(
         ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name"),
-        absent(f"{NOT_THERE}: runs are named by their folder")),
+        absent(f"{MISSING}: runs are named by their folder")),
     "wandb_api_key": absent("is not read from a configuration: wandb login"),
     "log_config": needless("is always so here: config.json is beside the files"),
-    "config_file": needless("has been read"),
-    "output_config": needless("writes a file there"),
+    "config_file": Row(
+        "--config, of a file that sd-lora translate writes", "", needless("is read").take),
+    "output_config": needless("is sd-lora translate here"),
     # samples
     "sample_prompts": taking("--validation_prompt", "is one prompt here", first_prompt),
     "sample_every_n_steps": absent(

@@ -9,6 +9,7 @@ from typing import Any
 from sd_lora.config.translate.kohya import KOHYA, is_unset
 from sd_lora.config.translate.kohya import defaults as of_scripts
 from sd_lora.config.translate.rows import (
+    UNUSED,
     Given,
     Row,
     Taken,
@@ -116,10 +117,8 @@ KOHYA_GUI: dict[str, Row] = KOHYA | {
         "sd3_checkbox", "lowvram", "save_as_bool"), needless("is about the program itself")),
     **dict.fromkeys(("metadata_title", "metadata_author", "metadata_description",
         "metadata_license", "metadata_tags"), absent("is not there")),
-    **dict.fromkeys(OF_LYCORIS, needless("has no effect with this LoRA_type there")),
-    **dict.fromkeys(OF_BLOCKS, needless("has no effect with this LoRA_type there")),
 }  # fmt: skip
-"""Key → row; those of `OF_LYCORIS` and `OF_BLOCKS` are sd-scripts' where the LoRA_type has them."""
+"""Key → row."""
 
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
@@ -134,17 +133,14 @@ def prepare(settings: dict[str, Any]) -> dict[str, Any]:
     unused += [] if lycoris or kind == "conv" else ["conv_dim", "conv_alpha"]
     unused += ["multires_noise_iterations"] if found.get("noise_offset_type") == "Original" else []
     for key in unused:
-        found.pop(key, None)
+        if key in found:
+            found[UNUSED + key] = found.pop(key)
     attention = found.get("xformers")
     if isinstance(attention, str) and not is_off(attention):
         found["xformers"] = True
     found |= {"network_module": module} | ({"algo": kind} if lycoris else {})
     zero_is_unset = ("lr_scheduler_num_cycles", "max_token_length", "lr_scheduler_power", "seed")
-    return {
-        name: value
-        for name, value in found.items()
-        if not (name in zero_is_unset and is_off(value)) and not name.startswith(OTHER_MODELS)
-    }
+    return {k: None if k in zero_is_unset and is_off(v) else v for k, v in found.items()}
 
 
 OTHER_MODELS = ("flux", "flux1_", "sd3_", "t5xxl", "clip_l", "clip_g", "hunyuan", "anima", "lumina",
@@ -153,7 +149,13 @@ OTHER_MODELS = ("flux", "flux1_", "sd3_", "t5xxl", "clip_l", "clip_g", "hunyuan"
                 "save_clip", "save_t5xxl", "mem_eff_save", "split_mode", "split_qkv",
                 "train_blocks", "train_double", "train_single", "img_", "txt_", "single_",
                 "enable_all_linear", "in_dims", "train_t5xxl", "mod_dim", "single_mod")  # fmt: skip
-"""Beginnings of keys that belong to other models; the interface writes them always."""
+
+FAMILIES = {UNUSED: needless("has no effect with the other settings there")} | dict.fromkeys(
+    OTHER_MODELS, needless("belongs to other models")
+)
+"""Beginning of a key → row: keys of other models, which the interface writes always."""
+
+SHOWN = {name: key for key, name in RENAMED.items()}
 
 
 def defaults(given: Given) -> dict[str, Any]:

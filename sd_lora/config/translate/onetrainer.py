@@ -184,15 +184,16 @@ _SCALE = "is not there: --scale_lr multiplies by the batch, theirs by its root; 
 _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3", "text_encoder_4",
           "effnet_encoder", "decoder", "decoder_text_encoder", "decoder_vqgan", "cloud", "secrets",
           "quantization", "optimizer_defaults", "embedding")  # fmt: skip
-OTHER_PARTS = needless("belongs to other models or to the program")
-"""The row of tables that are not read."""
+PREFIXES = {"optimizer.": needless("belongs to other optimisers, or is a way of computing")}
+"""Beginning of a key → row."""
 
 ONETRAINER: dict[str, Row] = NETWORK | {
+    **dict.fromkeys(_PARTS, needless("belongs to other models or to the program")),
     "training_method": taking("", "", _method),
     "model_type": taking("--family", "", _family),
     "output_model_format": needless("is diffusers' and kohya's file here, both"),
     "output_model_destination": taking("--output_dir", "", _destination),
-    "output_dtype": among("save_precision", FILE_PRECISIONS, "is called so", "is fp32, fp16, bf16"),
+    "output_dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
     "concepts": taking("--train_data_dir, or [[sources]] of a file", "", concepts),
     "concept_file_name": taking("--train_data_dir, or [[sources]] of a file", "", concept_file),
     "latent_caching": Row("--cache_latents", "", lambda value, given: Taken(
@@ -249,7 +250,7 @@ ONETRAINER: dict[str, Row] = NETWORK | {
                    "include", "model_name") if (part, key) != ("vae", "model_name")},
     "weight_dtype": needless("is not needed: mixed_precision says it"),
     "vae.weight_dtype": among(
-        "vae_precision", FILE_PRECISIONS, "is called so", "is fp32, fp16 or bf16"),
+        "vae_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
     "masked_training": absent("is not there for mask files; --alpha_mask has the images' own"),
     **dict.fromkeys(("unmasked_probability", "unmasked_weight", "normalize_masked_area_loss",
         "masked_prior_preservation_weight"), needless("belongs to masked_training")),
@@ -323,12 +324,10 @@ ONETRAINER: dict[str, Row] = NETWORK | {
 
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings with dots for inner tables; lists stay, tables of other models are left out."""
+    """Settings with dots for inner tables; lists and tables of other models stay."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
-        if key in _PARTS:
-            continue
-        if isinstance(value, dict):
+        if isinstance(value, dict) and key not in _PARTS:
             found |= {f"{key}.{inner}": deep for inner, deep in value.items()}
         else:
             found[key] = value

@@ -68,7 +68,7 @@ def concepts(value: Any, given: Given) -> Taken:
         return Taken("absent", reason="has no concept to train; give --train_data_dir")
     losses = sorted({loss for row in rows for loss in concept_losses(row)})
     losses += [f"validation concept {row.get('path')}" for row in left_out]
-    reason = "is [[sources]]" + (f"; not there: {', '.join(losses)}" if losses else "")
+    reason = f"not there: {', '.join(losses)}" if losses else ""
     return Taken("otherwise", {"sources": [concept_table(row) for row in rows]}, reason)
 
 

@@ -34,7 +34,7 @@ def _targets(value: Any, given: Given) -> Taken:
     names = {"attn-mlp": "transformer", "attn-only": "attention", "full": "all"}
     preset, own = str(value).lower(), str(given.get("layer_filter") or "")
     if preset in names:
-        return Taken("otherwise", {"targets": names[preset]}, "is called so here")
+        return Taken("same", {"targets": names[preset]})
     if is_off(own):
         return Taken("otherwise", {"targets": "all"}, "has no filter")
     if not is_off(given.get("layer_filter_regex")):
@@ -92,7 +92,7 @@ def encoder_rank(second: bool) -> Row:
 
 NETWORK: dict[str, Row] = {
     "peft_type": among(
-        "method", {"lora": "lora", "loha": "loha", "lokr": "lokr"}, "is called so here",
+        "method", {"lora": "lora", "loha": "loha", "lokr": "lokr"}, "",
         f"{NOT_THERE}: LoRA is written instead"),
     "layer_filter_preset": taking("--targets", "", _targets),
     "layer_filter": read_with("layer_filter_preset", "--targets"),

@@ -24,7 +24,8 @@ class Peer:
 
     column: its name in the options' rows. rows: its names that are no single option. prepare: the
     settings of a file by these names. defaults: its values that are others here, where nothing is
-    given.
+    given. families: beginning of a name → row of all names with it that have none. shown: name →
+    the name that its file has. derived: names that `prepare` adds.
     """
 
     label: str
@@ -32,6 +33,9 @@ class Peer:
     rows: Mapping[str, Row]
     prepare: Callable[[dict[str, Any]], dict[str, Any]] = _as_they_are
     defaults: Callable[[Given], dict[str, Any]] = _none
+    families: Mapping[str, Row] = field(default_factory=dict)
+    shown: Mapping[str, str] = field(default_factory=dict)
+    derived: tuple[str, ...] = ()
     all_rows: dict[str, Row] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -39,6 +43,11 @@ class Peer:
             if self.column in option.names:
                 self.all_rows[option.names[self.column]] = same(option)
         self.all_rows.update(self.rows)
+
+    def row(self, name: str) -> Row | None:
+        """The row of a name; None for a name that is not known."""
+        of_family = (row for start, row in self.families.items() if name.startswith(start))
+        return self.all_rows.get(name) or next(of_family, None)
 
 
 def _scripts(settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,12 +75,25 @@ PEERS: dict[str, Peer] = {
         kohya_gui.KOHYA_GUI,
         lambda settings: _scripts(kohya_gui.prepare(settings)),
         kohya_gui.defaults,
+        kohya_gui.FAMILIES,
+        kohya_gui.SHOWN,
+        ("network_module", "algo"),
     ),
     "onetrainer": Peer(
-        "OneTrainer", "onetrainer", onetrainer.ONETRAINER, onetrainer.prepare, onetrainer.defaults
+        "OneTrainer",
+        "onetrainer",
+        onetrainer.ONETRAINER,
+        onetrainer.prepare,
+        onetrainer.defaults,
+        onetrainer.PREFIXES,
     ),
     "ai-toolkit": Peer(
-        "ai-toolkit", "ai_toolkit", ai_toolkit.AI_TOOLKIT, ai_toolkit.prepare, ai_toolkit.defaults
+        "ai-toolkit",
+        "ai_toolkit",
+        ai_toolkit.AI_TOOLKIT,
+        ai_toolkit.prepare,
+        ai_toolkit.defaults,
+        ai_toolkit.PREFIXES,
     ),
     "simpletuner": Peer(
         "SimpleTuner",

@@ -123,8 +123,8 @@ def _likeliest(table: Mapping[str, Any]) -> str:
     counts: dict[str, int] = {}
     for name, peer in PEERS.items():
         known = peer.prepare(dict(table))
-        told = {row for row in known if row in peer.all_rows}
-        counts[name] = len(told & set(known)) if name != "ai-toolkit" else 0
+        told = {setting for setting in known if setting in peer.all_rows}
+        counts[name] = len(told - {*peer.derived}) if name != "ai-toolkit" else 0
     best = max(counts, key=lambda name: counts[name])
     if 2 * counts[best] < len(table) or not counts[best]:
         names = ", ".join(PEERS)

@@ -60,6 +60,10 @@ class Row:
     take: Callable[[Any, Given], Taken]
 
 
+UNUSED = "unused "
+"""Beginning of the name of a setting that has no effect there, because of another one."""
+
+
 def is_off(value: Any) -> bool:
     """Whether a value asks for nothing: not given, false, zero, empty, also as a text."""
     if isinstance(value, str):
@@ -111,7 +115,8 @@ def otherwise(name: str, reason: str, convert: Callable[[Any], Any] = lambda val
 def among(name: str, choices: Mapping[str, Any], reason: str, absent_reason: str) -> Row:
     """One option whose values have other names there.
 
-    choices: value there, in small letters → value here. absent_reason: for all others.
+    choices: value there, in small letters → value here. reason: of a value with another meaning;
+    empty for another spelling. absent_reason: for all others.
     """
 
     def take(value: Any, given: Given) -> Taken:
@@ -121,8 +126,8 @@ def among(name: str, choices: Mapping[str, Any], reason: str, absent_reason: str
         if word not in choices:
             return Taken("absent", reason=absent_reason)
         here = choices[word]
-        kind: Kind = "same" if here == value else "otherwise"
-        return Taken(kind, {name: here}, reason if kind == "otherwise" else "")
+        kind: Kind = "otherwise" if reason and here != value else "same"
+        return Taken(kind, {name: here}, reason)
 
     return Row(f"--{name}", reason or absent_reason, take)
 
@@ -148,8 +153,10 @@ def same(option: Option) -> Row:
     """The row of a name that equals an option."""
 
     def take(value: Any, given: Given) -> Taken:
-        if value is None or value in ("", [], {}) or (is_off(value) and _excludes_zero(option)):
-            return Taken("needless", reason="is off" if is_off(value) else "is not given")
+        if value is None or value in ("", [], {}):
+            return Taken("needless", reason="is not given")
+        if is_off(value) and _excludes_zero(option) and value not in option.choices:
+            return Taken("needless", reason="is off")
         return Taken("same", {option.name: value})
 
     return Row(f"--{option.name}", "", take)

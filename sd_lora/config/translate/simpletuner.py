@@ -210,7 +210,7 @@ def _backends(value: Any, given: Given) -> Taken:
     if truth(first.get("crop", False)) and str(first.get("crop_aspect", "square")) == "square":
         center = str(first.get("crop_style", "random")) != "random"
         found |= {"aspect_ratio_buckets": False, "center_crop": center}
-    reason = "is [[sources]]" + (f"; not there: {', '.join(losses)}" if losses else "")
+    reason = f"not there: {', '.join(losses)}" if losses else ""
     return Taken("otherwise", found, reason)
 
 
@@ -296,9 +296,9 @@ SIMPLETUNER: dict[str, Row] = {
     "grad_clip_method": read_with("max_grad_norm"),
     "mixed_precision": among(
         "mixed_precision", {"bf16": "bf16", "fp16": "fp16", "no": "no", "fp32": "no"},
-        "is called so", "is no, fp16 or bf16 here"),
+        "", "is no, fp16 or bf16 here"),
     "vae_dtype": among(
-        "vae_precision", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}, "is called so",
+        "vae_precision", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}, "",
         "is fp32 here"),
     "base_model_precision": absent("is not there", idle=("no_change",)),
     "text_encoder_1_precision": absent("is not there", idle=("no_change",)),
@@ -330,7 +330,6 @@ SIMPLETUNER: dict[str, Row] = {
     "checkpoint_epoch_interval": absent("is not there: checkpoints come by steps"),
     **dict.fromkeys(("checkpointing_rolling_steps", "checkpoints_rolling_total_limit"), absent(
         "is not there: --checkpointing_steps is", idle=(1,))),
-    "validation_prompt": otherwise("validation_prompt", "is shown before, during and after", str),
     "num_validation_images": Row("--num_validation_images", "", lambda value, given: Taken(
         "same", {"num_validation_images": value})),
     "validation_step_interval": absent("is in epochs here: --validation_epochs"),

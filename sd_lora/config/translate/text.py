@@ -81,9 +81,10 @@ def _rows(lines: Iterable[Line]) -> list[str]:
     for line in lines:
         left = line.name if line.value is True else f"{line.name} = {_shown(line)}"
         same = line.taken.kind == "same" and [*line.taken.values] == [line.name]
-        values = ", ".join(f"{n} = {_short(n, v)}" for n, v in line.taken.values.items())
+        values = ", ".join(_short(name, value) for name, value in line.taken.values.items())
         right = f" → {values}" if values and not same else ""
-        found.append(f"  {left}{right}" + (f": {line.taken.reason}" if line.taken.reason else ""))
+        reason = "" if line.taken.kind == "same" else line.taken.reason
+        found.append(f"  {left}{right}" + (f": {reason}" if reason else ""))
     return found
 
 
@@ -97,7 +98,7 @@ def _grouped(lines: Iterable[Line]) -> list[str]:
 def _short(name: str, value: Any) -> str:
     if isinstance(value, list):
         return "[[sources]] " + " and ".join(str(table.get("path")) for table in value)
-    return toml_value(value)
+    return f"{name} = {toml_value(value)}"
 
 
 def _shown(line: Line) -> str:

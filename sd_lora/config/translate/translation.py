@@ -10,7 +10,7 @@ from typing import Any
 from sd_lora.config.contradictions import LEAVE_OUT
 from sd_lora.config.schema import OPTIONS, TrainConfig
 from sd_lora.config.translate.peers import Peer
-from sd_lora.config.translate.rows import Given, Row, Taken, is_off, typed
+from sd_lora.config.translate.rows import UNUSED, Given, Row, Taken, is_off, typed
 from sd_lora.errors import Problem, UsageError, did_you_mean
 
 
@@ -64,7 +64,16 @@ def translate(
     for name, value in theirs.items():
         given[name] = value
     names = [*theirs, *(name for name in own if name not in theirs)]
-    lines = [Line(name, given[name], _answer(peer, name, given), name in theirs) for name in names]
+    unsaid = {*theirs, *peer.derived}
+    lines = [
+        Line(
+            peer.shown.get(name, name).removeprefix(UNUSED),
+            given[name],
+            _answer(peer, name, given),
+            name in unsaid,
+        )
+        for name in names
+    ]
     lines = _settled(lines)
     values = dict(fixed)
     for kind in ("same", "absent", "otherwise"):  # a list by block goes before a rank for all
@@ -74,7 +83,7 @@ def translate(
 
 
 def _answer(peer: Peer, name: str, given: Given) -> Taken:
-    row: Row | None = peer.all_rows.get(name)
+    row: Row | None = peer.row(name)
     if row is None and is_off(given[name]):
         return Taken("needless", reason="is off")
     if row is None:

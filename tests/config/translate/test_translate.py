@@ -1,0 +1,311 @@
+"""Whole configurations of other trainers: what is written trains, and every setting is answered."""
+
+import random
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dev.write_translate_page import PAGE, translations
+from sd_lora.adapters.targets import match_names, plan
+from sd_lora.cli import main
+from sd_lora.config.command_line import parse
+from sd_lora.config.translate.peers import PEERS
+from sd_lora.config.translate.text import to_table, to_toml, toml_value
+from sd_lora.config.translate.translation import Translation, translate
+from sd_lora.errors import UsageError
+from sd_lora.formats.names import naming_of
+from sd_lora.models.families import family_named
+from sd_lora.models.meta_pipeline import MetaPipeline
+from tests.config.test_flags_page import _place
+
+KOHYA = {"pretrained_model_name_or_path": "m.safetensors", "train_data_dir": "img"}
+NAMES = ("girl.sh", "gui.json", "onetrainer.json", "job.yaml", "simpletuner.json", "dog.sh")
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Translation]:
+    """Name of a configuration of docs/translate.md → its translation."""
+    return translations(PAGE.read_text(encoding="utf-8"), tmp_path_factory.mktemp("page"))
+
+
+def kohya(**more: Any) -> Translation:
+    return translate(PEERS["sd-scripts"], KOHYA | more)
+
+
+def answer(translation: Translation, name: str) -> tuple[str, str]:
+    """Kind and reason of a setting's answer."""
+    (line,) = (line for line in translation.lines if line.name == name)
+    return line.taken.kind, line.taken.reason
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_of_each_trainer_is_one_of_ours(
+    name: str, page: dict[str, Translation], tmp_path: Path
+) -> None:
+    """The TOML of each configuration of the page is read by `--config` without a problem, with the
+    options of the translation, and each setting of the file has an answer."""
+    translation = page[name]
+    assert translation.problems == []
+    file = tmp_path / "my.toml"
+    file.write_text(to_toml(translation, name), encoding="utf-8")
+    config = parse(["--config", str(file)])
+    for option, value in translation.values.items():
+        assert getattr(config, option) == value, option
+    table = to_table(translation)
+    assert all(f"{line.name}" in table for line in translation.lines)
+
+
+def test_the_page_shows_the_translations(root: Path) -> None:
+    """The answers in docs/translate.md are those of the configurations above them."""
+    done = subprocess.run(
+        [sys.executable, "dev/write_translate_page.py", "--check"], cwd=root, text=True,
+        capture_output=True, env={"PYTHONPATH": str(root), "PATH": ""},
+    )  # fmt: skip
+    assert (done.stdout.strip(), done.returncode) == ("the same", 0)
+
+
+def test_what_is_not_said_is_their_default() -> None:
+    """A command of sd-scripts that names model and data alone: its defaults, by its parser, where
+    ours are others."""
+    assert kohya().values == {
+        "pretrained_model_name_or_path": "m.safetensors", "train_data_dir": "img",
+        "method": "lora", "targets": "transformer", "lora_alpha": 1.0, "train_text_encoder": True,
+        "train_batch_size": 1, "mixed_precision": "no", "aspect_ratio_buckets": False,
+        "center_crop": True, "max_train_steps": 1600, "learning_rate": 2e-6,
+    }  # fmt: skip
+    assert all(line.default for line in kohya().lines if line.name not in KOHYA)
+
+
+@pytest.mark.parametrize(
+    ("more", "values"),
+    [
+        ({"max_train_epochs": "5", "max_train_steps": "9"}, {"num_train_epochs": 5}),
+        ({"learning_rate": "1e-4", "unet_lr": "2e-4"},
+         {"learning_rate": 2e-4, "text_encoder_lr": 1e-4}),
+        ({"learning_rate": "1e-4", "text_encoder_lr": "0"}, {"learning_rate": 1e-4}),
+        ({"lr_scheduler": "cosine", "lr_warmup_steps": "0.05", "max_train_steps": "2000"},
+         {"lr_warmup_steps": 100, "max_train_steps": 2000}),
+        ({"resolution": "768,512"}, {"resolution": 624}),
+        ({"clip_skip": 2}, {"clip_skip": 1}),
+        ({"reg_data_dir": "reg", "prior_loss_weight": "0.5"}, {
+            "sources": [{"path": "img", "layout": "kohya"},
+                        {"path": "reg", "layout": "kohya", "kind": "class"}],
+            "prior_loss_weight": 0.5}),
+        ({"network_args": ["conv_dim=8"], "network_dim": "16"},
+         {"rank": 16, "conv_rank": 8, "conv_alpha": 1.0, "targets": "transformer+conv"}),
+        ({"network_module": "lycoris.kohya", "network_args": "algo=lokr preset=attn-mlp factor=8"},
+         {"method": "lokr", "targets": "transformer", "lokr_factor": 8}),
+        ({"network_module": "lycoris.kohya", "network_args": ["algo=full"], "network_dim": 8},
+         {"method": "full", "targets": "all"}),
+        ({"optimizer_args": ["betas=0.9,0.99", "weight_decay=0.1", "eps=1e-6"]},
+         {"adam_beta1": 0.9, "adam_beta2": 0.99, "adam_weight_decay": 0.1, "adam_epsilon": 1e-6}),
+        ({"save_every_n_steps": "100", "save_last_n_steps_state": "300"},
+         {"checkpointing_steps": 100, "checkpoints_total_limit": 3}),
+    ],
+)  # fmt: skip
+def test_settings_that_mean_several_options(more: dict[str, Any], values: dict[str, Any]) -> None:
+    """Settings of sd-scripts that are more, less or otherwise than one option, as docs/flags.md
+    has them: the options that they are, and none of those that they go before."""
+    found = kohya(**more).values
+    assert found | values == found
+    others = {"num_train_epochs": "max_train_steps", "sources": "train_data_dir"}
+    assert all(gone not in found for name, gone in others.items() if name in values)
+    assert ("text_encoder_lr" in found) == ("text_encoder_lr" in values)
+    if values.get("method") == "full":  # alpha and rank mean nothing there
+        assert not {"rank", "lora_alpha"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("peer", "more"),
+    [
+        ("sd-scripts", {"optimizer_type": "Prodigy", "learning_rate": "1.0"}),
+        ("sd-scripts", {"optimizer_type": "DAdaptAdam", "unet_lr": "0.5"}),
+        ("onetrainer", {"optimizer": {"optimizer": "PRODIGY"}, "learning_rate": 1.0}),
+        ("simpletuner", {"optimizer": "prodigy", "learning_rate": 1}),
+    ],
+)
+def test_the_factor_of_an_adaptive_optimiser_is_no_rate(peer: str, more: dict[str, Any]) -> None:
+    """A learning rate near 1 is a factor of Prodigy and its like: it is not written for AdamW."""
+    found = translate(PEERS[peer], more)
+    assert "learning_rate" not in found.values
+    name = next(name for name in ("unet_lr", "learning_rate") if name in more)
+    assert answer(found, name)[0] == "absent"
+
+
+def test_an_option_without_effect_is_not_written() -> None:
+    """A setting whose option would be refused without another one is left out, with the reason:
+    keep_tokens without shuffling, clip_skip on SDXL, caption rules beside a dataset config."""
+    found = kohya(keep_tokens="2", sdxl=True, clip_skip="2")
+    assert not {"keep_tokens", "clip_skip"} & found.values.keys()
+    kind, reason = answer(found, "keep_tokens")
+    assert kind == "needless"
+    assert reason == "has no effect without shuffle_caption or caption_tag_dropout"
+    assert answer(found, "clip_skip")[0] == "needless"
+    data = translate(PEERS["sd-scripts"], {
+        "pretrained_model_name_or_path": "m", "dataset_config": "d.toml", "shuffle_caption": True,
+    })  # fmt: skip
+    belongs = ("absent", "belongs in [general] of the dataset's file")
+    assert answer(data, "shuffle_caption") == belongs
+    assert data.problems == []
+
+
+def test_a_wrong_value_is_told_and_left_out() -> None:
+    """Values that no option has are not there, with the reason; required ones are still to give."""
+    found = translate(PEERS["sd-scripts"], {"train_data_dir": "img", "network_dim": "many",
+                                            "noise_offset": "-1", "nettwork_alpha": 3})  # fmt: skip
+    assert answer(found, "network_dim") == ("absent", "is a number there, not 'many'")
+    assert answer(found, "noise_offset")[1] == "noise_offset must be at least 0, not -1.0"
+    assert "Did you mean network_alpha?" in answer(found, "nettwork_alpha")[1]
+    assert [problem.field for problem in found.problems] == ["pretrained_model_name_or_path"]
+    assert "# still to give: pretrained_model_name_or_path" in to_toml(found, "x")
+
+
+def test_secrets_are_not_shown() -> None:
+    """Tokens and keys are named, and their values stay where they are."""
+    secret = "hf_abcdefgh"
+    found = kohya(huggingface_token=secret, wandb_api_key=secret)
+    text = to_table(found) + to_toml(found, "x")
+    assert "wandb_api_key" in text
+    assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("peer", "values", "message"),
+    [
+        ("onetrainer", {"model_type": "FLUX_DEV_1"}, "model_type = FLUX_DEV_1 is not there"),
+        ("onetrainer", {"training_method": "FINE_TUNE"}, "training_method = FINE_TUNE"),
+        ("simpletuner", {"model_family": "flux"}, "model_family = flux"),
+        ("simpletuner", {"model_type": "full"}, "model_type = full"),
+        ("kohya_ss", {"LoRA_type": "Flux1"}, "LoRA_type = Flux1"),
+        ("ai-toolkit", {"config": {"process": [
+            {"type": "sd_trainer", "model": {"name_or_path": "F", "is_flux": True}}]}},
+         "model.name_or_path = F"),
+        ("ai-toolkit", {"config": {"process": [{"type": "extract"}]}}, "type = extract"),
+    ],
+)  # fmt: skip
+def test_other_models_are_refused(peer: str, values: dict[str, Any], message: str) -> None:
+    """A configuration for another model, or for another training than LoRA, is one error."""
+    with pytest.raises(UsageError, match="LoRAs of Stable Diffusion 1, 2 and XL") as error:
+        translate(PEERS[peer], values)
+    assert str(error.value).startswith(message)
+
+
+def test_a_text_encoder_alone() -> None:
+    """OneTrainer's switches of SDXL's two encoders are one switch here, and a rank of 0 for the
+    encoder that does not learn, as `rank_and_alpha_of` reads it."""
+    base = {
+        "model_type": "STABLE_DIFFUSION_XL_10_BASE",
+        "lora_rank": 8,
+        "concepts": [{"path": "d"}],
+    }
+    for first, second in ((True, True), (True, False), (False, True), (False, False)):
+        switches = {"text_encoder": {"train": first}, "text_encoder_2": {"train": second}}
+        found = translate(PEERS["onetrainer"], base | switches)
+        assert found.values.get("train_text_encoder", False) == (first or second)
+        if first or second:
+            run = parse_values(found.values).resolve("sdxl", 1024)
+            ranks = [run.rank_and_alpha_of(c)[0] for c in ("text_encoder", "text_encoder_2")]
+            assert ranks == [8 * first, 8 * second]
+
+
+def parse_values(values: dict[str, Any]) -> Any:
+    from sd_lora.config.schema import TrainConfig
+
+    return TrainConfig(**values)
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@pytest.mark.parametrize("conv", [False, True])
+def test_lists_by_block_give_each_module_the_same(family: str, conv: bool) -> None:
+    """Random block_dims, block_alphas and lists of rates of sd-scripts: on the published UNet each
+    module has the rank, alpha and factor of its place, and those of rank or rate 0 are left out."""
+    unet, naming = MetaPipeline.of_family(family_named(family)).models["unet"], naming_of(family)
+    draw = random.Random(f"{family}{conv}")
+    count, sizes = (23, (9, 3, 9)) if family == "sdxl" else (25, (12, 1, 12))
+    dims = [draw.choice([0, 4, 8, 16]) for _ in range(count)]
+    alphas = [draw.choice([1, 4, 8]) for _ in range(count)]
+    rates = [draw.choice([0, 0.5, 1, 1]) for _ in range(sum(sizes))]
+    cuts = (0, sizes[0], sizes[0] + sizes[1], sum(sizes))
+    words = {
+        f"{part}_lr_weight": ",".join(map(str, rates[cuts[i] : cuts[i + 1]]))
+        for i, part in enumerate(("down", "mid", "up"))
+    }
+    args = [f"{name}={value}" for name, value in words.items()]
+    args += ["block_dims=" + ",".join(map(str, dims)), "block_alphas=" + ",".join(map(str, alphas))]
+    found = kohya(network_args=args + ["conv_dim=4", "conv_alpha=1"] * conv, sdxl=family == "sdxl")
+    assert all(answer(found, name)[0] == "otherwise" for name in words)
+    config = parse_values(found.values)
+    from sd_lora.adapters.targets import select
+
+    theirs = {}
+    for name in select(unet, "transformer+conv" if conv else "transformer"):
+        place = _place(naming.kohya("unet", name))
+        rate = rates[place - 1] if family == "sdxl" else rates[place]
+        if dims[place] and rate:
+            theirs[name] = (dims[place], alphas[place], rate)
+    planned = plan(
+        unet, config.targets, config.rank, config.lora_alpha, config.conv_rank, config.conv_alpha,
+        rank_pattern=config.rank_pattern, alpha_pattern=config.alpha_pattern,
+    )  # fmt: skip
+    factors = match_names(config.lr_pattern, [t.name for t in planned], "lr_pattern")
+    ours = {t.name: (t.rank, t.alpha, factors.get(t.name, 1)) for t in planned}
+    if conv:  # kernels above 1×1 have ranks of their own there
+        modules = dict(unet.named_modules())
+        small = {n for n in theirs if getattr(modules[n], "kernel_size", (1, 1)) == (1, 1)}
+        assert ours.keys() == theirs.keys()
+        assert {n: ours[n] for n in small} == {n: theirs[n] for n in small}
+    else:
+        assert ours == theirs
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.floats(allow_nan=False, allow_infinity=False),
+        st.booleans(),
+        st.integers(-(2**60), 2**60),
+        st.dictionaries(st.text(), st.floats(0, 1)),
+    )
+)
+@settings(max_examples=60, deadline=None, database=None)
+def test_a_value_survives_toml(value: Any) -> None:
+    """Every value is read back from its TOML as it was."""
+    assert tomllib.loads(f"x = {toml_value(value)}")["x"] == value
+
+
+def test_the_command(
+    page: dict[str, Translation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sd-lora translate FILE` prints TOML alone on the standard output and the answers beside it;
+    with --out it writes the TOML, and never over a file."""
+    script = tmp_path / "train.sh"
+    script.write_text(
+        "python train_network.py --pretrained_model_name_or_path m --train_data_dir d"
+    )
+    assert main(["translate", str(script)]) == 0
+    printed = capsys.readouterr()
+    assert tomllib.loads(printed.out)["model"]["pretrained_model_name_or_path"] == "m"
+    assert printed.err.startswith("sd-scripts: 2 settings: 2 taken as is")
+    out = tmp_path / "my.toml"
+    assert main(["translate", "--out", str(out), "python", "train_network.py", "--seed=3"]) == 0
+    assert "sd-lora train --config" in capsys.readouterr().out
+    assert tomllib.loads(out.read_text())["run"]["seed"] == 3
+    assert main(["translate", f"--out={out}", str(script)]) == 2
+    assert "is there already" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
+    """A translation loads neither torch nor diffusers nor transformers."""
+    code = (
+        "import sys; from sd_lora.cli import main; "
+        "main(['translate', 'python', 'train_network.py', '--seed', '1']); "
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
