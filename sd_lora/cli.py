@@ -35,9 +35,10 @@ start with `sd-lora demo` in a clone of the project, or
 
 def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
-
-    config = parse(argv, script, script or "sd-lora train")
     from sd_lora.data.check.places import check_places
+    from sd_lora.data.sources.open import has_captions
+
+    config = parse(argv, script, script or "sd-lora train", has_captions)
 
     check_places(config)
     from sd_lora.terminal import Terminal  # seconds of import, after flags and paths are known good

@@ -74,17 +74,20 @@ def check(argv: Sequence[str]) -> None:
     parser.add_argument("--num_processes", type=int, default=1, help="that will train")
     args, rest = parser.parse_known_args(argv)
     if {"-h", "--help"} & set(rest):
-        print(parser.format_help() + "\nand all flags of sd-lora train (sd-lora train --help)")
+        from sd_lora.config.flags import build_parser
+
+        print(f"{parser.format_help()}\nand the flags of sd-lora train, of which the main are:")
+        print(build_parser(prog="sd-lora check", page="main").format_help().partition("\n\n")[2])
         return
     if args.page and args.no_page:
         raise UsageError("--page and --no_page contradict each other")
     if args.num_processes < 1:
         raise UsageError(f"num_processes must be at least 1, not {args.num_processes}")
     from sd_lora.config.command_line import parse
-
-    config = parse(rest, prog="sd-lora check")
     from sd_lora.data.check.places import check_places
+    from sd_lora.data.sources.open import has_captions
 
+    config = parse(rest, prog="sd-lora check", has_captions=has_captions)
     check_places(config)
     from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json

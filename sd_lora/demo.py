@@ -144,7 +144,5 @@ def main(argv: Sequence[str]) -> None:
         "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"
         "next, on your own images (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "
         "checkpoint):\n"
-        "  python train_scripts/train_dreambooth_lora.py --pretrained_model_name_or_path MODEL \\\n"
-        "    --instance_data_dir FOLDER --instance_prompt 'a photo of sks dog' \\\n"
-        "    --targets attention+conv --rank 16 --train_text_encoder --max_train_steps 800"
+        "  sd-lora train FOLDER --model MODEL --prompt 'a photo of sks dog'"
     )

@@ -1,17 +1,20 @@
 """Command line and configuration files → TrainConfig."""
 
-import argparse
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
 
+from sd_lora.config.flags import build_parser, show_help
 from sd_lora.config.kohya import read_dataset_config
+from sd_lora.config.options.sources import FOLDER
+from sd_lora.config.presets import OF_MODE
 from sd_lora.config.rows import Mode, Option
 from sd_lora.config.schema import (
     FORMER_NAMES,
     OPTIONS,
     SECTIONS,
+    SHORT_NAMES,
     TrainConfig,
     with_present_names,
 )
@@ -49,72 +52,6 @@ SCRIPTS: dict[str, Script] = {
     "train_dreambooth_lora_sdxl.py": Script("dreambooth", "sdxl", "D"),
 }
 """Scripts of diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
-
-DESCRIPTION = (
-    "Train a Stable Diffusion LoRA: attention and convolutions, UNet and text encoder. "
-    "Flags may be shortened to a unique prefix."
-)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def build_parser(
-    mode: Mode | None = None, prog: str | None = None, xl: bool = False
-) -> argparse.ArgumentParser:
-    """The parser of all flags, which leaves their values as texts.
-
-    With a mode, the help shows the flags of this mode alone, with SDXL's defaults if `xl` is True.
-    """
-    parser = _Parser(prog=prog, argument_default=argparse.SUPPRESS, description=DESCRIPTION)
-    parser.add_argument(
-        "--config", metavar="FILE", help="TOML or JSON file with any of the options below"
-    )
-    groups = {name: parser.add_argument_group(name) for name in SECTIONS}
-    for name, option in OPTIONS.items():
-        if option.kind == "list" or (name == "mode" and mode):
-            continue  # tables are in files alone; a script has its mode
-        if mode and option.only not in (None, mode):
-            continue  # so that prefixes are as unique as in the script of this mode
-        groups[option.section].add_argument(f"--{name}", **_argument(option, mode, xl))
-        if option.formerly:
-            hidden = _argument(option, mode, xl) | {"help": argparse.SUPPRESS}
-            groups[option.section].add_argument(f"--{option.formerly}", **hidden)
-    return parser
-
-
-def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
-    """The arguments of `add_argument` for an option."""
-    text = _help(option, mode, xl)
-    if option.kind == "bool":
-        return {"action": argparse.BooleanOptionalAction, "help": text}
-    if option.kind == "dict":
-        return {"nargs": "+", "metavar": "PATTERN=N", "help": text}
-    metavar = {"int": "N", "float": "X", "str": "TEXT"}[option.kind]
-    if option.choices:
-        metavar = "{" + ",".join(option.choices) + "}"
-    if option.without_value:
-        return {"nargs": "?", "const": option.without_value, "metavar": metavar, "help": text}
-    return {"metavar": metavar, "help": text}
-
-
-def _help(option: Option, mode: Mode | None, xl: bool) -> str:
-    """Help of an option, with its default."""
-    if mode in option.of_scripts:
-        return f"{option.help.replace('%', '%%')} (default: {option.of_scripts[mode]})"
-    modes = [mode] if mode else [*option.modes]
-    words = [
-        f"{value}" + f" ({name})" * (not mode)
-        for name in modes
-        if (value := option.default_for(name, xl)) is not None
-    ]
-    if not xl:
-        words += [f"{v} ({name}, SDXL)" for name, v in option.sdxl.items() if name in modes]
-    default = " / ".join(words) if option.modes else option.default
-    text = option.help.replace("%", "%%")
-    return text if default in (None, False, "") else f"{text} (default: {default})"
 
 
 def read_config_file(path: str) -> dict[str, Any]:
@@ -217,7 +154,8 @@ def _take_foreign(words: Iterable[str]) -> tuple[list[str], list[_Foreign]]:
             # a switch of diffusers' scripts takes no value, so the next word is none of its own
             (kept if foreign and foreign[-1].name in SWITCHES else values).append(word)
             continue
-        found = None if name in OPTIONS or name in FORMER_NAMES else known_elsewhere(name)
+        ours = name in OPTIONS or name in FORMER_NAMES or name in SHORT_NAMES
+        found = None if ours else known_elsewhere(name)
         if found is None:
             values = kept
             kept.append(word)
@@ -315,7 +253,28 @@ def _pattern(option: Option, word: str) -> tuple[str, Any]:
         ) from None
 
 
-def parse(argv: Sequence[str], script: str | None = None, prog: str | None = None) -> TrainConfig:
+def _take_folder(
+    folder: str, values: dict[str, Any], has_captions: Callable[[str], bool]
+) -> list[Problem]:
+    """Set the place of the images and, where they are not given, the mode and the preset by a
+    folder; a problem for a folder without captions and prompt."""
+    prompt = values.get("instance_prompt")
+    if "mode" not in values:
+        if not prompt and not has_captions(folder):
+            text = f"{folder} has no captions, so its images need a prompt"
+            return [Problem("instance_prompt", text, "Give --prompt 'a photo of sks dog'")]
+        values["mode"] = "dreambooth" if prompt else "text_to_image"
+    values.setdefault(FOLDER[values["mode"]], folder)
+    values.setdefault("preset", OF_MODE[values["mode"]])
+    return []
+
+
+def parse(
+    argv: Sequence[str],
+    script: str | None = None,
+    prog: str | None = None,
+    has_captions: Callable[[str], bool] = lambda folder: False,
+) -> TrainConfig:
     """The configuration of a command line.
 
     Args:
@@ -323,18 +282,23 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
         script: the script of `SCRIPTS` that they are for; None lets `--mode` or the file say the
             mode, and the model its family.
         prog: the program's name in help texts.
+        has_captions: whether the images of a folder have captions; the folder may be given first,
+            without a flag.
 
     Raises:
         UsageError: all unknown and refused flags and keys, wrong values and contradictions.
     """
     known = SCRIPTS[script] if script else None
     mode = known.mode if known else None
-    words, foreign = _take_foreign(_expanded(word, known) for word in argv)
+    show_help(argv, mode, prog, known is not None and known.family == "sdxl")
+    folder = argv[0] if argv and not known and not _is_flag(argv[0]) else None
+    words = argv[1:] if folder else argv
+    words, foreign = _take_foreign(_expanded(word, known) for word in words)
     parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
     namespace, rest = parser.parse_known_args(words)
     problems = _unknown(rest)
     flags = vars(namespace)
-    file = flags.pop("config", None)
+    file, folder = flags.pop("config", None), flags.pop("folder", folder)
     values, faults = _read(file) if file else ({}, [])
     problems += faults
     for name, given in flags.items():
@@ -351,6 +315,8 @@ def parse(argv: Sequence[str], script: str | None = None, prog: str | None = Non
             values = with_dataset_options(str(values["dataset_config"]), values)
     except UsageError as error:
         problems.append(Problem("dataset_config", str(error)))
+    if folder:
+        problems += _take_folder(folder, values, has_captions)
     if known:
         problems += _take_from_script(values, known, file)
         notes += _without_prior(values)

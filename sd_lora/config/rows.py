@@ -42,6 +42,8 @@ LEFTOVERS = ("smaller", "pad-batch", "repeat")
 PRESETS = ("subject", "character", "style")
 """Name of the presets: of the files in `presets/`."""
 
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+
 CACHES = ("auto", "memory", "disk", "no")
 
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -103,6 +105,8 @@ def section(name: str) -> Callable[..., Any]:
         ignored_by: tuple[str, ...] = (),
         without_value: str | None = None,
         dataset_key: str | bool = False,
+        short: str | None = None,
+        main: str = "",
         formerly: str | None = None,
         scripts: str = "",
         **names: str,
@@ -129,6 +133,8 @@ def section(name: str) -> Callable[..., Any]:
             without_value: value of its flag without one.
             dataset_key: its name in kohya's dataset configuration; True: its `kohya` name.
             formerly: its former name, still understood.
+            short: a second, short name of its flag.
+            main: its meaning in a few words, for the first page of the help; else it is not there.
             scripts: diffusers' scripts with this flag, as letters of `command_line.SCRIPTS`.
             names: peer of `PEERS` → its name there, SAME if it is our own.
         """
@@ -141,7 +147,8 @@ def section(name: str) -> Callable[..., Any]:
             "may_change": may_change, "package": package and list(package), "header": header,
             "header_form": header_form, "summary": summary and list(summary),
             "ignored_by": list(ignored_by), "without_value": without_value,
-            "dataset_key": dataset_key, "formerly": formerly, "scripts": scripts, "names": names,
+            "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
+            "scripts": scripts, "names": names,
         }  # fmt: skip
         bounds: Any = {"ge": ge, "gt": gt, "lt": lt, "multiple_of": multiple_of}
         return Field(default, description=help, json_schema_extra=extra, **bounds)
@@ -173,6 +180,8 @@ class Option:
     ignored_by: tuple[str, ...]
     without_value: str | None
     dataset_key: str | None
+    short: str | None
+    main: str
     formerly: str | None
     scripts: str
     names: dict[str, str]

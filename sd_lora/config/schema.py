@@ -142,6 +142,9 @@ OPTIONS: dict[str, Option] = {
 }
 """Name → row of every option."""
 
+SHORT_NAMES = {o.short: name for name, o in OPTIONS.items() if o.short}
+"""Short name of a flag → its option."""
+
 FORMER_NAMES = {o.formerly: name for name, o in OPTIONS.items() if o.formerly}
 """Former name of an option → its name."""
 
@@ -173,8 +176,8 @@ def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 
 NOT_IN_SCHEMA = (
-    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "of_scripts",
-    "package", "scripts", "summary", "without_value",
+    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "main",
+    "of_scripts", "package", "scripts", "short", "summary", "without_value",
 )  # fmt: skip
 """Parts of rows that editors and forms do not need, or find under another name."""
 

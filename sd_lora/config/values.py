@@ -82,7 +82,8 @@ def _problem(option: Option, details: Any) -> Problem:
         return Problem(name, f"{name} {pattern!r} must be {meaning}, not {value!r}")
     if details["type"] in ("choice", "literal_error"):
         text = f"{name} is one of {', '.join(option.choices)}, not {value!r}"
-        return Problem(name, text, did_you_mean(str(value), option.choices).strip())
+        near = did_you_mean(str(value), option.choices).strip()
+        return Problem(name, text, near or f"It means: {option.help}")
     if details["type"] == "finite_number":
         return Problem(name, f"{name} must be a finite number, not {value}")
     if details["type"] in ("greater_than", "greater_than_equal", "less_than", "multiple_of"):

@@ -21,15 +21,18 @@ class AdapterOptions(Section):
     targets: str = option("attention",
         "target modules in the UNet: attention, transformer, conv, all, or regular "
         "expressions, joined by +",
-        onetrainer="layer_filter_preset")
+        onetrainer="layer_filter_preset",
+        main="attention, transformer, conv, all, or patterns")
     rank: int = option(4,
         "rank r of the low-rank factors",
         ge=1, requires={"method": RANKED}, scripts="ABCD", kohya="network_dim",
-        onetrainer="lora_rank", simpletuner="lora_rank", ai_toolkit="network.linear")
+        onetrainer="lora_rank", simpletuner="lora_rank", ai_toolkit="network.linear",
+        main="rank of the low-rank factors")
     lora_alpha: float | None = option(None,
         "alpha; the delta is scaled by alpha / rank; each module's rank if not given",
         gt=0, requires={"method": RANKED}, kohya="network_alpha", onetrainer=SAME,
-        simpletuner=SAME, ai_toolkit="network.linear_alpha")
+        simpletuner=SAME, ai_toolkit="network.linear_alpha",
+        short="alpha", main="deltas are scaled by alpha / rank")
     conv_rank: int | None = option(None,
         "rank of convolutions larger than 1x1; rank if not given",
         ge=1, requires={"method": RANKED}, kohya="conv_dim", ai_toolkit="network.conv")
@@ -96,7 +99,8 @@ class AdapterOptions(Section):
     train_text_encoder: bool = option(False,
         "adapt the text encoders too",
         scripts="BCD", onetrainer="text_encoder.train", simpletuner=SAME,
-        ai_toolkit="train.train_text_encoder")
+        ai_toolkit="train.train_text_encoder",
+        main="adapt the text encoders too")
     text_encoder_rank: int | None = option(None,
         "rank in the text encoders; rank if not given; 0 leaves them out",
         ge=0, requires={"train_text_encoder": None})

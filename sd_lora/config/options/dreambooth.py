@@ -60,7 +60,8 @@ class DreamBoothOptions(Section):
         only="dreambooth", may_change=True, scripts="CD")
     instance_prompt: str | None = option(None,
         "prompt for the subject, with a rare word: 'a photo of sks dog'",
-        only="dreambooth", header="modelspec.trigger_phrase", scripts="CD")
+        only="dreambooth", header="modelspec.trigger_phrase", scripts="CD",
+        short="prompt", main="the subject's: 'a photo of sks dog'")
     with_prior_preservation: bool = option(False,
         "train on class images too, to preserve the class",
         only="dreambooth", scripts="CD")

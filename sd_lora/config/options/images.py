@@ -20,7 +20,8 @@ class ImageOptions(Section):
         "side in pixels of the training squares; the area of a bucket is its square. If not "
         "given, the base model's: 512, 768 for SD 2 with v-prediction, 1024 for SDXL",
         ge=1, dataset_key=True, scripts="ABCD", kohya=SAME, onetrainer=SAME, simpletuner=SAME,
-        ai_toolkit="datasets.resolution")
+        ai_toolkit="datasets.resolution",
+        main="side in pixels; the base model's if not given")
     aspect_ratio_buckets: bool = option(True,
         "train each image in a bucket of nearly its own aspect ratio and at most resolution² "
         "pixels; otherwise, as diffusers' scripts do, in squares whose side is the image's "

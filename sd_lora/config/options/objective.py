@@ -66,7 +66,8 @@ class ValidationOptions(Section):
     validation_prompt: str | None = option(None,
         "prompt of the sample images; the training prompts if not given",
         may_change=True, scripts="ABCD", kohya="sample_prompts", onetrainer="samples",
-        simpletuner=SAME, ai_toolkit="sample.prompts")
+        simpletuner=SAME, ai_toolkit="sample.prompts",
+        main="prompt of the sample images")
     num_validation_images: int = option(4,
         "sample images before, during and after training; 0 for none",
         ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
@@ -84,6 +85,10 @@ class ValidationOptions(Section):
     # fmt: on
 
 
+MOST_SAMPLER_STEPS = 200
+"""DPM-Solver++ needs 20 to 50; above, other trainers' steps between samples are meant."""
+
+
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield an empty range of timesteps, two weightings, and a prompt of no sample images."""
     if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
@@ -91,6 +96,12 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     if config.do_edm_style_training and config.snr_gamma is not None:
         text = "do_edm_style_training excludes snr_gamma: each weights the losses"
         yield Problem("do_edm_style_training", text)
+    if config.validation_steps > MOST_SAMPLER_STEPS:
+        text = (
+            f"validation_steps {config.validation_steps} is a number of sampler steps, of each "
+            f"sample image, and more than {MOST_SAMPLER_STEPS} add nothing"
+        )
+        yield Problem("validation_steps", text, "The time between samples: validation_epochs")
     if config.validation_prompt and not config.num_validation_images:
         text = "validation_prompt has no effect with num_validation_images 0"
         yield Problem("validation_prompt", text, "Leave it out")

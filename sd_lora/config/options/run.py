@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import field_validator
 
 from sd_lora.config.presets import OF_MODE, Length, preset
-from sd_lora.config.rows import FAMILIES, MODES, PRESETS, SAME, Mode, Section, by_mode, section
+from sd_lora.config.rows import (
+    FAMILIES,
+    MODES,
+    PRESETS,
+    SAME,
+    TRACKERS,
+    Mode,
+    Section,
+    by_mode,
+    section,
+)
 from sd_lora.errors import Problem, UsageError, named
 from sd_lora.files import check_model_path, check_writable
 
@@ -27,19 +37,21 @@ class RunOptions(Section):
     preset: str | None = option(None,
         "options that suit a purpose: subject, character, style (`sd-lora presets`); options "
         "that are given go before it",
-        choices=PRESETS, may_change=True)
+        choices=PRESETS, may_change=True,
+        main="options for a purpose (sd-lora presets)")
     output_dir: str = option(None,
         "folder for the LoRA files, checkpoints and samples",
         modes=by_mode("sd-model-finetuned-lora", "lora-dreambooth-model"), may_change=True,
         scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME,
-        ai_toolkit="training_folder")
+        ai_toolkit="training_folder",
+        main="folder for the LoRA files")
     seed: int | None = option(None,
         "seed of all random draws; random, and printed, if not given",
-        may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
+        may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
+        main="of all random draws")
     report_to: str | None = option(None,
-        "tracker: tensorboard, wandb, comet_ml, all or none; tensorboard, where installed, if "
-        "not given",
-        may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME,
+        "tracker of the losses, not a folder; tensorboard, where installed, if not given",
+        choices=TRACKERS, may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME,
         ai_toolkit="logging.use_wandb")
     logging_dir: str = option("logs",
         "folder for the tracker's files, inside output_dir",
@@ -87,7 +99,8 @@ class ModelOptions(Section):
         "base model: a diffusers folder, a hub id, or a single .safetensors or .ckpt "
         "checkpoint (required)",
         may_change=True, scripts="ABCD", kohya=SAME, onetrainer="base_model_name",
-        simpletuner=SAME, ai_toolkit="model.name_or_path")
+        simpletuner=SAME, ai_toolkit="model.name_or_path",
+        short="model", main="base model: folder, hub id or checkpoint")
     revision: str | None = option(None,
         "hub revision of the base model",
         scripts="ABCD", simpletuner=SAME)

@@ -22,7 +22,8 @@ class TrainingOptions(Section):
         "images per process and micro-batch (instances; class images come on top)",
         ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
         scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME,
-        dataset_key="batch_size", ai_toolkit="train.batch_size")
+        dataset_key="batch_size", ai_toolkit="train.batch_size",
+        short="batch", main="images per step and process")
     num_train_epochs: int | None = option(None,
         "epochs, unless max_train_steps is given; if neither is, the length is that of the "
         "preset, and without one of subject for DreamBooth and style for captions",
@@ -31,7 +32,8 @@ class TrainingOptions(Section):
     max_train_steps: int | None = option(None,
         "optimiser steps; overrides num_train_epochs",
         ge=1, may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
-        ai_toolkit="train.steps")
+        ai_toolkit="train.steps",
+        short="steps", main="length; by purpose and images if not given")
     gradient_accumulation_steps: int = option(1,
         "micro-batches per optimiser step",
         ge=1, may_change=True, header="ss_gradient_accumulation_steps", scripts="ABCD",
@@ -40,19 +42,22 @@ class TrainingOptions(Section):
         "recompute activations to save memory, about a third slower",
         may_change=True, header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
         onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
-        ai_toolkit="train.gradient_checkpointing")
+        ai_toolkit="train.gradient_checkpointing",
+        main="less memory, about a third slower")
     mixed_precision: str | None = option(None,
         "precision of the frozen base; accelerate's configuration if not given; LoRA "
         "parameters are always float32",
         choices=("no", "fp16", "bf16"), scripts="ABCD", kohya=SAME, onetrainer="train_dtype",
-        simpletuner=SAME, ai_toolkit="train.dtype")
+        simpletuner=SAME, ai_toolkit="train.dtype",
+        main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
         "TF32 matrix products on Ampere GPUs and later",
         may_change=True, scripts="ABCD", simpletuner=SAME)
     learning_rate: float | None = option(None,
         "learning rate after warm-up",
         gt=0, modes=by_mode(0.0001, 0.0005), sdxl={"dreambooth": 0.0001}, may_change=True,
-        scripts="ABCD", kohya="unet_lr", onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.lr")
+        scripts="ABCD", kohya="unet_lr", onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.lr",
+        short="lr", main="learning rate after warm-up")
     text_encoder_lr: float | None = option(None,
         "learning rate of the text encoders' LoRA; learning_rate if not given",
         gt=0, modes=by_mode(None, None), sdxl={"dreambooth": 5e-06},
@@ -137,7 +142,8 @@ class TrainingOptions(Section):
         "optimiser steps between checkpoints",
         ge=1, may_change=True, scripts="ABCD", kohya="save_every_n_steps",
         onetrainer="backup_after", simpletuner="checkpoint_step_interval",
-        ai_toolkit="save.save_every")
+        ai_toolkit="save.save_every",
+        main="steps between checkpoints")
     checkpoints_total_limit: int | None = option(None,
         "number of checkpoints to keep, the newest ones",
         ge=1, may_change=True, scripts="ABCD", kohya="save_last_n_steps_state",
@@ -150,7 +156,8 @@ class TrainingOptions(Section):
     resume_from_checkpoint: str | None = option(None,
         "a checkpoint folder, its name in the run's folder, or latest",
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
-        simpletuner=SAME)
+        simpletuner=SAME,
+        main="a checkpoint, or latest")
     # fmt: on
 
 

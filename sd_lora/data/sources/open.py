@@ -8,7 +8,12 @@ from pathlib import Path
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import read_file
 from sd_lora.data.sources.datasets_hub import open_dataset
-from sd_lora.data.sources.folder_captions import FolderCaptions, caption_extensions, find_captions
+from sd_lora.data.sources.folder_captions import (
+    CAPTION_EXTENSIONS,
+    FolderCaptions,
+    caption_extensions,
+    find_captions,
+)
 from sd_lora.data.sources.folders import (
     FolderTree,
     existing_folder,
@@ -52,6 +57,21 @@ def open_source(spec: SourceSpec) -> list[Source]:
     if spec.layout == "auto":
         tree.findings += _unread_numbers(root, tree)
     return [_folder_source(spec, root, tree, name)]
+
+
+def has_captions(folder: str) -> bool:
+    """Whether the images of a folder have captions: files beside them, metadata, or numbered
+    folders; raises UsageError for a folder that is missing or unreadable."""
+    root = existing_folder(folder, "folder")
+    tree, stems = walk(root), {path.with_suffix("") for path in walk(root).images}
+    return (
+        any(NUMBERED.fullmatch(child.name) for child in root.iterdir() if child.is_dir())
+        or any(path.name in METADATA_NAMES for path in tree.files)
+        or any(
+            path.suffix.lower() in CAPTION_EXTENSIONS and path.with_suffix("") in stems
+            for path in tree.files
+        )
+    )
 
 
 def _is_kohya(top: FolderTree, spec: SourceSpec) -> bool:
