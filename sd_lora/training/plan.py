@@ -104,8 +104,9 @@ class Plan:
             f"{epochs.num_steps} an epoch, {self.num_steps} in all ({number:.1f} epochs)"
         )
         if not (config.max_train_steps or config.num_train_epochs):
-            purpose, length = config.default_length
-            rows["steps"] += f"; the length for a {purpose}, {length.uses:g} uses of each image"
+            purpose, _ = config.default_length
+            seen = self.num_steps * self.samples_per_step
+            rows["steps"] += f"; the length for a {purpose}, {seen} images seen (--steps: another)"
         plain = math.ceil(len(images.entries) / self.samples_per_step)
         if epochs.num_steps > plain:
             rows["steps"] += f"; {plain} if all had one shape"
