@@ -22,6 +22,9 @@ from sd_lora.sampling.score import PromptImages, Score, score
 from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
+SCORE = "score.json"
+"""File of the demo alone, in its output folder."""
+
 SUBJECT = (
     "a photo of a big sks monster on a white background",
     "a photo of a big sks monster on the grass",
@@ -86,6 +89,8 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
         "output_dir": output_dir,
         "num_validation_images": 0,  # the demo draws its own
         "data_cache_dir": str(Path(output_dir) / "cache"),  # everything stays in one folder
+        # of an earlier demo, and of nobody's own run
+        "overwrite_output_dir": (Path(output_dir) / SCORE).is_file(),
     }
     return TrainConfig(**(values | changes))
 
@@ -137,7 +142,7 @@ def main(argv: Sequence[str]) -> None:
     folder = Path(args.output_dir)
     write_image(folder / "before_after.png", sheet)
     numbers = asdict(outcome) | {"margin": outcome.margin, "learned": outcome.learned}
-    write_whole(folder / "score.json", (json.dumps(numbers, indent=2) + "\n").encode())
+    write_whole(folder / SCORE, (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "

@@ -8,7 +8,7 @@ by `embedding:` and this name, diffusers by the word (see `how_to_load`).
 import copy
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,11 @@ _XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _PAIRS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 
 
-def _paths(tokens: NewTokens, folder: Path, name: str) -> list[Path]:
+def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]:
+    """Paths of new words' files: `<folder>/<name>_<word>.safetensors`."""
     paths: list[Path] = []
-    for concept in tokens.concepts:
-        word = re.sub(r"[^\w-]+", "_", concept.word).strip("_") or "word"
+    for given in words:
+        word = re.sub(r"[^\w-]+", "_", given).strip("_") or "word"
         path, number = folder / f"{name}_{word}.safetensors", 2
         while path in paths:
             path, number = folder / f"{name}_{word}-{number}.safetensors", number + 1
@@ -57,7 +58,7 @@ def write_embeddings(
     for key, rows in tokens.state_dict().items():
         if not rows.isfinite().all():
             raise RunError(f"the embeddings {key} are not finite: the training diverged")
-    paths = _paths(tokens, folder, name)
+    paths = embedding_paths((concept.word for concept in tokens.concepts), folder, name)
     for path, concept in zip(paths, tokens.concepts, strict=True):
         tensors = {_XL_KEYS[c]: tokens.vectors(concept, c) for c in tokens.embeddings}
         if list(tokens.embeddings) == _ONE:

@@ -26,6 +26,9 @@ from sd_lora.errors import RunError, UsageError
 
 _PREFIX = "checkpoint-"
 
+RESUME = "--resume_from_checkpoint latest"
+"""The flag that goes on with a run, for messages."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -129,16 +132,6 @@ def read_progress(path: Path) -> Progress:
         return Progress(**values)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
-
-
-def refuse_others(output_dir: Path) -> None:
-    """Raise UsageError if a new run would mix its checkpoints with those of an earlier one."""
-    there = checkpoints(output_dir)
-    if there:
-        raise UsageError(
-            f"{output_dir} has {', '.join(p.name for p in there)} of an earlier run: resume it "
-            "with --resume_from_checkpoint latest, choose another --output_dir, or delete them"
-        )
 
 
 def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Path) -> None:

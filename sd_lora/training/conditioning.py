@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, lora_layers
-from sd_lora.config.schema import RunConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet, Stream
 from sd_lora.data.cache.text_embeddings import Embeddings
@@ -253,7 +253,7 @@ def planned_caption_encoder(config: RunConfig, base: Base) -> CaptionEncoder:
     )
 
 
-def concepts_of(config: RunConfig) -> list[Concept]:
+def concepts_of(config: TrainConfig) -> list[Concept]:
     """New words of a configuration."""
     words = config.token_abstraction.split(",") if config.token_abstraction else []
     return [

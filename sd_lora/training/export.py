@@ -19,6 +19,7 @@ from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.training.optimizers import optimizer_of
+from sd_lora.training.output_folder import moved, take_place, unverified_folder
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
@@ -32,25 +33,27 @@ MOST_TAGS = 1000
 def export(run: Run) -> list[Verified]:
     """Write the LoRA files, and verify each by loading it into a fresh pipeline.
 
+    They take their places when all are verified.
+
     Raises:
         RunError: values that are not finite or beyond the precision, a file that could not be
-            written or does not load as trained.
+            written or does not load as trained; that one stays in the folder `unverified`.
     """
     adapter = read_models(run.models)
-    paths = write_adapter(
-        adapter,
-        run.output_dir,
-        run.parts.family.name,
-        run.output_dir.resolve().name,
-        run.prediction_type,
-        record(run),
-        facts(run),
-        run.meta_pipeline.layout,
-        DTYPES[run.config.save_precision],
-    )
-    kinds = formats_of(adapter)[0]
-    meta_pipeline = run.meta_pipeline
-    return [verify(p, adapter, meta_pipeline, kind) for p, kind in zip(paths, kinds, strict=True)]
+    with unverified_folder(run.output_dir) as folder:
+        paths = write_adapter(
+            adapter,
+            folder,
+            run.parts.family.name,
+            run.output_dir.resolve().name,
+            run.prediction_type,
+            record(run),
+            facts(run),
+            run.meta_pipeline.layout,
+            DTYPES[run.config.save_precision],
+        )
+        kinds = zip(paths, formats_of(adapter)[0], strict=True)
+        return moved([verify(path, adapter, run.meta_pipeline, kind) for path, kind in kinds])
 
 
 def export_words(run: Run) -> list[Path]:
@@ -65,9 +68,10 @@ def export_words(run: Run) -> list[Path]:
     name = run.output_dir.resolve().name
     architecture = run.parts.family.architectures[run.prediction_type]
     header = {"modelspec.architecture": f"{architecture}/textual-inversion"}
-    paths = write_embeddings(tokens, run.output_dir, name, record(run), header)
-    verify_embeddings(paths, tokens)
-    return paths
+    with unverified_folder(run.output_dir) as folder:
+        paths = write_embeddings(tokens, folder, name, record(run), header)
+        verify_embeddings(paths, tokens)
+        return take_place(paths)
 
 
 def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[str]:

@@ -39,6 +39,7 @@ from sd_lora.report.sheets import grid, write_image
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.output_folder import SHEET, remove_earlier_results, remove_earlier_steps
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import draw_samples, sample_prompts, samples_are_due, show_samples
 from sd_lora.training.setup import prepare
@@ -109,7 +110,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             raise RunError(
                 f"interrupted by {requests[0] if requests else 'another process'} at step {done} "
                 f"of {run.plan.num_steps}; continue with the same command and "
-                "--resume_from_checkpoint latest"
+                f"{checkpoint.RESUME}"
             )
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
@@ -256,7 +257,7 @@ class LossLog:
         found = f"gradient's norm became {norm}" if finite else f"loss became {loss}"
         raise RunError(
             f"the {found} at step {step}: the run has diverged and stops here. Lower "
-            "--learning_rate, and start anew or with --resume_from_checkpoint latest"
+            f"--learning_rate, and start anew or with {checkpoint.RESUME}"
         )
 
 
@@ -315,7 +316,7 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
         save_checkpoint(run, log.step)
         raise RunError(
             f"{error}. Step {log.step} is saved: restore the image, and continue with the same "
-            "command and --resume_from_checkpoint latest"
+            f"command and {checkpoint.RESUME}"
         ) from None
 
 
@@ -351,6 +352,7 @@ def open_output(run: Run) -> None:
     """Make the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
         text = run.config.replace(seed=run.plan.seed).to_json()
+        remove_earlier_steps(run.config, run.saved and run.saved.path)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
@@ -365,10 +367,11 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
     Returns the files, those of new words, and the sheet's path.
     """
     files, words = export(run), export_words(run)
+    remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))
     if not before:
         return files, words, None
-    path = run.output_dir / "before_after.png"
+    path = run.output_dir / SHEET
     rows, labels = [before, draw_samples(run)], ["before", f"after {run.plan.num_steps} steps"]
     write_image(path, grid(rows, labels, sample_prompts(run)))
     return files, words, path

@@ -16,6 +16,7 @@ from sd_lora.report.summary import adapted_modules
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.caches import Caches
 from sd_lora.training.data import RunImages
+from sd_lora.training.output_folder import replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
@@ -44,7 +45,8 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["objective"] = objective_of(run)
     precision = f"{run.accelerator.mixed_precision} precision"
     rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
-    run.summary.notes += [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
+    notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
+    run.summary.notes += [*replacement_note(config, run.saved and run.saved.path), *notes]
     if run.saved:
         run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:

@@ -333,8 +333,10 @@ def test_a_new_run_does_not_mix_with_an_old_one(tiny_sd1: Path, data: Path, tmp_
     """A run into a folder with checkpoints of another is refused: pruning and `latest` would take
     one for the other."""
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=3))
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
     with pytest.raises(
-        sd_lora.UsageError, match="has checkpoint-3, checkpoint-6 of an earlier run"
+        sd_lora.UsageError, match="has checkpoint-3, checkpoint-6 of an earlier run: resume it"
     ):
         sd_lora.train(text_to_image(tiny_sd1, data, tmp_path))
 

@@ -45,6 +45,9 @@ class RunOptions(Section):
         scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME,
         ai_toolkit="training_folder",
         main="folder for the LoRA files")
+    overwrite_output_dir: bool = option(False,
+        "replace the LoRA files, checkpoints, samples and log of an earlier run in output_dir",
+        may_change=True)
     seed: int | None = option(None,
         "seed of all random draws; random, and printed, if not given",
         may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,

@@ -1,0 +1,119 @@
+"""A run's output folder: finished work in it is never overwritten, unless that is asked for.
+
+An export is written into a subfolder, `unverified`, and takes its place when it is verified: an
+earlier file of that name is there until then.
+"""
+
+import dataclasses
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.errors import RunError, UsageError
+from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, LYCORIS
+from sd_lora.formats.embeddings import embedding_paths
+from sd_lora.formats.verify import Verified
+from sd_lora.training import checkpoint
+from sd_lora.training.conditioning import concepts_of
+
+UNVERIFIED = "unverified"
+"""Folder, inside output_dir, of files that are not verified yet."""
+
+SHEET = "before_after.png"
+
+
+def lora_files(config: TrainConfig) -> list[Path]:
+    """LoRA files, and those of new words, that are in the output folder under a run's names."""
+    folder = config.output_path
+    name = folder.resolve().name
+    paths = [folder / kind.file_name(name) for kind in (DIFFUSERS, KOHYA, LYCORIS)]
+    words = [concept.word for concept in concepts_of(config)]
+    return [path for path in (*paths, *embedding_paths(words, folder, name)) if path.exists()]
+
+
+def check_output_folder(config: TrainConfig, saved: Path | None) -> None:
+    """Check that a run would overwrite no file of another one.
+
+    saved: the checkpoint to resume; its own folder holds work of the same run.
+
+    Raises:
+        UsageError: work of an earlier run.
+    """
+    folder = config.output_path
+    if config.overwrite_output_dir or _resumes_here(config, saved):
+        return
+    checkpoints = checkpoint.checkpoints(folder)
+    earlier = [path.name for path in (*checkpoints, *lora_files(config))]
+    if earlier:
+        resume = f"resume it with {checkpoint.RESUME}, " * bool(checkpoints)
+        raise UsageError(
+            f"{folder} has {', '.join(earlier)} of an earlier run: {resume}choose another "
+            "--output_dir, or replace its work with --overwrite_output_dir"
+        )
+
+
+def _resumes_here(config: TrainConfig, saved: Path | None) -> bool:
+    return saved is not None and saved.resolve().parent == config.output_path.resolve()
+
+
+def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
+    """The note that names the earlier work to be replaced; empty without any."""
+    if not config.overwrite_output_dir or _resumes_here(config, saved):
+        return []
+    earlier = [*checkpoint.checkpoints(config.output_path), *lora_files(config)]
+    names = ", ".join(path.name for path in earlier)
+    return [f"replaces {names} of an earlier run"] if earlier else []
+
+
+def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
+    """Remove the checkpoints and the samples in mid-run of an earlier run, where it is replaced."""
+    if config.overwrite_output_dir and not _resumes_here(config, saved):
+        for path in checkpoint.checkpoints(config.output_path):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in (config.output_path / "samples").glob("step-*.png"):
+            path.unlink(missing_ok=True)
+
+
+def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
+    """Remove the LoRA files and the sheet of an earlier run that `written` does not replace."""
+    if config.overwrite_output_dir:
+        for path in {*lora_files(config), config.output_path / SHEET}.difference(written):
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def unverified_folder(output_dir: Path) -> Iterator[Path]:
+    """Yield the folder for files to verify; if it is empty at the end, it is removed."""
+    folder = output_dir / UNVERIFIED
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):  # not empty: the file that failed is kept for its owner
+            folder.rmdir()
+
+
+def take_place(paths: Iterable[Path]) -> list[Path]:
+    """Move verified files from the unverified folder to their places, which are returned.
+
+    Raises:
+        RunError: a file that cannot be replaced, as on Windows while a program has it open.
+    """
+    places = []
+    for path in paths:
+        place = path.parent.parent / path.name
+        try:
+            os.replace(path, place)
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(f"{place} cannot be replaced: {reason}. {path} is verified") from None
+        places.append(place)
+    return places
+
+
+def moved(files: Sequence[Verified]) -> list[Verified]:
+    """Verified files in their places."""
+    places = take_place(file.path for file in files)
+    return [dataclasses.replace(f, path=p) for f, p in zip(files, places, strict=True)]
