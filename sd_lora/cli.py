@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
+from sd_lora.streams import encode_everything
 
 _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load everywhere, exactly.
 
@@ -134,6 +135,7 @@ def guarded(work: Callable[[], None]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    encode_everything()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -151,4 +153,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train_script(name: str) -> int:
     """Run one of the training scripts with the process's flags; returns the exit code."""
+    encode_everything()
     return guarded(lambda: _train(sys.argv[1:], name))

@@ -1,7 +1,6 @@
 """The tools' command lines: `sd-lora inspect`, `verify`, `convert`, `merge`, …"""
 
 import argparse
-import io
 import json
 import math
 import re
@@ -211,8 +210,6 @@ def run(command: str, argv: Sequence[str]) -> None:
     """
     args = _parser(command).parse(argv)
     args.command = command
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # not every console has ‖ and ▇
     before, stopped = signal.getsignal(signal.SIGTERM), []
 
     def stop(*_: object) -> NoReturn:

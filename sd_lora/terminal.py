@@ -14,6 +14,7 @@ from sd_lora.report.events import (
     Validated,
 )
 from sd_lora.report.summary import duration, verified_files
+from sd_lora.streams import encode_everything
 
 
 class Terminal:
@@ -26,6 +27,7 @@ class Terminal:
     """
 
     def __init__(self, title: str = "sd_lora trains a LoRA:") -> None:
+        encode_everything()  # for those who call `train` from Python
         self.title = title
         self._bar: tqdm | None = None
         self._validated: Validated | None = None

@@ -86,7 +86,7 @@ class Inspection:
             for block in record[kind]:
                 block["ranks"] = _counts(block["ranks"])
                 block["alphas"] = _counts(block["alphas"])
-        return json.dumps(record, indent=2, ensure_ascii=False)
+        return json.dumps(record, indent=2)  # ASCII, which every stream can encode
 
 
 def inspect(
