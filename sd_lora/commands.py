@@ -313,8 +313,8 @@ def _verify(args: argparse.Namespace) -> None:
         shown = "\n  ".join(lines) + (f"\n  … and {len(wrong) - 20} more" * (len(wrong) > 20))
         raise RunError(
             f"diffusers does not load {args.file} as it is ({verified.modules} modules compared):"
-            f"\n  {shown}\n`sd-lora convert {args.file} --to diffusers --out FILE` writes one that "
-            "it does"
+            f'\n  {shown}\n`sd-lora convert "{args.file}" --to diffusers --out FILE` writes one '
+            "that it does"
         )
     print(
         f"{args.file}: diffusers loads all {verified.modules} modules as they are (worst error "
@@ -329,7 +329,7 @@ def _convert(args: argparse.Namespace) -> None:
     result = tools.convert(
         args.file, _output(args), args.family, cut, _base(args, cut), args.drop_vectors, _bar
     )
-    _say(result)
+    _say(result, args)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -338,14 +338,14 @@ def _merge(args: argparse.Namespace) -> None:
     cut = _cut(args)
     blocks = [BlockWeight.parse(text) for text in args.blocks]
     output, base = _output(args), _base(args, cut)
-    _say(merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar))
+    _say(merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar), args)
 
 
 def _resize(args: argparse.Namespace) -> None:
     from sd_lora.formats import tools
 
     cut = _cut(args, required=True)
-    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args, cut), _bar))
+    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args, cut), _bar), args)
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -360,7 +360,7 @@ def _extract(args: argparse.Namespace) -> None:
         hint = did_you_mean(unknown[0], base.meta_pipeline.configs)
         raise UsageError(f"{args.base} has no {unknown[0]!r}; components: {known}.{hint}")
     prediction = "v_prediction" if args.v_prediction else None
-    _say(extract(base, tuned, output, cut, components, prediction, _bar))
+    _say(extract(base, tuned, output, cut, components, prediction, _bar), args)
 
 
 def _bake(args: argparse.Namespace) -> None:
@@ -374,9 +374,10 @@ def _bake(args: argparse.Namespace) -> None:
         print(f"  note: {note}")
 
 
-def _say(result: Any) -> None:
+def _say(result: Any, args: argparse.Namespace) -> None:
     """Print a tool's file, its errors, and how to use the file."""
     from sd_lora.files import mib
+    from sd_lora.formats.python_code import PipelineCode, loading_line
 
     written = result.written
     size = mib(written.path.stat().st_size)
@@ -398,12 +399,12 @@ def _say(result: Any) -> None:
         )
     for note in [*written.notes, *result.notes]:
         print(f"  note: {note}")
-    use = written.format.use.format(
-        pipeline='DiffusionPipeline.from_pretrained("MODEL")',
-        folder=written.path,
-        file=written.path.name,
-    )
-    print(f"  {use}")
+    if use := written.format.use:
+        print(f"  {use.format(file=written.path.name)}")
+    else:
+        base = args.model or "MODEL"
+        code = PipelineCode(base, written.family.pipelines["text_to_image"])
+        print("  in Python:", "", *code.lines([loading_line(written.path)], "a photo"), sep="\n")
 
 
 _RUN: dict[str, Callable[[argparse.Namespace], None]] = {

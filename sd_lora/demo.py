@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -149,5 +150,7 @@ def main(argv: Sequence[str]) -> None:
         "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"
         "next, on your own images (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "
         "checkpoint):\n"
-        "  sd-lora train FOLDER --model MODEL --prompt 'a photo of sks dog'"
+        # this Python's path, since `make demo` activates no environment; one line for every shell
+        f"  {sys.executable} -m sd_lora train FOLDER --model MODEL "
+        '--prompt "a photo of sks dog"'
     )

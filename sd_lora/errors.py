@@ -8,6 +8,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import requires
 
 
 @dataclass(frozen=True)
@@ -64,3 +65,16 @@ def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def install_line(extra: str) -> str:
+    """The command that installs the packages of one of our extras: `pip install "compel>=2.5"`.
+
+    The packages by their own names, since the project is on no package index; in double quotes,
+    which every shell takes.
+    """
+    rows = (row.partition(";") for row in requires("sd_lora") or ())
+    of_extra = (
+        name.strip() for name, _, marker in rows if f"'{extra}'" in marker.replace('"', "'")
+    )
+    return " ".join(["pip install", *(f'"{name}"' for name in of_extra)])

@@ -54,9 +54,13 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
         (["--conv_rank", "8"], 2, "conv_rank and conv_alpha are for convolutions"),
         (["--report_to", "nobody"], 2, "error: report_to is one of"),
-        (["--report_to", "comet_ml"], 2, "error: report_to comet_ml needs the package"),
+        (
+            ["--report_to", "comet_ml"],
+            2,
+            "report_to comet_ml needs a package: pip install comet_ml",
+        ),
         (["--resume_from_checkpoint", "latest"], 2, "no such checkpoint; "),
-        (["--use_8bit_adam"], 2, "pip install 'sd_lora[8bit]'"),
+        (["--use_8bit_adam"], 2, 'pip install "bitsandbytes>='),
     ],
 )
 def test_bad_input_is_told_without_a_traceback(

@@ -1,6 +1,9 @@
 """The demo on the embedded base: a subject is learned, the rest stays, and the score says so."""
 
 import json
+import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +11,7 @@ from PIL import Image
 
 import sd_lora
 from sd_lora.cli import main
+from sd_lora.config.command_line import parse
 from sd_lora.demo import demo_config, evaluate, find_sample_data
 
 pytestmark = pytest.mark.slow
@@ -38,7 +42,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
     assert "subject:" in out
-    assert "next, on your own images" in out
+    command = shlex.split(re.search(r"next, on your own images.*\n +(.*)", out)[1])
+    assert command[:4] == [sys.executable, "-m", "sd_lora", "train"]
+    assert parse(command[4:]).instance_prompt == "a photo of sks dog"
     names = {p.name for p in (tmp_path / "demo").iterdir()}
     assert {
         "before_after.png", "demo_kohya.safetensors", "pytorch_lora_weights.safetensors",

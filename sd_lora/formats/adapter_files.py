@@ -43,7 +43,7 @@ class Format:
     """A kind of file: its name for an adapter called `name`, its tensors, its programs.
 
     end: of the file's name; the diffusers file has a name of its own. use: a line on how to use it,
-    with places for {file}, its {folder} and the {pipeline} that loads the base.
+    with a place for {file}; "" if `python_code` says it.
     """
 
     title: str
@@ -55,8 +55,7 @@ class Format:
         return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
 
 
-_TO_PIPELINE = 'diffusers: pipe = {pipeline}; pipe.load_lora_weights("{folder}")'
-DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, _TO_PIPELINE)
+DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, "")
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
 KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
 LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)

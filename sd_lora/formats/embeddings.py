@@ -144,8 +144,11 @@ def how_to_load(path: Path, word: str, components: Collection[str] = ("text_enco
     silently.
     """
     if list(components) == _ONE:
-        return f"pipe.load_textual_inversion({str(path)!r})  # prompts: {word!r}"
-    lines = ["from safetensors.torch import load_file", f"state = load_file({str(path)!r})"]
+        return f"pipe.load_textual_inversion({str(path.resolve())!r})  # prompts: {word!r}"
+    lines = [
+        "from safetensors.torch import load_file",
+        f"state = load_file({str(path.resolve())!r})",
+    ]
     for part in components:
         options = f"token={word!r}, text_encoder=pipe.{part}, tokenizer=pipe.{_PAIRS[part]}"
         lines.append(f"pipe.load_textual_inversion(state[{_XL_KEYS[part]!r}], {options})")

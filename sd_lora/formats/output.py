@@ -93,6 +93,7 @@ class Written:
 
     path: Path
     format: Format
+    family: Family
     dtype: torch.dtype
     modules: int
     verified: Verified | None
@@ -172,7 +173,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-    return Written(output.path, kind, dtype, count(adapter), verified, notes)
+    return Written(output.path, kind, family, dtype, count(adapter), verified, notes)
 
 
 def _rename(beside: Path, path: Path) -> None:

@@ -13,16 +13,20 @@ from huggingface_hub import try_to_load_from_cache
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import OPTIONS
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import formats_of, write_adapter
+from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, write_adapter
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
+from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
+from sd_lora.models.families import INPAINTING
+from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.output_folder import moved, take_place, unverified_folder
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
+from sd_lora.training.samples import prompts_of
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -75,23 +79,43 @@ def export_words(run: Run) -> list[Path]:
 
 
 def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[str]:
-    """Lines on how to load the files: one a LoRA file, and the Python code for each new word."""
-    base = run.config.base_model
-    pipeline = f'DiffusionPipeline.from_pretrained("{base}")'
-    if Path(base).expanduser().is_file():
-        name = run.parts.family.pipelines[run.parts.task.name]
-        pipeline = f'{name}.from_single_file("{base}")'
+    """Lines on how to use the files: by programs, then Python code that loads all and draws."""
     formats, _ = formats_of({name: deltas_of(model) for name, model in run.models.items()})
-    lines = [
-        "  " + kind.use.format(pipeline=pipeline, folder=f.path.parent, file=f.path.name)
-        for f, kind in zip(files, formats, strict=True)
-    ]
+    kinds = list(zip(files, formats, strict=True))
+    lines = ["  " + kind.use.format(file=f.path.name) for f, kind in kinds if kind.use]
+    loading = [loading_line(f.path) for f, kind in kinds if kind is DIFFUSERS]
     concepts = run.text.tokens.concepts if run.text.tokens else ()
     for path, concept in zip(words, concepts, strict=True):
-        code = how_to_load(path, concept.word, run.parts.family.text_encoders)
-        lines.append(f"  {path}  the word {concept.word}, verified; in diffusers:")
-        lines += [f"    {line}" for line in code.splitlines()]
-    return lines
+        lines.append(f"  {path}  the word {concept.word}, verified")
+        loading += how_to_load(path, concept.word, run.parts.family.text_encoders).splitlines()
+    if not loading:
+        return lines
+    config, parts = run.config, run.parts
+    code = PipelineCode(
+        config.base_model,
+        parts.family.pipelines[parts.task.name],
+        {"revision": config.revision, "variant": config.variant, "cache_dir": config.cache_dir},
+        _said_of_noise(run),
+        run.accelerator.device.type == "cuda",
+    )
+    draws = can_generate_images(parts.family) and parts.task is not INPAINTING
+    prompt = prompts_of(run)[0] if draws else None
+    arguments: dict[str, object] = {}
+    if config.clip_skip and parts.family.is_xl:
+        arguments["clip_skip"] = config.clip_skip
+    elif config.clip_skip:
+        loading += skipping_lines(config.clip_skip)
+    return [*lines, "  in Python:", "", *code.lines(loading, prompt, arguments), ""]
+
+
+def _said_of_noise(run: Run) -> dict[str, object]:
+    """Settings of the scheduler that the options say, and the base does not."""
+    settings: dict[str, object] = {}
+    if run.config.prediction_type:
+        settings["prediction_type"] = run.prediction_type
+    if run.config.rescale_betas_zero_snr:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    return settings
 
 
 def record(run: Run) -> dict[str, object]:

@@ -352,7 +352,7 @@ def open_output(run: Run) -> None:
     """Make the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
         text = run.config.replace(seed=run.plan.seed).to_json()
-        remove_earlier_steps(run.config, run.saved and run.saved.path)
+        remove_earlier_steps(run.config, run.saved.path if run.saved else None)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()

@@ -12,7 +12,7 @@ from torch import nn
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
-from sd_lora.errors import UsageError
+from sd_lora.errors import UsageError, install_line
 from sd_lora.models.new_tokens import NewTokens
 
 Groups = list[dict[str, Any]]
@@ -136,9 +136,7 @@ def check_installed(config: TrainConfig) -> None:
             continue
         package, extra = option.package
         if not importlib.util.find_spec(package):
-            raise UsageError(
-                f"{name} needs {package}: pip install 'sd_lora[{extra}]', or leave it out"
-            )
+            raise UsageError(f"{name} needs {package}: {install_line(extra)}, or leave it out")
 
 
 def build_lr_scheduler(

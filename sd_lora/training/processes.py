@@ -19,7 +19,7 @@ from accelerate.utils import (
 )
 
 from sd_lora.config.schema import TrainConfig
-from sd_lora.errors import RunError, UsageError
+from sd_lora.errors import RunError, UsageError, install_line
 from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
@@ -46,10 +46,10 @@ def trackers(config: TrainConfig, summary: Summary) -> list[str]:
     if chosen is None:
         if importlib.util.find_spec("tensorboard"):
             return ["tensorboard"]
-        summary.notes.append("no tracker: pip install 'sd_lora[tensorboard]' for curves")
+        summary.notes.append(f"no tracker: {install_line('tensorboard')} for curves")
         return []
     if chosen != "all" and not importlib.util.find_spec(chosen):
-        raise UsageError(f"report_to {chosen} needs the package {chosen}: pip install it")
+        raise UsageError(f"report_to {chosen} needs a package: pip install {chosen}")
     return [chosen]
 
 

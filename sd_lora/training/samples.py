@@ -11,16 +11,21 @@ from sd_lora.sampling.sampler import can_generate_images, sample
 from sd_lora.training.run import Run
 
 
-def sample_prompts(run: Run) -> list[str]:
-    """Prompts of the sample images, one each."""
-    config, count = run.config, run.config.num_validation_images
+def prompts_of(run: Run) -> list[str]:
+    """Distinct prompts to draw samples of: the one given, or captions, at least one."""
+    config = run.config
     prompt = config.validation_prompt or config.instance_prompt
     if prompt:
-        return [prompt] * count
+        return [prompt]
     samples = run.images.instances.samples
     captions = (longest_form(s.captions, s.source.rules)[0] for s in samples)
-    distinct = list(itertools.islice(dict.fromkeys(captions), count))
-    return [distinct[i % len(distinct)] for i in range(count)]
+    return list(itertools.islice(dict.fromkeys(captions), max(1, config.num_validation_images)))
+
+
+def sample_prompts(run: Run) -> list[str]:
+    """Prompts of the sample images, one each."""
+    count = run.config.num_validation_images
+    return list(itertools.islice(itertools.cycle(prompts_of(run)), count))
 
 
 def draw_samples(run: Run) -> list[Image.Image]:

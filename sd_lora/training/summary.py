@@ -46,7 +46,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     precision = f"{run.accelerator.mixed_precision} precision"
     rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
     notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
-    run.summary.notes += [*replacement_note(config, run.saved and run.saved.path), *notes]
+    run.summary.notes += [*replacement_note(config, run.saved.path if run.saved else None), *notes]
     if run.saved:
         run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:

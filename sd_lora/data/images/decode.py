@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageCms, ImageColor
 
 from sd_lora.data.images.file_types import image_format, is_cut_short, looks_like
-from sd_lora.errors import RunError, UsageError
+from sd_lora.errors import RunError, UsageError, install_line
 
 EXTENSIONS = frozenset(
     ".apng .avif .avifs .bmp .dib .gif .heic .heics .heif .heifs .hif .jfif .jp2 .jpe .jpeg .jpg "
@@ -175,7 +175,7 @@ def open_header(data: bytes) -> Image.Image:
     kind = image_format(data)
     if kind == "HEIF" and not _register_heif():
         raise Undecodable(
-            "no-plugin", "HEIF needs a plugin: pip install 'sd_lora[heif]', or save it as PNG"
+            "no-plugin", f"HEIF needs a plugin: {install_line('heif')}, or save it as PNG"
         )
     if kind and kind not in _formats():
         raise Undecodable(
