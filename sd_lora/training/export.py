@@ -95,7 +95,7 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
         config.base_model,
         parts.family.pipelines[parts.task.name],
         {"revision": config.revision, "variant": config.variant, "cache_dir": config.cache_dir},
-        _said_of_noise(run),
+        run.given_noise_settings,
         run.accelerator.device.type == "cuda",
     )
     draws = can_generate_images(parts.family) and parts.task is not INPAINTING
@@ -106,16 +106,6 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
     elif config.clip_skip:
         loading += skipping_lines(config.clip_skip)
     return [*lines, "  in Python:", "", *code.lines(loading, prompt, arguments), ""]
-
-
-def _said_of_noise(run: Run) -> dict[str, object]:
-    """Settings of the scheduler that the options say, and the base does not."""
-    settings: dict[str, object] = {}
-    if run.config.prediction_type:
-        settings["prediction_type"] = run.prediction_type
-    if run.config.rescale_betas_zero_snr:
-        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    return settings
 
 
 def record(run: Run) -> dict[str, object]:

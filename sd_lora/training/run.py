@@ -83,6 +83,16 @@ class Run:
         return str(self.parts.scheduler.config.prediction_type)
 
     @property
+    def given_noise_settings(self) -> dict[str, object]:
+        """Settings of diffusers' scheduler that the options say, in place of the base's own."""
+        settings: dict[str, object] = {}
+        if self.config.prediction_type:
+            settings["prediction_type"] = self.prediction_type
+        if self.config.rescale_betas_zero_snr:
+            settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+        return settings
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The trained parameters: deltas, and embeddings of new words."""
         tokens = self.text.tokens
