@@ -237,6 +237,28 @@ def _refuse_pointer(path: Path) -> None:
             )
 
 
+def utf8_text(path: Path) -> str:
+    """Read a UTF-8 text without its byte order mark.
+
+    Raises:
+        UsageError: another encoding, named where it is UTF-16, or a file that cannot be read; the
+            text begins with "is" or "cannot", for the caller to put the file's name before it.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"cannot be read: {error.strerror}") from None
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in data:
+        raise UsageError(
+            "is UTF-16, as Notepad's \"Unicode\" and PowerShell's > write it, and not UTF-8 text: "
+            "save it as UTF-8"
+        )
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+
 def mib(num_bytes: float) -> str:
     """Return a size for people: "3.8 MiB", "290 KiB"."""
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"

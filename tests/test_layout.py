@@ -51,6 +51,36 @@ def test_only_the_front_door_prints() -> None:
     assert printing == {"cli.py", "commands.py", "demo.py", "terminal.py"}
 
 
+POSIX_ONLY = {
+    "os": "chown chroot ctermid fchmod fchown fork forkpty getegid geteuid getgid getgroups "
+    "getloadavg getpgid getpgrp getpriority getuid initgroups killpg lchown link mkfifo mknod nice "
+    "openpty pathconf posix_fadvise posix_fallocate posix_spawn pread preadv pwrite pwritev "
+    "sched_getaffinity sched_setaffinity sched_yield sendfile setegid seteuid setgid setpgid "
+    "setpriority setsid setuid statvfs sync tcgetpgrp ttyname uname wait wait3 wait4 O_CLOEXEC "
+    "O_DIRECTORY O_NOFOLLOW O_NONBLOCK O_SYNC WNOHANG",
+    "signal": "SIGALRM SIGCHLD SIGCONT SIGHUP SIGKILL SIGQUIT SIGSTOP SIGTSTP SIGUSR1 SIGUSR2 "
+    "alarm pause pthread_kill pthread_sigmask setitimer sigwait",
+}
+POSIX_MODULES = {"crypt", "fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios"}
+POSIX_MODULES |= {"tty"}
+
+
+def test_calls_of_one_system_are_guarded() -> None:
+    """Names that Windows lacks are used behind a `hasattr` or `getattr` in the same expression, and
+    modules that it lacks not at all."""
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = {getattr(node, "module", None)} | {alias.name for alias in node.names}
+                assert names.isdisjoint(POSIX_MODULES), path
+            if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name)):
+                continue
+            if node.attr in POSIX_ONLY.get(node.value.id, "").split():
+                line = source.splitlines()[node.lineno - 1]
+                assert f'hasattr({node.value.id}, "{node.attr}")' in line, (path, line)
+
+
 def test_the_loop_is_flat() -> None:
     """Blocks in the training loop's file are at most three deep."""
     blocks = (ast.For, ast.While, ast.If, ast.With, ast.Try)

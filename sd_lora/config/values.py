@@ -1,8 +1,9 @@
 """Values of configurations: tables read from files, and pydantic's errors in plain words."""
 
 import json
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sd_lora.config.rows import Option
 from sd_lora.errors import Problem, UsageError, did_you_mean
+from sd_lora.files import utf8_text
 
 KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
 """Kind of an option that has a single value → its type."""
@@ -43,15 +45,52 @@ def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
         raise UsageError(f"{called} {path} does not exist")
     kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = utf8_text(file)
+    except UsageError as error:
+        raise UsageError(f"{path} {error}") from None
+    try:
         table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # of TOML, JSON and UTF-8 alike
-        raise UsageError(f"{path} is not {kind}: {error}") from None
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        hint = f". {_REMEDY[kind]}" * bool(re.search("escape|hex value", str(error), re.I))
+        raise UsageError(f"{path} is not {kind}: {error}{hint}") from None
     if not isinstance(table, dict):
         raise UsageError(f"{path} needs {needs}, and is {table!r:.40}")
+    if broken := list(_broken_paths(table)):
+        raise UsageError(f"{path}: {'; '.join(broken)}. {_REMEDY[kind]}")
     return table
+
+
+_PATH_KEY = re.compile(r"(.*_)?(dir|path|file|config|dataset|tokenizer_name|dataset_name)")
+"""Key of a path, in our files and kohya's."""
+
+_REMEDY = {
+    "TOML": "In double quotes a backslash begins an escape: write a Windows path in single quotes, "
+    "'C:\\images\\new', or with /, \"C:/images/new\"",
+    "JSON": 'A backslash begins an escape: write a Windows path with /, "C:/images/new", or with '
+    'two, "C:\\\\images\\\\new"',
+}
+
+
+def _broken_paths(table: object, key: str = "") -> Iterator[str]:
+    """Yield a line for each path in which `\\t`, `\\n`, … became a tab, a line break, ….
+
+    table: the value of a key, in tables of any depth.
+    """
+    if isinstance(table, dict):
+        for name, value in table.items():
+            yield from _broken_paths(value, str(name))
+    elif isinstance(table, list):
+        for value in table:
+            yield from _broken_paths(value, key)
+    elif isinstance(table, str) and re.search(r"[\t\n\r\b\f\x1b]", table):
+        if _PATH_KEY.fullmatch(key) or re.match("[A-Za-z]:", table):
+            as_written = table.translate(_ESCAPES)
+            yield f'{key} = "{as_written}" holds a control character where a backslash is meant'
+
+
+_ESCAPES = str.maketrans(
+    {"\t": r"\t", "\n": r"\n", "\r": r"\r", "\b": r"\b", "\f": r"\f", "\x1b": r"\e"}
+)
 
 
 def problems_of(

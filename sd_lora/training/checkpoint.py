@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
 from sd_lora.adapters.state import (
@@ -205,7 +205,8 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
         UsageError: adapters of other components, modules or ranks, or files that cannot be read.
     """
     try:
-        tensors = load_file(path / "adapter.safetensors")
+        # whole, not mapped into memory: Windows would keep the file from being pruned
+        tensors = load((path / "adapter.safetensors").read_bytes())
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises what its unpickler raises
         raise UsageError(f"{path} cannot be read: {error}") from None

@@ -293,7 +293,7 @@ def test_missing_and_unreadable_configs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not exist"):
         read_dataset_config(str(tmp_path / "none.toml"))
     (tmp_path / "a.json").write_bytes(b'"\xff"')
-    with pytest.raises(UsageError, match="is not JSON"):
+    with pytest.raises(UsageError, match="a.json is not UTF-8 text"):
         read_dataset_config(str(tmp_path / "a.json"))
     with pytest.raises(UsageError, match=r"needs \[\[datasets\]\]"):
         read(tmp_path, "[1]", "b.json")

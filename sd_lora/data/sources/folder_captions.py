@@ -2,9 +2,12 @@
 
 import os
 import re
+import unicodedata
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_names
@@ -17,6 +20,8 @@ from sd_lora.data.sources.metadata_files import (
 from sd_lora.data.sources.samples import fill_empty_captions, has_empty_caption, printable_path
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
+
+T = TypeVar("T")
 
 CAPTION_EXTENSIONS = (".txt", ".caption")
 
@@ -154,6 +159,20 @@ def _file_key(path: Path, folders: dict[Path, Path]) -> tuple[Path, str]:
     return folders[path.parent], path.name
 
 
+def _composed(path: Path) -> Path:
+    """A path in composed Unicode form (NFC): macOS' tools write é as e and an accent (NFD)."""
+    return Path(unicodedata.normalize("NFC", str(path)))
+
+
+def _with_other_forms(
+    found: Mapping[tuple[Path, str], T],
+) -> Callable[[tuple[Path, str]], T | None]:
+    """A look-up by `_file_key` that takes the other Unicode form of a name where its own is not
+    there."""
+    forms = {_composed(folder / name): value for (folder, name), value in found.items()}
+    return lambda key: found.get(key) or forms.get(_composed(key[0] / key[1]))
+
+
 def _rows_by_image(
     spec: SourceSpec, root: Path, tree: FolderTree, metadata: list[Path], found: FolderCaptions
 ) -> dict[Path, list[MetadataRow]]:
@@ -165,14 +184,18 @@ def _rows_by_image(
     for key, path in listed.items():
         if has_image_extension(path):
             by_stem[key[0], path.stem].append(path)
+    image_named, images_of_stem = _with_other_forms(listed), _with_other_forms(by_stem)
     rows: dict[Path, list[MetadataRow]] = defaultdict(list)
     inside = root.resolve()
     for file in metadata:
         base = root if spec.metadata_file else file.parent
         for row in read_metadata(file, spec):
             key = _file_key(base / row.name, folders)
-            same_stem = by_stem.get(key, []) if key not in listed else []
-            path = listed.get(key) or (same_stem[0] if same_stem else key[0] / key[1])
+            if "\\" in row.name and not os.path.isfile(base / row.name):  # written on Windows
+                key = _file_key(base / row.name.replace("\\", "/"), folders)
+            named = image_named(key)
+            same_stem = [] if named else images_of_stem(key) or []
+            path = named or (same_stem[0] if same_stem else key[0] / key[1])
             if len(same_stem) > 1:
                 candidates = list_names([printable_path(Path(p.name)) for p in same_stem])
                 details = f"{row.where} may mean any of {candidates}: the first is taken"
@@ -229,8 +252,9 @@ def _from_sidecars(spec: SourceSpec, tree: FolderTree) -> FolderCaptions:
     images: dict[Path, list[Path]] = defaultdict(list)
     for path in tree.images:
         images[path.with_suffix("")].append(path)
+    forms = {_composed(stem): stem for stem in sidecars if stem not in images}
     for stem, same_stem in images.items():
-        files = sidecars.pop(stem, [])
+        files = sidecars.pop(stem, []) or sidecars.pop(forms.get(_composed(stem), stem), [])
         if files:
             _read_sidecar(found, same_stem, files)
             continue

@@ -11,6 +11,7 @@ from typing import Any
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError, did_you_mean
+from sd_lora.files import utf8_text
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 """Name of metadata files in a folder: the imagefolder layout of `datasets`."""
@@ -33,12 +34,9 @@ class MetadataRow:
 def read_text(path: Path) -> str:
     """Read a UTF-8 text file without its byte order mark; raises UsageError with its name."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        problem = f"is not UTF-8 text (byte {error.start}): save it as UTF-8"
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror}"
-    raise UsageError(f"{printable_path(path)} {problem}")
+        return utf8_text(path)
+    except UsageError as error:
+        raise UsageError(f"{printable_path(path)} {error}") from None
 
 
 def read_metadata(path: Path, spec: SourceSpec) -> list[MetadataRow]:

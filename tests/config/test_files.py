@@ -1,0 +1,69 @@
+"""Files of options as other systems write them: byte order marks, UTF-16, paths of Windows."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sd_lora.config.values import read_table
+from sd_lora.errors import UsageError
+
+
+def table(path: Path) -> dict:
+    return read_table(str(path), "config file", "a table of options")
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    """TOML and JSON saved by Windows' editors are read as without the mark, with CR LF too."""
+    for name, text in (
+        ("a.toml", '[data]\r\ntrain_data_dir = "f3"\r\n'),
+        ("b.json", '{"rank": 4}'),
+    ):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert table(tmp_path / "a.toml") == {"data": {"train_data_dir": "f3"}}
+    assert table(tmp_path / "b.json") == {"rank": 4}
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(encoding: str, tmp_path: Path) -> None:
+    """With its mark or without, it is named with the remedy; no codec's error is shown."""
+    path = tmp_path / "a.toml"
+    path.write_text('output_dir = "a"', encoding=encoding)
+    with pytest.raises(UsageError, match=r"a\.toml is UTF-16.*save it as UTF-8") as caught:
+        table(path)
+    assert "codec" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (r'train_data_dir = "D:\training\new"', r'train_data_dir = "D:\training\new" holds'),
+        (r'train_data_dir = "C:\Users\me"', "Invalid hex value"),
+        (r'output_dir = "loras\project"', "Unescaped"),
+        (r'output_dir = "loras\new"', r'output_dir = "loras\new" holds a control character'),
+        (r'sources = [{ path = "D:\bears" }]', r'path = "D:\bears" holds'),
+    ],
+)
+def test_paths_of_windows(line: str, said: str, tmp_path: Path) -> None:
+    r"""`\t`, `\n` and `\b` that became control characters are noticed in a path, and `\U` and `\p`
+    fail to parse: all with the hint to single quotes and /. Both ways to write it are read."""
+    path = tmp_path / "a.toml"
+    path.write_text(f"[data]\n{line}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match="in single quotes, .*or with /") as caught:
+        table(path)
+    assert said in str(caught.value)
+    for right in (line.replace('"', "'"), line.replace("\\", "/")):
+        path.write_text(f"[data]\n{right}\n", encoding="utf-8")
+        assert table(path)
+
+
+def test_paths_of_windows_in_json(tmp_path: Path) -> None:
+    """JSON has the same fault, and another remedy; both paths of a file are named at once; a
+    line break in a prompt is none."""
+    path = tmp_path / "a.json"
+    path.write_text(r'{"output_dir": "a\new", "train_data_dir": "D:\train"}', encoding="utf-8")
+    with pytest.raises(UsageError, match=r"output_dir = .*train_data_dir = .*with two, ") as caught:
+        table(path)
+    assert str(caught.value).count("holds a control character") == 2
+    path.write_text(json.dumps({"validation_prompt": "a\nb", "caption_separator": "\t"}))
+    assert table(path)["caption_separator"] == "\t"
