@@ -389,8 +389,14 @@ def check_writable(folder: Path, setting: str) -> None:
     setting: its option, for messages.
 
     Raises:
-        UsageError: a file in its place, or no permission.
+        UsageError: a file in its place, no permission, or a name that is not UTF-8.
     """
+    written = os.fsencode(folder.absolute()).decode("utf-8", "backslashreplace")
+    if written != str(folder.absolute()):
+        raise UsageError(
+            f"{setting} {written}: its name is not valid UTF-8, and safetensors opens no file in "
+            "it; choose another"
+        )
     there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not there.is_dir():
         raise UsageError(f"{setting} {folder}: {there} is a file, not a folder")
@@ -404,7 +410,7 @@ def check_readable(folder: Path, setting: str) -> None:
     setting: its option, for messages.
 
     Raises:
-        UsageError: a file in its place, or no permission.
+        UsageError: a file in its place, no permission, or a name that is not UTF-8.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{setting} {folder} is a file, not a folder")

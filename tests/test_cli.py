@@ -90,6 +90,15 @@ def test_a_folder_that_cannot_be_made(
     assert (tmp_path / "out").read_text() == "I am a file"
 
 
+def test_a_folder_whose_name_is_no_utf8(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors opens no file in it: told before the run, not after."""
+    data = images(tmp_path / "data", 2)
+    assert main(arguments(tiny_sd1, data, tmp_path / "out\udcff")) == 2
+    assert r"out\xff: its name is not valid UTF-8" in capsys.readouterr().err
+
+
 def test_a_broken_image_is_a_failure_where_that_is_asked_for(
     tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

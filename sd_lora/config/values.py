@@ -60,7 +60,7 @@ def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
     return table
 
 
-_PATH_KEY = re.compile(r"(.*_)?(dir|path|file|config|dataset|tokenizer_name|dataset_name)")
+_PATH_KEY = re.compile(r"(.*_)?(dir|path|file|config|dataset|name)")
 """Key of a path, in our files and kohya's."""
 
 _REMEDY = {
