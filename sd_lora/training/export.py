@@ -94,17 +94,18 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
     code = PipelineCode(
         config.base_model,
         parts.family.pipelines[parts.task.name],
-        {"revision": config.revision, "variant": config.variant, "cache_dir": config.cache_dir},
+        config.hub_options,
         run.given_noise_settings,
         run.accelerator.device.type == "cuda",
     )
     draws = can_generate_images(parts.family) and parts.task is not INPAINTING
     prompt = prompts_of(run)[0] if draws else None
     arguments: dict[str, object] = {}
-    if config.clip_skip and parts.family.is_xl:
-        arguments["clip_skip"] = config.clip_skip
-    elif config.clip_skip:
-        loading += skipping_lines(config.clip_skip)
+    skipped = run.text.caption_encoder.clip_skip
+    if skipped and parts.family.is_xl:
+        arguments["clip_skip"] = skipped
+    elif skipped:
+        loading += skipping_lines(skipped)
     return [*lines, "  in Python:", "", *code.lines(loading, prompt, arguments), ""]
 
 

@@ -80,7 +80,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     resolved, seed = plan.config, plan.seed
     parts = _load(checked.base, resolved, accelerator)
     schedule, timesteps = _objective(resolved, parts)
-    parts.caption_encoder(clip_skip=resolved.clip_skip).check_clip_skip(parts.text_encoders)
+    run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(resolved, parts.family, parts.models, seed)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
