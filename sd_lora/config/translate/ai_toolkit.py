@@ -7,8 +7,8 @@ config_modules; what is not said is its default there (alpha 1, rate 1e-6).
 from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
-from sd_lora.config.translate.kohya import optimizer, own_rate
 from sd_lora.config.translate.prompts import of_list
+from sd_lora.config.translate.rates import optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,

@@ -10,6 +10,7 @@ from typing import Any
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
 from sd_lora.config.translate.prompts import first_prompt
+from sd_lora.config.translate.rates import optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,
@@ -29,11 +30,6 @@ from sd_lora.config.translate.rows import (
 
 MISSING = "is not there"
 NOT_THERE = f"{MISSING}: nothing here does it yet"
-ADAPTIVE = ("prodigy", "dadapt")
-"""Beginnings of optimisers whose learning rate is a factor near 1."""
-
-RATE_FACTOR = 0.1
-"""Rates from here on are factors of an optimiser that finds its own: AdamW diverges at them."""
 
 
 def first(value: Any) -> Any:
@@ -48,19 +44,6 @@ def trains_text_encoder(given: Given) -> bool:
     rate = first(given.get("text_encoder_lr"))
     zero = rate is not None and rate != "" and is_off(rate)
     return not zero and all(is_off(given.get(name)) for name in switches)
-
-
-def is_factor(rate: Any, optimizer: Any) -> bool:
-    """Whether a learning rate is a factor of an optimiser that finds its own rate."""
-    return str(optimizer).lower().startswith(ADAPTIVE) or number(rate) >= RATE_FACTOR
-
-
-def own_rate(rate: Any, optimizer: Any, name: str = "learning_rate") -> Taken:
-    """A learning rate, unless it is a factor that AdamW would diverge at."""
-    if is_factor(rate, optimizer):
-        reason = f"is a factor of {optimizer or 'their optimiser'}; AdamW's own default is used"
-        return Taken("absent", reason=reason)
-    return Taken("same", {name: rate})
 
 
 def _learning_rate(value: Any, given: Given) -> Taken:
@@ -94,17 +77,6 @@ def _unet_only(value: Any, given: Given) -> Taken:
     if not trains_text_encoder(given):
         return Taken("needless", reason="is the default here: the UNet alone")
     return Taken("otherwise", {"train_text_encoder": True}, "text encoders are trained there")
-
-
-def optimizer(value: Any, given: Given) -> Taken:
-    """AdamW in either form; others are told."""
-    word = str(value or "AdamW").lower().replace("_", "").replace("-", "")
-    if word in ("adamw", "torch.optim.adamw"):
-        return Taken("needless", reason="is the optimiser here")
-    if word in ("adamw8bit", "pagedadamw8bit", "bnbadamw8bit"):
-        return Taken("otherwise", {"use_8bit_adam": True}, "is AdamW's 8-bit form")
-    reason = f"{MISSING}: AdamW is used; mind the learning rate, theirs is for another optimiser"
-    return Taken("absent", reason=reason)
 
 
 def _resolution(value: Any, given: Given) -> Taken:
@@ -147,6 +119,15 @@ def _clip_skip(value: Any, given: Given) -> Taken:
         reason = "is ignored there for SDXL, whose usual last layer but one is 0 here"
         return Taken("needless", reason=reason)
     return Taken("otherwise", {"clip_skip": whole(value) - 1}, "counts from 0, theirs from 1")
+
+
+def _token_length(value: Any, given: Given) -> Taken:
+    if is_off(value) or whole(value) == 75:
+        return Taken("needless", reason="is the default here too")
+    return Taken("otherwise", {"max_token_length": value}, _PIECES)
+
+
+_PIECES = "keeps start and end of each piece of 75; there they are cut out"
 
 
 def _output_dir(value: Any, given: Given) -> Taken:
@@ -248,8 +229,7 @@ KOHYA: dict[str, Row] = NETWORK | {
     "caption_dropout_rate": otherwise(
         "caption_dropout", "is zeros for SDXL, as its guidance has it; there the empty prompt"),
     "weighted_captions": otherwise("weighted_prompts", "reads compel's (red)1.3, not (red:1.3)"),
-    "max_token_length": otherwise(
-        "max_token_length", "keeps start and end of each piece of 75; there they are cut out"),
+    "max_token_length": taking("--max_token_length", _PIECES, _token_length),
     "clip_skip": taking("--clip_skip, one less", "counts from 0 here", _clip_skip),
     "cache_latents": needless("is always so here: cache_latents is auto"),
     "cache_latents_to_disk": switch(
@@ -382,8 +362,6 @@ KOHYA: dict[str, Row] = NETWORK | {
          "validate_every_n_epochs", "max_validation_steps"), absent(_VALIDATION)),
 }  # fmt: skip
 """Name → row."""
-
-OF_DATA = ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps")
 
 
 def defaults(given: Given) -> dict[str, Any]:

@@ -7,10 +7,10 @@ TrainConfig and ConceptConfig, version 11. What is not said is its default there
 import re
 from typing import Any
 
-from sd_lora.config.translate.kohya import own_rate
 from sd_lora.config.translate.onetrainer_data import concept_file, concepts, embeddings, sample_file
 from sd_lora.config.translate.onetrainer_network import FAMILIES, NETWORK
 from sd_lora.config.translate.prompts import of_list
+from sd_lora.config.translate.rates import own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Kind,

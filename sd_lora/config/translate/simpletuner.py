@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
-from sd_lora.config.translate.kohya import optimizer, own_rate
 from sd_lora.config.translate.kohya_network import ALGORITHMS
+from sd_lora.config.translate.rates import optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,

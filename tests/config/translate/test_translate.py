@@ -1,6 +1,7 @@
 """Whole configurations of other trainers: what is written trains, and every setting is answered."""
 
 import random
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dev.write_translate_page import PAGE, translations
-from sd_lora.adapters.targets import match_names, plan
+from sd_lora.adapters.targets import match_names, plan, select
 from sd_lora.cli import main
 from sd_lora.config.command_line import parse
+from sd_lora.config.schema import OPTIONS, TrainConfig
 from sd_lora.config.translate.peers import PEERS
 from sd_lora.config.translate.text import to_table, to_toml, toml_value
 from sd_lora.config.translate.translation import Translation, translate
@@ -59,6 +61,27 @@ def test_a_configuration_of_each_trainer_is_one_of_ours(
         assert getattr(config, option) == value, option
     table = to_table(translation)
     assert all(f"{line.name}" in table for line in translation.lines)
+
+
+def test_a_usual_command_is_answered_in_one_attempt(tmp_path: Path) -> None:
+    """The page's command of sd-scripts, 36 flags, given to `sd-lora train` itself: every flag
+    that is not ours is told in the first error, and so is every key of the same in a file."""
+    text = PAGE.read_text(encoding="utf-8").partition("# girl.sh\n")[2].partition("```")[0]
+    words = shlex.split(text.replace("\\\n", " ").partition("sdxl_train_network.py")[2])
+    names = [word[2:].partition("=")[0] for word in words if word.startswith("--")]
+    foreign = {name for name in names if name not in OPTIONS}
+    assert len(names) >= 34
+    with pytest.raises(UsageError) as error:
+        parse(words)
+    told = {problem.field for problem in error.value.problems}
+    assert foreign <= told
+    assert "sd-lora translate, with the whole command after it" in str(error.value)
+    file = tmp_path / "a.toml"
+    lines = [f"{name} = 1" for name in foreign]
+    file.write_text("\n".join(["[network_arguments]", *lines]))
+    with pytest.raises(UsageError) as error:
+        parse(["--config", str(file)])
+    assert foreign <= {problem.field for problem in error.value.problems}
 
 
 def test_the_page_shows_the_translations(root: Path) -> None:
@@ -209,15 +232,9 @@ def test_a_text_encoder_alone() -> None:
         found = translate(PEERS["onetrainer"], base | switches)
         assert found.values.get("train_text_encoder", False) == (first or second)
         if first or second:
-            run = parse_values(found.values).resolve("sdxl", 1024)
+            run = TrainConfig(**found.values).resolve("sdxl", 1024)
             ranks = [run.rank_and_alpha_of(c)[0] for c in ("text_encoder", "text_encoder_2")]
             assert ranks == [8 * first, 8 * second]
-
-
-def parse_values(values: dict[str, Any]) -> Any:
-    from sd_lora.config.schema import TrainConfig
-
-    return TrainConfig(**values)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
@@ -240,9 +257,7 @@ def test_lists_by_block_give_each_module_the_same(family: str, conv: bool) -> No
     args += ["block_dims=" + ",".join(map(str, dims)), "block_alphas=" + ",".join(map(str, alphas))]
     found = kohya(network_args=args + ["conv_dim=4", "conv_alpha=1"] * conv, sdxl=family == "sdxl")
     assert all(answer(found, name)[0] == "otherwise" for name in words)
-    config = parse_values(found.values)
-    from sd_lora.adapters.targets import select
-
+    config = TrainConfig(**found.values)
     theirs = {}
     for name in select(unet, "transformer+conv" if conv else "transformer"):
         place = _place(naming.kohya("unet", name))
