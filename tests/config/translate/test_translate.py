@@ -148,7 +148,8 @@ def test_settings_that_mean_several_options(more: dict[str, Any], values: dict[s
     ("peer", "more"),
     [
         ("sd-scripts", {"optimizer_type": "Prodigy", "learning_rate": "1.0"}),
-        ("sd-scripts", {"optimizer_type": "DAdaptAdam", "unet_lr": "0.5"}),
+        ("sd-scripts", {"optimizer_type": "DAdaptAdam", "unet_lr": "0.05"}),
+        ("sd-scripts", {"optimizer_type": "my.Optimizer", "unet_lr": "0.5"}),
         ("onetrainer", {"optimizer": {"optimizer": "PRODIGY"}, "learning_rate": 1.0}),
         ("simpletuner", {"optimizer": "prodigy", "learning_rate": 1}),
     ],
