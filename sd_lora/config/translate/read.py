@@ -198,13 +198,22 @@ def _of_words(words: list[str], peer: str | None, folder: Path) -> Settings:
         flags = {key: value for key, value in flags.items() if key not in CONFIGS}
     values |= flags
     name = peer or named or _likeliest(values)
-    script = SCRIPTS.get(ADVANCED.get(program, program))
-    fixed: dict[str, Any] = {}
-    if script:
-        fixed = {"mode": script.mode} | ({"family": script.family} if script.family else {})
     if not values:
         raise UsageError("there are no flags to translate")
-    return Settings(name, values, folder, fixed, assumed)
+    return Settings(name, values, folder, _of_script(program, values), assumed)
+
+
+def _of_script(program: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that the name of a script of diffusers stands for: mode, family, and the length of a
+    run where none is given."""
+    script = SCRIPTS.get(ADVANCED.get(program, program))
+    if script is None:
+        return {}
+    fixed: dict[str, Any] = {"mode": script.mode}
+    fixed |= {"family": script.family} if script.family else {}
+    if "max_train_steps" not in values:
+        fixed |= {n: o.of_scripts[script.mode] for n, o in OPTIONS.items() if o.of_scripts}
+    return fixed
 
 
 def _flags(words: Sequence[str], program: str) -> dict[str, Any]:
