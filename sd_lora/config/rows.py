@@ -61,7 +61,7 @@ FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
 
 
 class Section(BaseModel):
-    """Options of one section: strict types, finite numbers, no unknown names."""
+    """Options of one section: strict types, finite numbers, no NUL, no unknown names."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -72,6 +72,13 @@ class Section(BaseModel):
         choices = extra["choices"] if extra else []
         if choices and value is not None and value not in choices:
             raise PydanticCustomError("choice", "not a choice", {"choices": choices})
+        return value
+
+    @field_validator("*")
+    @classmethod
+    def _has_no_nul(cls, value: Any) -> Any:
+        if isinstance(value, str) and "\0" in value:  # no path may hold one
+            raise PydanticCustomError("nul", "a NUL character")
         return value
 
 

@@ -123,6 +123,8 @@ def _problem(option: Option, details: Any) -> Problem:
         text = f"{name} is one of {', '.join(option.choices)}, not {value!r}"
         near = did_you_mean(str(value), option.choices).strip()
         return Problem(name, text, near or f"It means: {option.help}")
+    if details["type"] == "nul":
+        return Problem(name, f"{name} holds a NUL character: {value!r}")
     if details["type"] == "finite_number":
         return Problem(name, f"{name} must be a finite number, not {value}")
     if details["type"] in ("greater_than", "greater_than_equal", "less_than", "multiple_of"):

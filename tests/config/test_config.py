@@ -324,6 +324,7 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         ("alpha_pattern = { to_q = -1 }", "'to_q' must be above 0, not -1"),
         ("[lora]\nrank = 4", "'lora' is not an option. Tables are adapter, data, model"),
         ('lr_scheduler = "cosin"', "lr_scheduler is one of"),
+        ('output_dir = "a\\u0000b"', "output_dir holds a NUL character: 'a\\x00b'"),
         ('mode = "dreamboth"', "Did you mean dreambooth"),
     ],
 )

@@ -40,6 +40,9 @@ class SourceOptions(Section):
     dataset_config_name: str | None = option(None,
         "configuration of the set",
         requires={"dataset_name": None}, scripts="ABD")
+    split: str = option("train",
+        "split of the set; test[:100] is a part of one",
+        requires={"dataset_name": None})
     streaming: bool = option(False,
         "read the set row by row instead of downloading it first, for sets larger than the "
         "disk; needs cached latents",
@@ -137,9 +140,15 @@ def source_specs(config: "TrainConfig") -> list[SourceSpec]:
         return read_dataset_config(config.dataset_config)[0]
     spec = dataclasses.replace(defaults, label=config.places[0])
     if config.dataset_name:
-        name, subset = config.dataset_name, config.dataset_config_name
-        streaming = config.streaming
-        return [dataclasses.replace(spec, dataset=name, config_name=subset, streaming=streaming)]
+        return [
+            dataclasses.replace(
+                spec,
+                dataset=config.dataset_name,
+                config_name=config.dataset_config_name,
+                split=config.split,
+                streaming=config.streaming,
+            )
+        ]
     spec = dataclasses.replace(spec, path=getattr(config, config.places[0]))
     if config.is_dreambooth:
         spec = dataclasses.replace(spec, layout="plain", captions="prompt", recursive=False)

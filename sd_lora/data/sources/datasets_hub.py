@@ -1,6 +1,7 @@
 """Sets of `datasets`: by hub name, folder or file; loaded whole or streamed."""
 
 import os
+from collections import deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import read_file
-from sd_lora.data.sources.metadata_files import captions_in
+from sd_lora.data.sources.metadata_files import captions_in, csv_rows
 from sd_lora.data.sources.samples import (
     Sample,
     Source,
@@ -83,6 +84,8 @@ def _load(spec: SourceSpec) -> Any:
         if builder is None:
             endings = ", ".join(FORMATS)
             raise UsageError(f"dataset {name} is a file, but has none of the endings {endings}")
+        if builder == "csv":  # pandas takes surplus fields of all rows for names of rows
+            deque(csv_rows(local), maxlen=0)
         name, files = builder, str(local)
     try:
         if any((local / file).is_file() for file in ("dataset_dict.json", "state.json")):
@@ -94,7 +97,8 @@ def _load(spec: SourceSpec) -> Any:
     except (OSError, ValueError, ConnectionError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:300]
         where = f"dataset {spec.dataset} (split {spec.split})"
-        raise UsageError(f"{where} could not be loaded: {reason}") from None
+        remedy = ". Choose one with --split (in [[sources]]: split)" * ("split" in reason.lower())
+        raise UsageError(f"{where} could not be loaded: {reason.rstrip('.')}{remedy}") from None
 
 
 def _load_stream(builder: Any, split: str) -> Any:

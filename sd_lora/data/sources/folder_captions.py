@@ -14,6 +14,7 @@ from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_n
 from sd_lora.data.sources.metadata_files import (
     METADATA_NAMES,
     MetadataRow,
+    is_metadata,
     read_metadata,
     read_text,
 )
@@ -61,7 +62,7 @@ def find_captions(
     Raises:
         UsageError: no images, no caption for any image, or an error of `read_metadata`.
     """
-    metadata = [path for path in tree.files if path.name in METADATA_NAMES]
+    metadata = list(filter(is_metadata, tree.files))
     if spec.metadata_file:
         metadata = [Path(spec.metadata_file).expanduser()]
     from_metadata = spec.captions == "metadata" or (spec.captions == "auto" and bool(metadata))
@@ -141,7 +142,7 @@ def _report_other_files(found: FolderCaptions, spec: SourceSpec, tree: FolderTre
         if has_image_extension(path) or path in found.used or path in found.captions:
             continue
         extension = next((e for e in extensions if path.name.lower().endswith(e)), "")
-        if path.name in METADATA_NAMES:
+        if is_metadata(path):
             found.add_finding("metadata-ignored", path, f"captions come from {spec.captions}")
         elif extension and path.with_name(path.name[: -len(extension)]) in stems:
             found.add_finding("sidecar-ignored", path)

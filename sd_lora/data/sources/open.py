@@ -21,7 +21,7 @@ from sd_lora.data.sources.folders import (
     list_names,
     walk,
 )
-from sd_lora.data.sources.metadata_files import METADATA_NAMES
+from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.data.sources.samples import Sample, Source, printable_path
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
@@ -76,7 +76,7 @@ def has_captions(folder: str) -> bool:
 
 def _is_kohya(top: FolderTree, spec: SourceSpec) -> bool:
     """Whether a folder holds numbered folders, and nothing else to train."""
-    has_metadata = spec.metadata_file or any(path.name in METADATA_NAMES for path in top.files)
+    has_metadata = spec.metadata_file or any(map(is_metadata, top.files))
     numbered = any(NUMBERED.fullmatch(folder.name) for folder in top.folders)
     captioned = spec.prompt is not None or spec.captions == "filename"
     stems = {

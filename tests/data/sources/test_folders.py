@@ -290,8 +290,68 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.csv").write_text('file_name,text\na.jfif,"one\ntwo"\n')
     assert captions(opened(tmp_path)) == {"a.jfif": ("one\ntwo",)}
-    (tmp_path / "metadata.csv").write_text("file_name,txt\na.jfif,one,surplus\n")
-    with pytest.raises(UsageError, match="no caption column 'text'"):
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "file_name,text\na.png,1girl, solo, red hair\nb.png,1boy\nc.png\n",
+            r"header has 2 fields \(file_name, text\), but line 2 has 4, line 4 has 1\. A text with",
+        ),
+        ('file_name,text\nb.png,"1boy\nhat"\n\na.png,"1girl\n', "line 5: not CSV: unexpected end"),
+        ('file_name,text\na.png,"a" b\n', "line 2: not CSV: .* a quote inside it is written twice"),
+        ("file_name,txt\na.png,one\n", "line 2 has no caption column 'text'; it has txt"),
+    ],
+)
+def test_csv_that_would_lose_a_caption(text: str, message: str, tmp_path: Path) -> None:
+    """Commas without quotes, and quotes without an end, are errors with their lines: as a folder's
+    metadata and as a set of `datasets`, where pandas would shift the columns."""
+    for name in "abc":
+        image(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        opened(tmp_path)
+    if "txt" not in text:
+        with pytest.raises(UsageError, match=message):
+            open_source(SourceSpec(dataset=str(tmp_path / "metadata.csv")))
+
+
+@pytest.mark.parametrize("name", ["metadata.json", "metadata.jsonl", "rows.json"])
+def test_json_arrays_are_metadata(name: str, tmp_path: Path) -> None:
+    """An array of rows is read under any of the names; an object called metadata.json, which other
+    programs write about a model, leaves the caption files alone; an object of captions is read
+    where it is asked for."""
+    image(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("from the text file")
+    rows = json.dumps([{"file_name": "a.png", "text": ["one", "two"]}], indent=1)
+    (tmp_path / name).write_text(rows, encoding="utf-8-sig")
+    asked = {"metadata_file": str(tmp_path / name)} if name == "rows.json" else {}
+    assert captions(opened(tmp_path, **asked)) == {"a.png": ("one", "two")}
+    (tmp_path / name).write_text(json.dumps({"a": "three"}))
+    if name == "metadata.json":
+        assert captions(opened(tmp_path)) == {"a.png": ("from the text file",)}
+    if name == "rows.json":
+        assert captions(opened(tmp_path, **asked)) == {"a.png": ("three",)}
+    (tmp_path / name).write_text('[{"file_name": "a.png", "text": "x"}, 3]')
+    with pytest.raises(UsageError, match="row 2: not an object but 3"):
+        opened(tmp_path, **asked)
+
+
+def test_texts_in_utf_16_and_nul_bytes_are_named(tmp_path: Path) -> None:
+    """A caption in UTF-16 is called so, with its mark and without it; a NUL byte alone would pass
+    as UTF-8: the image is left out, and a row of metadata with such a caption is an error."""
+    texts = {"a": "ä".encode("utf-16"), "b": "bb".encode("utf-16-le"), "c": b"c", "d": b"ddd\0d"}
+    for name, data in texts.items():
+        image(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_bytes(data)
+    source = opened(tmp_path)
+    assert captions(source) == {"c.png": ("c",)}
+    texts = {Path(f.name).name: f.text for f in source.findings if f.code == "non-utf8-caption"}
+    assert all("is UTF-16, as Notepad's" in texts[name] for name in ("a.png", "b.png"))
+    assert "holds NUL bytes (the first is byte 3)" in texts["d.png"]
+    jsonl(tmp_path, {"file_name": "a.png", "text": "a\0"})
+    with pytest.raises(UsageError, match="line 1: text holds a NUL character"):
         opened(tmp_path)
 
 
@@ -310,10 +370,11 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
         ),
         ([{"file_name": "a.jfif", "text": None}], "no image to train:\n.*line 1 has no caption"),
         ([{"text": "x"}], "line 1 has no file_name"),
-        ([{"file_name": "\0", "text": "x"}], "line 1 has no file_name"),
+        ([{"file_name": "\0", "text": "x"}], "line 1: the file_name holds a NUL"),
         ([{"file_name": "a.png", "text": "x"}, "{broken"], "line 2: not JSON"),
-        (["[1, 2]"], "line 1: not an object"),
-        (["[" * 100_000], "line 1: not JSON"),
+        (["3"], "line 1: not an object"),
+        (["[1, 2]"], "row 1: not an object"),
+        (["[" * 100_000], "not JSON"),
         ([{"file_name": "a.png", "text": 3}], "line 1: text must be a text"),
         ([b"caf\xe9"], "not UTF-8 text"),
     ],
