@@ -74,6 +74,7 @@ FINDINGS: dict[str, FindingKind] = {
         "a brace without a partner stays as it is, and the only wildcards are {a|b}, not __name__ "
         "or {2$$a|b}",
     ),
+    "foreign-syntax": FindingKind("warning", "it is trained as words"),
     # folders
     "many-repeats": FindingKind(
         "warning",

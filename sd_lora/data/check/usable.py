@@ -1,6 +1,7 @@
 """Check the images of a run before a model is loaded: usable images, in their buckets."""
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,19 @@ MAX_NAMED = 20
 
 MAX_USEFUL_TOKENS = 300
 """Tokens of the longest caption that is advised to be read whole; a longer text is no caption."""
+
+
+FOREIGN_SYNTAX = (
+    (r"\[trigger\]", "ai-toolkit puts the trigger word there; give it by --trigger_word"),
+    (
+        r"\[(?:filewords|name|initials)\]",
+        "A1111 puts words of the file's name there; --captions_from filename reads them",
+    ),
+    (r"<(?:lora|lyco|hypernet):[^>]*>", "a LoRA to load, as A1111 reads prompts"),
+    (r"\bNegative prompt:", "parameters of an image, pasted whole: keep the prompt alone"),
+    (r"\bSteps: \d+, \w", "parameters of an image, pasted whole: keep the prompt alone"),
+)
+"""Pattern of a text that another program reads, → its meaning there. Here it is a caption's words."""
 
 
 class NoUsableImages(RunError):
@@ -93,7 +107,8 @@ def check_images(
     scanned.findings += find_in_both_sets([*instances, *scanned.samples])
     usable, findings = _assign_buckets(scanned, crop_settings, alpha_mask)
     samples = [sample for sample, _ in usable]
-    findings += _long_captions(samples, caption_encoder) + _odd_wildcards(samples)
+    findings += _long_captions(samples, caption_encoder)
+    findings += [*_odd_wildcards(samples), *_foreign_syntax(samples)]
     if strict:
         refuse_problems(findings)
     if required and not usable:
@@ -166,6 +181,21 @@ def _odd_wildcards(samples: list[Sample]) -> list[Finding]:
         odd = next((text for text in sample.captions if has_unread_wildcards(text)), None)
         if odd is not None:
             findings.append(Finding("wildcard", sample.name, f"caption {odd[:60]!r}"))
+    return findings
+
+
+def _foreign_syntax(samples: list[Sample]) -> list[Finding]:
+    """Findings on captions with text that other programs replace or read as a setting."""
+    findings = []
+    for sample in samples:
+        rules = sample.source.rules
+        texts = [*sample.captions, rules.caption_prefix, rules.caption_suffix]
+        for pattern, meaning in FOREIGN_SYNTAX:
+            found = next((m for text in texts if (m := re.search(pattern, text, re.I))), None)
+            if found:
+                details = f"its caption has {found[0][:60]!r}: {meaning}"
+                findings.append(Finding("foreign-syntax", sample.name, details))
+                break
     return findings
 
 

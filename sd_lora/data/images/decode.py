@@ -1,6 +1,8 @@
 """Images → pixels: decode, upright, 8-bit sRGB over a background; files are only read."""
 
+import importlib
 import io
+import math
 import os
 import stat
 import warnings
@@ -12,17 +14,23 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageColor
 
-from sd_lora.data.images.file_types import image_format, is_cut_short, looks_like
+from sd_lora.data.images.file_types import (
+    image_format,
+    is_cut_short,
+    jxl_size,
+    light_png,
+    looks_like,
+)
 from sd_lora.errors import RunError, UsageError, install_line
 
 EXTENSIONS = frozenset(
     ".apng .avif .avifs .bmp .dib .gif .heic .heics .heif .heifs .hif .jfif .jp2 .jpe .jpeg .jpg "
-    ".mpo .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
+    ".jxl .mpo .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp".split()
 )
 
 FORMATS = (
     *("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "GIF", "BMP", "DIB", "TIFF", "MPO", "JPEG2000"),
-    *("PPM", "QOI", "TGA"),
+    *("JXL", "PPM", "QOI", "TGA"),
 )
 """Formats that pillow may take a file for. It knows more; for PostScript it starts Ghostscript, and
 a foreign data set must not be able to ask for this."""
@@ -125,14 +133,20 @@ def _formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+PLUGINS = {"HEIF": ("pillow_heif", "heif"), "JXL": ("pillow_jxl", "jxl")}
+"""Format → the package that makes pillow read it, and the extra that installs the package. HEIF:
+iPhones' format. JXL: JPEG XL."""
+
+
 @cache
-def _register_heif() -> bool:
-    """Make pillow read HEIF, iPhones' format, if pillow-heif is installed."""
+def _has_plugin(kind: str) -> bool:
+    """Make pillow read a format of `PLUGINS`, if its package is installed."""
     try:
-        import pillow_heif
+        plugin = importlib.import_module(PLUGINS[kind][0])
     except ImportError:
         return False
-    pillow_heif.register_heif_opener()
+    if kind == "HEIF":  # the other registers itself
+        plugin.register_heif_opener()
     return True
 
 
@@ -157,6 +171,8 @@ def _undecodable(data: bytes, error: Exception) -> Undecodable:
             kind = looks_like(data)
             return Undecodable("not-an-image", "it is not an image" + (kind and f" but {kind}"))
         reason = f"it begins as a {promised} and goes on as nonsense"
+    elif image_format(data) == "JXL":  # its decoder says how to build a decoder that says more
+        reason = "its pixels cannot be decoded"
     else:
         reason = " ".join(str(error).split()) or type(error).__name__
     if is_cut_short(data) or "truncated" in reason.lower():
@@ -172,11 +188,16 @@ def open_header(data: bytes) -> Image.Image:
     """
     if not data:
         raise Undecodable("empty", "the file is empty")
-    kind = image_format(data)
-    if kind == "HEIF" and not _register_heif():
+    kind, profile = image_format(data), None
+    if kind in PLUGINS and not _has_plugin(kind):
+        extra = PLUGINS[kind][1]
         raise Undecodable(
-            "no-plugin", f"HEIF needs a plugin: {install_line('heif')}, or save it as PNG"
+            "no-plugin", f"{kind} needs a plugin: {install_line(extra)}, or save it as PNG"
         )
+    if kind == "JXL" and math.prod(jxl_size(data) or (0,)) > MAX_PIXELS:
+        raise Undecodable("bomb", BOMB)
+    if kind == "PNG":
+        data, profile = light_png(data)
     if kind and kind not in _formats():
         raise Undecodable(
             "no-plugin", f"this pillow does not read {kind}: try a newer one, or save it as PNG"
@@ -185,6 +206,8 @@ def open_header(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_formats())
     if image.width * image.height > MAX_PIXELS:
         raise Undecodable("bomb", BOMB)
+    if profile:
+        image.info["icc_profile"] = profile
     return image
 
 
@@ -198,7 +221,8 @@ def load(data: bytes) -> Image.Image:
     with reasons(data):
         image.load()
         if image.format == "PNG":
-            Image.open(io.BytesIO(data), formats=["PNG"]).verify()  # load() skips the checksums
+            # load() skips the checksums
+            Image.open(io.BytesIO(light_png(data)[0]), formats=["PNG"]).verify()
             key = image.info.get("transparency")
             if isinstance(key, tuple) and data[24] == 16:  # bits; pillow keeps the key's low bytes
                 image.info["transparency"] = tuple(value >> 8 for value in key)
@@ -216,6 +240,8 @@ def orientation(image: Image.Image) -> int:
 
     For a loaded image: a PNG may have it after its pixels.
     """
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1  # libjxl turns it, whatever its EXIF says; not a JPEG that was packed without loss
     try:
         found = image.getexif().get(0x0112)
     except Exception:  # broken metadata harm no pixel

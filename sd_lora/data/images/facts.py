@@ -23,7 +23,7 @@ from sd_lora.data.images.decode import (
     to_srgb,
 )
 
-VERSION = f"1, pillow {PIL.__version__}"
+VERSION = f"2, pillow {PIL.__version__}"
 """Version of the facts: another pillow may fail to read an image, or read it otherwise."""
 
 THUMBNAIL = 256

@@ -1,5 +1,7 @@
 """The kind of a file by its bytes, before any decoder, and whether the file is complete."""
 
+import zlib
+
 BRANDS = {
     b"avif": "AVIF",
     b"avis": "AVIF",
@@ -16,8 +18,8 @@ SIGNATURES = (
     (b"GIF89a", "GIF"),
     (b"II*\0", "TIFF"),
     (b"MM\0*", "TIFF"),
-    (b"\xff\x0a", "JPEG XL"),
-    (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (b"\xff\x0a", "JXL"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n", "JXL"),
 )
 
 OTHERS = (
@@ -39,6 +41,13 @@ OTHERS = (
 
 HEAD = 1024
 """Bytes that are looked at to tell text from other things."""
+
+PNG_TEXT = (b"tEXt", b"zTXt", b"iTXt")
+MAX_CHUNK = 1 << 20
+"""Pillow's bound for an inflated text or profile of a PNG, beyond which it refuses the image."""
+
+MAX_PROFILE = 16 << 20
+"""Bytes of the largest colour profile that is used; those of printers have 1 to 3 MB."""
 
 
 def image_format(data: bytes) -> str | None:
@@ -118,3 +127,81 @@ def _jpeg_scan(data: bytes) -> int:
         else:
             at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     return at
+
+
+def light_png(data: bytes) -> tuple[bytes, bytes | None]:
+    """A PNG without chunks that are too large for pillow, and its profile if it is one of them.
+
+    Programs write whole node graphs as text into their images, which nobody reads here: after 1 MiB
+    in all, text is left out. So is a profile of more than that; None for one beyond `MAX_PROFILE`,
+    and for one that pillow reads by itself.
+    """
+    kept, start, at, text, profile = list[bytes](), 0, 8, 0, None
+    while at + 12 <= len(data):
+        kind, end = data[at + 4 : at + 8], at + 12 + int.from_bytes(data[at : at + 4], "big")
+        heavy = False
+        if kind in PNG_TEXT:
+            text += len(_inflated(kind, data[at + 8 : end - 4], MAX_CHUNK + 1))
+            heavy = text > MAX_CHUNK
+        elif kind == b"iCCP":
+            found = _inflated(kind, data[at + 8 : end - 4], MAX_PROFILE + 1)
+            heavy = len(found) > MAX_CHUNK
+            profile = found if heavy and len(found) <= MAX_PROFILE else None
+        if heavy:
+            kept.append(data[start:at])
+            start = end
+        at = end
+    return (b"".join([*kept, data[start:]]) if kept else data), profile
+
+
+def _inflated(kind: bytes, chunk: bytes, most: int) -> bytes:
+    """The text or profile in a PNG's chunk, at most so many bytes; nothing of a broken one."""
+    body = chunk.partition(b"\0")[2]  # after the keyword
+    if kind == b"iTXt":
+        compressed, body = body[:1] == b"\1", body[2:].partition(b"\0")[2].partition(b"\0")[2]
+    else:
+        compressed, body = kind != b"tEXt", body[kind != b"tEXt" :]
+    try:
+        return zlib.decompressobj().decompress(body, most) if compressed else body
+    except zlib.error:
+        return b""
+
+
+JXL_RATIOS = ((1, 1), (12, 10), (4, 3), (3, 2), (16, 9), (5, 4), (2, 1))
+"""Width to height, where a JPEG XL image's header says no width (ISO/IEC 18181-1, SizeHeader)."""
+
+
+def jxl_size(data: bytes) -> tuple[int, int] | None:
+    """(width, height) in the header of a JPEG XL image, as stored; None if it has none.
+
+    Its decoder decodes all pixels before it tells their number.
+    """
+    start = 0
+    while data[:2] != b"\xff\x0a" and start + 8 < len(data):  # boxes around the image
+        kind, end = _box(data, start)
+        if kind in (b"jxlc", b"jxlp"):
+            data = data[start + 8 + 4 * (kind == b"jxlp") :]  # the number of a part
+            break
+        if end <= start:
+            return None
+        start = end
+    if data[:2] != b"\xff\x0a" or len(data) < 16:
+        return None
+    bits = int.from_bytes(data[2:16], "little")
+
+    def take(count: int) -> int:
+        nonlocal bits
+        value = bits & ((1 << count) - 1)
+        bits >>= count
+        return value
+
+    small = take(1)
+
+    def side() -> int:
+        return 8 * (1 + take(5)) if small else 1 + take((9, 13, 18, 30)[take(2)])
+
+    height, ratio = side(), take(3)
+    if not ratio:
+        return side(), height
+    wide, high = JXL_RATIOS[ratio - 1]
+    return height * wide // high, height

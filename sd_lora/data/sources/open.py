@@ -66,7 +66,7 @@ def has_captions(folder: str) -> bool:
     tree, stems = walk(root), {path.with_suffix("") for path in walk(root).images}
     return (
         any(NUMBERED.fullmatch(child.name) for child in root.iterdir() if child.is_dir())
-        or any(path.name in METADATA_NAMES for path in tree.files)
+        or any(map(is_metadata, tree.files))
         or any(
             path.suffix.lower() in CAPTION_EXTENSIONS and path.with_suffix("") in stems
             for path in tree.files

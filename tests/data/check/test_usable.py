@@ -106,3 +106,22 @@ def test_small_images_are_enlarged_or_left_out() -> None:
     assert [sample.name for sample, _ in kept.usable] == ["0.png"]
     assert codes(kept)[-1] == ("1.png", "left out", "too-small")
     assert "a side is shorter than 64, the bucket step" in kept.findings[-1].text
+
+
+@pytest.mark.parametrize(
+    ("caption", "quoted"),
+    [
+        ("[trigger], a dog", "'[trigger]': ai-toolkit puts"),
+        ("photo of [filewords]", "'[filewords]': A1111 puts"),
+        ("1girl, <lora:add_detail:0.8>", "'<lora:add_detail:0.8>': a LoRA"),
+        ("a dog\nNegative prompt: blurry\nSteps: 20, Sampler: Euler", "'Negative prompt:': param"),
+        ("a dog\nSteps: 20, Sampler: Euler a, CFG scale: 7", "'Steps: 20, S': parameters"),
+        ("a dog on steps: stone, [wet] <3", ""),
+        ("steps: 20 of them, a dog (smiling:1.2), score_9", ""),
+    ],
+)
+def test_text_that_other_programs_read_is_a_warning(caption: str, quoted: str) -> None:
+    """Placeholders and pasted parameters are quoted with their meaning elsewhere; brackets and
+    words of ordinary captions are none."""
+    found = [f.text for f in checked(OPAQUE, caption=caption).findings if f.level == "warning"]
+    assert [quoted in text for text in found] == [True] * bool(quoted)

@@ -17,6 +17,11 @@ try:
 except ImportError:
     pillow_heif = None
 
+try:
+    import pillow_jxl
+except ImportError:
+    pillow_jxl = None
+
 SIZE = (96, 72)
 
 
@@ -201,6 +206,9 @@ def _modes(make: Maker) -> None:
         put("plain.avif", make.photo(), "AVIF")
         data = encoded(make.photo(), "AVIF")
         make.put("half an avif.avif", data[: len(data) * 2 // 3], "truncated")
+    make.put(
+        "modes/new.jxl", b"\xff\x0a" + bytes(40), "no-plugin" if pillow_jxl is None else "broken"
+    )
     if pillow_heif is None:
         make.put("modes/phone.heic", b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "no-plugin")
     else:

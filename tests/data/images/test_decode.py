@@ -5,6 +5,7 @@ import resource
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,12 @@ from PIL import Image, ImageCms, ImageFile
 
 from sd_lora.data.images import decode as images
 from sd_lora.data.images.decode import colour, decode_with_mask, is_image, read_file
+from sd_lora.data.images.file_types import JXL_RATIOS, jxl_size, light_png
 from sd_lora.errors import RunError, UsageError
 from tests.data import icc
 from tests.data.check.torture import bomb, chunk, encoded, photo, png, tiff
+
+JPEG, PNG, WEBP = (encoded(photo(1), format) for format in ("JPEG", "PNG", "WEBP"))
 
 
 def gradient(width: int = 8, height: int = 6) -> Image.Image:
@@ -230,12 +234,12 @@ def test_heif_is_read_with_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     Which way is up, HEIF says in its own way, which the plugin follows: EXIF is not asked again.
     """
     heif = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
-    images._register_heif.cache_clear()
+    images._has_plugin.cache_clear()
     with monkeypatch.context() as missing:
         missing.setitem(sys.modules, "pillow_heif", None)
         with pytest.raises(RunError, match='pip install "pillow-heif>='):
             decode_with_mask(heif, "x")
-    images._register_heif.cache_clear()
+    images._has_plugin.cache_clear()
     pytest.importorskip("pillow_heif").register_heif_opener()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -244,6 +248,92 @@ def test_heif_is_read_with_its_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
             decode_with_mask(encoded(photo(1), "HEIF", quality=95, chroma=444, **options), "x")[0]
         )
         assert np.abs(got.astype(int) - photo(1)).mean() < 4
+
+
+def test_jpeg_xl_is_read_with_its_plugin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """JPEG XL decodes to its own pixels where pillow-jxl-plugin is installed; where it is not, the
+    extra is named. Its decoder turns images by itself, so EXIF is asked only of a JPEG in it. A
+    damaged file is broken, and one that claims too many pixels is refused before it is decoded."""
+    images._has_plugin.cache_clear()
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "pillow_jxl", None)
+        with pytest.raises(RunError, match='pip install "pillow-jxl-plugin>='):
+            decode_with_mask(b"\xff\x0a" + bytes(20), "x")
+    images._has_plugin.cache_clear()
+    pytest.importorskip("pillow_jxl")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for options in ({}, {"exif": exif.tobytes()}, {"use_container": True}):
+        data = encoded(photo(1), "JXL", lossless=True, **options)
+        assert np.array_equal(decode_with_mask(data, "x")[0], photo(1))
+    clear = photo(1)
+    clear.putalpha(Image.linear_gradient("L").resize(clear.size))
+    assert decode_with_mask(encoded(clear, "JXL", lossless=True), "x")[1] is not None
+    jpeg = encoded(photo(1), "JPEG", exif=exif)
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    packed = encoded(Image.open(tmp_path / "a.jpg"), "JXL", lossless_jpeg=True)
+    assert np.array_equal(decode_with_mask(packed, "x")[0], decode_with_mask(jpeg, "x")[0])
+    for broken in (data[: len(data) // 2], b"\xff\x0a" + bytes(400)):
+        with pytest.raises(RunError, match="it is broken: its pixels cannot be decoded"):
+            decode_with_mask(broken, "x")
+    monkeypatch.setattr(images, "MAX_PIXELS", 96 * 72 - 1)
+    monkeypatch.setattr(Image, "open", None)
+    with pytest.raises(RunError, match="decompression bomb"):
+        decode_with_mask(data, "x")
+
+
+def test_the_size_in_a_jpeg_xl_header() -> None:
+    """Sides up to 256 in steps of 8, others up to 2¹³ and more, and all seven ratios, with and
+    without boxes, are those that libjxl reads; nothing is read beyond a header's end."""
+    pytest.importorskip("pillow_jxl")
+    sizes = [(8, 8), (256, 8), (7, 300), (600, 500), (1, 9000), (9000, 1)]
+    sizes += [(height * w // h, height) for w, h in JXL_RATIOS for height in (120, 360, 361)]
+    for i, size in enumerate(sizes):
+        data = encoded(Image.new("L", size), "JXL", effort=1, use_container=i % 2 == 0)
+        assert jxl_size(data) == size
+    for length in range(40):
+        jxl_size(data[:length])
+    assert jxl_size(b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40)) is None
+
+
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+WORKFLOW = b"{" + b'"node": {"inputs": {"seed": 7}}, ' * 60_000 + b"}"
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        chunk(b"tEXt", b"workflow\0" + WORKFLOW),
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(WORKFLOW)),
+        chunk(b"iTXt", b"workflow\0\1\0en\0\0" + zlib.compress(WORKFLOW)),
+        chunk(b"iTXt", b"workflow\0\0\0\0\0" + WORKFLOW) * 3,
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(SRGB + bytes(17 << 20))),
+        chunk(b"zTXt", b"workflow\0\0" + zlib.compress(WORKFLOW))
+        + chunk(b"zTXt", b"broken\0\0xyz"),
+    ],
+    ids=["plain", "compressed", "international", "many", "huge profile", "broken text"],
+)
+def test_pngs_with_large_texts_are_sound(extra: bytes) -> None:
+    """Text of more than 1 MB, as node-graph programs write it before the pixels or behind them, and
+    profiles of more than 16 MB are left out, and the image has its own pixels; text that pillow
+    reads itself is passed on as it is."""
+    for data in (PNG[:33] + extra + PNG[33:], PNG[:-12] + extra + PNG[-12:]):
+        if b"iCCP" in data and data.index(b"iCCP") > 33 + 8:
+            continue  # a profile stands before the pixels
+        assert np.array_equal(decode_with_mask(data, "x")[0], photo(1))
+    small = PNG[:33] + chunk(b"tEXt", b"prompt\0a dog") + PNG[33:]
+    assert light_png(small) == (small, None)
+
+
+def test_a_large_profile_of_a_png_is_used() -> None:
+    """A profile of 1.5 MB, as printers have, moves the colours as the same one in 3 kB does."""
+    large = bytearray(icc.P3_PROFILE + bytes(1_500_000))
+    large[:4] = struct.pack(">I", len(large))
+    extra = chunk(b"iCCP", b"x\0\0" + zlib.compress(bytes(large)))
+    got = np.asarray(decode_with_mask(PNG[:33] + extra + PNG[33:], "x")[0])
+    want = np.asarray(decode_with_mask(encoded(photo(1), icc_profile=icc.P3_PROFILE), "x")[0])
+    assert np.array_equal(got, want)
+    assert not np.array_equal(got, photo(1))
 
 
 def test_avif_is_read() -> None:
@@ -255,7 +345,6 @@ def test_avif_is_read() -> None:
     assert np.abs(got.astype(int) - photo(1)).mean() < 4
 
 
-JPEG, PNG, WEBP = (encoded(photo(1), format) for format in ("JPEG", "PNG", "WEBP"))
 THUMBNAILED = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(JPEG) + 2) + JPEG + JPEG[2:]
 """A JPEG with a whole JPEG among its metadata, as cameras write it."""
 
@@ -285,7 +374,6 @@ THUMBNAILED = b"\xff\xd8\xff\xe1" + struct.pack(">H", len(JPEG) + 2) + JPEG + JP
         (b"PK\x03\x04", "a ZIP archive"),
         (b"RIFF\0\0\0\0AVI LIST", "a video"),
         (b"\0\0\0\x1cftypmp42\0\0\0\0isommp42", "a video"),
-        (b"\xff\x0a" + bytes(20), "this pillow does not read JPEG XL"),
         (PNG[:8] + b"nonsense", "a.png could not be decoded: the file is truncated"),
         (b"GIF89a", "it begins as a GIF and goes on as nonsense"),
     ],

@@ -297,7 +297,7 @@ def test_odd_metadata_is_read_as_written(tmp_path: Path) -> None:
     [
         (
             "file_name,text\na.png,1girl, solo, red hair\nb.png,1boy\nc.png\n",
-            r"header has 2 fields \(file_name, text\), but line 2 has 4, line 4 has 1\. A text with",
+            r"header has 2 fields \(file_name, text\), but line 2 has 4, line 4 has 1\. A",
         ),
         ('file_name,text\nb.png,"1boy\nhat"\n\na.png,"1girl\n', "line 5: not CSV: unexpected end"),
         ('file_name,text\na.png,"a" b\n', "line 2: not CSV: .* a quote inside it is written twice"),
