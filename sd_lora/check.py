@@ -236,6 +236,7 @@ def as_json(checked: Checked) -> str:
             "crop_loss": round(crop.crop_loss, 6),
             "scale": round(crop.scale, 6),
             "repeats": sample.source.repeats,
+            "mask": sample.mask and sample.mask.name,
             "captions": sample.captions,
         }
         for kind, found in checked.images.by_kind.items()

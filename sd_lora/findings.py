@@ -37,6 +37,7 @@ FINDINGS: dict[str, FindingKind] = {
     "nothing-opaque": FindingKind(
         "left out", "the image is transparent everywhere, and alpha_mask trains opaque pixels only"
     ),
+    "bad-mask": FindingKind("left out", "mend the mask, or remove it to train the whole image"),
     # captions that cannot be read
     "missing-caption": FindingKind(
         "left out",
@@ -56,6 +57,10 @@ FINDINGS: dict[str, FindingKind] = {
     "no-repeats": FindingKind("left out", "not trained"),
     "subset-twice": FindingKind("left out"),
     "subfolder": FindingKind("left out", "subfolders of this source are not read"),
+    "mask-file": FindingKind(
+        "left out", "--mask_files trains the masked part alone (in [[sources]]: mask_files = true)"
+    ),
+    "not-a-subject": FindingKind("left out", "rename it if it is an image to learn"),
     "broken-link": FindingKind("left out"),
     "not-a-file": FindingKind("left out", "neither a file nor a folder"),
     # captions
@@ -100,6 +105,7 @@ FINDINGS: dict[str, FindingKind] = {
         "the image, and remove it if this is not intended",
     ),
     "tiny": FindingKind("warning", "get a larger image, or remove it"),
+    "no-mask": FindingKind("warning", "masks are read, and this image has none: trained whole"),
     "upscaled": FindingKind(
         "warning",
         "enlarged images teach blur: use a larger image, a lower resolution or, with buckets, "

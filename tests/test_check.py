@@ -139,6 +139,31 @@ def test_class_images_are_counted_as_a_run_counts_them(
     assert len(run.images.by_kind["class"].set.samples) == 5
 
 
+def test_class_images_in_subfolders_are_told_before_others_are_drawn(
+    tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Class images one folder below class_data_dir, as kohya has them, are an error that names the
+    folder while images are missing: a run would draw others beside them. With enough images there
+    it is a finding."""
+    images(tmp_path / "class" / "1_thing", 3)
+    flags = [
+        "--mode", "dreambooth", "--pretrained_model_name_or_path", str(tiny_sd1), "--resolution",
+        "64", "--instance_data_dir", str(folder), "--instance_prompt", "a sks thing",
+        "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a thing", "--with_prior_preservation",
+        "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--num_class_images",
+    ]  # fmt: skip
+    for command in ("check", "train"):
+        assert main([command, *flags, "3"]) == 2
+        assert (
+            "has 0 of 3 class images, and others lie in its subfolders" in capsys.readouterr().err
+        )
+    assert [p.name for p in (tmp_path / "class").iterdir()] == ["1_thing"]
+    images(tmp_path / "class", 3, (72, 64))
+    assert main(["check", *flags, "3", "--json"]) == 0
+    found = {f["code"]: f["text"] for f in json.loads(capsys.readouterr().out)["findings"]}
+    assert found["subfolder"].startswith("a folder with 3 images")
+
+
 def test_class_sources_have_captions_of_their_own(
     tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "caption_dropout_every_n_epochs": ((0,), "use caption_dropout_rate"),
     "token_warmup_min": (None, "token_warmup_step says it"),
     "token_warmup_step": ((0,), "all tags are shown from the first step on"),
-    "conditioning_data_dir": (("",), "ControlNets and loss masks from files are not trained here"),
     "cache_info": ((False,), "the folder is never written to; sizes and digests are kept anyway"),
     "custom_attributes": (({},), "no loss here reads them"),
     "resize_interpolation": (("",), "say image_interpolation_mode of the run instead"),
@@ -205,7 +204,7 @@ def _add_source(
         kind="class" if values.get("is_reg") else "instance",
         random_crop=values.get("random_crop", False),
         rules=rules,
-        **own,
+        **own | {"mask_folder": own.get("mask_folder") or None},
     )
     reading.problems += [f"{label}: {text}" for text in problems(spec)]
     if table is None and spec.caption_extension is None:

@@ -64,6 +64,8 @@ class SourceSpec:
     caption_extension: str | None = None
     prompt: str | None = None
     recursive: bool = True
+    mask_files: bool = False
+    mask_folder: str | None = None
     repeats: int = 1
     weight: float = 1.0
     kind: Kind = "instance"
@@ -132,7 +134,9 @@ SOURCE: dict[str, dataclasses.Field] = {
 KEYS: dict[str, Option] = {n: Option.of(n, f) for n, f in SourceTable.model_fields.items()}
 """Key of a `[[sources]]` table → its row."""
 
-OF_FOLDERS = ("layout", "metadata_file", "caption_extension", "recursive")
+OF_FOLDERS = (
+    "layout", "metadata_file", "caption_extension", "recursive", "mask_files", "mask_folder",
+)  # fmt: skip
 OF_SETS = ("config_name", "split", "revision", "cache_dir", "streaming")
 """Keys without effect for the other of the two."""
 

@@ -9,6 +9,8 @@ from accelerate.utils import broadcast_object_list
 
 from sd_lora.config.options.dreambooth import ClassImages
 from sd_lora.data.images.decode import is_image
+from sd_lora.data.sources.folders import list_names, walk
+from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import Family
@@ -35,15 +37,33 @@ def has_class_images(wanted: ClassImages) -> bool:
 
 
 def check_class_images(wanted: ClassImages, there: int, family: Family) -> None:
-    """Raise UsageError for missing class images that the base model cannot draw.
+    """Raise UsageError for class images that lie in subfolders, where they are not read, while the
+    base model would draw others; and for missing ones that it cannot draw.
 
     there: number of usable class images.
     """
     missing = wanted.count - there
+    if missing > 0:
+        _refuse_subfolders(wanted, there)
     if missing > 0 and not can_generate_images(family):
         raise UsageError(
             f"class_data_dir {wanted.folder} lacks {missing} of {wanted.count} class images, and "
             f"{family.label} cannot draw images alone: put them there"
+        )
+
+
+def _refuse_subfolders(wanted: ClassImages, there: int) -> None:
+    if not wanted.folder.is_dir():
+        return
+    folders = walk(wanted.folder, recursive=False).folders
+    counts = {printable_path(path): len(walk(path).images) for path in folders}
+    found = [f"{path}: {count}" for path, count in counts.items() if count]
+    if found:
+        raise UsageError(
+            f"class_data_dir {wanted.folder} has {there} of {wanted.count} class images, and others "
+            f"lie in its subfolders, which are not read ({list_names(found)} images): give one of "
+            "these folders, move the images up, or move the subfolders away. Nothing has been "
+            "drawn yet"
         )
 
 

@@ -87,13 +87,17 @@ class Plan:
     @cached_property
     def content(self) -> str:
         """Digest of the images and their captions, in order."""
-        return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples))
+        masks = [repr((s.digest, s.mask.digest)) for s in self.images.samples if s.mask]
+        return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples), *masks)
 
     def rows(self) -> dict[str, str]:
         """Rows of the summary: images, shapes, batch, steps."""
         config, epochs, images = self.config, self.epochs, self.images
         rows = {"images": _counted(images)}
         rows["shapes"] = shapes(epochs.buckets)
+        masks = sum(sample.mask is not None for sample in images.samples)
+        if masks:
+            rows["masks"] = f"{masks} of {len(images.samples)} images have one"
         accumulation, processes = epochs.accumulation, self.num_processes
         rows["batch"] = (
             f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "

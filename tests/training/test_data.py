@@ -20,6 +20,7 @@ import sd_lora
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.cache import text_embeddings as embeddings
 from sd_lora.data.cache.store import Store
+from sd_lora.errors import RunError
 from sd_lora.training import caches, loop
 from sd_lora.training.setup import Run, prepare
 from tests.data.check.torture import make_torture
@@ -573,6 +574,51 @@ def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
     plain = prepare(run_of(tiny_sd1, folder, tmp_path / "plain", **options))
     batch = plain.stream.batch(0)
     assert plain.latents.latents(batch.items, batch.loaded).mask is None
+
+
+def test_mask_files_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A mask beside its image, of half its size, is the weight of each latent, multiplied by its
+    opacity under alpha_mask; flipped as the image is. It is a part of the latent's entry, and one
+    that changes after the check ends the run by its name."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    top, image = Image.new("L", (64, 64), 0), Image.radial_gradient("L").resize((64, 64))
+    top.paste(255, (0, 0, 64, 32))
+    image = image.convert("RGB")
+    image.putalpha(top)
+    image.save(folder / "0.png")
+    (folder / "0.txt").write_text("half a thing")
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(folder / "0-masklabel.png")
+    options = {"train_batch_size": 1, "max_train_steps": 8, "random_flip": True}
+
+    def masks(name: str, **more: bool) -> list[torch.Tensor | None]:
+        run = prepare(run_of(tiny_sd1, folder, tmp_path / name, **options, **more))
+        batches = [run.stream.batch(i) for i in range(8)]
+        assert {batch.items[0].flip for batch in batches} == {False, True}
+        found = [run.latents.latents(b.items, b.loaded).mask for b in batches]
+        if "mask_files" in more:
+            assert run.summary.rows["masks"] == "1 of 1 images have one"
+        flips = [batch.items[0].flip for batch in batches]
+        return [
+            m.flip(-1) if m is not None and flip else m
+            for m, flip in zip(found, flips, strict=True)
+        ]
+
+    assert masks("none") == [None] * 8
+    left = torch.tensor([1.0] * 4 + [0.0] * 4).expand(1, 1, 8, 8)
+    assert all(torch.equal(m, left) for m in masks("file", mask_files=True))
+    both = left * left.transpose(-1, -2)
+    assert all(torch.equal(m, both) for m in masks("both", mask_files=True, alpha_mask=True))
+    assert len(entries(tmp_path / "c", "latents")) == 6
+    off = prepare(
+        run_of(tiny_sd1, folder, tmp_path / "no", **options, mask_files=True, cache_latents="no")
+    )
+    Image.new("L", (32, 32)).save(folder / "0-masklabel.png")
+    assert "0-masklabel.png was changed after it was checked" in str(off.stream[0])
+    with pytest.raises(RunError, match=r"0.png: nothing of its crop counts: its mask is black"):
+        prepare(run_of(tiny_sd1, folder, tmp_path / "black", **options, mask_files=True))
 
 
 @torch.no_grad()

@@ -172,8 +172,8 @@ class Latents:
         for job, loaded in batch:
             if loaded.mask is not None and not loaded.mask.any():
                 raise RunError(
-                    f"{job.sample.name}: nothing that is opaque lies in its cut, and alpha_mask "
-                    "trains that alone: take it away, or cut it yourself"
+                    f"{job.sample.name}: nothing of its crop counts: its mask is black there, or, "
+                    "with alpha_mask, it is transparent. Remove it, or crop it yourself"
                 )
         pixels = [loaded.pixels for _, loaded in batch if loaded.pixels is not None]
         encoded = self.encode(pixels, [job.sample.name for job, _ in batch])

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import PIL
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from sd_lora.data.cache.store import Store, digest_of
 from sd_lora.data.images.buckets import Crop, pixels_of
-from sd_lora.data.images.decode import decode_with_mask
+from sd_lora.data.images.decode import INTERPOLATIONS, decode_with_mask
 from sd_lora.data.images.facts import content_digest
 from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import RunError
@@ -55,7 +56,7 @@ class LoadedImage:
 @dataclass(frozen=True)
 class PixelSettings:
     """From images to pixels: resizing filter, background of transparent images, whether opacity is
-    the mask of the loss, and pixels a latent.
+    a mask of the loss, and pixels a latent.
     """
 
     interpolation: str = "lanczos"
@@ -63,17 +64,25 @@ class PixelSettings:
     alpha_mask: bool = False
     pixels_per_latent: int = 8
 
-    def pixels(self, data: bytes, name: str, crop: Crop, flip: bool) -> LoadedImage:
-        """The pixels of an image's crop.
+    def pixels(
+        self, data: bytes, name: str, crop: Crop, flip: bool, mask_data: bytes | None = None
+    ) -> LoadedImage:
+        """The pixels of an image's crop, with its mask: that of its file, or its opacity, or the
+        product of both.
 
         Raises:
             RunError: bytes of no image.
         """
         image, alpha = decode_with_mask(data, name, self.background)
+        found = [alpha] if self.alpha_mask and alpha is not None else []
+        if mask_data is not None:  # what is transparent in a mask is black
+            drawn, _ = decode_with_mask(mask_data, f"the mask of {name}", (0, 0, 0))
+            found.append(drawn.convert("L").resize(image.size, INTERPOLATIONS["box"]))
         mask = None
-        if self.alpha_mask and alpha is not None:
-            opacity = pixels_of(crop.cut(alpha, "box").convert("RGB"), flip)[:1] / 2 + 0.5
-            mask = F.avg_pool2d(opacity, self.pixels_per_latent)
+        if found:
+            white = [pixels_of(crop.cut(m, "box").convert("RGB"), flip)[:1] for m in found]
+            weights = torch.stack(white).div(2).add(0.5).prod(0)
+            mask = F.avg_pool2d(weights, self.pixels_per_latent)
         return LoadedImage(
             name, None, None, pixels_of(crop.cut(image, self.interpolation), flip), mask
         )
@@ -127,6 +136,7 @@ class LatentTable:
             VERSION, PIL.__version__, sample.digest, _named(crop), str(flip),
             pixel_settings.interpolation, repr(pixel_settings.background),
             str(pixel_settings.alpha_mask), self.identity,
+            *([sample.mask.digest] if sample.mask else []),
         )  # fmt: skip
 
     def __contains__(self, key: str) -> bool:
@@ -189,11 +199,19 @@ class LatentTable:
         Raises:
             RunError: by name, an image that cannot be read, or has changed since the check.
         """
-        try:
-            data = (read_bytes or sample.read)()
-        except OSError as error:
-            reason = error.strerror or error
-            raise RunError(f"{sample.name} could not be read: {reason}") from None
-        if content_digest(data) != sample.digest:
-            raise RunError(f"{sample.name} was changed after it was checked")
-        return self.pixel_settings.pixels(data, sample.name, crop, flip)
+        data = _checked_bytes(read_bytes or sample.read, sample.name, sample.digest)
+        mask_data = None
+        if sample.mask:
+            mask_data = _checked_bytes(sample.mask.read, sample.mask.name, sample.mask.digest)
+        return self.pixel_settings.pixels(data, sample.name, crop, flip, mask_data)
+
+
+def _checked_bytes(read: Callable[[], bytes], name: str, digest: str) -> bytes:
+    """The bytes of a file, if they are those of the digest."""
+    try:
+        data = read()
+    except OSError as error:
+        raise RunError(f"{name} could not be read: {error.strerror or error}") from None
+    if content_digest(data) != digest:
+        raise RunError(f"{name} was changed after it was checked")
+    return data

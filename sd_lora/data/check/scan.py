@@ -11,7 +11,7 @@ from PIL import Image
 from sd_lora.data.cache.prefetch import prefetch
 from sd_lora.data.cache.store import Store
 from sd_lora.data.images.facts import Facts, content_digest, examine
-from sd_lora.data.sources.samples import Sample, Source
+from sd_lora.data.sources.samples import Mask, Sample, Source
 from sd_lora.errors import RunError
 from sd_lora.findings import FINDINGS, Finding
 
@@ -123,13 +123,33 @@ class _Examiner:
             )
             return _Examined(sample, None, None, [finding])
         facts, thumbnail = self._examine(data, number < self.max_thumbnails)
+        mask, fault = sample.mask, ""
+        if mask and facts.problem is None:
+            mask, fault = self._examine_mask(mask, facts.size)
+        if fault:
+            return _Examined(sample, None, None, [Finding("bad-mask", sample.name, fault)])
         sample = replace(
             sample,
+            mask=mask,
             digest=facts.digest,
             size=facts.size,
             read=refuse_second_reading if sample.source.streaming else sample.read,
         )
         return _Examined(sample, facts, thumbnail, _findings_of(sample, facts))
+
+    def _examine_mask(self, mask: Mask, size: tuple[int, int]) -> tuple[Mask, str]:
+        """A mask with its digest, and its fault for an image of this size; "" without any."""
+        try:
+            facts, _ = self._examine(mask.read(), False)
+        except OSError as error:
+            return mask, f"its mask {mask.name} cannot be read: {error.strerror or error}"
+        fault = ""
+        if facts.problem:
+            fault = f"its mask {mask.name} cannot be decoded: {facts.problem[1]}"
+        elif not same_shape(facts.size, size):
+            ours, theirs = ("×".join(map(str, sides)) for sides in (size, facts.size))
+            fault = f"it has {ours} pixels, and its mask {mask.name} the other shape of {theirs}"
+        return replace(mask, digest=facts.digest), fault
 
     def _examine(self, data: bytes, with_thumbnail: bool) -> tuple[Facts, Image.Image | None]:
         """Facts of an image, and its thumbnail if wanted; from the store where it has them."""
@@ -165,6 +185,12 @@ class _Examiner:
         except RunError as error:  # harmless: the image is decoded again next time
             details = f"facts of the images were not stored: {error}"
             self.store_findings.append(Finding("not-kept", str(self.store.folder), details))
+
+
+def same_shape(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """Whether two sizes have the same ratio of sides, to a pixel of the smaller one."""
+    (short, long), (width, height) = sorted((a, b))
+    return abs(short * height - long * width) <= max(width, height)
 
 
 def refuse_second_reading() -> bytes:

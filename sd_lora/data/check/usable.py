@@ -35,7 +35,7 @@ FOREIGN_SYNTAX = (
     (r"\bNegative prompt:", "parameters of an image, pasted whole: keep the prompt alone"),
     (r"\bSteps: \d+, \w", "parameters of an image, pasted whole: keep the prompt alone"),
 )
-"""Pattern of a text that another program reads, → its meaning there. Here it is a caption's words."""
+"""Pattern of a text that another program reads → its meaning there; here it is plain words."""
 
 
 class NoUsableImages(RunError):

@@ -203,6 +203,8 @@ def _rows_by_image(
                 found.add_finding("stem-clash", path, details)
             if path.is_relative_to(inside):  # hidden, or in a folder that is not read
                 path = root / path.relative_to(inside)
+            if path in tree.aside:
+                continue
             if os.path.isfile(path):
                 rows[path].append(row)
                 continue

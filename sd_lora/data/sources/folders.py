@@ -21,6 +21,7 @@ class FolderTree:
     files: all visible files, sorted by path.
     folders: folders directly below the root, if not read recursively.
     hidden: names of hidden files and folders.
+    aside: images among the files that are no subjects to learn, such as masks.
     findings: on links and folders.
     """
 
@@ -28,11 +29,12 @@ class FolderTree:
     folders: list[Path] = field(default_factory=list)
     hidden: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
+    aside: set[Path] = field(default_factory=set)
 
     @property
     def images(self) -> list[Path]:
-        """Files with an image's extension."""
-        return [path for path in self.files if has_image_extension(path)]
+        """Files with an image's extension, but for those aside."""
+        return [p for p in self.files if has_image_extension(p) and p not in self.aside]
 
 
 def has_image_extension(path: Path) -> bool:

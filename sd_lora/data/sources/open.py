@@ -21,8 +21,9 @@ from sd_lora.data.sources.folders import (
     list_names,
     walk,
 )
+from sd_lora.data.sources.mask_files import masks_of
 from sd_lora.data.sources.metadata_files import is_metadata
-from sd_lora.data.sources.samples import Sample, Source, printable_path
+from sd_lora.data.sources.samples import Mask, Sample, Source, printable_path
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 
@@ -90,17 +91,28 @@ def _is_kohya(top: FolderTree, spec: SourceSpec) -> bool:
 
 
 def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) -> Source:
+    masks = masks_of(spec, root, tree)
     findings = list(tree.findings)
     if tree.hidden:
         details = f"{len(tree.hidden)} hidden files and folders: {list_names(tree.hidden)}"
         findings.append(Finding("hidden", printable_path(root), details))
     found: FolderCaptions = find_captions(spec, root, tree, name)
-    findings += (_subfolder_finding(folder, set(found.captions)) for folder in tree.folders)
+    known = set(found.captions) | tree.aside
+    findings += (f for folder in tree.folders for f in _subfolder_findings(folder, known))
     samples = [
-        Sample(printable_path(path), partial(read_file, path), captions, spec)
+        Sample(
+            *_file(path), captions, spec, mask=Mask(*_file(masks[path])) if path in masks else None
+        )
         for path, captions in sorted(found.captions.items())
     ]
+    if spec.mask_files or spec.mask_folder:
+        findings += (Finding("no-mask", sample.name) for sample in samples if not sample.mask)
     return Source(spec, partial(iter, samples), findings + found.findings, len(samples))
+
+
+def _file(path: Path) -> tuple[str, partial[bytes]]:
+    """The name of a file in messages, and the reader of its bytes."""
+    return printable_path(path), partial(read_file, path)
 
 
 def _numbered_folders(spec: SourceSpec, root: Path, top: FolderTree, name: str) -> list[Source]:
@@ -152,11 +164,13 @@ def _images(count: int) -> str:
     return f"{count} {'image' if count == 1 else 'images'}"
 
 
-def _subfolder_finding(folder: Path, trained: set[Path]) -> Finding:
-    count = sum(path not in trained for path in walk(folder).images)
-    if not count:
-        return Finding("folder-without-images", printable_path(folder))
-    return Finding("subfolder", printable_path(folder), f"a folder with {_images(count)}")
+def _subfolder_findings(folder: Path, known: set[Path]) -> list[Finding]:
+    """The finding on a subfolder that is not read. known: images that are trained, or named."""
+    images = walk(folder).images
+    count = sum(path not in known for path in images)
+    if count:
+        return [Finding("subfolder", printable_path(folder), f"a folder with {_images(count)}")]
+    return [] if images else [Finding("folder-without-images", printable_path(folder))]
 
 
 def _unread_numbers(root: Path, tree: FolderTree) -> list[Finding]:

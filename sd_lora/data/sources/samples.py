@@ -10,6 +10,18 @@ from sd_lora.findings import Finding
 
 
 @dataclass(frozen=True, slots=True)
+class Mask:
+    """The mask of an image: white counts in the loss, black does not, grey in between; picklable.
+
+    name, read, digest: as of a sample.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image and its captions; picklable.
 
@@ -19,6 +31,7 @@ class Sample:
     source: repeats, loss weight, flips, crops and caption rules.
     digest: blake2b of the bytes, 16 bytes in hex; empty before `check.scan`.
     size: upright (width, height) in pixels; (0, 0) before `check.scan`.
+    mask: its mask; None: all of it counts.
     """
 
     name: str
@@ -27,6 +40,7 @@ class Sample:
     source: SourceSpec
     digest: str = ""
     size: tuple[int, int] = (0, 0)
+    mask: Mask | None = None
 
 
 @dataclass

@@ -17,11 +17,11 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from sd_lora.config.sources import Kind, SourceSpec
 from sd_lora.data.cache.store import Store
-from sd_lora.data.check.scan import NEAR_BITS, ScanResult, near_duplicates, scan
+from sd_lora.data.check.scan import NEAR_BITS, ScanResult, near_duplicates, same_shape, scan
 from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.images.facts import Facts, content_digest
 from sd_lora.data.sources.open import open_source
-from sd_lora.data.sources.samples import Sample, Source
+from sd_lora.data.sources.samples import Mask, Sample, Source
 from sd_lora.findings import Finding
 from tests.data.check.torture import make_torture
 
@@ -428,3 +428,33 @@ def test_the_number_of_images_is_known_for_folders() -> None:
     examiner([source_of(data), source_of({})])
     examiner([source_of(data), source_of({}, streaming=True)])
     assert totals == [2, None]
+
+
+def test_masks_are_examined_with_their_images() -> None:
+    """An image whose mask is damaged, missing or of another shape is left out with the reason; the
+    others have their masks' digests. Shapes are the same where they differ by rounding alone."""
+    white = encoded(Image.new("L", (100, 75), 255))
+
+    def gone() -> bytes:
+        raise FileNotFoundError(2, "No such file")
+
+    masks: dict[str, Callable[[], bytes]] = {
+        "fine": partial(bytes, white), "text": partial(bytes, b"text"), "gone": gone,
+        "turned": partial(bytes, encoded(Image.new("L", (75, 100)))),
+    }  # fmt: skip
+    source = source_of({name: encoded(drawing(i)) for i, name in enumerate(masks)})
+    masked = [replace(s, mask=Mask(f"mask {s.name}", masks[s.name])) for s in source.rows()]
+    found = scanned(replace(source, rows=partial(iter, masked)))
+    assert [(s.name, s.mask and s.mask.digest) for s in found.samples] == [
+        ("fine", content_digest(white))
+    ]
+    texts = {f.name: f.text for f in found.findings if f.code == "bad-mask"}
+    assert "its mask mask text cannot be decoded: it is not an image but text" in texts["text"]
+    assert "cannot be read: No such file" in texts["gone"]
+    assert (
+        "it has 200×150 pixels, and its mask mask turned the other shape of 75×100"
+        in texts["turned"]
+    )
+    assert same_shape((1001, 667), (300, 200))
+    assert same_shape((300, 200), (1001, 667))
+    assert not same_shape((1001, 667), (300, 202))
