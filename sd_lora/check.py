@@ -69,7 +69,8 @@ class Checked:
     def verdict(self) -> str:
         """One sentence with the counts."""
         counts = findings_as_json(self.findings)["counts"]
-        words = [f"images that will be trained: {len(self.images.instances.samples)}"]
+        names = {sample.name for sample in self.images.instances.samples}
+        words = [f"images that will be trained: {len(names)}"]
         if counts["left out"]:
             words.append(f"files and folders that are left out: {counts['left out']}")
         words += [f"warnings: {counts['warning']}"] if counts["warning"] else []
@@ -229,6 +230,7 @@ def as_json(checked: Checked) -> str:
             "name": sample.name,
             "kind": kind,
             "size": sample.size,
+            "resolution": sample.resolution or checked.images.crop_settings.resolution,
             "bucket": crop.size,
             "resized": crop.resized,
             "crop": crop.corner,

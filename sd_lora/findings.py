@@ -125,6 +125,10 @@ FINDINGS: dict[str, FindingKind] = {
     "setting-shared": FindingKind("note"),
     "caption-extension": FindingKind("note"),
     "prefix-in-place": FindingKind("note"),
+    # resolutions
+    "same-shape": FindingKind(
+        "note", "the image is smaller than either, and bucket_no_upscale leaves it so"
+    ),
     # conversions
     "near-duplicate": FindingKind(
         "note", "repeated images are learned by heart: keep the better one"

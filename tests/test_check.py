@@ -149,8 +149,9 @@ def test_class_images_in_subfolders_are_told_before_others_are_drawn(
     flags = [
         "--mode", "dreambooth", "--pretrained_model_name_or_path", str(tiny_sd1), "--resolution",
         "64", "--instance_data_dir", str(folder), "--instance_prompt", "a sks thing",
-        "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a thing", "--with_prior_preservation",
-        "--report_to", "none", "--output_dir", str(tmp_path / "out"), "--num_class_images",
+        "--class_data_dir", str(tmp_path / "class"), "--class_prompt", "a thing",
+        "--with_prior_preservation", "--report_to", "none", "--output_dir", str(tmp_path / "out"),
+        "--num_class_images",
     ]  # fmt: skip
     for command in ("check", "train"):
         assert main([command, *flags, "3"]) == 2

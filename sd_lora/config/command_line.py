@@ -236,6 +236,8 @@ def _value(name: str, given: Any) -> Any:
     if option.kind == "dict":
         return dict(_pattern(option, word) for word in given)
     try:
+        if option.kind == "ints":
+            return [int(word) for word in given]
         return convert(given) if convert else given
     except ValueError:
         return given

@@ -100,6 +100,8 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     if option.kind == "dict":
         return {"nargs": "+", "metavar": "PATTERN=N", "help": text}
+    if option.kind == "ints":
+        return {"nargs": "+", "metavar": "N", "help": text}
     metavar = {"int": "N", "float": "X", "str": "TEXT"}[option.kind]
     if option.choices:
         metavar = "{" + ",".join(option.choices) + "}"

@@ -5,7 +5,7 @@ JSON: a subset's keys go before its dataset's, and these before `[general]`.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,13 @@ SHARED |= {"class_tokens": str, "random_crop": bool}
 
 DATASET = {key: KINDS[option.kind] for key, option in OF_RUN.items()}
 """Keys of a dataset, or of [general] for all."""
+
+OF_SOURCES = {
+    "resolution": "resolutions",
+    "min_bucket_reso": "bucket_min_side",
+    "max_bucket_reso": "bucket_max_side",
+}
+"""Key in which datasets may differ → key of a source that holds it then."""
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...] | None, str]] = {
     "color_aug": ((False,), "colours are trained as they are"),
@@ -100,6 +107,7 @@ def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], li
     specs: list[SourceSpec] = []
     settings: list[dict[str, Any]] = []
     masks: dict[str, bool] = {}
+    owners: list[int] = []  # of each source, the index of its dataset
     for number, dataset in enumerate(datasets, 1):
         where = f"dataset {number}"
         own = {key: value for key, value in dataset.items() if key != "subsets"}
@@ -117,7 +125,11 @@ def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], li
             values = {k: v for k, v in (general | own).items() if k in SHARED} | subset
             masks[label] = values.get("alpha_mask", False)
             _add_source(values, label, folders, specs, reading)
+        owners += [number - 1] * (len(specs) - len(owners))
+    own_settings = _differing(settings, reading)
     merged = _merged(settings, reading)
+    if any("resolutions" in values for values in own_settings):
+        merged["resolution"] = max(v["resolutions"][0] for v in own_settings if "resolutions" in v)
     _add_mask(merged, masks, reading)
     problems = list(reading.problems)
     if reading.unsupported:
@@ -127,6 +139,7 @@ def read_dataset_config(path: str) -> tuple[list[SourceSpec], dict[str, Any], li
         raise UsageError(f"{path} cannot be used\n  " + "\n  ".join(problems))
     if not specs:
         raise UsageError(f"{path}: every subset is left out: num_repeats is 0")
+    specs = [replace(s, **own_settings[i]) for s, i in zip(specs, owners, strict=True)]
     return specs, merged, reading.notes
 
 
@@ -245,6 +258,28 @@ def _own(values: dict[str, Any]) -> dict[str, Any]:
         for key, row in PER_SOURCE.items()
         if key in values
     }
+
+
+def _differing(datasets: list[dict[str, Any]], reading: _Reading) -> list[dict[str, Any]]:
+    """Take out of the datasets the keys in which they may differ and do; returns, for each, the
+    options of its sources that these become."""
+    own: list[dict[str, Any]] = [{} for _ in datasets]
+    for key, name in OF_SOURCES.items():
+        said = {i: values[key] for i, values in enumerate(datasets) if key in values}
+        if len({repr(_plain(value)) for value in said.values()}) < 2:
+            continue
+        for i, value in said.items():
+            del datasets[i][key]
+            if key == "resolution":
+                value = _side(value, datasets[i].get("enable_bucket", False), reading)
+            if value < 1:
+                reading.problems.append(f"dataset {i + 1}: {key} must be at least 1, not {value}")
+            own[i][name] = [value] if key == "resolution" else value
+        silent = [str(i + 1) for i in range(len(datasets)) if i not in said]
+        if silent:
+            text = f"says nothing of {key}, in which the others differ: the run's holds there"
+            reading.note("setting-shared", f"dataset {', '.join(silent)}", text)
+    return own
 
 
 def _merged(datasets: list[dict[str, Any]], reading: _Reading) -> dict[str, Any]:

@@ -165,8 +165,8 @@ def section(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Option:
-    """A row. kind: "int", "float", "bool", "str", "dict" or "list"; item: kind of a dict's values;
-    see `option` for the others."""
+    """A row. kind: "int", "float", "bool", "str", "ints", "dict" or "list" (of tables); item: kind
+    of a dict's values; see `option` for the others."""
 
     name: str
     kind: str
@@ -268,8 +268,11 @@ def item_of(annotation: Any) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """Plain type of an annotation: "int | None" is "int", a Literal or text is "str"."""
+    """Plain type of an annotation: "int | None" is "int", a Literal or text is "str", and a list of
+    whole numbers "ints"."""
     annotation = _without_none(annotation)
+    if get_args(annotation) == (int,):
+        return "ints"
     origin = get_origin(annotation) or annotation
     kinds = {bool: "bool", int: "int", float: "float", dict: "dict", list: "list"}
     return kinds.get(origin, "str")

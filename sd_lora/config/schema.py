@@ -105,7 +105,7 @@ class TrainConfig(
                 values[name] = of_family.get(
                     name, option.default_for(self.mode, family.startswith("sdxl"))
                 )
-        values["resolution"] = self.resolution or resolution
+        values["resolution"] = self.resolution or max(self.resolutions or [resolution])
         second = [n for n in OPTIONS if n.startswith("text_encoder_2_") and values[n] is not None]
         if second and family != "sdxl":
             raise UsageError(f"{min(second)} needs two text encoders, and {family} has one")

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from sd_lora.config.options.per_source import PerSourceOptions, empty_text
+from sd_lora.config.options.per_source import PerSourceOptions, wrong_value
 from sd_lora.config.rows import CAPTIONS, LAYOUTS, Option, section
 from sd_lora.config.values import problems_of
 from sd_lora.errors import Problem, UsageError
@@ -64,6 +64,9 @@ class SourceSpec:
     caption_extension: str | None = None
     prompt: str | None = None
     recursive: bool = True
+    resolutions: list[int] | None = None
+    bucket_min_side: int | None = None
+    bucket_max_side: int | None = None
     mask_files: bool = False
     mask_folder: str | None = None
     repeats: int = 1
@@ -73,6 +76,11 @@ class SourceSpec:
     random_crop: bool | None = None
     rules: CaptionRules = field(default_factory=CaptionRules)
     label: str = ""
+
+    @property
+    def trained_at(self) -> list[int | None]:
+        """Its resolutions; [None], the run's, without any of its own."""
+        return [*self.resolutions] if self.resolutions else [None]
 
     @property
     def where(self) -> str:
@@ -124,6 +132,12 @@ class SourceTable(PerSourceOptions):
         choices=get_args(Kind))
     random_crop: bool | None = option(None,
         "crop at a random place; if not given, as the run does")
+    bucket_min_side: int | None = option(None,
+        "shortest side of a bucket in pixels; if not given, as in the run",
+        ge=1)
+    bucket_max_side: int | None = option(None,
+        "longest side of a bucket in pixels; if not given, as in the run",
+        ge=1)
     # fmt: on
 
 
@@ -149,12 +163,12 @@ def problems(spec: SourceSpec) -> list[str]:
 
 
 def _wrong_values(values: dict[str, Any]) -> list[Problem]:
-    """Wrong types, ranges, choices and empty texts of a table's values."""
+    """Wrong types, ranges, choices and texts of a table's values."""
     try:
         SourceTable(**values)
     except ValidationError as error:
         return problems_of(error, KEYS, "an option of a source")
-    return [problem for name, value in values.items() if (problem := empty_text(name, value))]
+    return [problem for name, value in values.items() if (problem := wrong_value(name, value))]
 
 
 def _contradictions(spec: SourceSpec) -> list[str]:
@@ -163,6 +177,9 @@ def _contradictions(spec: SourceSpec) -> list[str]:
         found.append("needs either a path (of a folder) or a dataset")
     if spec.caption_extension is not None and not spec.caption_extension.strip(" ."):
         found.append(f"caption_extension must be like .txt, not {spec.caption_extension!r}")
+    shortest, longest = spec.bucket_min_side, spec.bucket_max_side
+    if shortest is not None and longest is not None and shortest > longest:
+        found.append("bucket_min_side must not be above bucket_max_side")
     if spec.captions == "prompt" and spec.prompt is None:
         found.append("captions = prompt needs a prompt")
     if spec.captions == "metadata" and spec.caption_column is None:

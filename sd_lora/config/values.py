@@ -23,6 +23,7 @@ TYPES = {
     "float": "a number",
     "str": "a text",
     "string": "a text",
+    "ints": "whole numbers, such as [512, 768]",
     "dict": "a table of pattern = number",
     "list": "a list of tables, [[sources]] in TOML",
 }

@@ -60,10 +60,10 @@ def _refuse_subfolders(wanted: ClassImages, there: int) -> None:
     found = [f"{path}: {count}" for path, count in counts.items() if count]
     if found:
         raise UsageError(
-            f"class_data_dir {wanted.folder} has {there} of {wanted.count} class images, and others "
-            f"lie in its subfolders, which are not read ({list_names(found)} images): give one of "
-            "these folders, move the images up, or move the subfolders away. Nothing has been "
-            "drawn yet"
+            f"class_data_dir {wanted.folder} has {there} of {wanted.count} class images, and "
+            f"others lie in its subfolders, which are not read ({list_names(found)} images): give "
+            "one of these folders, move the images up, or move the subfolders away. Nothing has "
+            "been drawn yet"
         )
 
 

@@ -72,7 +72,7 @@ def find_sources(config: RunConfig, seed: int) -> list[Source]:
 
 def _notes(config: RunConfig, path: str) -> list[Finding]:
     """Findings on kohya's dataset configuration, and on options that overrule it."""
-    _, settings, notes = read_dataset_config(path)
+    specs, settings, notes = read_dataset_config(path)
     if config.aspect_ratio_buckets and "aspect_ratio_buckets" not in settings:
         text = (
             "has no enable_bucket, so kohya would train squares; here images are trained in "
@@ -83,6 +83,8 @@ def _notes(config: RunConfig, path: str) -> list[Finding]:
         own = getattr(config, name)
         if own != value and not OPTIONS[name].missing(config):
             text = f"has {name} = {value}, and the run overrules it by {own}"
+            if name == "resolution" and any(spec.resolutions for spec in specs):
+                text = f"has several resolutions, which it keeps; {own} is that of sample images"
             notes.append(Finding("setting-overruled", path, text))
     return notes
 
@@ -118,19 +120,23 @@ def crop_settings_of(config: RunConfig, base: Base) -> CropSettings:
     """The buckets or squares of a run.
 
     Raises:
-        UsageError: a resolution or bucket step that VAE and UNet cannot halve, or side limits
+        UsageError: resolutions or a bucket step that VAE and UNet cannot halve, or side limits
             without any bucket.
     """
     vae, unet = base.pixels_per_latent, base.latent_multiple
-    side, whole = config.resolution, vae * unet
-    if side % whole:
-        near = max(whole, round(side / whole) * whole)
+    whole = vae * unet
+    specs = source_specs(config)
+    sides = {config.resolution, *(side for spec in specs for side in spec.resolutions or ())}
+    odd = [side for side in sorted(sides) if side % whole]
+    if odd:
+        near = (str(max(whole, round(side / whole) * whole)) for side in odd)
         raise UsageError(
-            f"resolution {side} is not a multiple of {whole} (this model has {vae} pixels a "
-            f"latent, and its UNet needs multiples of {unet} latents): take {near}"
+            f"resolution {', '.join(map(str, odd))} is not a multiple of {whole} (this model has "
+            f"{vae} pixels a latent, and its UNet needs multiples of {unet} latents): take "
+            f"{', '.join(near)}"
         )
     chosen = CropSettings(
-        side,
+        config.resolution,
         step=(config.bucket_step or whole) if config.aspect_ratio_buckets else None,
         min_side=config.bucket_min_side,
         max_side=config.bucket_max_side,
@@ -144,11 +150,14 @@ def crop_settings_of(config: RunConfig, base: Base) -> CropSettings:
             f"bucket_step {chosen.step} is not a multiple of {vae}, this model's pixels a latent: "
             f"take {whole}, which its UNet halves without a rest"
         )
-    if not chosen.buckets:
-        raise UsageError(
-            f"no bucket fits: sides from {chosen.sides[0]} to {chosen.sides[1]} pixels in steps of "
-            f"{chosen.step} always have more than {side}² pixels. Lower bucket_min_side"
-        )
+    own = {chosen.of(side, spec) for spec in specs for side in spec.trained_at}
+    for settings in sorted({chosen, *own}, key=lambda settings: settings.resolution):
+        if not settings.buckets:
+            least, most = settings.sides
+            raise UsageError(
+                f"no bucket fits: sides from {least} to {most} pixels in steps of {settings.step} "
+                f"always have more than {settings.resolution}² pixels. Lower bucket_min_side"
+            )
     return chosen
 
 

@@ -73,7 +73,10 @@ class Plan:
             if micro.last:
                 steps.append([])
         drawn = (
-            repr((s.source.rules, s.source.random_flip, s.source.random_crop, s.source.weight))
+            repr(
+                (s.source.rules, s.source.random_flip, s.source.random_crop, s.source.weight)
+                + ((s.resolution,) if s.resolution else ())
+            )
             for s in self.images.samples
         )
         return digest_of(repr([sorted(step) for step in steps]), *drawn)
@@ -94,7 +97,14 @@ class Plan:
         """Rows of the summary: images, shapes, batch, steps."""
         config, epochs, images = self.config, self.epochs, self.images
         rows = {"images": _counted(images)}
+        names = len({sample.name for sample in images.samples})
+        if names < len(images.samples):
+            rows["images"] += f" ({names} files, some at several resolutions or in several sources)"
         rows["shapes"] = shapes(epochs.buckets)
+        side = images.crop_settings.resolution
+        sides = Counter(sample.resolution or side for sample in images.samples)
+        if len(sides) > 1:
+            rows["resolutions"] = ", ".join(f"{side}: {sides[side]}" for side in sorted(sides))
         masks = sum(sample.mask is not None for sample in images.samples)
         if masks:
             rows["masks"] = f"{masks} of {len(images.samples)} images have one"

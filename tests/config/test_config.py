@@ -213,6 +213,14 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--text_encoder_2_rank", "8"], "text_encoder_2_rank has no effect"),
         (["--train_text_encoder", "--text_encoder_rank", "0"], "trains no text encoder"),
         (["--do_edm_style_training", "--snr_gamma", "5"], "training excludes snr_gamma"),
+        (
+            ["--resolutions", "64", "64"],
+            "resolutions must be whole numbers of at least 1, each once",
+        ),
+        (
+            ["--resolutions", "64", "x"],
+            "resolutions must be whole numbers, such as [512, 768], not",
+        ),
         (["--family", "sd3"], "not 'sd3'. Did you mean sd2?"),
         (["--vae", "x"], "unknown flag --vae: here it is --pretrained_vae_model_name_or_path"),
         (["--network_dim", "8"], "unknown flag --network_dim: here it is --rank"),

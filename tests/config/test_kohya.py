@@ -188,7 +188,6 @@ def test_what_is_not_supported_is_named_at_once(tmp_path: Path) -> None:
     network_multiplier = 1.0
     [[datasets.subsets]]
     image_dir = 'a'
-    conditioning_data_dir = 'b'
     face_crop_aug_range = [1.0, 2.0]
     caption_dropout_every_n_epochs = 2
     numrepeats = 2
@@ -200,7 +199,6 @@ def test_what_is_not_supported_is_named_at_once(tmp_path: Path) -> None:
         "color_aug ([general]): colours",
         "secondary_separator ([general])",
         "validation_split (dataset 1)",
-        "conditioning_data_dir (dataset 1, subset 1)",
         "face_crop_aug_range",
         "caption_dropout_every_n_epochs (dataset 1, subset 1): use caption_dropout_rate",
         "numrepeats is unknown",
@@ -211,13 +209,40 @@ def test_what_is_not_supported_is_named_at_once(tmp_path: Path) -> None:
 
 
 def test_datasets_that_disagree(tmp_path: Path) -> None:
-    """A run has one resolution and batch size: the error names both datasets and both values."""
-    second = SUBSET.replace("[[datasets]]", "[[datasets]]\nresolution = 768\nbatch_size = 2")
-    first = SUBSET.replace("[[datasets]]", "[[datasets]]\nresolution = [512, 512]")
+    """A run has one batch size and one way to make shapes: the error names both datasets and both
+    values; what one of them leaves unsaid is no difference."""
+    second = SUBSET.replace("[[datasets]]", "[[datasets]]\nenable_bucket = false\nbatch_size = 2")
+    first = SUBSET.replace("[[datasets]]", "[[datasets]]\nenable_bucket = true")
     with pytest.raises(UsageError) as caught:
         read(tmp_path, first + second)
-    assert "dataset 1 has resolution = [512, 512], dataset 2 has 768" in str(caught.value)
+    assert "dataset 1 has enable_bucket = True, dataset 2 has False" in str(caught.value)
     assert "batch_size" not in str(caught.value)
+
+
+def test_datasets_of_several_resolutions(tmp_path: Path) -> None:
+    """One folder in several datasets, each with a resolution and sides of its own, which its
+    sources have; the largest is the run's, and a dataset that says none is noted."""
+    tables = ("resolution = 512\nmax_bucket_reso = 768", "resolution = [768, 512]", "")
+    tables += ("resolution = [1024, 1024]\nmax_bucket_reso = 2048\nmin_bucket_reso = 512",)
+    text = "[general]\nenable_bucket = true\n"
+    text += "".join(SUBSET.replace("[[datasets]]", f"[[datasets]]\n{table}") for table in tables)
+    specs, settings, notes = read(tmp_path, text)
+    assert [spec.path for spec in specs] == ["a"] * 4
+    assert [spec.resolutions for spec in specs] == [[512], [624], None, [1024]]
+    assert [spec.bucket_max_side for spec in specs] == [768, None, None, 2048]
+    assert settings == {"resolution": 1024, "aspect_ratio_buckets": True, "bucket_min_side": 512}
+    silent = [note.line() for note in notes if note.code == "setting-shared"]
+    assert [line.split(": ")[0].rpartition(", ")[2] for line in silent] == ["dataset 3", "3", "3"]
+    text = text.replace("resolution = 512", "resolution = 0")
+    with pytest.raises(UsageError, match="dataset 1: resolution must be at least 1, not 0"):
+        read(tmp_path, text)
+
+
+def test_masks_of_a_subset(tmp_path: Path) -> None:
+    """conditioning_data_dir is the folder of a subset's masks; empty, there is none."""
+    specs = read(tmp_path, SUBSET + "conditioning_data_dir = 'masks'")[0]
+    assert [spec.mask_folder for spec in specs] == ["masks"]
+    assert read(tmp_path, SUBSET + "conditioning_data_dir = ''")[0][0].mask_folder is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import sd_lora
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.cache import text_embeddings as embeddings
 from sd_lora.data.cache.store import Store
-from sd_lora.errors import RunError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.training import caches, loop
 from sd_lora.training.setup import Run, prepare
 from tests.data.check.torture import make_torture
@@ -514,6 +514,42 @@ def test_a_dataset_config_of_kohyas(tiny_sd1: Path, mixed: Path, tmp_path: Path)
     assert kinds["class"] == kinds["instance"] == 21
     assert "7 × 3 repeats = 21 an epoch, and 3 of the class" in run.summary.rows["images"]
     sd_lora.train(config)
+
+
+def test_several_resolutions(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
+    """Two resolutions of a folder, and a source with one of its own: each image is seen once at
+    each in an epoch, in a bucket of at most its area, and a batch has one shape. With caches and
+    without, the losses are the same to the last bit, and each shape is an entry of its own."""
+    Image.radial_gradient("L").convert("RGB").save(images(tmp_path / "own", 1) / "0.png")
+    sources = [{"path": str(mixed)}, {"path": str(tmp_path / "own"), "resolutions": [128]}]
+    options: dict[str, object] = {
+        "train_data_dir": None, "sources": sources, "resolution": None, "resolutions": [64, 96],
+        "max_train_steps": None, "num_train_epochs": 1,
+    }  # fmt: skip
+    config = run_of(tiny_sd1, mixed, tmp_path / "out", **options)
+    run = prepare(config)
+    assert run.config.resolution == 96
+    assert run.summary.rows["resolutions"] == "64: 7, 96: 7, 128: 1"
+    assert run.summary.rows["images"].startswith("15 (8 files, some at several resolutions")
+    samples = run.images.instances.samples
+    seen: Counter[tuple[str, int | None]] = Counter()
+    for _, batch in run.batches():
+        assert len({item.crop.size for item in batch.items}) == 1
+        for item in batch.items:
+            sample, (width, height) = samples[item.index], item.crop.size
+            assert width * height <= (sample.resolution or 0) ** 2
+            assert width * height > (sample.resolution or 0) ** 2 / 2
+            seen[sample.name, sample.resolution] += 1
+    want = {(str(mixed / f"{i}.png"), side): 1 for i in range(7) for side in (64, 96)}
+    assert seen == want | {(str(tmp_path / "own" / "0.png"), 128): 1}
+    assert len(entries(tmp_path / "c", "latents")) == 15
+    known = optimised(run_of(tiny_sd1, mixed, tmp_path / "known", **options))
+    off = {"cache_latents": "no", "cache_text_embeddings": "no"}
+    assert_same_outcome(
+        known, optimised(run_of(tiny_sd1, mixed, tmp_path / "no", **options, **off))
+    )
+    with pytest.raises(UsageError, match=r"resolution 70, 100 is not a multiple .* take 64, 96"):
+        prepare(run_of(tiny_sd1, mixed, tmp_path / "x", **options | {"resolutions": [70, 96, 100]}))
 
 
 def test_several_sources(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:

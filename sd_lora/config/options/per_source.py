@@ -83,6 +83,10 @@ class PerSourceOptions(Section):
         "column of the images",
         scripts="ABD",
         ignored_by=SUBJECT_FOLDER)
+    resolutions: list[int] | None = option(None,
+        "train each image at each of these resolutions, in buckets of its own for each; the "
+        "largest is the default of resolution, the side of sample and class images",
+        ignored_by=DATASET_FILE)
     repeats: int = option(1,
         "uses of each image per epoch; sources and kohya's folders have their own",
         ge=1, scripts="D", dataset_key="num_repeats", kohya="dataset_repeats",
@@ -108,10 +112,19 @@ def empty_text(name: str, value: object) -> Problem | None:
     return None
 
 
+def wrong_value(name: str, value: object) -> Problem | None:
+    """The problem of an option's value that its type and range do not show."""
+    if name == "resolutions" and isinstance(value, list):
+        if not value or min(value) < 1 or len(set(value)) < len(value):
+            text = f"resolutions must be whole numbers of at least 1, each once, not {value}"
+            return Problem(name, text)
+    return empty_text(name, value)
+
+
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield empty texts, and kept tags where no tag moves."""
+    """Yield wrong values, and kept tags where no tag moves."""
     for name in PerSourceOptions.model_fields:
-        problem = empty_text(name, getattr(config, name))
+        problem = wrong_value(name, getattr(config, name))
         if problem:
             yield problem
     tagged = config.shuffle_caption or config.caption_tag_dropout or config.sources is not None

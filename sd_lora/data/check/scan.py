@@ -214,11 +214,14 @@ def _findings_of(sample: Sample, facts: Facts) -> list[Finding]:
 
 def _duplicates(samples: Sequence[Sample]) -> list[Finding]:
     """Findings on images of one kind with the same bytes as an earlier one."""
-    first: dict[tuple[str, str], Sample] = {}
+    first: dict[tuple[str, str, int | None], Sample] = {}
     findings = []
     for sample in samples:
-        same = first.setdefault((sample.source.kind, sample.digest), sample)
-        if same is not sample:
+        resolutions = sample.source.trained_at
+        keys = [(sample.source.kind, sample.digest, resolution) for resolution in resolutions]
+        known = [first.setdefault(key, sample) for key in keys]
+        same = next((other for other in known if other is not sample), None)
+        if same:
             details = (
                 "read by two sources, and trained as often as both say"
                 if same.name == sample.name

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sd_lora.config.sources import Kind
 from sd_lora.data.batches.caption_rules import has_unread_wildcards, longest_form
@@ -105,10 +105,16 @@ def check_images(
     """
     scanned = scan(sources, store, progress=progress, thumbnails=thumbnails)
     scanned.findings += find_in_both_sets([*instances, *scanned.samples])
+    scanned.samples = [
+        replace(sample, resolution=resolution)
+        for sample in scanned.samples
+        for resolution in sample.source.trained_at
+    ]
     usable, findings = _assign_buckets(scanned, crop_settings, alpha_mask)
     samples = [sample for sample, _ in usable]
     findings += _long_captions(samples, caption_encoder)
     findings += [*_odd_wildcards(samples), *_foreign_syntax(samples)]
+    findings = list(dict.fromkeys(findings))  # two sources may have the same folder
     if strict:
         refuse_problems(findings)
     if required and not usable:
@@ -140,7 +146,7 @@ def _assign_buckets(
     findings, samples = list(scanned.findings), scanned.samples
     if alpha_mask:
         samples = _partly_opaque(samples, scanned.facts, findings)
-    buckets = crop_settings.assign([s.size for s in samples], [s.source.repeats for s in samples])
+    buckets = _buckets_of(samples, crop_settings)
     usable: list[tuple[Sample, Size]] = []
     for sample, bucket in zip(samples, buckets, strict=True):
         if bucket is None:
@@ -150,9 +156,39 @@ def _assign_buckets(
         scale = crop_settings.crop(sample.size, bucket, None).scale
         if scale > 1:
             findings.append(_upscaled(sample, scale, bucket))
+    findings += _same_shapes(usable)
     # other findings on an image that is left out are of no use
     left_out = {f.name for f in findings if f.level == "left out"}
     return usable, [f for f in findings if f.level == "left out" or f.name not in left_out]
+
+
+def _buckets_of(samples: list[Sample], crop_settings: CropSettings) -> list[Size | None]:
+    """The bucket of each sample, among those of its own resolution and sides."""
+    groups: dict[CropSettings, list[int]] = {}
+    for index, sample in enumerate(samples):
+        own = crop_settings.of(sample.resolution, sample.source)
+        groups.setdefault(own, []).append(index)
+    buckets: list[Size | None] = [None] * len(samples)
+    for own, indices in groups.items():
+        sizes = [samples[i].size for i in indices]
+        found = own.assign(sizes, [samples[i].source.repeats for i in indices])
+        for index, bucket in zip(indices, found, strict=True):
+            buckets[index] = bucket
+    return buckets
+
+
+def _same_shapes(usable: list[tuple[Sample, Size]]) -> list[Finding]:
+    """Findings on images too small for two of their resolutions to differ."""
+    first: dict[tuple[str, Size], int | None] = {}
+    findings = []
+    for sample, bucket in usable:
+        smaller = first.setdefault((sample.name, bucket), sample.resolution)
+        if smaller != sample.resolution:
+            details = (
+                f"trained at {bucket[0]}×{bucket[1]} both for {smaller} and {sample.resolution}"
+            )
+            findings.append(Finding("same-shape", sample.name, details))
+    return findings
 
 
 def _long_captions(samples: list[Sample], caption_encoder: CaptionEncoder) -> list[Finding]:

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import INTERPOLATIONS
 
 Size = tuple[int, int]
@@ -121,6 +122,15 @@ class CropSettings:
         # of two that are as near, the larger
         return min(buckets, key=lambda b: (abs(math.log(b[0] / b[1]) - aspect), -b[0] * b[1], b))
 
+    def of(self, resolution: int | None, spec: SourceSpec) -> "CropSettings":
+        """The rules for a source's images at one of its resolutions, None: the run's."""
+        return replace(
+            self,
+            resolution=resolution or self.resolution,
+            min_side=spec.bucket_min_side or self.min_side,
+            max_side=spec.bucket_max_side or self.max_side,
+        )
+
     def assign(self, sizes: Sequence[Size], counts: Sequence[int]) -> list[Size | None]:
         """The bucket of each image of a set, or None as `bucket` does.
 
@@ -157,7 +167,7 @@ class CropSettings:
         if self.step is not None:
             return _covering(size, bucket)[0]
         width, height = size
-        short, r = min(size), self.resolution
+        short, r = min(size), bucket[0]  # a square
         return (
             r if width == short else r * width // short,
             r if height == short else r * height // short,

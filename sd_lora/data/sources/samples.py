@@ -32,6 +32,7 @@ class Sample:
     digest: blake2b of the bytes, 16 bytes in hex; empty before `check.scan`.
     size: upright (width, height) in pixels; (0, 0) before `check.scan`.
     mask: its mask; None: all of it counts.
+    resolution: side in pixels of its squares, or of the area of its buckets; None: the run's.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Sample:
     digest: str = ""
     size: tuple[int, int] = (0, 0)
     mask: Mask | None = None
+    resolution: int | None = None
 
 
 @dataclass

@@ -31,10 +31,11 @@ def checked(
     caption: str = "a",
     counts: dict[str, int] | None = None,
     upscale: bool = True,
+    resolutions: list[int] | None = None,
     **options: Any,
 ) -> ImageCheck:
     """Check images with one caption, of `counts` tokens where too long."""
-    spec = SourceSpec(path="x", rules=CaptionRules(wildcards=True))
+    spec = SourceSpec(path="x", rules=CaptionRules(wildcards=True), resolutions=resolutions)
     samples = [
         Sample(f"{i}.png", partial(bytes, png(image)), (caption,), spec)
         for i, image in enumerate(images)
@@ -125,3 +126,23 @@ def test_text_that_other_programs_read_is_a_warning(caption: str, quoted: str) -
     words of ordinary captions are none."""
     found = [f.text for f in checked(OPAQUE, caption=caption).findings if f.level == "warning"]
     assert [quoted in text for text in found] == [True] * bool(quoted)
+
+
+def test_an_image_at_several_resolutions() -> None:
+    """Each image is usable once at each resolution, in a bucket of it. Where it is smaller than two
+    of them and not enlarged, the equal shapes are a note; one that fits none but the smallest is
+    left out at the others by one finding."""
+    photo = Image.radial_gradient("L").resize((384, 256)).convert("RGB")
+    found = checked(photo, OPAQUE, resolutions=[64, 128, 256])
+    assert [(s.name, s.resolution, bucket) for s, bucket in found.usable] == [
+        ("0.png", 64, (64, 64)), ("0.png", 128, (128, 128)), ("0.png", 256, (320, 192)),
+        ("1.png", 64, (64, 64)), ("1.png", 128, (128, 128)), ("1.png", 256, (256, 256)),
+    ]  # fmt: skip
+    assert [f.text[:44] for f in found.findings if f.code == "upscaled"] == [
+        "128×128 pixels, enlarged 2.00 times for 256×"
+    ]
+    assert not [f for f in found.findings if f.code in ("duplicate", "near-duplicate")]
+    kept = checked(OPAQUE, resolutions=[64, 128, 256], upscale=False)
+    assert [bucket for _, bucket in kept.usable] == [(64, 64), (128, 128), (128, 128)]
+    (same,) = [f for f in kept.findings if f.code == "same-shape"]
+    assert same.text.startswith("trained at 128×128 both for 128 and 256")
