@@ -241,25 +241,22 @@ def utf8_text(path: Path) -> str:
     """Read a UTF-8 text without its byte order mark.
 
     Raises:
-        UsageError: another encoding, named where it is UTF-16, NUL bytes, or a file that cannot be
-            read; the text begins with a verb, for the caller to put the file's name before it.
+        UsageError: another encoding, NUL bytes, or a file that cannot be read; the text begins
+            with a verb, for the caller to put the file's name before it.
     """
     try:
         data = path.read_bytes()
+        if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * data.count(0) >= len(data) > 0:
+            wrong = "is UTF-16, as Notepad's \"Unicode\" and PowerShell's > write it, and not UTF-8"
+        elif b"\0" in data:
+            wrong = f"holds NUL bytes (the first is byte {data.index(0)})"
+        else:
+            return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except OSError as error:
         raise UsageError(f"cannot be read: {error.strerror}") from None
-    # without a mark, every second byte of an English text is a NUL
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * data.count(0) >= len(data) > 0:
-        raise UsageError(
-            "is UTF-16, as Notepad's \"Unicode\" and PowerShell's > write it, and not UTF-8 text: "
-            "save it as UTF-8"
-        )
-    if b"\0" in data:
-        raise UsageError(f"holds NUL bytes (the first is byte {data.index(0)}): save it as UTF-8")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+        wrong = f"is not UTF-8 text (byte {error.start})"
+    raise UsageError(f"{wrong}: save it as UTF-8")
 
 
 def mib(num_bytes: float) -> str:

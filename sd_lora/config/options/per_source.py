@@ -73,11 +73,10 @@ class PerSourceOptions(Section):
         "train the masked part of images: white in their masks counts in the loss, black does "
         "not. Masks lie beside their images (NAME-masklabel.png, NAME_mask.png, masks/NAME.png); "
         "otherwise they are left out",
-        onetrainer="masked_training",
         ignored_by=(*DATA_SET, *DATASET_FILE))
     mask_folder: str | None = option(None,
         "folder of masks, each with the name of its image; as mask_files",
-        dataset_key=True, kohya="conditioning_data_dir",
+        dataset_key="conditioning_data_dir",
         ignored_by=(*DATA_SET, *DATASET_FILE))
     image_column: str = option("image",
         "column of the images",

@@ -133,18 +133,22 @@ def _sources(value: Any, given: Given) -> Taken:
     rows = [row for row in value or [] if isinstance(row, dict)]
     if not rows:
         return Taken("absent", reason="has no folder; give --train_data_dir")
-    tables = [_table(row) for row in rows]
+    most = max(side for row in rows for side in _sides(row))
+    tables = [_table(row) | _resolutions(row, most) for row in rows]
     unread = sorted({k for r in rows for k, v in r.items() if not _known(k, v)})
-    unread += ["resolution, of several the largest"] * any(len(_sides(row)) > 1 for row in rows)
-    found: dict[str, Any] = {"sources": tables}
-    sides = [side for row in rows for side in _sides(row)]
-    found["resolution"] = max(sides)
+    found: dict[str, Any] = {"sources": tables, "resolution": most}
     if not all(truth(row.get("buckets", True)) for row in rows):
         found |= {"aspect_ratio_buckets": False, "center_crop": True}
     if all(truth(row.get("alpha_mask", False)) for row in rows):
         found["alpha_mask"] = True
     reason = f"not there: {', '.join(unread)}" if unread else ""
     return Taken("otherwise", found, reason)
+
+
+def _resolutions(row: dict[str, Any], most: int) -> dict[str, Any]:
+    """The key of a table with other resolutions than the run's, the largest of all."""
+    sides = sorted(set(_sides(row)))
+    return {"resolutions": sides} if sides != [most] else {}
 
 
 def _sides(row: dict[str, Any]) -> list[int]:
@@ -161,6 +165,7 @@ KEYS = {
     "trigger_word": "trigger_word",
     "num_repeats": "repeats",
     "loss_multiplier": "weight",
+    "mask_path": "mask_folder",
     "caption_dropout_rate": "caption_dropout",
     "token_dropout_rate": "caption_tag_dropout",
     "shuffle_tokens": "shuffle_caption",

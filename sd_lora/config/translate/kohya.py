@@ -91,6 +91,15 @@ def _resolution(value: Any, given: Given) -> Taken:
     return Taken("otherwise", {"resolution": side}, reason)
 
 
+_MASKED = "is the mean over the masked part; there over all"
+
+
+def _mask_folder(value: Any, given: Given) -> Taken:
+    if is_off(value) or is_off(given.get("masked_loss")):
+        return Taken("needless", reason="counts for nothing there without masked_loss")
+    return Taken("otherwise", {"mask_folder": value}, _MASKED)
+
+
 def _warmup(value: Any, given: Given) -> Taken:
     steps, scheduler = number(value), str(given.get("lr_scheduler") or "constant")
     if scheduler == "constant":
@@ -221,8 +230,8 @@ KOHYA: dict[str, Row] = NETWORK | {
     "resize_interpolation": absent("is --image_interpolation_mode here"),
     "debug_dataset": absent("is sd-lora check here", here="sd-lora check"),
     "cache_info": needless("is not needed: sizes and captions are always kept by content"),
-    "conditioning_data_dir": absent("is not there: masks are the images' own, --alpha_mask"),
-    "masked_loss": absent("is not there: masks are the images' own, --alpha_mask"),
+    "conditioning_data_dir": taking("--mask_folder", _MASKED, _mask_folder),
+    "masked_loss": read_with("conditioning_data_dir and alpha_mask"),
     "alpha_mask": otherwise("alpha_mask", "is the mean over the opaque part; there over all"),
     "caption_prefix": otherwise("caption_prefix", "stays in front; there its tags are shuffled"),
     "caption_suffix": otherwise("caption_suffix", "stays behind; there its tags are shuffled"),

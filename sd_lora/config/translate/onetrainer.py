@@ -133,8 +133,10 @@ def _resolution(value: Any, given: Given) -> Taken:
     numbers = sorted({whole(side) for side in sides})
     if not numbers:
         return Taken("needless", reason="is not given")
-    kind: Kind = "same" if len(numbers) == 1 else "otherwise"
-    return Taken(kind, {"resolution": numbers[-1]}, "is the largest of them: a run has one here")
+    if len(numbers) == 1:
+        return Taken("same", {"resolution": numbers[0]})
+    reason = "are all used in each epoch; there one is drawn for each image"
+    return Taken("otherwise", {"resolutions": numbers}, reason)
 
 
 def _strength(option: str) -> Row:
@@ -218,7 +220,7 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "optimizer.eps": otherwise("adam_epsilon", "is AdamW's", number),
     "clip_grad_norm": Row("--max_grad_norm", "", lambda value, given: Taken(
         "same", {"max_grad_norm": value or 0})),
-    "resolution": taking("--resolution", "is one number here", _resolution),
+    "resolution": taking("--resolution or --resolutions", "", _resolution),
     "train_dtype": taking("--mixed_precision", "", _precision),
     "dataloader_threads": needless("is not needed: latents are cached"),
     "unet.train": Row("", "", lambda value, given: Taken(
@@ -251,7 +253,8 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "weight_dtype": needless("is not needed: mixed_precision says it"),
     "vae.weight_dtype": among(
         "vae_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
-    "masked_training": absent("is not there for mask files; --alpha_mask has the images' own"),
+    "masked_training": switch("--mask_files", "trains the masked part alone; there the rest counts "
+        "a little, by unmasked_weight", mask_files=True),
     **dict.fromkeys(("unmasked_probability", "unmasked_weight", "normalize_masked_area_loss",
         "masked_prior_preservation_weight"), needless("belongs to masked_training")),
     "additional_embeddings": taking("--token_abstraction", "", embeddings),

@@ -211,6 +211,7 @@ CONVERT: dict[str, Callable[[Any], Any]] = {
     "int": whole,
     "float": number,
     "str": _text,
+    "ints": lambda value: [whole(side) for side in value],
     "dict": lambda value: value,
     "list": lambda value: value,
 }

@@ -200,18 +200,23 @@ def _backends(value: Any, given: Given) -> Taken:
         return Taken("absent", reason="has no folder of this machine; give --train_data_dir")
     tables = [_table(row, given) for row in local]
     losses += sorted({key for row in local for key in row if key in UNREAD and _asks(key, row)})
-    sides = {row.get("resolution", given.get("resolution", 1024)) for row in local}
     found: dict[str, Any] = {"sources": tables}
     first = local[0]
-    if "resolution" in first:
-        kind = str(first.get("resolution_type") or given.get("resolution_type") or "pixel_area")
-        found["resolution"] = side_of(first["resolution"], kind)[0]
-    losses += ["other resolutions"] * (len(sides) > 1)
+    sides = [_side(row, given) for row in local]
+    if any("resolution" in row for row in local):
+        found["resolution"] = max(sides)
+    if len(set(sides)) > 1:
+        tables[:] = [t | {"resolutions": [s]} for t, s in zip(tables, sides, strict=True)]
     if truth(first.get("crop", False)) and str(first.get("crop_aspect", "square")) == "square":
         center = str(first.get("crop_style", "random")) != "random"
         found |= {"aspect_ratio_buckets": False, "center_crop": center}
     reason = f"not there: {', '.join(losses)}" if losses else ""
     return Taken("otherwise", found, reason)
+
+
+def _side(row: dict[str, Any], given: Given) -> int:
+    kind = str(row.get("resolution_type") or given.get("resolution_type") or "pixel_area")
+    return side_of(row.get("resolution", given.get("resolution", 1024)), kind)[0]
 
 
 UNREAD = ("minimum_image_size", "maximum_image_size", "target_downsample_size", "probability",

@@ -48,6 +48,8 @@ def toml_value(value: Any) -> str:
     if isinstance(value, dict):
         pairs = (f"{toml_value(str(key))} = {toml_value(entry)}" for key, entry in value.items())
         return "{ " + ", ".join(pairs) + " }"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, int | float):
         return repr(value)
     text = str(value)

@@ -1,5 +1,6 @@
 """Whole configurations of other trainers: what is written trains, and every setting is answered."""
 
+import json
 import random
 import shlex
 import subprocess
@@ -116,6 +117,8 @@ def test_what_is_not_said_is_their_default() -> None:
          {"lr_warmup_steps": 100, "max_train_steps": 2000}),
         ({"resolution": "768,512"}, {"resolution": 624}),
         ({"clip_skip": 2}, {"clip_skip": 1}),
+        ({"masked_loss": True, "conditioning_data_dir": "masks"}, {"mask_folder": "masks"}),
+        ({"conditioning_data_dir": "masks"}, {}),
         ({"reg_data_dir": "reg", "prior_loss_weight": "0.5"}, {
             "sources": [{"path": "img", "layout": "kohya"},
                         {"path": "reg", "layout": "kohya", "kind": "class"}],
@@ -142,6 +145,29 @@ def test_settings_that_mean_several_options(more: dict[str, Any], values: dict[s
     assert ("text_encoder_lr" in found) == ("text_encoder_lr" in values)
     if values.get("method") == "full":  # alpha and rank mean nothing there
         assert not {"rank", "lora_alpha"} & found.keys()
+
+
+def test_several_resolutions_and_masks_of_each_trainer(tmp_path: Path) -> None:
+    """OneTrainer's list is all at once, ai-toolkit's and SimpleTuner's are each source's own, and
+    the largest is the run's; masks are used where they are there."""
+    one = translate(PEERS["onetrainer"], {"resolution": "512, 768", "masked_training": True})
+    assert {k: one.values[k] for k in ("resolutions", "mask_files")} == {
+        "resolutions": [512, 768], "mask_files": True,
+    }  # fmt: skip
+    rows = [{"folder_path": "a", "resolution": [512, 768], "mask_path": "m"},
+            {"folder_path": "b", "resolution": 768}]  # fmt: skip
+    ai = translate(PEERS["ai-toolkit"], {"datasets": rows, "model.name_or_path": "m"})
+    assert ai.values["sources"] == [
+        {"path": "a", "mask_folder": "m", "resolutions": [512, 768]}, {"path": "b"},
+    ]  # fmt: skip
+    assert ai.values["resolution"] == 768
+    rows = [{"id": i, "type": "local", "instance_data_dir": f"d{i}", "resolution": i}
+            for i in (512, 1024)]  # fmt: skip
+    (tmp_path / "backends.json").write_text(json.dumps(rows))
+    settings = {"data_backend_config": str(tmp_path / "backends.json"), "model_family": "sdxl"}
+    simple = translate(PEERS["simpletuner"], settings)
+    assert [table["resolutions"] for table in simple.values["sources"]] == [[512], [1024]]
+    assert simple.values["resolution"] == 1024
 
 
 @pytest.mark.parametrize(
