@@ -458,3 +458,21 @@ def test_masks_are_examined_with_their_images() -> None:
     assert same_shape((1001, 667), (300, 200))
     assert same_shape((300, 200), (1001, 667))
     assert not same_shape((1001, 667), (300, 202))
+
+
+def test_one_folder_at_two_resolutions_is_no_duplicate() -> None:
+    """An image of two sources is a duplicate where both train it at one resolution, not where
+    each has its own."""
+
+    def duplicates(*resolutions: list[int] | None) -> list[str]:
+        sources = []
+        for sides in resolutions:
+            source = source_of({"a": encoded(drawing(0))})
+            spec = replace(source.spec, resolutions=sides)
+            rows = [replace(sample, source=spec) for sample in source.rows()]
+            sources.append(replace(source, spec=spec, rows=partial(iter, rows)))
+        return [f.name for f in scanned(*sources).findings if f.code == "duplicate"]
+
+    assert duplicates([512], [768, 1024], None) == []
+    assert duplicates([512, 768], [1024, 768]) == ["a"]
+    assert duplicates(None, None) == ["a"]
