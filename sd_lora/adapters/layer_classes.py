@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedEmbedding, AdaptedLayer, AdaptedNorm
-from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear, AdaptedTransposedLinear
+from sd_lora.adapters.linear_conv import (
+    AdaptedConv,
+    AdaptedConvTranspose,
+    AdaptedLinear,
+    AdaptedTransposedLinear,
+)
 from sd_lora.adapters.quantized import AdaptedQuantized
 
 _MATRIX_LAYERS: dict[str, type[AdaptedLayer]] = {
@@ -15,6 +20,9 @@ _MATRIX_LAYERS: dict[str, type[AdaptedLayer]] = {
     "torch.nn.modules.conv.Conv1d": AdaptedConv,
     "torch.nn.modules.conv.Conv2d": AdaptedConv,
     "torch.nn.modules.conv.Conv3d": AdaptedConv,
+    "torch.nn.modules.conv.ConvTranspose1d": AdaptedConvTranspose,
+    "torch.nn.modules.conv.ConvTranspose2d": AdaptedConvTranspose,
+    "torch.nn.modules.conv.ConvTranspose3d": AdaptedConvTranspose,
     "torch.nn.modules.sparse.Embedding": AdaptedEmbedding,
     "torch.nn.modules.activation.MultiheadAttention": AdaptedAttention,
     "transformers.pytorch_utils.Conv1D": AdaptedTransposedLinear,

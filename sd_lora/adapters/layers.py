@@ -40,7 +40,7 @@ class AdaptedLayer(nn.Module):
     parameter_paths: ClassVar[tuple[str, ...]] = ("weight",)
     """The parameters adapted in a target of this type, as far as the base has them."""
     transposed: ClassVar[bool] = False
-    """True for a weight (in, out): ΔW is transposed into it."""
+    """True for a weight (in, out/groups, k…): ΔW is transposed into it, group by group."""
     supports_input_dropout: ClassVar[bool] = False
     """True if `dropout` can be above 0."""
 
@@ -96,8 +96,20 @@ class AdaptedLayer(nn.Module):
     @classmethod
     def weight_of(cls, base: Any, path: str) -> Tensor:
         """A frozen parameter in its delta's layout, (out, in/groups, k…)."""
-        W = base.get_parameter(path).detach()
-        return W.T if cls.transposed and W.dim() == 2 else W
+        return cls.swap_layout(base, base.get_parameter(path).detach())
+
+    @classmethod
+    def swap_layout(cls, base: Any, t: Tensor) -> Tensor:
+        """A parameter from the base's layout to its delta's, or back: the swap is its own inverse.
+
+        With groups, the inputs of a group stand beside its own outputs in both layouts.
+        """
+        if not cls.transposed or t.dim() < 2:
+            return t
+        groups = getattr(base, "groups", 1)
+        if groups == 1:
+            return t.transpose(0, 1)
+        return t.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
 
     @property
     def delta(self) -> Delta:
@@ -119,7 +131,8 @@ class AdaptedLayer(nn.Module):
         """W' in the base parameter's layout, float32 or higher."""
         delta: Any = self.deltas[path.replace(".", "/")]
         strength = self.strength if strength is None else strength
-        return self._swap_layout(delta.compose(self.weight_of(self.base, path), strength))
+        W = delta.compose(self.weight_of(self.base, path), strength)
+        return self.swap_layout(self.base, W)
 
     def delta_weight(self, path: str = "weight", strength: float | None = None) -> Tensor:
         """W' − W of a parameter, in its layout, float32 or higher: `merge` adds it."""
@@ -127,14 +140,10 @@ class AdaptedLayer(nn.Module):
         strength = self.strength if strength is None else strength
         if delta.magnitude is None:
             dW = delta.weight()
-            return self._swap_layout(dW if strength == 1 else strength * dW)
-        return self.effective_weight(path, strength) - self._swap_layout(
-            self.weight_of(self.base, path)
+            return self.swap_layout(self.base, dW if strength == 1 else strength * dW)
+        return self.effective_weight(path, strength) - self.swap_layout(
+            self.base, self.weight_of(self.base, path)
         )
-
-    def _swap_layout(self, t: Tensor) -> Tensor:
-        """A weight from its delta's layout to the base's, or back."""
-        return t.T if self.transposed and t.dim() == 2 else t
 
     @torch.no_grad()
     def merge(self) -> None:

@@ -1,5 +1,7 @@
 """Adapted linear layers and convolutions, without ΔW where A and B are enough."""
 
+import copy
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -136,6 +138,7 @@ class AdaptedConv(AdaptedAffine):
         A, B = A.to(dtype), B.to(dtype)
         if groups > 1:
             A = A.repeat(groups, *(1,) * (A.dim() - 1))  # (r·groups, in/groups, k…)
+        A = self.swap_layout(self.base, A)
         h = self._apply_weight(self._drop_inputs(input.to(dtype)), A)
         return pointwise_conv(self._drop_neurons(h) * s, B, groups)
 
@@ -144,3 +147,36 @@ class AdaptedConv(AdaptedAffine):
 
     def _per_output(self, values: Tensor, y: Tensor) -> Tensor:
         return values.to(y.dtype).view(-1, *(1,) * len(self.base.kernel_size))
+
+
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+class AdaptedConvTranspose(AdaptedConv):
+    """`nn.ConvTranspose1d`, `ConvTranspose2d`, `ConvTranspose3d`, weight (in, out/groups, k…).
+
+    In its delta's layout, (out, in/groups, k…), ΔW = s·B·A as in `AdaptedConv`: A is a transposed
+    convolution with the base's stride, padding, output padding and dilation, B is 1×1.
+    """
+
+    transposed = True
+
+    def _forward(
+        self, strength: float, input: Tensor, output_size: Sequence[int] | None = None
+    ) -> Tensor:
+        if output_size is None:
+            return super()._forward(strength, input)
+        base = copy.copy(self.base)  # the same parameters, with the padding that gives this size
+        base.output_padding = base._output_padding(
+            *(input, list(output_size), base.stride, base.padding, base.kernel_size),
+            *(len(base.kernel_size), base.dilation),
+        )
+        sized = AdaptedConvTranspose(base, self.deltas_by_path(), self.dropout, self.neuron_dropout)
+        return sized.train(self.training)._forward(strength, input)
+
+    def _apply_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        base = self.base
+        return _CONV_TRANSPOSE[len(base.kernel_size)](
+            *(input, weight, None, base.stride, base.padding, base.output_padding),
+            *(base.groups, base.dilation),
+        )

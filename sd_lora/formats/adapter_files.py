@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.inject import adapted_layers, eject
 from sd_lora.adapters.layers import AdaptedEmbedding
+from sd_lora.adapters.linear_conv import AdaptedConvTranspose
 from sd_lora.adapters.state import attach_deltas, deltas_from_state
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import Spec, TensorFile, write_tensors
@@ -225,10 +226,10 @@ def save_adapter(
     name = name or folder.resolve().name
     for component, model in models.items():
         for module, layer in adapted_layers(model).items():
-            if isinstance(layer, AdaptedEmbedding):
+            if isinstance(layer, AdaptedEmbedding | AdaptedConvTranspose):
                 raise UsageError(
-                    f"{component} {module} is an Embedding, which no reader of LoRA files takes: "
-                    "keep `lora_state_dict`, or eject it"
+                    f"{component} {module}: no reader of LoRA files takes the class "
+                    f"{type(layer.base).__name__}: keep `lora_state_dict`, or eject it"
                 )
     alone = None if "" in models else family
     return write_adapter(read_models(models), folder, alone, name, layout=layout_of(models))

@@ -127,16 +127,14 @@ def read(
         module = model.get_submodule(module_name)
         if path not in dict(module.named_parameters()):
             raise UsageError(f"the file has {key!r}, which the model has not")
-        own_weight = (adapted_class_of(module, "full") or AdaptedLayer).weight_of(module, path)
-        shaped = value.T if own_weight.shape != value.shape and value.dim() == 2 else value
-        if own_weight.shape != shaped.shape:
-            raise UsageError(
-                f"{key} is {tuple(value.shape)} and the model's {tuple(own_weight.shape)}"
-            )
+        cls = adapted_class_of(module, "full") or AdaptedLayer
+        W = cls.swap_layout(module, cls.weight_of(module, path))  # in the layer's layout, as theirs
+        if W.shape != value.shape:
+            raise UsageError(f"{key} is {tuple(value.shape)} and the model's {tuple(W.shape)}")
         if not value.is_floating_point():
             raise UsageError(f"{key} holds {value.dtype} and not floating-point numbers")
-        diff = shaped.to(own_weight).float() - own_weight.float()
-        deltas[name] = make_delta(name, {"diff": diff})
+        diff = value.to(W).float() - W.float()
+        deltas[name] = make_delta(name, {"diff": cls.swap_layout(module, diff)})
     return deltas
 
 

@@ -53,6 +53,18 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], tuple[Tensor, ...]
         lambda: nn.Conv3d(4, 8, (1, 3, 3), padding=(0, 2, 2), dilation=(1, 2, 2), groups=4),
         images(2, 4, 3, 6, 5),
     ),
+    "conv transpose 1d": (
+        lambda: nn.ConvTranspose1d(6, 8, 3, stride=2, padding=1, output_padding=1),
+        images(2, 6, 5),
+    ),
+    "conv transpose 2d, grouped, dilated": (
+        lambda: nn.ConvTranspose2d(6, 8, (3, 2), stride=2, dilation=(1, 2), groups=2, bias=False),
+        images(2, 6, 4, 3),
+    ),
+    "conv transpose 3d": (
+        lambda: nn.ConvTranspose3d(4, 6, (1, 2, 2), stride=(1, 2, 2)),
+        images(2, 4, 2, 3, 2),
+    ),
     "embedding": (lambda: nn.Embedding(12, 10), ids),
     "embedding padding_idx": (lambda: nn.Embedding(12, 10, padding_idx=3), ids),
     "embedding max_norm": (lambda: nn.Embedding(12, 10, max_norm=2.5), ids),

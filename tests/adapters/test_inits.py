@@ -89,7 +89,7 @@ def test_pissa_is_the_papers_function(layer: str) -> None:
         ours = torch.autograd.grad(y.pow(3).sum(), (delta.lora_A, delta.lora_B))
         A, B = (p.detach().clone().requires_grad_() for p in (delta.lora_A, delta.lora_B))
         weight = W_res + (delta.scale * B.flatten(1) @ A.flatten(1)).view(W.shape)
-        weight = weight.T if adapted.transposed else weight
+        weight = adapted.swap_layout(adapted.base, weight)
         paper = torch.func.functional_call(adapted.base, {"weight": weight}, args)
         torch.testing.assert_close(y, paper, rtol=1e-10, atol=1e-10)
         papers = torch.autograd.grad(paper.pow(3).sum(), (A, B))

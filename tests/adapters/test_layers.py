@@ -4,8 +4,11 @@ The matrix of kinds × methods × rules is in test_matrix.py, other libraries in
 """
 
 import copy
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
@@ -28,6 +31,89 @@ def delta_of(*shape: int, seed: int = 0, **variant: object) -> sd_lora.Delta:
     for p in delta.parameters():
         p.data.add_(0.4 * torch.randn(p.shape, generator=g))
     return delta
+
+
+TRANSPOSED: dict[str, tuple[type[nn.Module], dict[str, object], tuple[int, ...]]] = {
+    "1d": (nn.ConvTranspose1d, {"stride": 3, "padding": 1, "output_padding": 2}, (2, 6, 4)),
+    "2d grouped": (nn.ConvTranspose2d, {"stride": (2, 1), "groups": 2}, (1, 6, 3, 4)),
+    "2d depthwise, dilated": (nn.ConvTranspose2d, {"dilation": 2, "groups": 6}, (1, 6, 3, 3)),
+    "3d": (nn.ConvTranspose3d, {"stride": (1, 2, 2), "padding": (0, 1, 0)}, (1, 6, 2, 2, 3)),
+}
+
+
+def transposed_convolution(
+    x: np.ndarray, W: np.ndarray, base: Any, output_padding: Sequence[int]
+) -> np.ndarray:
+    """A transposed convolution by its definition: x[n, i, p] · W[i, o, k] is added to the output o
+    of i's group at the place p·stride + k·dilation − padding."""
+    num, inputs, *size = x.shape
+    per_group = inputs // base.groups
+    steps = (np.array(v) for v in (base.stride, base.dilation, base.padding, base.kernel_size))
+    stride, dilation, padding, kernel = steps
+    out = (np.array(size) - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+    out += np.array(output_padding)
+    y = np.zeros((num, base.groups * W.shape[1], *out))
+    for i, p, k in itertools.product(range(inputs), np.ndindex(*size), np.ndindex(*kernel)):
+        place = np.array(p) * stride + np.array(k) * dilation - padding
+        if (place >= 0).all() and (place < out).all():
+            first = i // per_group * W.shape[1]
+            y[:, first : first + W.shape[1], *place] += x[:, i, *p, None] * W[i, :, *k]
+    return y
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("kind", TRANSPOSED)
+def test_transposed_convolutions_are_the_closed_form(kind: str, rule: str) -> None:
+    """A ConvTranspose computes with W[i, o, k] + s·Σ_r B[o, r]·A[r, i, k], i the place in the
+    group: the sum of the definition, written out in numpy, with strides, paddings, groups and
+    dilation; under DoRA with each output's kernel scaled to m; at the sizes that `output_size`
+    asks for; before merging and after it."""
+    torch.manual_seed(0)
+    make, options, shape = TRANSPOSED[kind]
+    outputs = 6 if options.get("groups") == 6 else 4
+    model = nn.Sequential(make(6, outputs, 3, bias=False, **options)).double()
+    base, x = model[0], torch.randn(shape).double()
+    W = base.weight.detach().numpy().copy()  # (in, out/groups, k…)
+    sd_lora.inject(model, ["0"], rank=2, alpha=3.0, rule=rule)
+    randomise(layer := model[0])
+    A, B = (getattr(layer.delta, f"lora_{f}").detach().numpy() for f in "AB")
+    for i, o in itertools.product(range(6), range(W.shape[1])):
+        group, place = divmod(i, 6 // base.groups)
+        row = B[group * W.shape[1] + o].reshape(-1)
+        W[i, o] += 1.5 * np.tensordot(row, A[:, place], 1)
+    if rule == "decompose":
+        m = layer.delta.magnitude.detach().numpy().reshape(base.groups, -1)
+        for g, o in itertools.product(range(base.groups), range(W.shape[1])):
+            group = slice(g * 6 // base.groups, (g + 1) * 6 // base.groups)
+            W[group, o] *= m[g, o] / np.linalg.norm(W[group, o])
+    for more in {0, int(np.max(base.stride)) - 1}:
+        padding = [
+            min(p + more, s - 1) for p, s in zip(base.output_padding, base.stride, strict=True)
+        ]
+        want = torch.from_numpy(transposed_convolution(x.numpy(), W, base, padding))
+        asked = {"output_size": want.shape[2:]} if more else {}
+        for _ in range(2):
+            torch.testing.assert_close(layer(x, **asked), want, rtol=1e-12, atol=1e-12)
+            layer.merge()
+        layer.unmerge()
+    with pytest.raises(ValueError, match="requested an output size"):
+        layer(x, output_size=[99] * (x.dim() - 2))
+
+
+@pytest.mark.parametrize("variant", ["lora", "loha"])
+def test_dropout_of_a_transposed_convolution_knows_the_output_size(variant: str) -> None:
+    """A size asked for drops the same inputs: the outputs of two sizes agree where both have them,
+    and differ from the output without dropout."""
+    adapted, (x,) = build("conv transpose 1d", variant, dropout=0.3)
+    adapted.train()
+    outputs = []
+    for size in ([], [[9]], [[10]]):
+        torch.manual_seed(0)
+        outputs.append(adapted(x, *size))
+    assert torch.equal(outputs[0], outputs[2])
+    assert outputs[1].shape[2] == 9
+    torch.testing.assert_close(outputs[1], outputs[2][..., :9])
+    assert not torch.allclose(adapted.eval()(x), outputs[0], atol=1e-2)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -128,14 +128,21 @@ def test_peft_folders_load_as_the_same_function(case: str, tmp_path: Path) -> No
 
 @torch.no_grad()
 def test_peft_folder_of_gpt2(tmp_path: Path) -> None:
-    """transformers' Conv1D, whose weight is transposed: the same function from peft's file."""
+    """transformers' Conv1D, whose weight is transposed: the same function from peft's file, of a
+    delta and of whole modules, square ones too."""
     config = GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=30, n_positions=8)
 
     def model() -> GPT2LMHeadModel:
         torch.manual_seed(0)
         return GPT2LMHeadModel(config).eval()
 
-    lora = peft.LoraConfig(r=3, lora_alpha=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    lora = peft.LoraConfig(
+        r=3,
+        lora_alpha=2,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        modules_to_save=["c_proj"],
+    )
     theirs = shaken(peft.get_peft_model(model(), lora))
     ids = torch.randint(0, 30, (2, 6))
     want = theirs(ids).logits
