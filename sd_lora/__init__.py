@@ -21,18 +21,18 @@ _HOME = {
     "deltas_of": "adapters.inject",
     "eject": "adapters.inject",
     "inject": "adapters.inject",
-    "limit_norms": "adapters.inject",
+    "limit_norms": "adapters.merging",
     "load_adapter": "formats.adapter_files",
     "load_lora_state_dict": "adapters.state",
     "lora_layers": "adapters.inject",
     "lora_state_dict": "adapters.state",
-    "merge": "adapters.inject",
-    "merged": "adapters.inject",
+    "merge": "adapters.merging",
+    "merged": "adapters.merging",
     "register_method": "adapters.deltas",
     "save_adapter": "formats.adapter_files",
-    "set_strength": "adapters.inject",
+    "set_strength": "adapters.merging",
     "train": "training.loop",
-    "unmerge": "adapters.inject",
+    "unmerge": "adapters.merging",
     "wrap": "adapters.layer_classes",
 }
 
@@ -65,19 +65,10 @@ __all__ = [
 
 if TYPE_CHECKING:
     from sd_lora.adapters.deltas import Delta, register_method
-    from sd_lora.adapters.inject import (
-        deltas_of,
-        eject,
-        inject,
-        limit_norms,
-        lora_layers,
-        merge,
-        merged,
-        set_strength,
-        unmerge,
-    )
+    from sd_lora.adapters.inject import deltas_of, eject, inject, lora_layers
     from sd_lora.adapters.layer_classes import wrap
     from sd_lora.adapters.layers import AdaptedLayer
+    from sd_lora.adapters.merging import limit_norms, merge, merged, set_strength, unmerge
     from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
     from sd_lora.adapters.variants import Variant
     from sd_lora.config.schema import TrainConfig

@@ -1,10 +1,10 @@
-"""Inject adapters into a model, merge and eject them; the trainable parameters."""
+"""Inject adapters into a model and eject them; the trainable parameters."""
 
+import inspect
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from sd_lora.adapters.deltas import Delta
@@ -12,8 +12,8 @@ from sd_lora.adapters.layer_classes import adapted_class_of, wrap
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
 from sd_lora.adapters.linear_conv import AdaptedLinear
 from sd_lora.adapters.quantized import AdaptedQuantized
-from sd_lora.adapters.targets import Target, match_names, plan
-from sd_lora.adapters.variants import Variant, new_delta
+from sd_lora.adapters.targets import Target, match_names, outer_modules, plan
+from sd_lora.adapters.variants import Variant, check_options, new_delta
 from sd_lora.errors import UsageError
 from sd_lora.seeds import generator_for
 
@@ -34,8 +34,13 @@ def deltas_of(model: nn.Module) -> dict[str, Delta]:
     found = {}
     for name, layer in adapted_layers(model).items():
         for path, delta in layer.deltas_by_path().items():
-            found[f"{name}.{path}".removesuffix(".weight").removeprefix(".")] = delta
+            found[delta_name(name, path)] = delta
     return found
+
+
+def delta_name(module: str, path: str) -> str:
+    """Name of the delta of a module's parameter."""
+    return f"{module}.{path}".removesuffix(".weight").removeprefix(".")
 
 
 def inject(
@@ -53,6 +58,7 @@ def inject(
     *,
     method: str = "lora",
     rule: str = "add",
+    rule_pattern: Mapping[str, str] | None = None,
     rslora: bool = False,
     neuron_dropout: float = 0.0,
     rank_dropout: float = 0.0,
@@ -62,7 +68,7 @@ def inject(
     reference: nn.Module | None = None,
     **options: Any,
 ) -> list[str]:
-    """Freeze a model and adapt its target modules.
+    """Freeze a model and adapt its target modules; a second call adapts other modules of it.
 
     The model's next output is the same, bit for bit (with the inits pissa and loftq, up to rounding
     and the quantisation error). Each module's initial tensors are drawn from (seed, module name),
@@ -77,6 +83,7 @@ def inject(
         seed: of the initial tensors.
         method: "lora", "lora_fa", "loha", "lokr", "full", or a name given to `register_method`.
         rule: "add", or "decompose" (DoRA, with any method).
+        rule_pattern: pattern → rule of these modules alone, matched as `rank_pattern`.
         rslora: scale by α/√r instead of α/r.
         neuron_dropout, rank_dropout, module_dropout: probabilities in [0, 1) of leaving out an
             element of A x, a rank of the delta (a small LoKr has none), all deltas of a module.
@@ -93,24 +100,19 @@ def inject(
         The names of the adapted modules.
 
     Raises:
-        UsageError: a target or pattern without a match, an unknown name, a rank below 1, a model
-            with adapters, or a layer that cannot be exact, with the reason. No change is made then.
+        UsageError: a target or pattern without a match, an unknown name, a rank below 1, a module
+            with an adapter, or a layer that cannot be exact, with the reason. No change is made
+            then.
     """
     if init is not None:
         options["init"] = init
+    check_options(method, options, inspect.signature(inject).parameters)
     variant = Variant(
         method, rule, rslora, dropout, neuron_dropout, rank_dropout, module_dropout, options
     )
     planned = plan(
-        model,
-        targets,
-        rank,
-        alpha,
-        conv_rank,
-        conv_alpha,
-        rank_pattern,
-        alpha_pattern,
-        method=method,
+        *(model, targets, rank, alpha, conv_rank, conv_alpha, rank_pattern, alpha_pattern),
+        *(method, rule_pattern),
     )
     return adapt(model, planned, variant, seed, train_bias, modules_to_save, reference)
 
@@ -141,7 +143,8 @@ def adapt(
                 original = None if reference is None else reference.get_submodule(target.name)
             except AttributeError:
                 raise UsageError(f"{target.name} is no module of the reference") from None
-            deltas[target.name] = _new_deltas(target, base, variant, seed, original)
+            own = replace(variant, rule=target.rule or variant.rule)
+            deltas[target.name] = _new_deltas(target, base, own, seed, original)
     adapted = list(deltas)
     fresh = [delta for by_path in deltas.values() for delta in by_path.values()]
     if variant.rank_dropout and not any(delta.rank for delta in fresh):
@@ -179,7 +182,7 @@ def _new_deltas(
                 "remove its parametrisation, or leave out this target"
             )
         for path in cls.paths_in(base):
-            name = f"{target.name}.{path}".removesuffix(".weight")
+            name = delta_name(target.name, path)
             fresh[path] = delta = new_delta(
                 variant,
                 cls.weight_of(base, path),
@@ -206,18 +209,23 @@ def _add_full_deltas(
     """
     if train_bias not in ("none", "lora_only", "all"):
         raise UsageError(f"train_bias must be none, lora_only or all, not {train_bias!r}")
-    names = [name for name, _ in model.named_modules() if name]
+    names = [name for name in outer_modules(model) if name]
     saved = match_names(dict.fromkeys(modules_to_save, True), names, "modules_to_save")
     for name, module, paths in _modules_with_parameters(model):
         in_full: list[str] = []
         if any(f"{name}.".startswith(f"{root}.") for root in saved):
-            if deltas.get(name):
+            if deltas.get(name) or isinstance(module, AdaptedLayer):
                 raise UsageError(
                     f"{name} is both a target and in modules_to_save: leave it out of one of them"
                 )
             in_full = paths
         elif train_bias == "all" or (train_bias == "lora_only" and deltas.get(name)):
             in_full = [path for path in paths if "bias" in path.rpartition(".")[2]]
+        if in_full and isinstance(module, AdaptedLayer):
+            raise UsageError(
+                f"train_bias={train_bias!r} reaches {name}, which has an adapter already: give "
+                "train_bias to the first inject"
+            )
         cls = adapted_class_of(module, "full") or AdaptedLayer
         for path in in_full:
             if path not in deltas.setdefault(name, {}):
@@ -225,19 +233,24 @@ def _add_full_deltas(
 
 
 def _modules_with_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, list[str]]]:
-    """Yield (name, module, paths of its parameters) of every module with parameters.
+    """Yield (name, module, paths of its parameters without a delta) of every module with any.
 
     A MultiheadAttention reads the parameters of its inner modules itself: they count as its own.
     """
     attention: str | None = None
-    for name, module in model.named_modules():
-        if attention is not None and name.startswith(f"{attention}."):
+    seen: set[int] = set()
+    for name, module in outer_modules(model).items():
+        if id(module) in seen or (attention is not None and name.startswith(f"{attention}.")):
             continue
-        is_attention = adapted_class_of(module) is AdaptedAttention
+        seen.add(id(module))
+        adapted = module if isinstance(module, AdaptedLayer) else None
+        base = adapted.base if adapted else module
+        is_attention = adapted_class_of(base) is AdaptedAttention
         attention = name if is_attention else None
-        paths = [path for path, _ in module.named_parameters(recurse=is_attention)]
-        if paths:
-            yield name, module, paths
+        own = adapted.deltas_by_path() if adapted else {}
+        paths = [path for path, _ in base.named_parameters(recurse=is_attention)]
+        if untouched := [path for path in paths if path not in own]:
+            yield name, module, untouched
 
 
 def wrap_modules(
@@ -245,7 +258,7 @@ def wrap_modules(
     deltas: Mapping[str, Mapping[str, Delta]],
     dropouts: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:
-    """Freeze a model without adapters and wrap the modules that have deltas.
+    """Freeze a model, but for the adapters it has, and wrap the modules that have deltas.
 
     Args:
         model: any torch module.
@@ -257,7 +270,8 @@ def wrap_modules(
         UsageError: a delta that its layer cannot have, with both shapes or the reason. The model is
             then unchanged.
     """
-    _check_names(model, deltas)
+    present = adapted_layers(model)
+    _check_names(model, {*deltas, *present})
     by_module: dict[nn.Module, dict[str, Delta]] = {}
     for name, by_path in deltas.items():
         by_module.setdefault(model.get_submodule(name), {}).update(by_path)
@@ -270,7 +284,10 @@ def wrap_modules(
         except (ValueError, RuntimeError, IndexError) as error:
             raise UsageError(f"{name}: {error}") from None
         wrapped[base].train(base.training)
-    model.requires_grad_(False)
+    adapters = {id(p) for p in lora_layers(model)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:
+            parameter.requires_grad_(False)
     for layer in wrapped.values():
         layer.deltas.requires_grad_(True)
     for name in deltas:
@@ -318,92 +335,6 @@ def eject(model: nn.Module) -> list[str]:
             _replace_module(model, name, module.base)
             names.append(name)
     return names
-
-
-def merge(model: nn.Module) -> None:
-    """Replace every adapted weight by W', and keep the original for `unmerge`.
-
-    Raises:
-        UsageError: a layer that cannot be merged, named with the reason. Nothing is merged then.
-    """
-    fresh = {n: layer for n, layer in adapted_layers(model).items() if not layer.is_merged}
-    done: list[AdaptedLayer] = []
-    for name, layer in fresh.items():
-        try:
-            layer.merge()
-        except ValueError as error:
-            for earlier in done:
-                earlier.unmerge()
-            raise UsageError(f"{name}: {error}") from None
-        done.append(layer)
-
-
-def unmerge(model: nn.Module) -> None:
-    """Put every original weight back, bit for bit."""
-    for layer in adapted_layers(model).values():
-        layer.unmerge()
-
-
-@contextmanager
-def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Merge the model's adapters within a `with` block; layers merged before stay merged."""
-    fresh = [layer for layer in adapted_layers(model).values() if not layer.is_merged]
-    merge(model)
-    try:
-        yield model
-    finally:
-        for layer in fresh:
-            layer.unmerge()
-
-
-@contextmanager
-def unmerged(model: nn.Module) -> Iterator[nn.Module]:
-    """Unmerge within a `with` block; layers merged before are merged again after it."""
-    before = [layer for layer in adapted_layers(model).values() if layer.is_merged]
-    unmerge(model)
-    try:
-        yield model
-    finally:
-        for layer in before:
-            layer.merge()
-
-
-def set_strength(model: nn.Module, strength: float) -> None:
-    """Let every adapted layer compute with W + strength·(W' − W): 1 as trained, 0 as the base.
-
-    Merged layers are merged again.
-    """
-    with unmerged(model):
-        for layer in adapted_layers(model).values():
-            layer.strength = float(strength)
-
-
-def limit_norms(model: nn.Module, max_norm: float) -> int:
-    """Scale every ΔW down to a Frobenius norm of at most `max_norm`.
-
-    Max-norm regularisation, for a call after each optimiser step (kohya's scale_weight_norms).
-    Merged layers are merged again.
-
-    Returns:
-        The number of deltas scaled down.
-
-    Raises:
-        UsageError: a max_norm of 0 or below; a ΔW that cannot be scaled.
-    """
-    if not max_norm > 0:
-        raise UsageError(f"max_norm must be above 0, not {max_norm}")
-    count, deltas = 0, deltas_of(model)
-    with unmerged(model), torch.no_grad():
-        # all norms in one read: one wait for a GPU, not one a module
-        norms = torch.stack([delta.norm() for delta in deltas.values()]).tolist() if deltas else []
-        for (name, delta), norm in zip(deltas.items(), norms, strict=True):
-            if norm > max_norm:
-                try:
-                    delta.scale_by(max_norm / norm)
-                except ValueError as error:
-                    raise UsageError(f"{name}: {error}") from None
-                count += 1
-    return count
 
 
 def lora_layers(model: nn.Module) -> list[nn.Parameter]:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.inject import adapted_layers, deltas_of, unmerged, wrap_modules
+from sd_lora.adapters.inject import adapted_layers, deltas_of, wrap_modules
 from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.layers import AdaptedAttention
+from sd_lora.adapters.merging import unmerged
 from sd_lora.adapters.methods import Full, LoRA
 from sd_lora.adapters.variants import method_by_tensor_names
 from sd_lora.errors import UsageError
@@ -86,6 +87,11 @@ def deltas_from_state(state: Mapping[str, Tensor]) -> dict[str, Delta]:
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state.items():
         name, _, tensor_name = key.rpartition(".")
+        if tensor_name == "weight":
+            raise UsageError(
+                f"{key!r} is a key of a LoRA file and not of `lora_state_dict`: "
+                "sd_lora.load_adapter(model, path) reads files"
+            )
         grouped.setdefault(name, {})[tensor_name] = tensor
     return {name: make_delta(name, tensors) for name, tensors in grouped.items()}
 

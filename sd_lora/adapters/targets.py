@@ -7,13 +7,13 @@ with "+". Patterns of ranks and alphas are peft's: they match the end of a name 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from sd_lora.adapters.layer_classes import adapted_class_of, adapted_classes
 from sd_lora.adapters.layers import AdaptedLayer
-from sd_lora.adapters.variants import method_class
+from sd_lora.adapters.variants import check_rule, method_class
 from sd_lora.errors import UsageError, did_you_mean
 
 _ATTENTION = r"(.*\.)?to_(q|k|v|out\.0)"
@@ -46,11 +46,24 @@ embeddings. text: a CLIP text encoder's attention and MLP.
 
 @dataclass(frozen=True)
 class Target:
-    """One module to adapt: name, rank r and alpha α."""
+    """One module to adapt: name, rank r, alpha α, and its rule, if it has one of its own."""
 
     name: str
     rank: int
     alpha: float
+    rule: str | None = None
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → module, all names of a module too, without the insides of adapted layers."""
+    found: dict[str, nn.Module] = {}
+    inside: str | None = None  # start of the names inside the last adapted layer; they come next
+    for name, module in model.named_modules(remove_duplicate=False):
+        if inside is None or not name.startswith(inside):
+            found[name] = module
+            adapted = isinstance(module, AdaptedLayer)
+            inside = (f"{name}." if name else "") if adapted else None
+    return found
 
 
 def _compile(pattern: str, option: str) -> re.Pattern[str]:
@@ -70,11 +83,12 @@ def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora")
         method: a method's name; norms are targets for the method full alone.
 
     Raises:
-        UsageError: a target without a match, or with layers that the method cannot adapt.
+        UsageError: a target without a match, with layers that the method cannot adapt, or with
+            layers that have an adapter.
     """
-    items = targets.split("+") if isinstance(targets, str) else list(targets)
+    items = targets.split("+") if isinstance(targets, str) else _listed(targets)
     method_class(method)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = outer_modules(model)
     adaptable = {n for n, module in modules.items() if adapted_class_of(module, method) is not None}
     chosen: set[str] = set()
     for item in items:
@@ -82,10 +96,20 @@ def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora")
         found = [name for name in modules if name and pattern.fullmatch(name)]
         if not found:
             hint = "" if item in PRESETS else did_you_mean(item, PRESETS)
+            ends = sum(name.endswith(f".{item}") for name in modules)
+            if ends:
+                hint = f" {ends} names end so: r'.*\\.{re.escape(item)}'."
             raise UsageError(
                 f"target {item!r} matches no module of {type(model).__name__}.{hint} "
                 f"Presets: {', '.join(PRESETS)}; anything else is a "
                 "regular expression over whole module names, such as 'mid_block.*conv1'"
+            )
+        taken = [name for name in found if isinstance(modules[name], AdaptedLayer)]
+        if taken:
+            raise UsageError(
+                f"target {item!r}: {len(taken)} of its {len(found)} modules have adapters already, "
+                f"{taken[0]} the first: name the others alone, or eject first (and merge before "
+                "that, to keep the deltas in the weights)"
             )
         if adaptable.isdisjoint(found):
             classes = sorted({type(modules[name]).__name__ for name in found})
@@ -107,9 +131,22 @@ def select(model: nn.Module, targets: str | Iterable[str], method: str = "lora")
     return [name for name in modules if name in chosen]
 
 
-def match_names(
-    patterns: Mapping[str, float] | None, names: list[str], option: str
-) -> dict[str, float]:
+def _listed(targets: Iterable[str]) -> list[str]:
+    """Several targets as a list; raises UsageError for other objects than names."""
+    items = list(targets) if isinstance(targets, Iterable) else [targets]
+    for item in items:
+        if not isinstance(item, str):
+            raise UsageError(
+                f"targets are presets and patterns, and {type(item).__name__} is neither: its "
+                "options are arguments here (rank, alpha, …)"
+            )
+    return items
+
+
+_T = TypeVar("_T")
+
+
+def match_names(patterns: Mapping[str, _T] | None, names: list[str], option: str) -> dict[str, _T]:
     """Name → value of the first pattern that matches the name's end at a dot (peft's rule).
 
     Args:
@@ -120,7 +157,7 @@ def match_names(
     Raises:
         UsageError: a pattern without a match.
     """
-    values: dict[str, float] = {}
+    values: dict[str, _T] = {}
     for pattern, value in (patterns or {}).items():
         regex = _compile(rf"(?:.*\.)?(?:{pattern})", option)
         found = [name for name in names if regex.fullmatch(name)]
@@ -141,6 +178,7 @@ def plan(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     method: str = "lora",
+    rule_pattern: Mapping[str, str] | None = None,
 ) -> list[Target]:
     """The targets that `inject` would adapt, without any change of the model.
 
@@ -152,19 +190,18 @@ def plan(
             default `rank` and `alpha`. A conv_rank alone means α = conv_rank.
         rank_pattern, alpha_pattern: pattern → value, stronger than all of the above.
         method: a method's name; it decides which layers can be adapted.
+        rule_pattern: pattern → rule; other modules have none of their own.
 
     Raises:
-        UsageError: a pattern without a match, a rank below 1, an alpha of 0 or below, or a model
-            with adapters.
+        UsageError: a pattern without a match, a rank below 1, an alpha of 0 or below, an unknown
+            rule, or a module with an adapter.
     """
-    if any(isinstance(module, AdaptedLayer) for module in model.modules()):
-        raise UsageError(
-            f"this {type(model).__name__} has adapters already: eject them first (and merge before "
-            "that, to keep their deltas in the weights)"
-        )
     names = select(model, targets, method)
     ranks = match_names(rank_pattern, names, "rank_pattern")
     alphas = match_names(alpha_pattern, names, "alpha_pattern")
+    rules = match_names(rule_pattern, names, "rule_pattern")
+    for rule in rules.values():
+        check_rule(rule)
     default_conv_alpha = alpha if conv_alpha is None and conv_rank is None else conv_alpha
     planned, any_conv = [], False
     for name in names:
@@ -178,7 +215,7 @@ def plan(
         a = float(alphas.get(name, r if default is None else default))
         if not a > 0:
             raise UsageError(f"the alpha of {name} is {a:g}; it must be above 0")
-        planned.append(Target(name, r, a))
+        planned.append(Target(name, r, a, rules.get(name)))
     if not any_conv and (conv_rank is not None or conv_alpha is not None):
         raise UsageError(
             "conv_rank and conv_alpha are for convolutions larger than 1×1, and none is among the "

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sd_lora.adapters import methods as methods  # fills METHODS
 from sd_lora.adapters.deltas import METHODS, Delta
+from sd_lora.adapters.named_elsewhere import in_our_words
 from sd_lora.errors import UsageError, did_you_mean
 
 RULES = ("add", "decompose")
@@ -26,6 +27,10 @@ class Variant:
     rslora: True for s = α/√r.
     dropout, neuron_dropout, rank_dropout, module_dropout: probabilities in [0, 1), see `inject`.
     options: of the method, see its `create`.
+
+    Raises:
+        UsageError: an unknown method, rule or option (all unknown options at once), or a
+            probability out of range.
     """
 
     method: str = "lora"
@@ -39,12 +44,43 @@ class Variant:
 
     def __post_init__(self) -> None:
         method_class(self.method)
-        if self.rule not in RULES:
-            raise UsageError(f"rule must be {' or '.join(RULES)}, not {self.rule!r}")
+        check_rule(self.rule)
         for name in ("dropout", "neuron_dropout", "rank_dropout", "module_dropout"):
             p = getattr(self, name)
             if not 0 <= p < 1:
                 raise UsageError(f"{name} must be a probability in [0, 1), not {p}")
+        check_options(self.method, self.options)
+
+
+def check_rule(rule: str) -> None:
+    """Refuse a rule that is none of `RULES`, by a UsageError."""
+    if rule not in RULES:
+        raise UsageError(f"rule must be {' or '.join(RULES)} (DoRA), not {rule!r}")
+
+
+def check_options(method: str, options: Mapping[str, Any], others: Iterable[str] = ()) -> None:
+    """Refuse options that a method has not, all at once.
+
+    Args:
+        method: a method's name.
+        options: name → value.
+        others: further names that may have been meant.
+
+    Raises:
+        UsageError: an unknown option, with our name where another library calls it so.
+    """
+    arguments = inspect.signature(method_class(method).create).parameters.items()
+    known = [n for n, p in arguments if p.kind is p.KEYWORD_ONLY and n not in _SUPPLIED]
+    problems = []
+    for name, value in options.items():
+        if name not in known:
+            hint = did_you_mean(name, ({*known, *others} - {name}))
+            unknown = (
+                f"{method} has no option {name!r}.{hint} Its options: {', '.join(known) or 'none'}"
+            )
+            problems.append(in_our_words(name, value) or unknown)
+    if problems:
+        raise UsageError("\n".join(problems))
 
 
 def method_class(name: str) -> type["Delta"]:
@@ -81,21 +117,13 @@ def new_delta(
         reference: the weight before quantisation, for the init "loftq".
 
     Raises:
-        UsageError: an unknown option of the method.
         ValueError: an option or rule that this weight cannot follow, with the reason.
     """
     cls = method_class(variant.method)
-    known = inspect.signature(cls.create).parameters
-    names = [n for n, p in known.items() if p.kind is p.KEYWORD_ONLY and n not in _SUPPLIED]
-    for name in variant.options:
-        if name not in names:
-            raise UsageError(
-                f"{variant.method} has no option {name!r}.{did_you_mean(name, names)} "
-                f"Its options: {', '.join(names) or 'none'}"
-            )
     root = math.sqrt(rank) if variant.rslora else 1.0
     alpha = float(rank if alpha is None else alpha) * root  # every reader's α/r is then α/√r
     supplied = {"weight": weight, "reference": reference, "scale": alpha / rank}
+    known = inspect.signature(cls.create).parameters
     options = dict(variant.options) | {name: supplied[name] for name in _SUPPLIED if name in known}
     tensors = cls.create(tuple(weight.shape), rank, generator, **options)
     dtype = torch.promote_types(torch.float32, weight.dtype)

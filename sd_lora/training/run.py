@@ -11,7 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from sd_lora.adapters.inject import limit_norms, lora_layers
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.adapters.merging import limit_norms
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents

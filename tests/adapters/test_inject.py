@@ -1,6 +1,7 @@
 """inject, eject, merge, targets and patterns, biases and whole modules, refusals."""
 
 import copy
+import inspect
 from collections.abc import Callable
 
 import loralib
@@ -274,6 +275,11 @@ def test_initial_factors_depend_on_seed_and_name_only() -> None:
         ({"method": "lroa"}, "unknown method 'lroa'.*Did you mean lora"),
         ({"method": "dora"}, "unknown method 'dora'.*For DoRA, use"),
         ({"rule": "decomposed"}, "rule must be add or decompose"),
+        ({"rule_pattern": {"to_q": "dora"}}, r"rule must be add or decompose \(DoRA\), not 'dora'"),
+        ({"rule_pattern": {"to_u": "add"}}, "rule_pattern 'to_u' matches none"),
+        ({"rnak": 8}, "lora has no option 'rnak'. Did you mean rank"),
+        ({"targets": ["to_q"]}, r"matches no module.* 14 names end so: r'\.\*\\\.to_q'"),
+        ({"targets": peft.LoraConfig()}, "targets are presets and patterns, and LoraConfig is"),
         ({"tuckr": True}, "lora has no option 'tuckr'.*Did you mean tucker"),
         ({"method": "lokr", "factr": 4}, "lokr has no option 'factr'.*Did you mean factor"),
         ({"weight": torch.zeros(1)}, "lora has no option 'weight'"),
@@ -299,12 +305,73 @@ def test_bad_requests_name_themselves(options: dict, message: str) -> None:
     assert all(p.requires_grad for p in unet.parameters())
 
 
-def test_injecting_twice_is_refused() -> None:
-    """A second inject would stack adapters; it says what to do instead."""
-    unet = build_unet()
-    sd_lora.inject(unet)
-    with pytest.raises(sd_lora.UsageError, match="has adapters already"):
-        sd_lora.inject(unet)
+TOLD = {
+    "r": 2,
+    "lora_alpha": 3,
+    "target_modules": ["first", "bias.0"],
+    "lora_dropout": 0.1,
+    "init_lora_weights": "gaussian",
+    "bias": "all",
+    "use_dora": True,
+    "use_rslora": True,
+    "use_effective_conv2d": True,
+    "network_dropout": 0.1,
+    "algo": "locon",
+    "rs_lora": False,
+    "decompose_factor": 2,
+    "lokr_full_matrix": True,
+    "lokr_decompose_both": True,
+    "conv_dim": 2,
+    "preset": "conv",
+    "fan_in_fan_out": False,
+}
+"""Another library's option → a value of it."""
+
+
+class Few(nn.Module):
+    """Names that end alike: `first`, `pre_first`, `bias.0` and `biasx0`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(4, 4)
+        self.pre_first = nn.Linear(4, 4)
+        self.bias = nn.Sequential(nn.Linear(4, 4))
+        self.biasx0 = nn.Linear(4, 4)
+        self.inner = nn.ModuleDict({"first": nn.Linear(4, 4)})
+
+
+def test_options_of_other_libraries_are_told_by_our_names() -> None:
+    """One error has them all, and what it says are arguments of inject. With those for peft's
+    configuration the same modules are adapted, at the same scale and by the same rule."""
+    with pytest.raises(sd_lora.UsageError) as refusal:
+        sd_lora.inject(Few(), **TOLD)
+    lines = str(refusal.value).splitlines()
+    said = {
+        line.partition("=")[0]: line.partition(" is ")[2].removesuffix(" here") for line in lines
+    }
+    assert said.keys() == TOLD.keys()
+    kept = {name for name, text in said.items() if text.endswith("leave it out")}
+    assert kept == {"rs_lora", "fan_in_fan_out"}
+    ours = {name: eval(f"dict({text})") for name, text in said.items() if name not in kept}
+    arguments = inspect.signature(sd_lora.inject).parameters.keys()
+    options = {"tucker", "factor", "full_matrix", "decompose_both"}
+    assert all(given.keys() <= arguments | options for given in ours.values())
+    names = ("r", "lora_alpha", "target_modules", "use_dora", "use_rslora")
+    theirs = peft.get_peft_model(Few(), peft.LoraConfig(**{name: TOLD[name] for name in names}))
+    model, options = Few(), {}
+    for name in names:
+        options |= ours[name]
+    adapted = sd_lora.inject(model, **options)
+    layers = {
+        name.removeprefix("base_model.model."): layer
+        for name, layer in theirs.named_modules()
+        if isinstance(layer, peft.tuners.lora.LoraLayer)
+    }
+    assert {*adapted} == layers.keys() == {"first", "inner.first", "bias.0"}
+    for name, layer in adapted_layers(model).items():
+        assert layer.delta.scale == pytest.approx(layers[name].scaling["default"])
+        assert layer.delta.magnitude is not None
 
 
 def linear(n: int, m: int, **more: object) -> nn.Module:

@@ -1,0 +1,97 @@
+"""Operations on all adapters of a model: merging, strength, bounds of norms."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sd_lora.adapters.inject import adapted_layers, deltas_of
+from sd_lora.adapters.layers import AdaptedLayer
+from sd_lora.errors import UsageError
+
+
+def merge(model: nn.Module) -> None:
+    """Replace every adapted weight by W', and keep the original for `unmerge`.
+
+    Raises:
+        UsageError: a layer that cannot be merged, named with the reason. Nothing is merged then.
+    """
+    fresh = {n: layer for n, layer in adapted_layers(model).items() if not layer.is_merged}
+    done: list[AdaptedLayer] = []
+    for name, layer in fresh.items():
+        try:
+            layer.merge()
+        except ValueError as error:
+            for earlier in done:
+                earlier.unmerge()
+            raise UsageError(f"{name}: {error}") from None
+        done.append(layer)
+
+
+def unmerge(model: nn.Module) -> None:
+    """Put every original weight back, bit for bit."""
+    for layer in adapted_layers(model).values():
+        layer.unmerge()
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[nn.Module]:
+    """Merge the model's adapters within a `with` block; layers merged before stay merged."""
+    fresh = [layer for layer in adapted_layers(model).values() if not layer.is_merged]
+    merge(model)
+    try:
+        yield model
+    finally:
+        for layer in fresh:
+            layer.unmerge()
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[nn.Module]:
+    """Unmerge within a `with` block; layers merged before are merged again after it."""
+    before = [layer for layer in adapted_layers(model).values() if layer.is_merged]
+    unmerge(model)
+    try:
+        yield model
+    finally:
+        for layer in before:
+            layer.merge()
+
+
+def set_strength(model: nn.Module, strength: float) -> None:
+    """Let every adapted layer compute with W + strength·(W' − W): 1 as trained, 0 as the base.
+
+    Merged layers are merged again.
+    """
+    with unmerged(model):
+        for layer in adapted_layers(model).values():
+            layer.strength = float(strength)
+
+
+def limit_norms(model: nn.Module, max_norm: float) -> int:
+    """Scale every ΔW down to a Frobenius norm of at most `max_norm`.
+
+    Max-norm regularisation, for a call after each optimiser step (kohya's scale_weight_norms).
+    Merged layers are merged again.
+
+    Returns:
+        The number of deltas scaled down.
+
+    Raises:
+        UsageError: a max_norm of 0 or below; a ΔW that cannot be scaled.
+    """
+    if not max_norm > 0:
+        raise UsageError(f"max_norm must be above 0, not {max_norm}")
+    count, deltas = 0, deltas_of(model)
+    with unmerged(model), torch.no_grad():
+        # all norms in one read: one wait for a GPU, not one a module
+        norms = torch.stack([delta.norm() for delta in deltas.values()]).tolist() if deltas else []
+        for (name, delta), norm in zip(deltas.items(), norms, strict=True):
+            if norm > max_norm:
+                try:
+                    delta.scale_by(max_norm / norm)
+                except ValueError as error:
+                    raise UsageError(f"{name}: {error}") from None
+                count += 1
+    return count
