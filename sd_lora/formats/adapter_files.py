@@ -241,26 +241,41 @@ def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
     Args:
         path: the file or folder.
         models: component → model; the names of other models can be read with the model at hand
-            only, and peft's whole modules need its weights.
+            only, and peft's whole modules need its weights. A model by itself ("") can be any
+            component of the file.
 
     Raises:
         UsageError: not an adapter of a known format, with the key that shows it.
     """
     path = find_file(path)
-    if peft.is_folder(path):
-        if len(models) != 1:
-            raise UsageError(f"{path} is a peft folder, for one model: {', '.join(models)} given")
+    if len(models) == 1:
         ((component, model),) = models.items()
-        tensors = dict(TensorFile(peft.weights_of(path)))
-        deltas = peft.read(tensors, peft.read_config(path), model)
-        return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
+        deltas = _deltas_by_live_names(path, model)
+        if deltas is not None:
+            return {component: {canonical_name(component, n): d for n, d in deltas.items()}}
+    elif peft.is_folder(path):
+        raise UsageError(f"{path} is a peft folder, for one model: {', '.join(models)} given")
     if "" in models:
-        tensors = dict(TensorFile(path))
-        if tensors and not all(key.startswith(f"{ALONE}_") for key in tensors):
-            return {"": deltas_from_state(tensors)}  # what safetensors wrote of `lora_state_dict`
+        models = dict.fromkeys((*_COMPONENTS, ""), models[""])
     lora = open_lora(path, layout_of(models), partial(_live_stems, models))
     lora.check()
     return lora.adapter
+
+
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def _deltas_by_live_names(path: Path, model: nn.Module) -> dict[str, Delta] | None:
+    """Delta name → delta, of a peft folder or a file of `lora_state_dict`; None for other files."""
+    if peft.is_folder(path):
+        tensors = dict(TensorFile(peft.weights_of(path)))
+        return peft.read(tensors, peft.read_config(path), model)
+    file, children = TensorFile(path), {name for name, _ in model.named_children()}
+    # LoRA files have a component's or kohya's name in front, or `.weight` at the end
+    named = any(key.partition(".")[0] in children for key in file)
+    if not named or any(key.endswith(".weight") for key in file):
+        return None
+    return deltas_from_state(dict(file))
 
 
 def _live_stems(models: Mapping[str, nn.Module], stems: set[str]) -> dict[str, tuple[str, str]]:
@@ -284,7 +299,7 @@ def load_adapter(
 
     Args:
         models: component ("unet", "text_encoder", "text_encoder_2") → model without adapters, or
-            one model of any kind, whose component is "".
+            one model of any kind, whose component is "": a UNet, a text encoder, your own.
         path: a LoRA file in anybody's format (see docs/files.md), a folder with one, a folder of
             `PeftModel.save_pretrained`, or, for one model, the file of its `lora_state_dict`.
 
@@ -293,17 +308,23 @@ def load_adapter(
             shapes. The models are unchanged then.
     """
     models = {"": models} if isinstance(models, nn.Module) else models
+    if not isinstance(models, Mapping):
+        raise UsageError(
+            f"load_adapter takes a model, or component → model, and no {type(models).__name__}: as "
+            'in load_adapter({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, path)'
+        )
     adapter = read_adapter(Path(path), models)
     try:
-        live = {component: _live(component, models, adapter) for component in adapter}
+        targets = _targets(models, adapter)
+        live = {component: _live(component, targets, adapter) for component in adapter}
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     trainable = [p for model in models.values() for p in model.parameters() if p.requires_grad]
     done = []
     try:
         for component, deltas in live.items():
-            attach_deltas(models[component], deltas)
-            done.append(models[component])
+            attach_deltas(targets[component], deltas)
+            done.append(targets[component])
     except UsageError as error:
         for model in done:
             eject(model)
@@ -311,16 +332,33 @@ def load_adapter(
             parameter.requires_grad_(True)
         where = f"{path}: {component}" if component else str(path)
         raise UsageError(f"{where}: {error}") from None
-    return {component: list(deltas) for component, deltas in live.items()}
+    return {"" if "" in models else c: list(deltas) for c, deltas in live.items()}
+
+
+def _targets(models: Mapping[str, nn.Module], adapter: Adapter) -> Mapping[str, nn.Module]:
+    """Component of the file → model; a model by itself is the file's only component."""
+    if "" not in models:
+        return models
+    if len(adapter) > 1:
+        given = ", ".join(f'"{component}": …' for component in adapter)
+        raise UsageError(
+            f"the file adapts {' and '.join(adapter)}, and one model was given: "
+            f"load_adapter({{{given}}}, path)"
+        )
+    return dict.fromkeys(adapter, models[""])
 
 
 def _live(component: str, models: Mapping[str, nn.Module], adapter: Adapter) -> dict[str, Delta]:
     """Live delta name → delta, in the model's order."""
     if component not in models:
         raise UsageError(f"the file adapts {component}, which was not given: {', '.join(models)}")
-    names = live_names(component, models[component])
+    model = models[component]
+    names = live_names(component, model)
     modules: Modules = adapter[component]
     for name in modules:
         if name not in names:
-            raise UsageError(f"the file adapts {name}, which the {component or 'model'} has not")
+            raise UsageError(
+                f"the file adapts {name}, which the {component or 'model'} has not "
+                f"(a {type(model).__name__} was given)"
+            )
     return {live: modules[n] for n, live in names.items() if n in modules}

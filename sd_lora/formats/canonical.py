@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sd_lora.adapters.deltas import METHODS, Delta
-from sd_lora.adapters.inject import deltas_of
+from sd_lora.adapters.inject import adapted_layers, delta_name, deltas_of
+from sd_lora.adapters.merging import unmerged
 from sd_lora.errors import RunError, UsageError
 
 Modules = Mapping[str, Delta]
@@ -91,20 +92,40 @@ def live_names(component: str, model: nn.Module) -> dict[str, str]:
 def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
     """The adapter of injected `models` (component → model), on the CPU.
 
+    A component with both rules gets magnitudes everywhere, see `_with_magnitudes`.
+
     Raises:
         UsageError: no model has an adapter.
     """
     adapter = {}
     for component, model in models.items():
-        found = deltas_of(model)
+        found = {name: copy.deepcopy(delta).to("cpu") for name, delta in deltas_of(model).items()}
         if found:
-            adapter[component] = {
-                canonical_name(component, name): copy.deepcopy(delta).to("cpu")
-                for name, delta in found.items()
-            }
+            _with_magnitudes(model, found)
+            adapter[component] = {canonical_name(component, n): d for n, d in found.items()}
     if not adapter:
         raise UsageError(f"no adapter in {', '.join(models)}: call sd_lora.inject first")
     return adapter
+
+
+def _with_magnitudes(model: nn.Module, deltas: dict[str, Delta]) -> None:
+    """Decompose each delta B·A of a model where others are decomposed: with m = ‖W + ΔW‖, m an
+    output, W' stays as it is.
+
+    diffusers and peft read one rule for a whole component. Deltas of other forms, for which they
+    have no form either, and those of weights without values stay as they are.
+    """
+    decomposed = {delta.magnitude is not None for delta in deltas.values()}
+    if decomposed == {True, False} and all(
+        len(delta.shape) > 1 and plain(delta) is not None and delta.quantization_residual is None
+        for delta in deltas.values()
+    ):
+        with unmerged(model):
+            for name, layer in adapted_layers(model).items():
+                for path in layer.deltas_by_path():
+                    W, delta = layer.weight_of(layer.base, path), deltas[delta_name(name, path)]
+                    if delta.magnitude is None and not W.is_meta:
+                        delta.init_magnitude(W.to("cpu"))
 
 
 def plain(delta: Delta) -> tuple[Tensor, Tensor, float] | None:
@@ -124,9 +145,13 @@ def file_rank(delta: Delta) -> int | None:
 
 
 def is_plain(adapter: Adapter, decomposed: bool = False) -> bool:
-    """Whether every delta is B·A (or, if asked, B·A with a magnitude an output)."""
-    for _, _, delta in each(adapter):
+    """Whether every delta is B·A (or, if asked, B·A with a magnitude an output, where all deltas
+    of a component have one or none has)."""
+    rules: dict[str, bool] = {}
+    for component, _, delta in each(adapter):
         magnitude = delta.magnitude
+        if rules.setdefault(component, magnitude is None) != (magnitude is None):
+            return False
         if plain(delta) is None or not (magnitude is None or decomposed):
             return False
         if magnitude is not None and magnitude.shape[0] != delta.shape[0]:

@@ -117,11 +117,20 @@ def format_for(adapter: Adapter, to: str | None) -> Format:
 
 def _inexpressible(adapter: Adapter, to: str) -> str:
     kinds: dict[str, int] = {}
-    for _, _, delta in each(adapter):
+    rules: dict[str, set[bool]] = {}
+    for component, _, delta in each(adapter):
+        rules.setdefault(component, set()).add(delta.magnitude is not None)
         kind = "DoRA" if delta.magnitude is not None else delta.method
         kind = "bias or norm" if len(delta.shape) == 1 else kind
         if kind not in ("lora", "lora_fa") and not (kind == "DoRA" and to == "diffusers"):
             kinds[kind] = kinds.get(kind, 0) + 1
+    mixed = [component for component, found in rules.items() if len(found) > 1]
+    if not kinds and mixed:
+        return (
+            f"diffusers' readers take all of {mixed[0]} as DoRA or none of it, and the file has "
+            "both: --to lycoris keeps every tensor, --rank N and --model MODEL write the nearest "
+            "plain LoRA"
+        )
     if not kinds:
         return f"{to}'s readers take no text encoder of which so little is adapted: --to kohya"
     what = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))

@@ -90,6 +90,10 @@ def _diffusers_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     lost_m = [k for k in keys if k.startswith("text_enc") and k.endswith("lora_magnitude_vector")]
     if lost_m:
         yield f"resets {len(lost_m)} magnitudes of the text encoder (keys without `.weight`)"
+    for component, kinds_of in lora.places.items():
+        plain = sum(diffusers.FLAT not in kinds for kinds in kinds_of.values())
+        if 0 < plain < len(kinds_of):
+            yield f"leaves {plain} magnitudes of the {component} without a value: others have one"
     for component, modules in lora.adapter.items():
         new_names = any(key.startswith(f"{component}.") and ".lora_A." in key for key in keys)
         if component != "unet" and new_names and not diffusers.has_attention(modules):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import peft
@@ -18,7 +19,11 @@ from sd_lora.adapters.inject import adapted_layers
 from sd_lora.formats import adapter_files as files
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
+from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.output import format_for
+from sd_lora.formats.programs import readers
 from sd_lora.models.load import Parts, load_parts
+from tests.adapters.layers import randomise_model
 from tests.formats.trained import MIXED
 from tests.tiny import pipeline_of
 
@@ -102,6 +107,132 @@ def test_reading_back_is_the_identity(tiny_sd1: Path, tmp_path: Path) -> None:
             for name, delta in modules.items():
                 loaded = again[component][name].weight()
                 torch.testing.assert_close(loaded, delta.weight(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+@pytest.mark.parametrize("method", ["lora", "loha"])
+def test_a_model_by_itself_takes_our_files(
+    component: str, method: str, tiny_sd1: Path, tmp_path: Path
+) -> None:
+    """`load_adapter(unet, file)`: every file that `save_adapter` writes of one component, and the
+    state of the model, load into that model given alone as by its name, the same ΔW to 1e-6."""
+    parts = load_parts(str(tiny_sd1))
+    model = parts.models[component]
+    targets = "attention+conv" if component == "unet" else "text"
+    sd_lora.inject(model, targets, rank=2, alpha=3.0, method=method)
+    randomise_model(model)
+    paths = sd_lora.save_adapter({component: model}, tmp_path)
+    assert len(paths) == (2 if method == "lora" else 1)
+    state = tmp_path / "state.safetensors"
+    save_file(sd_lora.lora_state_dict(model), state)
+    want = sd_lora.deltas_of(model)
+    for path in (*paths, state):
+        for alone in (True, False):
+            bare = load_parts(str(tiny_sd1)).models[component]
+            names = sd_lora.load_adapter(bare if alone else {component: bare}, path)
+            assert names == {"" if alone else component: [*want]}
+            for name, delta in sd_lora.deltas_of(bare).items():
+                torch.testing.assert_close(
+                    delta.weight(), want[name].weight(), rtol=1e-6, atol=1e-7
+                )
+
+
+def test_what_a_model_by_itself_cannot_take(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A file for two components, another model, a pipeline, and a file's tensors given for a
+    state: each is told with the call that is right, and the models stay bare."""
+    path, _ = sd_lora.save_adapter(models(trained_parts(tiny_sd1)), tmp_path)
+    bare = load_parts(str(tiny_sd1))
+    encoder = bare.text_encoders["text_encoder"]
+    only_unet = {k: t for k, t in load_file(path).items() if k.startswith("unet")}
+    save_file(only_unet, tmp_path / "unet.safetensors")
+    call = r'load_adapter\({"text_encoder": …, "unet": …}, path\)'
+    for given, name, message in (
+        (bare.unet, path.name, f"adapts text_encoder and unet, and one model was given: {call}"),
+        (encoder, "unet.safetensors", r"which the unet has not \(a CLIPTextModel was given\)"),
+        (pipeline_of(bare), path.name, "no StableDiffusionPipeline: as in load_adapter"),
+    ):
+        with pytest.raises(sd_lora.UsageError, match=message):
+            sd_lora.load_adapter(given, tmp_path / name)
+    with pytest.raises(sd_lora.UsageError, match=r"sd_lora.load_adapter\(model, path\) reads"):
+        sd_lora.load_lora_state_dict(bare.unet, only_unet)
+    assert not adapted_layers(bare.unet)
+    assert not adapted_layers(encoder)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_rules_by_module_are_exact_in_diffusers(
+    merged: bool, tiny_sd1: Path, tmp_path: Path
+) -> None:
+    """DoRA on convolutions beside plain LoRA on attention: diffusers makes DoRA of a whole
+    component, so the plain ones are written with m = ‖W + ΔW‖, row by row. Its loader, ours, and
+    the injected model compute the same W', also where the file is written while merged."""
+    parts = load_parts(str(tiny_sd1))
+    sd_lora.inject(
+        parts.unet, "attention+conv", rank=2, alpha=3.0, rule_pattern={r"conv\w*": "decompose"}
+    )
+    randomise_model(parts.unet)
+    want = {name: layer.effective_weight() for name, layer in adapted_layers(parts.unet).items()}
+    plain = {n: d.weight() for n, d in sd_lora.deltas_of(parts.unet).items() if d.magnitude is None}
+    assert 0 < len(plain) < len(want)
+    if merged:
+        sd_lora.merge(parts.unet)
+    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    assert path.name == files.DIFFUSERS.end
+    assert sum(d.magnitude is None for d in sd_lora.deltas_of(parts.unet).values()) == len(plain)
+    tensors, bare = load_file(path), load_parts(str(tiny_sd1))
+    base = dict(bare.unet.named_modules())
+    for name, dW in plain.items():
+        m = tensors[f"unet.{name}.lora_magnitude_vector.weight"]
+        V = base[name].weight + dW
+        torch.testing.assert_close(m.flatten(), V.flatten(1).norm(dim=1))
+    kind = verify.verify(path, read_models({"unet": parts.unet}), parts.meta_pipeline)
+    assert kind.modules == len(want)
+    pipeline = pipeline_of(load_parts(str(tiny_sd1)))
+    pipeline.load_lora_weights(path)
+    pipeline.fuse_lora()
+    sd_lora.load_adapter(bare.unet, path)
+    for name, W in want.items():
+        ours = bare.unet.get_submodule(name).effective_weight()
+        torch.testing.assert_close(ours, W, rtol=1e-5, atol=1e-6)
+        theirs = pipeline.unet.get_submodule(name).base_layer.weight
+        torch.testing.assert_close(theirs, W, rtol=1e-5, atol=1e-6)
+
+
+def test_files_of_both_rules_are_told(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A file of diffusers' keys with a magnitude in some modules only: its loader leaves the
+    others' without a value, as `inspect` says and `verify` finds; such a file is not written, and
+    the remedy is named."""
+    parts = load_parts(str(tiny_sd1))
+    sd_lora.inject(parts.unet, "attention", rank=2, rule="decompose")
+    randomise_model(parts.unet)
+    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    gone = re.compile(r".*(to_q|to_k)\.lora_magnitude_vector.*")
+    tensors = {key: t for key, t in load_file(path).items() if not gone.fullmatch(key)}
+    save_file(tensors, path)
+    lora = open_lora(path)
+    line = readers(lora, parts.family)["diffusers"]
+    assert line == "leaves 28 magnitudes of the unet without a value: others have one"
+    assert len(lora.adapter["unet"]) == 56
+    with pytest.raises(sd_lora.RunError, match="unet .*to_[qk] was left without a value"):
+        verify.verify_file(path, parts.meta_pipeline)
+    with pytest.raises(sd_lora.UsageError, match="take all of unet as DoRA or none of it"):
+        format_for(lora.adapter, "diffusers")
+    assert format_for(lora.adapter, None) is files.LYCORIS
+
+
+def test_rules_by_module_of_other_methods(tiny_sd1: Path, tmp_path: Path) -> None:
+    """LoHa with and without magnitudes: LyCORIS' file has a rule for each module, and reads back
+    with it."""
+    parts, bare = load_parts(str(tiny_sd1)), load_parts(str(tiny_sd1))
+    pattern = {r"conv\w*": "decompose"}
+    sd_lora.inject(parts.unet, "attention+conv", rank=2, method="loha", rule_pattern=pattern)
+    randomise_model(parts.unet)
+    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    sd_lora.load_adapter(bare.unet, path)
+    want, got = sd_lora.lora_state_dict(parts.unet), sd_lora.lora_state_dict(bare.unet)
+    assert got.keys() == want.keys()
+    assert any(key.endswith(".magnitude") for key in want)
+    assert all(torch.equal(got[key], want[key]) for key in want)
 
 
 def test_kohya_names_and_metadata(tiny_sd1: Path, tmp_path: Path) -> None:
