@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from sd_lora.formats.family_of_file import family_by_tensors
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.merge import check_weights
 from sd_lora.formats.output import DTYPES, Progress, silently
+from sd_lora.models.checkpoint_file import DESCRIPTION, CheckpointFile
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
 
@@ -105,21 +107,38 @@ class _Baker:
 
     def write(self, name: str, path: Path) -> None:
         tensors = self.base.files[name]
-        specs = {key: self._spec(tensors.spec(key)) for key in tensors}
-        stream = ((key, self._tensor(name, key, specs[key][0])) for key in tensors)
+        specs = {key: self._spec(tensors, key) for key in tensors}
         header = {k: v for k, v in tensors.header.items() if k != "modelspec.hash_sha256"}
-        write_tensors(path, specs, stream, {"format": "pt"} | header)
+        if self.dtype == "keep":
+            specs |= {key: tensors.spec(key) for key in tensors.beside}
+        else:  # plain numbers need no scales
+            header.pop(DESCRIPTION, None)
+        stream = (pair for key in tensors for pair in self._tensors(name, key, specs[key][0]))
+        rest = specs.keys() - {*tensors} - {*tensors.scale_keys.values()}
+        stored = ((key, tensors.stored(key)) for key in sorted(rest))
+        write_tensors(path, specs, chain(stream, stored), {"format": "pt"} | header)
 
-    def _spec(self, spec: Spec) -> Spec:
-        dtype, shape = spec
-        cast = self.dtype != "keep" and dtype.is_floating_point
-        return (DTYPES[self.dtype] if cast else dtype), shape
+    def _spec(self, tensors: CheckpointFile, key: str) -> Spec:
+        dtype, shape = tensors.spec(key)
+        number = dtype.is_floating_point or key in tensors.scale_keys
+        return (DTYPES[self.dtype] if number and self.dtype != "keep" else dtype), shape
 
     @torch.no_grad()
-    def _tensor(self, name: str, key: str, dtype: torch.dtype) -> Tensor:
+    def _tensors(self, name: str, key: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Yield a key's tensor, and its scale if there is one to keep."""
         next(self.bar, None)
-        tensor = self.base.files[name][key]
+        tensors = self.base.files[name]
         slots = [s for s in self.base.slots(name, key) if self._updates(s)]
+        if self.dtype != "keep" or key not in tensors.scale_keys:
+            yield key, self._tensor(name, key, dtype, slots)
+        elif slots:
+            yield from tensors.rescaled(key, self._tensor(name, key, torch.float32, slots))
+        else:
+            yield from ((k, tensors.stored(k)) for k in (key, tensors.scale_keys[key]))
+
+    def _tensor(self, name: str, key: str, dtype: torch.dtype, slots: Sequence[Slot]) -> Tensor:
+        """The tensor with all deltas of its slots."""
+        tensor = self.base.files[name][key]
         if slots:
             wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
             tensor = tensor.to(wide, copy=True)

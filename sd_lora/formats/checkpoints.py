@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError
-from sd_lora.files import PICKLES, TensorFile
+from sd_lora.files import PICKLES
 from sd_lora.formats.canonical import canonical_name
+from sd_lora.models.checkpoint_file import CheckpointFile
 from sd_lora.models.families import FAMILIES, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_from_original
@@ -71,16 +72,16 @@ class Checkpoint:
             self.meta_pipeline = MetaPipeline.of_family(_family_of(path, self.files[path.name]))
 
     @cached_property
-    def files(self) -> dict[str, TensorFile]:
+    def files(self) -> dict[str, CheckpointFile]:
         if not self.path.is_dir():
-            return {self.path.name: TensorFile(self.path)}
+            return {self.path.name: CheckpointFile(self.path)}
         files = {}
         for component in self.family.components:
             weights, index = weight_files(self.path / component, self.variant)
             self.indexes |= {str(index.relative_to(self.path))} if index else set()
             for file in weights:
                 name = str(file.relative_to(self.path))
-                files[name] = TensorFile(file)
+                files[name] = CheckpointFile(file)
                 self._components[name] = component
         return files
 
@@ -129,6 +130,11 @@ class Checkpoint:
             raise UsageError(f"{self.path} has no {component} {name}")
         file, key, slot = self.places[component, name]
         return slot.view(self.files[file][key])
+
+    def rounding(self, component: str, name: str) -> Tensor:
+        """Half the distance of the stored dtype's numbers at each value of `weight`."""
+        file, key, slot = self.places[component, name]
+        return slot.view(self.files[file].rounding(key))
 
     def shape(self, component: str, name: str) -> tuple[int, ...]:
         """The shape of `weight`, without reading it. Raises UsageError like `weight`."""
@@ -189,7 +195,7 @@ _OUTSIDE = (
 )
 
 
-def _family_of(path: Path, tensors: TensorFile) -> Family:
+def _family_of(path: Path, tensors: CheckpointFile) -> Family:
     """The family of a single file: by the width of the text that its UNet attends to, or, for an
     unpublished width, by its text encoders.
     """

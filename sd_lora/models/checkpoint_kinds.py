@@ -9,7 +9,8 @@ from types import SimpleNamespace
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from sd_lora.errors import UsageError
-from sd_lora.files import PARSER_ERRORS, PICKLES, Shape, TensorFile
+from sd_lora.files import PARSER_ERRORS, PICKLES, Shape
+from sd_lora.models.checkpoint_file import CheckpointFile
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 SD2_TEXT, SDXL_TEXT_2 = "cond_stage_model.model.", "conditioner.embedders.1.model."
@@ -69,12 +70,12 @@ _UNET_MODULES = {
 _INPUT_CHANNELS = {5: "a depth", 7: "an upscaling", 8: "an InstructPix2Pix"}
 
 
-def open_checkpoint(path: Path) -> TensorFile:
-    """Open a checkpoint; raise UsageError for another file name, and as `TensorFile` does."""
+def open_checkpoint(path: Path) -> CheckpointFile:
+    """Open a checkpoint; raise UsageError for another file name, and as `CheckpointFile` does."""
     if os.path.isfile(path) and path.suffix not in (".safetensors", *PICKLES):
         ends = ", ".join((".safetensors", *PICKLES))
         raise UsageError(f"{path} is no checkpoint by its name, which must end in one of {ends}")
-    return TensorFile(path)
+    return CheckpointFile(path)
 
 
 def name_other_model(shapes: Mapping[str, Shape]) -> str | None:

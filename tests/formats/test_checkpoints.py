@@ -643,6 +643,9 @@ class Counted(Mapping[str, Tensor]):
         self.file, self.alive, self.header, self.spec = file, alive, file.header, file.spec
         self.total = self.most = 0
 
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.file, name)
+
     def __getitem__(self, key: str) -> Tensor:
         tensor = self.file[key].clone()
         before = [ref for ref in self.alive if not ref.expired()]

@@ -418,15 +418,14 @@ def test_missing_tensors_of_open_clip(tmp_path: Path) -> None:
     ("part", "key"),
     [
         ("unet", f"{UNET}time_embed.cond_proj.weight"),
-        ("unet", f"{UNET}scaled_fp8"),
-        ("unet", f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_q.scale_weight"),
+        ("unet", f"{UNET}input_blocks.1.1.transformer_blocks.0.attn1.to_r.scale_weight"),
         ("vae", "first_stage_model.encoder.mid.attn_2.q.weight"),
         ("text_encoder", "cond_stage_model.transformer.text_model.encoder.layers.1.adapter.weight"),
     ],
 )
 def test_tensors_too_many(part: str, key: str, tmp_path: Path) -> None:
-    """A foreign tensor among a part's is an error that names it: distilled guidance, scales of
-    eight-bit weights, adapters. To leave it out would make another model."""
+    """A foreign tensor among a part's is an error that names it: distilled guidance, a scale of no
+    weight, adapters. To leave it out would make another model."""
 
     def change(tensors: dict[str, Tensor]) -> None:
         tensors[key] = torch.zeros(4)
