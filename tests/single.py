@@ -36,10 +36,23 @@ POOLED = 64
 """Width of the second text encoder's projection, which the refiner's UNet attends to, too."""
 
 
-def build_single_unet(family: str, in_channels: int = 4) -> UNet2DConditionModel:
+CUT_DOWN: dict[str, dict[str, Any]] = {
+    "small": {"mid_block_type": None},
+    "ssd": {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": (1, (1, 2)),
+        "reverse_transformer_layers_per_block": ((2, 1, 1), 1),
+    },
+}
+"""UNets without parts of the published ones: small-sd, BK-SDM and KOALA have no middle; SSD-1B and
+Segmind-Vega have no attention in it, and depths of their own on either side."""
+
+
+def build_single_unet(family: str, kind: str = "") -> UNet2DConditionModel:
     config: dict[str, Any] = {
         "sample_size": 64,
-        "in_channels": in_channels,
+        "in_channels": 9 if kind == "inpainting" else 4,
         "block_out_channels": (32, 64),
         "layers_per_block": 1,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -81,7 +94,7 @@ def build_single_unet(family: str, in_channels: int = 4) -> UNet2DConditionModel
         "sdxl": linear | added,
         "refiner": linear | added | refiner,
     }
-    return UNet2DConditionModel(**(config | changes[family]))
+    return UNet2DConditionModel(**(config | changes[family] | CUT_DOWN.get(kind, {})))
 
 
 def build_single_vae(family: str, **changes: object) -> AutoencoderKL:
@@ -110,12 +123,13 @@ def text_config(tokenizer: CLIPTokenizer, **changes: object) -> CLIPTextConfig:
 
 
 def build_single_pipeline(family: str) -> DiffusionPipeline:
-    """A random pipeline: "sd1", "sd2", "sdxl" or "refiner"; the first three also "-inpainting"."""
-    family, _, inpainting = family.partition("-")
+    """A random pipeline: "sd1", "sd2", "sdxl" or "refiner"; the first three also "-inpainting", and
+    the kinds of `CUT_DOWN`."""
+    family, _, kind = family.partition("-")
     tokenizer = build_tokenizer()
     torch.manual_seed(11)
     parts: dict[str, Any] = {
-        "unet": build_single_unet(family, 9 if inpainting else 4),
+        "unet": build_single_unet(family, kind),
         "vae": build_single_vae(family),
         "tokenizer": tokenizer,
         "scheduler": DDPMScheduler(
@@ -129,7 +143,7 @@ def build_single_pipeline(family: str) -> DiffusionPipeline:
     act = "gelu" if family == "sd2" else "quick_gelu"
     parts["text_encoder"] = CLIPTextModel(text_config(tokenizer, hidden_act=act))
     if family in ("sd1", "sd2"):
-        cls = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+        cls = StableDiffusionInpaintPipeline if kind == "inpainting" else StableDiffusionPipeline
         none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
         return _frozen(cls(**parts, **none))
     second = text_config(tokenizer, num_hidden_layers=3, projection_dim=POOLED, hidden_act="gelu")
@@ -138,6 +152,7 @@ def build_single_pipeline(family: str) -> DiffusionPipeline:
     if family == "refiner":
         parts |= {"text_encoder": None, "tokenizer": None, "requires_aesthetics_score": True}
         return _frozen(StableDiffusionXLImg2ImgPipeline(**parts, add_watermarker=False))
+    inpainting = kind == "inpainting"
     cls = StableDiffusionXLInpaintPipeline if inpainting else StableDiffusionXLPipeline
     return _frozen(cls(**parts, add_watermarker=False))
 

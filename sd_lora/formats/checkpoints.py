@@ -22,6 +22,7 @@ from sd_lora.models.checkpoint_file import CheckpointFile
 from sd_lora.models.families import FAMILIES, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_from_original
+from sd_lora.models.single_file import SingleFile
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Checkpoint:
         if path.is_dir():
             self.meta_pipeline = MetaPipeline.of_folder(str(path))
         else:
-            self.meta_pipeline = MetaPipeline.of_family(_family_of(path, self.files[path.name]))
+            self.meta_pipeline = _meta_pipeline_of(path, self.files[path.name])
 
     @cached_property
     def files(self) -> dict[str, CheckpointFile]:
@@ -92,14 +93,14 @@ class Checkpoint:
     def slots(self, file: str, key: str) -> list[Slot]:
         """The parameters in a tensor; none for the VAE and other frozen parts.
 
-        In a single file these are the published model's: OpenCLIP's has a layer more than SD2 uses,
-        and both have buffers.
+        In a single file these are the model's: OpenCLIP's has a layer more than SD2 uses, and both
+        have buffers.
         """
         if self.files and file in self._components:  # filled with the files
             component = self._components[file]
             slots = [Slot(component, canonical_name(component, key.removesuffix(".weight")))]
         else:
-            slots = _slots_of_single(key)
+            slots = _slots_of_single(key, self.meta_pipeline.layout)
         return [slot for slot in slots if (slot.component, slot.name) in self._known]
 
     @cached_property
@@ -195,6 +196,23 @@ _OUTSIDE = (
 )
 
 
+def _meta_pipeline_of(path: Path, tensors: CheckpointFile) -> MetaPipeline:
+    """The model of a single file by its own tensors; of a part of one, the family's published."""
+    family = _family_of(path, tensors)
+    short = _UNET[1]
+    shapes = {
+        f"{_UNET[0]}{key.removeprefix(short)}" if key.startswith(short) else key: shape
+        for key, shape in tensors.shapes.items()
+    }
+    single = SingleFile(path, shapes, tensors.header)
+    try:
+        single.check_keys("unet")
+        parts = {part: c for part, c in single.configs.items() if part != "vae"}
+    except UsageError:
+        return MetaPipeline.of_family(family)
+    return MetaPipeline(FAMILIES[single.family], parts, str(path))
+
+
 def _family_of(path: Path, tensors: CheckpointFile) -> Family:
     """The family of a single file: by the width of the text that its UNet attends to, or, for an
     unpublished width, by its text encoders.
@@ -222,11 +240,11 @@ def _family_of(path: Path, tensors: CheckpointFile) -> Family:
     )
 
 
-def _slots_of_single(key: str) -> list[Slot]:
+def _slots_of_single(key: str, layout: Layout) -> list[Slot]:
     for prefix in _UNET:
         if key.startswith(prefix):
             module, _, kind = key[len(prefix) :].rpartition(".")
-            found = unet_from_original(module, Layout())
+            found = unet_from_original(module, layout)
             name = found if kind == "weight" else f"{found}.{kind}"
             return [Slot("unet", name)] if found and name else []
     for prefix, component in _CLIP.items():

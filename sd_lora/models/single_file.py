@@ -1,7 +1,8 @@
 """Single files in the original layout: SD1, SD2, SDXL base and refiner, and inpainting.
 
-A single file has no configuration; one is inferred from the tensors' names and shapes. diffusers'
-own converters then load one part at a time, without the hub.
+A single file has no configuration; one is inferred from the tensors' names and shapes. Its parts
+are loaded one at a time, without the hub: the UNet by our own names, the others by diffusers'
+converters.
 """
 
 import json
@@ -20,19 +21,17 @@ from torch import Tensor, nn
 from sd_lora.errors import UsageError
 from sd_lora.files import PARSER_ERRORS, Shape, reason_of
 from sd_lora.models.checkpoint_kinds import (
-    CONV_IN_KEY,
     LABEL_KEY,
     OPEN_CLIP,
     PREFIXES,
-    PROJ_IN_KEY,
     REFINER_TEXT,
     SD2_TEXT,
-    TEXT_WIDTH_KEY,
     name_other_model,
     open_checkpoint,
 )
 from sd_lora.models.diffusers_folder import without_warnings
 from sd_lora.models.families import FAMILIES
+from sd_lora.models.infer_unet import count_children, infer_unet
 from sd_lora.models.meta_pipeline import PART_CLASSES, build_on_meta
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_to_original
 
@@ -103,9 +102,9 @@ class SingleFile:
     def family(self) -> str:
         """Name of its family: "sd1", "sd2", "sdxl" or "sdxl_refiner", inpainting or not."""
         if LABEL_KEY not in self.shapes:
-            return "sd2" if len(self.shapes[PROJ_IN_KEY]) == 2 else "sd1"
+            return "sd2" if self._unet["use_linear_projection"] else "sd1"
         encoder = self._prefix("text_encoder_2")
-        wide = self.shapes[TEXT_WIDTH_KEY][-1] == 1280  # only a refiner's UNet
+        wide = self._unet["cross_attention_dim"] == 1280  # only a refiner's UNet
         return "sdxl_refiner" if encoder == REFINER_TEXT or wide and encoder is None else "sdxl"
 
     @property
@@ -184,52 +183,21 @@ class SingleFile:
         more = "text_model." if old else ""
         return {more + k.removeprefix(prefix): k for k in self.shapes if k.startswith(prefix)}
 
+    @cached_property
+    def _unet(self) -> Config:
+        """The part of the UNet's configuration that its tensors tell."""
+        return infer_unet({name: self.shapes[key] for name, key in self._keys("unet").items()})
+
     def _unet_config(self, pooled: int | None) -> Config:
         """Return the UNet's configuration; pooled: width of the pooled text, None if unknown."""
-        shapes = {name: self.shapes[key] for name, key in self._keys("unet").items()}
-        levels: list[tuple[int, int]] = []  # channels, transformer blocks
-        channels = depth = per_block = 0
-        for i in range(1, _count_children(shapes, "input_blocks.")):
-            if f"input_blocks.{i}.0.op.weight" in shapes:
-                levels.append((channels, depth))
-                per_block = per_block or i - 1
-                depth = 0
-            else:
-                channels = shapes[f"input_blocks.{i}.0.in_layers.2.weight"][0]
-                depth = max(
-                    depth, _count_children(shapes, f"input_blocks.{i}.1.transformer_blocks.")
-                )
-        # diffusers takes the middle's depth from the last level, which may have no attention
-        middle = _count_children(shapes, "middle_block.1.transformer_blocks.")
-        widths = (*(width for width, _ in levels), channels)
-        depths = (*(depth for _, depth in levels), depth)
-        first = range(0, _count_children(shapes, "output_blocks."), per_block + 1)
-        up = (f"output_blocks.{i}.1.norm.weight" in shapes for i in first)
-        linear = len(self.shapes[PROJ_IN_KEY]) == 2
-        config: Config = {
-            "sample_size": 96 if self.prediction_type == "v_prediction" else 64,
-            "in_channels": self.shapes[CONV_IN_KEY][1],
-            "out_channels": shapes["out.2.weight"][0],
-            "block_out_channels": widths,
-            "layers_per_block": per_block,
-            "down_block_types": tuple(f"{'CrossAttn' * bool(d)}DownBlock2D" for d in depths),
-            "up_block_types": tuple(f"{'CrossAttn' * attends}UpBlock2D" for attends in up),
-            "transformer_layers_per_block": (*(d or 1 for d in depths[:-1]), depth or middle),
-            "cross_attention_dim": self.shapes[TEXT_WIDTH_KEY][1],
-            "use_linear_projection": linear,
-            # the number of heads, in spite of diffusers' name: SD1 has 8 of any width, the others
-            # have heads of width 64
-            "attention_head_dim": tuple(max(w // 64, 1) for w in widths) if linear else 8,
-        }
-        if self.family == "sd1":
-            return config | {"sample_size": 64}
-        if self.family == "sd2":
-            return config
-        width = shapes["label_emb.0.0.weight"][1]  # pooled text, then the embedded sizes
+        if self.family in ("sd1", "sd2"):
+            large = self.family == "sd2" and self.prediction_type == "v_prediction"
+            return self._unet | {"sample_size": 96 if large else 64}
+        width = self.shapes[LABEL_KEY][1]  # pooled text, then the embedded sizes
         numbers = 5 if self.family == "sdxl_refiner" else 6
         if pooled and (width - pooled) % numbers:
             raise ValueError(f"{width} is not a text of {pooled} and {numbers} numbers")
-        return config | {
+        return self._unet | {
             "sample_size": 128,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": (width - pooled) // numbers if pooled else 256,
@@ -239,14 +207,14 @@ class SingleFile:
     def _vae_config(self, sample_size: int) -> Config:
         """Return the VAE's configuration; sample_size: side of the UNet's latents."""
         shapes = {name: self.shapes[key] for name, key in self._keys("vae").items()}
-        levels = range(_count_children(shapes, "encoder.down."))
+        levels = range(count_children(shapes, "encoder.down."))
         config: Config = {
             "in_channels": shapes["encoder.conv_in.weight"][1],
             "out_channels": shapes["decoder.conv_out.weight"][0],
             "block_out_channels": tuple(
                 shapes[f"encoder.down.{i}.block.0.conv1.weight"][0] for i in levels
             ),
-            "layers_per_block": _count_children(shapes, "encoder.down.0.block."),
+            "layers_per_block": count_children(shapes, "encoder.down.0.block."),
             "down_block_types": ("DownEncoderBlock2D",) * len(levels),
             "up_block_types": ("UpDecoderBlock2D",) * len(levels),
             "latent_channels": shapes["decoder.conv_in.weight"][1],
@@ -268,7 +236,7 @@ class SingleFile:
         layer = "transformer.resblocks." if open_clip else "text_model.encoder.layers."
         vocabulary, width = shapes[f"{stem}token_embedding.weight"]
         positions = "positional_embedding" if open_clip else f"{stem}position_embedding.weight"
-        layers = _count_children(shapes, layer) - (self._prefix(part) == SD2_TEXT)
+        layers = count_children(shapes, layer) - (self._prefix(part) == SD2_TEXT)
         # CLIP's own ids stay the same when words are added
         start = 49406 if vocabulary >= 49408 else vocabulary - 2
         config: Config = {
@@ -306,19 +274,13 @@ class SingleFile:
             starts = " or ".join(PREFIXES[part])
             raise UsageError(f"{self.path} has no {part}: no tensor's name begins with {starts}")
         try:
-            needed = self._check_keys(part)
+            needed = self.check_keys(part)
             file = open_checkpoint(self.path)
             tensors = {prefix + name: file[key] for name, key in needed.items()}
-            with TemporaryDirectory() as folder, without_warnings():
-                config = Path(folder, part, "config.json")
-                config.parent.mkdir()
-                config.write_text(json.dumps(self.configs[part]), encoding="utf-8")
-                if part in ("unet", "vae"):
-                    load = PART_CLASSES[part].from_single_file
-                    model = load(tensors, config=folder, subfolder=part, torch_dtype=dtype)
-                else:
-                    load = create_diffusers_clip_model_from_ldm
-                    model = load(PART_CLASSES[part], tensors, part, folder, torch_dtype=dtype)
+            if part == "unet":
+                model = self._load_unet(tensors, dtype)
+            else:
+                model = self._load_by_diffusers(part, tensors, dtype)
         except UsageError:
             raise
         except PARSER_ERRORS as error:
@@ -332,7 +294,30 @@ class SingleFile:
         vars(model).pop("hf_device_map", None)  # accelerate's mark; this model is not dispatched
         return model
 
-    def _check_keys(self, part: str) -> dict[str, str]:
+    def _load_unet(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+        """The UNet by our own names: diffusers' converter knows the published middle alone."""
+        model, prefix = build_on_meta("unet", self.configs["unet"]), self._prefix("unet") or ""
+        state = {}
+        for name, _ in model.named_parameters():
+            key = prefix + _original_key("unet", name, self.configs["unet"], prefix)
+            state[name] = tensors[key].to(dtype)
+        model.load_state_dict(state, assign=True)
+        return model.eval()
+
+    def _load_by_diffusers(
+        self, part: str, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> nn.Module:
+        with TemporaryDirectory() as folder, without_warnings():
+            config = Path(folder, part, "config.json")
+            config.parent.mkdir()
+            config.write_text(json.dumps(self.configs[part]), encoding="utf-8")
+            if part == "vae":
+                load = PART_CLASSES[part].from_single_file
+                return load(tensors, config=folder, subfolder=part, torch_dtype=dtype)
+            load = create_diffusers_clip_model_from_ldm
+            return load(PART_CLASSES[part], tensors, part, folder, torch_dtype=dtype)
+
+    def check_keys(self, part: str) -> dict[str, str]:
         """Return the keys that make a part: without their prefix → in the file.
 
         diffusers leaves missing tensors without values, and drops others silently.
@@ -379,12 +364,6 @@ def _original_key(part: str, name: str, config: Config, prefix: str) -> str:
     name = name if name.startswith("text_") else f"text_model.{name}"
     place = open_clip_parameter(name) if prefix in OPEN_CLIP else None
     return place[0] if place else name
-
-
-def _count_children(keys: Iterable[str], stem: str) -> int:
-    """Return how many numbers follow a stem: 2 for "a.0.b" and "a.1.b" after "a."."""
-    found = {key[len(stem) :].partition(".")[0] for key in keys if key.startswith(stem)}
-    return sum(number.isdigit() for number in found)
 
 
 def _detach_from_file(model: nn.Module, tensors: Iterable[Tensor]) -> None:

@@ -24,6 +24,7 @@ from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.output import Output
 from sd_lora.models.meta_pipeline import MetaPipeline
 from tests.formats.trained import models_of, saved, trained
+from tests.single import build_single_pipeline, write_single
 from tests.tiny import build_pipeline, build_unet
 
 UNET = "model.diffusion_model."
@@ -461,6 +462,43 @@ def test_bake_into_eight_bits(dtype: str, tmp_path: Path) -> None:
     assert torch.equal(baked[QUERIES].float(), tensors[QUERIES].float())
     want = (tensors[KEYS].float() + 0.25).to(kind)
     assert torch.equal(baked[KEYS].float(), want.float())
+
+
+# --- UNets of other layouts ---
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd1-small", "sdxl-small", "sdxl-ssd"])
+def test_single_files_are_read_by_their_own_layout(kind: str, tmp_path: Path) -> None:
+    """A model without a middle, or with other depths of attention and another number of ResNets
+    than the published one, as a single file: every parameter is found at its place; extracting the
+    difference of two files gives the modules that were changed, verified in that model; and baking
+    it into the first gives the second."""
+    pipeline = build_single_pipeline(kind)
+    base = write_single(pipeline, tmp_path / "base.safetensors")
+    names = ["up_blocks.0.resnets.1.conv1", "down_blocks.1.resnets.0.conv2", "conv_in"]
+    names += [n for n, m in pipeline.unet.named_modules() if n.endswith("attn2.to_k")][-2:]
+    tuned_unet = pipeline.unet
+    for name in names:
+        W = tuned_unet.get_submodule(name).weight
+        W += 0.1 * values(*W.shape, seed=len(name))
+    tuned = write_single(pipeline, tmp_path / "tuned.safetensors")
+    checkpoint = Checkpoint(tuned)
+    parameters = dict(tuned_unet.named_parameters())
+    found = {name for component, name in checkpoint.places if component == "unet"}
+    assert found == {name.removesuffix(".weight") for name in parameters}
+    for name, parameter in parameters.items():
+        assert torch.equal(checkpoint.weight("unet", name.removesuffix(".weight")), parameter)
+    lora = tmp_path / "lora.safetensors"
+    result = extract(Checkpoint(base), checkpoint, Output(lora), Cut(rank=64))
+    assert {name for _, name in result.losses} == {*names}
+    verified = result.written.verified
+    assert verified is not None
+    assert verified.modules == len(names)
+    bake(Checkpoint(base), [lora], [1.0], tmp_path / "baked.safetensors")
+    got, want = load_file(tmp_path / "baked.safetensors"), load_file(tuned)
+    assert got.keys() == want.keys()
+    for key in want:
+        torch.testing.assert_close(got[key], want[key], rtol=1e-5, atol=1e-5)
 
 
 # --- extract ---

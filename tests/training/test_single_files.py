@@ -25,6 +25,7 @@ SAID = {
     "sdxl": {},
     "refiner": {},
     "sd1-inpainting": {},
+    "sdxl-ssd": {},
 }
 
 
