@@ -18,10 +18,10 @@ from PIL import Image
 
 import sd_lora
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.demo import SUBJECT, demo_config, draw, find_sample_data
+from sd_lora.demo import SUBJECT, columns, demo_config, draw, find_sample_data
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
-from sd_lora.report.sheets import grid, write_image
+from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.score import score
 
 Changes = dict[str, object]
@@ -62,7 +62,7 @@ def main() -> None:
             changes = way | {"train_text_encoder": False, "text_encoder_lr": None}
             if args.steps:
                 changes["max_train_steps"] = args.steps
-            config = demo_config(sample_data, folder, **changes)
+            config = demo_config(sample_data, str(Path(folder) / args.what), **changes)
             started = time.monotonic()
             result = sd_lora.train(config)
             seconds = time.monotonic() - started
@@ -76,8 +76,7 @@ def main() -> None:
         row = {"way": name, "parameters": parameters, "seconds": round(seconds, 1)}
         losses = result.losses[-50:]
         print(json.dumps(row | {"loss": sum(losses) / len(losses)} | asdict(outcome)), flush=True)
-    captions = [p.removeprefix("a photo of ") for p in SUBJECT]
-    write_image(args.out, grid(rows, labels, captions, side=128))
+    Sheet(rows, labels, columns(config, ((SUBJECT, shown),)), side=128).write(args.out)
 
 
 if __name__ == "__main__":

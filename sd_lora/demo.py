@@ -17,7 +17,8 @@ from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.report.sheets import grid, write_image
+from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import sample
 from sd_lora.sampling.score import PromptImages, Score, score
 from sd_lora.terminal import Terminal
@@ -60,24 +61,53 @@ def find_sample_data() -> Path:
     )
 
 
+STEPS = 20
+"""Sampler steps of the demo's images."""
+
+FIRST_SEEDS = {SUBJECT: 0, CLASS: 100, UNRELATED: 200}
+
+
 def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
     """Images of all prompts, each with its own seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def images(prompts: Sequence[str], first_seed: int) -> list[Image.Image]:
+    def images(prompts: tuple[str, ...]) -> list[Image.Image]:
+        first = FIRST_SEEDS[prompts]
         drawn = sample(
             parts,
             parts.caption_encoder(),
             prompts,
-            range(first_seed, first_seed + len(prompts)),
+            range(first, first + len(prompts)),
             resolution=resolution,
             device=device,
-            steps=20,
+            steps=STEPS,
             guidance_scale=guidance_scale,
         )
         return list(drawn)
 
-    return PromptImages(images(SUBJECT, 0), images(CLASS, 100), images(UNRELATED, 200))
+    return PromptImages(images(SUBJECT), images(CLASS), images(UNRELATED))
+
+
+def columns(config: TrainConfig, shown: Sequence[tuple[tuple[str, ...], int]]) -> list[Parameters]:
+    """Parameters of images that `draw` draws with a trained LoRA.
+
+    shown: prompts and how many of the first of them, a pair for each kind.
+    """
+    side, name = int(config.resolution or 64), Path(str(config.output_dir)).resolve().name
+    return [
+        Parameters(
+            prompt,
+            FIRST_SEEDS[prompts] + i,
+            STEPS,
+            config.validation_guidance_scale,
+            (side, side),
+            config.base_model,
+            name,
+            config.max_train_steps or 0,
+        )
+        for prompts, count in shown
+        for i, prompt in enumerate(prompts[:count])
+    ]
 
 
 def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainConfig:
@@ -96,7 +126,7 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
     return TrainConfig(**(values | changes))
 
 
-def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Image.Image]:
+def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Sheet]:
     """Score of an exported LoRA file, and the sheet of images before and after.
 
     The file is loaded into a fresh base model, as its users do.
@@ -114,13 +144,13 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
         return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
 
     real = [Image.open(p) for p in sorted(Path(str(config.instance_data_dir)).glob("*.png"))[:8]]
-    captions = [*SUBJECT[:4], CLASS[0], *UNRELATED[:3]]
+    shown = columns(config, ((SUBJECT, 4), (CLASS, 1), (UNRELATED, 3)))
     labels = [
         "the subject: the images that were trained on",
         "before: the base model, which has never seen it",
         f"after {config.max_train_steps} steps of LoRA: attention + convolutions + text encoder",
     ]
-    return result, grid([real, row(before), row(after)], labels, captions, side=160)
+    return result, Sheet([real, row(before), row(after)], labels, shown, side=160)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -141,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)
-    write_image(folder / "before_after.png", sheet)
+    sheet.write(folder / "before_after.png")
     numbers = asdict(outcome) | {"margin": outcome.margin, "learned": outcome.learned}
     write_whole(folder / SCORE, (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())

@@ -28,7 +28,7 @@ def test_a_short_demo_learns_the_subject(tmp_path: Path) -> None:
     assert outcome.margin > 0.5
     assert outcome.learned > 0.5
     assert outcome.unrelated_drift < 0.2
-    assert sheet.width > 1000
+    assert sheet.draw().width > 1000
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

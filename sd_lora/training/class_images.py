@@ -17,6 +17,7 @@ from sd_lora.models.families import Family
 from sd_lora.models.load import Parts
 from sd_lora.report.events import Listener, tracked
 from sd_lora.report.sheets import write_image
+from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, sample
 from sd_lora.seeds import seed_for
 from sd_lora.training.processes import DTYPES
@@ -114,19 +115,32 @@ def _generate_class_images(
     device = accelerator.device
     default = "fp16" if device.type == "cuda" else "fp32"
     dtype = DTYPES[wanted.precision or default]
+    drawn = [
+        Parameters(
+            wanted.prompt,
+            seed_for(seed, "class picture", path.name) % 2**32,
+            CLASS_STEPS,
+            CLASS_GUIDANCE,
+            (resolution, resolution),
+            wanted.base_model,
+            clip_skip=caption_encoder.clip_skip,
+        )
+        for path in paths
+    ]
     # autocast, not a cast of the weights: fp16 there and back would round them
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         images = sample(
             parts,
             caption_encoder,
-            [wanted.prompt] * len(paths),
-            [seed_for(seed, "class picture", path.name) % 2**32 for path in paths],
+            [parameters.prompt for parameters in drawn],
+            [parameters.seed for parameters in drawn],
             resolution=resolution,
             device=device,
             steps=CLASS_STEPS,
             guidance_scale=CLASS_GUIDANCE,
             batch_size=wanted.batch_size,
         )
-        for path in tracked(paths, emit, "class images", len(paths)):
-            write_image(path, next(images))
+        named = list(zip(paths, drawn, strict=True))
+        for path, parameters in tracked(named, emit, "class images", len(paths)):
+            write_image(path, next(images), [parameters])
         next(images, None)  # ends the sampler, which puts the models back on their devices

@@ -35,13 +35,17 @@ from sd_lora.report.events import (
     TrainingStarted,
     Validated,
 )
-from sd_lora.report.sheets import grid, write_image
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words, usage
-from sd_lora.training.output_folder import SHEET, remove_earlier_results, remove_earlier_steps
+from sd_lora.training.output_folder import remove_earlier_results, remove_earlier_steps
 from sd_lora.training.run import ImageLost, Run
-from sd_lora.training.samples import draw_samples, sample_prompts, samples_are_due, show_samples
+from sd_lora.training.samples import (
+    draw_samples,
+    samples_are_due,
+    show_samples,
+    write_before_after,
+)
 from sd_lora.training.setup import prepare
 
 LOG_EVERY = 10
@@ -369,9 +373,4 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
     files, words = export(run), export_words(run)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))
-    if not before:
-        return files, words, None
-    path = run.output_dir / SHEET
-    rows, labels = [before, draw_samples(run)], ["before", f"after {run.plan.num_steps} steps"]
-    write_image(path, grid(rows, labels, sample_prompts(run)))
-    return files, words, path
+    return files, words, write_before_after(run, before)

@@ -1,37 +1,72 @@
 """Sample images that a run draws: before, during and after training."""
 
 import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
 from sd_lora.data.batches.caption_rules import longest_form
+from sd_lora.data.images.decode import colour, decode_with_mask
+from sd_lora.data.sources.samples import Sample
+from sd_lora.errors import RunError
 from sd_lora.report.events import SamplesDrawn
-from sd_lora.report.sheets import grid, write_image
+from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, sample
+from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A sample image to draw. reference: the training image shown above it."""
+
+    prompt: str
+    reference: Sample
+
+
+def wanted_samples(run: Run) -> list[Wanted]:
+    """The sample images of a run, drawn with the seeds 0, 1, 2, …
+
+    `num_validation_images` of the subject, and where class images are trained, one more by a class
+    prompt, to show what the class has become.
+    """
+    count, classes, pairs = run.config.num_validation_images, run.images.classes, _of_subject(run)
+    wanted = [pairs[i % len(pairs)] for i in range(count)]
+    if count and classes:
+        wanted += itertools.islice(_one_a_caption(classes.samples), 1)
+    return wanted
 
 
 def prompts_of(run: Run) -> list[str]:
     """Distinct prompts to draw samples of: the one given, or captions, at least one."""
-    config = run.config
+    return list(dict.fromkeys(wanted.prompt for wanted in _of_subject(run)))
+
+
+def _of_subject(run: Run) -> list[Wanted]:
+    """Training images, at most one a sample image and at least one, each with the prompt of the
+    run, else with its caption."""
+    config, instances = run.config, run.images.instances.samples
     prompt = config.validation_prompt or config.instance_prompt
-    if prompt:
-        return [prompt]
-    samples = run.images.instances.samples
-    captions = (longest_form(s.captions, s.source.rules)[0] for s in samples)
-    return list(itertools.islice(dict.fromkeys(captions), max(1, config.num_validation_images)))
+    each = (Wanted(prompt, s) for s in instances) if prompt else _one_a_caption(instances)
+    return list(itertools.islice(each, max(1, config.num_validation_images)))
 
 
-def sample_prompts(run: Run) -> list[str]:
-    """Prompts of the sample images, one each."""
-    count = run.config.num_validation_images
-    return list(itertools.islice(itertools.cycle(prompts_of(run)), count))
+def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
+    """Yield the first sample of each caption."""
+    seen = set()
+    for shown in samples:
+        caption = longest_form(shown.captions, shown.source.rules)[0]
+        if caption not in seen:
+            seen.add(caption)
+            yield Wanted(caption, shown)
 
 
 def draw_samples(run: Run) -> list[Image.Image]:
-    """Sample images of the model as it is now, with seeds 0, 1, 2, …; none on other processes than
-    the main one."""
-    prompts = sample_prompts(run)
+    """Sample images of the model as it is now; none on other processes than the main one."""
+    prompts = [wanted.prompt for wanted in wanted_samples(run)]
     if not prompts or not run.main or not can_generate_images(run.parts.family):
         return []
     images = sample(
@@ -48,6 +83,57 @@ def draw_samples(run: Run) -> list[Image.Image]:
     return list(images)
 
 
+def sample_sheet(run: Run, rows: dict[str, list[Image.Image]], step: int) -> Sheet:
+    """The sheet of sample images, below the training images.
+
+    rows: label → sample images; the last ones are drawn after `step` steps.
+    """
+    config, resolution = run.config, run.images.crop_settings.resolution
+    wanted = wanted_samples(run)
+    columns = [
+        Parameters(
+            w.prompt,
+            seed,
+            config.validation_steps,
+            config.validation_guidance_scale,
+            (resolution, resolution),
+            config.base_model,
+            run.output_dir.resolve().name,
+            step,
+            config.clip_skip,
+        )
+        for seed, w in enumerate(wanted)
+    ]
+    references = [_reference(run, w.reference) for w in wanted]
+    shown: dict[str, list[Image.Image | None]] = {}
+    if any(references):
+        shown["trained on"] = references
+    shown |= {label: [*images] for label, images in rows.items()}
+    return Sheet(list(shown.values()), list(shown), columns)
+
+
+def _reference(run: Run, shown: Sample) -> Image.Image | None:
+    """A training image, whole; None for a streamed one, and for a file that is gone by now."""
+    try:
+        data, background = shown.read(), colour(run.config.alpha_background)
+        return decode_with_mask(data, shown.name, background)[0]
+    except (OSError, RunError):
+        return None
+
+
+def write_before_after(run: Run, before: list[Image.Image]) -> Path | None:
+    """Draw sample images after training, and write the sheet of both; None without samples.
+
+    before: sample images of the base.
+    """
+    if not before:
+        return None
+    path, steps = run.output_dir / SHEET, run.plan.num_steps
+    rows = {"before": before, f"after {steps} steps": draw_samples(run)}
+    sample_sheet(run, rows, steps).write(path)
+    return path
+
+
 def samples_are_due(run: Run, step: int) -> bool:
     """Whether an epoch that asks for samples ends with this step; never at the run's end."""
     every = run.config.validation_epochs * run.plan.epochs.num_steps
@@ -59,8 +145,8 @@ def show_samples(run: Run, step: int) -> None:
     """Draw sample images in mid-run, and write their sheet."""
     images = draw_samples(run)
     if images:
-        prompts = sample_prompts(run)
+        prompts = [wanted.prompt for wanted in wanted_samples(run)]
         path = run.output_dir / "samples" / f"step-{step:06}.png"
-        write_image(path, grid([images], [f"step {step}"], prompts))
+        sample_sheet(run, {f"step {step}": images}, step).write(path)
         run.emit(SamplesDrawn(step, prompts, images, path))
     run.accelerator.wait_for_everyone()

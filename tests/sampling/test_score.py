@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from sd_lora.models.load import Parts, load_parts
-from sd_lora.report.sheets import grid
 from sd_lora.sampling.sampler import sample
 from sd_lora.sampling.score import (
     PromptImages,
@@ -149,12 +148,3 @@ def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
             guidance_scale=5.0,
         )
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
-
-
-def test_grid_holds_every_image() -> None:
-    """Rows under labels, captions below; small images are enlarged, sizes add up."""
-    red = Image.new("RGB", (8, 8), "red")
-    sheet = grid([[red, red], [red]], ["before", "after"], ["a caption", "another " * 30], side=64)
-    assert sheet.width == 8 + 2 * 72
-    counts = {c: n for n, c in sheet.getcolors(100000)}
-    assert counts[(255, 0, 0)] == 3 * 64 * 64

@@ -21,7 +21,7 @@ class ClassImages:
     """Class images for prior preservation: their source, and how missing ones are generated.
 
     folder: filled up to `count` images. batch_size: images generated at once. precision: "fp16",
-    "fp32", "bf16" or "no"; None: by the device.
+    "fp32", "bf16" or "no"; None: by the device. base_model: draws them.
     """
 
     folder: Path
@@ -30,6 +30,7 @@ class ClassImages:
     batch_size: int
     precision: str | None
     random_flip: bool
+    base_model: str
 
     def check_folder(self) -> None:
         """Raise UsageError for a file in the folder's place, or no permission."""
@@ -101,6 +102,7 @@ class DreamBoothOptions(Section):
             self.sample_batch_size,
             self.prior_generation_precision,
             self.random_flip,  # type: ignore[attr-defined]
+            self.base_model,  # type: ignore[attr-defined]
         )
 
 

@@ -1,0 +1,75 @@
+"""The parameters of a drawn image, as text that other programs read."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+SAMPLER = "DPM++ 2M"
+"""A1111's name for the method of `sampler.sample`."""
+
+_CHECKPOINTS = (".safetensors", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """How a model draws an image.
+
+    prompt: of the image, whole; the negative prompt is empty.
+    seed: of its noise, drawn on the CPU.
+    steps: of the sampler.
+    guidance_scale: of classifier-free guidance.
+    size: (width, height) in pixels.
+    model: the base, a folder, a file or a hub id.
+    lora: name of the LoRA on it; empty for the base alone.
+    lora_steps: optimiser steps that the LoRA has learned.
+    clip_skip: layers left out at the end of the text encoder.
+    """
+
+    prompt: str
+    seed: int
+    steps: int
+    guidance_scale: float
+    size: tuple[int, int]
+    model: str
+    lora: str = ""
+    lora_steps: int = 0
+    clip_skip: int = 0
+
+    @property
+    def place(self) -> str:
+        """Seed and size, in short: "seed 3, 512×512"."""
+        return f"seed {self.seed}, {self.size[0]}×{self.size[1]}"
+
+    def text(self) -> str:
+        """The text that A1111 writes into a PNG and reads back: prompt, negative prompt, settings.
+
+        Names without folders: it is passed on with the image, and a path tells of a machine.
+        Unknown settings ("LoRA", "LoRA steps") are kept by A1111 and change nothing there.
+        """
+        settings: dict[str, object] = {
+            "Steps": self.steps,
+            "Sampler": SAMPLER,
+            "CFG scale": f"{self.guidance_scale:g}",
+            "Seed": self.seed,
+            "Size": f"{self.size[0]}x{self.size[1]}",
+            "Model": _name(self.model),
+            "RNG": "CPU",
+        }
+        if self.clip_skip:
+            settings["Clip skip"] = self.clip_skip + 1  # A1111 counts from 1
+        if self.lora:
+            settings |= {"LoRA": self.lora, "LoRA steps": self.lora_steps}
+        line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
+        return f"{self.prompt}\nNegative prompt:\n{line}"
+
+
+def _name(model: str) -> str:
+    """A base model's name: of the folder, of the file without its suffix, or of the hub id."""
+    path = Path(os.path.abspath(os.path.expanduser(model)))
+    return path.stem if path.suffix in _CHECKPOINTS else path.name
+
+
+def _quoted(value: str) -> str:
+    """A setting's value, in quotes if it holds a character that ends it."""
+    return json.dumps(value, ensure_ascii=False) if set(value) & set(',:"\n') else value
