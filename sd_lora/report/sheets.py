@@ -2,7 +2,9 @@
 
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -16,6 +18,16 @@ GAP, LINE = 8, 19
 """Pixels between cells, and from one line of text to the next."""
 
 INK, SOFT = "#000000", "#666666"
+
+FONTS = (
+    *("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc"),
+    *("arial.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
+    *("Arial Unicode.ttf", "Hiragino Sans GB.ttc"),
+)
+"""System fonts for text that Pillow's own font lacks: of Linux, Windows, macOS. Pillow's has little
+more than ASCII."""
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ class Sheet:
         """The sheet as an RGB image, as high as its text needs."""
         count = max(len(cells) for cells in [*self.rows, self.columns])
         width = self._left(count)
-        font = ImageFont.load_default(14)
+        font = font_for("".join([*self.labels, *(column.prompt for column in self.columns)]))
         texts: list[tuple[int, int, str, str]] = []  # left, top, colour, line
         cells: list[tuple[int, Sequence[Image.Image | None]]] = []  # top, images
         y = GAP
@@ -92,7 +104,27 @@ class Sheet:
         sheet.paste(image.resize((size[0], size[1]), kind), corner)
 
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+def font_for(text: str) -> Font:
+    """Pillow's own font if it has all characters of a text, else the system font that lacks the
+    fewest of them."""
+    fonts = _fonts() if missing(_fonts()[0], text) else _fonts()[:1]
+    return min(fonts, key=lambda font: len(missing(font, text)))
+
+
+@cache
+def _fonts() -> list[Font]:
+    """Pillow's own font, and those of `FONTS` that this system has."""
+    fonts: list[Font] = [ImageFont.load_default(14)]
+    for name in FONTS:
+        with suppress(OSError):
+            fonts.append(ImageFont.truetype(name, 14))
+    return fonts
+
+
+def missing(font: Font, text: str) -> set[str]:
+    """Characters of a text that a font draws as it draws one that does not exist."""
+    nothing = bytes(font.getmask("\uffff"))
+    return {c for c in set(text) if not c.isspace() and bytes(font.getmask(c)) == nothing}
 
 
 def wrapped(text: str, width: int, font: Font) -> list[str]:

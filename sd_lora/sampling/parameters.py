@@ -38,8 +38,8 @@ class Parameters:
 
     @property
     def place(self) -> str:
-        """Seed and size, in short: "seed 3, 512×512"."""
-        return f"seed {self.seed}, {self.size[0]}×{self.size[1]}"
+        """Seed and size, in ASCII for a sheet's small font: "seed 3, 512 x 512"."""
+        return f"seed {self.seed}, {self.size[0]} x {self.size[1]}"
 
     def text(self) -> str:
         """The text that A1111 writes into a PNG and reads back: prompt, negative prompt, settings.

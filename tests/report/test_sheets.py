@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFont
 
 import sd_lora
-from sd_lora.report.sheets import GAP, Sheet, wrapped, write_image
+from sd_lora.report.sheets import GAP, Sheet, font_for, missing, wrapped, write_image
 from sd_lora.sampling.parameters import Parameters
 from tests.training.runs import dreambooth
 
@@ -48,6 +48,20 @@ def test_text_is_wrapped_and_never_cut(text: str) -> None:
     assert "".join(lines).replace(" ", "") == "".join(text.split())
     short = {word for word in text.split() if font.getlength(word) <= 250}
     assert short <= set(" ".join(lines).split())
+
+
+def test_a_font_has_the_text() -> None:
+    """Pillow's own font for ASCII; for other text one that lacks no more of it than Pillow's, and
+    nothing of it where the system has DejaVu."""
+    own = ImageFont.load_default(14)
+    ascii = "".join(map(chr, range(32, 127)))
+    assert missing(own, ascii) == set()
+    assert font_for(ascii).getname() == own.getname()
+    assert missing(own, "2×2 Ω") == {"×", "Ω"}
+    other = font_for("2×2 Ω")
+    assert missing(other, "2×2 Ω") <= {"×", "Ω"}
+    if other.getname()[0] == "DejaVu Sans":
+        assert missing(other, "2×2 Ωб") == set()
 
 
 def test_a_sheet_has_room_for_everything() -> None:
