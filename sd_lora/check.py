@@ -308,4 +308,5 @@ def _page_image(
         caption=caption,
         tokens=checked.images.caption_encoder.count_tokens([caption])[caption],
         findings=tuple(of_name.get(sample.name, ())),
+        of_class=images.kind == "class",
     )

@@ -163,6 +163,7 @@ class Finding:
     code: a key of `FINDINGS`, which gives the level.
     name: path of the file, or a dataset's name and row.
     details: the facts of this file, put before the advice of the code; may be empty.
+    other: name of the image that this one repeats; empty for other findings.
 
     Raises:
         ValueError: an unknown code.
@@ -171,6 +172,7 @@ class Finding:
     code: str
     name: str
     details: str = ""
+    other: str = ""
 
     def __post_init__(self) -> None:
         if self.code not in FINDINGS:

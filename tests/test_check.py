@@ -70,7 +70,8 @@ def test_the_terminal_and_the_page(
     tiny_sd1: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The terminal has the arithmetic, the bucket table and what was found; the page shows every
-    image that is trained in its frame. A page that cannot be written costs the page alone."""
+    image that is trained in its frame, and those that repeat one another together. A page that
+    cannot be written costs the page alone."""
     page = tmp_path / "look.html"
     assert main(["check", *words(tiny_sd1, folder), "--page", str(page)]) == 0
     said = capsys.readouterr().out
@@ -78,7 +79,9 @@ def test_the_terminal_and_the_page(
         assert text in said
     assert "images that will be trained: 6, files and folders that are left out: 1" in said
     html = page.read_text()
-    assert html.count("data:image/jpeg;base64,") == 6
+    assert html.count("<article") == 6
+    assert html.count("data:image/jpeg;base64,") == 6 + html.count("<figure")
+    assert html.count("<figure") == 3  # 0, 2 and 4 are one image, compressed in three ways
     assert "5.png" in html
     assert main(["check", *words(tiny_sd1, folder), "--page", str(tmp_path)]) == 1
     both = capsys.readouterr()
@@ -188,8 +191,9 @@ def test_class_sources_have_captions_of_their_own(
     )
     flags = ["--config", str(config), "--pretrained_model_name_or_path", str(tiny_sd1)]
     flags += ["--resolution", "64", "--data_cache_dir", str(tmp_path / "cache")]
-    assert main(["check", *flags, "--json"]) == 0
+    assert main(["check", *flags, "--json", "--page", str(tmp_path / "look.html")]) == 0
     said = json.loads(capsys.readouterr().out)
+    assert (tmp_path / "look.html").read_text().count(">class image<") == 1
     of_class = [p for p in said["images"] if p["kind"] == "class"]
     assert [(p["captions"], p["repeats"]) for p in of_class] == [(["a thing"], 1)]
     assert {p["repeats"] for p in said["images"] if p["kind"] == "instance"} == {4}

@@ -12,6 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+from sd_lora.cli import main
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.open import open_source
@@ -61,6 +62,28 @@ def test_sets_are_complete() -> None:
     assert source.findings == []
     shapes = [decode_with_mask(s.read(), s.name)[0].size for s in samples]
     assert sum(width != height for width, height in shapes) >= 4
+
+
+CONFIGS = {
+    name: ["--config", f"sample_data/configs/{name}.toml"]
+    for name in ("dreambooth", "sources", "text_to_image")
+}
+CONFIGS["dataset_kohya"] = [
+    *("--dataset_config", "sample_data/configs/dataset_kohya.toml"),
+    *("--pretrained_model_name_or_path", "sample_data/tiny-sd"),
+]
+
+
+def test_there_is_nothing_to_find(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sd-lora check` of each configuration finds nothing, not even a note: no image repeats
+    another. All configurations that ship are tested."""
+    assert {path.stem for path in (SAMPLE_DATA / "configs").iterdir()} == CONFIGS.keys()
+    monkeypatch.chdir(root)
+    for flags in CONFIGS.values():
+        assert main(["check", *flags, "--json", "--data_cache_dir", str(tmp_path)]) == 0
+        assert json.loads(capsys.readouterr().out)["findings"] == []
 
 
 def test_the_base_never_saw_the_subjects() -> None:

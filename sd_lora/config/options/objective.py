@@ -69,7 +69,8 @@ class ValidationOptions(Section):
         simpletuner=SAME, ai_toolkit="sample.prompts",
         main="prompt of the sample images")
     num_validation_images: int = option(4,
-        "sample images before, during and after training; 0 for none",
+        "sample images before, during and after training, and with class images one more of the "
+        "class; 0 for none",
         ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
     validation_epochs: int = option(None,
         "epochs between samples during training, if validation_prompt is given",

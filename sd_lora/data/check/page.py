@@ -4,6 +4,7 @@ import base64
 import io
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,10 @@ QUALITY = 80
 LARGE_CROP_LOSS = 0.2
 """Crop loss from which the page's filter "cut" selects an image: a 4:3 image in a square loses a
 quarter, in its nearest bucket a few hundredths."""
+
+MAX_GROUPS, MAX_ALIKE = 50, 12
+"""Groups of alike images that the page shows side by side, and images of one group: each thumbnail
+is in the page once more."""
 
 _BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 """Mark that turn the direction of the text after them: "gpj.exe" could pass for "exe.jpg"."""
@@ -79,6 +84,7 @@ class PageImage:
     caption: its longest form; None without a caption.
     tokens: number of tokens of the caption.
     findings: on this image.
+    of_class: a class image, for prior preservation.
     """
 
     name: str
@@ -92,6 +98,7 @@ class PageImage:
     caption: str | None = None
     tokens: int | None = None
     findings: tuple[Finding, ...] = ()
+    of_class: bool = False
 
     def __post_init__(self) -> None:
         if not self.thumbnail.startswith("data:image/"):
@@ -108,6 +115,7 @@ class PageImage:
             "odd": any(finding.level == "warning" for finding in self.findings),
             "cut": self.crop_loss >= LARGE_CROP_LOSS,
             "larger": self.scale > 1,
+            "of-class": self.of_class,
         }
         return " ".join(mark for mark, holds in marks.items() if holds)
 
@@ -180,6 +188,21 @@ def findings_as_json(findings: list[Finding]) -> dict[str, Any]:
     }
 
 
+def alike_groups(images: Sequence[PageImage]) -> list[list[tuple[PageImage, str]]]:
+    """Groups of images that repeat one another, each image with the code of its finding.
+
+    The first of a group is the image that the others repeat; its code is empty.
+    """
+    by_name = {image.name: image for image in images}
+    groups: dict[str, list[tuple[PageImage, str]]] = {}
+    for image in images:
+        for finding in image.findings:
+            first = by_name.get(finding.other)
+            if first is not None and first.name != image.name:
+                groups.setdefault(first.name, [(first, "")]).append((image, finding.code))
+    return list(groups.values())
+
+
 @cache
 def _template() -> Template:
     environment = Environment(
@@ -197,12 +220,15 @@ def page(report: PageReport) -> str:
     """The page: one HTML file without scripts and without requests to other places."""
     counts = {
         mark: sum(mark in image.marks.split() for image in report.images)
-        for mark in ("found", "cut", "larger")
+        for mark in ("found", "cut", "larger", "of-class")
     }
+    alike = alike_groups(report.images)
     return _template().render(
         report=report,
         groups=group_findings(report.findings),
         counts=counts,
+        alike=[(group[:MAX_ALIKE], len(group) - MAX_ALIKE) for group in alike[:MAX_GROUPS]],
+        more_alike=len(alike) - MAX_GROUPS,
         much=LARGE_CROP_LOSS,
         total=len(report.images) if report.total is None else report.total,
         most=max((bucket.samples for bucket in report.buckets), default=1),

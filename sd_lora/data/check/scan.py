@@ -227,7 +227,7 @@ def _duplicates(samples: Sequence[Sample]) -> list[Finding]:
                 if same.name == sample.name
                 else f"the same image as {same.name}, byte for byte, and trained as often again"
             )
-            findings.append(Finding("duplicate", sample.name, details))
+            findings.append(Finding("duplicate", sample.name, details, same.name))
     return findings
 
 
@@ -239,6 +239,7 @@ def find_in_both_sets(samples: Sequence[Sample]) -> list[Finding]:
             "in-both-sets",
             sample.name,
             f"this class image is the same as {instances[sample.digest].name}, an image to learn",
+            instances[sample.digest].name,
         )
         for sample in samples
         if sample.source.kind == "class" and sample.digest in instances
@@ -255,8 +256,9 @@ def _near_duplicates(samples: Sequence[Sample], facts: dict[str, Facts]) -> list
                 first.setdefault(sample.digest, sample)
         hashed = [(s, h) for s in first.values() if (h := facts[s.digest].phash) is not None]
         for group in near_duplicates([h for _, h in hashed]):
-            details = f"looks the same as {hashed[group[0]][0].name}"
-            findings += [Finding("near-duplicate", hashed[i][0].name, details) for i in group[1:]]
+            names = [hashed[i][0].name for i in group]
+            details = f"looks the same as {names[0]}"
+            findings += [Finding("near-duplicate", name, details, names[0]) for name in names[1:]]
     return findings
 
 

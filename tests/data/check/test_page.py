@@ -13,6 +13,7 @@ from sd_lora.data.check.page import (
     PageBucket,
     PageImage,
     PageReport,
+    alike_groups,
     data_uri,
     findings_as_json,
     page,
@@ -103,10 +104,11 @@ def test_hostile_text_stays_text(text: str) -> None:
     outside it."""
 
     def elements(word: str) -> tuple[list[tuple[str, list[str], str | None]], Page]:
-        found = Finding("broken", word, word)
+        found = Finding("broken", word, word, "b")
         shown = image(f"{word}/{word}", caption=word, tokens=3, findings=(found,), bucket=word)
+        other = image("b", of_class=True)
         parsed = Page(
-            page(PageReport(word, word, {word: word}, [], word, [shown], 9, [found, found]))
+            page(PageReport(word, word, {word: word}, [], word, [shown, other], 9, [found, found]))
         )
         return [(tag, list(attrs), attrs.get("class")) for tag, attrs, _ in parsed.elements], parsed
 
@@ -115,10 +117,10 @@ def test_hostile_text_stays_text(text: str) -> None:
     assert hostile == plain
     ((_, caption),) = parsed.of("p", "caption")
     assert caption == printable(text)
-    ((tag, _),) = parsed.of("img")
-    assert tag["alt"] == printable(f"{text}/{text}")
+    name = printable(f"{text}/{text}")
+    assert [tag["alt"] for tag, _ in parsed.of("img")] == ["b", name, name, "b"]
     sources = [v for _, a, _ in parsed.elements for k, v in a.items() if k in ("src", "href")]
-    assert sources == [THUMBNAIL]
+    assert set(sources) == {THUMBNAIL}
     page_text = page(PageReport(text, text)).encode()  # no lone surrogates are left
     assert not {0, 0x1B} & set(page_text)
     assert "\u202e".encode() not in page_text
@@ -169,6 +171,51 @@ def test_counts_filters_and_what_is_not_shown() -> None:
     assert any("3 of 1,234 images are shown" in text for _, text in html.of("p", "soft"))
     whole = Page(page(PageReport("t", "v", images=shown[:1])))
     assert any(text.startswith("1 image.") for _, text in whole.of("p", "soft"))
+
+
+def test_class_images_are_marked() -> None:
+    """A class image has its mark on its card, and a filter; a page without such has none."""
+    shown = [image("a"), image("b", of_class=True), image("c", of_class=True, scale=2.0)]
+    html = Page(page(PageReport("t", "v", images=shown)))
+    assert [text for _, text in html.of("label")][-1] == "class images · 2"
+    assert [a["class"] for a, _ in html.of("article")] == [
+        "card ",
+        "card of-class",
+        "card larger of-class",
+    ]
+    assert [text for _, text in html.of("span", "class")] == ["class image"] * 2
+    plain = Page(page(PageReport("t", "v", images=shown[:1])))
+    assert all(a["for"] != "of-class" for a, _ in plain.of("label"))
+
+
+def test_what_repeats_stands_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each image that others repeat stands with them in one group, first, and the others say how;
+    an image that two sources read, or whose twin is not on the page, makes no group; of very many
+    the page says how many it leaves out."""
+
+    def repeat(name: str, other: str, code: str) -> PageImage:
+        return image(name, findings=(Finding(code, name, "", other),))
+
+    shown = [
+        repeat("b", "a", "near-duplicate"), image("a"), repeat("c", "a", "duplicate"), image("d"),
+        repeat("e", "e", "duplicate"), repeat("f", "not shown", "duplicate"),
+        repeat("g", "d", "in-both-sets"),
+    ]  # fmt: skip
+    groups = [[(i.name, code) for i, code in group] for group in alike_groups(shown)]
+    assert groups == [
+        [("a", ""), ("b", "near-duplicate"), ("c", "duplicate")],
+        [("d", ""), ("g", "in-both-sets")],
+    ]
+    html = Page(page(PageReport("t", "v", images=shown)))
+    assert len(html.of("div", "alike")) == 2
+    assert len(html.of("figure")) == 5
+    monkeypatch.setattr("sd_lora.data.check.page.MAX_GROUPS", 1)
+    monkeypatch.setattr("sd_lora.data.check.page.MAX_ALIKE", 2)
+    html = Page(page(PageReport("t", "v", images=shown)))
+    assert len(html.of("figure")) == 2
+    said = [text for _, text in html.of("p", "soft")]
+    assert "… and 1 more" in said
+    assert "… and 1 more groups: see the findings." in said
 
 
 def test_the_bucket_table() -> None:

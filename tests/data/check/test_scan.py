@@ -258,6 +258,7 @@ def test_exact_duplicates() -> None:
         ("b", "duplicate"),
         ("e", "in-both-sets"),
     ]
+    assert [f.other for f in found.findings] == ["a", "a", "b", "a"]
     c, d, b, e = (f.text for f in found.findings)
     assert "the same image as a," in c
     assert "the same image as a," in d
@@ -280,6 +281,7 @@ def test_near_duplicates_are_found_and_others_not() -> None:
     found = scanned(source_of(images))
     near = {f.name: f.text for f in found.findings if f.code == "near-duplicate"}
     assert len(found.findings) == len(near)
+    assert all(f.other == f.name.split()[0] for f in found.findings)
     assert near.keys() == {name for name in images if " " in name}
     assert all(f"as {name.split()[0]}; " in text for name, text in near.items())
 
