@@ -100,7 +100,7 @@ def sample_sheet(run: Run, rows: dict[str, list[Image.Image]], step: int) -> She
             config.base_model,
             run.output_dir.resolve().name,
             step,
-            config.clip_skip,
+            run.text.caption_encoder.clip_skip,
         )
         for seed, w in enumerate(wanted)
     ]
