@@ -135,8 +135,11 @@ def read_progress(path: Path) -> Progress:
 
 
 def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Path) -> None:
-    """Raise UsageError if a checkpoint belongs to another run, or its run is done."""
-    if progress.step >= num_steps:
+    """Raise UsageError if a checkpoint belongs to another run, or has more steps than this one.
+
+    One with as many steps has a run that ended before its files were written.
+    """
+    if progress.step > num_steps:
         raise UsageError(
             f"{path} has done {progress.step} steps already, and this run has {num_steps}: "
             "raise max_train_steps to continue"

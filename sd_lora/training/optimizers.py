@@ -141,7 +141,7 @@ def check_installed(config: TrainConfig) -> None:
 
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
+) -> torch.optim.lr_scheduler.LambdaLR:
     """A learning-rate schedule counted in optimiser steps; `config.rows.SCHEDULES` has the names.
 
     The loop steps it once per optimiser step. Accelerate would step it once per process; so neither

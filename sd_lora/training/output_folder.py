@@ -59,6 +59,16 @@ def _resumes_here(config: TrainConfig, saved: Path | None) -> bool:
     return saved is not None and saved.resolve().parent == config.output_path.resolve()
 
 
+def refuse_finished(config: TrainConfig, saved: Path) -> None:
+    """Raise UsageError for a run that has done its steps and written its files."""
+    files = lora_files(config)
+    if files:
+        raise UsageError(
+            f"{saved} has done all steps of this run, and {', '.join(p.name for p in files)} is "
+            "there: raise max_train_steps to go on with it"
+        )
+
+
 def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
     """The note that names the earlier work to be replaced; empty without any."""
     if not config.overwrite_output_dir or _resumes_here(config, saved):

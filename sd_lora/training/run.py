@@ -61,7 +61,7 @@ class Run:
     stream: Stream
     images: RunImages
     optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
     saved: checkpoint.Saved | None = None
 
@@ -121,11 +121,11 @@ class Run:
             self.text.tokens.load_state_dict(self.saved.state["tokens"])
         self.optimizer.load_state_dict(self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            if group["initial_lr"] != rate:
-                group["lr"] *= rate / group["initial_lr"]
-                group["initial_lr"] = rate
-        self.lr_scheduler.base_lrs = rates
+        schedule = self.lr_scheduler
+        schedule.base_lrs = rates
+        factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor
         if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
             self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
 

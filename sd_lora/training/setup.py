@@ -34,7 +34,7 @@ from sd_lora.training.conditioning import (
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
-from sd_lora.training.output_folder import check_output_folder
+from sd_lora.training.output_folder import check_output_folder, refuse_finished
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
     DTYPES,
@@ -167,6 +167,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     if saved_path:
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
+        if progress.step == plan.num_steps:
+            refuse_finished(resolved, saved_path)
     return CheckedRun(plan, base, images, pixel_settings, accelerator, summary, emit, saved_path)
 
 

@@ -1,6 +1,7 @@
 """The training loop: what is trained and what is not, exactness of resuming, both modes."""
 
 import json
+import math
 import os
 import signal
 import threading
@@ -351,6 +352,37 @@ def test_resuming_takes_the_new_learning_rate(tiny_sd1: Path, data: Path, tmp_pa
     for row, new in zip(before, log(tmp_path), strict=True):
         factor = 1 if row["step"] <= 3 else 0.1
         assert new["lr"] == pytest.approx(row["lr"] * factor)
+
+
+def test_a_longer_schedule_is_followed_at_once(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """A finished run that goes on with more steps has the cosine of the longer run from its first
+    new step: its rate at step t + 1 is (1 + cos(π t / T)) / 2 of the full one."""
+    options = {"lr_scheduler": "cosine", "lr_warmup_steps": 0, "checkpointing_steps": 2}
+    rate = text_to_image(tiny_sd1, data, tmp_path).learning_rate
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, max_train_steps=2, **options))
+    more = {"max_train_steps": 5, "resume_from_checkpoint": "latest"}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **(options | more)))
+    for row in log(tmp_path)[2:]:
+        factor = (1 + math.cos(math.pi * (row["step"] - 1) / 5)) / 2
+        assert row["lr"] == pytest.approx(rate * factor)
+
+
+def test_a_run_that_died_while_exporting_writes_its_files(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Resumed after its last step, a run without files writes those of an undisturbed one, to the
+    last bit; with them it is refused, and says how to go on."""
+    options = {"checkpointing_steps": 3, "max_train_steps": 3}
+    result = sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options))
+    tensors = {file.path: load_file(file.path) for file in result.files}
+    for path in tensors:
+        path.unlink()
+    again = text_to_image(tiny_sd1, data, tmp_path, **options, resume_from_checkpoint="latest")
+    for file in sd_lora.train(again).files:
+        written = load_file(file.path)
+        assert all(torch.equal(written[k], t) for k, t in tensors[file.path].items())
+    with pytest.raises(sd_lora.UsageError, match=r"has done all steps .*raise max_train_steps"):
+        sd_lora.train(again)
 
 
 def test_before_is_the_base_also_on_resume(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
