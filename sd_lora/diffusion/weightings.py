@@ -1,7 +1,7 @@
 """Loss weights by timestep, one row a weighting.
 
-A new weighting is a function of a noise schedule and a row of `WEIGHTINGS`; the run names the row
-in `training/setup.py`.
+A new weighting is a function of a noise schedule and a row of `WEIGHTINGS`; `weighting` of
+`config/options/objective.py` names the row.
 """
 
 from collections.abc import Callable

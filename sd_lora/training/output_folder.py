@@ -65,7 +65,7 @@ def refuse_finished(config: TrainConfig, saved: Path) -> None:
     if files:
         raise UsageError(
             f"{saved} has done all steps of this run, and {', '.join(p.name for p in files)} is "
-            "there: raise max_train_steps to go on with it"
+            "there: give it more --steps to go on"
         )
 
 

@@ -31,6 +31,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= caches.rows
     given = given_options(config)
     rows["method"] = ", ".join([config.method_text, *given.pop("method", [])])
+    objective = [objective_of(run), *given.pop("objective", [])]
     ranks = {c: config.rank_and_alpha_of(c)[0] for c in run.models}
     if len({*ranks.values()}) > 1:
         del ranks["unet"]
@@ -42,7 +43,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= {row: ", ".join(texts) for row, texts in given.items()}
     rows |= _text_rows(run)
     rows["LoRA file"], format_notes = files_of(run.models, run.meta_pipeline, config.save_precision)
-    rows["objective"] = objective_of(run)
+    rows["objective"] = ", ".join(objective)
     precision = f"{run.accelerator.mixed_precision} precision"
     rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
     notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]

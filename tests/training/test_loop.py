@@ -381,7 +381,7 @@ def test_a_run_that_died_while_exporting_writes_its_files(
     for file in sd_lora.train(again).files:
         written = load_file(file.path)
         assert all(torch.equal(written[k], t) for k, t in tensors[file.path].items())
-    with pytest.raises(sd_lora.UsageError, match=r"has done all steps .*raise max_train_steps"):
+    with pytest.raises(sd_lora.UsageError, match=r"has done all steps .*more --steps"):
         sd_lora.train(again)
 
 
