@@ -150,8 +150,8 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
         kind: sum(path.is_file() for path in (cache / kind).rglob("*"))
         for kind in ("latents", "texts", "facts")
     }
-    if mode == "text_to_image":  # 28 images, each with its caption
-        assert found == {"latents": 28, "texts": 28, "facts": 28}
+    if mode == "text_to_image":  # 28 images, 9 captions
+        assert found == {"latents": 28, "texts": 9, "facts": 28}
     else:
         assert found == {"latents": 0, "texts": 0, "facts": 8 + 24}
     assert_same(one, two)
