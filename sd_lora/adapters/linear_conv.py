@@ -13,9 +13,10 @@ from sd_lora.adapters.low_rank import low_rank_linear, pointwise_conv
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Autocast's dtype, or the input's without autocast."""
+    """Autocast's dtype, or the input's without autocast; the meta device has none."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    autocast = not x.is_meta and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocast else x.dtype
 
 
 class AdaptedAffine(AdaptedLayer):
