@@ -26,14 +26,20 @@ PROMPTS = (*demo.SUBJECT[:4], demo.CLASS[0], demo.CLASS[1], *demo.UNRELATED[:2])
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "right": ("as in the tutorial", {}),
-    "few": ("too little: 60 steps in place of 1200", {"max_train_steps": 60}),
+    "few": ("too short: 60 steps", {"max_train_steps": 60}),
     "fast": (
-        "too fast: ten times the learning rates",
-        {"learning_rate": 2e-2, "text_encoder_lr": 4e-3},
+        "too fast: ten times the learning rates, 200 steps",
+        {"learning_rate": 2e-2, "text_encoder_lr": 4e-3, "max_train_steps": 200},
     ),
     "alone": (
-        "without class images",
-        {"with_prior_preservation": False, "class_data_dir": None, "class_prompt": None},
+        "without class images: 300 steps",
+        {
+            "with_prior_preservation": False,
+            "class_data_dir": None,
+            "class_prompt": None,
+            "num_class_images": 100,
+            "max_train_steps": 300,
+        },
     ),
 }
 """Name of a run → its label, and where it differs from the tutorial's."""

@@ -3,9 +3,9 @@
 python dev/write_memory_page.py           # counts and writes them: some minutes
 python dev/write_memory_page.py --only sd1   # prints the rows of one family
 
-Models of the published sizes stand on PyTorch's meta device, which has shapes and no numbers. A run's
-own functions adapt and cast them, one step goes forward and backward, and each tensor counts from the
-operator that makes it until nothing holds it any more.
+Models of the published sizes stand on PyTorch's meta device, which has shapes and no numbers. A
+run's own functions adapt and cast them, one step goes forward and backward, and each tensor counts
+from the operator that makes it until nothing holds it any more.
 """
 
 import argparse
@@ -50,13 +50,15 @@ VAE = {
 """Configuration of the VAE of all three families."""
 
 CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 SXM": 989}
-"""Card → TFLOP/s of dense bf16 products with float32 sums, by NVIDIA's white papers and data sheets."""
+"""Card → TFLOP/s of dense bf16 products with float32 sums, by NVIDIA's papers."""
 
 
 SIZES = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)
 """Memory of usual cards, GiB."""
 
-APART = GIB
+NO_CHECKPOINTS = "--no-gradient_checkpointing"
+
+RESERVE = GIB
 """Bytes assumed for what is not counted: CUDA itself, workspaces of its kernels, fragments."""
 
 
@@ -111,7 +113,7 @@ def flash_attention(
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table of steps: words as flags, for a family, at a batch (class images count)."""
+    """A row of the table of steps: flags, for a family, and images at once, class images too."""
 
     family: str
     title: str
@@ -121,12 +123,17 @@ class Setting:
 
 @dataclass(frozen=True)
 class Count:
-    """A step, counted. Bytes: of frozen weights, of the trained state, at the peak; operations."""
+    """A step, counted.
+
+    weights, trained, peak: bytes of the frozen weights, of the trained state, and at the peak.
+    flop: operations. text_learns: whether the text encoders are trained.
+    """
 
     weights: int
     trained: int
     peak: int
     flop: float
+    text_learns: bool
 
 
 def count_step(setting: Setting) -> Count:
@@ -162,7 +169,8 @@ def count_step(setting: Setting) -> Count:
         loss = (out.sample.float() - x[:, :4].float()).square().mean()
         loss.backward()
     trained = sum(p.nbytes for p in layers) * 2 + sum(m.nbytes for m in moments)
-    return Count(sum(p.nbytes for p in frozen), trained, counter.peak, counter.flop)
+    weights = sum(p.nbytes for p in frozen)
+    return Count(weights, trained, counter.peak, counter.flop, len(adapted) > 1)
 
 
 def inputs(setting: Setting, unet: Any, dtype: torch.dtype) -> tuple[Tensor, dict[str, Any]]:
@@ -211,7 +219,7 @@ def settings(family: str) -> list[Setting]:
     rows += [
         Setting(family, "subject, `--batch 1`", subject, 1),
         Setting(family, "subject, with class images", subject, 4),
-        Setting(family, "subject, `--no-gradient_checkpointing`", f"{subject} --no-gradient_checkpointing", 2),
+        Setting(family, f"subject, `{NO_CHECKPOINTS}`", f"{subject} {NO_CHECKPOINTS}", 2),
         Setting(family, "subject in float32 (`--mixed_precision no`)", "--preset subject", 2),
         Setting(
             family, "least: `--targets attention --rank 4 --no-train_text_encoder --batch 1`",
@@ -221,41 +229,51 @@ def settings(family: str) -> list[Setting]:
     return rows
 
 
-def step_rows(family: str, sampling: int) -> list[str]:
-    """Lines of the table of steps of a family.
+@dataclass(frozen=True)
+class Apart:
+    """Bytes outside of the steps: of the VAE while it encodes images and while it decodes one, of
+    the text encoders in float32, and of a UNet in bf16."""
 
-    sampling: bytes while samples are drawn, without the trained state.
-    """
-    lines = []
-    for setting in settings(family):
-        count = count_step(setting)
-        rest = count.peak - count.weights - count.trained
-        cells = [count.weights, count.trained, rest, count.peak]
-        numbers = " | ".join(f"{c / GIB:.2f}" for c in cells)
-        needed = max(count.peak, sampling + count.trained) + APART
-        card = next(size for size in SIZES if size * GIB >= needed)
-        # a product of m·k·n numbers counts 2·m·k·n operations
-        words = f"{NAMES[family]} | {setting.title} | {numbers} | {card} | {count.flop / 1e12:.1f}"
-        lines.append(f"| {words} |")
-        print(lines[-1], flush=True)
-    return lines
+    encoding: int
+    decoding: int
+    text: int
+    unet: int
 
 
-def other_bytes(family: str) -> tuple[int, int, int]:
-    """Bytes outside of the steps: while images are encoded, while captions are, and while samples
-    are drawn, with a UNet in bf16."""
+def count_apart(family: str) -> Apart:
+    """Count what is on the device outside of a family's steps."""
     side = RESOLUTIONS[family]
     at_once = max(1, AREA_AT_ONCE // side**2)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, device="meta")
 
-    encoding = count_vae(lambda vae: vae.encode(empty(at_once, 3, side, side)))
-    decoding = count_vae(lambda vae: vae.decode(empty(1, 4, side // 8, side // 8)))
     models = MetaPipeline.of_family(FAMILIES[family]).models
-    text = sum(p.nbytes for n, m in models.items() if n != "unet" for p in m.parameters())
-    unet = sum(p.numel() for p in models["unet"].parameters()) * 2
-    return encoding, text, decoding + unet
+    return Apart(
+        count_vae(lambda vae: vae.encode(empty(at_once, 3, side, side))),
+        count_vae(lambda vae: vae.decode(empty(1, 4, side // 8, side // 8))),
+        sum(p.nbytes for n, m in models.items() if n != "unet" for p in m.parameters()),
+        sum(p.numel() for p in models["unet"].parameters()) * 2,
+    )
+
+
+def step_rows(family: str, apart: Apart) -> list[str]:
+    """Lines of the table of steps of a family."""
+    lines = []
+    for setting in settings(family):
+        count = count_step(setting)
+        rest = count.peak - count.weights - count.trained
+        cells = [count.weights, count.trained, rest, count.peak]
+        numbers = " | ".join(f"{c / GIB:.2f}" for c in cells)
+        # samples: trained text encoders are among the weights already
+        beside = apart.decoding if count.text_learns else max(apart.decoding, apart.text)
+        needed = max(count.peak, count.weights + count.trained + beside) + RESERVE
+        card = next(size for size in SIZES if size * GIB >= needed)
+        # a product of m·k·n numbers counts 2·m·k·n operations
+        words = f"{NAMES[family]} | {setting.title} | {numbers} | {card} | {count.flop / 1e12:.1f}"
+        lines.append(f"| {words} |")
+        print(lines[-1], flush=True)
+    return lines
 
 
 def card_rows(steps: list[str]) -> list[str]:
@@ -284,19 +302,19 @@ def main() -> int:
     parser.add_argument("--only", choices=RESOLUTIONS, help="print the rows of one family")
     args = parser.parse_args()
     F.scaled_dot_product_attention = flash_attention
-    others = {family: other_bytes(family) for family in RESOLUTIONS}
+    apart = {family: count_apart(family) for family in RESOLUTIONS}
     if args.only:
-        step_rows(args.only, others[args.only][-1])
+        step_rows(args.only, apart[args.only])
         return 0
     rows = [
-        f"| {NAMES[family]} | " + " | ".join(f"{n / GIB:.2f}" for n in numbers) + " |"
-        for family, numbers in others.items()
+        f"| {NAMES[family]} | {a.encoding / GIB:.2f} | {(a.unet + a.text) / GIB:.2f} "
+        f"| {(a.unet + a.decoding) / GIB:.2f} |"
+        for family, a in apart.items()
     ]
     page = PAGE.read_text(encoding="utf-8")
-    page = replaced(
-        page, "others", "| model | encoding images | encoding captions | drawing samples |", rows
-    )
-    steps = [row for family in RESOLUTIONS for row in step_rows(family, others[family][-1])]
+    head = "| model | encoding images | encoding captions | drawing samples |"
+    page = replaced(page, "others", head, rows)
+    steps = [row for family in RESOLUTIONS for row in step_rows(family, apart[family])]
     head = "| model | options | frozen | trained | rest | **peak** | card | TFLOP |"
     page = replaced(page, "steps", head, steps)
     head = "| model | options | " + " | ".join(CARDS) + " |"
