@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from sd_lora.adapters.inject import lora_layers
@@ -30,7 +31,7 @@ from sd_lora.findings import Finding
 from sd_lora.models.load import Base
 from sd_lora.report.events import Listener, to_all
 from sd_lora.report.summary import Summary
-from sd_lora.training.adapt import inject_all
+from sd_lora.training.adapt import components_of, inject_all
 from sd_lora.training.caches import open_store
 from sd_lora.training.class_images import check_class_images
 from sd_lora.training.conditioning import (
@@ -39,9 +40,10 @@ from sd_lora.training.conditioning import (
     planned_caption_encoder,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.forecast import forecast_rows, warnings_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import DTYPES
+from sd_lora.training.processes import DTYPES, Device
 from sd_lora.training.summary import data_rows
 
 NUM_WORST = 5
@@ -52,18 +54,20 @@ NUM_WORST = 5
 class Checked:
     """The result of a check.
 
-    rows: label → text of the summary. thumbnails: name of an image → data URI.
+    rows: label → text of the summary. thumbnails: name of an image → data URI. warnings: on
+    settings.
     """
 
     plan: Plan
     images: RunImages
     rows: dict[str, str]
     thumbnails: dict[str, str]
+    warnings: list[Finding]
 
     @property
     def findings(self) -> list[Finding]:
-        """All findings."""
-        return self.images.findings
+        """All findings, on images and on settings."""
+        return [*self.images.findings, *self.warnings]
 
     @property
     def verdict(self) -> str:
@@ -119,6 +123,8 @@ def check(
     plan = Plan.of(config, images.instances, num_processes)
     rows = {"model": f"{config.base_model} ({base.family.label})"}
     rows |= data_rows(plan, images)
+    device = Device.planned(config)
+    rows |= forecast_rows(plan, components_of(config, base.family), device)
     wanted = config.class_images
     if wanted:
         there = images.num_class_images
@@ -128,8 +134,8 @@ def check(
     if config.max_train_samples and config.seed is None:
         rows["images"] += " (others than those that a run without --seed will draw)"
     rows["cut away"] = _cut_away(images.instances)
-    rows["disk"] = disk(config, base, plan, images)
-    return Checked(plan, images, rows, thumbnails)
+    rows["disk"] = disk(config, base, plan, images, DTYPES[device.precision])
+    return Checked(plan, images, rows, thumbnails, warnings_of(plan, device))
 
 
 def _cut_away(images: ImageSet) -> str:
@@ -148,8 +154,10 @@ def _cut_away(images: ImageSet) -> str:
     return f"{mean:.1%} of the images on average" + (f"; {', '.join(most)}" if most else "")
 
 
-def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
-    """Disk space of caches, checkpoints and files."""
+def disk(
+    config: RunConfig, base: Base, plan: Plan, images: RunImages, precision: torch.dtype
+) -> str:
+    """Disk space of caches, checkpoints and files. precision: of the frozen base."""
     width = DTYPES[config.vae_precision].itemsize
     size = (base.vae_config.get("latent_channels", 4), base.pixels_per_latent, width)
     latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
@@ -166,7 +174,6 @@ def disk(config: RunConfig, base: Base, plan: Plan, images: RunImages) -> str:
         if varies:  # each sample may have another one
             count = min(MAX_CAPTIONS, plan.num_steps * plan.samples_per_step)
         configs = [base.meta_pipeline.configs[c] for c in base.family.text_encoders]
-        precision = DTYPES[config.mixed_precision or "no"]
         one = embedding_bytes(configs, images.caption_encoder.max_pieces, precision)
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     number = sum(len(found.set.samples) for found in images.by_kind.values())

@@ -111,7 +111,7 @@ def check(argv: Sequence[str]) -> None:
         if not args.json:
             print(f"  look at {page}")
     if config.strict:
-        refuse_problems(checked.findings)
+        refuse_problems(checked.images.findings)
 
 
 _CHECK = (

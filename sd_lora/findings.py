@@ -1,4 +1,4 @@
-"""Findings of a data check: a table of their codes, and one finding on one file."""
+"""Findings of a check: a table of their codes, and one finding on one file or setting."""
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -125,6 +125,19 @@ FINDINGS: dict[str, FindingKind] = {
     "setting-shared": FindingKind("note"),
     "caption-extension": FindingKind("note"),
     "prefix-in-place": FindingKind("note"),
+    # settings that will not do as meant
+    "warmup-too-long": FindingKind("warning", "--lr_warmup_steps 0.1 is a tenth of the run"),
+    "no-effect": FindingKind("warning"),
+    "few-steps": FindingKind("warning"),
+    "batch-above-set": FindingKind(
+        "warning", "lower --batch or the accumulation, or train on more images"
+    ),
+    # the machine
+    "fp16-on-cpu": FindingKind(
+        "warning", "--mixed_precision no is float32; bf16 is as fast on some CPUs"
+    ),
+    "card-not-seen": FindingKind("warning"),
+    "gpu-option": FindingKind("warning", "leave it out, or train on a GPU"),
     # resolutions
     "same-shape": FindingKind(
         "note", "the image is smaller than either, and bucket_no_upscale leaves it so"
@@ -161,7 +174,7 @@ class Finding:
     """A finding on one file, folder or setting.
 
     code: a key of `FINDINGS`, which gives the level.
-    name: path of the file, or a dataset's name and row.
+    name: path of the file, a dataset's name and row, an option, or a row of the run's summary.
     details: the facts of this file, put before the advice of the code; may be empty.
     other: name of the image that this one repeats; empty for other findings.
 

@@ -2,6 +2,7 @@
 
 from tqdm.auto import tqdm
 
+from sd_lora.data.check.page import printable
 from sd_lora.report.events import (
     Event,
     Exported,
@@ -12,6 +13,7 @@ from sd_lora.report.events import (
     StepsLogged,
     TrainingStarted,
     Validated,
+    Warned,
 )
 from sd_lora.report.summary import duration, verified_files
 from sd_lora.streams import encode_everything
@@ -38,6 +40,8 @@ class Terminal:
         match event:
             case Progress():
                 self._advance(event)
+            case Warned():
+                self._say("\n".join(f"warning: {printable(f.line())}" for f in event.findings))
             case RunPlanned():
                 self._say(f"{self.title}\n{event.summary.text()}")
             case TrainingStarted():

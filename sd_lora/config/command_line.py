@@ -232,7 +232,7 @@ def _unknown_flag(word: str) -> Problem:
 def _value(name: str, given: Any) -> Any:
     """A flag's value from its text; a text that is none stays one, for the row's own message."""
     option = OPTIONS[FORMER_NAMES.get(name, name)]
-    convert = {"int": int, "float": float}.get(option.kind)
+    convert = {"int": int, "float": float, "steps": float}.get(option.kind)
     if option.kind == "dict":
         return dict(_pattern(option, word) for word in given)
     try:

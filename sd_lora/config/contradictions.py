@@ -48,15 +48,22 @@ def _by_rows(config: "TrainConfig", options: Mapping[str, Option]) -> Iterator[P
         if option.only and option.only != config.mode:
             yield Problem(name, f"{name} has an effect in {option.only} runs only", LEAVE_OUT)
             continue
-        for other in option.missing(config):
-            why = _why(options[other], option.requires[other], getattr(config, other))
+        for why in [] if option.only_warns else why_idle(config, option, options):
             yield Problem(name, f"{name} has no effect {why}", LEAVE_OUT)
         if len(config.places) == 1 and config.places[0] in option.ignored_by:
             yield Problem(name, f"{name} has no effect with {config.places[0]}", LEAVE_OUT)
 
 
+def why_idle(config: "TrainConfig", option: Option, options: Mapping[str, Option]) -> list[str]:
+    """The reasons why an option has no effect: "with method full"; empty if it has one."""
+    return [
+        _why(options[other], option.requires[other], getattr(config, other))
+        for other in option.missing(config)
+    ]
+
+
 def _why(other: Option, values: tuple[Any, ...] | None, theirs: Any) -> str:
-    """The reason in words: "without train_text_encoder", "with method full"."""
+    """The reason that another option's value gives: "without train_text_encoder"."""
     if not values:
         return f"without {other.name}"
     if other.kind == "bool":

@@ -102,7 +102,7 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
         return {"nargs": "+", "metavar": "PATTERN=N", "help": text}
     if option.kind == "ints":
         return {"nargs": "+", "metavar": "N", "help": text}
-    metavar = {"int": "N", "float": "X", "str": "TEXT"}[option.kind]
+    metavar = {"int": "N", "steps": "N", "float": "X", "str": "TEXT"}[option.kind]
     if option.choices:
         metavar = "{" + ",".join(option.choices) + "}"
     if option.without_value:

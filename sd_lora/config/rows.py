@@ -8,9 +8,9 @@ are made from these rows.
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -46,15 +46,28 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 
 CACHES = ("auto", "memory", "disk", "no")
 
+_WARMUP = "lr_warmup_steps"
 SCHEDULES: dict[str, tuple[str, ...]] = {
-    "linear": (),
-    "cosine": (),
-    "cosine_with_restarts": ("lr_num_cycles",),
-    "polynomial": ("lr_power",),
+    "linear": (_WARMUP,),
+    "cosine": (_WARMUP,),
+    "cosine_with_restarts": (_WARMUP, "lr_num_cycles"),
+    "polynomial": (_WARMUP, "lr_power"),
     "constant": (),
-    "constant_with_warmup": (),
+    "constant_with_warmup": (_WARMUP,),
 }
-"""Learning-rate schedule of diffusers → the options that it alone uses."""
+"""Learning-rate schedule of diffusers → the options that it uses."""
+
+
+def _steps_or_share(value: int | float) -> int | float:
+    if value and value < 1:
+        return value
+    if not float(value).is_integer():
+        raise PydanticCustomError("steps", "neither whole nor a share")
+    return int(value)
+
+
+Steps = Annotated[int | float, AfterValidator(_steps_or_share)]
+"""Type of a number of steps: whole, or below 1 a share of the run; 500.0 is 500."""
 
 FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner")
 """Name of the model families, here without diffusers; compared in the same way."""
@@ -94,9 +107,7 @@ def section(name: str) -> Callable[..., Any]:
         default: Any,
         help: str,
         *,
-        ge: float | None = None,
-        gt: float | None = None,
-        lt: float | None = None,
+        ge: float | None = None, gt: float | None = None, lt: float | None = None,
         multiple_of: int | None = None,
         choices: tuple[str, ...] = (),
         modes: Mapping[str, Any] | None = None,
@@ -104,10 +115,10 @@ def section(name: str) -> Callable[..., Any]:
         of_scripts: Mapping[str, Any] | None = None,
         only: Mode | None = None,
         requires: Mapping[str, tuple[Any, ...] | None] | None = None,
+        only_warns: bool = False, without_gpu: str = "",
         may_change: bool = False,
         package: tuple[str, str] | None = None,
-        header: str | None = None,
-        header_form: str = "always",
+        header: str | None = None, header_form: str = "always",
         summary: tuple[str, str] | None = None,
         ignored_by: tuple[str, ...] = (),
         without_value: str | None = None,
@@ -117,7 +128,7 @@ def section(name: str) -> Callable[..., Any]:
         formerly: str | None = None,
         scripts: str = "",
         **names: str,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """Declare an option.
 
         Args:
@@ -131,6 +142,8 @@ def section(name: str) -> Callable[..., Any]:
             only: the one mode in which it has an effect.
             requires: other option → values with which this one has an effect; None: any value
                 that is given.
+            only_warns: whether a run starts, with a warning, where it has no effect.
+            without_gpu: its effect on a CPU, as a clause, for the warning of it.
             may_change: whether a resumed run may change it.
             package: name of a package that it needs, and of the extra that installs it.
             header: key of a LoRA file's header that holds its value.
@@ -151,6 +164,7 @@ def section(name: str) -> Callable[..., Any]:
             "section": name, "choices": list(choices), "modes": dict(modes or {}),
             "sdxl": dict(sdxl or {}), "of_scripts": dict(of_scripts or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
+            "only_warns": only_warns, "without_gpu": without_gpu,
             "may_change": may_change, "package": package and list(package), "header": header,
             "header_form": header_form, "summary": summary and list(summary),
             "ignored_by": list(ignored_by), "without_value": without_value,
@@ -165,8 +179,8 @@ def section(name: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class Option:
-    """A row. kind: "int", "float", "bool", "str", "ints", "dict" or "list" (of tables); item: kind
-    of a dict's values; see `option` for the others."""
+    """A row. kind: "int", "float", "bool", "str", "steps", "ints", "dict" or "list" (of tables);
+    item: kind of a dict's values; see `option` for the others."""
 
     name: str
     kind: str
@@ -179,6 +193,8 @@ class Option:
     of_scripts: dict[str, Any]
     only: Mode | None
     requires: dict[str, tuple[Any, ...] | None]
+    only_warns: bool
+    without_gpu: str
     may_change: bool
     package: tuple[str, str] | None
     header: str | None
@@ -268,8 +284,10 @@ def item_of(annotation: Any) -> str:
 
 
 def kind_of(annotation: Any) -> str:
-    """Plain type of an annotation: "int | None" is "int", a Literal or text is "str", and a list of
-    whole numbers "ints"."""
+    """Plain type of an annotation: "int | None" is "int", a Literal or text is "str", a list of
+    whole numbers "ints", and `Steps` "steps"."""
+    if get_args(annotation) == (int, float):
+        return "steps"
     annotation = _without_none(annotation)
     if get_args(annotation) == (int,):
         return "ints"

@@ -21,6 +21,7 @@ TYPES = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
+    "steps": "a whole number, or a share of the run below 1, such as 0.1",
     "str": "a text",
     "string": "a text",
     "ints": "whole numbers, such as [512, 768]",

@@ -41,6 +41,13 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Warnings on settings, before anything is loaded. findings: one at least."""
+
+    findings: Sequence[Finding]
+
+
+@dataclass(frozen=True)
 class RunPlanned:
     """All checks have passed, and everything is loaded. summary: with the findings."""
 
@@ -139,6 +146,7 @@ class RunEnded:
 Event = (
     FindingMade
     | Progress
+    | Warned
     | RunPlanned
     | TrainingStarted
     | StepDone

@@ -58,14 +58,18 @@ def inject_all(
     )
     adapted: dict[str, nn.Module] = {"unet": unet}
     shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
-    for component in family.text_encoders:
+    for component in components_of(config, family)[1:]:
         rank, alpha = config.rank_and_alpha_of(component)
-        if rank:
-            encoder = models[component]
-            names = read_modules(family, component, encoder, config.clip_skip)
-            inject(encoder, names, rank=rank, alpha=alpha, **shared)
-            adapted[component] = encoder
+        encoder = models[component]
+        names = read_modules(family, component, encoder, config.clip_skip)
+        inject(encoder, names, rank=rank, alpha=alpha, **shared)
+        adapted[component] = encoder
     return adapted
+
+
+def components_of(config: RunConfig, family: Family) -> list[str]:
+    """The components that get deltas: the UNet, and text encoders with a rank."""
+    return ["unet", *(c for c in family.text_encoders if config.rank_and_alpha_of(c)[0])]
 
 
 def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -> list[str]:

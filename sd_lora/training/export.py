@@ -183,6 +183,7 @@ def facts(run: Run) -> dict[str, str]:
         "ss_total_batch_size": plan.samples_per_step,
         "ss_learning_rate": config.learning_rate_of("unet"),
         "ss_unet_lr": config.learning_rate_of("unet"),
+        "ss_lr_warmup_steps": config.num_warmup_steps(plan.num_steps),
         "ss_text_encoder_lr": config.learning_rate_of(encoder) if encoder else None,
         "ss_optimizer": optimizer_of(config).header,
         "ss_mixed_precision": run.accelerator.mixed_precision,

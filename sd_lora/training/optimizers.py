@@ -1,7 +1,7 @@
 """Optimisers and learning-rate schedules of a run, over exactly the trained parameters."""
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,20 +83,38 @@ def build_optimizer(
     Raises:
         UsageError: a pattern of `lr_pattern` that matches no adapted module.
     """
-    factor = num_samples_per_step if config.scale_lr else 1
+    rates = learning_rates(config, [*models], num_samples_per_step)
     factors = learning_rate_factors(models, config.lr_pattern, config.loraplus_lr_ratio)
     groups: Groups = []
     for component in models:
-        rate = config.learning_rate_of(component) * factor
+        rate = rates[component]
         decay = config.weight_decay_of(component)
         for multiple, parameters in factors[component].items():
             group = {"params": parameters, "lr": rate * multiple, "weight_decay": decay}
             groups.append(group | {"multiple": multiple})  # of the rate that is logged
     if tokens:
-        rate = config.new_words_learning_rate * factor
+        rate = rates[NEW_WORDS]
         group = {"params": tokens.parameters(), "lr": rate, "weight_decay": 0.0}
         groups.append(group | {"multiple": 1.0})
     return optimizer_of(config).build(groups, config)
+
+
+NEW_WORDS = "new words"
+"""Name of the embeddings of new words beside those of components."""
+
+
+def learning_rates(
+    config: RunConfig, components: Sequence[str], num_samples_per_step: int
+) -> dict[str, float]:
+    """Component, and `NEW_WORDS` where there are some → learning rate after warm-up.
+
+    num_samples_per_step: batch × accumulation × processes, for `scale_lr`.
+    """
+    factor = num_samples_per_step if config.scale_lr else 1
+    rates = {component: config.learning_rate_of(component) * factor for component in components}
+    if config.token_abstraction:
+        rates[NEW_WORDS] = config.new_words_learning_rate * factor
+    return rates
 
 
 def learning_rate_factors(
@@ -147,11 +165,13 @@ def build_lr_scheduler(
     The loop steps it once per optimiser step. Accelerate would step it once per process; so neither
     accumulation nor the number of processes changes it.
     """
+    warmup = config.num_warmup_steps(num_steps)
     return get_scheduler(
         config.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=num_steps,
+        num_warmup_steps=warmup,
+        # polynomial divides by the steps after the warm-up, in its call after the last step too
+        num_training_steps=max(num_steps, warmup + 1),
         num_cycles=config.lr_num_cycles,
         power=config.lr_power,
     )

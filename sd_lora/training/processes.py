@@ -2,20 +2,23 @@
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     AutocastKwargs,
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    parse_flag_from_env,
 )
 
 from sd_lora.config.schema import TrainConfig
@@ -36,6 +39,68 @@ DTYPES = {
 def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen base model."""
     return DTYPES[accelerator.mixed_precision]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Facts about a run's device.
+
+    type: "cpu", "cuda", "mps", …. name: of the card; empty for others. precision: key of `DTYPES`,
+    of the frozen base. unseen_card: see `unseen_card`.
+    """
+
+    type: str
+    precision: str
+    name: str = ""
+    unseen_card: str = ""
+
+    @classmethod
+    def of(cls, device: torch.device, precision: str) -> "Device":
+        """Facts about a device of this machine."""
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return cls(device.type, precision, card, unseen_card())
+
+    @classmethod
+    def planned(cls, config: TrainConfig) -> "Device":
+        """The device and precision that Accelerate will choose for a run of one process."""
+        device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        return cls.of(device, config.mixed_precision or launched)
+
+    @property
+    def text(self) -> str:
+        """The device in words: "cuda (NVIDIA L4), base in bfloat16"."""
+        dtype = str(DTYPES[self.precision]).removeprefix("torch.")
+        return f"{self.type}{f' ({self.name})' * bool(self.name)}, base in {dtype}"
+
+
+DRIVER_PLACES = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))
+"""Places of NVIDIA's driver and of its first card on Linux."""
+
+
+def unseen_card() -> str:
+    """The trace of an NVIDIA card that torch does not see, with the reason and a remedy.
+
+    Empty if torch sees one, if there is no trace, or if the card is hidden on purpose.
+    """
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if torch.cuda.is_available() or hidden or parse_flag_from_env("ACCELERATE_USE_CPU"):
+        return ""
+    traces = [str(place) for place in DRIVER_PLACES if place.exists()]
+    traces += ["nvidia-smi"] if shutil.which("nvidia-smi") else []
+    if not traces:
+        return ""
+    seen = f"{traces[0]} is there, as where a machine has an NVIDIA card, and torch"
+    if torch.version.cuda is None:
+        return (
+            f"{seen} {torch.__version__} is a build without CUDA, so the CPU trains; to use the "
+            "card: pip install --force-reinstall torch "
+            "--index-url https://download.pytorch.org/whl/cu130"
+        )
+    return (
+        f"{seen} finds none, so the CPU trains; nvidia-smi must name the card, with CUDA "
+        f"{torch.version.cuda} at least: update the driver, or install torch for an older CUDA"
+    )
 
 
 def trackers(config: TrainConfig, summary: Summary) -> list[str]:

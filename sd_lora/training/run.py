@@ -29,6 +29,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
 from sd_lora.training.plan import Plan
+from sd_lora.training.processes import Device
 
 
 class ImageLost(RunError):
@@ -40,16 +41,17 @@ class Run:
     """Everything that the loop needs.
 
     emit: tells an event to the listeners; does nothing on other processes than the main one.
-    log: the file of losses. models: component → injected model. prepared: component → model as
-    Accelerate wrapped it, for those that learn. timesteps: the first trained one, and the one after
-    the last. text: captions → embeddings. meta_pipeline: the modules that the LoRA is for.
-    saved: the checkpoint to resume.
+    log: the file of losses. device: facts about it. models: component → injected model. prepared:
+    component → model as Accelerate wrapped it, for those that learn. timesteps: the first trained
+    one, and the one after the last. text: captions → embeddings. meta_pipeline: the modules that
+    the LoRA is for. saved: the checkpoint to resume.
     """
 
     plan: Plan
     emit: Listener
     log: LogFile
     accelerator: Accelerator
+    device: Device
     parts: Parts
     models: dict[str, nn.Module]
     prepared: dict[str, nn.Module]

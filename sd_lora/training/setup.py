@@ -16,7 +16,7 @@ from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
 from sd_lora.models.load import Base, Parts
-from sd_lora.report.events import Listener, to_all
+from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
 from sd_lora.sampling.sampler import can_generate_images
@@ -33,11 +33,13 @@ from sd_lora.training.conditioning import (
     used_captions,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.forecast import warnings_of
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
 from sd_lora.training.output_folder import check_output_folder, refuse_finished
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
     DTYPES,
+    Device,
     Trackers,
     agreed_seed,
     build_accelerator,
@@ -53,7 +55,7 @@ from sd_lora.training.summary import summarise
 class CheckedRun:
     """A run whose flags, folders and images are checked, before weights are loaded.
 
-    emit: tells events. saved_path: the checkpoint to resume.
+    device: facts about it. emit: tells events. saved_path: the checkpoint to resume.
     """
 
     plan: Plan
@@ -61,6 +63,7 @@ class CheckedRun:
     images: RunImages
     pixel_settings: PixelSettings
     accelerator: Accelerator
+    device: Device
     summary: Summary
     emit: Listener
     saved_path: Path | None
@@ -118,6 +121,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         emit=to_all(listening),
         log=log,
         accelerator=accelerator,
+        device=checked.device,
         parts=parts,
         models=models,
         prepared=prepared,
@@ -169,7 +173,13 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
         if progress.step == plan.num_steps:
             refuse_finished(resolved, saved_path)
-    return CheckedRun(plan, base, images, pixel_settings, accelerator, summary, emit, saved_path)
+    device = Device.of(accelerator.device, accelerator.mixed_precision)
+    warnings = warnings_of(plan, device)
+    if warnings:
+        emit(Warned(warnings))
+    return CheckedRun(
+        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path
+    )
 
 
 def _objective(config: RunConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
-from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.files import mib
 from sd_lora.formats.adapter_files import formats_of
 from sd_lora.formats.canonical import Adapter
@@ -16,6 +15,7 @@ from sd_lora.report.summary import adapted_modules
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.caches import Caches
 from sd_lora.training.data import RunImages
+from sd_lora.training.forecast import forecast_rows, given_options
 from sd_lora.training.output_folder import replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
@@ -28,8 +28,9 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     task = f", {parts.task.label}" if parts.task is INPAINTING else ""
     rows["model"] = f"{config.base_model} ({parts.family.label}{task})"
     rows |= data_rows(run.plan, run.images)
-    rows |= caches.rows
-    given = given_options(config)
+    planned = forecast_rows(run.plan, [*run.models], run.device)
+    rows |= planned | caches.rows
+    given = {row: texts for row, texts in given_options(config).items() if row not in planned}
     rows["method"] = ", ".join([config.method_text, *given.pop("method", [])])
     objective = [objective_of(run), *given.pop("objective", [])]
     ranks = {c: config.rank_and_alpha_of(c)[0] for c in run.models}
@@ -44,8 +45,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= _text_rows(run)
     rows["LoRA file"], format_notes = files_of(run.models, run.meta_pipeline, config.save_precision)
     rows["objective"] = ", ".join(objective)
-    precision = f"{run.accelerator.mixed_precision} precision"
-    rows["device"] = f"{run.accelerator.device}, {precision}, seed {run.plan.seed}"
+    rows["seed"] = str(run.plan.seed)
     notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
     run.summary.notes += [*replacement_note(config, run.saved.path if run.saved else None), *notes]
     if run.saved:
@@ -62,17 +62,6 @@ def data_rows(plan: Plan, images: RunImages) -> dict[str, str]:
         rows["images"] += f", and {images.num_class_images} of the class"
     if images.classes or plan.config.class_images:
         rows["batch"] += ", as many class images on top"
-    return rows
-
-
-def given_options(config: RunConfig) -> dict[str, list[str]]:
-    """Row of the summary → texts of the options that are given, by their rows."""
-    rows: dict[str, list[str]] = {}
-    for name, option in OPTIONS.items():
-        value = getattr(config, name)
-        if option.summary and option.is_given(value):
-            row, text = option.summary
-            rows.setdefault(row, []).append(text.format(value))
     return rows
 
 

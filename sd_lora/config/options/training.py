@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from sd_lora.config.rows import SAME, SCHEDULES, Section, by_mode, section
+from sd_lora.config.rows import SAME, SCHEDULES, Section, Steps, by_mode, section
 
 option = section("training")
 
@@ -52,7 +52,7 @@ class TrainingOptions(Section):
         main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
         "TF32 matrix products on Ampere GPUs and later",
-        may_change=True, scripts="ABCD", simpletuner=SAME)
+        without_gpu="has no effect", may_change=True, scripts="ABCD", simpletuner=SAME)
     learning_rate: float | None = option(None,
         "learning rate after warm-up",
         gt=0, modes=by_mode(0.0001, 0.0005), sdxl={"dreambooth": 0.0001}, may_change=True,
@@ -86,10 +86,12 @@ class TrainingOptions(Section):
         ge=0, requires={"token_abstraction": None})
     loraplus_lr_ratio: float | None = option(None,
         "LoRA+: learning rate of B divided by that of A; 16 is usual; off if not given",
-        gt=0, requires={"method": ("lora",)}, kohya=SAME)
+        gt=0, requires={"method": ("lora",)}, summary=("learning rate", "B × {:g} (LoRA+)"),
+        kohya=SAME)
     lr_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = option(None,
         "learning-rate factors by module: pattern=factor …, at the end of names; "
-        "'down_blocks.0.*'=0.5 for a block")
+        "'down_blocks.0.*'=0.5 for a block",
+        summary=("learning rate", "factors by module {}"))
     scale_weight_norms: float | None = option(None,
         "scale each delta down to this Frobenius norm after each step; off if not given",
         gt=0, header="ss_scale_weight_norms", kohya=SAME)
@@ -100,21 +102,24 @@ class TrainingOptions(Section):
         "learning-rate schedule",
         choices=tuple(SCHEDULES), header="ss_lr_scheduler", scripts="ABCD", kohya=SAME,
         onetrainer="learning_rate_scheduler", simpletuner=SAME, ai_toolkit="train.lr_scheduler")
-    lr_warmup_steps: int = option(500,
-        "optimiser steps of warm-up (none for constant)",
-        ge=0, header="ss_lr_warmup_steps", scripts="ABCD", kohya=SAME,
-        onetrainer="learning_rate_warmup_steps", simpletuner=SAME)
+    lr_warmup_steps: Steps = option(500,
+        "optimiser steps of warm-up, or below 1 their share of the run: 0.1 (none for constant)",
+        ge=0, requires={"lr_scheduler": _using("lr_warmup_steps")}, only_warns=True,
+        scripts="ABCD", kohya=SAME, onetrainer="learning_rate_warmup_steps", simpletuner=SAME)
     lr_num_cycles: int = option(1,
         "restarts of cosine_with_restarts",
-        ge=1, requires={"lr_scheduler": _using("lr_num_cycles")}, scripts="CD",
+        ge=1, requires={"lr_scheduler": _using("lr_num_cycles")},
+        summary=("schedule", "{} cycles"), scripts="CD",
         kohya="lr_scheduler_num_cycles", simpletuner=SAME)
     lr_power: float = option(1.0,
         "power of polynomial",
-        requires={"lr_scheduler": _using("lr_power")}, scripts="CD", kohya="lr_scheduler_power",
-        simpletuner=SAME)
+        requires={"lr_scheduler": _using("lr_power")}, summary=("schedule", "power {:g}"),
+        scripts="CD", kohya="lr_scheduler_power", simpletuner=SAME)
     use_8bit_adam: bool = option(False,
         "8-bit AdamW of bitsandbytes (extra: 8bit)",
-        package=("bitsandbytes", "8bit"), scripts="ABCD", kohya="optimizer_type",
+        package=("bitsandbytes", "8bit"),
+        without_gpu="saves no GPU memory, and bitsandbytes before 0.50 stops at the first step",
+        scripts="ABCD", kohya="optimizer_type",
         onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer")
     adam_beta1: float = option(0.9,
         "AdamW's beta1",
@@ -173,6 +178,13 @@ class ResolvedTraining(TrainingOptions):
         rates += [self.text_encoder_lr] if component != "unet" else []
         rates += [self.text_encoder_2_lr] if component == "text_encoder_2" else []
         return next(rate for rate in reversed(rates) if rate is not None)
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Optimiser steps of warm-up in a run of `num_steps`; 0 for a schedule without."""
+        if self.lr_scheduler not in _using("lr_warmup_steps"):
+            return 0
+        wanted = self.lr_warmup_steps
+        return round(wanted * num_steps) if wanted < 1 else int(wanted)
 
     def weight_decay_of(self, component: str) -> float:
         """Weight decay of a component's deltas."""

@@ -104,13 +104,7 @@ def _warmup(value: Any, given: Given) -> Taken:
     steps, scheduler = number(value), str(given.get("lr_scheduler") or "constant")
     if scheduler == "constant":
         return Taken("needless", reason="has no effect with constant")
-    if not 0 < steps < 1:
-        return Taken("same", {"lr_warmup_steps": steps})
-    total = given.get("max_train_steps")
-    if is_off(total) or not is_off(given.get("max_train_epochs")):
-        return Taken("absent", reason="is a part of the run; give a number of steps")
-    found = {"lr_warmup_steps": round(steps * whole(total))}
-    return Taken("otherwise", found, "is a number of steps, not a part of them")
+    return Taken("same", {"lr_warmup_steps": steps})
 
 
 def _steps(value: Any, given: Given) -> Taken:

@@ -20,7 +20,6 @@ from sd_lora.config.translate.rows import (
     other_model,
     read_with,
     taking,
-    whole,
 )
 
 RENAMED = {
@@ -83,11 +82,10 @@ def _warmup(value: Any, given: Given) -> Taken:
     scheduler = str(given.get("lr_scheduler") or "constant")
     if is_off(value) or scheduler == "constant" or not is_off(given.get("lr_warmup_steps")):
         return Taken("needless", reason="is off, or lr_warmup_steps is given")
-    total = given.get("max_train_steps")
-    if is_off(total) or not is_off(given.get("max_train_epochs")):
-        return Taken("absent", reason="is a percentage of the run; give --lr_warmup_steps")
-    steps = round(number(value) / 100 * whole(total))
-    return Taken("otherwise", {"lr_warmup_steps": steps}, "is a number of steps, not a percentage")
+    share = number(value) / 100
+    if share >= 1:
+        return Taken("absent", reason="is the whole run; give --lr_warmup_steps")
+    return Taken("otherwise", {"lr_warmup_steps": share}, "is a share of the run, 0.1 for 10 %")
 
 
 def _unset_steps(value: Any, given: Given) -> Taken:

@@ -111,8 +111,10 @@ def _scheduler(value: Any, given: Given) -> Taken:
 
 def _warmup(value: Any, given: Given) -> Taken:
     steps = number(value)
-    if 0 < steps <= 1:
-        return Taken("absent", reason="is a part of the run; give a number of steps")
+    if steps == 1:
+        return Taken("absent", reason="is the whole run; give --lr_warmup_steps")
+    if 0 < steps < 1:
+        return Taken("same", {"lr_warmup_steps": steps})
     count = max(0, round(steps / whole(given.get("gradient_accumulation_steps") or 1)))
     kind: Kind = "same" if count == steps else "otherwise"
     return Taken(kind, {"lr_warmup_steps": count}, "counts optimiser steps, not micro-batches")

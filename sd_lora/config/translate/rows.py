@@ -200,6 +200,12 @@ def truth(value: Any) -> bool:
     return found
 
 
+def _steps(value: Any) -> int | float:
+    """A number of steps: whole, or a share of the run."""
+    found = number(value)
+    return int(found) if found.is_integer() else found
+
+
 def _text(value: Any) -> str:
     if isinstance(value, list | dict | bool):
         raise ValueError(f"is a text here, not {value!r:.40}")
@@ -210,6 +216,7 @@ CONVERT: dict[str, Callable[[Any], Any]] = {
     "bool": truth,
     "int": whole,
     "float": number,
+    "steps": _steps,
     "str": _text,
     "ints": lambda value: [whole(side) for side in value],
     "dict": lambda value: value,

@@ -120,7 +120,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("kohya", "unet_lr"): ("1e-4", 1e-4, {}),
     ("kohya", "text_encoder_lr"): (["5e-5", "5e-5"], 5e-5, {}),
     ("kohya", "resolution"): ("512,512", 512, {}),
-    ("kohya", "lr_warmup_steps"): ("0.1", 100, {"lr_scheduler": "linear", "max_train_steps": 1000}),
+    ("kohya", "lr_warmup_steps"): ("0.1", 0.1, {"lr_scheduler": "linear"}),
     ("kohya", "save_last_n_steps_state"): (300, 3, {"save_every_n_steps": 100}),
     ("kohya", "cache_latents"): (True, None, {}),
     ("kohya", "cache_text_encoder_outputs"): (True, None, {}),

@@ -114,7 +114,7 @@ def test_what_is_not_said_is_their_default() -> None:
          {"learning_rate": 2e-4, "text_encoder_lr": 1e-4}),
         ({"learning_rate": "1e-4", "text_encoder_lr": "0"}, {"learning_rate": 1e-4}),
         ({"lr_scheduler": "cosine", "lr_warmup_steps": "0.05", "max_train_steps": "2000"},
-         {"lr_warmup_steps": 100, "max_train_steps": 2000}),
+         {"lr_warmup_steps": 0.05, "max_train_steps": 2000}),
         ({"resolution": "768,512"}, {"resolution": 624}),
         ({"clip_skip": 2}, {"clip_skip": 1}),
         ({"masked_loss": True, "conditioning_data_dir": "masks"}, {"mask_folder": "masks"}),
