@@ -263,6 +263,7 @@ def _take_folder(
     prompt = values.get("instance_prompt")
     if "mode" not in values:
         if not prompt and not has_captions(folder):
+            values["train_data_dir"] = folder  # its place is known, if not its use
             text = f"{folder} has no captions, so its images need a prompt"
             return [Problem("instance_prompt", text, "Give --prompt 'a photo of sks dog'")]
         values["mode"] = "dreambooth" if prompt else "text_to_image"

@@ -45,8 +45,9 @@ def test_a_folder_with_a_prompt_is_a_subject(folder: Path) -> None:
 
 def test_a_folder_without_captions_needs_a_prompt(folder: Path) -> None:
     """The error names the folder and the way out."""
-    with pytest.raises(UsageError, match=r"photos has no captions.*Give --prompt"):
+    with pytest.raises(UsageError, match=r"photos has no captions.*Give --prompt") as error:
         parse([str(folder), *MODEL], has_captions=has_captions)
+    assert len(error.value.problems) == 1
 
 
 def test_short_names_are_the_long_ones() -> None:
