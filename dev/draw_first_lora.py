@@ -7,22 +7,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from sd_lora import demo
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
-from sd_lora.report.sheets import grid, write_image
-from sd_lora.sampling.sampler import sample
+from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
 DOCS = Path(__file__).parent.parent / "docs"
-SIDE = 96
+SIDE = 112
 """Pixels of a shown image's side; the base draws 64."""
-
-PROMPTS = (*demo.SUBJECT[:4], demo.CLASS[0], demo.CLASS[1], *demo.UNRELATED[:2])
 
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "right": ("as in the tutorial", {}),
@@ -46,15 +42,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def drawn(lora: Path | None) -> list[Image.Image]:
-    """Images of all prompts by the embedded base, with a LoRA file or without."""
+    """Four images of the subject, two of its class and two others, by the embedded base, with a
+    LoRA file or without."""
     parts = load_parts(str(demo.find_sample_data() / "tiny-sd"))
     if lora:
         load_adapter(parts.models, lora)
-    images = sample(
-        parts, parts.caption_encoder(), PROMPTS, range(len(PROMPTS)),
-        resolution=64, device=torch.device("cpu"), steps=20, guidance_scale=4.0,
-    )  # fmt: skip
-    return list(images)
+    found = demo.draw(parts, 64, 4.0)
+    return [*found.subject[:4], *found.of_class[:2], *found.unrelated[:2]]
 
 
 def trained(folder: Path, changes: dict[str, Any]) -> Path:
@@ -72,16 +66,20 @@ def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print(__doc__)
         return 2
-    place = Path(sys.argv[1])
+    place, data = Path(sys.argv[1]), demo.find_sample_data()
     rows = {name: drawn(trained(place / name, changes)) for name, (_, changes) in RUNS.items()}
-    instances = sorted((demo.find_sample_data() / "dreambooth" / "instance").glob("*.png"))
+    columns = demo.columns(
+        demo.demo_config(data, "first-lora"),
+        ((demo.SUBJECT, 4), (demo.CLASS, 2), (demo.UNRELATED, 2)),
+    )
+    instances = sorted((data / "dreambooth" / "instance").glob("*.png"))
     good = [[Image.open(path) for path in instances[:8]], drawn(None), rows["right"]]
     labels = ["the images that were trained on", "before", "after 1200 steps"]
-    write_image(DOCS / "first_lora.png", grid(good, labels, list(PROMPTS), side=SIDE))
     bad = [name for name in RUNS if name != "right"]
-    labels = [RUNS[name][0] for name in bad]
-    sheet = grid([rows[name] for name in bad], labels, list(PROMPTS), side=SIDE)
-    write_image(DOCS / "first_lora_wrong.png", sheet)
+    wrong = Sheet([rows[name] for name in bad], [RUNS[name][0] for name in bad], columns, SIDE)
+    sheets = {"first_lora.png": Sheet(good, labels, columns, SIDE), "first_lora_wrong.png": wrong}
+    for name, sheet in sheets.items():  # of 128 colours: a third of the bytes
+        write_image(DOCS / name, sheet.draw().quantize(128))
     return 0
 
 

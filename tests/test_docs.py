@@ -1,23 +1,33 @@
 """The documents name what there is, and their code runs."""
 
+import importlib.util
 import re
 import shlex
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sd_lora
 from sd_lora import cli, commands
 from sd_lora.adapters.deltas import METHODS
+from sd_lora.adapters.targets import plan
 from sd_lora.config import schema as config
+from sd_lora.config.presets import preset
+from sd_lora.config.rows import PRESETS
+from sd_lora.config.schema import SHORT_NAMES
+from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
+from sd_lora.models.meta_pipeline import MetaPipeline
 
 
 def test_every_adapter_flag_is_documented(root: Path) -> None:
     """Each flag of the section adapter, and each way to set a learning rate, is written out."""
-    text = (root / "README.md").read_text() + (root / "docs/adapters.md").read_text()
+    text = (root / "docs/training.md").read_text() + (root / "docs/adapters.md").read_text()
     names = [name for name, field in config.OPTIONS.items() if field.section == "adapter"]
     names += ["loraplus_lr_ratio", "lr_pattern", "scale_weight_norms", "text_encoder_lr"]
     assert len(names) > 20
@@ -27,7 +37,7 @@ def test_every_adapter_flag_is_documented(root: Path) -> None:
 def test_every_tool_command_is_one(root: Path) -> None:
     """Each `sd-lora` line of a tool, as printed, is understood by it, and each flag of the tools is
     printed."""
-    text = "".join((root / name).read_text() for name in ("README.md", "docs/files.md"))
+    text = "".join((root / name).read_text() for name in ("docs/files.md",))
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines() if "sd-lora" in line]
     shown = [shlex.split(line, comments=True)[1:] for line in lines]
@@ -118,3 +128,118 @@ def test_files_of_a_method_of_ones_own(
         del METHODS["outer"]
     with pytest.raises(sd_lora.UsageError, match="method 'outer', which is not registered here"):
         sd_lora.load_adapter(load_parts(str(tiny_sd1)).models, path)
+
+
+GUIDES = (
+    "README.md", "docs/first-lora.md", "docs/training.md", "docs/troubleshooting.md",
+    "docs/memory.md", "docs/windows.md", "docs/python.md", "docs/glossary.md",
+)  # fmt: skip
+"""Pages of this project's own words alone."""
+
+
+def anchors(page: Path) -> set[str]:
+    """Anchors that GitHub makes of a page's headings."""
+    heads = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_every_link_leads_somewhere(root: Path) -> None:
+    """Each relative link and image of README, docs and the other pages is a file of the project,
+    and each anchor a heading in it; every page of docs is reached from the README."""
+    pages = [*root.glob("*.md"), *root.glob("docs/*.md"), *root.glob("*/README.md")]
+    reached: dict[Path, set[Path]] = {}
+    for page in pages:
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)\s]+)\)", text):
+            if re.match(r"\w+:", link):
+                continue
+            place, _, anchor = link.partition("#")
+            target = (page.parent / place).resolve() if place else page
+            assert target.exists(), (page, link)
+            assert not anchor or anchor in anchors(target), (page, link)
+            reached.setdefault(page, set()).add(target)
+    docs = {page.resolve() for page in root.glob("docs/*.md")}
+    assert docs - reached[root / "README.md"] == set()
+
+
+def test_flags_in_guides_exist(root: Path) -> None:
+    """Each flag in the pages that begin is an option of a run, one of its short names, or a flag of
+    a tool."""
+    known = {f"--{name}" for name in (*config.OPTIONS, *SHORT_NAMES)}
+    known |= {f"--no-{name}" for name, option in config.OPTIONS.items() if option.kind == "bool"}
+    known |= {"--config", "--help", "--out", "--python", "--torch-backend", "--index-url"}
+    for page in GUIDES:
+        flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (root / page).read_text("utf-8")))
+        assert flags - known == set(), page
+
+
+def test_the_table_of_presets(root: Path) -> None:
+    """The rows of docs/training.md are the presets' own numbers."""
+    text = (root / "docs/training.md").read_text(encoding="utf-8")
+    for name in PRESETS:
+        found, length = preset(name), preset(name).length
+        learns = "trained" if found.options["train_text_encoder"] else "not"
+        words = f"| `{name}` | {found.title} | {found.options['targets']}, {found.options['rank']} "
+        words += f"| {learns} | {found.options['train_batch_size']} "
+        words += f"| each {length.uses:g} times, {length.least} to {length.most} in all |"
+        assert words in text
+
+
+def test_messages_in_troubleshooting_are_said(root: Path) -> None:
+    """The messages that docs/troubleshooting.md quotes stand in the code."""
+    page = (root / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    code = "".join(path.read_text("utf-8") for path in (root / "sd_lora").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # texts over several lines
+    for words in (
+        "the run has diverged", "NaN or infinite latents for", "ends at", "of an earlier run",
+        "the model generated NaN or infinite pixels", "take bfloat16 or float32",
+        "has no captions, so its images need a prompt", "interrupted by", "computed in each step",
+    ):  # fmt: skip
+        assert words in page, words
+        assert words in code, words
+
+
+@pytest.fixture
+def counting(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script that counts for docs/memory.md, with its stand-in for a GPU's attention."""
+    spec = importlib.util.spec_from_file_location("counting", root / "dev/write_memory_page.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "counting", module)  # for its dataclasses
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", module.flash_attention)
+    return module
+
+
+def test_bytes_are_counted_as_they_are_held(counting: ModuleType) -> None:
+    """Closed form of y = relu(x W₁) W₂ with x (8, 100), W (100, 100), float32, and y's sum: the
+    peak is where dW₁ = xᵀ·dh is made. The weights, x, dW₂, dh and the sum with its gradient are
+    held then; at the end, the weights, x and both gradients. 2·m·k·n operations a product: two
+    forward, three backward."""
+    x, first, second = (torch.empty(n, 100, device="meta") for n in (8, 100, 100))
+    first.requires_grad_(), second.requires_grad_()
+    with counting.Counter([x, first, second]) as counter:
+        (torch.relu(x @ first) @ second).sum().backward()
+    small, large, number = 8 * 100 * 4, 100 * 100 * 4, 4
+    assert counter.peak == 2 * large + small + large + small + large + 2 * number
+    assert counter.now == 2 * large + small + 2 * large
+    assert counter.flop == 5 * 2 * 8 * 100 * 100
+
+
+def test_the_page_of_memory_is_counted(counting: ModuleType, root: Path) -> None:
+    """A row of docs/memory.md, counted again; its frozen and trained bytes are those of the page's
+    formulas, by the numbers of parameters of the published UNet and of a rank-32 LoCon."""
+    page = (root / "docs/memory.md").read_text(encoding="utf-8")
+    (setting,) = (s for s in counting.settings("sd1") if s.title == "`--preset style`")
+    count = counting.count_step(setting)
+    unet = MetaPipeline.of_family(FAMILIES["sd1"]).models["unet"]
+    assert count.weights == 2 * sum(p.numel() for p in unet.parameters())
+    planned = plan(unet, "transformer+conv", 32)
+    shapes = [unet.get_submodule(target.name).weight.shape for target in planned]
+    factors = sum(32 * (shape[0] + shape[1:].numel()) for shape in shapes)
+    assert count.trained == 16 * factors
+    numbers = (count.weights, count.trained, count.peak - count.weights - count.trained, count.peak)
+    words = " | ".join(f"{number / 2**30:.2f}" for number in numbers)
+    assert f"| {setting.title} | {words} | " in page
+    assert f"| {count.flop / 1e12:.1f} |" in page

@@ -73,6 +73,7 @@ def ours(words: list[str]) -> tuple[str, list[str]] | None:
 COMMANDS = list(commands())
 OURS = [(page, *found) for page, words in COMMANDS if (found := ours(words))]
 TRAINING = [(p, name, words) for p, name, words in OURS if name == "train" or name in SCRIPTS]
+CHECKS = dict.fromkeys(tuple(words) for _, name, words in OURS if name == "check")
 
 
 def test_every_command_is_looked_at() -> None:
@@ -86,13 +87,16 @@ def test_every_command_is_looked_at() -> None:
 
 @pytest.fixture
 def place(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all that the snippets name, to run them in: models, images, LoRA files."""
+    """A folder with all that the snippets name, to run them in: models, images with captions, LoRA
+    files, the clone's sample data."""
+    (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
     for model in ("MODEL", "BASE", "TUNED", "sd15.safetensors", "stable-diffusion-v1-5"):
         shutil.copytree(tiny_sd1, tmp_path / model)
     tuned = tmp_path / "TUNED" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: t + 0.01 * torch.randn_like(t) for k, t in load_file(tuned).items()}, tuned)
     for folder in ("my_dog", "images", "dogs"):
-        images(tmp_path / folder, 2)
+        for path in images(tmp_path / folder, 2).glob("*.png"):
+            path.with_suffix(".txt").write_text("a photo", encoding="utf-8")
     for name, method in {"my-dog": "lora", "loha": "loha"}.items():
         parts = load_parts(str(tiny_sd1))
         for component, targets in (("unet", "up.*to_q"), ("text_encoder", ".*fc1")):
@@ -146,10 +150,9 @@ def test_tools(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
             assert (place / words[words.index("--out") + 1]).exists()
 
 
-@pytest.mark.parametrize("words", [w for _, n, w in OURS if n == "check"], ids=lambda w: w[-1])
-def test_check(words: list[str], root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each line of `sd-lora check` runs in a clone."""
-    monkeypatch.chdir(root)
+@pytest.mark.parametrize("words", [*map(list, CHECKS)], ids=lambda w: w[-1])
+def test_check(words: list[str], place: Path) -> None:
+    """Each line of `sd-lora check` runs."""
     assert cli.main(["check", *words, "--no_page"]) == 0
 
 
@@ -159,6 +162,7 @@ def test_every_training_line_is_understood(
     """Each line that trains, ours in the comparisons included, is a configuration without a
     contradiction; my.toml is one."""
     shutil.copy(root / "sample_data/configs/text_to_image.toml", tmp_path / "my.toml")
+    (tmp_path / "sample_data").symlink_to(root / "sample_data")
     monkeypatch.chdir(tmp_path)
     assert len(TRAINING) >= 8
     for _, name, words in TRAINING:
@@ -166,16 +170,17 @@ def test_every_training_line_is_understood(
         assert parse(words, script, has_captions=lambda folder: True).base_model
 
 
-RUN_HERE = [(n, w) for page, n, w in TRAINING if page in ("README.md", "models.md")]
+OF_A_READER = ("README.md", "first-lora.md", "models.md", "training.md")
+RUN_HERE = dict.fromkeys((n, *words) for page, n, words in TRAINING if page in OF_A_READER)
+"""The training lines of these pages, each once."""
 
 
-@pytest.mark.parametrize(("name", "words"), RUN_HERE, ids=lambda v: v if isinstance(v, str) else "")
-def test_training(
-    name: str, words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The lines of README and of docs/models.md train, for one step and small; class images that
+@pytest.mark.parametrize("line", RUN_HERE, ids=lambda line: line[0])
+def test_training(line: tuple[str, ...], place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of the pages for a first reader train, for one step and small; class images that
     the line asks for are there already."""
-    words = [word.replace("stable-diffusion-v1-5/", "", 1) for word in words]
+    name = line[0]
+    words = [word.replace("stable-diffusion-v1-5/", "", 1) for word in line[1:]]
     shutil.rmtree(place / "my-dog")  # finished work, which a run does not overwrite
     words += [*SMALL.split(), *["--num_class_images", "2"] * ("--class_data_dir" in words)]
     if name in SCRIPTS:
@@ -183,5 +188,6 @@ def test_training(
         assert cli.train_script(name) == 0
     else:
         assert cli.main([name, *words]) == 0
-    out = parse(words, name if name in SCRIPTS else None).output_path
+    script = name if name in SCRIPTS else None
+    out = parse(words, script, has_captions=lambda folder: True).output_path
     assert list((place / out).glob("*.safetensors"))
