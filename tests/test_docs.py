@@ -20,6 +20,7 @@ from sd_lora.config import schema as config
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import PRESETS
 from sd_lora.config.schema import SHORT_NAMES
+from sd_lora.findings import FINDINGS
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.models.meta_pipeline import MetaPipeline
@@ -197,6 +198,10 @@ def test_messages_in_troubleshooting_are_said(root: Path) -> None:
     ):  # fmt: skip
         assert words in page, words
         assert words in code, words
+    codes = set(re.findall(r"^\| (`[a-z-]+`(?:, `[a-z-]+`)*) \| ", page, re.M))
+    named = {code.strip("`") for cell in codes for code in cell.split(", ")}
+    assert named <= FINDINGS.keys()
+    assert {"warmup-too-long", "few-steps", "card-not-seen"} <= named
 
 
 @pytest.fixture
