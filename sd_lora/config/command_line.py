@@ -260,16 +260,18 @@ def _take_folder(
 ) -> list[Problem]:
     """Set the place of the images and, where they are not given, the mode and the preset by a
     folder; a problem for a folder without captions and prompt."""
-    prompt = values.get("instance_prompt")
-    if "mode" not in values:
-        if not prompt and not has_captions(folder):
-            values["train_data_dir"] = folder  # its place is known, if not its use
-            text = f"{folder} has no captions, so its images need a prompt"
-            return [Problem("instance_prompt", text, "Give --prompt 'a photo of sks dog'")]
+    prompt, known = values.get("instance_prompt"), "mode" in values
+    if not known:
         values["mode"] = "dreambooth" if prompt else "text_to_image"
     values.setdefault(FOLDER[values["mode"]], folder)
     values.setdefault("preset", OF_MODE[values["mode"]])
-    return []
+    try:
+        if known or prompt or has_captions(folder):
+            return []
+    except UsageError as error:
+        return [Problem(FOLDER[values["mode"]], str(error))]
+    text = f"{folder} has no captions, so its images need a prompt"
+    return [Problem("instance_prompt", text, "Give --prompt 'a photo of sks dog'")]
 
 
 def parse(

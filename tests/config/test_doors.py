@@ -48,6 +48,9 @@ def test_a_folder_without_captions_needs_a_prompt(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"photos has no captions.*Give --prompt") as error:
         parse([str(folder), *MODEL], has_captions=has_captions)
     assert len(error.value.problems) == 1
+    with pytest.raises(UsageError, match=r"--foo\n.*nowhere does not exist") as error:
+        parse(["nowhere", *MODEL, "--foo", "3"], has_captions=has_captions)
+    assert len(error.value.problems) == 2
 
 
 def test_short_names_are_the_long_ones() -> None:

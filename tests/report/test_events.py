@@ -20,6 +20,7 @@ from sd_lora.report.events import (
     StepsLogged,
     TrainingStarted,
     Validated,
+    Warned,
     tracked,
 )
 from sd_lora.report.log_file import LogFile
@@ -51,11 +52,13 @@ def kinds(events: list[Event]) -> list[str]:
 
 
 def test_events_come_in_the_order_of_the_run(told: tuple[list[Event], Path, str]) -> None:
-    """Two epochs of two steps end at step 4, and their samples come after it; checkpoints come
-    every three steps, after the losses that they rest on; the end is last."""
+    """The warning of a short run is first. Two epochs of two steps end at step 4, and their samples
+    come after it; checkpoints come every three steps, after the losses that they rest on; the end
+    is last."""
     events, _, _ = told
     step = ["StepDone"]
     assert kinds(events) == [
+        "Warned",
         "RunPlanned",
         "TrainingStarted",
         *step * 3, "StepsLogged", "CheckpointSaved",
@@ -112,10 +115,13 @@ def test_progress_is_counted_to_its_end(told: tuple[list[Event], Path, str]) -> 
 def test_the_terminal_prints_the_summary_and_the_files(
     told: tuple[list[Event], Path, str],
 ) -> None:
-    """Standard output holds the summary before and the files after; nothing else prints."""
+    """Standard output holds warnings and summary before, and the files after; nothing else
+    prints."""
     events, out, printed = told
+    (warned,) = (e for e in events if isinstance(e, Warned))
+    (finding,) = warned.findings
     (planned,) = (e for e in events if isinstance(e, RunPlanned))
-    start = f"sd_lora trains a LoRA:\n{planned.summary.text()}\ndone in "
+    start = f"warning: {finding.line()}\nsd_lora trains a LoRA:\n{planned.summary.text()}\ndone in "
     assert printed.startswith(start)
     assert f"  look at {out / 'before_after.png'}\n" in printed
     assert f"{out / 'pytorch_lora_weights.safetensors'}  " in printed
