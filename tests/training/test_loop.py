@@ -311,7 +311,7 @@ def test_checkpoints_are_pruned_after_the_next_stands(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"resume_from_checkpoint": "latest"}, "raise max_train_steps"),
+        ({"resume_from_checkpoint": "latest"}, "give it more --steps"),
         ({"resume_from_checkpoint": "checkpoint-4"}, "has checkpoint-3, checkpoint-6"),
         ({"resume_from_checkpoint": "checkpoint-3", "seed": 1}, "seed = 0, and this run has 1"),
         ({"resume_from_checkpoint": "checkpoint-3", "train_batch_size": 2}, "batch size"),
