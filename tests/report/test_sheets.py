@@ -119,7 +119,8 @@ def test_the_sheet_of_a_run(tiny_sd1: Path, tmp_path: Path) -> None:
         counts = {colour: n for n, colour in sheet.convert("RGB").getcolors(1 << 20)}
         texts = [read_back(text) for text in sheet.text.values()]
     for colour, shown in (((255, 0, 0), True), ((0, 255, 0), True), ((0, 0, 255), False)):
-        assert counts.get(colour, 0) == 256 * 128 * shown
+        # a sample may hold some pixels of it by chance, and does with the oldest versions
+        assert (counts.get(colour, 0) >= 256 * 128) is shown
     prompts = [(t["prompt"], t["Seed"], t["LoRA steps"], t["LoRA"]) for t in texts]
     assert prompts == [
         ("sks dog in the snow", "0", "2", "out"), ("sks dog in the snow", "1", "2", "out"),
