@@ -42,6 +42,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.forecast import forecast_rows, warnings_of
 from sd_lora.training.optimizers import optimizer_of
+from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES, Device
 from sd_lora.training.summary import data_rows
@@ -135,7 +136,14 @@ def check(
         rows["images"] += " (others than those that a run without --seed will draw)"
     rows["cut away"] = _cut_away(images.instances)
     rows["disk"] = disk(config, base, plan, images, DTYPES[device.precision])
-    return Checked(plan, images, rows, thumbnails, warnings_of(plan, device))
+    return Checked(plan, images, rows, thumbnails, [*warnings_of(plan, device), *_earlier(config)])
+
+
+def _earlier(config: RunConfig) -> list[Finding]:
+    """A warning of an output folder whose work a run would have to replace."""
+    asked = config.overwrite_output_dir or config.resume_from_checkpoint
+    told = "" if asked else earlier_work(config)
+    return [Finding("earlier-work", "output_dir", told)] if told else []
 
 
 def _cut_away(images: ImageSet) -> str:

@@ -38,10 +38,10 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
+    from sd_lora.training.output_folder import resumed_checkpoint
 
     config = parse(argv, script, script or "sd-lora train", has_captions)
-
-    check_places(config)
+    check_places(config, resumed_checkpoint)
     from sd_lora.terminal import Terminal  # seconds of import, after flags and paths are known good
     from sd_lora.training.loop import train
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 
-from sd_lora.formats import diffusers, verify
+from sd_lora.formats import file_names, verify
 from sd_lora.formats.lora_file import open_lora
 from tests.training.runs import images, trained_adapter
 
@@ -159,7 +159,7 @@ def test_two_processes_train_as_one(mode: str, root: Path, tmp_path: Path) -> No
 
 def assert_same(one: Path, two: Path) -> None:
     """The LoRAs and the losses of two runs agree within 1e-4."""
-    a, b = (open_lora(f / diffusers.FILE_NAME).adapter for f in (one, two))
+    a, b = (open_lora(f / file_names.DIFFUSERS).adapter for f in (one, two))
     assert a.keys() == b.keys()
     for component, modules in a.items():
         assert modules.keys() == b[component].keys()

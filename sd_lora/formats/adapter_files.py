@@ -18,7 +18,7 @@ from sd_lora.adapters.linear_conv import AdaptedConvTranspose
 from sd_lora.adapters.state import attach_deltas, deltas_from_state
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import Spec, TensorFile, write_tensors
-from sd_lora.formats import diffusers, kohya, lycoris, metadata, peft
+from sd_lora.formats import diffusers, file_names, kohya, lycoris, metadata, peft
 from sd_lora.formats.canonical import (
     Adapter,
     Modules,
@@ -32,8 +32,6 @@ from sd_lora.formats.lora_file import find_file, open_lora
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
 from sd_lora.models.families import family_named
 from sd_lora.models.original_names import Layout
-
-LYCORIS_END = "_lycoris.safetensors"
 
 BUILT_IN = ("lora", "lora_fa", "loha", "lokr", "full")
 """Methods that other programs know; `register_method` may have added more."""
@@ -53,13 +51,13 @@ class Format:
     use: str
 
     def file_name(self, name: str) -> str:
-        return self.end if self.end == diffusers.FILE_NAME else f"{name}{self.end}"
+        return self.end if self.end == file_names.DIFFUSERS else f"{name}{self.end}"
 
 
-DIFFUSERS = Format("diffusers", diffusers.FILE_NAME, diffusers.write, "")
+DIFFUSERS = Format("diffusers", file_names.DIFFUSERS, diffusers.write, "")
 _TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
-KOHYA = Format("kohya", "_kohya.safetensors", kohya.write, _TO_FOLDERS)
-LYCORIS = Format("LyCORIS", LYCORIS_END, lycoris.write, _TO_FOLDERS)
+KOHYA = Format("kohya", file_names.KOHYA_END, kohya.write, _TO_FOLDERS)
+LYCORIS = Format("LyCORIS", file_names.LYCORIS_END, lycoris.write, _TO_FOLDERS)
 
 
 _ONLY_KOHYA = (

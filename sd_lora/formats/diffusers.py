@@ -31,7 +31,6 @@ from sd_lora.formats.canonical import (
 from sd_lora.formats.names import Naming, canonical
 from sd_lora.models.original_names import Layout
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
 HEADER_KEY = "lora_adapter_metadata"
 
 _PREFIXES = {

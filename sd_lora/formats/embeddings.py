@@ -7,8 +7,7 @@ by `embedding:` and this name, diffusers by the word (see `how_to_load`).
 
 import copy
 import json
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from sd_lora.errors import RunError
 from sd_lora.files import HASH_KEY, TensorFile, write_tensors
+from sd_lora.formats.file_names import embedding_paths
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.new_tokens import NewTokens
@@ -26,18 +26,6 @@ from sd_lora.models.new_tokens import NewTokens
 _ONE = ["text_encoder"]
 _XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 _PAIRS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-
-
-def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]:
-    """Paths of new words' files: `<folder>/<name>_<word>.safetensors`."""
-    paths: list[Path] = []
-    for given in words:
-        word = re.sub(r"[^\w-]+", "_", given).strip("_") or "word"
-        path, number = folder / f"{name}_{word}.safetensors", 2
-        while path in paths:
-            path, number = folder / f"{name}_{word}-{number}.safetensors", number + 1
-        paths.append(path)
-    return paths
 
 
 def write_embeddings(

@@ -19,7 +19,7 @@ from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
-from sd_lora.formats import diffusers, lycoris, peft
+from sd_lora.formats import diffusers, file_names, lycoris, peft
 from sd_lora.formats.canonical import Adapter, Lazy, method_tensors
 from sd_lora.formats.metadata import method_in
 from sd_lora.models.original_names import Layout
@@ -142,8 +142,8 @@ def find_file(path: Path) -> Path:
     if peft.is_folder(path):
         peft.weights_of(path)
         return path
-    if (path / diffusers.FILE_NAME).is_file():
-        return path / diffusers.FILE_NAME
+    if (path / file_names.DIFFUSERS).is_file():
+        return path / file_names.DIFFUSERS
     try:
         found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
     except OSError as error:

@@ -23,11 +23,7 @@ from sd_lora.adapters.state import (
 )
 from sd_lora.config.schema import OPTIONS, with_present_names
 from sd_lora.errors import RunError, UsageError
-
-_PREFIX = "checkpoint-"
-
-RESUME = "--resume_from_checkpoint latest"
-"""The flag that goes on with a run, for messages."""
+from sd_lora.training.checkpoint_folders import PREFIX, checkpoints
 
 
 @dataclass(frozen=True)
@@ -46,17 +42,6 @@ class Progress:
     settings: dict[str, Any]
     order: str = ""
     images: str = ""
-
-
-def _step_of(path: Path) -> int:
-    number = path.name.removeprefix(_PREFIX)
-    return int(number) if number.isdigit() else -1
-
-
-def checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [p for p in output_dir.glob(f"{_PREFIX}*") if _step_of(p) >= 0]
-    return sorted((p for p in found if (p / "progress.json").is_file()), key=_step_of)
 
 
 def save(
@@ -78,7 +63,7 @@ def save(
     Raises:
         RunError: a failed write; earlier checkpoints are untouched.
     """
-    final = output_dir / f"{_PREFIX}{progress.step}"
+    final = output_dir / f"{PREFIX}{progress.step}"
     beside = output_dir / f".{final.name}.part"
     shutil.rmtree(beside, ignore_errors=True)
     tensors = {
@@ -103,24 +88,6 @@ def save(
         for old in checkpoints(output_dir)[:-limit]:
             shutil.rmtree(old, ignore_errors=True)
     return final
-
-
-def find(output_dir: Path, name: str) -> Path:
-    """The checkpoint that `resume_from_checkpoint` names: "latest", a name, or a path.
-
-    Raises:
-        UsageError: no such checkpoint, with the names of the existing ones.
-    """
-    there = checkpoints(output_dir)
-    if name == "latest":
-        if there:
-            return there[-1]
-    else:
-        for path in (output_dir / name, Path(name).expanduser()):
-            if (path / "progress.json").is_file():
-                return path
-    names = ", ".join(path.name for path in there) or "none"
-    raise UsageError(f"resume_from_checkpoint {name}: no such checkpoint; {output_dir} has {names}")
 
 
 def read_progress(path: Path) -> Progress:

@@ -255,11 +255,8 @@ def planned_caption_encoder(config: RunConfig, base: Base) -> CaptionEncoder:
 
 def concepts_of(config: TrainConfig) -> list[Concept]:
     """New words of a configuration."""
-    words = config.token_abstraction.split(",") if config.token_abstraction else []
-    return [
-        Concept(word.strip(), config.num_new_tokens_per_abstraction, config.initializer_token)
-        for word in words
-    ]
+    number, initializer = config.num_new_tokens_per_abstraction, config.initializer_token
+    return [Concept(word, number, initializer) for word in config.new_words]
 
 
 def add_new_words(

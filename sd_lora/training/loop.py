@@ -37,6 +37,7 @@ from sd_lora.report.events import (
 )
 from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint
+from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.output_folder import remove_earlier_results, remove_earlier_steps
 from sd_lora.training.run import ImageLost, Run
@@ -114,7 +115,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             raise RunError(
                 f"interrupted by {requests[0] if requests else 'another process'} at step {done} "
                 f"of {run.plan.num_steps}; continue with the same command and "
-                f"{checkpoint.RESUME}"
+                f"{RESUME}"
             )
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
@@ -261,7 +262,7 @@ class LossLog:
         found = f"gradient's norm became {norm}" if finite else f"loss became {loss}"
         raise RunError(
             f"the {found} at step {step}: the run has diverged and stops here. Lower "
-            f"--learning_rate, and start anew or with {checkpoint.RESUME}"
+            f"--learning_rate, and start anew or with {RESUME}"
         )
 
 
@@ -320,7 +321,7 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
         save_checkpoint(run, log.step)
         raise RunError(
             f"{error}. Step {log.step} is saved: restore the image, and continue with the same "
-            f"command and {checkpoint.RESUME}"
+            f"command and {RESUME}"
         ) from None
 
 

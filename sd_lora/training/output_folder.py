@@ -10,14 +10,15 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError
-from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, LYCORIS
-from sd_lora.formats.embeddings import embedding_paths
-from sd_lora.formats.verify import Verified
-from sd_lora.training import checkpoint
-from sd_lora.training.conditioning import concepts_of
+from sd_lora.formats.file_names import embedding_paths, lora_paths
+from sd_lora.training.checkpoint_folders import RESUME, checkpoints, find
+
+if TYPE_CHECKING:  # torch is not imported here: earlier work is told of before it is
+    from sd_lora.formats.verify import Verified
 
 UNVERIFIED = "unverified"
 """Folder, inside output_dir, of files that are not verified yet."""
@@ -29,30 +30,33 @@ def lora_files(config: TrainConfig) -> list[Path]:
     """LoRA files, and those of new words, that are in the output folder under a run's names."""
     folder = config.output_path
     name = folder.resolve().name
-    paths = [folder / kind.file_name(name) for kind in (DIFFUSERS, KOHYA, LYCORIS)]
-    words = [concept.word for concept in concepts_of(config)]
-    return [path for path in (*paths, *embedding_paths(words, folder, name)) if path.exists()]
+    words = embedding_paths(config.new_words, folder, name)
+    return [path for path in (*lora_paths(folder, name), *words) if path.exists()]
 
 
-def check_output_folder(config: TrainConfig, saved: Path | None) -> None:
-    """Check that a run would overwrite no file of another one.
-
-    saved: the checkpoint to resume; its own folder holds work of the same run.
+def resumed_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint that a run goes on from; checks that it overwrites no file of another run.
 
     Raises:
-        UsageError: work of an earlier run.
+        UsageError: no such checkpoint, or work of an earlier run.
     """
-    folder = config.output_path
+    name = config.resume_from_checkpoint
+    saved = find(config.output_path, name) if name else None
     if config.overwrite_output_dir or _resumes_here(config, saved):
-        return
-    checkpoints = checkpoint.checkpoints(folder)
-    earlier = [path.name for path in (*checkpoints, *lora_files(config))]
-    if earlier:
-        resume = f"resume it with {checkpoint.RESUME}, " * bool(checkpoints)
-        raise UsageError(
-            f"{folder} has {', '.join(earlier)} of an earlier run: {resume}choose another "
-            "--output_dir, or replace its work with --overwrite_output_dir"
-        )
+        return saved
+    if earlier := earlier_work(config):
+        raise UsageError(earlier)
+    return saved
+
+
+def earlier_work(config: TrainConfig) -> str:
+    """A sentence on the work of an earlier run in the output folder, with the remedy, or ""."""
+    folder = config.output_path
+    there = checkpoints(folder)
+    names = ", ".join(path.name for path in (*there, *lora_files(config)))
+    resume = f"resume it with {RESUME}, " * bool(there)
+    remedy = "choose another --output_dir, or replace its work with --overwrite_output_dir"
+    return f"{folder} has {names} of an earlier run: {resume}{remedy}" if names else ""
 
 
 def _resumes_here(config: TrainConfig, saved: Path | None) -> bool:
@@ -73,7 +77,7 @@ def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
     """The note that names the earlier work to be replaced; empty without any."""
     if not config.overwrite_output_dir or _resumes_here(config, saved):
         return []
-    earlier = [*checkpoint.checkpoints(config.output_path), *lora_files(config)]
+    earlier = [*checkpoints(config.output_path), *lora_files(config)]
     names = ", ".join(path.name for path in earlier)
     return [f"replaces {names} of an earlier run"] if earlier else []
 
@@ -81,7 +85,7 @@ def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
 def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
     """Remove the checkpoints and the samples in mid-run of an earlier run, where it is replaced."""
     if config.overwrite_output_dir and not _resumes_here(config, saved):
-        for path in checkpoint.checkpoints(config.output_path):
+        for path in checkpoints(config.output_path):
             shutil.rmtree(path, ignore_errors=True)
         for path in (config.output_path / "samples").glob("step-*.png"):
             path.unlink(missing_ok=True)
@@ -123,7 +127,7 @@ def take_place(paths: Iterable[Path]) -> list[Path]:
     return places
 
 
-def moved(files: Sequence[Verified]) -> list[Verified]:
+def moved(files: Sequence["Verified"]) -> "list[Verified]":
     """Verified files in their places."""
     places = take_place(file.path for file in files)
     return [dataclasses.replace(f, path=p) for f, p in zip(files, places, strict=True)]

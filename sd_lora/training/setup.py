@@ -35,7 +35,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
-from sd_lora.training.output_folder import check_output_folder, refuse_finished
+from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
     DTYPES,
@@ -144,10 +144,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
 def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
-    saved_path = None
-    if config.resume_from_checkpoint:
-        saved_path = checkpoint.find(config.output_path, config.resume_from_checkpoint)
-    check_output_folder(config, saved_path)
+    saved_path = resumed_checkpoint(config)
     check_installed(config)
     summary = Summary()
     accelerator = build_accelerator(config, summary)

@@ -110,7 +110,8 @@ def test_a_run_warns_before_weights_are_read_as_check_does(
     tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The warnings of a run are those of check, and come before any weights: the base has none.
-    The terminal prints a line each; a strict run is strict about its images alone."""
+    The terminal prints a line each; a strict run is strict about its images alone.
+    Check warns of finished work in the output folder, which a run refuses."""
     base = tmp_path / "base"
     shutil.copytree(tiny_sd1, base, ignore=shutil.ignore_patterns("*.safetensors"))
     data = images(tmp_path / "data", 3)
@@ -127,6 +128,11 @@ def test_a_run_warns_before_weights_are_read_as_check_does(
     lines = [f"warning: {finding.line()}" for finding in checked.warnings]
     assert all(line in capsys.readouterr().out for line in lines[:1])
     assert checked.verdict.endswith("warnings: 3")
+
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "out_kohya.safetensors").touch()  # a run would refuse it
+    earlier = check(config, page=False).warnings[3]
+    assert (earlier.code, "out_kohya.safetensors" in earlier.details) == ("earlier-work", True)
 
 
 def test_the_rows_are_those_of_check(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ import sd_lora
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
-from sd_lora.training import checkpoint, loop
+from sd_lora.training import loop
+from sd_lora.training.checkpoint_folders import checkpoints
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.setup import Run, prepare
 from tests.training.runs import dreambooth, images, text_to_image
@@ -289,7 +290,7 @@ def test_a_request_to_stop_loses_nothing(tiny_sd1: Path, data: Path, tmp_path: P
         patch.setattr(loop, "batch_loss", interrupted)
         with pytest.raises(sd_lora.RunError, match="interrupted by SIGTERM at step 5 of 40"):
             sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cut", **options))
-    assert [p.name for p in checkpoint.checkpoints(tmp_path / "cut")] == ["checkpoint-5"]
+    assert [p.name for p in checkpoints(tmp_path / "cut")] == ["checkpoint-5"]
     assert not (tmp_path / "cut" / "pytorch_lora_weights.safetensors").exists()
     sd_lora.train(
         text_to_image(tiny_sd1, data, tmp_path / "cut", **options, resume_from_checkpoint="latest")
@@ -304,7 +305,7 @@ def test_checkpoints_are_pruned_after_the_next_stands(
     sd_lora.train(
         text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
     )
-    assert [p.name for p in checkpoint.checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-5", "checkpoint-6"]
     assert not list(tmp_path.glob(".*"))
 
 
@@ -437,7 +438,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(loop, "batch_loss", poison)
     with pytest.raises(sd_lora.RunError, match="gradient's norm became nan at step 1"):
         sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, checkpointing_steps=2))
-    assert not checkpoint.checkpoints(tmp_path)
+    assert not checkpoints(tmp_path)
     assert not list(tmp_path.glob("*.safetensors"))
 
 
@@ -450,7 +451,7 @@ def test_a_diverged_loss_stops_the_run(
     with pytest.raises(sd_lora.RunError, match="the loss became .* at step 1"):
         sd_lora.train(text_to_image(tiny_sd1, data, tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
-    assert not checkpoint.checkpoints(tmp_path)
+    assert not checkpoints(tmp_path)
 
 
 def test_broken_images_stop_the_run_before_it_starts(

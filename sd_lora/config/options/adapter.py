@@ -136,6 +136,11 @@ class AdapterOptions(Section):
         return self.train_text_encoder or self.token_abstraction is not None
 
     @property
+    def new_words(self) -> list[str]:
+        """The words of pivotal tuning."""
+        return [word.strip() for word in (self.token_abstraction or "").split(",") if word.strip()]
+
+    @property
     def has_idle_parameters(self) -> bool:
         """Whether some trained parameters may get no gradient: biases of layers that nothing
         reads, such as those that a clip skip leaves out."""
@@ -177,7 +182,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     for name in ("text_encoder_rank", "text_encoder_2_rank"):
         if config.method not in RANKED and getattr(config, name):  # 0 leaves an encoder out
             yield Problem(name, f"{name} has no effect with method {config.method}", "Leave it out")
-    if config.token_abstraction is not None and not config.token_abstraction.strip(" ,"):
+    if config.token_abstraction is not None and not config.new_words:
         yield Problem("token_abstraction", "token_abstraction names no word")
     excluded = [n for n in ("use_tucker", "scale_weight_norms") if getattr(config, n)]
     if config.init_lora_weights == "pissa" and excluded:

@@ -9,8 +9,10 @@ from sd_lora.data.sources.open import open_source
 from sd_lora.errors import Problem, UsageError, named, refuse
 
 
-def check_places(config: TrainConfig) -> None:
+def check_places(config: TrainConfig, *further: Callable[[TrainConfig], object]) -> None:
     """Check paths, permissions, metadata and columns of a configuration; no image is opened.
+
+    further: checks of the same kind by other rooms.
 
     The run makes the same checks later; data sets of `datasets` are left to it, whose library
     takes seconds to import.
@@ -21,6 +23,7 @@ def check_places(config: TrainConfig) -> None:
     problems: list[Problem] = []
     checks: list[Callable[[], object]] = [config.check_base, config.check_output]
     checks += [config.class_images.check_folder] if config.class_images else []
+    checks += [partial(check, config) for check in further]
     specs = [spec for spec in source_specs(config) if spec.path is not None]
     checks += [partial(open_source, spec) for spec in specs]
     for check in checks:

@@ -22,6 +22,8 @@ def folder(tmp_path: Path) -> Path:
     Image.new("RGB", (64, 64)).save(tmp_path / "table" / "0.png")
     (tmp_path / "table" / "metadata.csv").write_text("file_name,tags\n0.png,a shape\n")
     (tmp_path / "a_file").write_text("")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "done_kohya.safetensors").touch()
     return tmp_path
 
 
@@ -36,6 +38,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "column": (["--train_data_dir", "table"], "column"),
     "flag": ([*DATA, "--learnin_rate", "1"], "Did you mean --learning_rate"),
     "value": ([*DATA, "--rank", "four"], "rank must be a whole number"),
+    "finished": ([*DATA, "--output_dir", "done"], "done_kohya.safetensors of an earlier run"),
     "output": ([*DATA, "--output_dir", "a_file/out"], "a_file is a file, not a folder"),
 }
 """Mistake → flags, and words of its message."""
@@ -49,7 +52,7 @@ def flags(words: list[str], root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_ten_typical_mistakes_are_told_in_two_seconds(
+def test_typical_mistakes_are_told_in_two_seconds(
     mistake: str, folder: Path, root: Path
 ) -> None:
     """A fresh process tells a mistake by path, name, column or value with exit code 2, in less than

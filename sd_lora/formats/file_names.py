@@ -1,0 +1,28 @@
+"""Names of the files that a run exports, known before torch is imported."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+"""The name that diffusers looks for; those of the other formats begin with the adapter's."""
+
+KOHYA_END = "_kohya.safetensors"
+LYCORIS_END = "_lycoris.safetensors"
+
+
+def lora_paths(folder: Path, name: str) -> list[Path]:
+    """Paths of an adapter's LoRA files, one for each format."""
+    return [folder / DIFFUSERS, folder / f"{name}{KOHYA_END}", folder / f"{name}{LYCORIS_END}"]
+
+
+def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]:
+    """Paths of new words' files: `<folder>/<name>_<word>.safetensors`."""
+    paths: list[Path] = []
+    for given in words:
+        word = re.sub(r"[^\w-]+", "_", given).strip("_") or "word"
+        path, number = folder / f"{name}_{word}.safetensors", 2
+        while path in paths:
+            path, number = folder / f"{name}_{word}-{number}.safetensors", number + 1
+        paths.append(path)
+    return paths
