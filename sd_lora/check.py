@@ -136,7 +136,8 @@ def check(
         rows["images"] += " (others than those that a run without --seed will draw)"
     rows["cut away"] = _cut_away(images.instances)
     rows["disk"] = disk(config, base, plan, images, DTYPES[device.precision])
-    return Checked(plan, images, rows, thumbnails, [*warnings_of(plan, device), *_earlier(config)])
+    warnings = [*warnings_of(plan, device, base.width), *_earlier(config)]
+    return Checked(plan, images, rows, thumbnails, warnings)
 
 
 def _earlier(config: RunConfig) -> list[Finding]:

@@ -129,6 +129,7 @@ FINDINGS: dict[str, FindingKind] = {
     "warmup-too-long": FindingKind("warning", "--lr_warmup_steps 0.1 is a tenth of the run"),
     "no-effect": FindingKind("warning"),
     "few-steps": FindingKind("warning"),
+    "narrow-base": FindingKind("warning"),
     "earlier-work": FindingKind("warning"),
     "batch-above-set": FindingKind(
         "warning", "lower --batch or the accumulation, or train on more images"

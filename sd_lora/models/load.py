@@ -142,6 +142,11 @@ class Base:
         """Divisor of the latents' sides, for the UNet's halvings: 8 for SD1 and SD2, 4 for SDXL."""
         return _halvings_factor(self.unet_config)
 
+    @property
+    def width(self) -> int:
+        """Channels of the UNet's first blocks: 320 for Stable Diffusion, 384 for the refiner."""
+        return int(self.unet_config["block_out_channels"][0])
+
     @cached_property
     def resolution(self) -> int:
         """Side in pixels of the model's training images."""

@@ -10,9 +10,13 @@ from sd_lora.training.optimizers import learning_rates
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
-FEW_STEPS = 20
-"""Steps up to which a run is taken for a mistake: AdamW moves a number by about the learning rate a
-step, so after 20 steps at 1e-4 no entry of B, which starts at 0, is beyond 0.002."""
+LEAST_MOVE = 0.01
+"""Steps × learning rate below which a run is taken for a mistake: AdamW moves a number by about the
+rate a step, so no entry of B, which starts at 0, is beyond it. 0.01 is 100 steps at 1e-4; the
+presets have 0.08 and more."""
+
+USUAL_WIDTH = 320
+"""Channels of the first blocks of Stable Diffusion's UNets; the refiner has 384."""
 
 
 def forecast_rows(plan: Plan, components: Sequence[str], device: Device) -> dict[str, str]:
@@ -52,9 +56,13 @@ def given_options(config: RunConfig) -> dict[str, list[str]]:
     return rows
 
 
-def warnings_of(plan: Plan, device: Device) -> list[Finding]:
-    """All warnings on the settings of a planned run on a device."""
+def warnings_of(plan: Plan, device: Device, width: int) -> list[Finding]:
+    """All warnings on the settings of a planned run on a device.
+
+    width: channels of the first blocks of the base's UNet.
+    """
     findings = [finding for check in CHECKS for finding in check(plan)]
+    findings += _narrow_base(plan, width)
     return [*findings, *_device(device), *_gpu_options(plan.config, device)]
 
 
@@ -89,19 +97,36 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
 
 
 def _few_steps(plan: Plan) -> Iterator[Finding]:
-    """A run too short to learn anything."""
-    if plan.num_steps > FEW_STEPS:
+    """A run too short to learn anything at its rate."""
+    rates = learning_rates(plan.config, ["unet"], plan.samples_per_step)
+    if plan.num_steps * max(rates.values()) >= LEAST_MOVE:
         return
     number, batch = len(plan.images.samples), plan.samples_per_step
     purpose, length = plan.config.default_length
     usual = length.num_steps(number, batch)
     details = (
-        f"the run ends after {plan.num_steps} steps of {batch} images, when a LoRA has hardly "
-        "moved from zero"
+        f"the run ends after {plan.num_steps} steps of {batch} images at a learning rate of "
+        f"{max(rates.values()):g}, when a LoRA has hardly moved from zero"
     )
     if usual > plan.num_steps:
         details += f"; for a {purpose} of {number} images {usual} steps are usual: --steps {usual}"
     yield Finding("few-steps", "steps", details)
+
+
+def _narrow_base(plan: Plan, width: int) -> Iterator[Finding]:
+    """Rates of full-size models with a small one, such as the embedded base.
+
+    On the embedded base (48 channels), 400 steps on its subject at 1e-4 leave a plain monster, and
+    at 2e-3, with 4e-4 for the text encoder, teach hat, bands and feet.
+    """
+    rate = learning_rates(plan.config, ["unet"], plan.samples_per_step)["unet"]
+    if width >= USUAL_WIDTH / 2 or rate >= 5e-4:
+        return
+    details = (
+        f"{rate:g} suits Stable Diffusion's width, {USUAL_WIDTH} channels; this base has {width} "
+        "and needs about 2e-3: --lr 2e-3 --text_encoder_lr 4e-4"
+    )
+    yield Finding("narrow-base", "learning rate", details)
 
 
 def _large_batch(plan: Plan) -> Iterator[Finding]:

@@ -171,7 +171,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
         if progress.step == plan.num_steps:
             refuse_finished(resolved, saved_path)
     device = Device.of(accelerator.device, accelerator.mixed_precision)
-    warnings = warnings_of(plan, device)
+    warnings = warnings_of(plan, device, base.width)
     if warnings:
         emit(Warned(warnings))
     return CheckedRun(

@@ -18,7 +18,7 @@ from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event, Warned
-from sd_lora.training.forecast import warnings_of
+from sd_lora.training.forecast import USUAL_WIDTH, warnings_of
 from sd_lora.training.optimizers import build_lr_scheduler
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
@@ -60,7 +60,9 @@ def test_a_warning_says_that_the_rate_is_never_reached(checked: Checked) -> None
                     rates.append(optimizer.param_groups[0]["lr"])
                     optimizer.step()
                     scheduler.step()
-                found = [f for f in warnings_of(plan, CPU) if f.code == "warmup-too-long"]
+                found = [
+                    f for f in warnings_of(plan, CPU, USUAL_WIDTH) if f.code == "warmup-too-long"
+                ]
                 assert bool(found) == (max(rates) < rate * (1 - 1e-9)), (options, steps, rates)
                 if found:
                     told += 1
@@ -73,6 +75,8 @@ def test_a_warning_says_that_the_rate_is_never_reached(checked: Checked) -> None
     [
         ({"num_train_epochs": 1}, CPU, "few-steps", ("3 steps", "275", "--steps 275")),
         ({"num_train_epochs": 7}, CPU, None, ()),
+        ({"num_train_epochs": 7, "learning_rate": 1e-4}, CPU, "few-steps", ("21 steps", "0.0001")),
+        ({"learning_rate": 1e-4}, CPU, "narrow-base", ("320 channels", "has 48", "--lr 2e-3")),
         ({"lr_warmup_steps": 100}, CPU, "no-effect", ("100", "constant", "constant_with_warmup")),
         ({"lr_warmup_steps": 0}, CPU, None, ()),
         ({"train_batch_size": 6, "gradient_accumulation_steps": 2}, CPU, "batch-above-set",
@@ -92,7 +96,8 @@ def test_each_warning_has_its_cause_and_numbers(
     """Each setting gives its warning and no other, with its numbers and remedy; its neighbour, a
     right one, gives none."""
     length = {} if "num_train_epochs" in options else {"max_train_steps": 100}
-    found = warnings_of(changed(checked.plan, **length, **options), device)
+    plan = changed(checked.plan, **length, **options)
+    found = warnings_of(plan, device, 48 if code == "narrow-base" else USUAL_WIDTH)
     assert [finding.code for finding in found] == [code] * bool(code)
     line = "".join(finding.line() for finding in found)
     assert all(word in line for word in words), line
@@ -103,7 +108,7 @@ def test_a_presets_warm_up_is_not_the_users_mistake(checked: Checked) -> None:
     plain = {"mode": "dreambooth", "instance_data_dir": "d", "instance_prompt": "x"}
     plain |= {"pretrained_model_name_or_path": "m", "lr_scheduler": "constant"}
     config = TrainConfig(**plain, preset="subject").resolve("sd1", 64)
-    assert warnings_of(replace(checked.plan, config=config, num_steps=400), CPU) == []
+    assert warnings_of(replace(checked.plan, config=config, num_steps=400), CPU, USUAL_WIDTH) == []
 
 
 def test_a_run_warns_before_weights_are_read_as_check_does(
@@ -115,7 +120,9 @@ def test_a_run_warns_before_weights_are_read_as_check_does(
     base = tmp_path / "base"
     shutil.copytree(tiny_sd1, base, ignore=shutil.ignore_patterns("*.safetensors"))
     data = images(tmp_path / "data", 3)
-    config = text_to_image(base, data, tmp_path / "out", lr_scheduler="cosine", strict=True)
+    config = text_to_image(
+        base, data, tmp_path / "out", lr_scheduler="cosine", learning_rate=1e-4, strict=True
+    )
     events: list[Event] = []
     with terminal.Terminal() as shown, pytest.raises((UsageError, sd_lora.RunError)):
         prepare(config, [events.append, shown])
@@ -123,15 +130,15 @@ def test_a_run_warns_before_weights_are_read_as_check_does(
     checked = check(config, page=False)
     assert [[*event.findings] for event in warned] == [checked.warnings]
     codes = [finding.code for finding in checked.warnings]
-    assert codes == ["warmup-too-long", "few-steps", "batch-above-set"]
+    assert codes == ["warmup-too-long", "few-steps", "batch-above-set", "narrow-base"]
     assert all(finding in checked.findings for finding in checked.warnings)
     lines = [f"warning: {finding.line()}" for finding in checked.warnings]
     assert all(line in capsys.readouterr().out for line in lines[:1])
-    assert checked.verdict.endswith("warnings: 3")
+    assert checked.verdict.endswith("warnings: 4")
 
     (tmp_path / "out").mkdir(exist_ok=True)
     (tmp_path / "out" / "out_kohya.safetensors").touch()  # a run would refuse it
-    earlier = check(config, page=False).warnings[3]
+    earlier = check(config, page=False).warnings[4]
     assert (earlier.code, "out_kohya.safetensors" in earlier.details) == ("earlier-work", True)
 
 

@@ -52,9 +52,7 @@ def flags(words: list[str], root: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_typical_mistakes_are_told_in_two_seconds(
-    mistake: str, folder: Path, root: Path
-) -> None:
+def test_typical_mistakes_are_told_in_two_seconds(mistake: str, folder: Path, root: Path) -> None:
     """A fresh process tells a mistake by path, name, column or value with exit code 2, in less than
     two seconds of CPU time and without torch."""
     words, message = MISTAKES[mistake]
