@@ -122,8 +122,12 @@ def check(
     )  # fmt: skip
     images.check_sources()
     plan = Plan.of(config, images.instances, num_processes)
-    rows = {"model": f"{config.base_model} ({base.family.label})"}
+    rows = {"model": _model(config, base)}
     rows |= data_rows(plan, images)
+    if config.lacks_prompt:
+        rows["prompt"] = "not given, and there are no captions: a run needs --prompt"
+    if not caption_encoder.tokenizers:
+        rows["tokens"] = "not counted: no tokenizer is here: give --model"
     device = Device.planned(config)
     rows |= forecast_rows(plan, components_of(config, base.family), device)
     wanted = config.class_images
@@ -140,11 +144,17 @@ def check(
     return Checked(plan, images, rows, thumbnails, warnings)
 
 
+def _model(config: RunConfig, base: Base) -> str:
+    if config.published_family:
+        return f"not given: {base.name} is assumed (--family: another one, --model: yours)"
+    return f"{config.base_model} ({base.family.label})"
+
+
 def _earlier(config: RunConfig) -> list[Finding]:
     """A warning of an output folder whose work a run would have to replace."""
     asked = config.overwrite_output_dir or config.resume_from_checkpoint
     told = "" if asked else earlier_work(config)
-    return [Finding("earlier-work", "output_dir", told)] if told else []
+    return [Finding("earlier-work", "output folder", told)] if told else []
 
 
 def _cut_away(images: ImageSet) -> str:
@@ -322,7 +332,7 @@ def _page_image(
         scale=crop.scale,
         random_crop=images.is_random(index),
         caption=caption,
-        tokens=checked.images.caption_encoder.count_tokens([caption])[caption],
+        tokens=checked.images.caption_encoder.count_tokens([caption]).get(caption),
         findings=tuple(of_name.get(sample.name, ())),
         of_class=images.kind == "class",
     )

@@ -86,7 +86,7 @@ def check(argv: Sequence[str]) -> None:
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
 
-    config = parse(rest, prog="sd-lora check", has_captions=has_captions)
+    config = parse(rest, prog="sd-lora check", has_captions=has_captions, for_check=True)
     check_places(config)
     from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json

@@ -202,3 +202,29 @@ def test_class_sources_have_captions_of_their_own(
     run = prepare(parse([*flags, "--report_to", "none", "--output_dir", str(tmp_path / "out")]))
     captions = {s.caption for s in run.stream.batch(0).items if s.kind == "class"}
     assert captions == {"a thing"}
+
+
+def test_a_folder_is_enough(root: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a model, images are checked against the published Stable Diffusion 1.x, or the model
+    of --family: its resolution and shapes. Without captions and prompt a folder is a subject's.
+    What is assumed or not counted is said; a run refuses both."""
+    for more, side in ([], 512), (["--family", "sdxl"], 1024):
+        assert main(["check", str(folder), *more, "--json"]) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert {"width": side, "height": side}.items() <= said["buckets"][0].items()
+        assert not any(found["code"] == "long-caption" for found in said["findings"])
+        assert "not given" in said["summary"]["model"]
+        assert "not counted" in said["summary"]["tokens"]
+    tokenizer = ["--tokenizer_name", str(root / "sample_data/tiny-sd")]
+    assert main(["check", str(folder), *tokenizer, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert "long-caption" in {found["code"] for found in said["findings"]}
+
+    for caption in folder.glob("*.txt"):
+        caption.unlink()
+    assert main(["check", str(folder), "--json"]) == 0
+    assert "a run needs --prompt" in json.loads(capsys.readouterr().out)["summary"]["prompt"]
+    assert main(["train", str(folder)]) == 2
+    told = capsys.readouterr().err
+    assert "no captions" in told
+    assert "pretrained_model_name_or_path is required" in told

@@ -7,9 +7,11 @@ from typing import Any
 
 from sd_lora.config.flags import build_parser, show_help
 from sd_lora.config.kohya import read_dataset_config
+from sd_lora.config.options.dreambooth import NO_PROMPT
+from sd_lora.config.options.run import PUBLISHED
 from sd_lora.config.options.sources import FOLDER
 from sd_lora.config.presets import OF_MODE
-from sd_lora.config.rows import Mode, Option
+from sd_lora.config.rows import FAMILIES, Mode, Option
 from sd_lora.config.schema import (
     FORMER_NAMES,
     OPTIONS,
@@ -256,22 +258,27 @@ def _pattern(option: Option, word: str) -> tuple[str, Any]:
 
 
 def _take_folder(
-    folder: str, values: dict[str, Any], has_captions: Callable[[str], bool]
+    folder: str, values: dict[str, Any], has_captions: Callable[[str], bool], for_check: bool
 ) -> list[Problem]:
     """Set the place of the images and, where they are not given, the mode and the preset by a
-    folder; a problem for a folder without captions and prompt."""
-    prompt, known = values.get("instance_prompt"), "mode" in values
-    if not known:
-        values["mode"] = "dreambooth" if prompt else "text_to_image"
+    folder; a problem for a folder without captions and prompt, unless it is to be checked."""
+    problems = []
+    if not (values.get("instance_prompt") or "mode" in values):
+        try:
+            captioned = has_captions(folder)
+            if not captioned and for_check:
+                values["instance_prompt"] = NO_PROMPT
+            elif not captioned:
+                text = f"{folder} has no captions, so its images need a prompt"
+                remedy = "Give --prompt 'a photo of sks dog'"
+                problems = [Problem("instance_prompt", text, remedy)]
+        except UsageError as error:
+            problems = [Problem("train_data_dir", str(error))]
+    mode = "dreambooth" if values.get("instance_prompt") else "text_to_image"
+    values.setdefault("mode", mode)
     values.setdefault(FOLDER[values["mode"]], folder)
     values.setdefault("preset", OF_MODE[values["mode"]])
-    try:
-        if known or prompt or has_captions(folder):
-            return []
-    except UsageError as error:
-        return [Problem(FOLDER[values["mode"]], str(error))]
-    text = f"{folder} has no captions, so its images need a prompt"
-    return [Problem("instance_prompt", text, "Give --prompt 'a photo of sks dog'")]
+    return problems
 
 
 def parse(
@@ -279,6 +286,7 @@ def parse(
     script: str | None = None,
     prog: str | None = None,
     has_captions: Callable[[str], bool] = lambda folder: False,
+    for_check: bool = False,
 ) -> TrainConfig:
     """The configuration of a command line.
 
@@ -289,6 +297,8 @@ def parse(
         prog: the program's name in help texts.
         has_captions: whether the images of a folder have captions; the folder may be given first,
             without a flag.
+        for_check: whether a folder is enough: its family's published model, or Stable Diffusion
+            1.x, stands for a missing base model, and `NO_PROMPT` for a missing prompt.
 
     Raises:
         UsageError: all unknown and refused flags and keys, wrong values and contradictions.
@@ -321,10 +331,13 @@ def parse(
     except UsageError as error:
         problems.append(Problem("dataset_config", str(error)))
     if folder:
-        problems += _take_folder(folder, values, has_captions)
+        problems += _take_folder(folder, values, has_captions, for_check)
     if known:
         problems += _take_from_script(values, known, file)
         notes += _without_prior(values)
+    if for_check and not (values.get("pretrained_model_name_or_path")):
+        family = values.get("family") or FAMILIES[0]
+        values["pretrained_model_name_or_path"] = f"{PUBLISHED}{family}"
     try:
         config = TrainConfig(**values)
     except UsageError as error:

@@ -109,7 +109,8 @@ class CaptionEncoder:
     """Captions to embeddings, by a model's tokenizers and text encoders.
 
     family: of the model.
-    tokenizers: component → tokenizer, in the order of the text encoders' joined outputs.
+    tokenizers: component → tokenizer, in the order of the text encoders' joined outputs; empty:
+        nothing is encoded, and no caption has a count of tokens.
     clip_skip: layers left out at the end, as in diffusers (kohya's and A1111's "clip skip 2" is 1
         here); SDXL's penultimate layer counts as 0.
     max_pieces: a longer caption is cut after so many pieces of 75 tokens. Each piece is encoded by
@@ -144,7 +145,9 @@ class CaptionEncoder:
         }
 
     def count_tokens(self, captions: Sequence[str]) -> dict[str, int]:
-        """Return caption → number of tokens, the largest of all tokenizers."""
+        """Return caption → number of tokens, the largest of all tokenizers; {} without any."""
+        if not self.tokenizers:
+            return {}
         unique = list(dict.fromkeys(captions))
         counts = dict.fromkeys(unique, 0)
         for tokenizer in self.tokenizers.values():

@@ -23,6 +23,7 @@ from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.load import Base, find_base
+from sd_lora.models.published import PublishedBase
 from sd_lora.report.events import Listener, tracked
 from sd_lora.seeds import shuffled
 from sd_lora.training.class_images import has_class_images
@@ -30,6 +31,8 @@ from sd_lora.training.class_images import has_class_images
 
 def base_of(config: TrainConfig) -> Base:
     """The base model of a run, without its weights; raises the errors of `find_base`."""
+    if config.published_family:
+        return PublishedBase.of_family(config.published_family)
     return find_base(
         config.base_model,
         **config.hub_options,

@@ -13,6 +13,9 @@ from sd_lora.files import check_readable
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
 
+NO_PROMPT = "(no prompt)"
+"""The prompt of images to be checked that have no captions and were given none."""
+
 option = section("data")
 
 
@@ -89,6 +92,11 @@ class DreamBoothOptions(Section):
         choices=("no", "fp32", "fp16", "bf16"), only="dreambooth",
         requires={"with_prior_preservation": None}, may_change=True, scripts="CD")
     # fmt: on
+
+    @property
+    def lacks_prompt(self) -> bool:
+        """Whether the images are checked without a prompt."""
+        return self.instance_prompt == NO_PROMPT
 
     @property
     def class_images(self) -> ClassImages | None:

@@ -24,6 +24,9 @@ from sd_lora.files import check_model_path, check_writable
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
 
+PUBLISHED = "published:"
+"""Beginning of a base model's name, before its family, that stands for a model not given."""
+
 option = section("run")
 
 
@@ -138,8 +141,16 @@ class ModelOptions(Section):
         """Options of diffusers' `from_pretrained` for files of the hub."""
         return {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
 
+    @property
+    def published_family(self) -> str | None:
+        """The family whose published shapes stand for a base model that is not given."""
+        name = self.base_model
+        return name.removeprefix(PUBLISHED) if name.startswith(PUBLISHED) else None
+
     def check_base(self) -> None:
         """Raise UsageError for a base model's path without a model; hub ids are not looked up."""
+        if self.published_family:
+            return
         with named("pretrained_model_name_or_path"):
             check_model_path(self.base_model)
 
