@@ -220,7 +220,10 @@ def settings(family: str) -> list[Setting]:
         Setting(family, "subject, `--batch 1`", subject, 1),
         Setting(family, "subject, with class images", subject, 4),
         Setting(family, f"subject, `{NO_CHECKPOINTS}`", f"{subject} {NO_CHECKPOINTS}", 2),
-        Setting(family, "subject in float32 (`--mixed_precision no`)", "--preset subject", 2),
+        Setting(
+            family, "subject in float32 (`--mixed_precision no`)",
+            "--preset subject --mixed_precision no", 2,
+        ),
         Setting(
             family, "least: `--targets attention --rank 4 --no-train_text_encoder --batch 1`",
             f"{subject} --targets attention --rank 4 --no-train_text_encoder", 1,

@@ -64,14 +64,34 @@ class Device:
     def planned(cls, config: TrainConfig) -> "Device":
         """The device and precision that Accelerate will choose for a run of one process."""
         device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
-        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        return cls.of(device, config.mixed_precision or launched)
+        return cls.of(device, chosen_precision(config))
 
     @property
     def text(self) -> str:
         """The device in words: "cuda (NVIDIA L4), base in bfloat16"."""
         dtype = str(DTYPES[self.precision]).removeprefix("torch.")
         return f"{self.type}{f' ({self.name})' * bool(self.name)}, base in {dtype}"
+
+
+def chosen_precision(config: TrainConfig) -> str:
+    """The precision of the base, a key of `DTYPES`: the option's, the launcher's or the card's.
+
+    Raises:
+        UsageError: a precision of the launcher that the base cannot have.
+    """
+    if config.mixed_precision not in (None, "auto"):
+        return config.mixed_precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if launched and launched not in DTYPES:
+        raise UsageError(
+            f"the configuration of accelerate asks for mixed_precision {launched}, and the base is "
+            "in float32, fp16 or bf16 here: give --mixed_precision bf16"
+        )
+    if launched or config.mixed_precision is None:
+        return launched or "no"
+    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return "no"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 DRIVER_PLACES = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))
@@ -127,7 +147,7 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
     )
     try:
         return Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=chosen_precision(config),
             log_with=log_with,
             project_config=project,
             kwargs_handlers=[

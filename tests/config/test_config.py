@@ -186,7 +186,7 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--rank", "four"], "rank must be a whole number, not 'four'"),
         (["--max_train_steps", "0"], "max_train_steps must be at least 1"),
         (["--learning_rate", "0"], "learning_rate must be above 0"),
-        (["--mixed_precision", "fp8"], "mixed_precision is one of no, fp16, bf16, not 'fp8'"),
+        (["--mixed_precision", "fp8"], "mixed_precision is one of no, fp16, bf16, auto, not 'fp8'"),
         (["--lr_scheduler", "cosin"], "not 'cosin'. Did you mean cosine?"),
         (
             ["--dataset_name", "x"],

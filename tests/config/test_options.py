@@ -154,7 +154,7 @@ def test_the_schema_describes_every_option(capsys: pytest.CaptureFixture[str]) -
         "integer", 1, 4,
     )  # fmt: skip
     assert rows["lr_scheduler"]["enum"] == list(SCHEDULES)
-    assert rows["mixed_precision"]["enum"] == ["no", "fp16", "bf16", None]
+    assert rows["mixed_precision"]["enum"] == ["no", "fp16", "bf16", "auto", None]
     assert rows["rank"]["x-names"]["kohya"] == "network_dim"
     assert rows["learning_rate"]["x-sdxl"] == {"dreambooth": 1e-4}
     assert main(["schema", "x"]) == 2

@@ -14,14 +14,15 @@ import sd_lora
 from sd_lora import terminal
 from sd_lora.check import Checked, check
 from sd_lora.config.command_line import parse
-from sd_lora.config.rows import SCHEDULES
+from sd_lora.config.presets import preset
+from sd_lora.config.rows import PRESETS, SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event, Warned
 from sd_lora.training.forecast import USUAL_WIDTH, warnings_of
 from sd_lora.training.optimizers import build_lr_scheduler
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import Device
+from sd_lora.training.processes import Device, chosen_precision
 from sd_lora.training.setup import prepare
 from tests.training.runs import dreambooth, images, text_to_image
 
@@ -217,3 +218,36 @@ def test_a_card_that_torch_does_not_see(
         with monkeypatch.context() as hidden:
             hidden.setenv(name, value)
             assert seen() == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "launched", "card", "chosen"),
+    [
+        (None, None, "new", "no"),  # as diffusers' scripts
+        (None, "fp16", "new", "fp16"),
+        ("bf16", "fp16", "old", "bf16"),
+        ("auto", None, "new", "bf16"),
+        ("auto", None, "old", "fp16"),
+        ("auto", None, None, "no"),
+        ("auto", "fp16", "new", "fp16"),
+        ("auto", "fp8", "new", "asks for mixed_precision fp8"),
+    ],
+)
+def test_the_precision_is_the_options_the_launchers_or_the_cards(
+    option: str | None, launched: str | None, card: str | None, chosen: str,
+    checked: Checked, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """An option wins over the launcher's environment, and auto asks the card: bf16 where it is
+    computed, fp16 on older ones, float32 without one. The presets say auto."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: card is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: card == "new")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    config = checked.plan.config.replace(mixed_precision=option)
+    if " " in chosen:
+        with pytest.raises(UsageError, match=chosen):
+            chosen_precision(config)
+    else:
+        assert chosen_precision(config) == chosen
+    assert all(preset(name).options["mixed_precision"] == "auto" for name in PRESETS)

@@ -45,10 +45,10 @@ class TrainingOptions(Section):
         ai_toolkit="train.gradient_checkpointing",
         main="less memory, about a third slower")
     mixed_precision: str | None = option(None,
-        "precision of the frozen base; accelerate's configuration if not given; LoRA "
-        "parameters are always float32",
-        choices=("no", "fp16", "bf16"), scripts="ABCD", kohya=SAME, onetrainer="train_dtype",
-        simpletuner=SAME, ai_toolkit="train.dtype",
+        "precision of the frozen base; accelerate's configuration if not given; auto: bf16 on a "
+        "GPU that has it, else fp16, float32 on a CPU; the LoRA is float32",
+        choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
+        onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
         "TF32 matrix products on Ampere GPUs and later",
