@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
+from errno import EINVAL
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
@@ -128,7 +129,9 @@ def guarded(work: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
+    except OSError as error:  # the reader of the output, such as `head`, has closed it
+        if not isinstance(error, BrokenPipeError) and (os.name, error.errno) != ("nt", EINVAL):
+            raise  # Windows says EINVAL of a closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 

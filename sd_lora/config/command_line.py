@@ -314,7 +314,11 @@ def parse(
     problems = _unknown(rest)
     flags = vars(namespace)
     file, folder = flags.pop("config", None), flags.pop("folder", folder)
-    values, faults = _read(file) if file else ({}, [])
+    unread: list[Problem] = []
+    try:
+        values, faults = _read(file) if file else ({}, [])
+    except UsageError as error:
+        values, faults, unread = {}, [], [Problem("config", str(error))]
     problems += faults
     for name, given in flags.items():
         try:
@@ -325,6 +329,8 @@ def parse(
     more_notes, faults = _answered(foreign, values)
     notes += more_notes
     problems += faults
+    if unread:  # the options in it are unknown, so that nothing can be said of their values
+        refuse([*unread, *problems])
     try:
         if values.get("dataset_config"):
             values = with_dataset_options(str(values["dataset_config"]), values)
@@ -335,7 +341,7 @@ def parse(
     if known:
         problems += _take_from_script(values, known, file)
         notes += _without_prior(values)
-    if for_check and not (values.get("pretrained_model_name_or_path")):
+    if for_check and not values.get("pretrained_model_name_or_path"):
         family = values.get("family") or FAMILIES[0]
         values["pretrained_model_name_or_path"] = f"{PUBLISHED}{family}"
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sd_lora.config.command_line import parse
 from sd_lora.config.values import read_table
 from sd_lora.errors import UsageError
 
@@ -50,8 +51,9 @@ def test_paths_of_windows(line: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(f"[data]\n{line}\n", encoding="utf-8")
     with pytest.raises(UsageError, match="in single quotes, .*or with /") as caught:
-        table(path)
-    assert said in str(caught.value)
+        parse(["--config", str(path), "--ranc", "4", "--network_dim", "8"])
+    assert said in str(caught.value)  # and the command line's own mistakes beside it
+    assert {"config", "ranc", "network_dim"} <= {p.field for p in caught.value.problems}
     for right in (line.replace('"', "'"), line.replace("\\", "/")):
         path.write_text(f"[data]\n{right}\n", encoding="utf-8")
         assert table(path)
