@@ -1,4 +1,4 @@
-# make demo | test | check | compat | fix | clean. Each makes .venv by itself.
+# make demo | test | check | compat | audit | fix | clean. Each makes .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check compat fix clean
+.PHONY: demo test check compat audit fix clean
 .DEFAULT_GOAL := demo
 
 # torch by itself first: CPU machines take the pinned build, and nothing later may replace it
@@ -34,6 +34,11 @@ check: $(VENV)/.ready
 compat: $(VENV)/.ready
 	bash .ci/wheel
 	bash .ci/floors
+
+# published vulnerabilities of the pinned libraries; asks PyPI
+audit: $(VENV)/.ready
+	$(BIN)/pip install --quiet pip-audit
+	$(BIN)/pip-audit -r constraints.txt --no-deps --disable-pip
 
 fix: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

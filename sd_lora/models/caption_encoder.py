@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -307,12 +308,10 @@ def _without_weights(text: str) -> str:
 
     fragments = None
     if not _A1111_WEIGHT.search(text):
-        try:
+        with suppress(Exception):  # compel's parser raises errors of several kinds
             parsed = Compel.parse_prompt_string(text)
             if len(parsed.prompts) == 1 and not parsed.lora_weights:
                 fragments = getattr(parsed.prompts[0], "children", None)
-        except Exception:  # compel's parser raises errors of several kinds
-            pass
     if fragments is None or not all(type(part) is Fragment for part in fragments):
         raise UsageError(
             f"caption {text!r}: weighted_prompts understands weights alone, as in 'a (red)1.3 "
