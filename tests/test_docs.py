@@ -248,3 +248,18 @@ def test_the_page_of_memory_is_counted(counting: ModuleType, root: Path) -> None
     words = " | ".join(f"{number / 2**30:.2f}" for number in numbers)
     assert f"| {setting.title} | {words} | " in page
     assert f"| {count.flop / 1e12:.1f} |" in page
+
+
+def test_the_page_of_scale_is_computed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scale.md has the tables that its script computes from docs/memory.md today; a ring
+    all-reduce's bytes are those of summing n parts step by step."""
+    monkeypatch.syspath_prepend(str(root / "dev"))
+    scale = importlib.import_module("write_scale_page")
+    found = list(scale.rows((root / "docs/memory.md").read_text(encoding="utf-8")))
+    assert len(found) == 9
+    page = (root / "docs/scale.md").read_text(encoding="utf-8")
+    for line in (*scale.exchange_rows(found), *scale.most_rows(), *scale.subject_rows(found)):
+        assert line in page
+    for n in (2, 3, 8):  # a part is sent n - 1 times to be summed, and n - 1 times to be known
+        sent = sum(found[0].gradients / n for _ in range(2 * (n - 1)))
+        assert found[0].exchange("10 Gb/s", n) == pytest.approx(sent / 1.25e9)
