@@ -7,7 +7,7 @@ from errno import EINVAL
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
-from sd_lora.streams import encode_everything
+from sd_lora.streams import encode_everything, quiet_imports
 
 _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load everywhere, exactly.
 
@@ -42,12 +42,15 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.training.output_folder import resumed_checkpoint
 
     config = parse(argv, script, script or "sd-lora train", has_captions)
-    check_places(config, resumed_checkpoint)
-    from sd_lora.terminal import Terminal  # seconds of import, after flags and paths are known good
-    from sd_lora.training.loop import train
+    with config.spelling.in_errors():
+        check_places(config, resumed_checkpoint)
+        for note in config.downloads:
+            print(note, file=sys.stderr, flush=True)
+        from sd_lora.terminal import Terminal  # seconds of import: flags and paths are known good
+        from sd_lora.training.loop import train
 
-    with Terminal() as terminal:
-        train(config, [terminal])
+        with Terminal() as terminal:
+            train(config, [terminal])
 
 
 def _check(argv: Sequence[str]) -> None:
@@ -139,6 +142,7 @@ def guarded(work: Callable[[], None]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     encode_everything()
+    quiet_imports()
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
@@ -157,4 +161,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 def train_script(name: str) -> int:
     """Run one of the training scripts with the process's flags; returns the exit code."""
     encode_everything()
+    quiet_imports()
     return guarded(lambda: _train(sys.argv[1:], name))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sd_lora.cli import main
-from sd_lora.streams import PLAIN, encode_everything
+from sd_lora.streams import PLAIN, UNASKED, encode_everything, quiet_imports
 from tests.training.runs import images
 
 
@@ -77,6 +78,16 @@ def test_signs_in_plain_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", chosen)
     encode_everything()
     assert chosen.errors == "backslashreplace"
+
+
+def test_libraries_keep_their_notes(caplog: pytest.LogCaptureFixture) -> None:
+    """Messages about parts that an extra's package does without are kept from the log, those of the
+    same loggers about anything else are not."""
+    quiet_imports()
+    for name, start in UNASKED.items():
+        logging.getLogger(name).warning(f"{start} ...", *["x"] * start.count("%s"))
+        logging.getLogger(name).warning("something else")
+    assert [record.msg for record in caplog.records] == ["something else"] * len(UNASKED)
 
 
 def test_python_m_sd_lora() -> None:
