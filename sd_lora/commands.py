@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import math
-import re
 import shutil
 import signal
 import sys
@@ -11,64 +9,24 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sd_lora.errors import RunError, UsageError, did_you_mean
+from sd_lora.tool_flags import ToolParser, as_path, tool_parser
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
 
 T = TypeVar("T")
-
-_ABOUT = {
-    "inspect": "Say what is in a LoRA file: format, family, ranks, norms by block, who reads it, "
-    "and what is wrong with it.",
-    "verify": "Load a LoRA file with diffusers into a fresh pipeline of its family and compare "
-    "every module's ΔW with what is in the file.",
-    "convert": "Write a LoRA file in another format or dtype, exactly.",
-    "merge": "Write one LoRA whose every ΔW is the weighted sum of several LoRAs' ΔW.",
-    "resize": "Cut a LoRA to fewer ranks by its singular values, and state the error.",
-    "extract": "Write the difference of two models as a LoRA, by singular values.",
-    "bake": "Write a model with LoRAs merged into its weights.",
-}
-
-
-def _path(text: str) -> Path:
-    return Path(text).expanduser()
-
-
-def _weight(text: str) -> float:
-    try:
-        weight = float(text)
-    except ValueError:
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise argparse.ArgumentTypeError(f"a weight is a finite number, not {text!r}")
-    return weight
-
-
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        # -1e-3 is a number and no flag; Python 3.11 knows -0.001 alone
-        self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. See {self.prog} --help")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            raise UsageError(
-                f"unknown argument {unknown[0]!r}.{did_you_mean(unknown[0], flags)} "
-                f"See {self.prog} --help"
-            )
-        return args
 
 
 def check(argv: Sequence[str]) -> None:
     """Run `sd-lora check`, with the flags of `train` and its own."""
-    parser = _Parser(prog="sd-lora check", description=_CHECK, add_help=False)
+    parser = ToolParser(prog="sd-lora check", description=_CHECK, add_help=False)
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
-    parser.add_argument("--page", type=_path, metavar="FILE", help="the page (default: check.html)")
+    parser.add_argument(
+        "--page", type=as_path, metavar="FILE", help="the page (default: check.html)"
+    )
     parser.add_argument("--no_page", action="store_true", help="no page")
     parser.add_argument("--num_processes", type=int, default=1, help="that will train")
     args, rest = parser.parse_known_args(argv)
@@ -83,11 +41,20 @@ def check(argv: Sequence[str]) -> None:
     if args.num_processes < 1:
         raise UsageError(f"num_processes must be at least 1, not {args.num_processes}")
     from sd_lora.config.command_line import parse
-    from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
 
     config = parse(rest, prog="sd-lora check", has_captions=has_captions, for_check=True)
+    with config.spelling.in_errors():
+        _check(config, args)
+
+
+def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
+    """Check the data of a configuration, and print or write the result."""
+    from sd_lora.data.check.places import check_places
+
     check_places(config)
+    for note in config.downloads:
+        print(note, file=sys.stderr, flush=True)
     from sd_lora import check as data_check
     from sd_lora.data.check.page import findings_as_json
     from sd_lora.data.check.usable import NoUsableImages, refuse_problems
@@ -122,93 +89,13 @@ _CHECK = (
 )
 
 
-def _parser(command: str) -> _Parser:
-    parser = _Parser(prog=f"sd-lora {command}", description=_ABOUT[command])
-    if command in ("inspect", "verify", "convert", "resize"):
-        parser.add_argument("file", type=_path, help="a LoRA file, or a folder with one")
-    if command in ("extract", "bake"):
-        parser.add_argument("base", type=_path, help="a diffusers folder or a single checkpoint")
-    if command == "extract":
-        parser.add_argument("tuned", type=_path, help="the finetuned model, in either form")
-    if command in ("merge", "bake"):
-        parser.add_argument("files", type=_path, nargs="+", help="LoRA files")
-        parser.add_argument(
-            "--weights", type=_weight, nargs="+", metavar="W", help="one a file (default: 1 each)"
-        )
-    if command not in ("inspect", "verify"):
-        parser.add_argument("--out", type=_path, required=True, help="what to write")
-        parser.add_argument("--overwrite", action="store_true", help="replace what is there")
-    _add_writing(parser, command)
-    if command != "bake":
-        parser.add_argument(
-            "--model",
-            help="diffusers folder, checkpoint or cached hub id that the LoRA is for (default: the "
-            "published model of its family)",
-        )
-    if command in ("convert", "merge", "resize", "verify", "inspect"):
-        parser.add_argument(
-            "--family", help="sd1, sd2, sdxl or sdxl_refiner, where the file does not say it"
-        )
-    if command not in ("inspect", "verify"):
-        parser.add_argument("--variant", help="of a model folder's weights, such as fp16")
-    if command == "inspect":
-        parser.add_argument("--json", action="store_true", help="everything, for scripts")
-    return parser
-
-
-def _add_writing(parser: _Parser, command: str) -> None:
-    if command in ("convert", "merge", "resize", "extract"):
-        parser.add_argument(
-            "--to",
-            required=command == "convert",
-            help="diffusers, kohya (A1111, ComfyUI, …) or lycoris (every method)"
-            + ("" if command == "convert" else "; default: the first of kohya, diffusers, lycoris")
-            + " that is exact" * (command != "convert"),
-        )
-        parser.add_argument(
-            "--dtype",
-            default="auto",
-            help="float32, float16, bfloat16, or auto: the source's where that is exact",
-        )
-        parser.add_argument("--no_verify", action="store_true", help="do not load what was written")
-        what = {
-            "convert": "approximate what the format cannot hold by LoRAs of this rank",
-            "merge": "cut the sums to this rank (default: exact, all ranks)",
-        }.get(command, "ranks to keep at most")
-        parser.add_argument("--rank", type=int, help=what)
-        parser.add_argument("--conv_rank", type=int, help="the same for kernels above 1×1")
-        parser.add_argument("--energy", type=float, help="keep this share of Σσ², such as 0.95")
-        parser.add_argument("--ratio", type=float, help="keep σ of at least the largest / ratio")
-    if command == "bake":
-        parser.add_argument("--dtype", default="keep", help="keep, float32, float16 or bfloat16")
-    if command == "convert":
-        parser.add_argument(
-            "--drop_vectors", action="store_true", help="leave out biases and norms"
-        )
-    if command == "merge":
-        parser.add_argument(
-            "--blocks",
-            nargs="+",
-            default=[],
-            metavar="[FILE:]PATTERN=W",
-            help="factors on the weights of some modules: up_blocks=0.5 2:text_encoder=0",
-        )
-    if command == "extract":
-        parser.add_argument("--components", nargs="+", help="unet text_encoder … (default: all)")
-        parser.add_argument(
-            "--v_prediction",
-            action="store_true",
-            help="what the header says (default: the scheduler's)",
-        )
-
-
 def run(command: str, argv: Sequence[str]) -> None:
     """Run a tool with its arguments.
 
     Raises:
         UsageError, RunError: for people.
     """
-    args = _parser(command).parse(argv)
+    args = tool_parser(command).parse(argv)
     args.command = command
     before, stopped = signal.getsignal(signal.SIGTERM), []
 
@@ -238,6 +125,7 @@ def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 def _skeleton(args: argparse.Namespace) -> Any:
     """The skeleton of --model; without one, of the --family that a file is held against."""
     from sd_lora.formats.checkpoints import Checkpoint
+    from sd_lora.hub import check_hub_id, check_model_path
     from sd_lora.models.families import family_named
     from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -247,6 +135,10 @@ def _skeleton(args: argparse.Namespace) -> Any:
         return MetaPipeline.of_family(family) if family and tool in ("inspect", "verify") else None
     path = Path(args.model).expanduser()
     name = str(path) if path.is_dir() else args.model
+    if not path.exists():
+        check_model_path(name)
+        if note := check_hub_id(name, ("unet/config.json",)):
+            print(note, file=sys.stderr, flush=True)
     meta_pipeline = (
         Checkpoint(path).meta_pipeline if path.is_file() else MetaPipeline.of_folder(name)
     )

@@ -5,10 +5,11 @@ Any other exception that reaches a user is a bug of this project.
 """
 
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import requires
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,25 @@ def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=likeness)
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def near_path(path: Path, is_one: Callable[[Path], bool] = Path.exists) -> str:
+    """Hint ". Did you mean X?" with the path on disk that differs from a missing one in one name
+    alone, and that nearest; empty if none is near.
+
+    is_one: whether a path is of the wanted kind.
+    """
+    path = path.expanduser()
+    there = next((folder for folder in path.parents if folder.is_dir()), None)
+    if there is None:
+        return ""
+    missing, *below = path.relative_to(there).parts
+    try:
+        names = [child.name for child in there.iterdir() if is_one(child.joinpath(*below))]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(missing, names, n=1, cutoff=0.6)
+    return f". Did you mean {there.joinpath(close[0], *below)}?" if close else ""
 
 
 def install_line(extra: str) -> str:

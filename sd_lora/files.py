@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from sd_lora.errors import RunError, UsageError
+from sd_lora.errors import RunError, UsageError, near_path
 
 if TYPE_CHECKING:
     import torch
@@ -83,7 +83,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         self.header: dict[str, str] = {}
         self._pickled: dict[str, Tensor] | None = None
         if not os.path.isfile(path):  # False, too, for a name that the system refuses
-            raise UsageError(f"{path} is not a file")
+            raise UsageError(f"{path} is not a file{near_path(path)}")
         _refuse_pointer(path)
         if path.suffix in PICKLES:
             self._pickled = _unpickle(path)
@@ -361,26 +361,6 @@ def _bytes_of(tensor: Tensor) -> memoryview | bytes:
 
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
-def check_model_path(name: str) -> None:
-    """Check a base model's path: a pipeline's folder, or a file; hub ids are not looked up.
-
-    Raises:
-        UsageError: nothing there, or a folder without a pipeline's index.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        names = sorted(p.name for p in path.iterdir())
-        single = [n for n in names if n.endswith((".safetensors", ".ckpt"))]
-        hint = f"; to train {single[0]}, give its own path" if single else ""
-        raise UsageError(
-            f"{path} is not a diffusers folder: it has no model_index.json (found "
-            f"{', '.join(names[:6]) or 'nothing'}){hint}"
-        )
-    is_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
-    if not path.exists() and not is_id:
-        raise UsageError(f"model {name} does not exist: there is no such folder or file")
 
 
 def check_writable(folder: Path, setting: str) -> None:

@@ -227,4 +227,4 @@ def test_a_folder_is_enough(root: Path, folder: Path, capsys: pytest.CaptureFixt
     assert main(["train", str(folder)]) == 2
     told = capsys.readouterr().err
     assert "no captions" in told
-    assert "pretrained_model_name_or_path is required" in told
+    assert "--model is required" in told

@@ -43,17 +43,17 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
 @pytest.mark.parametrize(
     ("more", "code", "message"),
     [
-        (["--rank", "0"], 2, "error: rank must be at least 1"),
+        (["--rank", "0"], 2, "error: --rank must be at least 1"),
         (["--rnak", "4"], 2, "error: unknown flag --rnak"),
         (["--targets", "attentoin"], 2, "Did you mean attention"),
         (["--targets", "attention+no_such_module.*"], 2, "matches no module"),
         (["--rank_pattern", "no_such=4"], 2, "matches none of the"),
         (["--pretrained_model_name_or_path", "./nowhere"], 2, "model ./nowhere does not exist"),
-        (["--train_data_dir", "./nowhere"], 2, "train_data_dir ./nowhere does not exist"),
+        (["--train_data_dir", "./nowhere"], 2, "--train_data_dir ./nowhere does not exist"),
         (["--caption_column", "txet"], 2, "Did you mean text"),
         (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
-        (["--conv_rank", "8"], 2, "conv_rank and conv_alpha are for convolutions"),
-        (["--report_to", "nobody"], 2, "error: report_to is one of"),
+        (["--conv_rank", "8"], 2, "--conv_rank and --conv_alpha are for convolutions"),
+        (["--report_to", "nobody"], 2, "error: --report_to is one of"),
         (
             ["--report_to", "comet_ml"],
             2,

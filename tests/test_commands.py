@@ -94,7 +94,7 @@ def test_a_broken_model_is_explained(
         (["convert", "none.safetensors", "--to", "kohya", "--out", "x.safetensors"], "not a file"),
         (["inspect", "FILE", "--jsn"], "unknown argument '--jsn'. Did you mean --json?"),
         (["inspect", "FILE", "--family", "sdxl", "--model", "MODEL"], "and --family says sdxl"),
-        (["inspect", "FILE", "--model", "nowhere"], "no folder here"),
+        (["inspect", "FILE", "--model", "nowhere"], "no such folder"),
         (["merge", "FILE", "--weights", "1", "2", "--out", "x.safetensors"], "2 weights"),
         (["merge", "FILE", "--weights", "nan", "--out", "x.safetensors"], "finite number"),
         (["bake", "MODEL", "FILE", "--weights", "-1e-1", "2", "--out", "x"], "2 weights"),

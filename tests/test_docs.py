@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sd_lora
-from sd_lora import cli, commands
+from sd_lora import cli
 from sd_lora.adapters.deltas import METHODS
 from sd_lora.adapters.targets import plan
 from sd_lora.config import schema as config
@@ -24,6 +24,7 @@ from sd_lora.findings import FINDINGS
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.tool_flags import tool_parser
 
 
 def test_every_adapter_flag_is_documented(root: Path) -> None:
@@ -45,9 +46,9 @@ def test_every_tool_command_is_one(root: Path) -> None:
     tools = [words for words in shown if words[0] in cli._TOOLS]
     assert {words[0] for words in tools} == {*cli._TOOLS}
     for words in tools:
-        commands._parser(words[0]).parse(words[1:])
+        tool_parser(words[0]).parse(words[1:])
     for tool in cli._TOOLS:
-        for action in commands._parser(tool)._actions:
+        for action in tool_parser(tool)._actions:
             flags = [flag for flag in action.option_strings if flag.startswith("--")]
             assert all(flag == "--help" or f"{flag}" in text for flag in flags), (tool, flags)
 

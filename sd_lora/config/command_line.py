@@ -1,30 +1,32 @@
 """Command line and configuration files → TrainConfig."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
-from sd_lora.config.flags import build_parser, show_help
+from sd_lora.config.flags import Parser, build_parser, is_flag, show_help
+from sd_lora.config.foreign_flags import answered, near, take_foreign, unknown_words
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import NO_PROMPT
-from sd_lora.config.options.run import PUBLISHED
-from sd_lora.config.options.sources import FOLDER
+from sd_lora.config.options.run import PUBLISHED, named_after
+from sd_lora.config.options.sources import ELSEWHERE, FOLDER
 from sd_lora.config.presets import OF_MODE
 from sd_lora.config.rows import FAMILIES, Mode, Option
 from sd_lora.config.schema import (
     FORMER_NAMES,
     OPTIONS,
     SECTIONS,
-    SHORT_NAMES,
     TrainConfig,
     with_present_names,
 )
-from sd_lora.config.translate.diffusers import BESIDE_OPTIONS, DIFFUSERS, SWITCHES
-from sd_lora.config.translate.peers import Peer, known_elsewhere
-from sd_lora.config.translate.rows import Given, Row
+from sd_lora.config.spelling import Spelling, spelling_of
+from sd_lora.config.translate.diffusers import BESIDE_OPTIONS
+from sd_lora.config.translate.peers import known_elsewhere
 from sd_lora.config.values import read_table
-from sd_lora.errors import Problem, UsageError, did_you_mean, refuse
+from sd_lora.errors import Problem, UsageError, refuse
 
 
 @dataclass(frozen=True)
@@ -95,22 +97,11 @@ def _unknown_key(path: str, name: str) -> Problem:
     """The problem of a key that is no option."""
     found = known_elsewhere(name)
     if found is None:
-        return Problem(name, f"{path}: {name!r} is not an option", _near(name))
+        return Problem(name, f"{path}: {name!r} is not an option", near(name))
     _, row = found
     if not row.here:
         return Problem(name, f"{path}: {name} {row.reason}")
     return Problem(name, f"{path}: {name!r} is not an option", f"Here it is {row.here}")
-
-
-LIKENESS = 0.8
-"""Share of letters that a flag has in common with the one that was meant: a slip of the finger, and
-not another word."""
-
-
-def _near(name: str, as_flag: bool = False) -> str:
-    """Hint with the option that was meant, if the name is a slip of it."""
-    flags = [f"--{option}" for option in OPTIONS]  # so that a slip in a short name is near too
-    return did_you_mean(f"--{name}", flags, LIKENESS).strip().replace("--", "--" * as_flag)
 
 
 def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -130,105 +121,6 @@ def _expanded(word: str, script: Script | None) -> str:
         return word
     matches = [n for n in script.flags if n.startswith(name)]
     return f"--{matches[0]}{equals}{value}" if len(matches) == 1 else word
-
-
-@dataclass(frozen=True)
-class _Foreign:
-    """A flag that is no option here, with its words; peer and row where its name is known."""
-
-    name: str
-    words: list[str]
-    peer: Peer
-    row: Row
-
-
-def _take_foreign(words: Iterable[str]) -> tuple[list[str], list[_Foreign]]:
-    """Words without other trainers' flags and their values, and these flags.
-
-    Before argparse takes a foreign name for the start of one of ours.
-    """
-    kept: list[str] = []
-    foreign: list[_Foreign] = []
-    values = kept
-    for word in words:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not _is_flag(word):
-            # a switch of diffusers' scripts takes no value, so the next word is none of its own
-            (kept if foreign and foreign[-1].name in SWITCHES else values).append(word)
-            continue
-        ours = name in OPTIONS or name in FORMER_NAMES or name in SHORT_NAMES
-        found = None if ours else known_elsewhere(name)
-        if found is None:
-            values = kept
-            kept.append(word)
-        else:
-            values = [value] if equals else []
-            foreign.append(_Foreign(name, values, *found))
-    return kept, foreign
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("-") and not re.match(r"-\.?\d", word)
-
-
-def _answered(
-    foreign: Sequence[_Foreign], values: dict[str, Any]
-) -> tuple[list[str], list[Problem]]:
-    """Notes on flags of diffusers' scripts that ask for what happens anyway, and a problem for each
-    other foreign flag.
-
-    values: the options that are given.
-    """
-    notes: list[str] = []
-    problems: list[Problem] = []
-    given = Given(values)
-    given.update({flag.name: flag.words[0] if flag.words else True for flag in foreign})
-    for flag in foreign:
-        if flag.name in DIFFUSERS:
-            taken = flag.row.take(given[flag.name], given)
-            if taken.kind == "needless":
-                notes.append(f"--{flag.name} {taken.reason}")
-            else:
-                problems.append(Problem(flag.name, f"--{flag.name} {taken.reason}"))
-        elif flag.row.here:
-            text = f"unknown flag --{flag.name}: here it is {flag.row.here} (docs/flags.md)"
-            problems.append(Problem(flag.name, text))
-        else:
-            problems.append(Problem(flag.name, f"--{flag.name} {flag.row.reason}"))
-    peers = [flag.peer.label for flag in foreign if flag.name not in DIFFUSERS]
-    if len(peers) >= MANY:
-        text = "these are flags of other trainers: sd-lora translate, with the whole command after "
-        problems.append(Problem("", f"{text}it, writes a configuration of them"))
-    return notes, problems
-
-
-MANY = 3
-"""Foreign flags from which a command is likely one of another trainer."""
-
-
-def _unknown(rest: Sequence[str]) -> list[Problem]:
-    """Problems of the words that argparse does not know; those after an unknown flag are its
-    values."""
-    problems, after_flag = [], False
-    for word in rest:
-        if _is_flag(word) or not after_flag:
-            problems.append(_unknown_flag(word))
-        after_flag = _is_flag(word) or after_flag
-    return problems
-
-
-def _unknown_flag(word: str) -> Problem:
-    """The problem of a word that is no flag."""
-    flag = word.partition("=")[0]
-    name = flag.lstrip("-")
-    if not word.startswith("-"):
-        return Problem(word, f"{word!r} is not expected here; a value with spaces needs quotes")
-    for option in OPTIONS.values():
-        shortened = len(name) > 3 and option.name.startswith(name)
-        if option.only and (name == option.name or shortened):
-            text = f"{option.name} has an effect in {option.only} runs only"
-            return Problem(option.name, text, "Leave it out")
-    return Problem(name, f"unknown flag {flag}", _near(name, as_flag=True))
 
 
 def _value(name: str, given: Any) -> Any:
@@ -260,8 +152,11 @@ def _pattern(option: Option, word: str) -> tuple[str, Any]:
 def _take_folder(
     folder: str, values: dict[str, Any], has_captions: Callable[[str], bool], for_check: bool
 ) -> list[Problem]:
-    """Set the place of the images and, where they are not given, the mode and the preset by a
-    folder; a problem for a folder without captions and prompt, unless it is to be checked."""
+    """Set the place of the images and, where they are not given, the mode, the preset and the
+    output folder by a folder; a problem for a folder without captions and prompt, unless it is to
+    be checked."""
+    for name in FOLDER.values():  # a file's gives way
+        values.pop(name, None)
     problems = []
     if not (values.get("instance_prompt") or "mode" in values):
         try:
@@ -273,12 +168,107 @@ def _take_folder(
                 remedy = "Give --prompt 'a photo of sks dog'"
                 problems = [Problem("instance_prompt", text, remedy)]
         except UsageError as error:
-            problems = [Problem("train_data_dir", str(error))]
-    mode = "dreambooth" if values.get("instance_prompt") else "text_to_image"
-    values.setdefault("mode", mode)
-    values.setdefault(FOLDER[values["mode"]], folder)
-    values.setdefault("preset", OF_MODE[values["mode"]])
+            problems = [Problem(FOLDER["text_to_image"], str(error))]
+    mode = values.setdefault("mode", _mode_of(values))
+    values[FOLDER[mode]] = folder
+    for option, value in {"preset": OF_MODE[mode], **named_after(folder)}.items():
+        values.setdefault(option, value)
     return problems
+
+
+def _mode_of(values: Mapping[str, Any]) -> Mode:
+    """The mode of a run by its other options: a prompt for the subject, or a folder of it, is for
+    DreamBooth."""
+    of_subject = any(values.get(name) for name in ("instance_prompt", FOLDER["dreambooth"]))
+    captioned = values.get(FOLDER["text_to_image"])
+    return "dreambooth" if of_subject and not captioned else "text_to_image"
+
+
+def _without_folder(argv: Sequence[str], prog: str | None, mode: str) -> Problem:
+    """The problem of a command without images, with the command that has them."""
+    words = [word if re.fullmatch(r"[\w./:=+-]+", word) else f'"{word}"' for word in argv]
+    command = " ".join([prog or "sd-lora train", "FOLDER", *(words or ["--model", "MODEL"])])
+    text = "no folder of images is given"
+    return Problem(FOLDER[mode], text, f"Put it first: {command}")
+
+
+def _folder_among(words: Sequence[str], first: str) -> str | None:
+    """The folder of images among the words that are of no flag: the first one of the command, or a
+    folder that exists.
+
+    words: those that argparse does not know. first: of the command.
+    """
+    of_no_flag = takewhile(lambda word: not is_flag(word), words)
+    return next((w for w in of_no_flag if w == first or Path(w).expanduser().is_dir()), None)
+
+
+def _flags_of(parser: Parser, folder: str | None) -> tuple[dict[str, str], list[Problem]]:
+    """Option → the word that gave it, and a problem for each that is given in two ways.
+
+    folder: given as a word without a flag.
+    """
+    flags: dict[str, list[str]] = {}
+    for name, found in parser.given.items():
+        flags.setdefault(FORMER_NAMES.get(name, name), []).extend(found)
+    first = ["FOLDER"] * bool(folder) + flags.pop("folder", [])
+    given = {name: found[-1] for name, found in flags.items()}
+    if first:
+        flags["folder"] = first + [f for name in FOLDER.values() for f in flags.pop(name, [])]
+        given |= dict.fromkeys(FOLDER.values(), first[-1])
+    problems = []
+    for name, found in flags.items():
+        *ways, last = dict.fromkeys(flag.replace("--no-", "--") for flag in found)
+        if ways:
+            text = f"{', '.join(ways)} and {last} are the same option"
+            problems.append(Problem(name, text, "Give one of them"))
+    return given, problems
+
+
+@dataclass(frozen=True)
+class _Read:
+    """The options of a command line and its file, as they were found.
+
+    values: option → value. folder: of images, given without the option's name. file: path of the
+    configuration. spelling: names of the options. notes, problems: on the way.
+    """
+
+    values: dict[str, Any]
+    folder: str | None
+    file: str | None
+    spelling: Spelling
+    notes: list[str]
+    problems: list[Problem]
+
+
+def _read_words(argv: Sequence[str], script: Script | None, parser: Parser) -> _Read:
+    """Read all options of a command line."""
+    words, foreign = take_foreign(_expanded(word, script) for word in argv)
+    namespace, rest = parser.parse_known_args(words)
+    flags = vars(namespace)
+    folder = None if script else _folder_among(rest, argv[0] if argv else "")
+    if folder is not None:
+        rest.remove(folder)
+    given, problems = _flags_of(parser, folder)
+    problems += unknown_words(rest)
+    file, folder = flags.pop("config", None), flags.pop("folder", folder)
+    unread: list[Problem] = []
+    try:
+        values, faults = _read(file) if file else ({}, [])
+    except UsageError as error:
+        values, faults, unread = {}, [], [Problem("config", str(error))]
+    spelling = spelling_of(OPTIONS, given, [*values] if file else None, script is not None)
+    problems += faults
+    for name, value in flags.items():
+        try:
+            values[name] = _value(name, value)
+        except UsageError as error:
+            problems += error.problems
+    values, notes = with_present_names(values)
+    more_notes, faults = answered(foreign, values)
+    problems += faults
+    if unread:  # the options in it are unknown, so that nothing can be said of their values
+        refuse([*unread, *problems])
+    return _Read(values, folder, file, spelling, notes + more_notes, problems)
 
 
 def parse(
@@ -295,61 +285,46 @@ def parse(
         script: the script of `SCRIPTS` that they are for; None lets `--mode` or the file say the
             mode, and the model its family.
         prog: the program's name in help texts.
-        has_captions: whether the images of a folder have captions; the folder may be given first,
-            without a flag.
+        has_captions: whether the images of a folder have captions; the folder may be given without
+            a flag.
         for_check: whether a folder is enough: its family's published model, or Stable Diffusion
             1.x, stands for a missing base model, and `NO_PROMPT` for a missing prompt.
 
     Raises:
-        UsageError: all unknown and refused flags and keys, wrong values and contradictions.
+        UsageError: all unknown and refused flags and keys, wrong values and contradictions, by the
+            names that the person gave.
     """
     known = SCRIPTS[script] if script else None
-    mode = known.mode if known else None
-    show_help(argv, mode, prog, known is not None and known.family == "sdxl")
-    folder = argv[0] if argv and not known and not _is_flag(argv[0]) else None
-    words = argv[1:] if folder else argv
-    words, foreign = _take_foreign(_expanded(word, known) for word in words)
-    parser = build_parser(mode, prog, known is not None and known.family == "sdxl")
-    namespace, rest = parser.parse_known_args(words)
-    problems = _unknown(rest)
-    flags = vars(namespace)
-    file, folder = flags.pop("config", None), flags.pop("folder", folder)
-    unread: list[Problem] = []
-    try:
-        values, faults = _read(file) if file else ({}, [])
-    except UsageError as error:
-        values, faults, unread = {}, [], [Problem("config", str(error))]
-    problems += faults
-    for name, given in flags.items():
+    mode, xl = (known.mode, known.family == "sdxl") if known else (None, False)
+    show_help(argv, mode, prog, xl)
+    read = _read_words(argv, known, build_parser(mode, prog, xl))
+    values, problems = read.values, read.problems
+    with read.spelling.in_errors():
         try:
-            values[name] = _value(name, given)
+            if values.get("dataset_config"):
+                values = with_dataset_options(str(values["dataset_config"]), values)
         except UsageError as error:
-            problems += error.problems
-    values, notes = with_present_names(values)
-    more_notes, faults = _answered(foreign, values)
-    notes += more_notes
-    problems += faults
-    if unread:  # the options in it are unknown, so that nothing can be said of their values
-        refuse([*unread, *problems])
-    try:
-        if values.get("dataset_config"):
-            values = with_dataset_options(str(values["dataset_config"]), values)
-    except UsageError as error:
-        problems.append(Problem("dataset_config", str(error)))
-    if folder:
-        problems += _take_folder(folder, values, has_captions, for_check)
-    if known:
-        problems += _take_from_script(values, known, file)
-        notes += _without_prior(values)
-    if for_check and not values.get("pretrained_model_name_or_path"):
-        family = values.get("family") or FAMILIES[0]
-        values["pretrained_model_name_or_path"] = f"{PUBLISHED}{family}"
-    try:
-        config = TrainConfig(**values)
-    except UsageError as error:
-        problems += error.problems or [Problem("", str(error))]
-    refuse(problems)
-    return config.with_notes(notes)
+            problems.append(Problem("dataset_config", str(error)))
+        if known:
+            problems += _take_from_script(values, known, read.file)
+            read.notes.extend(_without_prior(values))
+        elif read.folder:
+            problems += _take_folder(read.folder, values, has_captions, for_check)
+        else:
+            values.setdefault("mode", _mode_of(values))
+            if not (read.file or any(map(values.get, (*FOLDER.values(), *ELSEWHERE)))):
+                problems.append(_without_folder(argv, prog, values["mode"]))
+        if for_check and not values.get("pretrained_model_name_or_path"):
+            family = values.get("family") or FAMILIES[0]
+            values["pretrained_model_name_or_path"] = f"{PUBLISHED}{family}"
+        try:
+            config = TrainConfig(**values)
+        except UsageError as error:
+            told = {problem.field for problem in problems}
+            found = error.problems or [Problem("", str(error))]
+            problems += [problem for problem in found if problem.field not in told]
+        refuse(problems)
+    return config.with_notes(read.notes).with_spelling(read.spelling)
 
 
 def _take_from_script(values: dict[str, Any], script: Script, file: str | None) -> list[Problem]:

@@ -46,7 +46,8 @@ def _by_rows(config: "TrainConfig", options: Mapping[str, Option]) -> Iterator[P
         if not option.is_given(value):
             continue
         if option.only and option.only != config.mode:
-            yield Problem(name, f"{name} has an effect in {option.only} runs only", LEAVE_OUT)
+            remedy = f"{LEAVE_OUT}, or set mode to {option.only}"
+            yield Problem(name, f"{name} has an effect in {option.only} runs only", remedy)
             continue
         for why in [] if option.only_warns else why_idle(config, option, options):
             yield Problem(name, f"{name} has no effect {why}", LEAVE_OUT)

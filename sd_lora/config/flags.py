@@ -1,6 +1,7 @@
 """The flags of the options and their help, as argparse has them."""
 
 import argparse
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,6 +13,11 @@ DESCRIPTION = (
     "Train a Stable Diffusion LoRA: attention and convolutions, UNet and text encoder.\n"
     "Flags may be shortened to a unique prefix."
 )
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of a command line is a flag, and not a value such as -0.5."""
+    return word.startswith("-") and not re.match(r"-\.?\d", word)
 
 
 class _Help(argparse.HelpFormatter):
@@ -37,9 +43,38 @@ class _BriefHelp(_Help):
         return f"{action.option_strings[0]} {metavar}".rstrip()
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser that raises UsageError, and keeps by which of its flags an option was given.
+
+    given: option → its flags, in order.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.given: dict[str, list[str]] = {}
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message)
+
+
+class _Keep(argparse.Action):
+    """Store a value, and keep its flag."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        parser.given.setdefault(self.dest, []).append(flag)
+        setattr(namespace, self.dest, values)
+
+
+class _KeepSwitch(argparse.BooleanOptionalAction):
+    """Store whether a switch is on, and keep its flag."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, flag: str | None = None
+    ) -> None:
+        parser.given.setdefault(self.dest, []).append(flag)
+        super().__call__(parser, namespace, values, flag)
 
 
 USAGE = """%(prog)s FOLDER --model MODEL [--prompt PROMPT] [flags]
@@ -55,7 +90,7 @@ in a file: any flag by its long name, --config my.toml"""
 
 def build_parser(
     mode: Mode | None = None, prog: str | None = None, xl: bool = False, page: str = "all"
-) -> argparse.ArgumentParser:
+) -> Parser:
     """The parser of all flags, which leaves their values as texts.
 
     Args:
@@ -64,14 +99,16 @@ def build_parser(
         xl: whether the help shows SDXL's defaults.
         page: of the help: "main", a section, or "all".
     """
-    parser = _Parser(
+    parser = Parser(
         prog=prog, argument_default=argparse.SUPPRESS, description=DESCRIPTION, add_help=False,
         usage="%(prog)s [flags]" if mode else USAGE,
         epilog=EPILOG.format(sections=", ".join(SECTIONS)) if page == "main" else None,
         formatter_class=_BriefHelp if page == "main" else _Help,
     )  # fmt: skip
     if mode is None:
-        parser.add_argument("--data", dest="folder", metavar="FOLDER", help="the same as FOLDER")
+        parser.add_argument(
+            "--data", dest="folder", metavar="FOLDER", action=_Keep, help="the same as FOLDER"
+        )
     parser.add_argument(
         "--config", metavar="FILE", help="TOML or JSON file with any of the options below"
     )
@@ -97,17 +134,18 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
     """The arguments of `add_argument` for an option."""
     text = _help(option, mode, xl)
     if option.kind == "bool":
-        return {"action": argparse.BooleanOptionalAction, "help": text}
+        return {"action": _KeepSwitch, "help": text}
+    keep: dict[str, Any] = {"action": _Keep, "help": text}
     if option.kind == "dict":
-        return {"nargs": "+", "metavar": "PATTERN=N", "help": text}
+        return keep | {"nargs": "+", "metavar": "PATTERN=N"}
     if option.kind == "ints":
-        return {"nargs": "+", "metavar": "N", "help": text}
+        return keep | {"nargs": "+", "metavar": "N"}
     metavar = {"int": "N", "steps": "N", "float": "X", "str": "TEXT"}[option.kind]
     if option.choices:
         metavar = "{" + ",".join(option.choices) + "}"
     if option.without_value:
-        return {"nargs": "?", "const": option.without_value, "metavar": metavar, "help": text}
-    return {"metavar": metavar, "help": text}
+        return keep | {"nargs": "?", "const": option.without_value, "metavar": metavar}
+    return keep | {"metavar": metavar}
 
 
 def _help(option: Option, mode: Mode | None, xl: bool) -> str:

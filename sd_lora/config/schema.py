@@ -23,6 +23,7 @@ from sd_lora.config.options.sources import source_specs
 from sd_lora.config.options.training import ResolvedTraining, TrainingOptions
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import MODES, PRESETS, Option, Section
+from sd_lora.config.spelling import Spelling
 from sd_lora.config.values import problems_of
 from sd_lora.errors import Problem, UsageError, refuse
 
@@ -47,6 +48,7 @@ class TrainConfig(
     """
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
+    _spelling: Spelling = PrivateAttr(default_factory=Spelling)
 
     def __init__(self, **values: Any) -> None:
         values, notes = with_present_names(values)
@@ -84,6 +86,16 @@ class TrainConfig(
     def with_notes(self: T, notes: Sequence[str]) -> T:
         """This configuration with hints for the summary."""
         self._notes = tuple(notes)
+        return self
+
+    @property
+    def spelling(self) -> Spelling:
+        """The names of the options in messages, as a command line gave them."""
+        return self._spelling
+
+    def with_spelling(self: T, spelling: Spelling) -> T:
+        """This configuration with other names of its options in messages."""
+        self._spelling = spelling
         return self
 
     def resolve(self, family: str, resolution: int) -> "RunConfig":

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from sd_lora.config.rows import Option
-from sd_lora.errors import Problem, UsageError, did_you_mean
+from sd_lora.errors import Problem, UsageError, did_you_mean, near_path
 from sd_lora.files import utf8_text
 
 KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float, "str": str}
@@ -44,7 +44,7 @@ def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UsageError(f"{called} {path} does not exist")
+        raise UsageError(f"{called} {path} does not exist{near_path(file, Path.is_file)}")
     kind = "JSON" if file.suffix.lower() == ".json" else "TOML"
     try:
         text = utf8_text(file)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sd_lora.errors import UsageError
+from sd_lora.errors import UsageError, near_path
 from sd_lora.files import PICKLES
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.models.checkpoint_file import CheckpointFile
@@ -62,7 +62,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, variant: str | None = None) -> None:
         if not os.path.exists(path):
-            raise UsageError(f"{path} does not exist: there is no such folder or file")
+            raise UsageError(f"{path} does not exist: no such folder or file{near_path(path)}")
         self.path = path
         self.variant = variant
         self.indexes: set[str] = set()

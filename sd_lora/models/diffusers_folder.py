@@ -16,7 +16,8 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from sd_lora.errors import UsageError
-from sd_lora.files import PARSER_ERRORS, check_model_path, reason_of
+from sd_lora.files import PARSER_ERRORS, reason_of
+from sd_lora.hub import check_model_path
 from sd_lora.models.families import Family, refuse_other_pipelines
 from sd_lora.models.meta_pipeline import PART_CLASSES, without_progress_bars
 

@@ -190,10 +190,13 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--lr_scheduler", "cosin"], "not 'cosin'. Did you mean cosine?"),
         (
             ["--dataset_name", "x"],
-            "sources and dataset_config, not both train_data_dir and dataset_name",
+            "dataset_config, not both --train_data_dir and --dataset_name",
         ),
         (["--class_pr", "x"], "class_prompt has an effect in dreambooth runs only"),
-        (["--text_encoder_lr", "1e-5"], "text_encoder_lr has no effect without train_text_encoder"),
+        (
+            ["--text_encoder_lr", "1e-5"],
+            "--text_encoder_lr has no effect without --train_text_encoder",
+        ),
         (["--lora_dropout", "1.0"], "lora_dropout must be at least 0 and below 1"),
         (["--rank_pattern", "to_q"], "'to_q' is not pattern=number"),
         (["--config", "nowhere.toml"], "config file nowhere.toml does not exist"),
@@ -205,14 +208,14 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--max_token_length", "80"], "a multiple of 75, not 80"),
         (["--clip_skip", "-1"], "clip_skip must be at least 0, not -1"),
         (["--caption_dropout", "1"], "caption_dropout must be at least 0 and below 1"),
-        (["--min_timestep", "500", "--max_timestep", "500"], "max_timestep must be above min"),
+        (["--min_timestep", "500", "--max_timestep", "500"], "--max_timestep must be above --min"),
         (["--weighted_prompts", "--train_text_encoder"], "weighted_prompts needs text encoders"),
-        (["--weighted_prompts", "--clip_skip", "1"], "weighted_prompts excludes clip_skip"),
+        (["--weighted_prompts", "--clip_skip", "1"], "weighted_prompts excludes --clip_skip"),
         (["--token_abstraction", " , "], "token_abstraction names no word"),
-        (["--embedding_lr", "1"], "embedding_lr has no effect without token_abstraction"),
+        (["--embedding_lr", "1"], "embedding_lr has no effect without --token_abstraction"),
         (["--text_encoder_2_rank", "8"], "text_encoder_2_rank has no effect"),
         (["--train_text_encoder", "--text_encoder_rank", "0"], "trains no text encoder"),
-        (["--do_edm_style_training", "--snr_gamma", "5"], "training excludes snr_gamma"),
+        (["--do_edm_style_training", "--snr_gamma", "5"], "training excludes --snr_gamma"),
         (
             ["--resolutions", "64", "64"],
             "resolutions must be whole numbers of at least 1, each once",
@@ -224,9 +227,15 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--family", "sd3"], "not 'sd3'. Did you mean sd2?"),
         (["--vae", "x"], "unknown flag --vae: here it is --pretrained_vae_model_name_or_path"),
         (["--network_dim", "8"], "unknown flag --network_dim: here it is --rank"),
-        (["--dataset_config_name", "x"], "dataset_config_name has no effect without dataset_name"),
-        (["--validation_prompt", "x", "--num_validation_images", "0"], "has no effect with num_v"),
-        (["--lr_power", "2"], "lr_power has no effect without lr_scheduler polynomial"),
+        (
+            ["--dataset_config_name", "x"],
+            "dataset_config_name has no effect without --dataset_name",
+        ),
+        (
+            ["--validation_prompt", "x", "--num_validation_images", "0"],
+            "has no effect with --num_v",
+        ),
+        (["--lr_power", "2"], "--lr_power has no effect without --lr_scheduler polynomial"),
         (
             ["--method", "full", "--train_text_encoder", "--text_encoder_rank", "4"],
             "no effect with method full",
@@ -243,8 +252,8 @@ def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--with_prior_preservation"], "with_prior_preservation needs class_data_dir"),
-        (["--num_class_images", "9"], "num_class_images has no effect without with_prior"),
+        (["--with_prior_preservation"], "--with_prior_preservation needs --class_data_dir"),
+        (["--num_class_images", "9"], "num_class_images has no effect without --with_prior"),
         (["--train_data_dir", "x"], "train_data_dir has an effect in text_to_image runs only"),
     ],
 )
@@ -258,14 +267,17 @@ def test_contradictions_of_dreambooth(words: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--trigger_word", "sks"], "trigger_word has no effect with dataset_config"),
-        (["--repeats", "2"], "repeats has no effect with dataset_config"),
-        (["--random_flip"], "random_flip has no effect with dataset_config"),
-        (["--train_data_dir", "d"], "not both train_data_dir and dataset_config"),
-        (["--streaming"], "streaming has no effect without dataset_name"),
+        (["--trigger_word", "sks"], "trigger_word has no effect with --dataset_config"),
+        (["--repeats", "2"], "repeats has no effect with --dataset_config"),
+        (["--random_flip"], "random_flip has no effect with --dataset_config"),
+        (["--train_data_dir", "d"], "not both --train_data_dir and --dataset_config"),
+        (["--streaming"], "streaming has no effect without --dataset_name"),
         (["--no-aspect_ratio_buckets", "--bucket_step", "8"], "bucket_step has no effect without"),
         (["--caption_separator", ""], "caption_separator must not be empty"),
-        (["--bucket_min_side", "9", "--bucket_max_side", "8"], "must not be above bucket_max_side"),
+        (
+            ["--bucket_min_side", "9", "--bucket_max_side", "8"],
+            "must not be above --bucket_max_side",
+        ),
         (["--prior_loss_weight", "-1"], "prior_loss_weight must be at least 0"),
     ],
 )

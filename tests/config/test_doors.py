@@ -1,6 +1,7 @@
 """The short way in: a folder, short names of flags, pages of the help."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -9,9 +10,10 @@ from sd_lora.config.command_line import parse
 from sd_lora.config.flags import build_parser
 from sd_lora.config.schema import OPTIONS, SECTIONS, SHORT_NAMES
 from sd_lora.data.sources.open import has_captions
-from sd_lora.errors import UsageError
+from sd_lora.errors import RunError, UsageError
 
 MODEL = ["--model", "base"]
+LONG_MODEL = ["--pretrained_model_name_or_path", "base"]
 
 
 @pytest.fixture
@@ -40,6 +42,7 @@ def test_a_folder_with_a_prompt_is_a_subject(folder: Path) -> None:
     config = parse(words, has_captions=has_captions)
     assert (config.mode, config.instance_data_dir) == ("dreambooth", str(folder))
     assert (config.preset, config.instance_prompt) == ("subject", "a photo of sks dog")
+    assert config.output_dir == "photos-lora"
     assert parse([*words, "--preset", "character"], has_captions=has_captions).preset == "character"
 
 
@@ -51,6 +54,73 @@ def test_a_folder_without_captions_needs_a_prompt(folder: Path) -> None:
     with pytest.raises(UsageError, match=r"--foo\n.*nowhere does not exist") as error:
         parse(["nowhere", *MODEL, "--foo", "3"], has_captions=has_captions)
     assert len(error.value.problems) == 2
+
+
+def told(*words: str, **options: Any) -> list[str]:
+    """The lines of a command line's error."""
+    with pytest.raises(UsageError) as error:
+        parse(words, **options)
+    lines = str(error.value).splitlines()
+    assert [problem.line() for problem in error.value.problems] == lines
+    return lines
+
+
+def test_a_forgotten_folder_is_told_with_the_command() -> None:
+    """Without images, the first line says so, with the command to paste; the prompt is no mistake,
+    and in a script, which takes no folder first, the options are named."""
+    words = [*MODEL, "--prompt", "a photo of sks dog"]
+    command = 'sd-lora train FOLDER --model base --prompt "a photo of sks dog"'
+    assert told(*words) == [f"no folder of images is given. Put it first: {command}"]
+    (line,) = told(*MODEL, prog="sd-lora check")
+    assert line.endswith("Put it first: sd-lora check FOLDER --model base")
+    (line,) = told(*words[2:], *LONG_MODEL, script="train_dreambooth_lora.py")
+    assert line.startswith("no folder or set of images is given: give one of --instance_data_dir, ")
+
+
+def test_a_folder_has_one_way(folder: Path, tmp_path: Path) -> None:
+    """The folder stands anywhere among the flags, overrides a file's, and is given once."""
+    words = [*MODEL, "--prompt", "a dog"]
+    first = parse([str(folder), *words])
+    assert first == parse([*words, str(folder)]) == parse([*words, "--data", str(folder)])
+    file = tmp_path / "my.toml"
+    file.write_text("train_data_dir = 'others'\nrank = 8")
+    assert parse([str(folder), *words, "--config", str(file)]) == first.replace(rank=8)
+    for flag in ("--data", "--instance_data_dir"):
+        (line,) = told(str(folder), *words, flag, "others")
+        assert line == f"FOLDER and {flag} are the same option. Give one of them"
+
+
+def test_errors_name_options_as_the_person_did(folder: Path, tmp_path: Path) -> None:
+    """By the flag that was typed, by the key of the file that it stands in, by the short flag where
+    it is missing; one option by two flags is an error, and a switch turned off again is none."""
+    words = [str(folder), *MODEL, "--prompt", "a dog"]
+    wrong = ["--lr", "0", "--train_batch_size=0", "--rank", "0", "--lora_dropout", "1"]
+    names = ["--rank", "--lora_dropout", "--train_batch_size", "--lr"]
+    assert [line.split()[0] for line in told(*words, *wrong)] == names
+    assert told(str(folder), "--prompt", "x") == [
+        "--model is required: a folder, a file or a hub id"
+    ]
+    file = tmp_path / "my.toml"
+    file.write_text("mode = 'dreambooth'\ninstance_prompt = 'x'\nrank = 0\nlearning_rate = 0.0")
+    lines = told("--config", str(file), "--steps", "0")
+    assert [line.split()[0] for line in lines[:4]] == [
+        "rank", "--steps", "learning_rate", "pretrained_model_name_or_path",
+    ]  # fmt: skip
+    assert "give one of instance_data_dir, dataset_name, " in lines[4]
+    (line,) = told(*words, "--steps", "1", "--max_train_steps", "10")
+    assert line == "--steps and --max_train_steps are the same option. Give one of them"
+    off = ["--gradient_checkpointing", "--no-gradient_checkpointing", "--steps", "1", "--steps=2"]
+    assert parse([*words, *off]).max_train_steps == 2
+
+
+def test_errors_after_the_flags_do_too(folder: Path) -> None:
+    """An error in the middle of a run has the names of the command line, and its type; quoted words
+    and parts of paths stay."""
+    config = parse([str(folder), *MODEL, "--prompt", "a dog", "--lr", "1"])
+    text = "instance_data_dir learning_rate/x: learning_rate, 'rank', a rank of --max_train_steps"
+    with pytest.raises(RunError) as error, config.spelling.in_errors():
+        raise RunError(text)
+    assert str(error.value) == "FOLDER learning_rate/x: --lr, 'rank', a rank of --max_train_steps"
 
 
 def test_short_names_are_the_long_ones() -> None:

@@ -86,7 +86,8 @@ def test_every_unknown_flag_is_translated() -> None:
     told = [problem.line() for problem in error.value.problems]
     assert len(told) == 7
     assert told[-1].startswith("these are flags of other trainers: sd-lora translate")
-    assert all(any(f"here it is {remedy} " in line for line in told) for remedy in remedies)
+    assert all(any(f"here it is {remedy}" in line for line in told) for remedy in remedies)
+    assert any(line.endswith("here it is --learning_rate (--lr)") for line in told)
 
 
 def test_the_resolved_configuration_has_its_numbers() -> None:

@@ -19,7 +19,8 @@ from sd_lora.config.rows import (
     section,
 )
 from sd_lora.errors import Problem, UsageError, named
-from sd_lora.files import check_model_path, check_writable
+from sd_lora.files import check_writable
+from sd_lora.hub import check_hub_id, check_model_path
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -39,11 +40,12 @@ class RunOptions(Section):
         choices=MODES)
     preset: str | None = option(None,
         "options that suit a purpose: subject, character, style (`sd-lora presets`); options "
-        "that are given go before it",
+        "that are given override it",
         choices=PRESETS, may_change=True,
         main="options for a purpose (sd-lora presets)")
     output_dir: str = option(None,
-        "folder for the LoRA files, checkpoints and samples",
+        "folder for the LoRA files, checkpoints and samples; with a FOLDER alone, my_robot, it is "
+        "my_robot-lora",
         modes=by_mode("sd-model-finetuned-lora", "lora-dreambooth-model"), may_change=True,
         scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME,
         ai_toolkit="training_folder",
@@ -148,11 +150,30 @@ class ModelOptions(Section):
         return name.removeprefix(PUBLISHED) if name.startswith(PUBLISHED) else None
 
     def check_base(self) -> None:
-        """Raise UsageError for a base model's path without a model; hub ids are not looked up."""
+        """Raise UsageError for a base model or VAE that is not there; the hub is not asked."""
         if self.published_family:
             return
         with named("pretrained_model_name_or_path"):
             check_model_path(self.base_model)
+        _ = self.downloads
+
+    @property
+    def downloads(self) -> list[str]:
+        """Notes on models that the hub will be asked for.
+
+        Raises:
+            UsageError: a model that is neither here nor, as far as is known, on the hub.
+        """
+        models = {
+            "pretrained_model_name_or_path": ("model_index.json",),
+            "pretrained_vae_model_name_or_path": ("config.json", "vae/config.json"),
+        }
+        notes = []
+        for name, files in models.items():
+            with named(name):
+                if model := getattr(self, name):
+                    notes.append(check_hub_id(model, files, self.cache_dir))
+        return [note for note in notes if note]
 
     def refuse_other_family(self, family: str) -> None:
         """Raise UsageError for a base model of another family than the required one."""
@@ -161,6 +182,15 @@ class ModelOptions(Section):
                 f"{self.base_model} is a model of family {family}, and family says {self.family} "
                 "(--family, which the _sdxl scripts set)"
             )
+
+
+def named_after(folder: str) -> dict[str, str]:
+    """Options named after a folder of images that is given alone: photos/my_robot → my_robot-lora.
+
+    Empty for a folder without a name, such as /.
+    """
+    name = Path(folder).expanduser().resolve().name
+    return {"output_dir": f"{name}-lora"} if name else {}
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:

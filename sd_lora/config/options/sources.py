@@ -104,10 +104,11 @@ ELSEWHERE = (*DATA_SET, "sources", *DATASET_FILE)
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield other than one place of images."""
     given, all_places = config.places, [FOLDER[config.mode], *ELSEWHERE]
-    if len(given) != 1:
-        found = f"both {given[0]} and {given[1]}" if given else "none"
-        text = f"give one of {', '.join(all_places[:-1])} and {all_places[-1]}, not {found}"
-        yield Problem(given[1] if given else all_places[0], text)
+    one_of = f"one of {', '.join(all_places[:-1])} and {all_places[-1]}"
+    if not given:
+        yield Problem(all_places[0], f"no folder or set of images is given: give {one_of}")
+    elif len(given) > 1:
+        yield Problem(given[1], f"give {one_of}, not both {given[0]} and {given[1]}")
 
 
 def source_defaults(config: "TrainConfig") -> SourceSpec:

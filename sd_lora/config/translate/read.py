@@ -15,7 +15,7 @@ from sd_lora.config.command_line import SCRIPTS
 from sd_lora.config.schema import OPTIONS
 from sd_lora.config.translate.files import TABLES, load
 from sd_lora.config.translate.peers import PEERS, Peer
-from sd_lora.errors import UsageError
+from sd_lora.errors import UsageError, near_path
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def read(words: Sequence[str], peer: str | None = None) -> Settings:
     if len(words) == 1 and re.search(r"\s-", words[0]):
         return _of_words(_command_in(words[0], None), peer, Path())
     if len(words) == 1 and not words[0].startswith("-"):
-        raise UsageError(f"{words[0]} is no file, and no command with flags")
+        near = near_path(path, Path.is_file)
+        raise UsageError(f"{words[0]} is no file, and no command with flags{near}")
     return _of_words(list(words), peer, Path())
 
 

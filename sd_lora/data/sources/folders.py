@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sd_lora.data.images.decode import EXTENSIONS
 from sd_lora.data.sources.samples import printable_path
-from sd_lora.errors import UsageError
+from sd_lora.errors import UsageError, near_path
 from sd_lora.findings import Finding
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
@@ -59,8 +59,9 @@ def existing_folder(path: str, setting: str) -> Path:
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        problem = "is a file, not a folder" if folder.exists() else "does not exist"
-        raise UsageError(f"{setting} {path} {problem}")
+        if folder.exists():
+            raise UsageError(f"{setting} {path} is a file, not a folder")
+        raise UsageError(f"{setting} {path} does not exist{near_path(folder, Path.is_dir)}")
     try:
         os.scandir(folder).close()
     except OSError as error:

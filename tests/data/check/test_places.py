@@ -30,9 +30,11 @@ def folder(tmp_path: Path) -> Path:
 DATA = ("--train_data_dir", "captioned")
 MISTAKES: dict[str, tuple[list[str], str]] = {
     "model": (["--pretrained_model_name_or_path", "./nowhere", *DATA], "nowhere does not exist"),
-    "no model": ([*DATA], "pretrained_model_name_or_path is required"),
+    "no model": ([*DATA], "--model is required"),
+    "no folder": (["--prompt", "a dog"], 'train FOLDER --prompt "a dog"'),
+    "near model": (["--model", "table/captoined", *DATA], "does not exist: there is no such"),
     "model folder": (["--pretrained_model_name_or_path", "empty", *DATA], "no model_index.json"),
-    "images": (["--train_data_dir", "captoined"], "captoined does not exist"),
+    "images": (["captoined"], "folder captoined does not exist. Did you mean captioned?"),
     "a file": (["--train_data_dir", "a_file"], "is a file, not a folder"),
     "no images": (["--train_data_dir", "empty"], "empty"),
     "column": (["--train_data_dir", "table"], "column"),
@@ -46,9 +48,9 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 
 def flags(words: list[str], root: Path) -> list[str]:
     """Flags with the embedded base unless another is given."""
-    given = "--pretrained_model_name_or_path" in words or words == [*DATA]
+    given = {"--pretrained_model_name_or_path", "--model"} & {*words} or words == [*DATA]
     base = [] if given else ["--pretrained_model_name_or_path", f"{root}/sample_data/tiny-sd"]
-    return [*base, *words]
+    return [*words, *base]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
