@@ -26,6 +26,7 @@ from sd_lora.data.check.page import (
 from sd_lora.data.images.buckets import Crop, Size
 from sd_lora.data.images.facts import Facts
 from sd_lora.data.sources.samples import Sample
+from sd_lora.errors import counted
 from sd_lora.files import mib
 from sd_lora.findings import Finding
 from sd_lora.models.load import Base
@@ -203,7 +204,7 @@ def disk(
     )
     count = min(count, config.checkpoints_total_limit or count)
     if count:
-        words.append(f"{count} checkpoints {mib(count * parameters * (4 + moments))}")
+        words.append(f"{counted(count, 'checkpoint')} {mib(count * parameters * (4 + moments))}")
     saved = DTYPES[config.save_precision].itemsize
     words.append(f"LoRA files {mib(2 * parameters * saved)}")
     return ", ".join(words)

@@ -14,24 +14,25 @@ _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load ever
 usage: sd-lora <command> [flags]
 
 commands:
-  train   train a LoRA on a folder of images; `sd-lora train --help` lists the flags
-  check   look at every image and caption first: which are trained, which are not, and why
-  presets list options that suit a purpose: subject, character, style
-  schema  print the options of train as a JSON schema, for editors and forms
-  demo    teach the embedded base model a subject in a few minutes on a CPU
+  train      train a LoRA on a folder of images
+  check      look at every image and caption first: which are trained, which are not, and why
+  presets    list options that suit a purpose: subject, character, style
+  schema     print the options of train as a JSON schema, for editors and forms
+  demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
-  inspect  contents of a LoRA file, programs that load it, and its faults
-  verify   load a LoRA file with diffusers and compare every module
-  convert  from anybody's format to diffusers', kohya's or LyCORIS'
-  merge    several LoRAs into one, exactly or at a lower rank
-  resize   cut a LoRA to fewer ranks, with its error
-  extract  the difference of two models as a LoRA
-  bake     LoRAs into a model: a pipeline folder or a checkpoint
-           `sd-lora <command> --help` explains each
+  inspect    contents of a LoRA file, programs that load it, and its faults
+  verify     load a LoRA file with diffusers and compare every module
+  convert    from anybody's format to diffusers', kohya's or LyCORIS'
+  merge      several LoRAs into one, exactly or at a lower rank
+  resize     cut a LoRA to fewer ranks, with its error
+  extract    the difference of two models as a LoRA
+  bake       LoRAs into a model: a pipeline folder or a checkpoint
 
-start with `sd-lora demo` in a clone of the project, or
-  sd-lora train --config my.toml
+`sd-lora help <command>` explains each; `sd-lora demo` needs a clone of the project.
+Begin with a folder of images of one subject:
+
+  sd-lora train FOLDER --model MODEL --prompt "a photo of sks dog"
 """
 
 
@@ -144,6 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     encode_everything()
     quiet_imports()
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [words[1], "--help", *words[2:]]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_HELP, end="")
         return 0 if words else 2

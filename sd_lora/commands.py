@@ -22,20 +22,13 @@ T = TypeVar("T")
 
 def check(argv: Sequence[str]) -> None:
     """Run `sd-lora check`, with the flags of `train` and its own."""
-    parser = ToolParser(prog="sd-lora check", description=_CHECK, add_help=False)
-    parser.add_argument("--json", action="store_true", help="everything, for scripts")
-    parser.add_argument(
-        "--page", type=as_path, metavar="FILE", help="the page (default: check.html)"
-    )
-    parser.add_argument("--no_page", action="store_true", help="no page")
-    parser.add_argument("--num_processes", type=int, default=1, help="that will train")
-    args, rest = parser.parse_known_args(argv)
-    if {"-h", "--help"} & set(rest):
-        from sd_lora.config.flags import build_parser
+    from sd_lora.config.flags import USAGE, show_help
 
-        print(f"{parser.format_help()}\nand the flags of sd-lora train, of which the main are:")
-        print(build_parser(prog="sd-lora check", page="main").format_help().partition("\n\n")[2])
-        return
+    parser = ToolParser(prog="sd-lora check", add_help=False)
+    _add_check_flags(parser)
+    usage = USAGE.replace("--model MODEL", "[--model MODEL]")
+    show_help(argv, None, parser.prog, False, _CHECK, usage, _add_check_flags)
+    args, rest = parser.parse_known_args(argv)
     if args.page and args.no_page:
         raise UsageError("--page and --no_page contradict each other")
     if args.num_processes < 1:
@@ -81,12 +74,23 @@ def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
         refuse_problems(checked.images.findings)
 
 
-_CHECK = (
-    "Look at everything that a run would train on, before it starts: decode every image, count "
-    "every caption's tokens, say which shape each is trained in and what is cut away, and how many "
-    "steps that makes. Nothing is changed. Exit codes: 0: the run can start; 1: no usable image, "
-    "or --strict and an image is left out or warned of; 2: wrong flags."
-)
+_CHECK = """Look at everything that a run would train on, before it starts: decode every image,
+count every caption's tokens, say which shape each is trained in and what is cut away, and
+how many steps that makes. Nothing is changed.
+
+Exit codes: 0: the run can start; 1: no usable image, or --strict and an image is left out or
+warned of; 2: wrong flags."""
+
+
+def _add_check_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `sd-lora check` alone."""
+    group = parser.add_argument_group("of check alone")
+    group.add_argument("--json", action="store_true", help="everything, for scripts")
+    page = "the page (default: check.html)"
+    group.add_argument("--page", type=as_path, metavar="FILE", help=page)
+    group.add_argument("--no_page", action="store_true", help="no page")
+    processes = "that will train (default: 1)"
+    group.add_argument("--num_processes", type=int, default=1, metavar="N", help=processes)
 
 
 def run(command: str, argv: Sequence[str]) -> None:
@@ -268,6 +272,8 @@ def _bake(args: argparse.Namespace) -> None:
 
 def _say(result: Any, args: argparse.Namespace) -> None:
     """Print a tool's file, its errors, and how to use the file."""
+    import torch
+
     from sd_lora.files import mib
     from sd_lora.formats.python_code import PipelineCode, loading_line
 
@@ -291,11 +297,12 @@ def _say(result: Any, args: argparse.Namespace) -> None:
         )
     for note in [*written.notes, *result.notes]:
         print(f"  note: {note}")
-    if use := written.format.use:
-        print(f"  {use.format(file=written.path.name)}")
+    if use := written.format.how_to_use(written.path, "a photo"):
+        print(f"  {use}")
     else:
         base = args.model or "MODEL"
-        code = PipelineCode(base, written.family.pipelines["text_to_image"])
+        of_file = written.family.pipelines["text_to_image"]
+        code = PipelineCode(base, of_file, gpu=torch.cuda.is_available())
         print("  in Python:", "", *code.lines([loading_line(written.path)], "a photo"), sep="\n")
 
 

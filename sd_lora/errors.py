@@ -59,6 +59,11 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: "1 step", "3 steps"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def did_you_mean(word: str, known: Iterable[str], likeness: float = 0.6) -> str:
     """Hint ' Did you mean X?' with the nearest of the known words; empty if none is near.
 

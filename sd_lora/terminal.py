@@ -93,11 +93,9 @@ class Terminal:
         lines = [f"done in {duration(event.seconds)}"]
         if self._validated:
             v = self._validated
-            first = "" if v.first != v.first else f"{v.first:.4f} then, "  # NaN: not known
-            lines[0] += (
-                f"; loss of the first {v.num_steps} steps' batches and noise: {first}"
-                f"{v.trained:.4f} now"
-            )
+            known = v.first == v.first  # else NaN
+            before = f"{v.first:.4f} before training, " * known
+            lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if event.sheet:

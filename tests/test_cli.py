@@ -1,26 +1,54 @@
 """The front door: help, exit codes, and errors without tracebacks."""
 
 import re
+import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import sd_lora
-from sd_lora.cli import main
+from sd_lora.cli import _COMMANDS, main
+from sd_lora.config.command_line import parse
 from tests.training.runs import images
 
 
 def test_help_is_quick_and_complete() -> None:
-    """`sd-lora --help` answers in under 2 seconds and names every command."""
+    """`sd-lora --help` answers in under 2 seconds: every command in one column, and last a command
+    with a folder that is understood."""
     started = time.monotonic()
     command = [sys.executable, "-c", "import sys; from sd_lora.cli import main; sys.exit(main())"]
     done = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True)
     assert time.monotonic() - started < 2
-    assert "train" in done.stdout
-    assert "demo" in done.stdout
+    rows = re.findall(r"^  (\w+ +)\S", done.stdout, re.M)
+    assert [row.strip() for row in rows] == [*_COMMANDS]
+    assert len({len(row) for row in rows}) == 1
+    program, train, *words = shlex.split(done.stdout.splitlines()[-1])
+    assert (program, train, words[0]) == ("sd-lora", "train", "FOLDER")
+    assert parse(words).instance_prompt == "a photo of sks dog"
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`help COMMAND` is `COMMAND --help`; that of check has the folder, model and prompt, its own
+    description and flags, and the pages of train's flags."""
+
+    def shown(*words: str) -> str:
+        with suppress(SystemExit):  # argparse's way to end
+            main(words)
+        return capsys.readouterr().out
+
+    page = shown("help", command)
+    assert page == shown(command, "--help")
+    assert "usage: sd-lora " + command in page
+    if command == "check":
+        usage = "check FOLDER [--model MODEL] [--prompt PROMPT]"
+        assert all(words in page for words in (usage, "decode every image", "--json "))
+        assert "Train a" not in page
+        assert "--lr_power" in shown("check", "--help", "training")
 
 
 def test_commands_and_codes(capsys: pytest.CaptureFixture[str]) -> None:

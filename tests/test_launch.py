@@ -61,8 +61,8 @@ DREAMBOOTH = (
 
 
 def first_batches(text: str) -> tuple[float, float]:
-    """The loss of the first steps' batches and noise, then and now, from a run's last words."""
-    then, now = re.search(r"noise: ([\d.]+) then, ([\d.]+) now", text).groups()
+    """The loss on the first steps' images and noise, before and after, from a run's last words."""
+    then, now = re.search(r"noise: ([\d.]+) before training, ([\d.]+) after", text).groups()
     return float(then), float(now)
 
 

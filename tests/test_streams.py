@@ -45,7 +45,7 @@ def test_a_whole_round_on_a_code_page(
     text = raw.getvalue().decode(encoding)
     assert "64x64" in text.replace("×", "x")
     assert "??_kohya.safetensors" in text
-    assert re.search(r"batch +16 [x×] 1 accumulation [x×] 1 processes = 16", text)
+    assert re.search(r"batch +16\n", text)
     raw.truncate(0)
     raw.seek(0)
     assert main(["inspect", file, "--json", *model]) == 0

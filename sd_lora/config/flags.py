@@ -2,9 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
+from sd_lora.config.options.run import named_after
+from sd_lora.config.presets import OF_MODE, preset
 from sd_lora.config.rows import Mode, Option
 from sd_lora.config.schema import OPTIONS, SECTIONS
 from sd_lora.errors import UsageError
@@ -89,7 +91,12 @@ in a file: any flag by its long name, --config my.toml"""
 
 
 def build_parser(
-    mode: Mode | None = None, prog: str | None = None, xl: bool = False, page: str = "all"
+    mode: Mode | None = None,
+    prog: str | None = None,
+    xl: bool = False,
+    page: str = "all",
+    about: str = DESCRIPTION,
+    usage: str = USAGE,
 ) -> Parser:
     """The parser of all flags, which leaves their values as texts.
 
@@ -98,10 +105,11 @@ def build_parser(
         prog: the program's name.
         xl: whether the help shows SDXL's defaults.
         page: of the help: "main", a section, or "all".
+        about, usage: the program's description, and its forms, for both modes.
     """
     parser = Parser(
-        prog=prog, argument_default=argparse.SUPPRESS, description=DESCRIPTION, add_help=False,
-        usage="%(prog)s [flags]" if mode else USAGE,
+        prog=prog, argument_default=argparse.SUPPRESS, description=about, add_help=False,
+        usage="%(prog)s [flags]" if mode else usage,
         epilog=EPILOG.format(sections=", ".join(SECTIONS)) if page == "main" else None,
         formatter_class=_BriefHelp if page == "main" else _Help,
     )  # fmt: skip
@@ -123,7 +131,7 @@ def build_parser(
         argument = _argument(option, mode, xl)
         hidden = argument | {"help": argparse.SUPPRESS}
         flags = [f"--{option.short}"] * bool(option.short) + [f"--{name}"]
-        row = (argument | {"help": option.main} if main else argument) if shown else hidden
+        row = (argument | {"help": _brief_help(option)} if main else argument) if shown else hidden
         groups[option.section].add_argument(*flags, dest=name, **row)
         if option.formerly:
             groups[option.section].add_argument(f"--{option.formerly}", **hidden)
@@ -165,13 +173,46 @@ def _help(option: Option, mode: Mode | None, xl: bool) -> str:
     return text if default in (None, False, "") else f"{text} (default: {default})"
 
 
-def show_help(argv: Sequence[str], mode: Mode | None, prog: str | None, xl: bool) -> None:
-    """Print a page of the help and exit, if a command line asks for one: "--help data"."""
+def _brief_help(option: Option) -> str:
+    """Help of an option on the first page, with its default for a folder given alone."""
+    values = []
+    for mode in ("dreambooth", "text_to_image"):
+        of_purpose = preset(OF_MODE[mode])
+        values.append(
+            (of_purpose.options | of_purpose.sd | named_after("FOLDER")).get(
+                option.name, option.default_for(mode)
+            )
+        )
+    names = {True: "on", False: "off"}
+    subject, captioned = (names[v] if isinstance(v, bool) else v for v in values)
+    text = option.main.replace("%", "%%")
+    if subject == captioned:
+        return text if subject in (None, "") else f"{text} (default: {subject})"
+    return f"{text} (default: {subject} with --prompt, else {captioned})"
+
+
+def show_help(
+    argv: Sequence[str],
+    mode: Mode | None,
+    prog: str | None,
+    xl: bool,
+    about: str = DESCRIPTION,
+    usage: str = USAGE,
+    own: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> None:
+    """Print a page of the help and exit, if a command line asks for one: "--help data".
+
+    about, usage, own: description and forms of a program, and a function that adds its own flags,
+        for the first page.
+    """
     words = [word for word in argv if word in ("-h", "--help")]
     if not words:
         return
     page = next(iter(argv[argv.index(words[0]) + 1 :]), "all" if mode else "main")
     if page not in ("main", "all", *SECTIONS):
         raise UsageError(f"--help {page}: sections are {', '.join(SECTIONS)}, and all")
-    build_parser(mode, prog, xl, page).print_help()
+    parser = build_parser(mode, prog, xl, page, about, usage)
+    if page == "main":
+        own(parser)
+    parser.print_help()
     raise SystemExit(0)

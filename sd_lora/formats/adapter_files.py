@@ -42,7 +42,7 @@ class Format:
     """A kind of file: its name for an adapter called `name`, its tensors, its programs.
 
     end: of the file's name; the diffusers file has a name of its own. use: a line on how to use it,
-    with a place for {file}; "" if `python_code` says it.
+    with places for {file}, its {name} in a prompt, and a {prompt}; "" if `python_code` says it.
     """
 
     title: str
@@ -53,9 +53,16 @@ class Format:
     def file_name(self, name: str) -> str:
         return self.end if self.end == file_names.DIFFUSERS else f"{name}{self.end}"
 
+    def how_to_use(self, file: Path, prompt: str) -> str:
+        """A line on how to use a file; "" if `python_code` says it."""
+        return self.use.format(file=file.name, name=file.stem, prompt=prompt)
+
 
 DIFFUSERS = Format("diffusers", file_names.DIFFUSERS, diffusers.write, "")
-_TO_FOLDERS = "A1111, Forge: copy {file} to models/Lora;  ComfyUI: to models/loras"
+_TO_FOLDERS = (
+    "A1111, Forge: copy {file} to models/Lora, and write the prompt: {prompt} <lora:{name}:1>\n"
+    "  ComfyUI: copy it to models/loras, and put the node Load LoRA behind the model"
+)
 KOHYA = Format("kohya", file_names.KOHYA_END, kohya.write, _TO_FOLDERS)
 LYCORIS = Format("LyCORIS", file_names.LYCORIS_END, lycoris.write, _TO_FOLDERS)
 

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from sd_lora.errors import counted
 from sd_lora.formats import diffusers
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
@@ -86,7 +87,7 @@ def _diffusers_dotted(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     old = [key for key in keys if key.startswith("unet.") and ".down.weight" in key]
     if new and old:
         lost = min(len(new), len(old))
-        yield f"may lose {lost} modules: keys of peft and of old diffusers are mixed"
+        yield f"may lose {counted(lost, 'module')}: keys of peft and of old diffusers are mixed"
     lost_m = [k for k in keys if k.startswith("text_enc") and k.endswith("lora_magnitude_vector")]
     if lost_m:
         yield f"resets {len(lost_m)} magnitudes of the text encoder (keys without `.weight`)"
@@ -157,7 +158,7 @@ def _diffusers_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
         yield f"loses most of {len(original)} UNet modules: original names in {family.label}"
     lost = {k.partition(".")[0] for k in keys if "_add_embedding_linear" in k}
     if lost:
-        yield f"loses {len(lost)} modules (add_embedding)"
+        yield f"loses {counted(len(lost), 'module')} (add_embedding)"
     layout = MetaPipeline.of_family(family).layout if family and family.original_names else None
     if not diffusers_reads(lora.adapter, layout) and diffusers_reads(lora.adapter):
         yield "loses the first upsampler in these names"
@@ -203,7 +204,7 @@ def _a1111_kohya(lora: LoRAFile, family: Family | None) -> Iterator[str]:
     if family is not None and family.original_names:
         lost = [s for s in stems if "_add_embedding_" in s or "up_blocks_0_upsamplers" in s]
         if lost:
-            yield f"loses {len(lost)} modules: diffusers' names in {family.label}"
+            yield f"loses {counted(len(lost), 'module')}: diffusers' names in {family.label}"
     biases = {
         name
         for modules in lora.places.values()

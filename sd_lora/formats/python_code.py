@@ -17,7 +17,8 @@ class PipelineCode:
     of_file: diffusers' class for a single file.
     options: further arguments of `from_pretrained`.
     scheduler: settings that differ from the base's own.
-    gpu: whether to compute on a GPU, in float16.
+    gpu: whether to compute on a GPU.
+    dtype: torch's name of the dtype there; on a CPU it is float32, where half precision is slow.
     """
 
     base: str
@@ -25,6 +26,7 @@ class PipelineCode:
     options: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Mapping[str, Any] = field(default_factory=dict)
     gpu: bool = False
+    dtype: str = "float16"
 
     def lines(
         self, loading: Sequence[str], prompt: str | None, arguments: Mapping[str, Any] | None = None
@@ -42,7 +44,7 @@ class PipelineCode:
             name, load, given = self.of_file, "from_single_file", {}
         if path.exists():
             base = str(path.resolve())
-        dtype, place = ("float16", '.to("cuda")') if self.gpu else ("float32", "")
+        dtype, place = (self.dtype, '.to("cuda")') if self.gpu else ("float32", "")
         found = f"{base!r}, dtype=torch.{dtype}{_arguments(given)}"
         code = ["import torch", f"from diffusers import {name}", ""]
         code.append(f"pipe = {name}.{load}({found}){place}")

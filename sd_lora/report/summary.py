@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sd_lora.data.check.page import report_lines
+from sd_lora.errors import counted
 from sd_lora.files import mib
 from sd_lora.findings import Finding
 from sd_lora.formats.verify import Verified
@@ -42,7 +43,7 @@ def adapted_modules(names: Mapping[str, Sequence[str]], parameters: Mapping[str,
     names: component → adapted modules. parameters: component → number of trained parameters.
     """
     return ", ".join(
-        f"{component} {len(modules)} modules ({parameters[component]:,} parameters)"
+        f"{component} {counted(len(modules), 'module')} ({parameters[component]:,} parameters)"
         for component, modules in names.items()
     )
 

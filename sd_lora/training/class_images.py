@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from sd_lora.config.options.dreambooth import ClassImages
+from sd_lora.config.options.dreambooth import ClassImages, generated_name
 from sd_lora.data.images.decode import is_image
 from sd_lora.data.sources.folders import list_names, walk
 from sd_lora.data.sources.samples import printable_path
@@ -71,7 +71,7 @@ def _refuse_subfolders(wanted: ClassImages, there: int) -> None:
 def _free_names(folder: Path, count: int, seed: int) -> list[str]:
     """Unused names for `count` more images of a folder."""
     names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
-    numbered = (f"class-{seed}-{number:05}.png" for number in itertools.count())
+    numbered = (generated_name(seed, number) for number in itertools.count())
     return list(itertools.islice((name for name in numbered if name not in names), count))
 
 

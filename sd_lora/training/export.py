@@ -82,7 +82,9 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
     """Lines on how to use the files: by programs, then Python code that loads all and draws."""
     formats, _ = formats_of({name: deltas_of(model) for name, model in run.models.items()})
     kinds = list(zip(files, formats, strict=True))
-    lines = ["  " + kind.use.format(file=f.path.name) for f, kind in kinds if kind.use]
+    draws = can_generate_images(run.parts.family) and run.parts.task is not INPAINTING
+    prompt = prompts_of(run)[0]
+    lines = ["  " + kind.how_to_use(f.path, prompt) for f, kind in kinds if kind.use]
     loading = [loading_line(f.path) for f, kind in kinds if kind is DIFFUSERS]
     concepts = run.text.tokens.concepts if run.text.tokens else ()
     for path, concept in zip(words, concepts, strict=True):
@@ -97,16 +99,21 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
         config.hub_options,
         run.given_noise_settings,
         run.accelerator.device.type == "cuda",
+        str(DTYPES[run.accelerator.mixed_precision]).removeprefix("torch."),
     )
-    draws = can_generate_images(parts.family) and parts.task is not INPAINTING
-    prompt = prompts_of(run)[0] if draws else None
     arguments: dict[str, object] = {}
     skipped = run.text.caption_encoder.clip_skip
     if skipped and parts.family.is_xl:
         arguments["clip_skip"] = skipped
     elif skipped:
         loading += skipping_lines(skipped)
-    return [*lines, "  in Python:", "", *code.lines(loading, prompt, arguments), ""]
+    return [
+        *lines,
+        "  in Python:",
+        "",
+        *code.lines(loading, prompt if draws else None, arguments),
+        "",
+    ]
 
 
 def record(run: Run) -> dict[str, object]:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from sd_lora.config.contradictions import why_idle
 from sd_lora.config.schema import OPTIONS, RunConfig
+from sd_lora.errors import counted
 from sd_lora.findings import Finding
 from sd_lora.training.optimizers import learning_rates
 from sd_lora.training.plan import Plan
@@ -42,7 +43,7 @@ def _schedule(plan: Plan) -> str:
     if not steps:
         return f"{config.lr_scheduler}, no warm-up"
     share = f" ({config.lr_warmup_steps:g} of the run)" * (config.lr_warmup_steps < 1)
-    return f"{config.lr_scheduler} after {steps} steps of warm-up{share}"
+    return f"{config.lr_scheduler} after {counted(steps, 'step')} of warm-up{share}"
 
 
 def given_options(config: RunConfig) -> dict[str, list[str]]:

@@ -10,6 +10,7 @@ from sd_lora.data.batches.epochs import Epochs
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.store import digest_of
 from sd_lora.data.images.buckets import Size
+from sd_lora.errors import counted
 from sd_lora.training import checkpoint
 
 
@@ -107,12 +108,13 @@ class Plan:
             rows["resolutions"] = ", ".join(f"{side}: {sides[side]}" for side in sorted(sides))
         masks = sum(sample.mask is not None for sample in images.samples)
         if masks:
-            rows["masks"] = f"{masks} of {len(images.samples)} images have one"
+            rows["masks"] = f"on {masks} of {counted(len(images.samples), 'image')}"
         accumulation, processes = epochs.accumulation, self.num_processes
-        rows["batch"] = (
-            f"{config.train_batch_size} × {accumulation} accumulation × {processes} processes "
-            f"= {self.samples_per_step}"
-        )
+        factors = [str(config.train_batch_size)]
+        factors += [f"{accumulation} accumulation"] if accumulation > 1 else []
+        factors += [f"{processes} processes"] if processes > 1 else []
+        rows["batch"] = " × ".join(factors)
+        rows["batch"] += f" = {self.samples_per_step}" if len(factors) > 1 else ""
         number = self.num_steps / epochs.num_steps
         rows["steps"] = (
             f"{epochs.num_steps} an epoch, {self.num_steps} in all ({number:.1f} epochs)"
@@ -120,14 +122,16 @@ class Plan:
         if not (config.max_train_steps or config.num_train_epochs):
             purpose, _ = config.default_length
             seen = self.num_steps * self.samples_per_step
-            rows["steps"] += f"; the length for a {purpose}, {seen} images seen (--steps: another)"
+            rows["steps"] += (
+                f"; the length for a {purpose}, {counted(seen, 'image')} seen (--steps: another)"
+            )
         plain = math.ceil(len(images.entries) / self.samples_per_step)
         if epochs.num_steps > plain:
             rows["steps"] += f"; {plain} if all had one shape"
         fill = {
             "smaller": "the last batch of a bucket is smaller",
-            "pad-batch": f"{epochs.empty} places are filled with images without weight in the loss",
-            "repeat": f"{epochs.extra} images an epoch are repeated",
+            "pad-batch": f"places filled with images without weight in the loss: {epochs.empty}",
+            "repeat": f"images repeated in an epoch: {epochs.extra}",
         }
         if any(count % epochs.batch for count in epochs.buckets.values()):
             rows["left over"] = fill[config.bucket_leftovers]
@@ -152,5 +156,5 @@ def shapes(buckets: dict[Size, int]) -> str:
     words = [f"{w}×{h}" + (f": {n}" if len(most) > 1 else "") for (w, h), n in most[:MOST_SHAPES]]
     rest = most[MOST_SHAPES:]
     if rest:
-        words.append(f"and {sum(n for _, n in rest)} in {len(rest)} others")
+        words.append(f"and {sum(n for _, n in rest)} in {counted(len(rest), 'other')}")
     return ", ".join(words)

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of, lora_layers
+from sd_lora.errors import counted
 from sd_lora.files import mib
 from sd_lora.formats.adapter_files import formats_of
 from sd_lora.formats.canonical import Adapter
@@ -81,8 +82,8 @@ def _notes(run: Run) -> list[str]:
     random_crops = sum(s.is_random(i) for s in sets for i in range(len(s.samples)))
     if random_crops:
         notes.append(
-            f"{random_crops} images are cropped at random, so each step encodes them "
-            "(--center_crop caches them)"
+            f"cropped at random, so that each step encodes them: "
+            f"{counted(random_crops, 'image')} (--center_crop caches them)"
         )
     return notes
 
@@ -92,7 +93,7 @@ def _text_rows(run: Run) -> dict[str, str]:
     rows = {}
     tokens = run.text.tokens
     if tokens:
-        words = ", ".join(f"{c.word} ({c.num_vectors} vectors)" for c in tokens.concepts)
+        words = ", ".join(f"{c.word} ({counted(c.num_vectors, 'vector')})" for c in tokens.concepts)
         count = sum(p.numel() for p in tokens.parameters())
         rows["new words"] = f"{words}, {count:,} parameters"
     stops = {c: step for c, step in run.text.stops.lora.items() if step is not None}

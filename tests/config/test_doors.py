@@ -1,5 +1,6 @@
 """The short way in: a folder, short names of flags, pages of the help."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,29 @@ def test_the_help_has_pages(capsys: pytest.CaptureFixture[str]) -> None:
         assert shown[name] == section.model_fields.keys() - of_tables
     with pytest.raises(UsageError, match="sections are run, model, data"):
         parse(["--help", "images"])
+
+
+def test_the_first_page_shows_what_a_folder_gets(folder: Path, tmp_path: Path) -> None:
+    """Each default on the first page of the help is the value that a folder alone gives, with a
+    prompt and with captions."""
+    page = build_parser(page="main").format_help()
+    rows = []
+    for text in (" ".join(part.split()) for part in page.split("\n  --")[1:]):
+        if default := re.search(r"\(default: ([^)]+)\)", text):
+            rows.append((text.split()[0], default[1]))
+    assert {"rank", "lr", "batch", "with_prior_preservation", "gradient_checkpointing"} <= {
+        name for name, _ in rows
+    }
+    subject = parse([str(folder), *MODEL, "--prompt", "x"], has_captions=has_captions)
+    (folder / "a.txt").write_text("x")
+    captioned = parse([str(folder), *MODEL], has_captions=has_captions)
+    for name, default in rows:
+        with_prompt, _, otherwise = default.partition(" with --prompt, else ")
+        for config, text in ((subject, with_prompt), (captioned, otherwise or with_prompt)):
+            value = getattr(config.resolve("sd1", 512), SHORT_NAMES.get(name, name))
+            words = {True: "on", False: "off"}[value] if isinstance(value, bool) else f"{value}"
+            words = words.removesuffix(".0")
+            assert words == text.replace("FOLDER", "photos").replace("- ", "-"), name
 
 
 def test_options_with_another_meaning_elsewhere_explain_themselves() -> None:

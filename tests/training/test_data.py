@@ -635,7 +635,7 @@ def test_mask_files_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
         assert {batch.items[0].flip for batch in batches} == {False, True}
         found = [run.latents.latents(b.items, b.loaded).mask for b in batches]
         if "mask_files" in more:
-            assert run.summary.rows["masks"] == "1 of 1 images have one"
+            assert run.summary.rows["masks"] == "on 1 of 1 image"
         flips = [batch.items[0].flip for batch in batches]
         return [
             m.flip(-1) if m is not None and flip else m

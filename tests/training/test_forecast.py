@@ -194,7 +194,7 @@ def test_steps_or_a_share(text: str) -> None:
         value = parse([*words, "--lr_scheduler", "cosine"]).lr_warmup_steps
         assert (value, type(value)) == (right[text], type(right[text]))
         return
-    with pytest.raises(UsageError, match=r"^lr_warmup_steps must be .*(whole|at least 0|finite)"):
+    with pytest.raises(UsageError, match=r"^--lr_warmup_steps must be .*(whole|at least 0|finite)"):
         parse(words)
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 import sd_lora
 from sd_lora.cli import main
 from sd_lora.formats.canonical import read_models
+from sd_lora.formats.python_code import PipelineCode
 from sd_lora.formats.verify import compare, loaded_adapter
 from sd_lora.models.caption_encoder import encode_in_batches
 from sd_lora.models.load import load_parts
@@ -39,6 +40,13 @@ def pasted(code: str, folder: Path, patch: pytest.MonkeyPatch, steps: int | None
     with Image.open("image.png") as image:
         assert image.size[0] >= 16
     return names["pipe"]
+
+
+def test_the_code_computes_where_and_as_the_run_did() -> None:
+    """With a GPU the pipeline is moved there, in the precision of the run."""
+    code = PipelineCode("base", "StableDiffusionPipeline", gpu=True, dtype="bfloat16")
+    line = "pipe = DiffusionPipeline.from_pretrained('base', dtype=torch.bfloat16).to(\"cuda\")"
+    assert line in code.lines([], "a photo")
 
 
 # kind of base → options of its run

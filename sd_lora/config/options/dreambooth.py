@@ -1,5 +1,6 @@
 """Options of DreamBooth: the subject, and class images for prior preservation."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,16 @@ NO_PROMPT = "(no prompt)"
 """The prompt of images to be checked that have no captions and were given none."""
 
 option = section("data")
+
+
+def generated_name(seed: int, number: int) -> str:
+    """The file name of a class image that a run generates."""
+    return f"class-{seed}-{number:05}.png"
+
+
+def is_generated(path: str) -> bool:
+    """Whether a file's name is that of a class image that a run has generated."""
+    return bool(re.fullmatch(r"class-\d+-\d{5,}\.png", Path(path).name))
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,8 @@ class DreamBoothOptions(Section):
         short="prompt", main="the subject's: 'a photo of sks dog'")
     with_prior_preservation: bool = option(False,
         "train on class images too, to preserve the class",
-        only="dreambooth", scripts="CD")
+        only="dreambooth", scripts="CD",
+        main="train on images of the class too; with --class_prompt, --class_data_dir")
     class_data_dir: str | None = option(None,
         "folder with class images; filled up to num_class_images",
         only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,

@@ -56,7 +56,7 @@ class RunOptions(Section):
     seed: int | None = option(None,
         "seed of all random draws; random, and printed, if not given",
         may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
-        main="of all random draws")
+        main="of all random draws; random if not given")
     report_to: str | None = option(None,
         "tracker of the losses, not a folder; tensorboard, where installed, if not given",
         choices=TRACKERS, may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME,

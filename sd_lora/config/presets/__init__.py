@@ -74,6 +74,6 @@ def listing(name: str | None = None) -> str:
             *rows,
             "",
             "sd-lora presets NAME shows its options with their reasons;",
-            "sd-lora train --preset NAME … uses it, and flags go before it",
+            "sd-lora train --preset NAME … uses it, and flags override it",
         ]
     )

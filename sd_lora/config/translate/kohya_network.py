@@ -82,8 +82,10 @@ def _args(value: Any, given: Given) -> Taken:
     return Taken("needless", reason="has no part")
 
 
-_BLOCKS = "--targets, --rank_pattern, --alpha_pattern and --lr_pattern (docs/flags.md)"
-_RULES = "is not there: ranks of convolutions by block are --rank_pattern (docs/flags.md)"
+_BLOCKS = "--targets, --rank_pattern, --alpha_pattern and --lr_pattern (sd-lora help train adapter)"
+_RULES = (
+    "is not there: ranks of convolutions by block are --rank_pattern (sd-lora help train adapter)"
+)
 
 NETWORK: dict[str, Row] = {
     "network_module": taking("--targets and --method", "", _network),

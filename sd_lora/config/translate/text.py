@@ -8,6 +8,7 @@ from typing import Any
 from sd_lora.config.schema import OPTIONS, SECTIONS
 from sd_lora.config.translate.rows import Kind
 from sd_lora.config.translate.translation import Line, Translation
+from sd_lora.errors import counted
 
 TITLES: dict[Kind, str] = {
     "same": "taken as is",
@@ -63,7 +64,7 @@ def to_table(translation: Translation) -> str:
     given = [line for line in translation.lines if not line.default]
     counts = {kind: sum(line.taken.kind == kind for line in given) for kind in TITLES}
     numbers = ", ".join(f"{counts[kind]} {title}" for kind, title in TITLES.items())
-    lines = [f"{translation.peer.label}: {len(given)} settings: {numbers}"]
+    lines = [f"{translation.peer.label}: {counted(len(given), 'setting')}: {numbers}"]
     for kind, title in TITLES.items():
         rows = [line for line in given if line.taken.kind == kind]
         if rows:

@@ -8,6 +8,7 @@ from itertools import chain
 import numpy as np
 from PIL import Image
 
+from sd_lora.config.options.dreambooth import is_generated
 from sd_lora.data.cache.prefetch import prefetch
 from sd_lora.data.cache.store import Store
 from sd_lora.data.images.facts import Facts, content_digest, examine
@@ -247,12 +248,14 @@ def find_in_both_sets(samples: Sequence[Sample]) -> list[Finding]:
 
 
 def _near_duplicates(samples: Sequence[Sample], facts: dict[str, Facts]) -> list[Finding]:
-    """Findings on images that look like an earlier one but have other bytes."""
+    """Findings on images that look like an earlier one but have other bytes; class images that a
+    run has drawn are alike by their prompt, and nobody picks among them."""
     findings = []
     for kind in ("instance", "class"):
         first: dict[str, Sample] = {}
         for sample in samples:
-            if sample.source.kind == kind:
+            drawn = kind == "class" and is_generated(sample.name)
+            if sample.source.kind == kind and not drawn:
                 first.setdefault(sample.digest, sample)
         hashed = [(s, h) for s in first.values() if (h := facts[s.digest].phash) is not None]
         for group in near_duplicates([h for _, h in hashed]):

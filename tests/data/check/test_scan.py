@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
+from sd_lora.config.options.dreambooth import generated_name
 from sd_lora.config.sources import Kind, SourceSpec
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.scan import NEAR_BITS, ScanResult, near_duplicates, same_shape, scan
@@ -284,6 +285,20 @@ def test_near_duplicates_are_found_and_others_not() -> None:
     assert all(f.other == f.name.split()[0] for f in found.findings)
     assert near.keys() == {name for name in images if " " in name}
     assert all(f"as {name.split()[0]}; " in text for name, text in near.items())
+
+
+def test_class_images_of_a_run_may_be_alike() -> None:
+    """Images that look the same are told among a person's class images, and not among those that a
+    run has drawn."""
+    image = drawing(1)
+    for names, near in (
+        (["a.png", "b.jpg"], 1),
+        ([generated_name(0, 1), generated_name(0, 2)], 0),
+        (["a.png", generated_name(7, 1)], 0),
+    ):
+        twins = {names[0]: encoded(image), names[1]: encoded(image, "JPEG")}
+        found = scanned(source_of(twins, kind="class"))
+        assert sum(f.code == "near-duplicate" for f in found.findings) == near
 
 
 def test_flat_and_exact_ones_are_not_near_duplicates() -> None:
