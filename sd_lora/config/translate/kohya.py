@@ -49,7 +49,8 @@ def trains_text_encoder(given: Given) -> bool:
 def _learning_rate(value: Any, given: Given) -> Taken:
     if is_off(given.get("unet_lr")):
         return own_rate(value, given.get("optimizer_type"))
-    if not trains_text_encoder(given) or not is_off(first(given.get("text_encoder_lr"))):
+    own = any(not is_off(first(given.get(f"text_encoder_lr{end}"))) for end in ("", "1"))
+    if own or not trains_text_encoder(given):
         return Taken("needless", reason="counts for nothing: unet_lr and text_encoder_lr are given")
     taken = own_rate(value, given.get("optimizer_type"), "text_encoder_lr")
     reason = "is that of the text encoders, for unet_lr is the UNet's"
@@ -254,6 +255,9 @@ KOHYA: dict[str, Row] = NETWORK | {
     "learning_rate": taking("--learning_rate", "", _learning_rate),
     "unet_lr": taking("--learning_rate", "", _unet_lr),
     "text_encoder_lr": taking("--train_text_encoder --text_encoder_lr", "", _text_encoder_lr),
+    # two names that stand in its documents on SDXL, and not in its parser
+    "text_encoder_lr1": otherwise("text_encoder_lr", "is the first text encoder's", number),
+    "text_encoder_lr2": otherwise("text_encoder_2_lr", "is the second text encoder's", number),
     "network_train_unet_only": taking(
         "the default; with text encoders: --train_text_encoder", "", _unet_only),
     "network_train_text_encoder_only": absent("is not there: the UNet is always trained"),

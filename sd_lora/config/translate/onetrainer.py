@@ -60,7 +60,10 @@ def _family(value: Any, given: Given) -> Taken:
     family = FAMILIES.get(str(value).lower())
     if family is None:
         raise other_model("model_type", value)
-    return Taken("otherwise", {"family": family}, "is read from the model, and compared")
+    reason = "is read from the model, and compared"
+    if "inpainting" in str(value).lower():
+        reason += "; masks of the part to fill are drawn, and not read from files"
+    return Taken("otherwise", {"family": family}, reason)
 
 
 def _method(value: Any, given: Given) -> Taken:

@@ -26,6 +26,9 @@ FAMILIES = {
     "stable_diffusion_21": "sd2",
     "stable_diffusion_21_base": "sd2",
     "stable_diffusion_xl_10_base": "sdxl",
+    "stable_diffusion_15_inpainting": "sd1",
+    "stable_diffusion_20_inpainting": "sd2",
+    "stable_diffusion_xl_10_base_inpainting": "sdxl",
 }
 """Model type → family."""
 
