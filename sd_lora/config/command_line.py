@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.config.flags import Parser, build_parser, is_flag, show_help
-from sd_lora.config.foreign_flags import answered, near, take_foreign, unknown_words
+from sd_lora.config.foreign_flags import MANY, answered, near, take_foreign, unknown_words
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import NO_PROMPT
 from sd_lora.config.options.run import PUBLISHED, named_after
@@ -90,6 +90,9 @@ def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
                 values[name] = entry
             else:
                 problems.append(_unknown_key(path, name))
+    if sum(known_elsewhere(problem.field) is not None for problem in problems) >= MANY:
+        text = f"these are settings of other trainers: sd-lora translate {path}"
+        problems.append(Problem("", f"{text} writes a configuration of them"))
     return {name: value for name, value in values.items() if value is not None}, problems
 
 

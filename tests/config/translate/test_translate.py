@@ -83,6 +83,7 @@ def test_a_usual_command_is_answered_in_one_attempt(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as error:
         parse(["--config", str(file)])
     assert foreign <= {problem.field for problem in error.value.problems}
+    assert f"sd-lora translate {file} writes a configuration" in str(error.value)
 
 
 def test_the_page_shows_the_translations(root: Path) -> None:
