@@ -252,7 +252,7 @@ def _read_words(argv: Sequence[str], script: Script | None, parser: Parser) -> _
     if folder is not None:
         rest.remove(folder)
     given, problems = _flags_of(parser, folder)
-    problems += unknown_words(rest)
+    problems += unknown_words(rest, bool(folder or parser.given.get("folder")))
     file, folder = flags.pop("config", None), flags.pop("folder", folder)
     unread: list[Problem] = []
     try:

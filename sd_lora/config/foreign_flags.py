@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ not another word."""
 
 def near(name: str, as_flag: bool = False) -> str:
     """Hint with the option that was meant, if the name is a slip of it."""
-    flags = [f"--{option}" for option in OPTIONS]  # so that a slip in a short name is near too
+    # with the dashes, so that a slip in a short name is near too; a file has long names alone
+    flags = [f"--{option}" for option in [*OPTIONS, *(SHORT_NAMES if as_flag else ())]]
     return did_you_mean(f"--{name}", flags, LIKENESS).strip().replace("--", "--" * as_flag)
 
 
@@ -102,24 +104,30 @@ def _with_short(flags: str) -> str:
     return re.sub(r"--(\w+)", both, flags)
 
 
-def unknown_words(rest: Sequence[str]) -> list[Problem]:
+def unknown_words(rest: Sequence[str], has_folder: bool) -> list[Problem]:
     """Problems of the words that argparse does not know; those after an unknown flag are its
-    values."""
-    problems, after_flag = [], False
-    for word in rest:
-        if is_flag(word) or not after_flag:
-            problems.append(_unknown_flag(word))
-        after_flag = is_flag(word) or after_flag
+    values, and those without a flag one problem.
+
+    has_folder: whether a folder of images is given.
+    """
+    flags, stray = [word for word in rest if is_flag(word)], [*takewhile(_is_no_flag, rest)]
+    problems = [_unknown_flag(word) for word in flags]
+    if stray:
+        words = " ".join(stray)
+        text = f"{words!r} is not expected here: no flag, and a value with spaces needs quotes"
+        near = "" if has_folder else near_path(Path(words), Path.is_dir)
+        problems.append(Problem(words, text + near))
     return problems
 
 
+def _is_no_flag(word: str) -> bool:
+    return not is_flag(word)
+
+
 def _unknown_flag(word: str) -> Problem:
-    """The problem of a word that is no flag."""
+    """The problem of a flag that there is not."""
     flag = word.partition("=")[0]
     name = flag.lstrip("-")
-    if not word.startswith("-"):
-        text = f"{word!r} is not expected here: no flag, and a value with spaces needs quotes"
-        return Problem(word, text + near_path(Path(word), Path.is_dir))
     for option in OPTIONS.values():
         shortened = len(name) > 3 and option.name.startswith(name)
         if option.only and (name == option.name or shortened):

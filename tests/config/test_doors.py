@@ -124,6 +124,20 @@ def test_errors_after_the_flags_do_too(folder: Path) -> None:
     assert str(error.value) == "FOLDER learning_rate/x: --lr, 'rank', a rank of --max_train_steps"
 
 
+def test_words_that_are_no_flags_are_one_mistake(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt without quotes is told once; a folder that is nearly one, with that one; a slip in a
+    short flag, with the flag."""
+    monkeypatch.chdir(folder.parent)
+    words = ["photos", *MODEL, "--prompt"]
+    quotes = "is not expected here: no flag, and a value with spaces needs quotes"
+    assert told(*words, "a", "photo", "of", "a", "photos") == [f"'photo of a photos' {quotes}"]
+    assert told(*words[1:], "a dog", "potos")[0] == f"'potos' {quotes}. Did you mean photos?"
+    (line,) = told(*words, "a dog", "--stps", "3")
+    assert line == "unknown flag --stps. Did you mean --steps?"
+
+
 def test_short_names_are_the_long_ones() -> None:
     """Each short name of the rows gives the option of the long one."""
     assert set(SHORT_NAMES) == {"model", "prompt", "steps", "lr", "batch", "alpha"}
