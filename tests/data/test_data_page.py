@@ -114,7 +114,7 @@ def test_every_option_of_data_is_there(root: Path, page: str) -> None:
     flags = [name for name, field in OPTIONS.items() if field.section == "data"]
     assert [f for f in flags if f"--{f}" not in text and f != "sources"] == []
     switches = {f"no-{name}" for name, field in OPTIONS.items() if field.kind == "bool"}
-    own = {"json", "page", "no_page", "num_processes", "config"}
+    own = {"json", "page", "no_page", "num_processes", "config", "model"}
     assert set(re.findall(r"--(\w[\w-]*)", page)) - {*OPTIONS, *switches, *own} == set()
     table = rows(section(page, "What is left over"), "`--bucket_leftovers`")
     assert {word for row in table for word in named(row[0])} == set(LEFTOVERS)
@@ -194,7 +194,7 @@ def test_the_commands_are_understood(root: Path, page: str) -> None:
 def test_the_example_files_can_be_trained(
     name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The two files of sources are found fit by a check: images, repeats, and class images."""
+    """The two files of sources hold sound images by a check: images, repeats, and class images."""
     monkeypatch.chdir(root)
     file = f"sample_data/configs/{name}.toml"
     words = ["--data_cache_dir", str(tmp_path)]
@@ -205,7 +205,7 @@ def test_the_example_files_can_be_trained(
         model = "sample_data/tiny-sd"
         words += ["--pretrained_model_name_or_path", model, "--dataset_config", file]
     checked = checkup.check(parse(words), page=False)
-    assert [f for f in checked.findings if f.level != "note"] == []
+    assert [f for f in checked.images.findings if f.level != "note"] == []
     counts = {kind: len(found.set.samples) for kind, found in checked.images.by_kind.items()}
     entries = len(checked.images.instances.entries)
     expected = {"sources": ((36, 24), 60), "dataset_kohya": ((8, 24), 80)}
