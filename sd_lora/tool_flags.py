@@ -115,6 +115,12 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument("--ratio", type=float, help="keep σ of at least the largest / ratio")
     if command == "bake":
         parser.add_argument("--dtype", default="keep", help="keep, float32, float16 or bfloat16")
+        parser.add_argument(
+            "--rounding",
+            default="nearest",
+            help="nearest, or stochastic: at random, which keeps the mean of a change too small for "
+            "the dtype",
+        )
     if command == "convert":
         parser.add_argument(
             "--drop_vectors", action="store_true", help="leave out biases and norms"
