@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -185,8 +184,7 @@ def write_adapter(
     row = None if family is None else family_named(family)
     check_finite(adapter)
     if row is not None:
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        facts = {"modelspec.date": now, **(facts or {})}
+        facts = {"modelspec.date": metadata.date(), **(facts or {})}
     header = metadata.build(adapter, row, name, prediction_type, extra, facts)
     written: list[Path] = []
     for kind in formats_of(adapter)[0]:

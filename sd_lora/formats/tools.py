@@ -17,7 +17,7 @@ from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plai
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.family_of_file import family_of, prediction_type
 from sd_lora.formats.lora_file import LoRAFile, open_lora
-from sd_lora.formats.metadata import OWN_KEY
+from sd_lora.formats.metadata import OWN_KEY, without_places
 from sd_lora.formats.output import (
     Origin,
     Output,
@@ -152,7 +152,7 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     if HASH_KEY in lora.header:
         record["source_hash"] = lora.header[HASH_KEY]
     with suppress(ValueError, RecursionError):  # a foreign header may hold anything
-        record["source_record"] = json.loads(lora.header.get(OWN_KEY, ""))
+        record["source_record"] = without_places(json.loads(lora.header.get(OWN_KEY, "")))
     return record
 
 

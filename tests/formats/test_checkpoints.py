@@ -719,6 +719,32 @@ def test_buffers_of_older_files_are_no_difference(
         assert set(result.losses) == {("unet", "conv_in")}
 
 
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ((), ("sd_v1", "epsilon", None)),
+        (("v_pred",), ("sd_v1_v", "v", None)),
+        (("v_pred", "ztsnr"), ("sd_v1_v", "v", "True")),
+    ],
+)
+def test_keys_that_say_how_a_model_predicts(
+    keys: tuple[str, ...], says: tuple[str | None, ...], tmp_path: Path
+) -> None:
+    """`v_pred` and `ztsnr`, keys without numbers by which ComfyUI knows a single file's objective:
+    an extracted LoRA has them in its header's words, and baking keeps them."""
+    marks = {key: torch.zeros(0) for key in keys}
+    base = sd1_single(tmp_path / "base.safetensors")
+    tuned = sd1_single(tmp_path / "tuned.safetensors", **{KEYS: values(320, 768, seed=8)}, **marks)
+    output = Output(tmp_path / "o.safetensors", check=False)
+    extract(Checkpoint(base), Checkpoint(tuned), output, Cut(rank=2))
+    header = open_lora(output.path).header
+    named = ("ss_base_model_version", "modelspec.prediction_type", "ss_zero_terminal_snr")
+    assert tuple(header.get(key) for key in named) == says
+    source, out = on_keys(tmp_path / "lora.safetensors"), tmp_path / "baked.safetensors"
+    bake(Checkpoint(tuned), [source], [1.0], out, dtype="float16")
+    assert {key for key in load_file(out) if "." not in key} == set(keys)
+
+
 def test_extract_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
     """Matrices large enough for the randomised search, with the global generator elsewhere: the
     two files are the same to the byte, and the generator is where it was."""
