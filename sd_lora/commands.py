@@ -222,8 +222,9 @@ def _convert(args: argparse.Namespace) -> None:
     from sd_lora.formats import tools
 
     cut = _cut(args)
+    base = _base(args, cut or args.to == "comfyui" or None)
     result = tools.convert(
-        args.file, _output(args), args.family, cut, _base(args, cut), args.drop_vectors, _bar
+        args.file, _output(args), args.family, cut, base, args.drop_vectors, _bar
     )
     _say(result, args)
 

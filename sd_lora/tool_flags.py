@@ -95,9 +95,8 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument(
             "--to",
             required=command == "convert",
-            help="diffusers, kohya (A1111, ComfyUI, …) or lycoris (every method)"
-            + ("" if command == "convert" else "; default: the first of kohya, diffusers, lycoris")
-            + " that is exact" * (command != "convert"),
+            help="diffusers, kohya (A1111, ComfyUI, …), lycoris (every method) or comfyui (DoRA)"
+            + "; default: the first exact one of the others" * (command != "convert"),
         )
         parser.add_argument(
             "--dtype",

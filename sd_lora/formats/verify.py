@@ -263,8 +263,9 @@ def verify(
     count, worst, wrong = 0, 0.0, list(lora.problems())
     if not wrong:
         count, worst, wrong = compare(adapter, lora.adapter, tolerance)
-    layout = meta_pipeline.layout if meta_pipeline.family.original_names else None
-    if kind is DIFFUSERS or (kind is KOHYA and diffusers_reads(adapter, layout)):
+    family = meta_pipeline.family
+    layout = meta_pipeline.layout if family.original_names else None
+    if kind is DIFFUSERS or (kind is KOHYA and diffusers_reads(adapter, layout, family)):
         loaded = load_into_pipeline(path, meta_pipeline, adapter)
         count, error, lost = compare(adapter, loaded.adapter, tolerance)
         worst, wrong = max(worst, error), [*loaded.complaints, *sorted({*wrong, *lost})]

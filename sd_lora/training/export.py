@@ -15,9 +15,10 @@ from sd_lora.config.rows import Option
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.config.sources import KEYS
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, write_adapter
+from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, held_by, write_adapter
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
+from sd_lora.formats.comfyui import weights_of
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.metadata import shared_name
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
@@ -46,7 +47,7 @@ def export(run: Run) -> list[Verified]:
         RunError: values that are not finite or beyond the precision, a file that could not be
             written or does not load as trained; that one stays in the folder `unverified`.
     """
-    adapter = read_models(run.models)
+    adapter, weight = read_models(run.models), weights_of(run.models)
     with unverified_folder(run.output_dir) as folder:
         paths = write_adapter(
             adapter,
@@ -58,9 +59,14 @@ def export(run: Run) -> list[Verified]:
             facts(run),
             run.meta_pipeline.layout,
             DTYPES[run.config.save_precision],
+            weight,
         )
-        kinds = zip(paths, formats_of(adapter)[0], strict=True)
-        return moved([verify(path, adapter, run.meta_pipeline, kind) for path, kind in kinds])
+        return moved(
+            [
+                verify(path, held_by(kind, adapter, weight), run.meta_pipeline, kind)
+                for path, kind in zip(paths, formats_of(adapter)[0], strict=True)
+            ]
+        )
 
 
 def export_words(run: Run) -> list[Path]:
