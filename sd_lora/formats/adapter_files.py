@@ -29,6 +29,7 @@ from sd_lora.formats.canonical import (
 )
 from sd_lora.formats.lora_file import find_file, open_lora
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
+from sd_lora.formats.rounding import balanced
 from sd_lora.models.families import family_named
 from sd_lora.models.original_names import Layout
 
@@ -164,6 +165,7 @@ def write_file(
         UsageError: two modules of one name, or one without a name in this format.
         RunError: a value beyond the dtype, or a file that could not be written; none is left then.
     """
+    adapter = balanced(adapter, dtype)
     specs: dict[str, Spec] = {}
     for key, tensor in rounded(kind.write(adapter, naming), dtype):
         if key in specs:
