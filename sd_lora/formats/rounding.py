@@ -58,9 +58,10 @@ def rounded(x: Tensor, dtype: torch.dtype, generator: torch.Generator | None = N
 def balanced(adapter: Adapter, dtype: torch.dtype) -> Adapter:
     """An adapter with factors A and B that float16 rounds by no more than half a unit.
 
-    Below 6e-5 its numbers lose bits, and B of a short run is smaller. A·2⁻ᵖ and B·2ᵖ, with maxima
-    alike, have the same product to the last bit, for a power of two changes an exponent alone.
-    Factors that lose nothing, and files of other dtypes, stay as they are.
+    Below 6e-5 its numbers lose bits, and B of a short run is smaller; above 65504 it has none.
+    A·2⁻ᵖ and B·2ᵖ, with maxima alike, have the same product to the last bit, for a power of two
+    changes an exponent alone. Factors that lose nothing, and files of other dtypes, stay as they
+    are.
     """
     if dtype is not torch.float16:
         return adapter
