@@ -128,8 +128,6 @@ def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 
 def _skeleton(args: argparse.Namespace) -> Any:
     """The skeleton of --model; without one, of the --family that a file is held against."""
-    from sd_lora.formats.checkpoints import Checkpoint
-    from sd_lora.hub import check_hub_id, check_model_path
     from sd_lora.models.families import family_named
     from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -137,6 +135,9 @@ def _skeleton(args: argparse.Namespace) -> Any:
     if args.model is None:
         tool = args.command
         return MetaPipeline.of_family(family) if family and tool in ("inspect", "verify") else None
+    from sd_lora.formats.checkpoints import Checkpoint
+    from sd_lora.hub import check_hub_id, check_model_path
+
     path = Path(args.model).expanduser()
     name = str(path) if path.is_dir() else args.model
     if not path.exists():
@@ -171,10 +172,10 @@ def _cut(args: argparse.Namespace, required: bool = False) -> Any:
 
 def _base(args: argparse.Namespace, cut: object) -> Any:
     """The base model's weights, where a weight-decomposed delta may need them."""
-    from sd_lora.formats.checkpoints import Checkpoint
-
     if cut is None or args.model is None or not Path(args.model).expanduser().exists():
         return None
+    from sd_lora.formats.checkpoints import Checkpoint
+
     return Checkpoint(Path(args.model).expanduser(), args.variant)
 
 

@@ -119,8 +119,11 @@ def open_lora(
     scaled = dict.fromkeys(places, config) if config else {}
     if title == "diffusers" and not config:
         scaled = _configs(path, header)
+    seen: set[tuple[str, str]] = set()
     adapter = {
-        component: Lazy(modules, partial(_make, file, component, modules, scaled.get(component)))
+        component: Lazy(
+            modules, partial(_make, file, component, modules, scaled.get(component), seen)
+        )
         for component, modules in places.items()
     }
     kinds = {kind for kind, _ in kinds_and_keys(places)}
@@ -185,15 +188,18 @@ def _make(
     component: str,
     modules: Mapping[str, Mapping[str, str]],
     config: Mapping[str, object] | None,
+    seen: set[tuple[str, str]],
     name: str,
 ) -> Delta:
-    """One delta of a file; raises UsageError naming it."""
+    """One delta of a file; raises UsageError naming it. seen: those that were made before."""
     parts = {}
     for kind, key in modules[name].items():
         tensor = file[key]
         flat = kind == diffusers.FLAT
         parts["magnitude" if flat else kind] = tensor.flatten() if flat else tensor
-    delta = make_delta(f"{component} {name}" if component else name, parts)
+    title, place = f"{component} {name}" if component else name, (component, name)
+    delta = make_delta(title, parts, place in seen)
+    seen.add(place)
     if config is not None and "alpha" not in parts and delta.method != "full":
         # patterns may be written for a transformers without `text_model.` in its names
         names = {name, name.removeprefix("text_model.")}

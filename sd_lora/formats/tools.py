@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,6 @@ from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
-from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.family_of_file import family_of, prediction_type
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
@@ -29,6 +29,9 @@ from sd_lora.formats.output import (
     write,
 )
 from sd_lora.models.families import Family
+
+if TYPE_CHECKING:
+    from sd_lora.formats.checkpoints import Checkpoint
 
 
 @dataclass
@@ -68,7 +71,7 @@ def convert(
     output: Output,
     family: str | None = None,
     cut: Cut | None = None,
-    base: Checkpoint | None = None,
+    base: "Checkpoint | None" = None,
     drop_vectors: bool = False,
     progress: Progress = silently,
 ) -> Result:
@@ -156,7 +159,7 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     return record
 
 
-def whole_change(component: str, name: str, delta: Delta, base: Checkpoint | None) -> torch.Tensor:
+def whole_change(component: str, name: str, delta: Delta, base: "Checkpoint | None") -> torch.Tensor:
     """W' − W of a delta, in its own shape.
 
     Raises:
@@ -184,7 +187,7 @@ def resize(
     output: Output,
     cut: Cut,
     family: str | None = None,
-    base: Checkpoint | None = None,
+    base: "Checkpoint | None" = None,
     progress: Progress = silently,
 ) -> Result:
     """Write a LoRA cut to fewer ranks, each delta to its nearest one; the error is stated.
@@ -207,7 +210,7 @@ def resize(
 def cut_to(
     adapter: Adapter,
     cut: Cut,
-    base: Checkpoint | None,
+    base: "Checkpoint | None",
     output: Output,
     family: Family,
     origin: Origin,

@@ -180,7 +180,7 @@ def compare(
 def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
     """Yield the parts of an adapter without a place in a model: components, modules, shapes."""
     for component, modules in adapter.items():
-        if component not in meta_pipeline.models:
+        if component not in meta_pipeline.configs:
             yield f"{meta_pipeline.family.label} has no {component}"
             continue
         shapes = shapes_of(component, meta_pipeline)
@@ -209,8 +209,8 @@ def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
 def shapes_of(component: str, meta_pipeline: MetaPipeline) -> dict[str, tuple[int, ...]]:
     """Canonical delta name → shape of every parameter of a component."""
     return {
-        canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
-        for name, parameter in meta_pipeline.models[component].named_parameters()
+        canonical_name(component, name.removesuffix(".weight")): shape
+        for name, shape in meta_pipeline.shapes(component).items()
     }
 
 

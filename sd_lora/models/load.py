@@ -37,7 +37,7 @@ from sd_lora.models.families import (
     detect_task,
     refuse_task,
 )
-from sd_lora.models.meta_pipeline import PART_CLASSES, MetaPipeline
+from sd_lora.models.meta_pipeline import MetaPipeline, part_class
 from sd_lora.models.single_file import SingleFile
 from sd_lora.models.vae import load_replacement, replacement_config, standard_config
 
@@ -237,7 +237,7 @@ class Base:
         if self.single:
             return self.single.load(part, dtype)
         weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
-        load = partial(PART_CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
+        load = partial(part_class(part).from_pretrained, self.name, subfolder=part, **weights)
         return read_part(part, self.name, load)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:
