@@ -112,9 +112,7 @@ def make_delta(name: str, tensors: Mapping[str, Tensor], are_checked: bool = Fal
     method = method_by_tensor_names(own)
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
-    parts = {
-        k: _checked(f"{name}.{k}", t, are_checked) for k, t in tensors.items() if k != "alpha"
-    }
+    parts = {k: _checked(f"{name}.{k}", t, are_checked) for k, t in tensors.items() if k != "alpha"}
     alpha = _alpha(name, tensors["alpha"]) if "alpha" in tensors else None
     if any(tensor.dtype is torch.float64 for tensor in parts.values()):
         parts = {key: tensor.double() for key, tensor in parts.items()}  # they are multiplied

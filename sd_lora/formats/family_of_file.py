@@ -39,6 +39,24 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
     return None
 
 
+def known_family(lora: LoRAFile) -> tuple[Family, str] | None:
+    """The family of a file with the reason: by its tensors, and where these leave a choice, by its
+    header; None if neither says it.
+    """
+    by_tensors, by_header = family_by_tensors(lora), family_by_header(lora.header)
+    if by_tensors is None:
+        return (by_header, "its header says so") if by_header else None
+    if by_header and by_header is not by_tensors[0] and _is_second_alone(lora):
+        if "text_encoder_2" in by_header.components:
+            return by_header, "its header says so, and the tensors fit SDXL's second encoder too"
+    return by_tensors
+
+
+def _is_second_alone(lora: LoRAFile) -> bool:
+    """Whether nothing but a second text encoder is adapted, which SDXL and its refiner share."""
+    return set(lora.adapter) == {"text_encoder_2"}
+
+
 def family_by_header(header: Mapping[str, str]) -> Family | None:
     """The family named in a header, by kohya's and Stability's keys."""
     version = header.get("ss_base_model_version", "")
@@ -74,18 +92,18 @@ def family_of(lora: LoRAFile, given: str | None = None) -> Family:
     Raises:
         UsageError: an unknown family, or a given one that contradicts the tensors.
     """
-    by_tensors = family_by_tensors(lora)
     if given is not None:
-        family = family_named(given)
-        if by_tensors and by_tensors[0] is not family:
+        family, by_tensors = family_named(given), family_by_tensors(lora)
+        shared = _is_second_alone(lora) and "text_encoder_2" in family.components
+        if by_tensors and by_tensors[0] is not family and not shared:
             raise UsageError(
                 f"{lora.path} is for {by_tensors[0].label} ({by_tensors[1]}), not {family.label}"
             )
         return family
-    family_found = by_tensors[0] if by_tensors else family_by_header(lora.header)
-    if family_found is None:
+    found = known_family(lora)
+    if found is None:
         raise UsageError(
             f"neither the tensors nor the header of {lora.path} say which family it is for: give "
             f"--model, or --family {', '.join(FAMILIES)}"
         )
-    return family_found
+    return found[0]

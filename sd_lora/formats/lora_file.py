@@ -5,15 +5,15 @@ nothing is left out.
 """
 
 import os
+import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
@@ -27,6 +27,8 @@ from sd_lora.models.original_names import Layout
 Places = dict[str, dict[str, dict[str, str]]]
 """Component → canonical delta name → kind of tensor → the file's key."""
 
+_OTHER_MODEL = "a LoRA of {}, and not of a Stable Diffusion UNet"
+
 _WHAT_IT_IS = (
     ("model.diffusion_model.", "a whole checkpoint: `sd-lora extract` makes a LoRA of it"),
     ("first_stage_model.", "a checkpoint's VAE, or a whole checkpoint"),
@@ -36,16 +38,28 @@ _WHAT_IT_IS = (
     ("controlnet_", "a ControlNet"),
     ("emb_params", "a textual-inversion embedding"),
     ("string_to_param", "a textual-inversion embedding"),
-    ("clip_g", "a textual-inversion embedding of SDXL"),
-    ("bundle_emb.", "a LoRA with an embedding bundled: this project reads files of a LoRA alone"),
-    ("transformer.", "a LoRA of a diffusion transformer (Flux, SD3, …) and not of a UNet"),
-    ("lora_transformer_", "a LoRA of a diffusion transformer (Flux, SD3, …) and not of a UNet"),
-    ("lora_unet_double_blocks_", "a LoRA of Flux"),
-    ("lora_unet_joint_blocks_", "a LoRA of Stable Diffusion 3"),
-    ("lora_prior_", "a LoRA of Kandinsky or Stable Cascade"),
     ("decoder.", "a VAE"),
     ("ip_adapter.", "an IP-Adapter"),
 )
+"""Beginning of a key of no LoRA → the file's kind."""
+
+_OTHER_MODELS = (
+    (r"motion_modules", "a motion LoRA of AnimateDiff, for its motion modules"),
+    (r"(double|single)_blocks|single_transformer_blocks", _OTHER_MODEL.format("Flux")),
+    (r"joint_blocks", _OTHER_MODEL.format("Stable Diffusion 3")),
+    (r"lora_prior_", _OTHER_MODEL.format("Kandinsky or Stable Cascade")),
+    (r"(^|[._])blocks[._]\d+[._]\w*?(Wqkv|mlp_fc|skip_linear)", _OTHER_MODEL.format("HunyuanDiT")),
+    (
+        r"(^|[._])blocks[._]\d+[._](self|cross)_attn|(^|[._])blocks[._]\d+[._]ffn",
+        _OTHER_MODEL.format("a video transformer (Wan)"),
+    ),
+    (
+        r"^(base_model\.model\.)?(lora_)?transformer[._]",
+        _OTHER_MODEL.format("a diffusion transformer (Flux, SD3, …)"),
+    ),
+)
+"""Pattern of a key → another kind of model that the LoRA is for."""
+_OF_OTHER_MODEL = re.compile("|".join(pattern for pattern, _ in _OTHER_MODELS))
 
 
 @dataclass(frozen=True)
@@ -53,7 +67,8 @@ class LoRAFile:
     """An opened LoRA file; its deltas are made at each access.
 
     format: "diffusers", "kohya", "LyCORIS", "peft". dtype: of most of its factors.
-    places: the keys of each delta.
+    places: the keys of each delta. embeddings: keys of bundled textual inversions, which are no
+    part of the adapter.
     """
 
     path: Path
@@ -61,8 +76,9 @@ class LoRAFile:
     adapter: Adapter
     header: dict[str, str]
     dtype: torch.dtype
-    file: Mapping[str, Tensor]
+    file: TensorFile
     places: Places
+    embeddings: list[str]
 
     def check(self) -> None:
         """Make every delta once; raises UsageError at the first that the file has not whole."""
@@ -104,15 +120,19 @@ def open_lora(
     config = peft.read_config(folder) if folder else None
     if not len(file):
         raise UsageError(f"{path} is no LoRA: it has no tensors")
-    known_here = live({key.partition(".")[0] for key in file}) if live else {}
+    embeddings = [key for key in file if key.startswith(_BUNDLED)]
+    keys = [key for key in file if not key.startswith(_BUNDLED)]
+    if live is None:
+        _refuse_other_models(path, keys)
+    known_here = live({key.partition(".")[0] for key in keys}) if live else {}
     parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
         "kohya": lambda key: lycoris.parse(key, layout, known_here),
         "diffusers": lambda key: diffusers.parse(key, layout),
     }
-    parsed = {title: {key: parse(key) for key in file} for title, parse in parsers.items()}
+    parsed = {title: {key: parse(key) for key in keys} for title, parse in parsers.items()}
     known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
     title = max(known, key=lambda t: known[t])
-    if known[title] < len(file):
+    if known[title] < len(keys) or not keys:
         raise UsageError(f"{path} {_refusal(parsed, known, file.header)}")
     places = _places(path, parsed[title])
     header = {} if folder else file.header
@@ -131,7 +151,20 @@ def open_lora(
         title = "LyCORIS"
     dtypes = Counter(file.spec(key)[0] for kind, key in kinds_and_keys(places) if kind != "alpha")
     dtype = max(dtypes, key=lambda d: dtypes[d]) if dtypes else torch.float32
-    return LoRAFile(path, "peft" if config else title, adapter, header, dtype, file, places)
+    return LoRAFile(
+        path, "peft" if config else title, adapter, header, dtype, file, places, embeddings
+    )
+
+
+_BUNDLED = "bundle_emb."
+"""Beginning of the keys of textual inversions that OneTrainer and A1111 keep beside a LoRA."""
+
+
+def _refuse_other_models(path: Path, keys: Iterable[str]) -> None:
+    """Raise UsageError for a LoRA of another kind of model, by the first key that shows it."""
+    for key in filter(_OF_OTHER_MODEL.search, keys):
+        what = next(what for pattern, what in _OTHER_MODELS if re.search(pattern, key))
+        raise UsageError(f"{path} is {what} (key {key!r})")
 
 
 def find_file(path: Path) -> Path:
@@ -213,6 +246,8 @@ def _refusal(
     """Why a file whose keys are not all of one format is refused."""
     title = max(known, key=lambda t: known[t])
     unknown = [key for key, place in parsed[title].items() if place is None]
+    if not unknown:
+        return "holds bundled embeddings and no LoRA"
     first = min(unknown)
     whole = not known[title]
     for start, what in _WHAT_IT_IS:

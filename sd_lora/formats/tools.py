@@ -159,7 +159,9 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     return record
 
 
-def whole_change(component: str, name: str, delta: Delta, base: "Checkpoint | None") -> torch.Tensor:
+def whole_change(
+    component: str, name: str, delta: Delta, base: "Checkpoint | None"
+) -> torch.Tensor:
     """W' − W of a delta, in its own shape.
 
     Raises:

@@ -20,7 +20,14 @@ import torch
 from torch import nn
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import FAMILIES, TEXT_TO_IMAGE, Family, detect_family, detect_task
+from sd_lora.models.families import (
+    FAMILIES,
+    TASKS,
+    TEXT_TO_IMAGE,
+    Family,
+    detect_family,
+    detect_task,
+)
 from sd_lora.models.original_names import Layout
 from sd_lora.models.parameter_shapes import Shape, shapes_by_config
 from sd_lora.models.published_configs import CONFIGS
@@ -82,6 +89,19 @@ class MetaPipeline:
         configs = {family.denoiser: unet}
         configs |= {c: _read_config(name, c) for c in family.text_encoders}
         return cls(family, configs, name)
+
+    def with_inputs(self, channels: int) -> MetaPipeline:
+        """Return the model whose UNet has so many input channels: 9 for inpainting, 8 for pix2pix.
+
+        Others than a task's are those of no model, and leave it as it is.
+        """
+        unet = self.configs[self.family.denoiser]
+        known = unet.get("in_channels", 4)
+        extra = channels - unet.get("out_channels", 4)
+        if channels == known or extra not in TASKS:
+            return self
+        configs = {**self.configs, self.family.denoiser: {**unet, "in_channels": channels}}
+        return MetaPipeline(self.family, configs, f"{self.source}, with {channels} inputs")
 
     @property
     def layout(self) -> Layout:

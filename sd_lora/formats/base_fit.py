@@ -1,0 +1,93 @@
+"""A LoRA file and the bases that it may be for: its fit, and how programs read it there."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from sd_lora.errors import UsageError
+from sd_lora.formats.canonical import Adapter, count
+from sd_lora.formats.lora_file import LoRAFile
+from sd_lora.formats.programs import readers
+from sd_lora.formats.verify import misfits
+from sd_lora.models.families import FAMILIES, Family
+from sd_lora.models.meta_pipeline import MetaPipeline
+
+
+@dataclass
+class Fit:
+    """Verdicts on a file. readers: program → "exact", or its losses; {} if they are unknown."""
+
+    readers: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def fit_of(
+    lora: LoRAFile, whole: LoRAFile, given: MetaPipeline | None, family: Family | None
+) -> Fit:
+    """The verdicts for the given base; else for the family's published one; without a family, for
+    each published one that has a place for everything, where they agree.
+
+    whole: the file with the deltas that can be made.
+    """
+    if not whole.adapter:
+        return Fit()
+    if given is None and family is None:
+        return _on_any(lora, whole.adapter)
+    base = given or published_for(whole.adapter, family)
+    wrong = list(misfits(whole.adapter, base))
+    if given is None and is_other_base(wrong, whole.adapter):
+        return Fit(notes=[other_base(base, wrong)])
+    found = Fit(readers(lora, base))
+    if wrong:
+        of = f"{len(wrong)} of {count(whole.adapter)} deltas"
+        found.problems.append(f"{of} do not fit {base.source}: {wrong[0]}")
+    return found
+
+
+def _on_any(lora: LoRAFile, adapter: Adapter) -> Fit:
+    bases = [published_for(adapter, family) for family in FAMILIES.values()]
+    fitting = [base for base in bases if next(misfits(adapter, base), None) is None]
+    verdicts = [readers(lora, base) for base in fitting]
+    if not verdicts:
+        return Fit(notes=["it fits none of the published bases: give --model to check it"])
+    if all(verdict == verdicts[0] for verdict in verdicts):
+        return Fit(verdicts[0])
+    names = " or ".join(base.family.name for base in fitting)
+    return Fit(notes=[f"how programs read it depends on the base: give --family {names}"])
+
+
+def published_for(adapter: Adapter, family: Family | None) -> MetaPipeline:
+    """The published base of a family, or, by the width of the adapter's conv_in, that of its
+    inpainting model and the like.
+    """
+    assert family is not None
+    base = MetaPipeline.of_family(family)
+    unet = adapter.get("unet", {})
+    if "conv_in" not in unet:
+        return base
+    try:
+        shape = unet["conv_in"].shape
+    except UsageError:  # a broken delta is reported elsewhere
+        return base
+    return base.with_inputs(shape[1]) if len(shape) > 1 else base
+
+
+def is_other_base(wrong: list[str], adapter: Adapter) -> bool:
+    """Whether the misfits are so many that the file is for another base."""
+    return 2 * len(wrong) > count(adapter)
+
+
+def other_base(base: MetaPipeline, wrong: list[str]) -> str:
+    """A line on a file that was made for an unpublished base."""
+    return (
+        f"made for another base than the published ones ({wrong[0]}): give --model to check "
+        f"against it, instead of {base.source}"
+    )
+
+
+def matched(adapter: Adapter, base: MetaPipeline, is_given: bool) -> Iterator[str]:
+    """Yield the first misfit of an adapter and its base, for people."""
+    wrong = list(misfits(adapter, base))
+    if wrong:
+        other = not is_given and is_other_base(wrong, adapter)
+        yield other_base(base, wrong) if other else f"does not fit {base.source}: {wrong[0]}"
