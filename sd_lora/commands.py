@@ -194,14 +194,14 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from sd_lora.formats.family_of_file import family_of
     from sd_lora.formats.lora_file import open_lora
-    from sd_lora.formats.verify import verify_file
-    from sd_lora.models.meta_pipeline import MetaPipeline
+    from sd_lora.formats.verify import published_for, verify_file
 
     meta_pipeline = _skeleton(args)
-    if meta_pipeline is None:
-        meta_pipeline = MetaPipeline.of_family(family_of(open_lora(args.file), args.family))
+    if args.model is None:
+        lora = open_lora(args.file)
+        meta_pipeline = published_for(lora.adapter, family_of(lora, args.family))
     print(f"loading {args.file} into {meta_pipeline.source} …", file=sys.stderr)
-    verified, wrong = verify_file(args.file, meta_pipeline)
+    verified, wrong = verify_file(args.file, meta_pipeline, is_given=args.model is not None)
     if verified is None:
         print(f"{args.file} can be read whole; diffusers has no loader for this kind of file")
         return

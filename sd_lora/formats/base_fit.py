@@ -1,13 +1,11 @@
 """A LoRA file and the bases that it may be for: its fit, and how programs read it there."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import Adapter, count
 from sd_lora.formats.lora_file import LoRAFile
 from sd_lora.formats.programs import readers
-from sd_lora.formats.verify import misfits
+from sd_lora.formats.verify import is_other_base, misfits, other_base, published_for
 from sd_lora.models.families import FAMILIES, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -33,7 +31,7 @@ def fit_of(
         return Fit()
     if given is None and family is None:
         return _on_any(lora, whole.adapter)
-    base = given or published_for(whole.adapter, family)
+    base = given or published_for(whole.adapter, family or FAMILIES["sd1"])
     wrong = list(misfits(whole.adapter, base))
     if given is None and is_other_base(wrong, whole.adapter):
         return Fit(notes=[other_base(base, wrong)])
@@ -54,40 +52,3 @@ def _on_any(lora: LoRAFile, adapter: Adapter) -> Fit:
         return Fit(verdicts[0])
     names = " or ".join(base.family.name for base in fitting)
     return Fit(notes=[f"how programs read it depends on the base: give --family {names}"])
-
-
-def published_for(adapter: Adapter, family: Family | None) -> MetaPipeline:
-    """The published base of a family, or, by the width of the adapter's conv_in, that of its
-    inpainting model and the like.
-    """
-    assert family is not None
-    base = MetaPipeline.of_family(family)
-    unet = adapter.get("unet", {})
-    if "conv_in" not in unet:
-        return base
-    try:
-        shape = unet["conv_in"].shape
-    except UsageError:  # a broken delta is reported elsewhere
-        return base
-    return base.with_inputs(shape[1]) if len(shape) > 1 else base
-
-
-def is_other_base(wrong: list[str], adapter: Adapter) -> bool:
-    """Whether the misfits are so many that the file is for another base."""
-    return 2 * len(wrong) > count(adapter)
-
-
-def other_base(base: MetaPipeline, wrong: list[str]) -> str:
-    """A line on a file that was made for an unpublished base."""
-    return (
-        f"made for another base than the published ones ({wrong[0]}): give --model to check "
-        f"against it, instead of {base.source}"
-    )
-
-
-def matched(adapter: Adapter, base: MetaPipeline, is_given: bool) -> Iterator[str]:
-    """Yield the first misfit of an adapter and its base, for people."""
-    wrong = list(misfits(adapter, base))
-    if wrong:
-        other = not is_given and is_other_base(wrong, adapter)
-        yield other_base(base, wrong) if other else f"does not fit {base.source}: {wrong[0]}"

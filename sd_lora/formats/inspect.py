@@ -155,7 +155,9 @@ class _Read:
 
 @torch.no_grad()
 def _read(lora: LoRAFile, progress: Progress) -> _Read:
-    read, zero, silent = _Read(), [], []
+    read = _Read()
+    zero: list[str] = []
+    silent: list[str] = []
     layers = {c: _layers(modules) for c, modules in lora.places.items()}
     names = [(c, n) for c, modules in lora.places.items() for n in modules]
     for component, name in progress(names, len(names), "reading"):

@@ -193,12 +193,12 @@ def _diffusers_kohya(given: Given) -> Iterator[Loss]:
     decomposed = [p for p, kinds in given.places.items() if "magnitude" in kinds]
     yield "drops {n} dora_scale, and loads plain LoRA", decomposed
     unet = [place for place in given.places if place[0] == "unet"]
-    original = [p for p in unet if not reader_names.is_kohya_of_diffusers(given.stems(p), p[1])]
-    if original and len(original) < len(unet):
+    original = [p for p in unet if reader_names.is_original(given.stems(p))]
+    if original and any(reader_names.is_of_diffusers(given.stems(p)) for p in unet):
         yield "deletes {n} UNet modules without a word: two kinds of names are mixed", original
     elif original and not family.original_names:
         yield f"loses most of {{n}} UNet modules: original names in {family.label}", original
-    added = [p for p in unet if p[1].startswith("add_embedding") and p not in original]
+    added = [p for p in unet if any("_add_embedding_" in stem for stem in given.stems(p))]
     yield "loses {n} modules (add_embedding)", added
     compiled = [p for p in given.places if any("_orig_mod" in s for s in given.stems(p))]
     yield "loses {n} modules with `_orig_mod` in their names", compiled
@@ -285,6 +285,8 @@ def _by_comfyui(
             and diffusers.FLAT not in kinds
         ],
     )
+    cores = [p for p, kinds in places.items() if "lokr_t2" in kinds]
+    yield "fails on {n} of {all} modules: LoKr with a Tucker core", cores
     yield (
         "has no weight-decomposed form of these keys: {n} modules lose their magnitudes",
         [p for p, kinds in places.items() if diffusers.FLAT in kinds],

@@ -32,10 +32,14 @@ def stem_of(key: str) -> str:
     return diffusers.stem_of(key)
 
 
-def is_kohya_of_diffusers(stems: Set[str], name: str) -> bool:
-    """Whether kohya's names of a UNet's module are made of diffusers' and not of the original."""
-    flat = name.removesuffix(".bias").replace(".", "_")
-    return all(stem.replace("_orig_mod_", "").endswith(f"lora_unet_{flat}") for stem in stems)
+def is_original(stems: Set[str]) -> bool:
+    """Whether kohya's names are of the original code's blocks."""
+    return any(re.match(r"lora_unet_(input_blocks|middle_block|output_blocks)", s) for s in stems)
+
+
+def is_of_diffusers(stems: Set[str]) -> bool:
+    """Whether kohya's names are of diffusers' blocks."""
+    return any(re.match(r"lora_unet_(down_blocks|mid_block|up_blocks)", stem) for stem in stems)
 
 
 def is_open_clip(base: MetaPipeline, component: str) -> bool:

@@ -29,6 +29,7 @@ from sd_lora.models.original_names import Layout
 from tests.formats import test_traps as traps
 from tests.formats.trained import saved
 from tests.formats.trained import trained as adapter_of
+from tests.single import models_of_pipeline
 
 KEYS = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 Q_PROJ = "text_model_encoder_layers_{}_self_attn_q_proj"
@@ -192,9 +193,10 @@ def test_a_family_that_was_given(tmp_path: Path) -> None:
 
 
 def verdict(path: Path, family: str) -> str:
-    """What is said of diffusers, on the tiny UNet's layout."""
-    layout = Layout.of(traps.build_pipeline(family).unet.config)
-    return readers(open_lora(path, layout), FAMILIES[family])["diffusers"]
+    """What is said of diffusers, on the tiny pipeline."""
+    models = models_of_pipeline(traps.build_pipeline(family))
+    base = MetaPipeline.of_models(models, FAMILIES[family])
+    return readers(open_lora(path, base.layout), base)["diffusers"]
 
 
 def count_of(verdict: str) -> int:
