@@ -361,8 +361,9 @@ def measure(case: Case, world: World) -> dict[str, tuple[int, int, bool]]:
             said = {*wanted} - untaken(program, lora, base)
             if said != exact:
                 more, fewer = sorted(said - exact), sorted(exact - said)
-                print(f"{case.family} {case.name}, {program}: inspect says {len(said)} exact, it is "
-                      f"{len(exact)} of {len(wanted)}; wrongly {more[:2]} {fewer[:2]}")  # fmt: skip
+                title = f"{case.family} {case.name}, {program}"
+                print(f"{title}: inspect says {len(said)} exact, it is {len(exact)}; wrongly "
+                      f"{more[:2]} {fewer[:2]}")  # fmt: skip
             found[program] = len(exact), len(wanted), said == exact
     return found
 

@@ -100,7 +100,7 @@ def import_comfyui(folder: Path) -> None:
     comfy.options.enable_args_parsing()
     import comfy.lora
     import comfy.lora_convert
-    import comfy.utils  # noqa: F401
+    import comfy.utils
 
     sys.argv = given
     logging.disable(logging.CRITICAL)

@@ -224,7 +224,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     cut = _cut(args)
     result = tools.convert(
-        args.file, _output(args), args.family, cut, _base(args, cut), args.drop_vectors, _bar
+        args.file, _output(args), args.family, cut, _base(args, True), args.drop_vectors, _bar
     )
     _say(result, args)
 

@@ -71,6 +71,7 @@ class TensorFile(Mapping[str, "Tensor"]):
     torch's format before 1.6, which are read whole.
 
     path: of the file.
+    lists: whether a pickled list of tensors is taken, with its positions as keys.
     header: a safetensors file's metadata; for a pickle, the numbers beside its tensors.
     left_out: classes of a pickle's other objects, which were not read.
 
@@ -80,7 +81,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         RunError: a pickle asks for more memory than there is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lists: bool = False) -> None:
         self.path = path
         self.header: dict[str, str] = {}
         self.left_out: list[str] = []
@@ -89,7 +90,7 @@ class TensorFile(Mapping[str, "Tensor"]):
             raise UsageError(f"{path} is not a file{near_path(path)}")
         _refuse_pointer(path)
         if path.suffix in PICKLES:
-            self._pickled, self.header, self.left_out = _unpickle(path)
+            self._pickled, self.header, self.left_out = _unpickle(path, lists)
             return
         try:
             self._file = safe_open(path, "pt")
@@ -138,7 +139,7 @@ class TensorFile(Mapping[str, "Tensor"]):
         return {key: self.shape(key) for key in self}
 
 
-def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+def _unpickle(path: Path, lists: bool) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
     """Return a pickle's tensors by key, mapped into memory where the file allows it; the numbers
     beside them; and the foreign classes that were left out.
     """
@@ -169,7 +170,7 @@ def _unpickle(path: Path) -> tuple[dict[str, Tensor], dict[str, str], list[str]]
         raise UsageError(
             f"{path} cannot be read: not a {kind} of tensors ({reason_of(error)})"
         ) from None
-    tensors, numbers = tensors_by_key(path, found)
+    tensors, numbers = tensors_by_key(path, found, lists)
     size = path.stat().st_size
     for key, t in tensors.items():
         plain = t.layout is torch.strided and not (t.is_quantized or t.is_nested or t.is_meta)

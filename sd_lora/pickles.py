@@ -100,12 +100,18 @@ def can_be_mapped(path: Path) -> bool:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
-def tensors_by_key(path: Path, found: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+def tensors_by_key(
+    path: Path, found: Any, lists: bool = False
+) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors of an unpickled dictionary, or of the `state_dict` in it; and the numbers
     beside them, as text: a training's epoch or step. A module's number (`….alpha`) is a tensor.
+
+    lists: take a list too, with its positions as keys.
     """
     import torch
 
+    if lists and isinstance(found, list):
+        found = {str(position): tensor for position, tensor in enumerate(found)}
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         beside = [key for key, value in found.items() if isinstance(value, torch.Tensor)]
         if beside:

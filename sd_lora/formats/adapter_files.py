@@ -275,6 +275,8 @@ def _deltas_by_live_names(path: Path, model: nn.Module) -> dict[str, Delta] | No
     if peft.is_folder(path):
         tensors = dict(TensorFile(peft.weights_of(path)))
         return peft.read(tensors, peft.read_config(path), model)
+    if path.is_dir():  # a peft folder for each component
+        return None
     file, children = TensorFile(path), {name for name, _ in model.named_children()}
     # LoRA files have a component's or kohya's name in front, or `.weight` at the end
     named = any(key.partition(".")[0] in children for key in file)

@@ -115,7 +115,7 @@ def inspect(
     problems += _of_header(lora, family)
     fit = fit_of(lora, whole, meta_pipeline, family)
     problems += fit.problems
-    notes = [*_notes(lora), *fit.notes]
+    notes = [*lora.notes(), *fit.notes]
     return Inspection(
         path=lora.path,
         size=lora.path.stat().st_size,
@@ -186,14 +186,6 @@ def _read(lora: LoRAFile, progress: Progress) -> _Read:
             "sd-scripts takes alpha 0 for alpha = rank"
         )
     return read
-
-
-def _notes(lora: LoRAFile) -> Iterator[str]:
-    if lora.embeddings:
-        words = sorted({key.split(".")[1] for key in lora.embeddings})
-        yield f"embeddings of {', '.join(words)} are bundled: the tools take the LoRA alone"
-    if lora.file.left_out:
-        yield f"objects of other classes were left out: {', '.join(lora.file.left_out[:4])}"
 
 
 def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:

@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
-from sd_lora.formats import diffusers, file_names, lycoris, peft
+from sd_lora.formats import diffusers, file_names, lycoris, of_base, peft, positions
 from sd_lora.formats.canonical import Adapter, Lazy, method_tensors
 from sd_lora.formats.metadata import method_in
 from sd_lora.models.original_names import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]
 """Component → canonical delta name → kind of tensor → the file's key."""
+
+Weights = Callable[[str, str], Tensor]
+"""(Component, delta name) → the base's W."""
 
 _OTHER_MODEL = "a LoRA of {}, and not of a Stable Diffusion UNet"
 
@@ -66,7 +70,8 @@ _OF_OTHER_MODEL = re.compile("|".join(pattern for pattern, _ in _OTHER_MODELS))
 class LoRAFile:
     """An opened LoRA file; its deltas are made at each access.
 
-    format: "diffusers", "kohya", "LyCORIS", "peft". dtype: of most of its factors.
+    format: "diffusers", "kohya", "LyCORIS", "peft", or that of `positions`.
+    dtype: of most of its factors.
     places: the keys of each delta. embeddings: keys of bundled textual inversions, which are no
     part of the adapter.
     """
@@ -76,7 +81,7 @@ class LoRAFile:
     adapter: Adapter
     header: dict[str, str]
     dtype: torch.dtype
-    file: TensorFile
+    file: TensorFile | peft.Joined
     places: Places
     embeddings: list[str]
 
@@ -84,6 +89,14 @@ class LoRAFile:
         """Make every delta once; raises UsageError at the first that the file has not whole."""
         for problem in self.problems():
             raise UsageError(f"{self.path}: {problem}")
+
+    def notes(self) -> Iterator[str]:
+        """Yield remarks on parts of the file that are no part of the adapter."""
+        if self.embeddings:
+            words = ", ".join(sorted({key.split(".")[1] for key in self.embeddings}))
+            yield f"embeddings of {words} are bundled with the LoRA, and are left out"
+        if self.file.left_out:
+            yield f"objects of other classes were left out: {', '.join(self.file.left_out[:4])}"
 
     def problems(self) -> Iterator[str]:
         """Yield the problems of each delta: partners, shapes, values."""
@@ -99,6 +112,7 @@ def open_lora(
     path: Path,
     layout: Layout | None = None,
     live: Callable[[set[str]], Mapping[str, tuple[str, str]]] | None = None,
+    base: Weights | None = None,
 ) -> LoRAFile:
     """Open a LoRA file or folder of any of the formats, and sort its keys.
 
@@ -106,43 +120,41 @@ def open_lora(
         path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
         layout: of the UNet, for original names; by default the published families'.
         live: kohya names of the file → (component, canonical name) of models at hand, by them.
+        base: W by component and delta name, for methods whose ΔW is a function of it.
 
     Raises:
         UsageError: not a LoRA, mixed formats, or a key of no format, with its name. The tensors are
             checked when they are read: see `LoRAFile.check`.
     """
     path = find_file(path)
-    folder = path if os.path.isdir(path) else None
-    if folder is not None:
-        path = peft.weights_of(folder)
-    file = TensorFile(path)
+    folders = peft.folders_of(path)
+    file: TensorFile | peft.Joined
+    if folders:
+        file = peft.Joined(folders)
+    else:
+        file = TensorFile(path, lists=True)
     layout = layout or Layout()
-    config = peft.read_config(folder) if folder else None
+    configs = {component: peft.read_config(folder) for component, folder in folders.items()}
+    if folders:
+        path = file.path
     if not len(file):
         raise UsageError(f"{path} is no LoRA: it has no tensors")
     embeddings = [key for key in file if key.startswith(_BUNDLED)]
     keys = [key for key in file if not key.startswith(_BUNDLED)]
     if live is None:
         _refuse_other_models(path, keys)
-    known_here = live({key.partition(".")[0] for key in keys}) if live else {}
-    parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
-        "kohya": lambda key: lycoris.parse(key, layout, known_here),
-        "diffusers": lambda key: diffusers.parse(key, layout),
-    }
-    parsed = {title: {key: parse(key) for key in keys} for title, parse in parsers.items()}
-    known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
-    title = max(known, key=lambda t: known[t])
-    if known[title] < len(keys) or not keys:
-        raise UsageError(f"{path} {_refusal(parsed, known, file.header)}")
-    places = _places(path, parsed[title])
-    header = {} if folder else file.header
-    scaled = dict.fromkeys(places, config) if config else {}
-    if title == "diffusers" and not config:
-        scaled = _configs(path, header)
-    seen: set[tuple[str, str]] = set()
+    found = positions.places(str(path), {key: file.shape(key) for key in keys})
+    title, header = positions.TITLE, {} if folders else file.header
+    scaled: Mapping[str, Mapping[str, Any] | None] = {}
+    if found is None:
+        title, found = _by_names(path, file, keys, layout, live, base is not None)
+        scaled = configs if "" not in configs else dict.fromkeys(found, configs[""])
+        if title == "diffusers" and not configs:
+            scaled = _configs(path, header)
+    places, seen = found, set[tuple[str, str]]()
     adapter = {
         component: Lazy(
-            modules, partial(_make, file, component, modules, scaled.get(component), seen)
+            modules, partial(_make, file, component, modules, scaled.get(component), base, seen)
         )
         for component, modules in places.items()
     }
@@ -152,8 +164,34 @@ def open_lora(
     dtypes = Counter(file.spec(key)[0] for kind, key in kinds_and_keys(places) if kind != "alpha")
     dtype = max(dtypes, key=lambda d: dtypes[d]) if dtypes else torch.float32
     return LoRAFile(
-        path, "peft" if config else title, adapter, header, dtype, file, places, embeddings
+        path, "peft" if configs else title, adapter, header, dtype, file, places, embeddings
     )
+
+
+def _by_names(
+    path: Path,
+    file: TensorFile | peft.Joined,
+    keys: list[str],
+    layout: Layout,
+    live: Callable[[set[str]], Mapping[str, tuple[str, str]]] | None,
+    with_base: bool,
+) -> tuple[str, Places]:
+    """The format of a file by its keys, and their places.
+
+    Raises:
+        UsageError: see `open_lora`.
+    """
+    known_here = live({key.partition(".")[0] for key in keys}) if live else {}
+    parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
+        "kohya": lambda key: lycoris.parse(key, layout, known_here, with_base),
+        "diffusers": lambda key: diffusers.parse(key, layout),
+    }
+    parsed = {title: {key: parse(key) for key in keys} for title, parse in parsers.items()}
+    known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
+    title = max(known, key=lambda t: known[t])
+    if known[title] < len(keys) or not keys:
+        raise UsageError(f"{path} {_refusal(parsed, known, file.header)}")
+    return title, _places(path, parsed[title])
 
 
 _BUNDLED = "bundle_emb."
@@ -175,8 +213,7 @@ def find_file(path: Path) -> Path:
     """
     if not os.path.isdir(path):  # False, too, for a name that the system refuses
         return path
-    if peft.is_folder(path):
-        peft.weights_of(path)
+    if peft.folders_of(path):
         return path
     if (path / file_names.DIFFUSERS).is_file():
         return path / file_names.DIFFUSERS
@@ -217,10 +254,11 @@ def _places(path: Path, parsed: Mapping[str, tuple[str, str, str] | None]) -> Pl
 
 
 def _make(
-    file: TensorFile,
+    file: Mapping[str, Tensor],
     component: str,
     modules: Mapping[str, Mapping[str, str]],
     config: Mapping[str, object] | None,
+    base: Weights | None,
     seen: set[tuple[str, str]],
     name: str,
 ) -> Delta:
@@ -231,6 +269,12 @@ def _make(
         flat = kind == diffusers.FLAT
         parts["magnitude" if flat else kind] = tensor.flatten() if flat else tensor
     title, place = f"{component} {name}" if component else name, (component, name)
+    method = of_base.method_of(parts)
+    if method is not None and base is not None:
+        with torch.no_grad():
+            parts = {"diff": method.change(base(component, name).float(), parts)}
+    elif lycoris.SPARSE <= {*parts}:
+        parts = lycoris.with_sparse(title, parts)
     delta = make_delta(title, parts, place in seen)
     seen.add(place)
     if config is not None and "alpha" not in parts and delta.method != "full":
@@ -262,7 +306,7 @@ def _refusal(
         )
     for end, method in lycoris.OTHER_METHODS.items():
         if any(key.endswith(f".{end}") for key in unknown):
-            return f"is of the method {method}, which cannot be read yet (key {first!r})"
+            return f"is of the method {method}, {lycoris.WAY_OUT} (key {first!r})"
     algorithm = method_in(header)
     if algorithm and algorithm not in METHODS:
         return (

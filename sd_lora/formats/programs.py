@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from sd_lora.formats import diffusers, reader_names
+from sd_lora.formats import diffusers, positions, reader_names
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
@@ -80,6 +80,8 @@ class Given:
 def readers(lora: LoRAFile, base: MetaPipeline) -> dict[str, str]:
     """Program → "exact", or its losses with their numbers, or its reason to refuse the file."""
     given = Given(lora, base)
+    if lora.format == positions.TITLE:
+        return dict.fromkeys(PROGRAMS, "reads no tensors by position: convert it")
     return {program: "; ".join(_said(given, rules)) or EXACT for program, rules in PROGRAMS.items()}
 
 
@@ -116,6 +118,8 @@ def _diffusers(given: Given) -> Iterator[Loss]:
         raise Refused(f"refuses the file ({', '.join(found)})")
     if lora.embeddings:
         raise Refused("refuses the file (bundled embeddings)")
+    if kinds["bias_values"]:
+        raise Refused("refuses the file (sparse remainders)")
     if lora.format in ("diffusers", "peft"):
         yield from _diffusers_dotted(given)
     else:
@@ -285,6 +289,8 @@ def _by_comfyui(
             and diffusers.FLAT not in kinds
         ],
     )
+    sparse = [p for p, kinds in places.items() if "bias_values" in kinds]
+    yield "passes over {n} sparse remainders", sparse
     cores = [p for p, kinds in places.items() if "lokr_t2" in kinds]
     yield "fails on {n} of {all} modules: LoKr with a Tucker core", cores
     yield (
@@ -337,6 +343,8 @@ def _a1111(given: Given) -> Iterator[Loss]:
         raise Refused(f"refuses the file: it does not know the method {min(methods)}")
     yield "passes over {n} of {all} modules, whose names it lacks", lost
     yield from _a1111_attention(given, known)
+    sparse = [p for p, kinds in known.items() if "bias_values" in kinds]
+    yield "passes over {n} sparse remainders", sparse
     wide = [p for p in known if _is_nine_wide(given, p)]
     yield "fails on conv_in of an inpainting model: {n} module", wide
     output = [p for p, kinds in known.items() if "magnitude" in kinds and given.is_on_output(p)]

@@ -52,14 +52,19 @@ class Result:
         return Loss.sum(self.losses.values()).error
 
 
-def opened(path: Path, output: Output, family: str | None) -> tuple[LoRAFile, Family]:
+def opened(
+    path: Path, output: Output, family: str | None, base: "Checkpoint | None" = None
+) -> tuple[LoRAFile, Family]:
     """Open a LoRA file, make every delta once, and find its family and its place there.
+
+    base: for methods whose ΔW is a function of it.
 
     Raises:
         UsageError: any fault of the file, an unknown family, or a module or shape that the model
             has not.
     """
-    lora = open_lora(path, output.meta_pipeline.layout if output.meta_pipeline else None)
+    layout = output.meta_pipeline.layout if output.meta_pipeline else None
+    lora = open_lora(path, layout, base=base.weight if base else None)
     lora.check()
     row = output.meta_pipeline.family if output.meta_pipeline else family_of(lora, family)
     check_place(lora.adapter, output, row, str(path))
@@ -90,9 +95,9 @@ def convert(
         UsageError: an unreadable file, or one without a form in this format, with a remedy.
         RunError: a failed write, or a file that does not load exactly; none is left.
     """
-    lora, row = opened(source, output, family)
+    lora, row = opened(source, output, family, base)
     adapter: Adapter = lora.adapter
-    notes: list[str] = []
+    notes = list(lora.notes())
     if cut is not None and output.to == "lycoris":
         raise UsageError(
             "--to lycoris keeps every delta as it is: `sd-lora resize` cuts ranks, and --to kohya "
