@@ -63,7 +63,9 @@ def with_sparse(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         size = [int(n) for n in parts["bias_size"].flatten()]
         places, values = parts["bias_indices"].long(), parts["bias_values"].float()
         fits = size == [len(matrix), matrix[0].numel()] and places.shape == (2, len(values))
-        if not fits or any((p < 0).any() or (p >= n).any() for p, n in zip(places, size)):
+        if not fits or any(
+            (p < 0).any() or (p >= n).any() for p, n in zip(places, size, strict=True)
+        ):
             raise UsageError(f"{title}: its sparse remainder does not fit ΔW")
         rest = torch.zeros(size)
         rest[places[0], places[1]] = values
