@@ -6,7 +6,7 @@ from sd_lora.formats.canonical import Adapter, count
 from sd_lora.formats.lora_file import LoRAFile
 from sd_lora.formats.programs import readers
 from sd_lora.formats.verify import is_other_base, misfits, other_base, published_for
-from sd_lora.models.families import FAMILIES, Family
+from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 
 
@@ -19,30 +19,27 @@ class Fit:
     problems: list[str] = field(default_factory=list)
 
 
-def fit_of(
-    lora: LoRAFile, whole: LoRAFile, given: MetaPipeline | None, family: Family | None
-) -> Fit:
-    """The verdicts for the given base; else for the family's published one; without a family, for
-    each published one that has a place for everything, where they agree.
+def fit_of(lora: LoRAFile, base: MetaPipeline, wrong: list[str], is_given: bool) -> Fit:
+    """The verdicts for a base.
 
-    whole: the file with the deltas that can be made.
+    wrong: the misfits of the file. is_given: whether the base is the user's own, and not the
+    published one of the file's family.
     """
-    if not whole.adapter:
-        return Fit()
-    if given is None and family is None:
-        return _on_any(lora, whole.adapter)
-    base = given or published_for(whole.adapter, family or FAMILIES["sd1"])
-    wrong = list(misfits(whole.adapter, base))
-    if given is None and is_other_base(wrong, whole.adapter):
+    if not is_given and is_other_base(wrong, lora.adapter):
         return Fit(notes=[other_base(base, wrong)])
     found = Fit(readers(lora, base))
     if wrong:
-        of = f"{len(wrong)} of {count(whole.adapter)} deltas"
+        of = f"{len(wrong)} of {count(lora.adapter)} deltas"
         found.problems.append(f"{of} do not fit {base.source}: {wrong[0]}")
     return found
 
 
-def _on_any(lora: LoRAFile, adapter: Adapter) -> Fit:
+def fit_of_any(lora: LoRAFile, adapter: Adapter) -> Fit:
+    """The verdicts for a file of no known family: those of the published bases that have a place
+    for everything, where these agree.
+
+    adapter: the deltas that can be made.
+    """
     bases = [published_for(adapter, family) for family in FAMILIES.values()]
     fitting = [base for base in bases if next(misfits(adapter, base), None) is None]
     verdicts = [readers(lora, base) for base in fitting]

@@ -1,6 +1,5 @@
 """The contents of a LoRA file: a table for people, a record for scripts, and its problems."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -18,12 +17,13 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY, mib
 from sd_lora.formats import diffusers
-from sd_lora.formats.base_fit import fit_of
+from sd_lora.formats.base_fit import Fit, fit_of, fit_of_any
 from sd_lora.formats.canonical import Adapter, Lazy, count, file_rank
 from sd_lora.formats.family_of_file import family_by_header, known_family
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import Progress, silently
+from sd_lora.formats.verify import misfit, places_in, published_for
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -105,15 +105,20 @@ def inspect(
         UsageError: not a LoRA file, or keys of no format.
     """
     lora = open_lora(path, meta_pipeline.layout if meta_pipeline else None)
-    read = _read(lora, progress)
-    problems, family, how = read.problems, None, "nothing in the file says it"
-    whole = dataclasses.replace(lora, adapter=read.whole(lora))
+    family, how, base = None, "nothing in the file says it", meta_pipeline
     if meta_pipeline is not None:
         family, how = meta_pipeline.family, f"as {meta_pipeline.source} is"
-    elif known := known_family(whole):
+    elif known := known_family(lora):
         family, how = known
-    problems += _of_header(lora, family)
-    fit = fit_of(lora, whole, meta_pipeline, family)
+        base = published_for(lora.adapter, family)
+    read = _read(lora, base, progress)
+    problems = [*read.problems, *_of_header(lora, family)]
+    if not read.places:
+        fit = Fit()
+    elif base is None:
+        fit = fit_of_any(lora, read.whole(lora))
+    else:
+        fit = fit_of(lora, base, read.misfits, is_given=meta_pipeline is not None)
     problems += fit.problems
     notes = [*lora.notes(), *fit.notes]
     return Inspection(
@@ -143,6 +148,7 @@ class _Read:
     components: dict[str, Block] = field(default_factory=dict)
     blocks: dict[tuple[str, str], Block] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
     broken: int = 0
 
     def whole(self, lora: LoRAFile) -> Adapter:
@@ -154,8 +160,8 @@ class _Read:
 
 
 @torch.no_grad()
-def _read(lora: LoRAFile, progress: Progress) -> _Read:
-    read = _Read()
+def _read(lora: LoRAFile, base: MetaPipeline | None, progress: Progress) -> _Read:
+    read, places = _Read(), places_in(base) if base else {}
     zero: list[str] = []
     silent: list[str] = []
     layers = {c: _layers(modules) for c, modules in lora.places.items()}
@@ -168,6 +174,8 @@ def _read(lora: LoRAFile, progress: Progress) -> _Read:
             continue
         norm = float(delta.norm())
         read.places.append((component, name))
+        if base and (fault := misfit(component, name, delta, places, base)):
+            read.misfits.append(fault)
         part = _block(component, name, layers[component])
         read.components.setdefault(component, Block(component, "")).add(delta, norm)
         read.blocks.setdefault((component, part), Block(component, part)).add(delta, norm)

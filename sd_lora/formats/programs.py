@@ -15,7 +15,7 @@ from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
 from sd_lora.formats.reader_names import Place
-from sd_lora.formats.verify import shapes_of
+from sd_lora.formats.verify import Places, places_in
 from sd_lora.models.meta_pipeline import MetaPipeline
 
 EXACT = "exact"
@@ -36,14 +36,18 @@ class Given:
     base: MetaPipeline
 
     @cached_property
+    def shapes(self) -> Places:
+        """Component → delta name → shape of the base's parameter."""
+        return places_in(self.base)
+
+    @cached_property
     def places(self) -> dict[Place, Mapping[str, str]]:
         """(component, delta name) → kind of tensor → key, of the deltas that the base has."""
-        shapes = {c: shapes_of(c, self.base) for c in self.base.configs}
         return {
             (component, name): kinds
             for component, modules in self.lora.places.items()
             for name, kinds in modules.items()
-            if name in shapes.get(component, {})
+            if name in self.shapes.get(component, {})
         }
 
     @property
@@ -370,7 +374,7 @@ def _is_alone_in_a1111(given: Given, place: Place, known: Mapping[Place, object]
 
 
 def _is_nine_wide(given: Given, place: Place) -> bool:
-    shape = shapes_of(place[0], given.base).get(place[1], ())
+    shape = given.shapes[place[0]].get(place[1], ())
     return len(shape) == 4 and shape[1] == 9
 
 

@@ -180,18 +180,38 @@ def compare(
 
 def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
     """Yield the parts of an adapter without a place in a model: components, modules, shapes."""
+    places = places_in(meta_pipeline)
     for component, modules in adapter.items():
-        if component not in meta_pipeline.configs:
+        if component not in places:
             yield f"{meta_pipeline.family.label} has no {component}"
             continue
-        shapes = shapes_of(component, meta_pipeline)
-        for name in modules:
-            try:
-                _fit(component, name, modules, shapes)
-            except KeyError:
-                yield f"{component} {name} is no module of {meta_pipeline.source}"
-            except (ValueError, RuntimeError) as error:
-                yield f"{component} {name}: {error}"
+        for name, delta in modules.items():
+            if fault := misfit(component, name, delta, places, meta_pipeline):
+                yield fault
+
+
+Places = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Component → delta name → shape of a model's parameter."""
+
+
+def places_in(meta_pipeline: MetaPipeline) -> Places:
+    """The parameters of a model by delta names."""
+    return {component: shapes_of(component, meta_pipeline) for component in meta_pipeline.configs}
+
+
+def misfit(
+    component: str, name: str, delta: Delta, places: Places, meta_pipeline: MetaPipeline
+) -> str | None:
+    """How a delta, which gets the model's shape, has no place in a model; None if it has one."""
+    if component not in places:
+        return f"{meta_pipeline.family.label} has no {component}"
+    if name not in places[component]:
+        return f"{component} {name} is no module of {meta_pipeline.source}"
+    try:
+        delta.fit(places[component][name])
+    except (ValueError, RuntimeError) as error:
+        return f"{component} {name}: {error}"
+    return None
 
 
 def published_for(adapter: Adapter, family: Family) -> MetaPipeline:
