@@ -20,6 +20,9 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 
 EXACT = "exact"
 
+FOR_COMFYUI = {"sd_lora_dora": "ComfyUI"}
+"""Header of a file whose magnitudes are for the norm of ComfyUI and Forge."""
+
 Loss = tuple[str, list[Place]]
 """What happens, with a place for {n} of {all} deltas, and the deltas."""
 
@@ -301,10 +304,9 @@ def _by_comfyui(
         "has no weight-decomposed form of these keys: {n} modules lose their magnitudes",
         [p for p, kinds in places.items() if diffusers.FLAT in kinds],
     )
-    yield (
-        "normalises {n} weight-decomposed deltas otherwise",
-        [p for p, kinds in places.items() if "magnitude" in kinds and given.is_on_output(p)],
-    )
+    on_output = [p for p, kinds in places.items() if "magnitude" in kinds and given.is_on_output(p)]
+    if not FOR_COMFYUI.items() <= given.lora.header.items():
+        yield "normalises {n} weight-decomposed deltas otherwise", on_output
     rescaled = [p for p in places if _scaled_by_header(given, p)]
     yield "takes {n} modules at another strength: it does not read the header's alphas", rescaled
     halves = [p for p in places if _is_half_a_norm(given, p)]

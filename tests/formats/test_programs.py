@@ -1,0 +1,84 @@
+"""Verdicts on other programs: what their own code did, measured by `dev/compare_readers.py`."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sd_lora.adapters.deltas import METHODS, Delta
+from sd_lora.formats import adapter_files as files
+from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.names import naming_of
+from sd_lora.formats.programs import PROGRAMS, untaken
+from sd_lora.formats.verify import shapes_of
+from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
+
+ATTENTION = r".*attn[12]\.to_(q|k|v|out\.0)"
+CONV = r".*(resnets\.\d\.(conv1|conv2|conv_shortcut|time_emb_proj)|samplers\.0\.conv)"
+BOTH = f"{ATTENTION}|{CONV}"
+TEXT = r".*(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+
+CASES: dict[str, tuple[str, str, str, dict[str, object]]] = {
+    "attention+conv": (BOTH, "lora", "", {}),
+    "biases": (f"({BOTH})(\\.bias)?", "lora", "", {}),
+    "cores lokr": (CONV, "lokr", "", {"tucker": True}),
+    "peft keys": (BOTH, "lora", "unet.", {}),
+    "lycoris_": (BOTH, "lora", "lycoris_", {}),
+    "compiled": (BOTH, "lora", "lora_unet__orig_mod_", {}),
+    "text": (TEXT, "lora", "", {}),
+    "text q, v": (r".*self_attn\.(q|v)_proj", "lora", "", {}),
+    "text peft keys": (TEXT, "lora", "unet.", {}),
+    "text lora_te_": (TEXT, "lora", "lora_te_", {}),
+}
+"""Form → modules, method, beginning of its keys where they are others, options."""
+
+FACTS = {
+    ("sd1", "attention+conv"): (214, 214, 214),
+    ("sd1", "biases"): (332, 214, 332),
+    ("sd1", "cores lokr"): (36, 86, 36),
+    ("sd1", "peft keys"): (86, 0, 0),
+    ("sd1", "lycoris_"): (214, 0, 214),
+    ("sd1", "compiled"): (0, 0, 0),
+    ("sd1", "text q, v"): (24, 24, 24),
+    ("sd1", "text peft keys"): (72, 0, 72),
+    ("sd1", "text lora_te_"): (72, 72, 72),
+}
+"""(Family, form) → modules that ComfyUI a125cd84, A1111 82a973c0 and Forge dfdcbab6 apply exactly."""
+
+
+def written(family: str, case: str, folder: Path) -> Path:
+    """A file of rank 1 in a form, of the published base's modules."""
+    pattern, method, start, options = CASES[case]
+    base = MetaPipeline.of_family(FAMILIES[family])
+    adapter: dict[str, dict[str, Delta]] = {}
+    for component in base.configs:
+        if (component == "unet") == case.startswith("text"):
+            continue
+        for name, shape in shapes_of(component, base).items():
+            if not re.fullmatch(pattern, name):
+                continue
+            cls = METHODS["full" if len(shape) == 1 else method]
+            kernel = {k: v for k, v in options.items() if max(shape[2:], default=1) > 1}
+            tensors = cls.create(shape, 1, torch.Generator(), **kernel)
+            ones = {key: torch.ones_like(tensor) for key, tensor in tensors.items()}
+            adapter.setdefault(component, {})[name] = cls(shape, ones)
+    kind = files.DIFFUSERS if start == "unet." else files.LYCORIS
+    tensors: dict[str, Tensor] = dict(kind.write(adapter, naming_of(family)))
+    if start not in ("", "unet."):
+        tensors = {re.sub(r"^lora_(unet|te\d?)_", start, k): t for k, t in tensors.items()}
+    path = folder / "file.safetensors"
+    save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, path)
+    return path
+
+
+@pytest.mark.parametrize(("family", "case"), FACTS)
+def test_verdicts_are_the_facts(family: str, case: str, tmp_path: Path) -> None:
+    """As many modules are said to be exact as the program's own code applied exactly."""
+    lora, base = open_lora(written(family, case, tmp_path)), MetaPipeline.of_family(FAMILIES[family])
+    total = sum(len(modules) for modules in lora.places.values())
+    said = [total - len(untaken(p, lora, base)) for p in PROGRAMS if p != "diffusers"]
+    assert tuple(said) == FACTS[family, case]
