@@ -271,8 +271,7 @@ def _make(
     title, place = f"{component} {name}" if component else name, (component, name)
     method = of_base.method_of(parts)
     if method is not None and base is not None:
-        with torch.no_grad():
-            parts = {"diff": method.change(base(component, name).float(), parts)}
+        parts = {"diff": of_base.change(title, method, base(component, name), parts)}
     elif lycoris.SPARSE <= {*parts}:
         parts = lycoris.with_sparse(title, parts)
     delta = make_delta(title, parts, place in seen)

@@ -60,15 +60,15 @@ def with_sparse(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     delta = make_delta(title, factors)
     with torch.no_grad():
         matrix = delta.weight()
-        size = [int(n) for n in parts["bias_size"].flatten()]
+        size, rows, columns = parts["bias_size"].tolist(), len(matrix), matrix[0].numel()
         places, values = parts["bias_indices"].long(), parts["bias_values"].float()
-        fits = size == [len(matrix), matrix[0].numel()] and places.shape == (2, len(values))
-        if not fits or any(
-            (p < 0).any() or (p >= n).any() for p, n in zip(places, size, strict=True)
-        ):
+        if size != [rows, columns] or places.shape != (2, values.numel()):
             raise UsageError(f"{title}: its sparse remainder does not fit ΔW")
-        rest = torch.zeros(size)
-        rest[places[0], places[1]] = values
+        outside = (places < 0) | (places >= torch.tensor([[rows], [columns]]))
+        if outside.any():
+            raise UsageError(f"{title}: its sparse remainder lies outside ΔW")
+        rest = torch.zeros(rows, columns)
+        rest[places[0], places[1]] = values.flatten()
         return {"diff": matrix + delta.scale * rest.reshape(matrix.shape)}
 
 

@@ -102,7 +102,9 @@ def merge(
         for n in ns
         if not any(factors[i].get((c, n)) for i in range(len(loras)))
     }
-    notes = [f"{len(silent)} modules have weight 0 and were left out"] if silent else []
+    notes = [note for lora in loras for note in lora.notes()]
+    if silent:
+        notes.append(f"{len(silent)} modules have weight 0 and were left out")
     sums: Adapter = {
         c: Lazy(kept, partial(_sum, loras, factors, c, cut is not None, base))
         for c, ns in names.items()

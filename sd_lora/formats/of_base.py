@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sd_lora.errors import UsageError
+
 Parts = Mapping[str, Tensor]
 
 
@@ -84,6 +86,22 @@ METHODS = (
 )
 
 KINDS = frozenset(kind for method in METHODS for kind in (*method.needs, *method.may))
+
+
+@torch.no_grad()
+def change(title: str, method: Method, W: Tensor, parts: Parts) -> Tensor:
+    """ΔW of a method on W. title: of the delta, for messages.
+
+    Raises:
+        UsageError: tensors that do not fit W.
+    """
+    try:
+        return method.change(W.float(), parts).reshape(W.shape)
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError):
+        shapes = ", ".join(f"{kind} {tuple(tensor.shape)}" for kind, tensor in parts.items())
+        raise UsageError(
+            f"{title}: {shapes} of {method.title} do not fit the base's weight {tuple(W.shape)}"
+        ) from None
 
 
 def method_of(kinds: Mapping[str, object]) -> Method | None:

@@ -211,7 +211,9 @@ def resize(
         UsageError, RunError: see `convert`.
     """
     lora, row = opened(source, output, family)
-    return cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
+    result = cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
+    result.notes += lora.notes()
+    return result
 
 
 def cut_to(

@@ -154,14 +154,20 @@ class Base:
         return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
 
     def notes(self) -> list[str]:
-        """Return notes for the user: a replacement VAE with another scaling of its latents."""
+        """Return notes for the user: a replacement VAE with another scaling of its latents, and
+        objects of a pickle that were not read.
+        """
         own, used = (c.get("scaling_factor") for c in (self.own_vae_config, self.vae_config))
-        if own == used:
-            return []
-        return [
-            f"the VAE {self.vae} scales its latents by {used}, the base's own by {own}: is it of "
-            "another family?"
-        ]
+        notes = []
+        if own != used:
+            notes.append(
+                f"the VAE {self.vae} scales its latents by {used}, the base's own by {own}: is it "
+                "of another family?"
+            )
+        if self.single and self.single.left_out:
+            classes = ", ".join(self.single.left_out[:4])
+            notes.append(f"objects of other classes in {self.name} were left out: {classes}")
+        return notes
 
     def load(
         self,

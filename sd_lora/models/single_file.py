@@ -76,11 +76,13 @@ class SingleFile:
     path: of the file.
     shapes: key → shape of every tensor.
     header: a safetensors file's metadata; {} for a pickle.
+    left_out: classes of a pickle's objects beside the tensors, which are not read.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     header: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> "SingleFile":
@@ -94,7 +96,7 @@ class SingleFile:
         other = name_other_model(file.shapes)
         if other:
             raise UsageError(f"{path} is {other}; needed is a checkpoint of SD 1, SD 2 or SDXL")
-        single = cls(path, file.shapes, file.header)
+        single = cls(path, file.shapes, file.header, tuple(file.left_out))
         _ = single.configs  # inferred now, so that its errors come now
         return single
 

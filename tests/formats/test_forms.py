@@ -195,9 +195,10 @@ def test_sparse_remainders(tmp_path: Path) -> None:
     with torch.no_grad():
         found = lora.adapter["unet"][CONV].weight()
     torch.testing.assert_close(found, want.reshape(SHAPES[CONV]))
-    save_file(tensors | {f"{stem}.bias_indices": places + 1}, tmp_path / "b.safetensors")
-    with pytest.raises(sd_lora.UsageError, match="sparse remainder"):
-        open_lora(tmp_path / "b.safetensors").check()
+    for wrong in (places + 1, -places, places[:1], places.float() * torch.nan):
+        save_file(tensors | {f"{stem}.bias_indices": wrong}, tmp_path / "b.safetensors")
+        with pytest.raises(sd_lora.UsageError, match="sparse remainder"):
+            open_lora(tmp_path / "b.safetensors").check()
 
 
 # --- by position ---
@@ -289,6 +290,28 @@ def test_methods_of_the_base_become_the_delta_that_they_are(
     tools.convert(file, target, "sd1", base=Checkpoint(base))
     found = load_file(tmp_path / "b.safetensors")[f"{stem}.diff"]
     torch.testing.assert_close(found, want.reshape(found.shape).float(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"weight": (3,), "on_input": ()},
+        {"a1.weight": (2, 3), "a2.weight": (3, 2), "b1.weight": (4, 4), "b2.weight": (1, 1)},
+        {"oft_blocks": (3, 5, 5)},
+        {"oft_blocks": (2, 3, 5, 5)},
+        {"oft_blocks": (7,)},
+    ],
+)
+def test_methods_of_the_base_that_do_not_fit_it(
+    parts: dict[str, tuple[int, ...]], tmp_path: Path
+) -> None:
+    """Tensors whose sizes make no ΔW of the weight: an error with the module and shapes."""
+    stem = f"lora_unet_{TO_K.replace('.', '_')}"
+    file = {f"{stem}.{kind}": torch.ones(shape) for kind, shape in parts.items()}
+    save_file(file, tmp_path / "a.safetensors")
+    lora = open_lora(tmp_path / "a.safetensors", base=lambda *_: noise(640, 768))
+    with pytest.raises(sd_lora.UsageError, match=r"to_k.*do not fit the base's weight"):
+        lora.check()
 
 
 def test_dylora_is_a_lora(tmp_path: Path) -> None:
