@@ -87,6 +87,7 @@ def load_tensors_of(path: Path) -> tuple[Any, list[str]]:
         raise pickle.UnpicklingError("a pickle of torch before 1.6")
 
     module: Any = SimpleNamespace(Unpickler=Unpickler, load=load, __name__="tensors alone")
+    # torch rebuilds the tensors; every name in the file goes through `find_class` above
     options: Any = {"map_location": "cpu", "mmap": can_be_mapped(path), "pickle_module": module}
     found = torch.load(path, weights_only=False, **options)
     return found, list(left_out)
