@@ -358,7 +358,8 @@ def measure(case: Case, world: World) -> dict[str, tuple[int, int, bool]]:
         for program, read in READERS.items():
             with contextlib.redirect_stdout(io.StringIO()):
                 exact = exact_ones(read(world, path, wanted), wanted)
-            said = {*wanted} - untaken(program, lora, base)
+            held = {(c, name) for c, modules in lora.places.items() for name in modules}
+            said = {*wanted} & held - untaken(program, lora, base)
             if said != exact:
                 more, fewer = sorted(said - exact), sorted(exact - said)
                 title = f"{case.family} {case.name}, {program}"

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from sd_lora.formats.canonical import Adapter, count
 from sd_lora.formats.lora_file import LoRAFile
-from sd_lora.formats.programs import readers
+from sd_lora.formats.programs import by_kinds, readers
 from sd_lora.formats.verify import is_other_base, misfits, other_base, published_for
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
@@ -26,7 +26,7 @@ def fit_of(lora: LoRAFile, base: MetaPipeline, wrong: list[str], is_given: bool)
     published one of the file's family.
     """
     if not is_given and is_other_base(wrong, lora.adapter):
-        return Fit(notes=[other_base(base, wrong)])
+        return Fit(by_kinds(lora), [other_base(base, wrong)])
     found = Fit(readers(lora, base))
     if wrong:
         of = f"{len(wrong)} of {count(lora.adapter)} deltas"

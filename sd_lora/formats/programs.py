@@ -92,6 +92,14 @@ def readers(lora: LoRAFile, base: MetaPipeline) -> dict[str, str]:
     return {program: "; ".join(_said(given, rules)) or EXACT for program, rules in PROGRAMS.items()}
 
 
+def by_kinds(lora: LoRAFile) -> dict[str, str]:
+    """The verdicts that hold on any base: of a file with a method that no other program knows."""
+    kinds = {kind for kind, _ in kinds_and_keys(lora.places)}
+    own = [m for tensor, m in method_tensors().items() if tensor in kinds]
+    own = [m for m in own if m not in ("loha", "lokr")]
+    return dict.fromkeys(PROGRAMS, f"does not know the method {own[0]}") if own else {}
+
+
 def untaken(program: str, lora: LoRAFile, base: MetaPipeline) -> set[Place]:
     """The deltas that a program loses or changes; all of them of a file that it refuses."""
     given = Given(lora, base)
