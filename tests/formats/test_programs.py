@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 import sd_lora
 from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.formats import adapter_files as files
 from sd_lora.formats import inspect, verify
+from sd_lora.formats.canonical import each
 from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.programs import PROGRAMS, untaken
@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, object]]] = {
     "text q, v": (r".*self_attn\.(q|v)_proj", "lora", "", {}),
     "text peft keys": (TEXT, "lora", "unet.", {}),
     "text lora_te_": (TEXT, "lora", "lora_te_", {}),
+    "text lora_te2_": (TEXT, "lora", "lora_te2_", {}),
 }
 """Form → modules, method, beginning of its keys where they are others, options."""
 
@@ -55,7 +56,7 @@ FACTS = {
     ("sdxl", "text"): (264, 264, 264),
     ("sdxl", "text q, v"): (88, 24, 88),
     ("sdxl", "cores lokr"): (28, 66, 28),
-    ("sdxl_refiner", "text"): (0, 0, 0),
+    ("sdxl_refiner", "text lora_te2_"): (0, 0, 0),
     ("sdxl_refiner", "biases"): (612, 438, 612),
 }
 """(Family, form) → exact modules in ComfyUI a125cd84, A1111 82a973c0 and Forge dfdcbab6."""
@@ -74,11 +75,21 @@ def written(family: str, case: str, folder: Path) -> Path:
                 continue
             cls = METHODS["full" if len(shape) == 1 else method]
             kernel = {k: v for k, v in options.items() if max(shape[2:], default=1) > 1}
-            tensors = cls.create(shape, 1, torch.Generator(), **kernel)
-            ones = {key: torch.ones_like(tensor) for key, tensor in tensors.items()}
+            ones = {
+                key: torch.ones_like(tensor)
+                for key, tensor in cls.create(shape, 1, torch.Generator(), **kernel).items()
+            }
             adapter.setdefault(component, {})[name] = cls(shape, ones)
-    kind = files.DIFFUSERS if start == "unet." else files.LYCORIS
-    tensors: dict[str, Tensor] = dict(kind.write(adapter, naming_of(family)))
+    if start == "unet.":
+        tensors = dict(files.DIFFUSERS.write(adapter, naming_of(family)))
+    elif method == "lora":
+        tensors = dict(files.LYCORIS.write(adapter, naming_of(family)))
+    else:  # as it is, and not as our writer would have it
+        tensors = {
+            f"{naming_of(family).kohya(component, name)}.{kind}": tensor
+            for component, name, delta in each(adapter)
+            for kind, tensor in delta.tensors().items()
+        }
     if start not in ("", "unet."):
         tensors = {re.sub(r"^lora_(unet|te\d?)_", start, k): t for k, t in tensors.items()}
     path = folder / "file.safetensors"
