@@ -18,6 +18,7 @@ import re
 import sys
 import tempfile
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 from reader_worlds import World, import_comfyui, stub
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -317,8 +319,10 @@ def files_of(case: Case, world: World, folder: Path) -> tuple[Path, dict[Place, 
     wish = "pytorch_lora" if case.format == "diffusers" else "n_"
     chosen = [path for path in paths if path.name.startswith(wish)] or paths
     if case.rename:
+        with safe_open(chosen[0], "pt") as file:
+            header = file.metadata()
         renamed = {case.rename(key): tensor for key, tensor in load_file(chosen[0]).items()}
-        save_file(renamed, chosen[0])
+        save_file(renamed, chosen[0], header)
     return chosen[0], wanted
 
 
@@ -412,9 +416,9 @@ def _cell(found: dict[str, tuple[int, int, bool]] | None) -> str:
         return "–"
     counts = {program: exact for program, (exact, _, _) in found.items()}
     total = next(iter(found.values()))[1]
-    if len({*counts.values()}) == 1:
-        return f"{next(iter(counts.values()))}/{total}"
-    return ", ".join(f"{program} {exact}" for program, exact in counts.items()) + f" of {total}"
+    usual, _ = Counter(counts.values()).most_common(1)[0]
+    others = [f"{program} {exact}" for program, exact in counts.items() if exact != usual]
+    return ", ".join([f"{usual}/{total}", *others])
 
 
 if __name__ == "__main__":
