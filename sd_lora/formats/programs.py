@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from sd_lora.errors import counted
 from sd_lora.formats import diffusers, positions, reader_names
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
@@ -24,7 +25,7 @@ FOR_COMFYUI = {"sd_lora_dora": "ComfyUI"}
 """Header of a file whose magnitudes are for the norm of ComfyUI and Forge."""
 
 Loss = tuple[str, list[Place]]
-"""What happens, with a place for {n} of {all} deltas, and the deltas."""
+"""What happens, with places for {n} or {modules} and {all} deltas, and the deltas."""
 
 
 class Refused(Exception):
@@ -81,7 +82,8 @@ class Given:
 
     def count(self, loss: Loss) -> str:
         total = sum(len(modules) for modules in self.lora.places.values())
-        return loss[0].format(n=len(loss[1]), all=total)
+        number = len(loss[1])
+        return loss[0].format(n=number, all=total, modules=counted(number, "module"))
 
 
 def readers(lora: LoRAFile, base: MetaPipeline) -> dict[str, str]:
@@ -157,7 +159,7 @@ def _diffusers_dotted(given: Given) -> Iterator[Loss]:
     new = [p for p, kinds in unet.items() if ".lora_A." in kinds.get("lora_A", "")]
     old = [p for p, kinds in unet.items() if ".down.weight" in kinds.get("lora_A", "")]
     if new and old:
-        mixed = "may lose {n} modules: keys of peft and of old diffusers are mixed"
+        mixed = "may lose {modules}: keys of peft and of old diffusers are mixed"
         yield mixed, min(new, old, key=len)
     yield (
         "resets {n} magnitudes of the text encoder (keys without `.weight`)",
@@ -193,7 +195,7 @@ def _unknown_names(given: Given) -> Iterator[Loss]:
             if "._orig_mod." in key:
                 raise Refused("leaves all parameters without a value: names with `_orig_mod.`")
             raise Refused(f"refuses the file (no module of the {component} is named as in {key})")
-        yield f"loads nothing of {{n}} modules of the {component}, whose names it lacks", wrong
+        yield f"loads nothing of {{modules}} of the {component}, whose names it lacks", wrong
 
 
 def _projection_of_other_rank(given: Given) -> Iterator[Loss]:
@@ -218,9 +220,9 @@ def _diffusers_kohya(given: Given) -> Iterator[Loss]:
     elif original and not family.original_names:
         yield f"loses most of {{n}} UNet modules: original names in {family.label}", original
     added = [p for p in unet if any("_add_embedding_" in stem for stem in given.stems(p))]
-    yield "loses {n} modules (add_embedding)", added
+    yield "loses {modules} (add_embedding)", added
     compiled = [p for p in given.places if any("_orig_mod" in s for s in given.stems(p))]
-    yield "loses {n} modules with `_orig_mod` in their names", compiled
+    yield "loses {modules} with `_orig_mod` in their names", compiled
     layout = given.base.layout if family.original_names else None
     if not diffusers_reads(lora.adapter, layout) and diffusers_reads(lora.adapter):
         first = [p for p in unet if p[1].endswith("upsamplers.0.conv")][:1]
@@ -230,7 +232,7 @@ def _diffusers_kohya(given: Given) -> Iterator[Loss]:
         yield "does not read so small a part of a text encoder in these names", text
     yield from _projection_of_other_rank(given)
     yield (
-        "takes {n} modules at another strength: it knows one alpha a component there",
+        "takes {modules} at another strength: it knows one alpha a component there",
         list(_off_by_alpha(given)),
     )
 
@@ -286,7 +288,7 @@ def _by_comfyui(
     own = {t: m for t, m in method_tensors().items() if m not in ("loha", "lokr")}
     for method in dict.fromkeys(own.values()):
         mine = [p for p, kinds in given.places.items() if any(own.get(k) == method for k in kinds)]
-        yield f"does not know the method {method} of {{n}} modules", mine
+        yield f"does not know the method {method} of {{modules}}", mine
     known = {p for p in given.places if given.stems(p) <= names(given.base, *p)}
     lost = [p for p in given.places if p not in known]
     attention = [p for p in lost if p[0] == "unet" and reader_names.is_attention(p[1])]
@@ -309,14 +311,14 @@ def _by_comfyui(
     cores = [p for p, kinds in places.items() if "lokr_t2" in kinds]
     yield "fails on {n} of {all} modules: LoKr with a Tucker core", cores
     yield (
-        "has no weight-decomposed form of these keys: {n} modules lose their magnitudes",
+        "has no weight-decomposed form of these keys: {modules} lose their magnitudes",
         [p for p, kinds in places.items() if diffusers.FLAT in kinds],
     )
     on_output = [p for p, kinds in places.items() if "magnitude" in kinds and given.is_on_output(p)]
     if not FOR_COMFYUI.items() <= given.lora.header.items():
         yield "normalises {n} weight-decomposed deltas otherwise", on_output
     rescaled = [p for p in places if _scaled_by_header(given, p)]
-    yield "takes {n} modules at another strength: it does not read the header's alphas", rescaled
+    yield "takes {modules} at another strength: it does not read the header's alphas", rescaled
     halves = [p for p in places if _is_half_a_norm(given, p)]
     yield "passes over {n} biases of norms without their weights", halves
 
@@ -360,7 +362,7 @@ def _a1111(given: Given) -> Iterator[Loss]:
     sparse = [p for p, kinds in known.items() if "bias_values" in kinds]
     yield "passes over {n} sparse remainders", sparse
     wide = [p for p in known if _is_nine_wide(given, p)]
-    yield "fails on conv_in of an inpainting model: {n} module", wide
+    yield "fails on conv_in of an inpainting model: {modules}", wide
     output = [p for p, kinds in known.items() if "magnitude" in kinds and given.is_on_output(p)]
     yield "normalises {n} weight-decomposed deltas otherwise", output
     yield (
@@ -398,7 +400,7 @@ def _a1111_attention(given: Given, known: Mapping[Place, object]) -> Iterator[Lo
         and ".self_attn." in name
         and any((component, name.rpartition(".")[0] + f".{p}") not in known for p in parts)
     ]
-    yield "loses {n} modules: of OpenCLIP's attention it takes q, k, v and out together", lost
+    yield "loses {modules}: of OpenCLIP's attention it takes q, k, v and out together", lost
 
 
 PROGRAMS: dict[str, Callable[[Given], Iterator[Loss]]] = {
