@@ -265,8 +265,9 @@ def _bake(args: argparse.Namespace) -> None:
     from sd_lora.formats.checkpoints import Checkpoint
 
     base = Checkpoint(args.base, args.variant)
-    done = bake(base, args.files, _weights(args), args.out, args.dtype, args.overwrite, _bar)
-    print(f"{done.path}: {done.changed} parameters of {base.family.label} changed")
+    how = (args.dtype, args.overwrite, _bar, args.rounding)
+    done = bake(base, args.files, _weights(args), args.out, *how)
+    print(f"{done.path}: {done.changed} parameters of {base.family.label} changed, {done.kept}")
     for note in done.notes:
         print(f"  note: {note}")
 

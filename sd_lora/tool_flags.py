@@ -95,9 +95,8 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument(
             "--to",
             required=command == "convert",
-            help="diffusers, kohya (A1111, ComfyUI, …) or lycoris (every method)"
-            + ("" if command == "convert" else "; default: the first of kohya, diffusers, lycoris")
-            + " that is exact" * (command != "convert"),
+            help="diffusers, kohya (A1111, ComfyUI, …), lycoris (every method) or comfyui (DoRA)"
+            + "; default: the first exact one of the others" * (command != "convert"),
         )
         parser.add_argument(
             "--dtype",
@@ -115,6 +114,12 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument("--ratio", type=float, help="keep σ of at least the largest / ratio")
     if command == "bake":
         parser.add_argument("--dtype", default="keep", help="keep, float32, float16 or bfloat16")
+        parser.add_argument(
+            "--rounding",
+            default="nearest",
+            help="nearest, or stochastic: at random, which keeps the mean of a change too small for "
+            "the dtype",
+        )
     if command == "convert":
         parser.add_argument(
             "--drop_vectors", action="store_true", help="leave out biases and norms"

@@ -108,8 +108,7 @@ def section(name: str) -> Callable[..., Any]:
         help: str,
         *,
         ge: float | None = None, gt: float | None = None, lt: float | None = None,
-        multiple_of: int | None = None,
-        choices: tuple[str, ...] = (),
+        multiple_of: int | None = None, choices: tuple[str, ...] = (),
         modes: Mapping[str, Any] | None = None,
         sdxl: Mapping[str, Any] | None = None,
         of_scripts: Mapping[str, Any] | None = None,
@@ -118,7 +117,7 @@ def section(name: str) -> Callable[..., Any]:
         only_warns: bool = False, without_gpu: str = "",
         may_change: bool = False,
         package: tuple[str, str] | None = None,
-        header: str | None = None, header_form: str = "always",
+        header: str | None = None, header_form: str = "always", in_record: str = "whole",
         summary: tuple[str, str] | None = None,
         ignored_by: tuple[str, ...] = (),
         without_value: str | None = None,
@@ -148,6 +147,7 @@ def section(name: str) -> Callable[..., Any]:
             package: name of a package that it needs, and of the extra that installs it.
             header: key of a LoRA file's header that holds its value.
             header_form: row of `HEADER_FORMS`, its value there.
+            in_record: its value in a file's record of the run: "whole", a path's "name", "no".
             summary: row of a run's summary, and its text there ("clip skip {}"), if it is given.
             ignored_by: places of images, as options, with which it has no effect.
             without_value: value of its flag without one.
@@ -166,8 +166,8 @@ def section(name: str) -> Callable[..., Any]:
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
             "only_warns": only_warns, "without_gpu": without_gpu,
             "may_change": may_change, "package": package and list(package), "header": header,
-            "header_form": header_form, "summary": summary and list(summary),
-            "ignored_by": list(ignored_by), "without_value": without_value,
+            "header_form": header_form, "in_record": in_record, "ignored_by": list(ignored_by),
+            "summary": summary and list(summary), "without_value": without_value,
             "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
             "scripts": scripts, "names": names,
         }  # fmt: skip
@@ -199,6 +199,7 @@ class Option:
     package: tuple[str, str] | None
     header: str | None
     header_form: str
+    in_record: str
     summary: tuple[str, str] | None
     ignored_by: tuple[str, ...]
     without_value: str | None

@@ -188,9 +188,9 @@ def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 
 NOT_IN_SCHEMA = (
-    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by", "main",
-    "of_scripts", "only_warns", "package", "scripts", "short", "summary", "without_gpu",
-    "without_value",
+    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by",
+    "in_record", "main", "of_scripts", "only_warns", "package", "scripts", "short", "summary",
+    "without_gpu", "without_value",
 )  # fmt: skip
 """Parts of rows that editors and forms do not need, or find under another name."""
 

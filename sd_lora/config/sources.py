@@ -96,9 +96,11 @@ class SourceTable(PerSourceOptions):
 
     # fmt: off
     path: str | None = option(None,
-        "folder of images")
+        "folder of images",
+        in_record="name")
     dataset: str | None = option(None,
-        "a `datasets` set instead: a hub name, a local folder, a parquet, json or csv file")
+        "a `datasets` set instead: a hub name, a local folder, a parquet, json or csv file",
+        in_record="name")
     config_name: str | None = option(None,
         "configuration of the set")
     split: str = option("train",
@@ -106,7 +108,8 @@ class SourceTable(PerSourceOptions):
     revision: str | None = option(None,
         "hub revision of the set")
     cache_dir: str | None = option(None,
-        "folder for downloaded sets")
+        "folder for downloaded sets",
+        in_record="no")
     streaming: bool = option(False,
         "read the set row by row")
     caption_column: str | None = option("text",
@@ -119,7 +122,8 @@ class SourceTable(PerSourceOptions):
         choices=CAPTIONS)
     metadata_file: str | None = option(None,
         "file instead of each metadata.jsonl or .csv in the folder; its names are relative to "
-        "path")
+        "path",
+        in_record="name")
     prompt: str | None = option(None,
         "caption of images without one")
     recursive: bool = option(True,

@@ -4,7 +4,6 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from sd_lora.adapters.linear_conv import AdaptedConvTranspose
 from sd_lora.adapters.state import attach_deltas, deltas_from_state
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import Spec, TensorFile, write_tensors
-from sd_lora.formats import diffusers, file_names, kohya, lycoris, metadata, peft
+from sd_lora.formats import comfyui, diffusers, file_names, kohya, lycoris, metadata, peft
 from sd_lora.formats.canonical import (
     Adapter,
     Modules,
@@ -31,6 +30,7 @@ from sd_lora.formats.canonical import (
 )
 from sd_lora.formats.lora_file import find_file, open_lora
 from sd_lora.formats.names import ALONE, PREFIXES, Naming, naming_of, of_live
+from sd_lora.formats.rounding import balanced
 from sd_lora.models.families import family_named
 from sd_lora.models.original_names import Layout
 
@@ -66,6 +66,8 @@ _TO_FOLDERS = (
 )
 KOHYA = Format("kohya", file_names.KOHYA_END, kohya.write, _TO_FOLDERS)
 LYCORIS = Format("LyCORIS", file_names.LYCORIS_END, lycoris.write, _TO_FOLDERS)
+_TO_COMFYUI = "ComfyUI: copy {file} to models/loras;  Forge: to models/Lora"
+COMFYUI = Format("ComfyUI", file_names.COMFYUI_END, lycoris.write, _TO_COMFYUI)
 
 
 _ONLY_KOHYA = (
@@ -73,28 +75,42 @@ _ONLY_KOHYA = (
 )
 
 
-def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[Format], list[str]]:
+def _not_for_diffusers(adapter: Adapter, naming: Naming) -> list[str]:
+    """A note on a kohya file that diffusers does not read whole."""
+    family = naming.family
+    layout = naming.layout if family and family.original_names else None
+    if not kohya.diffusers_reads(adapter):
+        return [_ONLY_KOHYA.format(what="so small a part of a text encoder")]
+    if not kohya.diffusers_reads(adapter, family=family):
+        return [
+            "diffusers and A1111 do not read kohya's names of the refiner's text encoder: the "
+            "kohya file is whole in ComfyUI alone"
+        ]
+    if not kohya.diffusers_reads(adapter, layout):
+        return [_ONLY_KOHYA.format(what="an upsampler as the refiner's")]
+    return []
+
+
+_DORA = (
+    "DoRA has a file of its own for ComfyUI and Forge, whose norm is another one: exact on this "
+    "base. A1111 normalises over the inputs, which is off by up to 29 times ΔW: `sd-lora bake` "
+    "makes a model for it"
+)
+
+
+def formats_of(adapter: Adapter, naming: Naming | None = None) -> tuple[list[Format], list[str]]:
     """Every format with an exact form for the adapter, and notes on programs that cannot load it.
 
-    layout: of the UNet, where kohya's file uses the original code's names.
+    naming: of kohya's file; without one the notes leave the family's own names out.
 
-    LoRA: diffusers' and kohya's. DoRA of it: diffusers' alone, since the others disagree on its
-    norm.
-    Everything else: LyCORIS'.
+    LoRA: diffusers' and kohya's. DoRA of it: diffusers'. Everything else: LyCORIS'. Of deltas with
+    magnitudes ComfyUI has a file of its own, since its norm is another one.
     """
     if kohya.can_write(adapter):
-        notes = []
-        if not kohya.diffusers_reads(adapter, layout):
-            parts = "so small a part of a text encoder"
-            what = "an upsampler as the refiner's" if kohya.diffusers_reads(adapter) else parts
-            notes.append(_ONLY_KOHYA.format(what=what))
+        notes = _not_for_diffusers(adapter, naming) if naming else []
         return [DIFFUSERS, KOHYA] if diffusers.can_write(adapter) else [KOHYA], notes
     if diffusers.can_write(adapter):
-        return [DIFFUSERS], [
-            "DoRA is written for diffusers alone: A1111 and ComfyUI normalise it otherwise, so no "
-            "file would be exact there"
-        ]
-    decomposed = any(delta.magnitude is not None for _, _, delta in each(adapter))
+        return [DIFFUSERS, COMFYUI], [_DORA]
     full = {f"{c} {n}.bias" for c, n, delta in each(adapter) if delta.method == "full"}
     biases = {f"{c} {n}" for c, modules in adapter.items() for n in modules if n.endswith(".bias")}
     notes = ["diffusers' load_lora_weights has no form for this kind of delta"]
@@ -102,18 +118,19 @@ def formats_of(adapter: Adapter, layout: Layout | None = None) -> tuple[list[For
     if own:
         notes.append(f"only sd_lora.load_adapter reads the method {' and '.join(own)}")
         return [dataclasses.replace(LYCORIS, use="sd_lora.load_adapter: {file}")], notes
-    if decomposed:
-        notes.append(
-            "A1111 and ComfyUI normalise weight-decomposed deltas otherwise: the file is exact in "
-            "LyCORIS and sd_lora.load_adapter"
-        )
-        alone = "LyCORIS, or sd_lora.load_adapter: {file}"
-        return [dataclasses.replace(LYCORIS, use=alone)], notes
+    if comfyui.is_decomposed(adapter):
+        others = dataclasses.replace(LYCORIS, use="LyCORIS, or sd_lora.load_adapter: {file}")
+        return [others, *([COMFYUI] if "" not in adapter else [])], [*notes, _DORA]
     if biases - full:  # A1111 reads a bias beside `diff` or `w_norm`, and not beside LoRA
         notes.append("A1111 passes over trained biases: the file is exact in ComfyUI")
         alone = "ComfyUI: copy {file} to models/loras"
         return [dataclasses.replace(LYCORIS, use=alone)], notes
     return [LYCORIS], notes
+
+
+def held_by(kind: Format, adapter: Adapter, weight: comfyui.Weights | None) -> Adapter:
+    """The adapter as a file of this format has it. weight: W of the base, for ComfyUI's."""
+    return comfyui.rescaled(adapter, weight) if kind is COMFYUI else adapter
 
 
 def rounded(
@@ -149,6 +166,7 @@ def write_file(
         UsageError: two modules of one name, or one without a name in this format.
         RunError: a value beyond the dtype, or a file that could not be written; none is left then.
     """
+    adapter = balanced(adapter, dtype)
     specs: dict[str, Spec] = {}
     for key, tensor in rounded(kind.write(adapter, naming), dtype):
         if key in specs:
@@ -167,6 +185,7 @@ def write_adapter(
     facts: Mapping[str, str] | None = None,
     layout: Layout | None = None,
     dtype: torch.dtype = torch.float32,
+    weight: comfyui.Weights | None = None,
 ) -> list[Path]:
     """Write an adapter in each of its formats; returns the paths.
 
@@ -178,6 +197,7 @@ def write_adapter(
         prediction_type, extra, facts: see `metadata.build`.
         layout: of a UNet that differs from the published one.
         dtype: of the files.
+        weight: W of the base, for deltas with magnitudes.
 
     Raises:
         UsageError: an unknown family.
@@ -186,14 +206,15 @@ def write_adapter(
     row = None if family is None else family_named(family)
     check_finite(adapter)
     if row is not None:
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        facts = {"modelspec.date": now, **(facts or {})}
-    header = metadata.build(adapter, row, name, prediction_type, extra, facts)
+        facts = {"modelspec.date": metadata.date(), **(facts or {})}
     written: list[Path] = []
     for kind in formats_of(adapter)[0]:
         path = folder / kind.file_name(name)
+        marked = {**(facts or {}), **(comfyui.MARK if kind is COMFYUI else {})}
+        header = metadata.build(adapter, row, name, prediction_type, extra, marked)
         try:
-            write_file(path, kind, adapter, naming_of(row, layout), header, dtype)
+            held = held_by(kind, adapter, weight)
+            write_file(path, kind, held, naming_of(row, layout), header, dtype)
         except (RunError, UsageError):
             for earlier in written:
                 earlier.unlink(missing_ok=True)
@@ -238,7 +259,8 @@ def save_adapter(
                     f"{type(layer.base).__name__}: keep `lora_state_dict`, or eject it"
                 )
     alone = None if "" in models else family
-    return write_adapter(read_models(models), folder, alone, name, layout=layout_of(models))
+    layout, weight = layout_of(models), comfyui.weights_of(models)
+    return write_adapter(read_models(models), folder, alone, name, layout=layout, weight=weight)
 
 
 def read_adapter(path: Path, models: Mapping[str, nn.Module]) -> Adapter:

@@ -5,7 +5,8 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,24 +15,44 @@ from torch import Tensor
 
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import Spec, write_tensors
+from sd_lora.formats.approximate import Loss, squared_norm
 from sd_lora.formats.canonical import each
 from sd_lora.formats.checkpoints import Checkpoint, Slot
 from sd_lora.formats.family_of_file import family_by_tensors
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.merge import check_weights
 from sd_lora.formats.output import DTYPES, Progress, silently
+from sd_lora.formats.rounding import check_rounding, rounded
 from sd_lora.models.checkpoint_file import DESCRIPTION, CheckpointFile
+from sd_lora.seeds import generator_for
+
+TOLERATED = 0.05
+"""The largest ‖got − ΔW‖ / ‖ΔW‖ without a warning; float16 rounds a usual ΔW, of 1 % of ‖W‖, by
+2 %."""
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
 
 
 @dataclass(frozen=True)
 class Baked:
-    """The result of baking: the path, the number of changed parameters, and notes."""
+    """The result of baking.
+
+    path: of the model. changed: number of parameters. dtypes: of these, as they are stored.
+    rounding: ‖got − ΔW‖² and ‖ΔW‖² over all of them, where got is the change that the file holds.
+    notes: for the user.
+    """
 
     path: Path
     changed: int
+    dtypes: list[str]
+    rounding: Loss
     notes: list[str]
+
+    @property
+    def kept(self) -> str:
+        """The dtype and its rounding, in words."""
+        kinds = " and ".join(self.dtypes) or "none"
+        return f"in {kinds}: ‖got − ΔW‖ / ‖ΔW‖ = {self.rounding.error:.2%}"
 
 
 def bake(
@@ -42,6 +63,7 @@ def bake(
     dtype: str = "keep",
     overwrite: bool = False,
     progress: Progress = silently,
+    rounding: str = "nearest",
 ) -> Baked:
     """Write the base with W + Σ weightᵢ·(Wᵢ' − W) in place of every adapted W.
 
@@ -56,6 +78,7 @@ def bake(
         dtype: "keep", or "float32", "float16", "bfloat16" for the files with adaptable parts.
         overwrite: whether to replace an existing output.
         progress: shows the work.
+        rounding: "nearest", or "stochastic", see `formats.rounding`; the same bytes at each call.
 
     Raises:
         UsageError: a LoRA that cannot be read or does not fit, or an output that exists.
@@ -63,17 +86,19 @@ def bake(
     """
     if dtype not in ("keep", *DTYPES):
         raise UsageError(f"dtype {dtype!r} is none of keep, {', '.join(DTYPES)}")
+    check_rounding(rounding)
     check_weights(sources, weights)
     _check_output(base, out, overwrite)
     loras = list(zip((_opened(path, base) for path in sources), weights, strict=True))
     total = sum(len(tensors) for tensors in base.files.values())
-    baker = _Baker(base, loras, dtype, iter(progress(range(total), total, "baking")))
+    bar = iter(progress(range(total), total, "baking"))
+    baker = _Baker(base, loras, dtype, rounding == "stochastic", bar)
     if not base.path.is_dir():
         ((name, tensors),) = base.files.items()
         baker.write(name, out)
         ema = sum(key.startswith("model_ema.") for key in tensors)
         notes = [f"{ema} averaged weights (model_ema.) are those of before"] if ema else []
-        return Baked(out, baker.changed, notes)
+        return baker.result(out, notes)
     beside, aside = (out.with_name(f".{out.name}.{end}") for end in ("part", "before"))
     try:
         _remove(beside)
@@ -92,7 +117,7 @@ def bake(
             if aside.exists() and not out.exists():
                 os.replace(aside, out)
             _remove(beside)
-    return Baked(out, baker.changed, notes)
+    return baker.result(out, notes)
 
 
 @dataclass
@@ -102,8 +127,11 @@ class _Baker:
     base: Checkpoint
     loras: Sequence[tuple[LoRAFile, float]]
     dtype: str
+    stochastic: bool
     bar: Iterator[int]
     changed: int = 0
+    dtypes: dict[str, None] = field(default_factory=dict)
+    loss: Loss = field(default_factory=Loss)
 
     def write(self, name: str, path: Path) -> None:
         tensors = self.base.files[name]
@@ -123,39 +151,63 @@ class _Baker:
         number = dtype.is_floating_point or key in tensors.scale_keys
         return (DTYPES[self.dtype] if number and self.dtype != "keep" else dtype), shape
 
+    def result(self, path: Path, notes: list[str]) -> Baked:
+        dtypes = [*self.dtypes]
+        if self.loss.error > TOLERATED:
+            notes = [*notes, _remedy(self.loss.error, dtypes, self.stochastic)]
+        return Baked(path, self.changed, dtypes, self.loss, notes)
+
     @torch.no_grad()
     def _tensors(self, name: str, key: str, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Yield a key's tensor, and its scale if there is one to keep."""
         next(self.bar, None)
         tensors = self.base.files[name]
         slots = [s for s in self.base.slots(name, key) if self._updates(s)]
-        if self.dtype != "keep" or key not in tensors.scale_keys:
-            yield key, self._tensor(name, key, dtype, slots)
-        elif slots:
-            yield from tensors.rescaled(key, self._tensor(name, key, torch.float32, slots))
-        else:
+        scaled = self.dtype == "keep" and key in tensors.scale_keys
+        if not slots and scaled:
             yield from ((k, tensors.stored(k)) for k in (key, tensors.scale_keys[key]))
+        elif not slots:
+            tensor = tensors[key]
+            yield key, self._finite(key, tensor, tensor.to(dtype), slots)
+        else:
+            yield from self._changed(name, key, dtype, slots, scaled)
 
-    def _tensor(self, name: str, key: str, dtype: torch.dtype, slots: Sequence[Slot]) -> Tensor:
-        """The tensor with all deltas of its slots."""
-        tensor = self.base.files[name][key]
-        if slots:
-            wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
-            tensor = tensor.to(wide, copy=True)
+    def _changed(
+        self, name: str, key: str, dtype: torch.dtype, slots: Sequence[Slot], scaled: bool
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield a key's tensor with all deltas of its slots, and its scale if there is one."""
+        tensors = self.base.files[name]
+        before = tensors[key]
+        wide = torch.float64 if before.dtype is torch.float64 else torch.float32
+        before = before.to(wide)
+        after = before.clone()
         for slot in slots:
-            W = slot.view(tensor)
-            before = W.clone()
+            W = slot.view(before)
             for lora, weight in self._updates(slot):
                 delta = lora.adapter[slot.component][slot.name]
-                delta.fit(tuple(before.shape))
-                W += weight * (delta.compose(before) - before)
+                delta.fit(tuple(W.shape))
+                slot.view(after).add_(weight * (delta.compose(W) - W))
             self.changed += 1
-        cast = tensor.to(dtype)
+        address = ("bake", name, key)
+        round_to = partial(rounded, generator=generator_for(*address) if self.stochastic else None)
+        if scaled:
+            found, got = tensors.rescaled(key, self._finite(key, after, after, slots), round_to)
+        else:
+            found = {key: self._finite(key, after, round_to(after, dtype), slots)}
+            got = found[key].to(wide)
+        self.dtypes[str(found[key].dtype)[6:]] = None
+        for slot in slots:
+            self.loss.lost += squared_norm(slot.view(got) - slot.view(after))
+            self.loss.total += squared_norm(slot.view(after) - slot.view(before))
+        yield from found.items()
+
+    def _finite(self, key: str, tensor: Tensor, cast: Tensor, slots: Sequence[Slot]) -> Tensor:
+        """`cast`, the tensor in another dtype. Raises RunError if it is finite no more."""
         if tensor.is_floating_point() and not _is_finite(cast):
             if _is_finite(tensor):
                 raise RunError(
-                    f"{key} reaches {tensor.abs().max():.3g}, more than {str(dtype)[6:]} holds: "
-                    "take --dtype bfloat16 or float32"
+                    f"{key} reaches {tensor.abs().max():.3g}, more than {str(cast.dtype)[6:]} "
+                    "holds: take --dtype bfloat16 or float32"
                 )
             if slots:
                 raise RunError(f"{key} of {self.base.path} holds NaN or infinite values")
@@ -163,6 +215,20 @@ class _Baker:
 
     def _updates(self, slot: Slot) -> list[tuple[LoRAFile, float]]:
         return [pair for pair in self.loras if slot.name in pair[0].adapter.get(slot.component, {})]
+
+
+def _remedy(error: float, dtypes: Sequence[str], stochastic: bool) -> str:
+    """A note on a change that the stored dtype rounds away."""
+    finer = "float32" if "float16" in dtypes else "float16"
+    if stochastic:
+        return (
+            f"rounding at random to {' and '.join(dtypes)} adds noise of {error:.0%} of the change "
+            f"and keeps its mean; --dtype {finer} keeps the change itself"
+        )
+    return (
+        f"rounding to {' and '.join(dtypes)} loses {error:.0%} of the change: --dtype {finer} "
+        "keeps it, --rounding stochastic keeps its mean in the same room"
+    )
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -90,6 +90,31 @@ class Checkpoint:
     def family(self) -> Family:
         return self.meta_pipeline.family
 
+    @cached_property
+    def _scheduler(self) -> dict[str, object]:
+        """A folder's configuration of its scheduler; {} without one."""
+        try:
+            text = (self.path / "scheduler/scheduler_config.json").read_text(encoding="utf-8")
+            found = json.loads(text)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def prediction_type(self) -> str | None:
+        """ "epsilon" or "v_prediction" by a folder's scheduler, or the latter by a single file's
+        key `v_pred`, as ComfyUI reads it; None if the model does not say it."""
+        if any(_V_PREDICTION in tensors for tensors in self.files.values()):
+            return "v_prediction"
+        said = self._scheduler.get("prediction_type")
+        return str(said) if said in ("epsilon", "v_prediction") else None
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is noise alone, by a folder's scheduler or the key `ztsnr`."""
+        marked = any(_ZERO_TERMINAL_SNR in tensors for tensors in self.files.values())
+        return marked or self._scheduler.get("rescale_betas_zero_snr") is True
+
     def slots(self, file: str, key: str) -> list[Slot]:
         """The parameters in a tensor; none for the VAE and other frozen parts.
 
@@ -173,6 +198,9 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
     hint = f"; --variant {min(other)} is there" if other and not variant else ""
     raise UsageError(f"{folder} has no weights (found {', '.join(there) or 'nothing'}){hint}")
 
+
+_V_PREDICTION, _ZERO_TERMINAL_SNR = "v_pred", "ztsnr"
+"""Keys without numbers that say how a single file was trained."""
 
 _UNET = ("model.diffusion_model.", "diffusion_model.")
 _CLIP = {

@@ -1,7 +1,6 @@
 """The difference of two checkpoints as a LoRA: a finetune in a file of a few MiB."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -50,7 +49,7 @@ def extract(
         output: path, format and dtype.
         cut: number of ranks to keep.
         components: names ("unet", "text_encoder", …); None: all.
-        prediction_type: for the header; None takes that of a folder's scheduler.
+        prediction_type: for the header; None takes what the tuned model says.
         progress: shows the work.
 
     Raises:
@@ -94,20 +93,11 @@ def extract(
             "extracted": {"base": base.path.name, "tuned": tuned.path.name},
             "approximation_error": Loss.sum(losses.values()).error,
         }
-        kind = prediction_type or _prediction_of(tuned)
-        origin = Origin(prediction_type=kind, computed=True, record=record)
+        kind = prediction_type or tuned.prediction_type or usual_prediction(tuned.family)
+        facts = {"ss_zero_terminal_snr": "True"} if tuned.has_zero_terminal_snr else {}
+        origin = Origin(prediction_type=kind, computed=True, record=record, facts=facts)
         written = write(spool.adapter, output, tuned.family, origin)
     return Result(written, losses, ranks, list(_notes(difference)))
-
-
-def _prediction_of(model: Checkpoint) -> str | None:
-    """The prediction type of a folder's scheduler."""
-    try:
-        text = (model.path / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")
-        said = json.loads(text).get("prediction_type")
-    except (OSError, ValueError, AttributeError):
-        said = None
-    return said if said in ("epsilon", "v_prediction") else usual_prediction(model.family)
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:

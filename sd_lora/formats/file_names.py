@@ -9,11 +9,13 @@ DIFFUSERS = "pytorch_lora_weights.safetensors"
 
 KOHYA_END = "_kohya.safetensors"
 LYCORIS_END = "_lycoris.safetensors"
+COMFYUI_END = "_comfyui.safetensors"
 
 
 def lora_paths(folder: Path, name: str) -> list[Path]:
     """Paths of an adapter's LoRA files, one for each format."""
-    return [folder / DIFFUSERS, folder / f"{name}{KOHYA_END}", folder / f"{name}{LYCORIS_END}"]
+    ends = (KOHYA_END, LYCORIS_END, COMFYUI_END)
+    return [folder / DIFFUSERS, *(folder / f"{name}{end}" for end in ends)]
 
 
 def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]:

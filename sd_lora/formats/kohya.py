@@ -15,6 +15,7 @@ from torch import Tensor
 from sd_lora.formats.canonical import Adapter, each, file_rank, is_plain, plain
 from sd_lora.formats.diffusers import padded, padded_ranks
 from sd_lora.formats.names import Naming
+from sd_lora.models.families import Family
 from sd_lora.models.original_names import Layout
 
 
@@ -23,13 +24,20 @@ def can_write(adapter: Adapter) -> bool:
     return "" not in adapter and is_plain(adapter)
 
 
-def diffusers_reads(adapter: Adapter, layout: Layout | None = None) -> bool:
+def diffusers_reads(
+    adapter: Adapter, layout: Layout | None = None, family: Family | None = None
+) -> bool:
     """Whether diffusers' loader takes this form too.
 
     It knows a text encoder's projections of queries, keys and values only beside that of the
     output, and its MLP only beside these; in original names, with their `layout`, it knows no
-    upsampler of a block without attention, the first one of SDXL's refiner.
+    upsampler of a block without attention, the first one of SDXL's refiner. It takes `lora_te_` for
+    a first text encoder, which the refiner has not.
     """
+    prefixes = family.kohya_prefixes if family else {}
+    if "text_encoder" not in prefixes and prefixes.get("text_encoder_2") == "lora_te":
+        if "text_encoder_2" in adapter:
+            return False
     for component, modules in adapter.items():
         if component == "unet":
             bare = (

@@ -20,9 +20,18 @@ from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
-from sd_lora.formats import diffusers, file_names, lycoris, of_base, peft, positions
+from sd_lora.formats import (
+    comfyui,
+    diffusers,
+    file_names,
+    lycoris,
+    of_base,
+    peft,
+    positions,
+)
 from sd_lora.formats.canonical import Adapter, Lazy, method_tensors
 from sd_lora.formats.metadata import method_in
+from sd_lora.models.families import FAMILIES
 from sd_lora.models.original_names import Layout
 
 Places = dict[str, dict[str, dict[str, str]]]
@@ -86,7 +95,13 @@ class LoRAFile:
     embeddings: list[str]
 
     def check(self) -> None:
-        """Make every delta once; raises UsageError at the first that the file has not whole."""
+        """Make every delta once; raises UsageError at the first that the file has not whole, and
+        for magnitudes that are ComfyUI's."""
+        if comfyui.MARK.items() <= self.header.items():
+            raise UsageError(
+                f"{self.path} is for ComfyUI alone: its DoRA has magnitudes for ComfyUI's norm, "
+                "which no other reader has. Take the diffusers or LyCORIS file of the same LoRA"
+            )
         for problem in self.problems():
             raise UsageError(f"{self.path}: {problem}")
 
@@ -151,7 +166,7 @@ def open_lora(
         scaled = configs if "" not in configs else dict.fromkeys(found, configs[""])
         if title == "diffusers" and not configs:
             scaled = _configs(path, header)
-    places, seen = found, set[tuple[str, str]]()
+    places, seen = _with_refiners_encoder(found, file), set[tuple[str, str]]()
     adapter = {
         component: Lazy(
             modules, partial(_make, file, component, modules, scaled.get(component), base, seen)
@@ -206,7 +221,7 @@ def _refuse_other_models(path: Path, keys: Iterable[str]) -> None:
 
 
 def find_file(path: Path) -> Path:
-    """The LoRA file of a path: itself, a peft folder, or a folder's only file.
+    """The LoRA file of a path: itself, a peft folder, or a folder's only file but ComfyUI's.
 
     Raises:
         UsageError: no file, or several, with their names.
@@ -218,7 +233,9 @@ def find_file(path: Path) -> Path:
     if (path / file_names.DIFFUSERS).is_file():
         return path / file_names.DIFFUSERS
     try:
-        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".bin", ".pt"))
+        ends = (".safetensors", ".bin", ".pt")
+        found = sorted(p for p in path.iterdir() if p.suffix in ends)
+        found = [p for p in found if not p.name.endswith(file_names.COMFYUI_END)]
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     if len(found) == 1:
@@ -251,6 +268,28 @@ def _places(path: Path, parsed: Mapping[str, tuple[str, str, str] | None]) -> Pl
             raise UsageError(f"{path}: {kinds[kind]!r} and {key!r} are the same tensor's names")
         kinds[kind] = key
     return places
+
+
+_REFINER = ("ss_base_model_version", FAMILIES["sdxl_refiner"].base_versions["epsilon"])
+
+
+def _with_refiners_encoder(places: Places, file: TensorFile | peft.Joined) -> Places:
+    """The places with `lora_te_` as the refiner's text encoder, in a file that is the refiner's.
+
+    It is the only one there, and a second one elsewhere. Its width, 1280, or the header says it.
+    """
+    modules = places.get("text_encoder", {})
+    keys = [key for kinds in modules.values() for key in kinds.values()]
+    if "text_encoder_2" in places or not all(key.startswith("lora_te_") for key in keys):
+        return places
+    widths = {
+        file.spec(kinds["lora_A"])[1][1:2]
+        for name, kinds in modules.items()
+        if "lora_A" in kinds and name.endswith("_proj")
+    }
+    if not modules or not (file.header.get(_REFINER[0]) == _REFINER[1] or widths == {(1280,)}):
+        return places
+    return {"text_encoder_2" if c == "text_encoder" else c: ms for c, ms in places.items()}
 
 
 def _make(

@@ -1,7 +1,7 @@
 """LyCORIS' keys, for ComfyUI, A1111 and LyCORIS itself: kohya's names, every method's tensors.
 
 `lora_down/up/mid`, `hada_…`, `lokr_…`, `diff` and `diff_b`, `w_norm` and `b_norm`, `dora_scale`; a
-registered method's tensors by their own names.
+registered method's tensors by their own names. LoKr's core is multiplied into its factor.
 Each module has its own alpha; for a LoKr of two whole matrices it means nothing, the scale is 1.
 """
 
@@ -72,6 +72,16 @@ def with_sparse(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {"diff": matrix + delta.scale * rest.reshape(matrix.shape)}
 
 
+def _without_core(core: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
+    """LoKr's second factor as a product of two matrices: Σ core[i, j, k…] a[i, out] b[j, in].
+
+    ComfyUI ends in torch's error for a core's product, of which `torch.kron` takes no strided view,
+    and passes over the module. Rank and alpha stay; the second matrix is as large as the kernel.
+    """
+    inner = torch.einsum("ij...,jq->iq...", core, b)
+    return {"lokr_w2_a": a.T, "lokr_w2_b": inner.flatten(1)}
+
+
 def parse(
     key: str,
     layout: Layout,
@@ -120,8 +130,13 @@ def _tensors(name: str, delta: Delta, modules: Modules) -> dict[str, Tensor]:
         assert factors is not None
         A, B, alpha = factors
         kinds = {"lora_down.weight": A, "lora_up.weight": B}
+    if "lokr_t2" in kinds:
+        kinds |= _without_core(kinds["lokr_t2"], kinds["lokr_w2_a"], kinds["lokr_w2_b"])
+        del kinds["lokr_t2"]
     if delta.magnitude is not None:
-        kinds["dora_scale"] = delta.magnitude.detach()
+        m = delta.magnitude.detach()
+        ones = (1,) * (len(delta.shape) - 1)  # a diffusers file has it as a vector
+        kinds["dora_scale"] = m.view(-1, *ones) if m.dim() == 1 else m
         kinds.pop("magnitude", None)
     # LyCORIS' reader fails without an alpha, also where it has no use for it
     kinds["alpha"] = torch.tensor(alpha)

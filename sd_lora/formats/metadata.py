@@ -4,10 +4,14 @@ Readers of this project trust the tensors first.
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 
+from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY
 from sd_lora.formats import diffusers, kohya
 from sd_lora.formats.canonical import Adapter, each, file_rank
@@ -60,6 +64,48 @@ def build(
     if extra:
         metadata[OWN_KEY] = json.dumps(extra, sort_keys=True)
     return metadata
+
+
+def date() -> str:
+    """The time of a file in ISO form, UTC: SOURCE_DATE_EPOCH's seconds, for equal bytes of equal
+    runs, or now.
+
+    Raises:
+        UsageError: a SOURCE_DATE_EPOCH that is no number of seconds.
+    """
+    seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        time = datetime.fromtimestamp(int(seconds), UTC) if seconds else datetime.now(UTC)
+    except (ValueError, OverflowError, OSError):
+        raise UsageError(
+            f"the environment variable SOURCE_DATE_EPOCH is {seconds!r}, and not a number of "
+            "seconds since 1970: unset it, or give one"
+        ) from None
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
+
+
+def shared_name(place: str) -> str:
+    """A folder's or file's name without its place on this machine; a hub id as it is."""
+    path = Path(place).expanduser()
+    is_id = place.count("/") == 1 and not place.startswith((".", "/", "~")) and "\\" not in place
+    if is_id and not path.exists():
+        return place
+    name = PureWindowsPath(place).name
+    return path.resolve().name if name in ("", "..") else name
+
+
+def without_places(record: object) -> object:
+    """A record with the names alone of files and folders in full, in tables of any depth."""
+    if isinstance(record, dict):
+        return {key: without_places(value) for key, value in record.items()}
+    if isinstance(record, list):
+        return [without_places(value) for value in record]
+    kinds: tuple[type[PurePath], ...] = (PurePosixPath, PureWindowsPath)
+    if isinstance(record, str) and (
+        record.startswith("~") or any(kind(record).is_absolute() for kind in kinds)
+    ):
+        return shared_name(record)
+    return record
 
 
 def method_in(header: Mapping[str, str]) -> str | None:

@@ -17,8 +17,16 @@ from torch import Tensor
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError, UsageError, did_you_mean
-from sd_lora.formats import diffusers, kohya, metadata
-from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, LYCORIS, Format, write_file
+from sd_lora.formats import comfyui, diffusers, kohya, metadata
+from sd_lora.formats.adapter_files import (
+    COMFYUI,
+    DIFFUSERS,
+    KOHYA,
+    LYCORIS,
+    Format,
+    held_by,
+    write_file,
+)
 from sd_lora.formats.canonical import Adapter, Lazy, count, each
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
@@ -29,7 +37,7 @@ T = TypeVar("T")
 Progress = Callable[[Iterable[T], int, str], Iterable[T]]
 """(items, their number, the work on them) → the items, under a bar."""
 
-FORMATS = {"diffusers": DIFFUSERS, "kohya": KOHYA, "lycoris": LYCORIS}
+FORMATS = {"diffusers": DIFFUSERS, "kohya": KOHYA, "lycoris": LYCORIS, "comfyui": COMFYUI}
 DTYPES = {
     "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16,
     "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16,
@@ -45,10 +53,11 @@ def silently(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 class Output:
     """Path, format and dtype of a file to write.
 
-    path: of the .safetensors file. to: "diffusers", "kohya" or "lycoris"; None takes the first of
-    kohya, diffusers, lycoris that is exact. dtype: "float32", "float16", "bfloat16", or "auto": the
-    source's where it holds every number exactly, else float32. meta_pipeline: of the file's model;
-    None takes the published one of its family. check: whether to verify.
+    path: of the .safetensors file. to: "diffusers", "kohya", "lycoris", or "comfyui" for DoRA; None
+    takes the first of kohya, diffusers, lycoris that is exact. dtype: "float32", "float16",
+    "bfloat16", or "auto": the source's where it holds every number exactly, else float32.
+    meta_pipeline: of the file's model; None takes the published one of its family. check: whether
+    to verify.
     """
 
     path: Path
@@ -109,6 +118,8 @@ def format_for(adapter: Adapter, to: str | None) -> Format:
     if to is None:
         to = "kohya" if kohya.can_write(adapter) else "lycoris"
         to = "diffusers" if to == "lycoris" and diffusers.can_write(adapter) else to
+    if to == "comfyui" and not comfyui.is_decomposed(adapter):
+        raise UsageError("--to comfyui is for DoRA, and the file has none: --to kohya or lycoris")
     can = {"kohya": kohya.can_write, "diffusers": diffusers.can_write}.get(to)
     if can is not None and not can(adapter):
         raise UsageError(_inexpressible(adapter, to))
@@ -143,8 +154,16 @@ def _inexpressible(adapter: Adapter, to: str) -> str:
     )
 
 
-def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> Written:
+def write(
+    adapter: Adapter,
+    output: Output,
+    family: Family,
+    origin: Origin,
+    weight: comfyui.Weights | None = None,
+) -> Written:
     """Write an adapter; the file gets its name after it is verified.
+
+    weight: W of the base, for ComfyUI's form of DoRA.
 
     Raises:
         UsageError: no form for it in this format, or no place for it in this model.
@@ -155,6 +174,8 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     meta_pipeline = output.meta_pipeline or MetaPipeline.of_family(family)
     if output.check:
         adapter = fitted(adapter, meta_pipeline)
+    facts = {**origin.facts, **(comfyui.MARK if kind is COMFYUI else {})}
+    adapter = held_by(kind, adapter, weight)
     naming = naming_of(family, meta_pipeline.layout)
     notes: list[str] = []
     if output.dtype == "auto":
@@ -169,7 +190,7 @@ def write(adapter: Adapter, output: Output, family: Family, origin: Origin) -> W
     else:
         dtype = DTYPES[output.dtype]
     header = metadata.build(
-        adapter, family, output.path.stem, origin.prediction_type, origin.record, origin.facts
+        adapter, family, output.path.stem, origin.prediction_type, origin.record, facts
     )
     beside = output.path.with_name(f".{output.path.stem}.unverified.safetensors")
     try:

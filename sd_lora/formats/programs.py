@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sd_lora.errors import counted
-from sd_lora.formats import diffusers, positions, reader_names
+from sd_lora.formats import comfyui, diffusers, positions, reader_names
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
@@ -20,9 +20,6 @@ from sd_lora.formats.verify import Places, places_in
 from sd_lora.models.meta_pipeline import MetaPipeline
 
 EXACT = "exact"
-
-FOR_COMFYUI = {"sd_lora_dora": "ComfyUI"}
-"""Header of a file whose magnitudes are for the norm of ComfyUI and Forge."""
 
 Loss = tuple[str, list[Place]]
 """What happens, with places for {n} or {modules} and {all} deltas, and the deltas."""
@@ -315,7 +312,7 @@ def _by_comfyui(
         [p for p, kinds in places.items() if diffusers.FLAT in kinds],
     )
     on_output = [p for p, kinds in places.items() if "magnitude" in kinds and given.is_on_output(p)]
-    if not FOR_COMFYUI.items() <= given.lora.header.items():
+    if not comfyui.MARK.items() <= given.lora.header.items():
         yield "normalises {n} weight-decomposed deltas otherwise", on_output
     rescaled = [p for p in places if _scaled_by_header(given, p)]
     yield "takes {modules} at another strength: it does not read the header's alphas", rescaled

@@ -17,7 +17,7 @@ from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
 from sd_lora.formats.family_of_file import family_of, prediction_type
 from sd_lora.formats.lora_file import LoRAFile, open_lora
-from sd_lora.formats.metadata import OWN_KEY
+from sd_lora.formats.metadata import OWN_KEY, without_places
 from sd_lora.formats.output import (
     Origin,
     Output,
@@ -87,7 +87,7 @@ def convert(
         output: path, format and dtype.
         family: "sd1", "sd2", "sdxl" or "sdxl_refiner", where the file does not name it.
         cut: ranks for approximating deltas without a form in the format; the rest stays exact.
-        base: the base model, needed for the ΔW of a weight-decomposed delta.
+        base: the base model, needed for the ΔW of a weight-decomposed delta, and ComfyUI's form.
         drop_vectors: leave out biases and norms, for which a plain LoRA has no form.
         progress: shows the work.
 
@@ -98,10 +98,10 @@ def convert(
     lora, row = opened(source, output, family, base)
     adapter: Adapter = lora.adapter
     notes = list(lora.notes())
-    if cut is not None and output.to == "lycoris":
+    if cut is not None and output.to in ("lycoris", "comfyui"):
         raise UsageError(
-            "--to lycoris keeps every delta as it is: `sd-lora resize` cuts ranks, and --to kohya "
-            "or diffusers approximates what they have no form for"
+            f"--to {output.to} keeps every delta as it is: `sd-lora resize` cuts ranks, and --to "
+            "kohya or diffusers approximates what they have no form for"
         )
     if drop_vectors:
         adapter, dropped = _without_vectors(adapter)
@@ -114,7 +114,8 @@ def convert(
                     "--drop_vectors leaves these out, `sd-lora bake` keeps them"
                 )
     if cut is None:
-        return Result(write(adapter, output, row, origin_of(lora, row)), notes=notes)
+        weight = base.weight if base else None
+        return Result(write(adapter, output, row, origin_of(lora, row), weight), notes=notes)
     only = _has_no_diffusers_form if output.to == "diffusers" else _is_not_plain
     result = cut_to(adapter, cut, base, output, row, origin_of(lora, row), progress, only)
     if not result.losses:
@@ -160,7 +161,7 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     if HASH_KEY in lora.header:
         record["source_hash"] = lora.header[HASH_KEY]
     with suppress(ValueError, RecursionError):  # a foreign header may hold anything
-        record["source_record"] = json.loads(lora.header.get(OWN_KEY, ""))
+        record["source_record"] = without_places(json.loads(lora.header.get(OWN_KEY, "")))
     return record
 
 

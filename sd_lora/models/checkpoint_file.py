@@ -6,7 +6,7 @@ scale is one number, one an output, or one for each of equal blocks.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -108,10 +108,18 @@ class CheckpointFile(TensorFile):
             )
         return scale.reshape(sizes).float()
 
-    def rescaled(self, key: str, W: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield a scaled weight's key and its scale's, with their tensors for another W.
+    def rescaled(
+        self, key: str, W: Tensor, round_to: Callable[[Tensor, torch.dtype], Tensor]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A scaled weight's key and its scale's with their tensors for another W, and the W that
+        they hold.
 
         A scale grows where a number of its block would be beyond the stored dtype.
+
+        Args:
+            key: of the weight.
+            W: float32.
+            round_to: tensor and dtype → the tensor in it.
         """
         dtype, _ = self.spec(key)
         limit = _largest(dtype)
@@ -123,9 +131,9 @@ class CheckpointFile(TensorFile):
         divisor = new.float().clamp(min=torch.finfo(torch.float32).tiny)
         for dim, (size, count) in enumerate(zip(W.shape, blocks.shape, strict=True)):
             divisor = divisor.repeat_interleave(size // count, dim)
-        quotient = (W / divisor).clamp(-limit, limit)
-        yield key, (quotient if dtype.is_floating_point else quotient.round()).to(dtype)
-        yield self.scale_keys[key], new.reshape(own.shape)
+        quotient = round_to((W / divisor).clamp(-limit, limit), dtype)
+        scale = new.reshape(own.shape)
+        return {key: quotient, self.scale_keys[key]: scale}, quotient.float() * divisor
 
     def rounding(self, key: str) -> Tensor:
         """Half the distance of neighbouring numbers of the stored dtype, at each value of a tensor:

@@ -98,7 +98,7 @@ class Family:
 
 _ONE_ENCODER = {"unet": "lora_unet", "text_encoder": "lora_te"}
 _TWO_ENCODERS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-_SECOND_ENCODER = {"unet": "lora_unet", "text_encoder_2": "lora_te2"}
+_SECOND_ENCODER = {"unet": "lora_unet", "text_encoder_2": "lora_te"}  # ComfyUI's, for an only one
 _PIPELINES = {
     "text_to_image": "StableDiffusionPipeline",
     "inpainting": "StableDiffusionInpaintPipeline",

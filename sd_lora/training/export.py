@@ -4,19 +4,23 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.config.schema import OPTIONS
+from sd_lora.config.rows import Option
+from sd_lora.config.schema import OPTIONS, RunConfig
+from sd_lora.config.sources import KEYS
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, write_adapter
+from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, held_by, write_adapter
 from sd_lora.formats.canonical import read_models
 from sd_lora.formats.checkpoints import weight_files
+from sd_lora.formats.comfyui import weights_of
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
+from sd_lora.formats.metadata import shared_name
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.models.families import INPAINTING
@@ -43,7 +47,7 @@ def export(run: Run) -> list[Verified]:
         RunError: values that are not finite or beyond the precision, a file that could not be
             written or does not load as trained; that one stays in the folder `unverified`.
     """
-    adapter = read_models(run.models)
+    adapter, weight = read_models(run.models), weights_of(run.models)
     with unverified_folder(run.output_dir) as folder:
         paths = write_adapter(
             adapter,
@@ -55,9 +59,14 @@ def export(run: Run) -> list[Verified]:
             facts(run),
             run.meta_pipeline.layout,
             DTYPES[run.config.save_precision],
+            weight,
         )
-        kinds = zip(paths, formats_of(adapter)[0], strict=True)
-        return moved([verify(path, adapter, run.meta_pipeline, kind) for path, kind in kinds])
+        return moved(
+            [
+                verify(path, held_by(kind, adapter, weight), run.meta_pipeline, kind)
+                for path, kind in zip(paths, formats_of(adapter)[0], strict=True)
+            ]
+        )
 
 
 def export_words(run: Run) -> list[Path]:
@@ -121,15 +130,41 @@ def record(run: Run) -> dict[str, object]:
     config = run.config
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
-        "base_model": config.base_model,
+        "base_model": _shown(config, OPTIONS["pretrained_model_name_or_path"], config.base_model),
         "base_model_sha256": base_hash(config.base_model, **config.hub_options),
         "family": run.parts.family.name,
-        "config": config.as_dict() | {"seed": run.plan.seed},
+        "config": shared_config(config) | {"seed": run.plan.seed},
         "steps": run.plan.num_steps,
         "num_samples": run.plan.num_samples,
         "images": {kind: len(p.set.samples) for kind, p in run.images.by_kind.items()},
         "versions": versions | {"python": platform.python_version()},
     }
+
+
+def shared_config(config: RunConfig) -> dict[str, object]:
+    """The options as a LoRA file may show them: without this machine's paths, unless asked for."""
+    values = config.as_dict()
+    if config.metadata_paths == "full":
+        return values
+    if config.sources is not None:
+        values["sources"] = [_shown_table(config, KEYS, table) for table in config.sources]
+    return _shown_table(config, OPTIONS, values)
+
+
+def _shown_table(
+    config: RunConfig, rows: Mapping[str, Option], values: Mapping[str, object]
+) -> dict[str, object]:
+    return {
+        name: _shown(config, rows[name], value)
+        for name, value in values.items()
+        if rows[name].in_record != "no"
+    }
+
+
+def _shown(config: RunConfig, row: Option, value: object) -> object:
+    """An option's value as a LoRA file shows it."""
+    by_name = row.in_record == "name" and config.metadata_paths == "names"
+    return shared_name(value) if by_name and isinstance(value, str) else value
 
 
 def base_hash(name: str, variant: str | None = None, **hub: str | None) -> str | None:
@@ -175,7 +210,7 @@ def facts(run: Run) -> dict[str, str]:
     last = run.timesteps[1]
     encoder = next((c for c in run.parts.family.text_encoders if c in run.models), None)
     values: dict[str, object] = {
-        option.header: option.value_in_header(getattr(config, name))
+        option.header: _shown(config, option, option.value_in_header(getattr(config, name)))
         for name, option in OPTIONS.items()
         if option.header
     }

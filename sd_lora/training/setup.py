@@ -15,6 +15,7 @@ from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
+from sd_lora.formats.metadata import date
 from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
@@ -144,6 +145,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
 def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
+    date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
     saved_path = resumed_checkpoint(config)
     check_installed(config)
     summary = Summary()

@@ -122,7 +122,7 @@ def files_of(
     """Size and formats of the files to come, and notes on programs that cannot load them."""
     adapter: Adapter = {component: deltas_of(model) for component, model in models.items()}
     family = meta_pipeline.family
-    formats, notes = formats_of(adapter, meta_pipeline.layout if family.original_names else None)
+    formats, notes = formats_of(adapter, naming_of(family, meta_pipeline.layout))
     tensors = formats[0].write(adapter, naming_of(family))
     size = mib(sum(t.numel() for _, t in tensors) * DTYPES[precision].itemsize)
     return f"{size} ({precision}), for {' and for '.join(f.title for f in formats)}", notes

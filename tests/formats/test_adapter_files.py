@@ -176,7 +176,7 @@ def test_rules_by_module_are_exact_in_diffusers(
     assert 0 < len(plain) < len(want)
     if merged:
         sd_lora.merge(parts.unet)
-    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    path = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)[0]
     assert path.name == files.DIFFUSERS.end
     assert sum(d.magnitude is None for d in sd_lora.deltas_of(parts.unet).values()) == len(plain)
     tensors, bare = load_file(path), load_parts(str(tiny_sd1))
@@ -205,7 +205,7 @@ def test_files_of_both_rules_are_told(tiny_sd1: Path, tmp_path: Path) -> None:
     parts = load_parts(str(tiny_sd1))
     sd_lora.inject(parts.unet, "attention", rank=2, rule="decompose")
     randomise_model(parts.unet)
-    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    path = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)[0]
     gone = re.compile(r".*(to_q|to_k)\.lora_magnitude_vector.*")
     tensors = {key: t for key, t in load_file(path).items() if not gone.fullmatch(key)}
     save_file(tensors, path)
@@ -227,7 +227,7 @@ def test_rules_by_module_of_other_methods(tiny_sd1: Path, tmp_path: Path) -> Non
     pattern = {r"conv\w*": "decompose"}
     sd_lora.inject(parts.unet, "attention+conv", rank=2, method="loha", rule_pattern=pattern)
     randomise_model(parts.unet)
-    (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)
+    path = sd_lora.save_adapter({"unet": parts.unet}, tmp_path)[0]
     sd_lora.load_adapter(bare.unet, path)
     want, got = sd_lora.lora_state_dict(parts.unet), sd_lora.lora_state_dict(bare.unet)
     assert got.keys() == want.keys()

@@ -62,6 +62,10 @@ BY_TENSORS = {
     "keys 768 wide": ({f"lora_unet_{KEYS}": (640, 768)}, "sd1", "768 wide"),
     "keys 1024 wide": ({f"lora_unet_{KEYS}": (640, 1024)}, "sd2", "1024 wide"),
     "values 2048 wide": ({f"lora_unet_{KEYS[:-1]}v": (640, 2048)}, "sdxl", "2048 wide"),
+    "the refiner's only text encoder": (
+        {f"lora_te_{Q_PROJ.format(0)}": (1280, 1280), f"lora_unet_{KEYS}": (640, 1280)},
+        *("sdxl_refiner", "1280 wide"),
+    ),
     "queries say nothing": ({f"lora_unet_{KEYS[:-1]}q": (640, 768)}, None, ""),
     "self-attention says nothing": (
         {f"lora_unet_{KEYS.replace('attn2', 'attn1')}": (640, 768)}, None, ""

@@ -309,7 +309,7 @@ def test_our_lycoris_file_reads_back(tiny_sd1: Path, tmp_path: Path) -> None:
         parts = load_parts(str(tiny_sd1))
         sd_lora.inject(parts.unet, targets="all", rank=2, alpha=3, train_bias="all", **options)
         shaken(parts.unet)
-        (path,) = sd_lora.save_adapter({"unet": parts.unet}, tmp_path / str(number), name="x")
+        path = sd_lora.save_adapter({"unet": parts.unet}, tmp_path / str(number), name="x")[0]
         assert path.name == "x_lycoris.safetensors"
         bare = load_parts(str(tiny_sd1))
         sd_lora.load_adapter({"unet": bare.unet}, path)

@@ -56,6 +56,7 @@ FACTS = {
     ("sdxl", "text"): (264, 264, 264),
     ("sdxl", "text q, v"): (88, 24, 88),
     ("sdxl", "cores lokr"): (28, 66, 28),
+    ("sdxl_refiner", "text"): (192, 0, 192),
     ("sdxl_refiner", "text lora_te2_"): (0, 0, 0),
     ("sdxl_refiner", "biases"): (612, 438, 612),
 }

@@ -57,13 +57,18 @@ def _trained(folder: Path, seed: int, text: bool, items: tuple[tuple[str, object
         if component != "unet" and text:
             targets = "text+text_projection" if component == "text_encoder_2" else "text"
             sd_lora.inject(model, targets=targets, rank=3, alpha=1.5, seed=seed, **method)
+    shaken(models, seed)
+    return read_models({c: m for c, m in models.items() if sd_lora.deltas_of(m)})
+
+
+def shaken(models: Mapping[str, nn.Module], seed: int = 0) -> None:
+    """Adds noise of 0.1 to every tensor of the models' deltas, as if they had been trained."""
     g = torch.Generator().manual_seed(seed)
     for model in models.values():
         for delta in sd_lora.deltas_of(model).values():
             for parameter in delta.parameters():
                 noise = torch.randn(parameter.shape, generator=g)
                 parameter.data.add_(0.1 * noise)
-    return read_models({c: m for c, m in models.items() if sd_lora.deltas_of(m)})
 
 
 def weights(adapter: Adapter) -> dict[tuple[str, str], Tensor]:

@@ -15,6 +15,7 @@ from sd_lora.formats.bake import bake
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.extract import extract
 from sd_lora.formats.output import Output
+from sd_lora.formats.rounding import rounded
 from sd_lora.models.checkpoint_file import CheckpointFile
 from sd_lora.models.single_file import SingleFile
 from tests.single import (
@@ -90,12 +91,14 @@ def test_other_weights_are_stored_with_the_same_or_larger_scales(
     path = tmp_path / "x.safetensors"
     save_file({"a.weight": stored, "a.scale_weight": scale}, path)
     file = CheckpointFile(path)
-    again = dict(file.rescaled("a.weight", file["a.weight"]))
+    again, held = file.rescaled("a.weight", file["a.weight"], rounded)
     assert torch.equal(again["a.weight"].float(), stored.float())
     assert torch.equal(again["a.scale_weight"], scale)
+    assert torch.equal(held, file["a.weight"])
     W = file["a.weight"].clone()
     W[0, 0] = 3 * limit * scale.max()
-    written = {k: t.contiguous() for k, t in file.rescaled("a.weight", W)}
+    written, held = file.rescaled("a.weight", W, rounded)
+    written = {k: t.contiguous() for k, t in written.items()}
     assert written["a.scale_weight"].shape == scale.shape
     grown = (written["a.scale_weight"] != scale).flatten()
     assert grown[0]
@@ -103,6 +106,7 @@ def test_other_weights_are_stored_with_the_same_or_larger_scales(
     assert written["a.scale_weight"].flatten()[0] == pytest.approx(float(W[0, 0]) / limit)
     save_file(written, path)
     file = CheckpointFile(path)
+    assert torch.allclose(held, file["a.weight"], rtol=1e-6)
     assert ((file["a.weight"] - W).abs() <= 1.001 * file.rounding("a.weight")).all()
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 import sd_lora
 from sd_lora.formats.inspect import body_hash
+from sd_lora.formats.metadata import shared_name
+from sd_lora.training.export import shared_config
 from tests.training.runs import dreambooth, images, text_to_image
 
 # of a dreambooth run on six instance images and three class images
@@ -165,9 +168,68 @@ def test_every_key_of_the_header(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         own = json.loads(said.pop("sd_lora"))
         assert datetime.fromisoformat(said.pop("modelspec.date"))
         assert said.pop("sshs_model_hash") == body_hash(file.path)
-        assert {key: own["config"][key] for key in options} == options
+        shown = options | {"class_data_dir": "classes"}
+        assert {key: own["config"][key] for key in options} == shown
         assert (own["images"], own["steps"]) == ({"instance": 6, "class": 3}, 4)
         assert said == EXPECTED_HEADER | {"sd_lora_version": sd_lora.__version__}
+
+
+def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
+    tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs of one configuration into folders of one name at two places, with copies of the base
+    and the images there and the date of SOURCE_DATE_EPOCH: their files are the same to the byte,
+    and no path is in them. With metadata_paths "full" the configuration is whole."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    found = []
+    for home in (tmp_path / "here", tmp_path / "there/deeper"):
+        base = shutil.copytree(tiny_sd1, home / "tiny")
+        sources = [{"path": str(shutil.copytree(data, home / "cats")), "caption_dropout": 0.5}]
+        config = sd_lora.TrainConfig(
+            pretrained_model_name_or_path=str(base), output_dir=str(home / "mine"), rank=1,
+            sources=sources, max_train_steps=1, seed=3, data_cache_dir=str(home / "cache"),
+            pretrained_vae_model_name_or_path=str(base / "vae"), num_validation_images=0,
+            report_to="none", resolution=32,
+        )  # fmt: skip
+        found.append([file.path for file in sd_lora.train(config).files])
+    for here, there in zip(*found, strict=True):
+        assert here.read_bytes() == there.read_bytes()
+        said = header(here)
+        assert not [p for p in (tmp_path, Path.home(), Path.cwd()) if str(p) in json.dumps(said)]
+        assert said["modelspec.date"] == "2023-11-14T22:13:20"
+        assert said["ss_vae_name"] == "vae"
+        own = json.loads(said["sd_lora"])
+        assert (own["base_model"], own["config"]["sources"][0]["path"]) == ("tiny", "cats")
+    whole = config.replace(metadata_paths="full").resolve("sd1", 32)
+    assert shared_config(whole) == whole.as_dict()
+
+
+def test_a_wrong_date_is_told_before_the_work(
+    tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A SOURCE_DATE_EPOCH that is no number is refused by its name, with no file left."""
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(sd_lora.UsageError, match="SOURCE_DATE_EPOCH is 'yesterday'"):
+        sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "mine"))
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/home/ann/models/sd15", "sd15"),
+        ("C:\\Users\\ann\\sd15.safetensors", "sd15.safetensors"),
+        ("~/models/sd15/", "sd15"),
+        ("../sd15", "sd15"),
+        ("models/ann/sd15", "sd15"),
+        ("https://host.example/ann/sd15.ckpt", "sd15.ckpt"),
+        ("stabilityai/sdxl-turbo", "stabilityai/sdxl-turbo"),
+        ("sd15", "sd15"),
+    ],
+)
+def test_names_without_places(place: str, name: str) -> None:
+    """Of a path on either system only the last part is left; a hub id is whole."""
+    assert shared_name(place) == name
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class DreamBoothOptions(Section):
     # fmt: off
     instance_data_dir: str | None = option(None,
         "folder with images of the subject",
-        only="dreambooth", may_change=True, scripts="CD")
+        only="dreambooth", may_change=True, scripts="CD", in_record="name")
     instance_prompt: str | None = option(None,
         "prompt for the subject, with a rare word: 'a photo of sks dog'",
         only="dreambooth", header="modelspec.trigger_phrase", scripts="CD",
@@ -84,7 +84,7 @@ class DreamBoothOptions(Section):
     class_data_dir: str | None = option(None,
         "folder with class images; filled up to num_class_images",
         only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,
-        scripts="CD", kohya="reg_data_dir")
+        scripts="CD", kohya="reg_data_dir", in_record="name")
     class_prompt: str | None = option(None,
         "prompt for the class: 'a photo of a dog'",
         only="dreambooth", requires={"with_prior_preservation": None}, scripts="CD")

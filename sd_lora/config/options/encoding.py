@@ -44,7 +44,7 @@ class EncodingOptions(Section):
         choices=CACHES, may_change=True, kohya="cache_text_encoder_outputs")
     data_cache_dir: str | None = option(None,
         "folder of the caches on disk; $SD_LORA_CACHE or ~/.cache/sd_lora if not given",
-        may_change=True, onetrainer="cache_dir")
+        may_change=True, onetrainer="cache_dir", in_record="no")
     data_cache_limit: float = option(50.0,
         "size in GiB of the caches on disk; beyond it, the longest unused entries are removed",
         gt=0, may_change=True)

@@ -77,7 +77,7 @@ class PerSourceOptions(Section):
     mask_folder: str | None = option(None,
         "folder of masks, each with the name of its image; as mask_files",
         dataset_key="conditioning_data_dir",
-        ignored_by=(*DATA_SET, *DATASET_FILE))
+        ignored_by=(*DATA_SET, *DATASET_FILE), in_record="name")
     image_column: str = option("image",
         "column of the images",
         scripts="ABD",

@@ -49,7 +49,11 @@ class RunOptions(Section):
         modes=by_mode("sd-model-finetuned-lora", "lora-dreambooth-model"), may_change=True,
         scripts="ABCD", kohya=SAME, onetrainer="output_model_destination", simpletuner=SAME,
         ai_toolkit="training_folder",
-        main="folder for the LoRA files")
+        main="folder for the LoRA files", in_record="no")
+    metadata_paths: str = option("names",
+        "folders and files in the metadata of LoRA files: their names alone, or in full, with "
+        "this machine's paths",
+        choices=("names", "full"), may_change=True)
     overwrite_output_dir: bool = option(False,
         "replace the LoRA files, checkpoints, samples and log of an earlier run in output_dir",
         may_change=True)
@@ -63,7 +67,7 @@ class RunOptions(Section):
         ai_toolkit="logging.use_wandb")
     logging_dir: str = option("logs",
         "folder for the tracker's files, inside output_dir",
-        may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME)
+        may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME, in_record="no")
     local_rank: int = option(-1,
         "set by launchers; the LOCAL_RANK environment variable wins",
         may_change=True, scripts="ABCD", simpletuner=SAME)
@@ -108,7 +112,7 @@ class ModelOptions(Section):
         "checkpoint (required)",
         may_change=True, scripts="ABCD", kohya=SAME, onetrainer="base_model_name",
         simpletuner=SAME, ai_toolkit="model.name_or_path",
-        short="model", main="base model: folder, hub id or checkpoint")
+        short="model", main="base model: folder, hub id or checkpoint", in_record="name")
     revision: str | None = option(None,
         "hub revision of the base model",
         scripts="ABCD", simpletuner=SAME)
@@ -117,11 +121,12 @@ class ModelOptions(Section):
         scripts="ABCD", simpletuner=SAME)
     tokenizer_name: str | None = option(None,
         "another tokenizer: a folder or a hub id; single checkpoints contain none",
-        may_change=True, scripts="C")
+        may_change=True, scripts="C", in_record="name")
     pretrained_vae_model_name_or_path: str | None = option(None,
         "another VAE: a folder, a hub id or a single file",
         may_change=True, header="ss_vae_name", summary=("VAE", "{}"), scripts="BD", kohya="vae",
-        onetrainer="vae.model_name", simpletuner=SAME, ai_toolkit="model.vae_path")
+        onetrainer="vae.model_name", simpletuner=SAME, ai_toolkit="model.vae_path",
+        in_record="name")
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
         choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"), ai_toolkit="model.vae_dtype")
@@ -130,7 +135,7 @@ class ModelOptions(Section):
         choices=FAMILIES, may_change=True, ai_toolkit="model.arch")
     cache_dir: str | None = option(None,
         "folder for downloaded models and data sets",
-        may_change=True, scripts="ABD", simpletuner=SAME)
+        may_change=True, scripts="ABD", simpletuner=SAME, in_record="no")
     # fmt: on
 
     @property

@@ -33,10 +33,10 @@ class SourceOptions(Section):
     train_data_dir: str | None = option(None,
         "folder of images with metadata.jsonl, metadata.csv or .txt captions",
         only="text_to_image", may_change=True, scripts="AB", kohya=SAME, onetrainer="concepts",
-        ai_toolkit="datasets.folder_path")
+        ai_toolkit="datasets.folder_path", in_record="name")
     dataset_name: str | None = option(None,
         "a `datasets` set: a hub name or a local folder",
-        may_change=True, scripts="ABD")
+        may_change=True, scripts="ABD", in_record="name")
     dataset_config_name: str | None = option(None,
         "configuration of the set",
         requires={"dataset_name": None}, scripts="ABD")
@@ -54,7 +54,7 @@ class SourceOptions(Section):
     dataset_config: str | None = option(None,
         "kohya's dataset configuration: a TOML or JSON file with [[datasets]] and "
         "[[datasets.subsets]]",
-        may_change=True, kohya=SAME)
+        may_change=True, kohya=SAME, in_record="name")
     data_layout: str = option("auto",
         "meaning of subfolders: kohya's 'N_token class' folders with their repeats, or a "
         "plain tree; auto: kohya's where nothing else lies beside them",

@@ -161,7 +161,7 @@ class TrainingOptions(Section):
     resume_from_checkpoint: str | None = option(None,
         "a checkpoint folder, its name in the run's folder, or latest",
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
-        simpletuner=SAME,
+        simpletuner=SAME, in_record="no",
         main="a checkpoint, or latest")
     # fmt: on
 
