@@ -117,8 +117,8 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument(
             "--rounding",
             default="nearest",
-            help="nearest, or stochastic: at random, which keeps the mean of a change too small for "
-            "the dtype",
+            help="nearest, or stochastic: at random, which keeps the mean of a change that is too "
+            "small for the dtype",
         )
     if command == "convert":
         parser.add_argument(
