@@ -128,8 +128,6 @@ def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:
 
 def _skeleton(args: argparse.Namespace) -> Any:
     """The skeleton of --model; without one, of the --family that a file is held against."""
-    from sd_lora.formats.checkpoints import Checkpoint
-    from sd_lora.hub import check_hub_id, check_model_path
     from sd_lora.models.families import family_named
     from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -137,6 +135,9 @@ def _skeleton(args: argparse.Namespace) -> Any:
     if args.model is None:
         tool = args.command
         return MetaPipeline.of_family(family) if family and tool in ("inspect", "verify") else None
+    from sd_lora.formats.checkpoints import Checkpoint
+    from sd_lora.hub import check_hub_id, check_model_path
+
     path = Path(args.model).expanduser()
     name = str(path) if path.is_dir() else args.model
     if not path.exists():
@@ -171,10 +172,10 @@ def _cut(args: argparse.Namespace, required: bool = False) -> Any:
 
 def _base(args: argparse.Namespace, cut: object) -> Any:
     """The base model's weights, where a weight-decomposed delta may need them."""
-    from sd_lora.formats.checkpoints import Checkpoint
-
     if cut is None or args.model is None or not Path(args.model).expanduser().exists():
         return None
+    from sd_lora.formats.checkpoints import Checkpoint
+
     return Checkpoint(Path(args.model).expanduser(), args.variant)
 
 
@@ -193,14 +194,14 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from sd_lora.formats.family_of_file import family_of
     from sd_lora.formats.lora_file import open_lora
-    from sd_lora.formats.verify import verify_file
-    from sd_lora.models.meta_pipeline import MetaPipeline
+    from sd_lora.formats.verify import published_for, verify_file
 
     meta_pipeline = _skeleton(args)
-    if meta_pipeline is None:
-        meta_pipeline = MetaPipeline.of_family(family_of(open_lora(args.file), args.family))
+    if args.model is None:
+        lora = open_lora(args.file)
+        meta_pipeline = published_for(lora.adapter, family_of(lora, args.family))
     print(f"loading {args.file} into {meta_pipeline.source} …", file=sys.stderr)
-    verified, wrong = verify_file(args.file, meta_pipeline)
+    verified, wrong = verify_file(args.file, meta_pipeline, is_given=args.model is not None)
     if verified is None:
         print(f"{args.file} can be read whole; diffusers has no loader for this kind of file")
         return
@@ -222,9 +223,8 @@ def _convert(args: argparse.Namespace) -> None:
     from sd_lora.formats import tools
 
     cut = _cut(args)
-    base = _base(args, cut or args.to == "comfyui" or None)
     result = tools.convert(
-        args.file, _output(args), args.family, cut, base, args.drop_vectors, _bar
+        args.file, _output(args), args.family, cut, _base(args, True), args.drop_vectors, _bar
     )
     _say(result, args)
 

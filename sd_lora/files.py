@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from sd_lora.errors import RunError, UsageError, near_path
+from sd_lora.pickles import can_be_mapped, load_tensors_of, tensors_by_key
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,9 @@ class TensorFile(Mapping[str, "Tensor"]):
     torch's format before 1.6, which are read whole.
 
     path: of the file.
-    header: a safetensors file's metadata; {} for a pickle.
+    lists: whether a pickled list of tensors is taken, with its positions as keys.
+    header: a safetensors file's metadata; for a pickle, the numbers beside its tensors.
+    left_out: classes of a pickle's other objects, which were not read.
 
     Raises:
         UsageError: not a file, cut off, a git-lfs pointer, a pickle of other objects, or a tensor
@@ -78,15 +81,16 @@ class TensorFile(Mapping[str, "Tensor"]):
         RunError: a pickle asks for more memory than there is.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, lists: bool = False) -> None:
         self.path = path
         self.header: dict[str, str] = {}
+        self.left_out: list[str] = []
         self._pickled: dict[str, Tensor] | None = None
         if not os.path.isfile(path):  # False, too, for a name that the system refuses
             raise UsageError(f"{path} is not a file{near_path(path)}")
         _refuse_pointer(path)
         if path.suffix in PICKLES:
-            self._pickled = _unpickle(path)
+            self._pickled, self.header, self.left_out = _unpickle(path, lists)
             return
         try:
             self._file = safe_open(path, "pt")
@@ -135,12 +139,21 @@ class TensorFile(Mapping[str, "Tensor"]):
         return {key: self.shape(key) for key in self}
 
 
-def _unpickle(path: Path) -> dict[str, Tensor]:
-    """Return a pickle's tensors by key, mapped into memory where the file allows it."""
+def _unpickle(path: Path, lists: bool) -> tuple[dict[str, Tensor], dict[str, str], list[str]]:
+    """Return a pickle's tensors by key, mapped into memory where the file allows it; the numbers
+    beside them; and the foreign classes that were left out.
+    """
     import torch
 
+    left_out: list[str] = []
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+        try:
+            mapped = can_be_mapped(path)
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError:
+            if not zipfile.is_zipfile(path):
+                raise
+            found, left_out = load_tensors_of(path)
     except MemoryError:
         raise RunError(f"{path} asks for more memory than there is") from None
     # a foreign parser over foreign bytes: any error is the file's fault
@@ -157,7 +170,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise UsageError(
             f"{path} cannot be read: not a {kind} of tensors ({reason_of(error)})"
         ) from None
-    tensors = _tensors_by_key(path, found)
+    tensors, numbers = tensors_by_key(path, found, lists)
     size = path.stat().st_size
     for key, t in tensors.items():
         plain = t.layout is torch.strided and not (t.is_quantized or t.is_nested or t.is_meta)
@@ -167,32 +180,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
                 f"{path}: {key!r} is sparse, quantised, or without values of its own in the file: "
                 "it cannot be read"
             )
-    return {key: t.detach() for key, t in tensors.items()}
-
-
-def _can_be_mapped(path: Path) -> bool:
-    """Whether a pickle is a zip of uncompressed records; torch maps a compressed one as noise."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def _tensors_by_key(path: Path, found: Any) -> dict[str, Tensor]:
-    """Return the tensors of an unpickled dictionary, or of the `state_dict` in it."""
-    from torch import Tensor
-
-    if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
-        beside = [key for key, value in found.items() if isinstance(value, Tensor)]
-        if beside:
-            raise UsageError(f"{path} holds tensors beside its state_dict: {beside[0]!r}")
-        found = found["state_dict"]
-    if not isinstance(found, dict):
-        raise UsageError(f"{path} holds a {type(found).__name__} and not tensors by name")
-    for key, value in found.items():
-        if not (isinstance(key, str) and isinstance(value, Tensor)):
-            raise UsageError(f"{path} holds {key!r}, a {type(value).__name__} and no tensor")
-    return found
+    return {key: t.detach() for key, t in tensors.items()}, numbers, left_out
 
 
 def _missing_bytes(path: Path) -> str | None:

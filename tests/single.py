@@ -44,6 +44,12 @@ CUT_DOWN: dict[str, dict[str, Any]] = {
         "transformer_layers_per_block": (1, (1, 2)),
         "reverse_transformer_layers_per_block": ((2, 1, 1), 1),
     },
+    "vega": {
+        "layers_per_block": 2,
+        "mid_block_type": "UNetMidBlock2D",
+        "transformer_layers_per_block": (1, 2),
+        "reverse_transformer_layers_per_block": ((2, 2, 2), 1),
+    },
 }
 """UNets without parts of the published ones: small-sd, BK-SDM and KOALA have no middle; SSD-1B and
 Segmind-Vega have no attention in it, and depths of their own on either side."""

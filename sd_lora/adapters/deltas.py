@@ -209,12 +209,10 @@ class Delta(nn.Module):
             ValueError: another number of outputs, or of inputs times kernel size; a magnitude of
                 another shape.
         """
-        with torch.no_grad():
-            meta = {n: t.to("meta") for n, t in self.state_dict().items()}
-            own = torch.func.functional_call(self, meta, strict=False)
-        from_tensors, own_shape = shape is None, self._shape_of(own)
+        matrix = self._matrix_shape()
+        from_tensors, own_shape = shape is None, self._shape_of(matrix)
         shape = own_shape if shape is None else tuple(shape)
-        rows, columns = own.shape[0], own[0].numel()
+        rows, columns = matrix[0], math.prod(matrix[1:])
         if (rows, columns) != (shape[0], math.prod(shape[1:])):
             raise ValueError(f"ΔW is {rows}×{columns} and the weight {shape}")
         if len(own_shape) > 2 and _kernel(own_shape) != _kernel(shape):
@@ -240,9 +238,15 @@ class Delta(nn.Module):
         else:
             raise ValueError(f"a magnitude of {tuple(m.shape)} does not fit the weight {shape}")
 
-    def _shape_of(self, matrix: Tensor) -> tuple[int, ...]:
-        """ΔW's shape as far as the tensors have it."""
-        return tuple(matrix.shape)
+    @torch.no_grad()
+    def _matrix_shape(self) -> tuple[int, ...]:
+        """The shape of `matrix()`, computed without values."""
+        meta = {n: t.to("meta") for n, t in self.state_dict().items()}
+        return tuple(torch.func.functional_call(self, meta, strict=False).shape)
+
+    def _shape_of(self, matrix: tuple[int, ...]) -> tuple[int, ...]:
+        """ΔW's shape as far as the tensors have it, of that of `matrix()`."""
+        return matrix
 
     def forward(self) -> Tensor:
         """`matrix()`."""

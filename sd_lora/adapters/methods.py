@@ -152,9 +152,15 @@ class LoRA(Delta):
             self.lora_A.data = self.lora_A.data.reshape(-1, *self.shape[1:])
         self.lora_B.data = self.lora_B.data.reshape(self.shape[0], -1, *ones)
 
-    def _shape_of(self, matrix: Tensor) -> tuple[int, ...]:
+    def _matrix_shape(self) -> tuple[int, ...]:
+        A, B = self.lora_A, self.lora_B
+        if self.lora_mid is None and self.initial_factors is None and B[0].numel() == len(A):
+            return len(B), A[0].numel()  # at once: a file has hundreds
+        return super()._matrix_shape()
+
+    def _shape_of(self, matrix: tuple[int, ...]) -> tuple[int, ...]:
         kernel = self.lora_A.shape[2:] if self.lora_mid is None else self.lora_mid.shape[2:]
-        return (matrix.shape[0], self.lora_A.shape[1], *kernel)
+        return (matrix[0], self.lora_A.shape[1], *kernel)
 
     def low_rank(self) -> tuple[Tensor, Tensor]:
         A, B = self.lora_A, self.lora_B

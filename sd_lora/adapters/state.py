@@ -96,12 +96,13 @@ def deltas_from_state(state: Mapping[str, Tensor]) -> dict[str, Delta]:
     return {name: make_delta(name, tensors) for name, tensors in grouped.items()}
 
 
-def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
+def make_delta(name: str, tensors: Mapping[str, Tensor], are_checked: bool = False) -> Delta:
     """Delta of these tensors, in their shape until `Delta.fit` gives it the weight's.
 
     Args:
         name: of the delta, for messages.
         tensors: tensor name → tensor, with `alpha` and `magnitude` where there are any.
+        are_checked: whether these values made a delta before, so that they need no second look.
 
     Raises:
         UsageError: see `deltas_from_state`.
@@ -111,7 +112,7 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
     method = method_by_tensor_names(own)
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
-    parts = {k: _checked(f"{name}.{k}", t) for k, t in tensors.items() if k != "alpha"}
+    parts = {k: _checked(f"{name}.{k}", t, are_checked) for k, t in tensors.items() if k != "alpha"}
     alpha = _alpha(name, tensors["alpha"]) if "alpha" in tensors else None
     if any(tensor.dtype is torch.float64 for tensor in parts.values()):
         parts = {key: tensor.double() for key, tensor in parts.items()}  # they are multiplied
@@ -123,7 +124,8 @@ def make_delta(name: str, tensors: Mapping[str, Tensor]) -> Delta:
     except (RuntimeError, IndexError):  # torch's errors for products of other shapes
         shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
         raise UsageError(f"{name}: {shapes} do not fit together") from None
-    refuse_overflow(name, delta)
+    if not are_checked:
+        refuse_overflow(name, delta)
     return delta
 
 
@@ -142,9 +144,9 @@ def refuse_overflow(name: str, delta: Delta) -> None:
         )
 
 
-def _checked(key: str, tensor: Tensor) -> Tensor:
+def _checked(key: str, tensor: Tensor, is_finite: bool) -> Tensor:
     """A delta's tensor, 8-bit numbers as float32; raises UsageError, with the key, for tensors of
-    other types, empty ones, and NaN or infinite values."""
+    other types, empty ones, and, unless known as finite, NaN or infinite values."""
     if not tensor.is_floating_point():
         raise UsageError(f"{key} holds {tensor.dtype} and not floating-point numbers")
     if not tensor.numel():
@@ -153,7 +155,7 @@ def _checked(key: str, tensor: Tensor) -> Tensor:
         tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     except RuntimeError:  # float4, two numbers a byte
         raise UsageError(f"{key} holds {tensor.dtype}, which cannot be read") from None
-    if not tensor.is_meta and not torch.isfinite(tensor).all():
+    if not (is_finite or tensor.is_meta or torch.isfinite(tensor).all()):
         raise UsageError(f"{key} holds NaN or infinite values")
     return tensor
 

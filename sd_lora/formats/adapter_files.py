@@ -1,6 +1,7 @@
 """LoRA files on disk: each written in every exact format, whole or not at all, and read again."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -297,6 +298,8 @@ def _deltas_by_live_names(path: Path, model: nn.Module) -> dict[str, Delta] | No
     if peft.is_folder(path):
         tensors = dict(TensorFile(peft.weights_of(path)))
         return peft.read(tensors, peft.read_config(path), model)
+    if os.path.isdir(path):  # a peft folder for each component
+        return None
     file, children = TensorFile(path), {name for name, _ in model.named_children()}
     # LoRA files have a component's or kohya's name in front, or `.weight` at the end
     named = any(key.partition(".")[0] in children for key in file)

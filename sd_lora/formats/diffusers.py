@@ -7,7 +7,8 @@ a text encoder's.
 
 Read, also side by side in one file: `.lora_A/.lora_B` with or without an adapter's name and
 peft's `base_model.model.`; `.lora.down/.up`, `.lora_linear_layer.`, `.processor.to_q_lora.`
-of older diffusers; and dotted names of kohya's kinds of tensor.
+of older diffusers; and dotted names of kohya's kinds of tensor, as ComfyUI and OneTrainer write
+them, in diffusers' and in the original names.
 """
 
 import json
@@ -22,6 +23,7 @@ from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import (
     Adapter,
     Modules,
+    canonical_name,
     each,
     file_rank,
     is_plain,
@@ -39,14 +41,30 @@ _PREFIXES = {
     "text_encoder_2": "text_encoder_2",
     "diffusion_model": "unet",  # ComfyUI's word, with original names
     "model.diffusion_model": "unet",
+    "text_encoders.clip_l.transformer": "text_encoder",  # ComfyUI's words
+    "text_encoders.clip_h.transformer": "text_encoder",
+    "text_encoders.clip_g.transformer": "text_encoder_2",
+    "text_encoders.clip_l": "text_encoder",  # OneTrainer's
+    "text_encoders.clip_g": "text_encoder_2",
+    "clip_l.transformer": "text_encoder",
+    "clip_g.transformer": "text_encoder_2",
+    "clip_l": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "lora_unet": "unet",
+    "lora_te": "text_encoder",
+    "lora_te1": "text_encoder",
+    "lora_te2": "text_encoder_2",
 }
 _UNET = re.compile(
-    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_out|(?:time|add|class)_embedding"
-    r"|input_blocks|middle_block|output_blocks|time_embed|label_emb)\."
+    r"(?:down_blocks|mid_block|up_blocks|conv_in|conv_norm_out|conv_out"
+    r"|(?:time|add|class)_embedding|input_blocks|middle_block|output_blocks|time_embed|label_emb"
+    r"|out\.[02])\."
 )
 _TEXT = re.compile(r"(?:text_model|encoder\.layers|embeddings|text_projection)\.")
+_COMPILED = "_orig_mod."
+"""The level that torch.compile puts into names."""
 
-_ADAPTER_NAME = r"(?:\.(?!weight$|bias$)\w+)?"
+_ADAPTER_NAME = r"(?:\.(?!weight\Z|bias\Z).+?)?"
 _ENDS = {
     "lora_A": rf"\.lora_A{_ADAPTER_NAME}\.weight|\.lora_embedding_A{_ADAPTER_NAME}",
     "lora_B": rf"\.lora_B{_ADAPTER_NAME}\.weight|\.lora_embedding_B{_ADAPTER_NAME}",
@@ -56,6 +74,8 @@ _ENDS = {
     "flat_magnitude": r"\.lora_magnitude_vector(?:\.(?!weight$)\w+)?(?:\.weight)?",
     "magnitude": r"\.dora_scale",
     "alpha": r"\.alpha",
+    "diff": r"\.(?:diff|w_norm)",
+    "bias": r"\.(?:diff_b|b_norm)",
     "other": r"\.(?P<kind>[a-z]\w+)",
 }
 _END = "|".join(f"(?P<{kind}>{end})" for kind, end in _ENDS.items())
@@ -75,27 +95,58 @@ def parse(key: str, layout: Layout) -> tuple[str, str, str] | None:
     if match is None:
         return None
     end = next(end for end in _ENDS if match[end])
-    kind = {"down": "lora_A", "up": "lora_B", "other": match["kind"]}.get(end, end)
+    kind = {"down": "lora_A", "up": "lora_B", "other": match["kind"], "bias": "diff"}.get(end, end)
     if end == "other" and kind not in method_tensors():
         return None
-    name, component = match["name"], None
-    for prefix, of in _PREFIXES.items():
-        if name.startswith(f"{prefix}."):
-            name, component = name[len(prefix) + 1 :], of
-            break
-    name = name.removeprefix("base_model.model.")
-    if component is None:
+    component, name = _component_and_module(match["name"])
+    name = name.removeprefix("base_model.model.").replace(_COMPILED, "")
+    if component is not None:
+        name = name.removeprefix(f"{component}.")  # `unet.unet.`, of scripts that add it twice
+    else:
         component = "unet" if _UNET.match(f"{name}.") else "text_encoder"
         if component == "text_encoder" and not _TEXT.match(f"{name}."):
             return None
+    found = canonical(component, _new_name(component, name), layout)
+    if found is None:
+        return None
+    component, name = found
+    return component, f"{name}.bias" if end == "bias" else name, kind
+
+
+def _component_and_module(name: str) -> tuple[str | None, str]:
+    """A key's component, if it names one, and the rest of the name."""
+    for prefix in sorted(_PREFIXES, key=len, reverse=True):
+        if name.startswith(f"{prefix}."):
+            return _PREFIXES[prefix], name[len(prefix) + 1 :]
+    return None, name
+
+
+def _new_name(component: str, name: str) -> str:
+    """A module's name of today for one of old diffusers."""
     if old := _OLD_UNET.fullmatch(name):
         name = f"{old[1]}.{old[2]}"
     elif component != "unet" and (old := _OLD_TEXT.fullmatch(name)):
         name = f"{old[1]}.{old[2]}_proj"
-    if component == "unet" and name.endswith(".to_out"):
-        name += ".0"
-    found = canonical(component, name, layout)
-    return (*found, kind) if found else None
+    return f"{name}.0" if component == "unet" and name.endswith(".to_out") else name
+
+
+def stem_of(key: str) -> str:
+    """A key without its ending; of a key of another form, all of it."""
+    match = _KEY.match(key)
+    return match["name"] if match else key
+
+
+def module_in(key: str) -> str:
+    """The module of a key as diffusers' loader takes it, with `text_model.` in a text encoder.
+
+    It is not the canonical name where there is more in the key: another level, original names.
+    """
+    stem = stem_of(key)
+    component, name = _component_and_module(stem)
+    name = _new_name(component or "", name)
+    if component == "unet" and stem.endswith(".to_out") and ".processor." not in stem:
+        name = name.removesuffix(".0")
+    return canonical_name(component or "", name)
 
 
 def configs(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -147,10 +198,12 @@ def padded_ranks(component: str, modules: Modules) -> dict[str, int]:
     The loader reads the ranks of a text encoder's attention and MLP, and gives `text_projection`
     the most common of them.
     """
+    projections = {name for name in modules if name.startswith("text_projection")}
+    if component == "unet" or not projections:
+        return {}
     ranks = {name: file_rank(delta) or 0 for name, delta in modules.items()}
-    projections = {name for name in ranks if name.startswith("text_projection")}
     others = {rank for name, rank in ranks.items() if name not in projections}
-    if component == "unet" or not others or all(others == {ranks[name]} for name in projections):
+    if not others or all(others == {ranks[name]} for name in projections):
         return {}
     largest = max(ranks.values())
     return dict.fromkeys(projections if others == {largest} else ranks, largest)

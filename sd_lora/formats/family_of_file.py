@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 from sd_lora.errors import UsageError
+from sd_lora.formats.canonical import Modules
 from sd_lora.formats.lora_file import LoRAFile
 from sd_lora.models.families import FAMILIES, Family, family_named
 
@@ -13,13 +14,14 @@ _TEXT_WIDTHS = {768: None, 1024: "sd2", 1280: "sdxl"}  # CLIP-L is in SD1 and in
 def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
     """The family of a file by its tensors, with the tensor that shows it; None if none does."""
     unet = lora.adapter.get("unet", {})
-    attending = (n for n in unet if re.search(r"\.attn2\.to_[kv]$", n) and len(unet[n].shape) > 1)
+    attending = (n for n in unet if re.search(r"\.attn2\.to_[kv]$", n) and len(_shape(unet, n)) > 1)
     name = next(attending, None)
     width = unet[name].shape[1] if name else None
     known = next((f for f in FAMILIES.values() if f.cross_attention_dim == width), None)
     if "text_encoder_2" in lora.adapter and (known is None or not known.is_xl):
         # the refiner's too; few train that one without its UNet
-        return FAMILIES["sdxl"], "it has a second text encoder"
+        shared = ", as the refiner's" if _is_second_alone(lora) else ""
+        return FAMILIES["sdxl"], f"it has a second text encoder{shared}"
     if known:
         return known, f"its cross-attention is {width} wide"
     for name in unet:
@@ -27,7 +29,7 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
             return FAMILIES["sdxl"], f"it has {name}"
     text = lora.adapter.get("text_encoder", {})
     for name in text:
-        if name.endswith("_proj") and len(text[name].shape) > 1:
+        if name.endswith("_proj") and len(_shape(text, name)) > 1:
             width = text[name].shape[1]
             by_text = _TEXT_WIDTHS.get(width)
             if by_text:
@@ -37,6 +39,32 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
                 return FAMILIES["sd1"], "its text encoder is 768 wide, its UNet of four levels"
             break
     return None
+
+
+def _shape(modules: Modules, name: str) -> tuple[int, ...]:
+    """The shape of a delta; () of one that cannot be made, which is reported elsewhere."""
+    try:
+        return modules[name].shape
+    except UsageError:
+        return ()
+
+
+def known_family(lora: LoRAFile) -> tuple[Family, str] | None:
+    """The family of a file with the reason: by its tensors, and where these leave a choice, by its
+    header; None if neither says it.
+    """
+    by_tensors, by_header = family_by_tensors(lora), family_by_header(lora.header)
+    if by_tensors is None:
+        return (by_header, "its header says so") if by_header else None
+    if by_header and by_header is not by_tensors[0] and _is_second_alone(lora):
+        if "text_encoder_2" in by_header.components:
+            return by_header, "its header says so, and the tensors fit SDXL's second encoder too"
+    return by_tensors
+
+
+def _is_second_alone(lora: LoRAFile) -> bool:
+    """Whether nothing but a second text encoder is adapted, which SDXL and its refiner share."""
+    return set(lora.adapter) == {"text_encoder_2"}
 
 
 def family_by_header(header: Mapping[str, str]) -> Family | None:
@@ -74,18 +102,18 @@ def family_of(lora: LoRAFile, given: str | None = None) -> Family:
     Raises:
         UsageError: an unknown family, or a given one that contradicts the tensors.
     """
-    by_tensors = family_by_tensors(lora)
     if given is not None:
-        family = family_named(given)
-        if by_tensors and by_tensors[0] is not family:
+        family, by_tensors = family_named(given), family_by_tensors(lora)
+        shared = _is_second_alone(lora) and "text_encoder_2" in family.components
+        if by_tensors and by_tensors[0] is not family and not shared:
             raise UsageError(
                 f"{lora.path} is for {by_tensors[0].label} ({by_tensors[1]}), not {family.label}"
             )
         return family
-    family_found = by_tensors[0] if by_tensors else family_by_header(lora.header)
-    if family_found is None:
+    found = known_family(lora)
+    if found is None:
         raise UsageError(
             f"neither the tensors nor the header of {lora.path} say which family it is for: give "
             f"--model, or --family {', '.join(FAMILIES)}"
         )
-    return family_found
+    return found[0]

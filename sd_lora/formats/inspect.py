@@ -1,6 +1,5 @@
 """The contents of a LoRA file: a table for people, a record for scripts, and its problems."""
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -8,7 +7,6 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,13 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY, mib
 from sd_lora.formats import diffusers
+from sd_lora.formats.base_fit import Fit, fit_of, fit_of_any
 from sd_lora.formats.canonical import Adapter, Lazy, count, file_rank
-from sd_lora.formats.family_of_file import family_by_header, family_by_tensors
+from sd_lora.formats.family_of_file import family_by_header, known_family
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.output import Progress, silently
-from sd_lora.formats.programs import readers
-from sd_lora.formats.verify import misfits
+from sd_lora.formats.verify import misfit, places_in, published_for
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 
@@ -65,7 +63,10 @@ class Block:
 
 @dataclass
 class Inspection:
-    """A file's contents."""
+    """A file's contents.
+
+    readers: program → "exact", or its losses. notes: remarks that are no faults of the file.
+    """
 
     path: Path
     size: int
@@ -76,6 +77,7 @@ class Inspection:
     components: list[Block]
     blocks: list[Block]
     readers: dict[str, str]
+    notes: list[str]
     problems: list[str]
     header: dict[str, str]
 
@@ -103,33 +105,22 @@ def inspect(
         UsageError: not a LoRA file, or keys of no format.
     """
     lora = open_lora(path, meta_pipeline.layout if meta_pipeline else None)
-    problems = list(lora.problems())
-    components: dict[str, Block] = {}
-    blocks: dict[tuple[str, str], Block] = {}
-    zero: list[str] = []
-    adapter = lora.adapter
-    if problems:
-        adapter = _whole_ones(lora)
-        problems.append(f"the table is of the {count(adapter)} deltas that can be read whole")
-    if adapter:
-        names = [(c, n) for c, modules in adapter.items() for n in modules]
-        layers = {c: _layers(modules) for c, modules in adapter.items()}
-        for component, name in progress(names, len(names), "reading"):
-            delta = adapter[component][name]
-            with torch.no_grad():
-                norm = float(delta.norm())
-            if norm == 0 and delta.magnitude is None:
-                zero.append(f"{component} {name}")
-            part = _block(component, name, layers[component])
-            components.setdefault(component, Block(component, "")).add(delta, norm)
-            blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
-    if zero:
-        problems.append(f"{len(zero)} deltas are zero ({zero[0]}, …): they were never trained")
-    whole = dataclasses.replace(lora, adapter=adapter)
-    family, how = _family(whole, meta_pipeline)
-    verdicts = readers(lora, family) if adapter is lora.adapter else {}
-    problems += _of_header(lora, family)
-    problems += _of_place(whole, meta_pipeline, family) if components else []
+    family, how, base = None, "nothing in the file says it", meta_pipeline
+    if meta_pipeline is not None:
+        family, how = meta_pipeline.family, f"as {meta_pipeline.source} is"
+    elif known := known_family(lora):
+        family, how = known
+        base = published_for(lora.adapter, family)
+    read = _read(lora, base, progress)
+    problems = [*read.problems, *_of_header(lora, family)]
+    if not read.places:
+        fit = Fit()
+    elif base is None:
+        fit = fit_of_any(lora, read.whole(lora))
+    else:
+        fit = fit_of(lora, base, read.misfits, is_given=meta_pipeline is not None)
+    problems += fit.problems
+    notes = [*lora.notes(), *fit.notes]
     return Inspection(
         path=lora.path,
         size=lora.path.stat().st_size,
@@ -137,33 +128,72 @@ def inspect(
         dtype=str(lora.dtype)[6:],
         family=family.name if family else None,
         family_by=how,
-        components=sorted(components.values(), key=_order),
-        blocks=sorted(blocks.values(), key=_order),
-        readers=verdicts,
+        components=sorted(read.components.values(), key=_order),
+        blocks=sorted(read.blocks.values(), key=_order),
+        readers=fit.readers if not read.broken else {},
+        notes=notes,
         problems=problems,
         header=lora.header,
     )
 
 
-def _whole_ones(lora: LoRAFile) -> Adapter:
-    """The deltas of a file that can be made."""
-    kept: dict[str, dict[str, None]] = {}
-    for component, modules in lora.adapter.items():
-        for name in modules:
-            with suppress(UsageError):
-                modules[name]
-                kept.setdefault(component, {})[name] = None
-    return {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
+@dataclass
+class _Read:
+    """The deltas of a file, each made once: sums by component and block.
+
+    places: of those that can be read whole. broken: how many cannot.
+    """
+
+    places: list[tuple[str, str]] = field(default_factory=list)
+    components: dict[str, Block] = field(default_factory=dict)
+    blocks: dict[tuple[str, str], Block] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    misfits: list[str] = field(default_factory=list)
+    broken: int = 0
+
+    def whole(self, lora: LoRAFile) -> Adapter:
+        """The deltas that can be made."""
+        kept: dict[str, list[str]] = {}
+        for component, name in self.places:
+            kept.setdefault(component, []).append(name)
+        return {c: Lazy(names, lora.adapter[c].__getitem__) for c, names in kept.items()}
 
 
-def _family(lora: LoRAFile, meta_pipeline: MetaPipeline | None) -> tuple[Family | None, str]:
-    if meta_pipeline is not None:
-        return meta_pipeline.family, f"as {meta_pipeline.source} is"
-    found = family_by_tensors(lora) if lora.adapter else None
-    if found:
-        return found
-    family = family_by_header(lora.header)
-    return family, "its header says so" if family else "nothing in the file says it"
+@torch.no_grad()
+def _read(lora: LoRAFile, base: MetaPipeline | None, progress: Progress) -> _Read:
+    read, places = _Read(), places_in(base) if base else {}
+    zero: list[str] = []
+    silent: list[str] = []
+    layers = {c: _layers(modules) for c, modules in lora.places.items()}
+    names = [(c, n) for c, modules in lora.places.items() for n in modules]
+    for component, name in progress(names, len(names), "reading"):
+        try:
+            delta = lora.adapter[component][name]
+        except UsageError as error:
+            read.problems.append(str(error))
+            continue
+        norm = float(delta.norm())
+        read.places.append((component, name))
+        if base and (fault := misfit(component, name, delta, places, base)):
+            read.misfits.append(fault)
+        part = _block(component, name, layers[component])
+        read.components.setdefault(component, Block(component, "")).add(delta, norm)
+        read.blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
+        if norm == 0 and delta.magnitude is None:
+            scaled = delta.alpha == 0 and all(t.any() for t in delta.tensors().values())
+            (silent if scaled else zero).append(f"{component} {name}")
+    read.broken = len(read.problems)
+    if read.broken:
+        whole = len(read.places)
+        read.problems.append(f"the table is of the {whole} deltas that can be read whole")
+    if zero:
+        read.problems.append(f"{len(zero)} deltas are zero ({zero[0]}, …): they were never trained")
+    if silent:
+        read.problems.append(
+            f"{len(silent)} deltas have alpha 0 ({silent[0]}, …), so that ΔW = α/r·BA is zero; "
+            "sd-scripts takes alpha 0 for alpha = rank"
+        )
+    return read
 
 
 def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
@@ -186,18 +216,6 @@ def _of_header(lora: LoRAFile, family: Family | None) -> Iterator[str]:
         some = count(lora.adapter)
         if 0 < none < some:
             yield f"{none} of {some} modules have no alpha; readers disagree on what that means"
-
-
-def _of_place(
-    lora: LoRAFile, meta_pipeline: MetaPipeline | None, family: Family | None
-) -> Iterator[str]:
-    """Yield how the file does not fit its model."""
-    meta_pipeline = meta_pipeline or (MetaPipeline.of_family(family) if family else None)
-    if meta_pipeline is not None:
-        wrong = list(misfits(lora.adapter, meta_pipeline))
-        if wrong:
-            of = f"{len(wrong)} of {count(lora.adapter)} deltas"
-            yield f"{of} do not fit {meta_pipeline.source}: {wrong[0]}"
 
 
 def body_hash(path: Path) -> str:
@@ -267,6 +285,10 @@ def text(found: Inspection, width: int = 100) -> str:
         "",
         *_table(found.components, found.blocks, width),
     ]
+    if found.notes:
+        lines.append("")
+    for note in found.notes:
+        lines += _wrapped("  note: ", note, width)
     if found.readers:
         lines += ["", "loaded by"]
         for program, verdict in found.readers.items():

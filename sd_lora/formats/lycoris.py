@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.state import make_delta
+from sd_lora.errors import UsageError
+from sd_lora.formats import of_base
 from sd_lora.formats.canonical import Adapter, Modules, each, method_tensors, plain
 from sd_lora.formats.names import Naming, from_kohya
 from sd_lora.models.original_names import Layout
@@ -36,7 +39,37 @@ OTHER_METHODS = {
     "glora_a": "GLoRA",
     "lora_down.weight.0": "DyLoRA",
 }
-"""Kind of tensor → its method, for methods that cannot be read."""
+"""Kind of tensor → its method, for methods that are no deltas by themselves."""
+
+WAY_OUT = (
+    "whose ΔW depends on the base: `sd-lora convert FILE --model BASE --to lycoris` writes it as "
+    "ΔW, and with --rank N --to kohya as the nearest LoRA"
+)
+
+SPARSE = {"bias_indices", "bias_values", "bias_size"}
+"""Kinds of the sparse remainder of ΔW that LyCORIS' extraction may keep beside a LoCon."""
+
+
+def with_sparse(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A LoCon with its sparse remainder as one whole ΔW.
+
+    Raises:
+        UsageError: positions outside the weight.
+    """
+    factors = {kind: tensor for kind, tensor in parts.items() if kind not in SPARSE}
+    delta = make_delta(title, factors)
+    with torch.no_grad():
+        matrix = delta.weight()
+        size, rows, columns = parts["bias_size"].tolist(), len(matrix), matrix[0].numel()
+        places, values = parts["bias_indices"].long(), parts["bias_values"].float()
+        if size != [rows, columns] or places.shape != (2, values.numel()):
+            raise UsageError(f"{title}: its sparse remainder does not fit ΔW")
+        outside = (places < 0) | (places >= torch.tensor([[rows], [columns]]))
+        if outside.any():
+            raise UsageError(f"{title}: its sparse remainder lies outside ΔW")
+        rest = torch.zeros(rows, columns)
+        rest[places[0], places[1]] = values.flatten()
+        return {"diff": matrix + delta.scale * rest.reshape(matrix.shape)}
 
 
 def _without_core(core: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -50,7 +83,10 @@ def _without_core(core: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
 
 
 def parse(
-    key: str, layout: Layout, live: Mapping[str, tuple[str, str]] | None = None
+    key: str,
+    layout: Layout,
+    live: Mapping[str, tuple[str, str]] | None = None,
+    with_base: bool = False,
 ) -> tuple[str, str, str] | None:
     """Component, canonical name and kind of tensor of a key; None for a key of another form.
 
@@ -58,10 +94,13 @@ def parse(
         key: in kohya's or LyCORIS' form.
         layout: of the UNet, for original names.
         live: kohya name → (component, canonical name) of models at hand, which go first.
+        with_base: take the methods of `of_base` too.
     """
     stem, _, kind = key.partition(".")
+    stem = stem.replace("oft_unet_", "lora_unet_", 1)  # sd-scripts' OFT
     found = (live or {}).get(stem) or from_kohya(stem, layout)
-    ours = _READ.get(kind) or (kind if kind in method_tensors() else None)
+    kinds = {*method_tensors(), *SPARSE, *(of_base.KINDS if with_base else ())}
+    ours = _READ.get(kind) or (kind if kind in kinds else None)
     if found is None or ours is None:
         return None
     component, name = found

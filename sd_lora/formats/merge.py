@@ -102,7 +102,7 @@ def merge(
         for n in ns
         if not any(factors[i].get((c, n)) for i in range(len(loras)))
     }
-    notes = [f"{len(silent)} modules have weight 0 and were left out"] if silent else []
+    notes = _notes(loras, len(silent))
     sums: Adapter = {
         c: Lazy(kept, partial(_sum, loras, factors, c, cut is not None, base))
         for c, ns in names.items()
@@ -133,6 +133,11 @@ def merge(
     result = cut_to(sums, cut, base, output, row, origin, progress)
     result.notes += notes
     return result
+
+
+def _notes(loras: list[LoRAFile], silent: int) -> list[str]:
+    notes = [note for lora in loras for note in lora.notes()]
+    return [*notes, *([f"{silent} modules have weight 0 and were left out"] if silent else [])]
 
 
 def _one_family(found: Sequence[tuple[LoRAFile, Family]]) -> Family:

@@ -98,7 +98,7 @@ def from_kohya(stem: str, layout: Layout) -> tuple[str, str] | None:
     prefix = next((p for p in sorted(PREFIXES, reverse=True) if stem.startswith(f"{p}_")), None)
     if prefix is None:
         return None
-    name = dotted(stem[len(prefix) + 1 :])
+    name = dotted(stem[len(prefix) + 1 :].removeprefix("_orig_mod_"))  # torch.compile's level
     return canonical(PREFIXES[prefix], name, layout) if name else None
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.layers import AdaptedAttention, AdaptedLayer
 from sd_lora.adapters.state import locate, make_delta, refuse_overflow
 from sd_lora.errors import UsageError
+from sd_lora.files import Shape, Spec, TensorFile
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -60,6 +61,57 @@ def weights_of(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UsageError(f"{path} has {CONFIG_NAME} and no {WEIGHTS_NAME}")
+
+
+_COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+
+def folders_of(path: Path) -> dict[str, Path]:
+    """Component → folder of `PeftModel.save_pretrained`, of one below another; "" for a folder that
+    is one itself; {} for others.
+    """
+    if is_folder(path):
+        return {"": path}
+    return {c: path / c for c in _COMPONENTS if is_folder(path / c)}
+
+
+class Joined(Mapping[str, Tensor]):
+    """The tensors of peft folders, with the component before each key where there is one.
+
+    folders: as of `folders_of`. path: of the first one's weights, or, of several, their folder.
+    """
+
+    def __init__(self, folders: Mapping[str, Path]) -> None:
+        self._files = {c: TensorFile(weights_of(folder)) for c, folder in folders.items()}
+        self._places = {
+            f"{c}.{key}" if c else key: (file, key)
+            for c, file in self._files.items()
+            for key in file
+        }
+        first = next(iter(self._files.values())).path
+        self.path = first if len(folders) == 1 else first.parent.parent
+        self.header: dict[str, str] = {}
+        self.left_out = [name for file in self._files.values() for name in file.left_out]
+
+    def __getitem__(self, key: str) -> Tensor:
+        file, own = self._places[key]
+        return file[own]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def shape(self, key: str) -> Shape:
+        """Return a tensor's shape without reading the tensor."""
+        file, own = self._places[key]
+        return file.shape(own)
+
+    def spec(self, key: str) -> Spec:
+        """Return a tensor's dtype and shape."""
+        file, own = self._places[key]
+        return file.spec(own)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,6 @@ from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY
 from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
-from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.family_of_file import family_of, prediction_type
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY, without_places
@@ -29,6 +29,9 @@ from sd_lora.formats.output import (
     write,
 )
 from sd_lora.models.families import Family
+
+if TYPE_CHECKING:
+    from sd_lora.formats.checkpoints import Checkpoint
 
 
 @dataclass
@@ -49,14 +52,19 @@ class Result:
         return Loss.sum(self.losses.values()).error
 
 
-def opened(path: Path, output: Output, family: str | None) -> tuple[LoRAFile, Family]:
+def opened(
+    path: Path, output: Output, family: str | None, base: "Checkpoint | None" = None
+) -> tuple[LoRAFile, Family]:
     """Open a LoRA file, make every delta once, and find its family and its place there.
+
+    base: for methods whose ΔW is a function of it.
 
     Raises:
         UsageError: any fault of the file, an unknown family, or a module or shape that the model
             has not.
     """
-    lora = open_lora(path, output.meta_pipeline.layout if output.meta_pipeline else None)
+    layout = output.meta_pipeline.layout if output.meta_pipeline else None
+    lora = open_lora(path, layout, base=base.weight if base else None)
     lora.check()
     row = output.meta_pipeline.family if output.meta_pipeline else family_of(lora, family)
     check_place(lora.adapter, output, row, str(path))
@@ -68,7 +76,7 @@ def convert(
     output: Output,
     family: str | None = None,
     cut: Cut | None = None,
-    base: Checkpoint | None = None,
+    base: "Checkpoint | None" = None,
     drop_vectors: bool = False,
     progress: Progress = silently,
 ) -> Result:
@@ -87,9 +95,9 @@ def convert(
         UsageError: an unreadable file, or one without a form in this format, with a remedy.
         RunError: a failed write, or a file that does not load exactly; none is left.
     """
-    lora, row = opened(source, output, family)
+    lora, row = opened(source, output, family, base)
     adapter: Adapter = lora.adapter
-    notes: list[str] = []
+    notes = list(lora.notes())
     if cut is not None and output.to in ("lycoris", "comfyui"):
         raise UsageError(
             f"--to {output.to} keeps every delta as it is: `sd-lora resize` cuts ranks, and --to "
@@ -157,7 +165,9 @@ def record_of(lora: LoRAFile) -> dict[str, object]:
     return record
 
 
-def whole_change(component: str, name: str, delta: Delta, base: Checkpoint | None) -> torch.Tensor:
+def whole_change(
+    component: str, name: str, delta: Delta, base: "Checkpoint | None"
+) -> torch.Tensor:
     """W' − W of a delta, in its own shape.
 
     Raises:
@@ -185,7 +195,7 @@ def resize(
     output: Output,
     cut: Cut,
     family: str | None = None,
-    base: Checkpoint | None = None,
+    base: "Checkpoint | None" = None,
     progress: Progress = silently,
 ) -> Result:
     """Write a LoRA cut to fewer ranks, each delta to its nearest one; the error is stated.
@@ -202,13 +212,15 @@ def resize(
         UsageError, RunError: see `convert`.
     """
     lora, row = opened(source, output, family)
-    return cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
+    result = cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
+    result.notes += lora.notes()
+    return result
 
 
 def cut_to(
     adapter: Adapter,
     cut: Cut,
-    base: Checkpoint | None,
+    base: "Checkpoint | None",
     output: Output,
     family: Family,
     origin: Origin,

@@ -24,6 +24,7 @@ from sd_lora.formats.adapter_files import DIFFUSERS, KOHYA, Format
 from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import open_lora
+from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline, without_progress_bars
 
 if TYPE_CHECKING:
@@ -179,18 +180,65 @@ def compare(
 
 def misfits(adapter: Adapter, meta_pipeline: MetaPipeline) -> Iterator[str]:
     """Yield the parts of an adapter without a place in a model: components, modules, shapes."""
+    places = places_in(meta_pipeline)
     for component, modules in adapter.items():
-        if component not in meta_pipeline.models:
+        if component not in places:
             yield f"{meta_pipeline.family.label} has no {component}"
             continue
-        shapes = shapes_of(component, meta_pipeline)
-        for name in modules:
-            try:
-                _fit(component, name, modules, shapes)
-            except KeyError:
-                yield f"{component} {name} is no module of {meta_pipeline.source}"
-            except (ValueError, RuntimeError) as error:
-                yield f"{component} {name}: {error}"
+        for name, delta in modules.items():
+            if fault := misfit(component, name, delta, places, meta_pipeline):
+                yield fault
+
+
+Places = Mapping[str, Mapping[str, tuple[int, ...]]]
+"""Component → delta name → shape of a model's parameter."""
+
+
+def places_in(meta_pipeline: MetaPipeline) -> Places:
+    """The parameters of a model by delta names."""
+    return {component: shapes_of(component, meta_pipeline) for component in meta_pipeline.configs}
+
+
+def misfit(
+    component: str, name: str, delta: Delta, places: Places, meta_pipeline: MetaPipeline
+) -> str | None:
+    """How a delta, which gets the model's shape, has no place in a model; None if it has one."""
+    if component not in places:
+        return f"{meta_pipeline.family.label} has no {component}"
+    if name not in places[component]:
+        return f"{component} {name} is no module of {meta_pipeline.source}"
+    try:
+        delta.fit(places[component][name])
+    except (ValueError, RuntimeError) as error:
+        return f"{component} {name}: {error}"
+    return None
+
+
+def published_for(adapter: Adapter, family: Family) -> MetaPipeline:
+    """The published base of a family, or, by the width of the adapter's conv_in, that of its
+    inpainting model and the like.
+    """
+    base, unet = MetaPipeline.of_family(family), adapter.get("unet", {})
+    if "conv_in" not in unet:
+        return base
+    try:
+        shape = unet["conv_in"].shape
+    except UsageError:  # a broken delta is reported elsewhere
+        return base
+    return base.with_inputs(shape[1]) if len(shape) > 1 else base
+
+
+def is_other_base(wrong: Sequence[str], adapter: Adapter) -> bool:
+    """Whether the misfits are so many that the file is for another base, and not a broken one."""
+    return len(wrong) > 2 and 2 * len(wrong) > sum(len(modules) for modules in adapter.values())
+
+
+def other_base(base: MetaPipeline, wrong: Sequence[str]) -> str:
+    """A line on a file that was made for an unpublished base, with its misfits to one of these."""
+    return (
+        f"made for another base than the published ones ({wrong[0]}): give --model to check "
+        f"against it, instead of {base.source}"
+    )
 
 
 def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
@@ -209,8 +257,8 @@ def fitted(adapter: Adapter, meta_pipeline: MetaPipeline) -> Adapter:
 def shapes_of(component: str, meta_pipeline: MetaPipeline) -> dict[str, tuple[int, ...]]:
     """Canonical delta name → shape of every parameter of a component."""
     return {
-        canonical_name(component, name.removesuffix(".weight")): tuple(parameter.shape)
-        for name, parameter in meta_pipeline.models[component].named_parameters()
+        canonical_name(component, name.removesuffix(".weight")): shape
+        for name, shape in meta_pipeline.shapes(component).items()
     }
 
 
@@ -275,8 +323,12 @@ def verify(
     return Verified(path, count, worst)
 
 
-def verify_file(path: Path, meta_pipeline: MetaPipeline) -> tuple[Verified | None, list[str]]:
+def verify_file(
+    path: Path, meta_pipeline: MetaPipeline, is_given: bool = True
+) -> tuple[Verified | None, list[str]]:
     """Compare diffusers' result of loading any file with the file's contents.
+
+    is_given: whether the model is the user's own, and not the published one of the file's family.
 
     Returns the comparison (None for a file without a loader in diffusers), and everything lost,
     rescaled or complained about.
@@ -286,8 +338,10 @@ def verify_file(path: Path, meta_pipeline: MetaPipeline) -> tuple[Verified | Non
     """
     lora = open_lora(path, meta_pipeline.layout)
     lora.check()
-    for wrong in misfits(lora.adapter, meta_pipeline):
-        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
+    if wrong := list(misfits(lora.adapter, meta_pipeline)):
+        if not is_given and is_other_base(wrong, lora.adapter):
+            raise UsageError(f"{path} was {other_base(meta_pipeline, wrong)}")
+        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong[0]}")
     adapter = fitted(lora.adapter, meta_pipeline)
     if lora.format not in (DIFFUSERS.title, KOHYA.title):
         return None, []

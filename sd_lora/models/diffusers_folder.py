@@ -108,7 +108,7 @@ def check_classes(name: str, index: Mapping[str, Any], family: Family) -> None:
     for part in (*family.components, "vae"):
         entry = index.get(part)
         found = entry[1] if isinstance(entry, list | tuple) and len(entry) == 2 else None
-        wanted = PART_CLASSES[part].__name__
+        wanted = PART_CLASSES[part]
         if found != wanted and entry is not None:
             kind = f"a {found}" if found else "nothing"
             raise UsageError(

@@ -24,7 +24,7 @@ class Task:
 TEXT_TO_IMAGE = Task("text_to_image", "text to image")
 INPAINTING = Task("inpainting", "inpainting")
 _PAIRS = "its training needs pairs of images, which no data source here has"
-_TASKS: dict[int | None, Task] = {
+TASKS: dict[int | None, Task] = {
     0: TEXT_TO_IMAGE,
     5: INPAINTING,  # a mask, and the latents of the image outside it
     4: Task("instruct_pix2pix", "InstructPix2Pix", _PAIRS),
@@ -275,12 +275,12 @@ def detect_task(unet_config: Mapping[str, object]) -> Task:
     """
     channels, given = unet_config.get("in_channels", 4), unet_config.get("out_channels", 4)
     extra = channels - given if isinstance(channels, int) and isinstance(given, int) else None
-    if extra not in _TASKS:
+    if extra not in TASKS:
         raise UsageError(
             f"this is a UNet with {channels} input and {given} output channels: not one of Stable "
             f"Diffusion; {_TRAINABLE}"
         )
-    return _TASKS[extra]
+    return TASKS[extra]
 
 
 def refuse_task(task: Task, family: Family) -> None:

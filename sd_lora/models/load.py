@@ -37,7 +37,7 @@ from sd_lora.models.families import (
     detect_task,
     refuse_task,
 )
-from sd_lora.models.meta_pipeline import PART_CLASSES, MetaPipeline
+from sd_lora.models.meta_pipeline import MetaPipeline, part_class
 from sd_lora.models.single_file import SingleFile
 from sd_lora.models.vae import load_replacement, replacement_config, standard_config
 
@@ -154,14 +154,20 @@ class Base:
         return (size if isinstance(size, int) else max(size)) * self.pixels_per_latent
 
     def notes(self) -> list[str]:
-        """Return notes for the user: a replacement VAE with another scaling of its latents."""
+        """Return notes for the user: a replacement VAE with another scaling of its latents, and
+        objects of a pickle that were not read.
+        """
         own, used = (c.get("scaling_factor") for c in (self.own_vae_config, self.vae_config))
-        if own == used:
-            return []
-        return [
-            f"the VAE {self.vae} scales its latents by {used}, the base's own by {own}: is it of "
-            "another family?"
-        ]
+        notes = []
+        if own != used:
+            notes.append(
+                f"the VAE {self.vae} scales its latents by {used}, the base's own by {own}: is it "
+                "of another family?"
+            )
+        if self.single and self.single.left_out:
+            classes = ", ".join(self.single.left_out[:4])
+            notes.append(f"objects of other classes in {self.name} were left out: {classes}")
+        return notes
 
     def load(
         self,
@@ -237,7 +243,7 @@ class Base:
         if self.single:
             return self.single.load(part, dtype)
         weights = dict(self.options) | {"torch_dtype": dtype, "output_loading_info": True}
-        load = partial(PART_CLASSES[part].from_pretrained, self.name, subfolder=part, **weights)
+        load = partial(part_class(part).from_pretrained, self.name, subfolder=part, **weights)
         return read_part(part, self.name, load)
 
     def _load_vae(self, dtype: torch.dtype) -> AutoencoderKL:

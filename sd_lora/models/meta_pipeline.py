@@ -2,34 +2,55 @@
 
 A file fits or not by the modules alone, so a check needs neither the base's weights nor the time
 to read them. Memory that is never written is never taken: a second SD1.5 costs nothing.
+
+diffusers and transformers are imported where a model is made, which takes seconds: the tables of
+`parameter_shapes` are enough for the rest.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers.utils import logging as transformers_logging
 
 from sd_lora.errors import UsageError
-from sd_lora.models.families import FAMILIES, TEXT_TO_IMAGE, Family, detect_family, detect_task
+from sd_lora.models.families import (
+    FAMILIES,
+    TASKS,
+    TEXT_TO_IMAGE,
+    Family,
+    detect_family,
+    detect_task,
+)
 from sd_lora.models.original_names import Layout
+from sd_lora.models.parameter_shapes import Shape, shapes_by_config
 from sd_lora.models.published_configs import CONFIGS
 
-PART_CLASSES: dict[str, Any] = {
-    "text_encoder": CLIPTextModel,
-    "text_encoder_2": CLIPTextModelWithProjection,
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+PART_CLASSES = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "CLIPTextModelWithProjection",
+    "unet": "UNet2DConditionModel",
+    "vae": "AutoencoderKL",
 }
-"""Part of a base model → its class."""
+"""Part of a base model → the name of its class."""
+
+
+def part_class(part: str) -> Any:
+    """Return the class of a part, of transformers or diffusers."""
+    import diffusers
+    import transformers
+
+    library = transformers if part.startswith("text_encoder") else diffusers
+    return getattr(library, PART_CLASSES[part])
 
 
 @dataclass(frozen=True)
@@ -46,18 +67,18 @@ class MetaPipeline:
     source: str
 
     @classmethod
-    def of_family(cls, family: Family) -> "MetaPipeline":
+    def of_family(cls, family: Family) -> MetaPipeline:
         """Return the published model of a family, the same object each time: SDXL takes seconds."""
         return _published(family.name)
 
     @classmethod
-    def of_models(cls, models: Mapping[str, Any], family: Family) -> "MetaPipeline":
+    def of_models(cls, models: Mapping[str, Any], family: Family) -> MetaPipeline:
         """Return the meta pipeline of live models, given as component → model."""
         configs = {c: _as_dict(m.config) for c, m in models.items() if c in family.components}
         return cls(family, configs, "the model")
 
     @classmethod
-    def of_folder(cls, name: str) -> "MetaPipeline":
+    def of_folder(cls, name: str) -> MetaPipeline:
         """Return the meta pipeline of a diffusers folder or of a cached hub id.
 
         Raises:
@@ -69,11 +90,36 @@ class MetaPipeline:
         configs |= {c: _read_config(name, c) for c in family.text_encoders}
         return cls(family, configs, name)
 
+    def with_inputs(self, channels: int) -> MetaPipeline:
+        """Return the model whose UNet has so many input channels: 9 for inpainting, 8 for pix2pix.
+
+        Others than a task's are those of no model, and leave it as it is.
+        """
+        unet = self.configs[self.family.denoiser]
+        known = unet.get("in_channels", 4)
+        extra = channels - unet.get("out_channels", 4)
+        if channels == known or extra not in TASKS:
+            return self
+        configs = {**self.configs, self.family.denoiser: {**unet, "in_channels": channels}}
+        return MetaPipeline(self.family, configs, f"{self.source}, with {channels} inputs")
+
     @property
     def layout(self) -> Layout:
         """Positions of the UNet's blocks; the published families' if there is no UNet."""
         unet = self.configs.get(self.family.denoiser)
         return Layout() if unet is None else Layout.of(unet)
+
+    def shapes(self, component: str) -> dict[str, Shape]:
+        """Return parameter name → shape of a component, from tables where its configuration is of
+        the published kind.
+
+        Raises:
+            UsageError: see `models`.
+        """
+        known = shapes_by_config(component, self.configs[component])
+        if known is not None:
+            return known
+        return {n: tuple(p.shape) for n, p in self.models[component].named_parameters()}
 
     @cached_property
     def models(self) -> dict[str, nn.Module]:
@@ -103,9 +149,11 @@ class MetaPipeline:
 
 def build_on_meta(part: str, config: Mapping[str, Any]) -> nn.Module:
     """Return a part ("unet", "vae", "text_encoder", …) of a configuration, on the meta device."""
-    cls = PART_CLASSES[part]
+    cls = part_class(part)
     with torch.device("meta"):
         if part.startswith("text_encoder"):
+            from transformers import CLIPTextConfig
+
             return cls(CLIPTextConfig(**config))
         return cls.from_config(dict(config))
 
@@ -117,6 +165,8 @@ def build_pipeline(
 
     parts: part of the pipeline ("unet", "vae", "tokenizer", …) → object, or None to go without.
     """
+    import diffusers
+
     classes = family.pipelines
     name = classes.get(detect_task(unet_config).name, classes[TEXT_TO_IMAGE.name])
     if family.is_xl:
@@ -132,6 +182,8 @@ def build_pipeline(
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing a progress bar for each file while the block runs."""
+    from transformers.utils import logging as transformers_logging
+
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -152,9 +204,11 @@ def _as_dict(config: Any) -> dict[str, Any]:
 
 
 def _read_config(name: str, component: str) -> dict[str, Any]:
+    from transformers import CLIPTextConfig
+
     try:
         if component == "unet":
-            config = UNet2DConditionModel.load_config(name, subfolder="unet")
+            config = part_class("unet").load_config(name, subfolder="unet")
         else:
             config = CLIPTextConfig.from_pretrained(name, subfolder=component).to_dict()
     except (OSError, ValueError) as error:

@@ -32,7 +32,7 @@ from sd_lora.models.checkpoint_kinds import (
 from sd_lora.models.diffusers_folder import without_warnings
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.infer_unet import count_children, infer_unet
-from sd_lora.models.meta_pipeline import PART_CLASSES, build_on_meta
+from sd_lora.models.meta_pipeline import build_on_meta, part_class
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_to_original
 
 Config = dict[str, Any]
@@ -76,11 +76,13 @@ class SingleFile:
     path: of the file.
     shapes: key → shape of every tensor.
     header: a safetensors file's metadata; {} for a pickle.
+    left_out: classes of a pickle's objects beside the tensors, which are not read.
     """
 
     path: Path
     shapes: Mapping[str, Shape]
     header: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @classmethod
     def open(cls, path: Path) -> "SingleFile":
@@ -94,7 +96,7 @@ class SingleFile:
         other = name_other_model(file.shapes)
         if other:
             raise UsageError(f"{path} is {other}; needed is a checkpoint of SD 1, SD 2 or SDXL")
-        single = cls(path, file.shapes, file.header)
+        single = cls(path, file.shapes, file.header, tuple(file.left_out))
         _ = single.configs  # inferred now, so that its errors come now
         return single
 
@@ -312,10 +314,10 @@ class SingleFile:
             config.parent.mkdir()
             config.write_text(json.dumps(self.configs[part]), encoding="utf-8")
             if part == "vae":
-                load = PART_CLASSES[part].from_single_file
+                load = part_class(part).from_single_file
                 return load(tensors, config=folder, subfolder=part, torch_dtype=dtype)
             load = create_diffusers_clip_model_from_ldm
-            return load(PART_CLASSES[part], tensors, part, folder, torch_dtype=dtype)
+            return load(part_class(part), tensors, part, folder, torch_dtype=dtype)
 
     def check_keys(self, part: str) -> dict[str, str]:
         """Return the keys that make a part: without their prefix → in the file.

@@ -210,7 +210,7 @@ def test_files_of_both_rules_are_told(tiny_sd1: Path, tmp_path: Path) -> None:
     tensors = {key: t for key, t in load_file(path).items() if not gone.fullmatch(key)}
     save_file(tensors, path)
     lora = open_lora(path)
-    line = readers(lora, parts.family)["diffusers"]
+    line = readers(lora, parts.meta_pipeline)["diffusers"]
     assert line == "leaves 28 magnitudes of the unet without a value: others have one"
     assert len(lora.adapter["unet"]) == 56
     with pytest.raises(sd_lora.RunError, match="unet .*to_[qk] was left without a value"):

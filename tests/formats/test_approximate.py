@@ -452,8 +452,10 @@ class Alive:
         self.refs: list[StorageWeakRef] = []
         self.total = self.most = 0
 
-    def __call__(self, name: str, tensors: Mapping[str, Tensor]) -> Delta:
-        delta = make_delta(name, tensors)
+    def __call__(
+        self, name: str, tensors: Mapping[str, Tensor], are_checked: bool = False
+    ) -> Delta:
+        delta = make_delta(name, tensors, are_checked)
         first = next(iter(delta.tensors().values()))
         before = [ref for ref in self.refs if not ref.expired()]
         self.refs = [*before, StorageWeakRef(first.untyped_storage())]

@@ -527,7 +527,7 @@ def test_bake_into_scaled_eight_bits(tmp_path: Path) -> None:
 # --- UNets of other layouts ---
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd1-small", "sdxl-small", "sdxl-ssd"])
+@pytest.mark.parametrize("kind", ["sd1", "sd1-small", "sdxl-small", "sdxl-ssd", "sdxl-vega"])
 def test_single_files_are_read_by_their_own_layout(kind: str, tmp_path: Path) -> None:
     """A model without a middle, or with other depths of attention and another number of ResNets
     than the published one, as a single file: every parameter is found at its place; extracting the

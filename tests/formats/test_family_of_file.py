@@ -29,6 +29,7 @@ from sd_lora.models.original_names import Layout
 from tests.formats import test_traps as traps
 from tests.formats.trained import saved
 from tests.formats.trained import trained as adapter_of
+from tests.single import models_of_pipeline
 
 KEYS = "down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 Q_PROJ = "text_model_encoder_layers_{}_self_attn_q_proj"
@@ -192,13 +193,28 @@ def test_a_family_that_was_given(tmp_path: Path) -> None:
         family_of(silent, "sd9")
 
 
+def test_an_encoder_that_two_families_share(tmp_path: Path) -> None:
+    """SDXL's second text encoder is the refiner's only one: a LoRA of it alone is of the family
+    that its header says, without a word of contradiction; without one it is said to be shared."""
+    stem = f"lora_te2_{Q_PROJ.format(0)}"
+    for version, family in (("sdxl_refiner_v1-0", "sdxl_refiner"), ("sdxl_base_v1-0", "sdxl")):
+        header = {"ss_base_model_version": version}
+        path = lora(tmp_path / "a.safetensors", header, **{stem: (1280, 1280)}).path
+        found = inspect.inspect(path)
+        assert (found.family, found.problems) == (family, [])
+    plain = lora(tmp_path / "b.safetensors", **{stem: (1280, 1280)}).path
+    assert "the refiner's" in inspect.inspect(plain).family_by
+    assert family_of(open_lora(plain), "sdxl_refiner").name == "sdxl_refiner"
+
+
 # --- who reads it: verdicts, and what diffusers does ---
 
 
 def verdict(path: Path, family: str) -> str:
-    """What is said of diffusers, on the tiny UNet's layout."""
-    layout = Layout.of(traps.build_pipeline(family).unet.config)
-    return readers(open_lora(path, layout), FAMILIES[family])["diffusers"]
+    """What is said of diffusers, on the tiny pipeline."""
+    models = models_of_pipeline(traps.build_pipeline(family))
+    base = MetaPipeline.of_models(models, FAMILIES[family])
+    return readers(open_lora(path, base.layout), base)["diffusers"]
 
 
 def count_of(verdict: str) -> int:

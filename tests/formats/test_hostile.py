@@ -726,12 +726,12 @@ def ones() -> Tensor:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: [ones()], "holds a list"),
+        (lambda: [ones()], "by positions, and a position is missing"),
         (lambda: {"a": {"b": ones()}}, "'a', a dict and no tensor"),
         (lambda: {"state_dict": {"a": {"b": ones()}}}, "'a', a dict and no tensor"),
         (lambda: {1: ones()}, "holds 1"),
         (dict, "no tensors"),
-        (lambda: collections.OrderedDict(a=3), "'a', a int"),
+        (lambda: collections.OrderedDict(a=3), "no tensors"),
         (endless, "'state_dict', a dict and no tensor"),
         (lambda: {"a": Greedy()}, "more memory than there is"),
         (lambda: {"a": ones().to_sparse()}, "'a' is sparse, quantised"),

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from lycoris.modules import get_module, make_module
 from lycoris.modules.locon import LoConModule
 from lycoris.modules.loha import LohaModule
@@ -17,14 +19,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sd_lora
+from sd_lora.adapters.deltas import METHODS as METHODS_BY_NAME
 from sd_lora.adapters.deltas import Delta
 from sd_lora.formats import adapter_files as files
+from sd_lora.formats import diffusers, kohya, verify
 from sd_lora.formats import lora_file as reading
-from sd_lora.formats import verify
 from sd_lora.formats.canonical import Adapter, canonical_name, each, read_models
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.names import Naming, naming_of
+from sd_lora.formats.verify import shapes_of
+from sd_lora.models.families import FAMILIES as FAMILIES_BY_NAME
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, unet_to_original
+from tests.formats.test_hostile import examples
 from tests.formats.test_traps import (
     adapt,
     changes,
@@ -489,3 +496,69 @@ def test_pickled_files_are_read(end: str, tmp_path: Path) -> None:
     path = tmp_path / f"x{end}"
     torch.save(load_file(safe), path)
     assert wrong(changes(pipeline), read(path)) == set()
+
+
+# --- any adapter ---
+
+NAMES = {
+    family: {
+        component: shapes_of(component, MetaPipeline.of_family(row)) for component in row.components
+    }
+    for family, row in FAMILIES_BY_NAME.items()
+}
+"""Family → component → delta name → the published shape, whose number of dimensions counts."""
+
+
+@st.composite
+def any_adapters(draw: st.DrawFn) -> tuple[str, Adapter]:
+    """A family and one to eight deltas of its modules: any methods, ranks, alphas, sizes, kernels,
+    with cores and magnitudes, biases and norms among them."""
+    family = draw(st.sampled_from([*NAMES]))
+    decomposed, mixed = draw(st.booleans()), draw(st.booleans())
+    methods = ["lora", "loha", "lokr", "full"] if mixed else ["lora"]
+    seed = draw(st.integers(0, 2**31))
+    generator = torch.Generator().manual_seed(seed)
+    adapter: dict[str, dict[str, Delta]] = {}
+    for _ in range(draw(st.integers(1, 8))):
+        component = draw(st.sampled_from([*NAMES[family]]))
+        name = draw(st.sampled_from([*NAMES[family][component]]))
+        dims = len(NAMES[family][component][name])
+        kernel = (draw(st.sampled_from([1, 3])),) * 2 if dims == 4 else ()
+        shape = (draw(st.integers(2, 12)), draw(st.integers(2, 12)), *kernel)
+        method = "full" if dims == 1 and mixed else draw(st.sampled_from(methods))
+        if dims == 1 and not mixed:
+            continue
+        options: dict[str, Any] = {}
+        if method != "full" and max(kernel, default=1) > 1:
+            options["tucker"] = mixed and draw(st.booleans())
+        cls, rank = METHODS_BY_NAME[method], draw(st.integers(1, 5))
+        tensors = cls.create(shape[: max(dims, 1)], rank, generator, **options)
+        tensors = {k: t + torch.randn(t.shape, generator=generator) for k, t in tensors.items()}
+        magnitude = None
+        if decomposed and method == "lora" and dims > 1:
+            magnitude = torch.rand(shape[0], *(1,) * (dims - 1), generator=generator) + 0.5
+        alpha = draw(st.floats(0.1, 64)) if cls is not METHODS_BY_NAME["full"] else None
+        delta = cls(shape[: max(dims, 1)], tensors, alpha, magnitude)
+        adapter.setdefault(component, {})[name] = delta
+    assume(adapter)
+    return family, adapter
+
+
+@given(case=any_adapters())
+@examples(200)
+def test_any_adapter_comes_back_from_every_format_that_holds_it(
+    case: tuple[str, Adapter], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Of 200 random adapters, families and methods mixed, each file of each format that has a form
+    for them is read as the same modules, ΔW and magnitudes to 1e-5."""
+    family, adapter = case
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    kinds = [files.LYCORIS]
+    kinds += [files.DIFFUSERS] if diffusers.can_write(adapter) else []
+    kinds += [files.KOHYA] if kohya.can_write(adapter) else []
+    for kind in kinds:
+        tensors = dict(kind.write(adapter, naming_of(family)))
+        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, path)
+        lora = reading.open_lora(path, naming_of(family).layout)
+        lora.check()
+        assert same(adapter, lora.adapter, 1e-5), kind.title
