@@ -15,12 +15,13 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
 from sd_lora.files import write_whole
+from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
 from sd_lora.report.events import (
     CheckpointSaved,
@@ -39,7 +40,12 @@ from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
-from sd_lora.training.output_folder import remove_earlier_results, remove_earlier_steps
+from sd_lora.training.output_folder import (
+    remove_earlier_results,
+    remove_earlier_steps,
+    remove_unfinished,
+)
+from sd_lora.training.processes import on_main
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -125,6 +131,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds
         )
     finally:
+        disown(config.output_path)
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -136,7 +143,7 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
     """
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches = run.batches()
-    done = run.first_step
+    done, saved_at = run.first_step, time.monotonic()
     while done < num_steps:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
@@ -156,10 +163,11 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        stopping = stop_requested(run, requests)
-        if done % config.checkpointing_steps == 0 or (stopping and done < num_steps):
+        stopping, is_time = agreed(run, bool(requests), minutes_are_over(config, saved_at))
+        if stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps:
             log.flush()  # a diverged run leaves no checkpoint
             save_checkpoint(run, done)
+            saved_at = time.monotonic()
         if stopping:
             break
         if samples_are_due(run, done):
@@ -291,22 +299,36 @@ def stop_requests() -> Iterator[list[str]]:
             signal.signal(name, handler)
 
 
-def stop_requested(run: Run, requests: Sequence[str]) -> bool:
-    """Whether any process was asked to stop: all must leave the loop at the same step."""
+def agreed(run: Run, *wishes: bool) -> list[bool]:
+    """Whether any process has each wish: all must save and leave the loop at the same step."""
     if run.accelerator.num_processes == 1:
-        return bool(requests)
-    flag = torch.tensor(float(bool(requests)), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum") > 0)
+        return [*wishes]
+    flags = torch.tensor([float(wish) for wish in wishes], device=run.accelerator.device)
+    return (run.accelerator.reduce(flags, "sum") > 0).tolist()
+
+
+def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
+    """Whether the last save is `checkpoint_minutes` ago. saved_at: its time, of the monotonic
+    clock."""
+    minutes = config.checkpoint_minutes
+    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
 
 def save_checkpoint(run: Run, step: int) -> None:
-    """Write the checkpoint of a step, on the main process."""
-    if run.main:
-        limit = run.config.checkpoints_total_limit
-        progress, state = run.plan.progress(step), run.checkpoint_state()
-        path = checkpoint.save(run.output_dir, progress, run.models, state, limit)
+    """Write the checkpoint of a step on the main process, then remove those that it replaces.
+
+    Raises:
+        RunError: a failed write, on all processes.
+    """
+    config = run.config
+
+    def save() -> None:
+        state = run.checkpoint_state()
+        path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state)
+        checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
         run.emit(CheckpointSaved(step, path))
-    run.accelerator.wait_for_everyone()
+
+    on_main(run.accelerator, save)
 
 
 @contextmanager
@@ -357,6 +379,7 @@ def open_output(run: Run) -> None:
     """Make the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
         text = run.config.replace(seed=run.plan.seed).to_json()
+        remove_unfinished(run.config)
         remove_earlier_steps(run.config, run.saved.path if run.saved else None)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)

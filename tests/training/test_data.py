@@ -366,14 +366,12 @@ def test_resuming_with_other_shapes_is_refused(tiny_sd1: Path, mixed: Path, tmp_
 def test_going_on_with_an_older_checkpoint_is_refused(
     tiny_sd1: Path, mixed: Path, tmp_path: Path
 ) -> None:
-    """Earlier versions cut epochs otherwise: a checkpoint that does not say what its positions mean
-    is not gone on with, by name of the reason."""
+    """A checkpoint of the earlier versions, with a pickle and without a manifest, is not gone on
+    with, by name of the reason."""
     options = {"checkpointing_steps": 3, "max_train_steps": 4}
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", **options))
-    path = tmp_path / "out" / "checkpoint-3" / "progress.json"
-    saved = json.loads(path.read_text())
-    del saved["order"], saved["images"]
-    path.write_text(json.dumps(saved))
+    (tmp_path / "out" / "checkpoint-3" / "manifest.json").unlink()
+    (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").touch()
     again = run_of(
         tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
     )

@@ -12,6 +12,7 @@ import sd_lora
 from sd_lora.models.load import load_parts
 from sd_lora.training import loop
 from sd_lora.training.setup import Run, prepare
+from sd_lora.training.state_files import read_state
 from tests.training.runs import dreambooth, images
 
 Folder = Callable[[str], Path]
@@ -137,8 +138,7 @@ def trained_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def words_of(folder: Path, step: int) -> torch.Tensor:
-    state = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
-    return state["tokens"]["text_encoder.<dog>"]
+    return read_state(folder / f"checkpoint-{step}")["tokens"]["text_encoder.<dog>"]
 
 
 @pytest.mark.parametrize(

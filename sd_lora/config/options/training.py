@@ -149,17 +149,24 @@ class TrainingOptions(Section):
         onetrainer="backup_after", simpletuner="checkpoint_step_interval",
         ai_toolkit="save.save_every",
         main="steps between checkpoints")
+    checkpoint_minutes: float | None = option(None,
+        "minutes after which a checkpoint is saved as well; by steps alone if not given",
+        gt=0, may_change=True)
     checkpoints_total_limit: int | None = option(None,
         "number of checkpoints to keep, the newest ones",
         ge=1, may_change=True, scripts="ABCD", kohya="save_last_n_steps_state",
         onetrainer="rolling_backup_count", simpletuner=SAME,
         ai_toolkit="save.max_step_saves_to_keep")
+    keep_every: int | None = option(None,
+        "keep the checkpoints at multiples of so many steps, beside the newest ones",
+        ge=1, requires={"checkpoints_total_limit": None}, may_change=True)
     save_precision: str = option("fp32",
         "precision of the LoRA files; checkpoints keep float32",
         choices=("fp32", "fp16", "bf16"), may_change=True, kohya=SAME,
         onetrainer="output_dtype", ai_toolkit="save.dtype")
     resume_from_checkpoint: str | None = option(None,
-        "a checkpoint folder, its name in the run's folder, or latest",
+        "a checkpoint folder, its name in the run's folder, latest, or latest-if-any: as latest, "
+        "and anew where there is none",
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
         simpletuner=SAME,
         main="a checkpoint, or latest")
