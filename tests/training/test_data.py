@@ -71,7 +71,7 @@ Outcome = tuple[list[dict], list[torch.Tensor]]
 def optimised(config: TrainConfig) -> Outcome:
     """The log and the factors of a run, without what `train` does around its steps."""
     run = prepare(config)
-    run.output_dir.mkdir(parents=True)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
     loop.train_steps(run, loop.LossLog(run))
     return log(run.output_dir), [p.detach().clone() for p in run.parameters]
 
