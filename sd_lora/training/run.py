@@ -28,6 +28,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.init_lora import Start
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
@@ -44,7 +45,7 @@ class Run:
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. timesteps: the first trained
     one, and the one after the last. text: captions → embeddings. meta_pipeline: the modules that
-    the LoRA is for. saved: the checkpoint to resume.
+    the LoRA is for. saved: the checkpoint to resume. start: the LoRA file to start from.
     """
 
     plan: Plan
@@ -66,6 +67,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
     saved: checkpoint.Saved | None = None
+    start: Start | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -114,7 +116,10 @@ class Run:
         return group["lr"] / group.get("multiple", 1.0)
 
     def restore(self) -> None:
-        """Load the checkpoint to resume, with this run's learning rates."""
+        """Load the LoRA file to start from, or the checkpoint to resume, with this run's learning
+        rates."""
+        if self.start is not None:
+            self.start.apply()
         if self.saved is None:
             return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]

@@ -37,6 +37,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
+from sd_lora.training.init_lora import start_from
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
@@ -92,6 +93,9 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     check_room(plan, models, checked.emit)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
+    start = None
+    if resolved.init_lora and not saved:
+        start = start_from(Path(resolved.init_lora).expanduser(), models)
     wanted = resolved.class_images
     if wanted:  # the injected model still is the base, bit for bit
         fill_class_folder(
@@ -140,6 +144,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
         saved=saved,
+        start=start,
     )
     summarise(run, caches, checked.base.notes())
     return run

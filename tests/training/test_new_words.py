@@ -47,7 +47,8 @@ def test_words_and_lora_give_the_trained_model(
             seen["text"] = run.text.caption_encoder.encode(
                 run.text.encoders, [WORDS["instance_prompt"]]
             )
-        seen["start"] = prepare(config).text.tokens.state_dict()
+        fresh = prepare(config.replace(output_dir=str(tmp_path / "fresh")))
+        seen["start"] = fresh.text.tokens.state_dict()
         seen["end"] = run.text.tokens.state_dict()
         seen["tables"] = [e.base.weight.clone() for e in run.text.tokens.embeddings.values()]
         return export(run)

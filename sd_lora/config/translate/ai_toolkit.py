@@ -269,7 +269,6 @@ AI_TOOLKIT: dict[str, Row] = {
     "network.old_lokr_format": needless("is not needed: lokr files are LyCORIS's"),
     "network.network_kwargs": absent(
         "is --targets here: patterns over whole names", idle=({"ignore_if_contains": []},)),
-    "network.pretrained_lora_path": absent("is not there: every run starts from the base"),
     "network.split_multistage_loras": needless("belongs to other models"),
     "datasets": taking("--train_data_dir, or [[sources]] of a file", "", _sources),
     "train.lr": _rate("learning_rate"),

@@ -313,8 +313,8 @@ ONETRAINER: dict[str, Row] = NETWORK | {
         else Taken("needless", reason="belongs to rolling_backup, which is off")),
     "backup_before_save": needless("is not needed: a checkpoint is whole or not there"),
     "continue_last_backup": switch(
-        "--resume_from_checkpoint latest", "is a checkpoint's name",
-        resume_from_checkpoint="latest"),
+        "--resume_from_checkpoint latest-if-any", "is a checkpoint's name",
+        resume_from_checkpoint="latest-if-any"),
     "save_every": absent("is not there: the LoRA is written at the end"),
     **dict.fromkeys(("save_every_unit", "save_skip_first", "save_filename_prefix"), needless(
         "belongs to save_every")),

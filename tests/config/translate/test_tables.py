@@ -142,7 +142,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("onetrainer", "optimizer.optimizer"): ("ADAMW_8BIT", True, {}),
     ("onetrainer", "backup_after"): (100, 100, {"backup_after_unit": "STEP"}),
     ("onetrainer", "rolling_backup_count"): (3, 3, {"rolling_backup": True}),
-    ("onetrainer", "continue_last_backup"): (True, "latest", {}),
+    ("onetrainer", "continue_last_backup"): (True, "latest-if-any", {}),
     ("onetrainer", "text_encoder.stop_training_after"): (
         100, 100, {"text_encoder.stop_training_after_unit": "STEP"}),
     ("onetrainer", "min_noising_strength"): (0.1, 100, {}),
