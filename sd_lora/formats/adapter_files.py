@@ -183,16 +183,39 @@ def write_adapter(
         RunError: factors that are not finite, or a failed write; no file is left.
     """
     row = None if family is None else family_named(family)
-    check_finite(adapter)
-    if row is not None:
-        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        facts = {"modelspec.date": now, **(facts or {})}
     header = metadata.build(adapter, row, name, prediction_type, extra, facts)
+    if row is not None:
+        header = dated(header)
+    return write_formats(adapter, folder, name, header, naming_of(row, layout), dtype)
+
+
+def dated(header: Mapping[str, str]) -> dict[str, str]:
+    """A header with the date of now, where it has none."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return {"modelspec.date": now, **header}
+
+
+def write_formats(
+    adapter: Adapter,
+    folder: Path,
+    name: str,
+    header: Mapping[str, str],
+    naming: Naming,
+    dtype: torch.dtype = torch.float32,
+) -> list[Path]:
+    """Write an adapter in each of its formats, with one header; returns the paths.
+
+    name: of the kohya or LyCORIS file. The others: see `write_file`.
+
+    Raises:
+        RunError: factors that are not finite, or a failed write; no file is left.
+    """
+    check_finite(adapter)
     written: list[Path] = []
     for kind in formats_of(adapter)[0]:
         path = folder / kind.file_name(name)
         try:
-            write_file(path, kind, adapter, naming_of(row, layout), header, dtype)
+            write_file(path, kind, adapter, naming, header, dtype)
         except (RunError, UsageError):
             for earlier in written:
                 earlier.unlink(missing_ok=True)

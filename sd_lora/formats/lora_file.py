@@ -19,7 +19,7 @@ from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
-from sd_lora.formats import diffusers, file_names, lycoris, peft
+from sd_lora.formats import checkpoint_keys, diffusers, file_names, lycoris, peft
 from sd_lora.formats.canonical import Adapter, Lazy, method_tensors
 from sd_lora.formats.metadata import method_in
 from sd_lora.models.original_names import Layout
@@ -52,7 +52,7 @@ _WHAT_IT_IS = (
 class LoRAFile:
     """An opened LoRA file; its deltas are made at each access.
 
-    format: "diffusers", "kohya", "LyCORIS", "peft". dtype: of most of its factors.
+    format: "diffusers", "kohya", "LyCORIS", "peft", "checkpoint". dtype: of most of its factors.
     places: the keys of each delta.
     """
 
@@ -87,7 +87,8 @@ def open_lora(
     """Open a LoRA file or folder of any of the formats, and sort its keys.
 
     Args:
-        path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
+        path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it, or
+            a run's checkpoint.
         layout: of the UNet, for original names; by default the published families'.
         live: kohya names of the file → (component, canonical name) of models at hand, by them.
 
@@ -108,6 +109,7 @@ def open_lora(
     parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
         "kohya": lambda key: lycoris.parse(key, layout, known_here),
         "diffusers": lambda key: diffusers.parse(key, layout),
+        checkpoint_keys.TITLE: checkpoint_keys.parse,
     }
     parsed = {title: {key: parse(key) for key in file} for title, parse in parsers.items()}
     known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
@@ -132,7 +134,7 @@ def open_lora(
 
 
 def find_file(path: Path) -> Path:
-    """The LoRA file of a path: itself, a peft folder, or a folder's only file.
+    """The LoRA file of a path: itself, a peft folder, a checkpoint's, or a folder's only file.
 
     Raises:
         UsageError: no file, or several, with their names.
@@ -142,6 +144,8 @@ def find_file(path: Path) -> Path:
     if peft.is_folder(path):
         peft.weights_of(path)
         return path
+    if checkpoint_keys.is_folder(path):
+        return path / file_names.FACTORS
     if (path / file_names.DIFFUSERS).is_file():
         return path / file_names.DIFFUSERS
     try:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from sd_lora.errors import counted
-from sd_lora.formats import diffusers
+from sd_lora.formats import checkpoint_keys, diffusers
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
@@ -25,6 +25,9 @@ _OF_DIFFUSERS = re.compile(r"lora_unet_(down_blocks|mid_block|up_blocks)")
 
 def readers(lora: LoRAFile, family: Family | None) -> dict[str, str]:
     """Program → "exact", or its losses, or its reason to refuse the file."""
+    if lora.format == checkpoint_keys.TITLE:
+        none = "reads no checkpoint of a run: `sd-lora export` writes its LoRA files"
+        return dict.fromkeys(("diffusers", "ComfyUI", "A1111"), none)
     checks: dict[str, Callable[[LoRAFile, Family | None], Iterator[str]]] = {
         "diffusers": _diffusers_dotted if _is_dotted(lora) else _diffusers_kohya,
         "ComfyUI": _comfyui_dotted if _is_dotted(lora) else _comfyui_kohya,

@@ -116,6 +116,15 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class LoraSaved:
+    """LoRA files in mid-run. files: verified ones. words: files of new words."""
+
+    step: int
+    files: Sequence[Verified]
+    words: Sequence[Path]
+
+
+@dataclass(frozen=True)
 class Validated:
     """Mean loss of the first steps' batches and noise, in training and by the trained model.
 
@@ -153,6 +162,7 @@ Event = (
     | StepsLogged
     | SamplesDrawn
     | CheckpointSaved
+    | LoraSaved
     | Validated
     | Exported
     | RunEnded

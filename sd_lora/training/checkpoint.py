@@ -26,6 +26,7 @@ from sd_lora.config.schema import OPTIONS, with_present_names
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import mib, unfinished_name, write_fault, write_tensors, write_whole
 from sd_lora.folders import free_bytes, sync_folder
+from sd_lora.formats.file_names import FACTORS
 from sd_lora.training.checkpoint_folders import (
     PREFIX,
     REPLACED,
@@ -36,7 +37,7 @@ from sd_lora.training.checkpoint_folders import (
 )
 from sd_lora.training.state_files import read_state, tensors_in, write_state
 
-FACTORS, PROGRESS = "adapter.safetensors", "progress.json"
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def save(
     progress: Progress,
     models: Mapping[str, nn.Module],
     state: Mapping[str, Any],
+    header: Mapping[str, str],
 ) -> Path:
     """Write `checkpoint-<step>`, verify it, and give it its name; returns its path.
 
@@ -72,6 +74,7 @@ def save(
         progress: position of the run.
         models: component → injected model.
         state: name → state dict of the optimiser, schedule and scaler.
+        header: of the factors' file, as LoRA files of this step have it.
 
     Raises:
         RunError: a disk that is too full, or a failed write; earlier checkpoints are untouched.
@@ -92,7 +95,7 @@ def save(
     specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     try:
         beside.mkdir(parents=True)
-        write_tensors(beside / FACTORS, specs, tensors.items(), {})
+        write_tensors(beside / FACTORS, specs, tensors.items(), header)
         write_state(beside, dict(state))
         write_whole(beside / PROGRESS, json.dumps(asdict(progress)).encode())
         write_manifest(beside)

@@ -13,6 +13,7 @@ from typing import Any
 
 from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
+from sd_lora.formats.file_names import MANIFEST
 
 PREFIX = "checkpoint-"
 """A checkpoint is the folder of this name and its step."""
@@ -20,7 +21,6 @@ PREFIX = "checkpoint-"
 REPLACED = ".replaced"
 """End of the name of an earlier checkpoint of a step, until the new one has its place."""
 
-MANIFEST = "manifest.json"
 OF_EARLIER_VERSIONS = "optimizer.pt"
 """A file of checkpoints without a manifest."""
 

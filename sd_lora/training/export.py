@@ -4,19 +4,23 @@ import hashlib
 import json
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import OPTIONS
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, write_adapter
-from sd_lora.formats.canonical import read_models
+from sd_lora.formats import metadata
+from sd_lora.formats.adapter_files import DIFFUSERS, dated, formats_of, write_formats
+from sd_lora.formats.canonical import Adapter, read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
+from sd_lora.formats.names import naming_of
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.models.families import INPAINTING
@@ -34,34 +38,55 @@ MOST_TAGS = 1000
 """Most tags in a header, the most frequent ones: a set of 50,000 captions would fill it."""
 
 
-def export(run: Run) -> list[Verified]:
+def export(run: Run, step: int, place: Path) -> list[Verified]:
     """Write the LoRA files, and verify each by loading it into a fresh pipeline.
 
     They take their places when all are verified.
+
+    Args:
+        run: as it is after a step.
+        step: the number of steps done.
+        place: folder of the files.
 
     Raises:
         RunError: values that are not finite or beyond the precision, a file that could not be
             written or does not load as trained; that one stays in the folder `unverified`.
     """
     adapter = read_models(run.models)
-    with unverified_folder(run.output_dir) as folder:
-        paths = write_adapter(
+    with unverified_folder(place) as folder:
+        paths = write_formats(
             adapter,
             folder,
-            run.parts.family.name,
             run.output_dir.resolve().name,
-            run.prediction_type,
-            record(run),
-            facts(run),
-            run.meta_pipeline.layout,
-            DTYPES[run.config.save_precision],
+            dated(header_of(run, adapter, step)),
+            naming_of(run.parts.family, run.meta_pipeline.layout),
+            file_dtype(run.config.as_dict()),
         )
         kinds = zip(paths, formats_of(adapter)[0], strict=True)
         return moved([verify(path, adapter, run.meta_pipeline, kind) for path, kind in kinds])
 
 
-def export_words(run: Run) -> list[Path]:
+def file_dtype(settings: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the LoRA files of a run with these options."""
+    return DTYPES[settings["save_precision"]]
+
+
+def header_of(run: Run, adapter: Adapter, step: int) -> dict[str, str]:
+    """The header of the LoRA files after a step; a checkpoint has it too, for `sd-lora export`."""
+    return metadata.build(
+        adapter,
+        run.parts.family,
+        run.output_dir.resolve().name,
+        run.prediction_type,
+        record(run, step),
+        facts(run, step),
+    )
+
+
+def export_words(run: Run, step: int, place: Path) -> list[Path]:
     """Write the new words' embeddings, a file each, and verify them by diffusers' loader.
+
+    run, step, place: see `export`.
 
     Raises:
         RunError: embeddings that are not finite, or a file that does not load as trained.
@@ -72,8 +97,8 @@ def export_words(run: Run) -> list[Path]:
     name = run.output_dir.resolve().name
     architecture = run.parts.family.architectures[run.prediction_type]
     header = {"modelspec.architecture": f"{architecture}/textual-inversion"}
-    with unverified_folder(run.output_dir) as folder:
-        paths = write_embeddings(tokens, folder, name, record(run), header)
+    with unverified_folder(place) as folder:
+        paths = write_embeddings(tokens, folder, name, record(run, step), header)
         verify_embeddings(paths, tokens)
         return take_place(paths)
 
@@ -116,16 +141,16 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
     ]
 
 
-def record(run: Run) -> dict[str, object]:
-    """Our own part of the header: everything that a repetition of the run needs."""
+def record(run: Run, step: int) -> dict[str, object]:
+    """Our own part of the header: everything that a repetition of the run's steps needs."""
     config = run.config
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
         "base_model": config.base_model,
-        "base_model_sha256": base_hash(config.base_model, **config.hub_options),
+        "base_model_sha256": run.base_hash,
         "family": run.parts.family.name,
         "config": config.as_dict() | {"seed": run.plan.seed},
-        "steps": run.plan.num_steps,
+        "steps": step,
         "num_samples": run.plan.num_samples,
         "images": {kind: len(p.set.samples) for kind, p in run.images.by_kind.items()},
         "versions": versions | {"python": platform.python_version()},
@@ -165,7 +190,7 @@ def _sha256(files: Sequence[Path]) -> str | None:
     return digest.hexdigest()
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: Run, step: int) -> dict[str, str]:
     """kohya's header keys about the training, as A1111 and model sites show them.
 
     Options with a `header` in their row are written as it says.
@@ -184,8 +209,8 @@ def facts(run: Run) -> dict[str, str]:
         "ss_resolution": f"({crops.resolution}, {crops.resolution})",
         "ss_num_train_images": len(instances.entries),
         "ss_num_reg_images": run.images.num_class_images,
-        "ss_num_epochs": max(1, round(plan.num_steps / plan.epochs.num_steps)),
-        "ss_steps": plan.num_steps,
+        "ss_num_epochs": max(1, round(step / plan.epochs.num_steps)),
+        "ss_steps": step,
         "ss_max_train_steps": plan.num_steps,
         "ss_total_batch_size": plan.samples_per_step,
         "ss_learning_rate": config.learning_rate_of("unet"),

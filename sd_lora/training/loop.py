@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
@@ -24,28 +24,24 @@ from sd_lora.files import write_whole
 from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
 from sd_lora.report.events import (
-    CheckpointSaved,
     Exported,
     FindingMade,
     Listener,
     RunEnded,
     RunPlanned,
     StepDone,
-    StepRecord,
-    StepsLogged,
     TrainingStarted,
     Validated,
 )
 from sd_lora.seeds import seed_for
-from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.losses import LossLog
 from sd_lora.training.output_folder import (
     remove_earlier_results,
     remove_earlier_steps,
     remove_unfinished,
 )
-from sd_lora.training.processes import on_main
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -53,6 +49,7 @@ from sd_lora.training.samples import (
     show_samples,
     write_before_after,
 )
+from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
 
 LOG_EVERY = 10
@@ -170,6 +167,8 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
             saved_at = time.monotonic()
         if stopping:
             break
+        if lora_is_due(run, done):
+            save_lora(run, done)
         if samples_are_due(run, done):
             show_samples(run, done)
     return done
@@ -222,58 +221,6 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     return weighted_loss(losses, weights, batch.loss_scale)
 
 
-@dataclass
-class LossLog:
-    """Losses and gradient norms, kept on the device until they are read together.
-
-    waiting: step, learning rate, loss and norm of steps that were not read yet. losses: all read
-    ones. step: the last one added.
-    """
-
-    run: Run
-    waiting: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.step = self.run.first_step
-
-    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Keep the numbers of a step, with the learning rate that it used."""
-        self.step = step
-        self.waiting.append((step, self.run.learning_rate, loss, norm))
-
-    def flush(self) -> None:
-        """Read the waiting numbers and tell them.
-
-        Raises:
-            RunError: a loss or gradient norm that is not finite.
-        """
-        if not self.waiting:
-            return
-        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm in self.waiting])
-        values = self.run.accelerator.reduce(values, "mean").tolist()
-        steps = [(step, rate) for step, rate, _, _ in self.waiting]
-        self.waiting.clear()
-        records = []
-        for (step, rate), (loss, norm) in zip(steps, values, strict=True):
-            self._refuse_divergence(step, loss, norm)
-            records.append(StepRecord(step, loss, rate, norm if math.isfinite(norm) else None))
-        self.losses += [record.loss for record in records]
-        self.run.emit(StepsLogged(tuple(records)))
-
-    def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
-        # under fp16 the scaler meets infinite gradients now and then, and skips their step
-        bad_norm = not math.isfinite(norm) and self.run.accelerator.scaler is None
-        if math.isfinite(loss) and not bad_norm:
-            return
-        finite = math.isfinite(loss)
-        found = f"gradient's norm became {norm}" if finite else f"loss became {loss}"
-        raise RunError(
-            f"the {found} at step {step}: the run has diverged and stops here. Lower "
-            f"--learning_rate, and start anew or with {RESUME}"
-        )
-
-
 @contextmanager
 def stop_requests() -> Iterator[list[str]]:
     """Collect SIGINT and SIGTERM, so that the loop ends after a whole step; a second one is
@@ -305,30 +252,6 @@ def agreed(run: Run, *wishes: bool) -> list[bool]:
         return [*wishes]
     flags = torch.tensor([float(wish) for wish in wishes], device=run.accelerator.device)
     return (run.accelerator.reduce(flags, "sum") > 0).tolist()
-
-
-def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
-    """Whether the last save is `checkpoint_minutes` ago. saved_at: its time, of the monotonic
-    clock."""
-    minutes = config.checkpoint_minutes
-    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """Write the checkpoint of a step on the main process, then remove those that it replaces.
-
-    Raises:
-        RunError: a failed write, on all processes.
-    """
-    config = run.config
-
-    def save() -> None:
-        state = run.checkpoint_state()
-        path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state)
-        checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
-        run.emit(CheckpointSaved(step, path))
-
-    on_main(run.accelerator, save)
 
 
 @contextmanager
@@ -394,7 +317,8 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
 
     Returns the files, those of new words, and the sheet's path.
     """
-    files, words = export(run), export_words(run)
+    steps, place = run.plan.num_steps, run.output_dir
+    files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))
     return files, words, write_before_after(run, before)

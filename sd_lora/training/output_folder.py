@@ -26,6 +26,9 @@ UNVERIFIED = "unverified"
 
 SHEET = "before_after.png"
 
+LORA_PREFIX = "lora-"
+"""Folders of LoRA files in mid-run are of this name and their step."""
+
 
 def lora_files(config: TrainConfig) -> list[Path]:
     """LoRA files, and those of new words, that are in the output folder under a run's names."""
@@ -86,9 +89,10 @@ def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
 
 
 def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
-    """Remove the checkpoints and the samples in mid-run of an earlier run, where it is replaced."""
+    """Remove checkpoints, LoRA files and samples in mid-run of an earlier run that is replaced."""
     if config.overwrite_output_dir and not _resumes_here(config, saved):
-        for path in checkpoints(config.output_path):
+        of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
+        for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
         for path in (config.output_path / "samples").glob("step-*.png"):
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,13 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_path
+
+    @cached_property
+    def base_hash(self) -> str | None:
+        """SHA-256 of the base; it takes seconds, and each checkpoint has it in a header."""
+        from sd_lora.training.export import base_hash  # which needs this module
+
+        return base_hash(self.config.base_model, **self.config.hub_options)
 
     @property
     def main(self) -> bool:

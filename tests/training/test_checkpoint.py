@@ -11,14 +11,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import sd_lora
+from sd_lora.cli import main
 from sd_lora.errors import RunError, UsageError
+from sd_lora.files import TensorFile
 from sd_lora.report.events import Warned
 from sd_lora.training import checkpoint, disk
 from sd_lora.training.checkpoint_folders import checkpoints, fault, find, write_manifest
 from sd_lora.training.state_files import read_state, write_state
 from tests.training.runs import images, text_to_image
 
-SHORT = {"max_train_steps": 2, "checkpointing_steps": 1, "targets": "attention", "rank": 1}
+SHORT = {
+    "max_train_steps": 2, "checkpointing_steps": 1, "save_lora_every": 1, "targets": "attention",
+    "rank": 1,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +116,55 @@ def test_a_run_goes_on_from_the_whole_one(runs: Path, mine: Path, tiny_sd1: Path
         (warned,) = (event for event in events if isinstance(event, Warned))
         told = {f.name for f in warned.findings if f.code == "damaged-checkpoint"}
         assert told == {str(path) for path in broken}
-        for name in ("adapter.safetensors", "state.safetensors", "state.json"):
-            undisturbed = runs / "mine" / "checkpoint-2" / name
-            assert (newest / name).read_bytes() == undisturbed.read_bytes()
+        undisturbed = runs / "mine" / "checkpoint-2"
+        for name in ("state.safetensors", "state.json"):
+            assert (newest / name).read_bytes() == (undisturbed / name).read_bytes()
+        assert_equal_tensors(newest / "adapter.safetensors", undisturbed / "adapter.safetensors")
         assert log.read_bytes() == whole
         assert not [path for path in mine.iterdir() if path.name.startswith(".")]
         for file in result.files:
             file.path.unlink()
+
+
+def assert_equal_tensors(a: Path, b: Path) -> None:
+    """Both files have the same tensors to the last bit; headers have dates and folders."""
+    ours, theirs = load_file(a), load_file(b)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_files_of_a_checkpoint(
+    runs: Path, mine: Path, tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """`sd-lora export` of each checkpoint writes the files that the run wrote after that step,
+    headers included, in mid-run by save_lora_every and at the end; files that are there and damaged
+    checkpoints are refused. The other tools read the folder as it is."""
+    for step, written in ((1, runs / "mine" / "lora-1"), (2, runs / "mine")):
+        saved, out = mine / f"checkpoint-{step}", tmp_path / f"out-{step}"
+        assert main(["export", str(saved), "--out", str(out)]) == 0
+        assert "verified: 56 modules load as trained" in capsys.readouterr().out
+        names = sorted(path.name for path in out.iterdir())
+        assert names == ["mine_kohya.safetensors", "pytorch_lora_weights.safetensors"]
+        for name in names:
+            assert_equal_tensors(out / name, written / name)
+            headers = [TensorFile(place / name).header for place in (out, written)]
+            for header in headers:
+                header.pop("modelspec.date")
+            assert headers[0] == headers[1]
+            assert headers[0]["ss_steps"] == str(step)
+    assert main(["export", str(saved)]) == 0
+    assert (mine / "lora-2" / "mine_kohya.safetensors").is_file()
+    assert main(["export", str(saved)]) == 2
+    assert "has pytorch_lora_weights.safetensors, mine_kohya" in capsys.readouterr().err
+    converted = tmp_path / "converted.safetensors"
+    model = ["--model", str(tiny_sd1)]
+    assert main(["convert", str(saved), "--to", "kohya", "--out", str(converted), *model]) == 0
+    assert_equal_tensors(converted, runs / "mine" / "mine_kohya.safetensors")
+    assert main(["inspect", str(saved)]) == 0
+    assert "`sd-lora export` writes its LoRA files" in capsys.readouterr().out
+    (saved / "state.json").unlink()
+    assert main(["export", str(saved), "--overwrite"]) == 2
+    assert "is no whole checkpoint of a run: state.json is missing" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -126,7 +173,7 @@ def saving(mine: Path) -> Callable[[], Path]:
     model = nn.Sequential(nn.Linear(3, 3))
     sd_lora.inject(model, targets=".*", rank=1)
     progress = checkpoint.read_progress(mine / "checkpoint-2")
-    return lambda: checkpoint.save(mine, progress, {"unet": model}, {"moments": torch.ones(2)})
+    return lambda: checkpoint.save(mine, progress, {"unet": model}, {"moments": torch.ones(2)}, {})
 
 
 def test_at_each_moment_a_checkpoint_is_whole(

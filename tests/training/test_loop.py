@@ -92,11 +92,11 @@ def test_the_files_are_what_was_trained(
     trained = {}
     export = loop.export
 
-    def spy(run: Run) -> list:
+    def spy(run: Run, *where: object) -> list:
         trained.update(read_models(run.models))
         assert all(p.dtype == torch.float32 for p in run.parameters)
         assert run.parts.unet.conv_in.weight.dtype == DTYPES[precision]
-        return export(run)
+        return export(run, *where)
 
     monkeypatch.setattr(loop, "export", spy)
     result = sd_lora.train(
@@ -165,7 +165,7 @@ def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: P
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cached"))
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "fresh"))
     optimise(run)
-    loop.export(run)
+    loop.export(run, 6, run.output_dir)
     assert difference(tmp_path / "cached", tmp_path / "fresh") < 1e-6
 
 
@@ -201,7 +201,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_
     ).encoder.layers  # transformers 5.0 has the level
     assert all(layer.gradient_checkpointing for layer in layers)
     optimise(run)
-    loop.export(run)
+    loop.export(run, 6, run.output_dir)
     assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
 
 

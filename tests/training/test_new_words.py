@@ -42,7 +42,7 @@ def test_words_and_lora_give_the_trained_model(
     seen: dict[str, object] = {}
     export = loop.export
 
-    def spy(run: Run) -> list:
+    def spy(run: Run, *where: object) -> list:
         with torch.no_grad():
             seen["text"] = run.text.caption_encoder.encode(
                 run.text.encoders, [WORDS["instance_prompt"]]
@@ -51,7 +51,7 @@ def test_words_and_lora_give_the_trained_model(
         seen["start"] = fresh.text.tokens.state_dict()
         seen["end"] = run.text.tokens.state_dict()
         seen["tables"] = [e.base.weight.clone() for e in run.text.tokens.embeddings.values()]
-        return export(run)
+        return export(run, *where)
 
     changes = WORDS | {"train_text_encoder": with_lora, "max_train_steps": 8}
     config = dreambooth(tiny(kind), data, tmp_path / "out", **changes)

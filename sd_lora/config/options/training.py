@@ -149,6 +149,13 @@ class TrainingOptions(Section):
         onetrainer="backup_after", simpletuner="checkpoint_step_interval",
         ai_toolkit="save.save_every",
         main="steps between checkpoints")
+    save_lora_every: int | None = option(None,
+        "optimiser steps between LoRA files in mid-run, in the folders lora-STEP of output_dir; "
+        "at the end alone if not given",
+        ge=1, may_change=True)
+    save_lora_every_epochs: int | None = option(None,
+        "the same in epochs",
+        ge=1, may_change=True, kohya="save_every_n_epochs")
     checkpoint_minutes: float | None = option(None,
         "minutes after which a checkpoint is saved as well; by steps alone if not given",
         gt=0, may_change=True)

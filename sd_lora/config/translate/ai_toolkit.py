@@ -18,6 +18,7 @@ from sd_lora.config.translate.rows import (
     is_off,
     needless,
     number,
+    of_steps,
     other_model,
     otherwise,
     read_with,
@@ -320,8 +321,8 @@ AI_TOOLKIT: dict[str, Row] = {
         "train.diff_output_preservation_class", "train.blank_prompt_preservation_multiplier",
         "train.lr_scheduler_params"), needless("belongs to a setting that is off or not there")),
     "save.dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
-    "save.save_every": otherwise(
-        "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),
+    "save.save_every": of_steps(
+        "is whole states to resume from as well", "save_lora_every", "checkpointing_steps"),
     "save.save_format": needless("is diffusers' and kohya's file here, both"),
     "save.push_to_hub": absent("is not there: upload the files by hand"),
     "save.hf_repo_id": needless("belongs to push_to_hub"),

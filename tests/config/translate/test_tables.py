@@ -153,6 +153,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("onetrainer", "text_encoder.train"): (True, True, {}),
     ("onetrainer", "latent_caching"): (False, "no", {}),
     ("onetrainer", "output_model_destination"): ("a/b.safetensors", "a/b", {}),
+    ("kohya", "save_every_n_steps"): (100, 100, {}),
     ("ai_toolkit", "network.type"): ("lokr", "lokr", {}),
     ("ai_toolkit", "network.lokr_factor"): (8, 8, {"network.type": "lokr"}),
     ("ai_toolkit", "network.lokr_full_rank"): (True, None, {}),
