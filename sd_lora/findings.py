@@ -134,6 +134,11 @@ FINDINGS: dict[str, FindingKind] = {
     "batch-above-set": FindingKind(
         "warning", "lower --batch or the accumulation, or train on more images"
     ),
+    # numbers
+    "skipped-step": FindingKind("warning", "the step changed nothing (--on_nan skip)"),
+    "no-gradient": FindingKind(
+        "warning", "they cannot learn; leave them out of the targets, or write an issue"
+    ),
     # the output folder
     "damaged-checkpoint": FindingKind(
         "warning", "passed over: the run goes on from an earlier one, or anew if none is whole"

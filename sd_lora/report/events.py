@@ -42,7 +42,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Warned:
-    """Warnings on settings, before anything is loaded. findings: one at least."""
+    """Warnings: on settings, before anything is loaded, and on numbers of a step. findings: one at
+    least."""
 
     findings: Sequence[Finding]
 

@@ -36,7 +36,7 @@ from sd_lora.report.events import (
 from sd_lora.seeds import seed_for
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
-from sd_lora.training.losses import LossLog
+from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.output_folder import (
     remove_earlier_results,
     remove_earlier_steps,
@@ -51,6 +51,7 @@ from sd_lora.training.samples import (
 )
 from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
+from sd_lora.training.soundness import overflow_is_divergence, tell_silent
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -148,13 +149,17 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
             loss = loss + accumulate(run, number, batch, done)
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
+        if done == run.first_step:
+            tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
-        run.optimizer.step()
-        run.limit_norms(done)
+        if not skips(run, norm):
+            with overflow_is_divergence(done + 1):
+                run.optimizer.step()
+            run.limit_norms(done)
         run.optimizer.zero_grad()
         done += 1
         log.add(done, loss, norm)
-        run.lr_scheduler.step()
+        run.next_rate()
         run.emit(StepDone(done))
 
         # once in a while: read the losses, save, stop, draw samples
@@ -163,12 +168,12 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         stopping, is_time = agreed(run, bool(requests), minutes_are_over(config, saved_at))
         if stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps:
             log.flush()  # a diverged run leaves no checkpoint
-            save_checkpoint(run, done)
+            save_checkpoint(run, done, batch_loss)
             saved_at = time.monotonic()
         if stopping:
             break
         if lora_is_due(run, done):
-            save_lora(run, done)
+            save_lora(run, done, batch_loss)
         if samples_are_due(run, done):
             show_samples(run, done)
     return done
@@ -263,7 +268,7 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
         if run.accelerator.num_processes > 1 or log.step == run.first_step:
             raise  # other processes wait in their step, and would not help to save
         log.flush()
-        save_checkpoint(run, log.step)
+        save_checkpoint(run, log.step, batch_loss)
         raise RunError(
             f"{error}. Step {log.step} is saved: restore the image, and continue with the same "
             f"command and {RESUME}"

@@ -1,6 +1,7 @@
 """A run that is ready for its first step: the parts that the loop works with."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,6 +123,13 @@ class Run:
         """The current learning rate of modules without a factor of their own."""
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("multiple", 1.0)
+
+    def next_rate(self) -> None:
+        """Go on with the schedule, also after a first step that was skipped, of which torch warns
+        as of a mistake."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
 
     def restore(self) -> None:
         """Load the LoRA file to start from, or the checkpoint to resume, with this run's learning

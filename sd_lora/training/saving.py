@@ -10,6 +10,7 @@ from sd_lora.training.export import export, export_words, header_of
 from sd_lora.training.output_folder import LORA_PREFIX
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
+from sd_lora.training.soundness import BatchLoss, refuse_ruined
 
 
 def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
@@ -19,15 +20,18 @@ def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
     return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
 
 
-def save_checkpoint(run: Run, step: int) -> None:
+def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
     """Write the checkpoint of a step on the main process, then remove those that it replaces.
 
+    batch_loss: the loss of a micro-batch, by which a ruined model is known.
+
     Raises:
-        RunError: a failed write, on all processes.
+        RunError: a failed write or a ruined model, on all processes.
     """
     config = run.config
 
     def save() -> None:
+        refuse_ruined(run, step, batch_loss)
         state, header = run.checkpoint_state(), header_of(run, adapter_of(run.models), step)
         path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, header)
         checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
@@ -43,15 +47,18 @@ def lora_is_due(run: Run, step: int) -> bool:
     return bool(every) and step % every == 0 and step < run.plan.num_steps
 
 
-def save_lora(run: Run, step: int) -> None:
+def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
     """Write and verify the LoRA files of a step, and those of new words, in a folder of their own.
 
+    batch_loss: as for `save_checkpoint`.
+
     Raises:
-        RunError: as `export` and `export_words`, on all processes.
+        RunError: as `export` and `export_words`, or a ruined model, on all processes.
     """
     place = run.output_dir / f"{LORA_PREFIX}{step}"
 
     def save() -> None:
+        refuse_ruined(run, step, batch_loss)
         files = export(run, step, place)
         run.emit(LoraSaved(step, files, export_words(run, step, place)))
 
