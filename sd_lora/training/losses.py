@@ -102,7 +102,7 @@ class LossLog:
         if scaler is not None and (scale := scaler.get_scale()) < LEAST_SCALE:
             raise RunError(
                 f"fp16's loss scale has fallen to {scale:.1e} at step {self.step}: the gradients "
-                "overflow in each step, and nothing is learned. Take --mixed_precision bf16 or no"
+                "overflow in each step, and nothing is learned. Take bf16, or float32 (no)"
             )
 
 
