@@ -42,6 +42,7 @@ from sd_lora.training.output_folder import (
     remove_earlier_steps,
     remove_unfinished,
 )
+from sd_lora.training.processes import tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -124,7 +125,8 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet))
-        run.accelerator.end_training()
+        with tracker_errors(run.accelerator):
+            run.accelerator.end_training()
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds
         )
@@ -166,14 +168,16 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
         stopping, is_time = agreed(run, bool(requests), minutes_are_over(config, saved_at))
-        if stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps:
+        saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
+        if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
+        if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again
+            save_lora(run, done, batch_loss)
+        if saving:
             save_checkpoint(run, done, batch_loss)
             saved_at = time.monotonic()
         if stopping:
             break
-        if lora_is_due(run, done):
-            save_lora(run, done, batch_loss)
         if samples_are_due(run, done):
             show_samples(run, done)
     return done
@@ -314,7 +318,8 @@ def open_output(run: Run) -> None:
     run.accelerator.wait_for_everyone()
     plain = int | float | str | bool  # all that trackers take
     values = {k: v if isinstance(v, plain) else str(v) for k, v in run.config.as_dict().items()}
-    run.accelerator.init_trackers("sd_lora", config=values)
+    with tracker_errors(run.accelerator):
+        run.accelerator.init_trackers("sd_lora", config=values)
 
 
 def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:

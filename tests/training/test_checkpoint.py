@@ -259,6 +259,16 @@ def test_room_is_compared_before_a_run(
     assert [f.name for f in warned if f.code == "little-room"] == ["disk"]
 
 
+def test_a_tracker_without_room(runs: Path, tiny_sd1: Path, tmp_path: Path) -> None:
+    """Where a tracker cannot write its files, the error names their folder and the reason."""
+    config = text_to_image(
+        tiny_sd1, runs / "data", tmp_path, **SHORT, report_to="tensorboard", logging_dir="taken"
+    )
+    (tmp_path / "taken").touch()
+    with pytest.raises(RunError, match=r"tracker's files in .*taken could not be written: "):
+        sd_lora.train(config)
+
+
 def test_pruning(tmp_path: Path) -> None:
     """The newest ones stay, and the multiples of keep_every; later steps than the newest, of the
     run before it was resumed, are left alone."""
