@@ -101,7 +101,6 @@ def _translate(argv: Sequence[str]) -> None:
 
 
 def _export(argv: Sequence[str]) -> None:
-    from sd_lora.commands import _skeleton
     from sd_lora.tool_flags import ToolParser, as_path
 
     parser = ToolParser(prog="sd-lora export", description=_EXPORT)
@@ -115,9 +114,10 @@ def _export(argv: Sequence[str]) -> None:
     from sd_lora.report.summary import verified_files
     from sd_lora.training.export_checkpoint import export_checkpoint
 
-    model = _skeleton(args) if args.model else None
-    files, notes = export_checkpoint(args.checkpoint, args.out, args.overwrite, model)
-    print("\n".join([verified_files(files), *(f"  note: {note}" for note in notes)]))
+    files, words = export_checkpoint(args.checkpoint, args.out, args.overwrite, args.model)
+    print(
+        "\n".join([verified_files(files), *(f"  {path}  a new word, verified" for path in words)])
+    )
 
 
 _EXPORT = (

@@ -24,6 +24,7 @@ from sd_lora.formats.names import naming_of
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.models.families import INPAINTING
+from sd_lora.models.new_tokens import NewTokens
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.output_folder import moved, take_place, unverified_folder
@@ -94,11 +95,22 @@ def export_words(run: Run, step: int, place: Path) -> list[Path]:
     tokens = run.text.tokens
     if tokens is None:
         return []
-    name = run.output_dir.resolve().name
     architecture = run.parts.family.architectures[run.prediction_type]
+    name = run.output_dir.resolve().name
+    return write_words(tokens, place, name, record(run, step), architecture)
+
+
+def write_words(
+    tokens: NewTokens, place: Path, name: str, record: Mapping[str, object], architecture: str
+) -> list[Path]:
+    """Write new words, a file each, and verify them; see `export_words`.
+
+    place: folder of the files. name: the run's. record: our own part of the header. architecture:
+    of the base, in modelspec's words.
+    """
     header = {"modelspec.architecture": f"{architecture}/textual-inversion"}
     with unverified_folder(place) as folder:
-        paths = write_embeddings(tokens, folder, name, record(run, step), header)
+        paths = write_embeddings(tokens, folder, name, record, header)
         verify_embeddings(paths, tokens)
         return take_place(paths)
 

@@ -1,35 +1,40 @@
 """LoRA files of a checkpoint: as the run would have written them after that step."""
 
+import json
 from pathlib import Path
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.formats.adapter_files import dated, formats_of, write_formats
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.family_of_file import family_of
 from sd_lora.formats.file_names import lora_paths
 from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.checkpoint import read_progress
 from sd_lora.training.checkpoint_folders import fault, step_of
-from sd_lora.training.export import file_dtype
+from sd_lora.training.conditioning import restored_words
+from sd_lora.training.data import base_of
+from sd_lora.training.export import file_dtype, write_words
 from sd_lora.training.output_folder import LORA_PREFIX, moved, unverified_folder
 from sd_lora.training.state_files import read_state
 
 
 def export_checkpoint(
-    path: Path, out: Path | None, overwrite: bool, meta_pipeline: MetaPipeline | None
-) -> tuple[list[Verified], list[str]]:
-    """Write and verify the LoRA files of a checkpoint; returns them, and notes.
+    path: Path, out: Path | None, overwrite: bool, model: str | None
+) -> tuple[list[Verified], list[Path]]:
+    """Write and verify the LoRA files of a checkpoint, and those of new words; returns both.
 
     Args:
         path: the checkpoint's folder.
         out: folder of the files; None: `lora-STEP` beside the checkpoint.
         overwrite: replace files that are there.
-        meta_pipeline: of the model; None: of the run's base, if it is here, or else the published
-            one of its family.
+        model: the base model; None: the run's, or, without new words, the published one of its
+            family where that is not here.
 
     Raises:
         UsageError: no checkpoint, a damaged one, another model, or files that are there.
@@ -40,38 +45,36 @@ def export_checkpoint(
     lora = open_lora(path)
     lora.check()
     name, settings = lora.header["ss_output_name"], read_progress(path).settings
-    if meta_pipeline is None:
-        meta_pipeline = _of_base(settings["pretrained_model_name_or_path"], family_of(lora))
-    for wrong in misfits(lora.adapter, meta_pipeline):
-        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
-    adapter = fitted(lora.adapter, meta_pipeline)
     place = out or path.absolute().parent / f"{LORA_PREFIX}{step_of(path)}"
     there = [file.name for file in lora_paths(place, name) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{place} has {', '.join(there)}: --overwrite replaces them, --out FOLDER")
+    config = TrainConfig(**settings | ({"pretrained_model_name_or_path": model} if model else {}))
+    meta_pipeline = _of_base(config.base_model, None if model else family_of(lora))
+    for wrong in misfits(lora.adapter, meta_pipeline):
+        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
+    words = read_state(path)["tokens"]
+    tokens = restored_words(config, base_of(config), words) if words else None
+    adapter = fitted(lora.adapter, meta_pipeline)
     with unverified_folder(place) as folder:
         naming = naming_of(meta_pipeline.family, meta_pipeline.layout)
-        paths = write_formats(
-            adapter, folder, name, dated(lora.header), naming, file_dtype(settings)
-        )
+        header, dtype = dated(lora.header), file_dtype(settings)
+        paths = write_formats(adapter, folder, name, header, naming, dtype)
         kinds = zip(paths, formats_of(adapter)[0], strict=True)
         files = moved([verify(file, adapter, meta_pipeline, kind) for file, kind in kinds])
-    return files, list(_notes(path))
+    if tokens is None:
+        return files, []
+    architecture = header["modelspec.architecture"].removesuffix("/lora")
+    record = json.loads(header[OWN_KEY])
+    return files, write_words(tokens, place, name, record, architecture)
 
 
-def _notes(path: Path) -> list[str]:
-    """A note on new words, whose files need the base's text encoders."""
-    words = read_state(path)["tokens"]
-    if not words:
-        return []
-    names = ", ".join(dict.fromkeys(key.partition(".")[2] for key in words))
-    return [f"the new words {names} are not written: the run itself does, when it is resumed"]
-
-
-def _of_base(base: str, family: Family) -> MetaPipeline:
-    """The meta pipeline of a run's base; of its family where the base is not here."""
+def _of_base(base: str, family: Family | None) -> MetaPipeline:
+    """The meta pipeline of a base; of its family, if that is given, where the base is not here."""
     path = Path(base).expanduser()
     try:
         return Checkpoint(path).meta_pipeline if path.is_file() else MetaPipeline.of_folder(base)
     except UsageError:
+        if family is None:
+            raise
         return MetaPipeline.of_family(family)

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import sd_lora
+from sd_lora.cli import main
 from sd_lora.models.load import load_parts
 from sd_lora.training import loop
 from sd_lora.training.setup import Run, prepare
@@ -110,7 +111,7 @@ def test_words_resume_exactly_and_stop(
     stop: int | None, tiny: Folder, data: Path, tmp_path: Path
 ) -> None:
     """Six steps are two, four and a resumption of each, to the last bit; after the stop step the
-    words do not change and the rest does."""
+    words do not change and the rest does. `sd-lora export` writes the words of a checkpoint."""
     options = WORDS | {
         "train_text_encoder": True, "checkpointing_steps": 2, "embedding_stop_step": stop,
     }  # fmt: skip
@@ -130,6 +131,10 @@ def test_words_resume_exactly_and_stop(
     for words, factors in ends.values():
         assert torch.equal(words, ends["whole"][0])
         assert all(torch.equal(factors[k], ends["whole"][1][k]) for k in factors)
+    saved, word = tmp_path / "whole" / "checkpoint-6", "whole_dog.safetensors"
+    assert main(["export", str(saved), "--out", str(tmp_path / "out")]) == 0
+    exported = load_file(tmp_path / "out" / word)["<dog>"]
+    assert torch.equal(exported, ends["whole"][0])
     at4, at6 = (words_of(tmp_path / "whole", step) for step in (4, 6))
     assert torch.equal(at4, at6) == (stop is not None)
 
