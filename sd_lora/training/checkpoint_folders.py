@@ -24,6 +24,8 @@ REPLACED = ".replaced"
 OF_EARLIER_VERSIONS = "optimizer.pt"
 """A file of checkpoints without a manifest."""
 
+EARLIER_VERSION = "it was written by an earlier version, which alone can finish it"
+
 RESUME = "--resume_from_checkpoint latest"
 """The flag that goes on with a run, for messages."""
 
@@ -69,7 +71,7 @@ def find(output_dir: Path, name: str) -> Found:
         if not found:
             return Found(path, damaged)
         damaged[path] = found
-    if name == LATEST_IF_ANY:
+    if name == LATEST_IF_ANY and EARLIER_VERSION not in damaged.values():
         return Found(None, damaged)
     if damaged:
         faults = "; ".join(f"{path.name}: {found}" for path, found in damaged.items())
@@ -108,7 +110,7 @@ def fault(folder: Path) -> str:
     path = folder / MANIFEST
     try:
         if not path.exists() and (folder / OF_EARLIER_VERSIONS).exists():
-            return "it was written by an earlier version, which alone can finish it"
+            return EARLIER_VERSION
         data = path.read_bytes()
         rows = _rows_of(data)
         if rows is None:

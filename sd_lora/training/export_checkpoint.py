@@ -16,7 +16,7 @@ from sd_lora.formats.verify import Verified, fitted, misfits, verify
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.checkpoint import read_progress
-from sd_lora.training.checkpoint_folders import fault, step_of
+from sd_lora.training.checkpoint_folders import fault
 from sd_lora.training.conditioning import restored_words
 from sd_lora.training.data import base_of
 from sd_lora.training.export import file_dtype, write_words
@@ -44,8 +44,9 @@ def export_checkpoint(
         raise UsageError(f"{path} is no whole checkpoint of a run: {found}")
     lora = open_lora(path)
     lora.check()
-    name, settings = lora.header["ss_output_name"], read_progress(path).settings
-    place = out or path.absolute().parent / f"{LORA_PREFIX}{step_of(path)}"
+    name, progress = lora.header["ss_output_name"], read_progress(path)
+    place = out or path.absolute().parent / f"{LORA_PREFIX}{progress.step}"
+    settings = progress.settings
     there = [file.name for file in lora_paths(place, name) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{place} has {', '.join(there)}: --overwrite replaces them, --out FOLDER")

@@ -371,11 +371,11 @@ def test_going_on_with_an_older_checkpoint_is_refused(
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", **options))
     (tmp_path / "out" / "checkpoint-3" / "manifest.json").unlink()
     (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").touch()
-    again = run_of(
-        tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
-    )
-    with pytest.raises(sd_lora.UsageError, match="written by an earlier version"):
-        prepare(again)
+    for name in ("checkpoint-3", "latest-if-any"):  # the second does not start anew over it
+        (tmp_path / "out" / "checkpoint-4" / "manifest.json").unlink(missing_ok=True)
+        again = run_of(tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint=name)
+        with pytest.raises(sd_lora.UsageError, match="written by an earlier version"):
+            prepare(again)
 
 
 def test_edits_since_a_checkpoint_are_told(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
