@@ -21,9 +21,9 @@ commands:
   demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
+  export     the LoRA files of a run's checkpoint
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
-  export     the LoRA files of a run's checkpoint
   convert    from anybody's format to diffusers', kohya's or LyCORIS'
   merge      several LoRAs into one, exactly or at a lower rank
   resize     cut a LoRA to fewer ranks, with its error
