@@ -41,8 +41,8 @@ from sd_lora.training.conditioning import (
     planned_caption_encoder,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.disk import checkpoint_bytes, files_bytes, num_kept
 from sd_lora.training.forecast import forecast_rows, warnings_of
-from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES, Device
@@ -198,15 +198,9 @@ def disk(
         words.append(f"text embeddings {'up to ' * varies}{mib(count * one)}")
     number = sum(len(found.set.samples) for found in images.by_kind.values())
     words.append(f"facts of images {mib(4096 * number)}")
-    moments = optimizer_of(config).state_bytes
-    count = math.ceil(plan.num_steps / config.checkpointing_steps) - (
-        plan.num_steps % config.checkpointing_steps != 0
-    )
-    count = min(count, config.checkpoints_total_limit or count)
-    if count:
-        words.append(f"{counted(count, 'checkpoint')} {mib(count * parameters * (4 + moments))}")
-    saved = DTYPES[config.save_precision].itemsize
-    words.append(f"LoRA files {mib(2 * parameters * saved)}")
+    one, count = checkpoint_bytes(config, parameters), num_kept(config, plan.num_steps)
+    words.append(f"{counted(count, 'checkpoint')} {mib(count * one)}")
+    words.append(f"LoRA files {mib(files_bytes(config, parameters))}")
     return ", ".join(words)
 
 

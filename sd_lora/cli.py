@@ -21,6 +21,7 @@ commands:
   demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
+  export     the LoRA files of a run's checkpoint
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
   convert    from anybody's format to diffusers', kohya's or LyCORIS'
@@ -99,6 +100,32 @@ def _translate(argv: Sequence[str]) -> None:
     print(table, file=sys.stderr)
 
 
+def _export(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import ToolParser, as_path
+
+    parser = ToolParser(prog="sd-lora export", description=_EXPORT)
+    parser.add_argument("checkpoint", type=as_path, help="a folder checkpoint-STEP of a run")
+    parser.add_argument(
+        "--out", type=as_path, help="folder to write (default: lora-STEP beside the checkpoint)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--model", help="the base model (default: the run's, if it is there)")
+    args = parser.parse(argv)
+    from sd_lora.report.summary import verified_files
+    from sd_lora.training.export_checkpoint import export_checkpoint
+
+    files, words = export_checkpoint(args.checkpoint, args.out, args.overwrite, args.model)
+    print(
+        "\n".join([verified_files(files), *(f"  {path}  a new word, verified" for path in words)])
+    )
+
+
+_EXPORT = (
+    "Write the LoRA files of a checkpoint, verified, as the run would have written them after that "
+    "step."
+)
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -116,6 +143,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "schema": _schema,
     "demo": _demo,
     "translate": _translate,
+    "export": _export,
     **{name: _tool(name) for name in _TOOLS},
 }
 

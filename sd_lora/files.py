@@ -5,11 +5,14 @@ torch is imported where a tensor is touched: code without tensors can use the wr
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 import os
 import pickle
+import re
+import secrets
 import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +24,7 @@ from typing import IO, TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from sd_lora.errors import RunError, UsageError, near_path
+from sd_lora.folders import free_bytes
 from sd_lora.pickles import can_be_mapped, load_tensors_of, tensors_by_key
 
 if TYPE_CHECKING:
@@ -252,11 +256,30 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
 
 
+UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part")
+"""Names of files and folders that are being written; a killed process leaves them behind."""
+
+
+def unfinished_name() -> str:
+    """Return a new name for a file or folder that is being written."""
+    return f".{secrets.token_hex(8)}.part"
+
+
+def write_fault(error: OSError, path: Path) -> str:
+    """Return the reason of a failed write, with the free space where the disk is full."""
+    reason = error.strerror or str(error)
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return reason
+    return f"{reason} ({mib(free_bytes(path))} free)"
+
+
 @contextmanager
 def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
     """Yield a file to write; it appears at `path` complete or not at all.
 
-    Written beside its place, brought to the disk (fsync), renamed. Missing folders are made.
+    Written beside its place, brought to the disk (fsync), renamed. Missing folders are made. The
+    name beside it is drawn, and must be new: nobody can lay a link there, and of two writers each
+    has its own.
 
     path: of the file.
     size: in bytes, for the error message.
@@ -264,17 +287,18 @@ def whole_file(path: Path, size: int) -> Iterator[IO[bytes]]:
     Raises:
         RunError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.part")
+    beside = path.with_name(unfinished_name())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside, "w+b") as file:
+        with open(beside, "x+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        reason = error.strerror or error
-        raise RunError(f"{path} ({mib(size)}) could not be written: {reason}") from None
+        raise RunError(
+            f"{path} ({mib(size)}) could not be written: {write_fault(error, path)}"
+        ) from None
     finally:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -349,40 +373,3 @@ def _bytes_of(tensor: Tensor) -> memoryview | bytes:
 
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().data if flat.numel() else b""
-
-
-def check_writable(folder: Path, setting: str) -> None:
-    """Check that a folder can be made or written.
-
-    setting: its option, for messages.
-
-    Raises:
-        UsageError: a file in its place, no permission, or a name that is not UTF-8.
-    """
-    written = os.fsencode(folder.absolute()).decode("utf-8", "backslashreplace")
-    if written != str(folder.absolute()):
-        raise UsageError(
-            f"{setting} {written}: its name is not valid UTF-8, and safetensors opens no file in "
-            "it; choose another"
-        )
-    there = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise UsageError(f"{setting} {folder}: {there} is a file, not a folder")
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"{setting} {folder} cannot be written: no permission for {there}")
-
-
-def check_readable(folder: Path, setting: str) -> None:
-    """Check that a folder, if it exists, is one and can be listed.
-
-    setting: its option, for messages.
-
-    Raises:
-        UsageError: a file in its place, no permission, or a name that is not UTF-8.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f"{setting} {folder} is a file, not a folder")
-    try:
-        next(folder.iterdir(), None) if folder.is_dir() else None
-    except OSError as error:
-        raise UsageError(f"{setting} {folder} cannot be read: {error.strerror}") from None

@@ -134,6 +134,18 @@ FINDINGS: dict[str, FindingKind] = {
     "batch-above-set": FindingKind(
         "warning", "lower --batch or the accumulation, or train on more images"
     ),
+    # numbers
+    "skipped-step": FindingKind("warning", "the step changed nothing (--on_nan skip)"),
+    "no-gradient": FindingKind(
+        "warning", "they cannot learn; leave them out of the targets, or write an issue"
+    ),
+    # the output folder
+    "damaged-checkpoint": FindingKind(
+        "warning", "passed over: the run goes on from an earlier one, or anew if none is whole"
+    ),
+    "little-room": FindingKind(
+        "warning", "make room, or lower --checkpoints_total_limit: a full disk ends the run"
+    ),
     # the machine
     "fp16-on-cpu": FindingKind(
         "warning", "--mixed_precision no is float32; bf16 is as fast on some CPUs"

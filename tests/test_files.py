@@ -245,6 +245,20 @@ def test_a_file_is_there_whole_or_not_at_all(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_planted_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name under which a file is written is drawn each time; a link that lies there all the
+    same is an error, and its target stays as it was."""
+    assert files.unfinished_name() != files.unfinished_name()
+    assert files.UNFINISHED.fullmatch(files.unfinished_name())
+    target = tmp_path / "target"
+    target.write_bytes(b"precious")
+    monkeypatch.setattr(files, "unfinished_name", lambda: ".planted.part")
+    (tmp_path / ".planted.part").symlink_to(target)
+    with pytest.raises(RunError, match=r"a\.json .* could not be written: File exists"):
+        write_whole(tmp_path / "a.json", b"data")
+    assert target.read_bytes() == b"precious"
+
+
 def test_files_are_importable_without_torch() -> None:
     """Code without torch may use the writers: importing them loads none of it."""
     code = "import sys, sd_lora.files; print('torch' in sys.modules)"

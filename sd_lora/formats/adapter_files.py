@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -204,17 +204,43 @@ def write_adapter(
         RunError: factors that are not finite, or a failed write; no file is left.
     """
     row = None if family is None else family_named(family)
-    check_finite(adapter)
+    header = metadata.build(adapter, row, name, prediction_type, extra, facts)
     if row is not None:
-        facts = {"modelspec.date": metadata.date(), **(facts or {})}
+        header = dated(header)
+    kinds, naming = formats_of(adapter)[0], naming_of(row, layout)
+    return write_formats(adapter, kinds, folder, name, header, naming, dtype, weight)
+
+
+def dated(header: Mapping[str, str]) -> dict[str, str]:
+    """A header with the date of its writing, where it has none."""
+    return {"modelspec.date": metadata.date(), **header}
+
+
+def write_formats(
+    adapter: Adapter,
+    kinds: Sequence[Format],
+    folder: Path,
+    name: str,
+    header: Mapping[str, str],
+    naming: Naming,
+    dtype: torch.dtype = torch.float32,
+    weight: comfyui.Weights | None = None,
+) -> list[Path]:
+    """Write an adapter in several formats, with one header; returns the paths.
+
+    kinds: of `formats_of`. name, weight: see `write_adapter`. The others: see `write_file`.
+
+    Raises:
+        RunError: factors that are not finite, or a failed write; no file is left.
+    """
+    check_finite(adapter)
     written: list[Path] = []
-    for kind in formats_of(adapter)[0]:
+    for kind in kinds:
         path = folder / kind.file_name(name)
-        marked = {**(facts or {}), **(comfyui.MARK if kind is COMFYUI else {})}
-        header = metadata.build(adapter, row, name, prediction_type, extra, marked)
+        marked = {**header, **(comfyui.MARK if kind is COMFYUI else {})}
         try:
             held = held_by(kind, adapter, weight)
-            write_file(path, kind, held, naming_of(row, layout), header, dtype)
+            write_file(path, kind, held, naming, marked, dtype)
         except (RunError, UsageError):
             for earlier in written:
                 earlier.unlink(missing_ok=True)

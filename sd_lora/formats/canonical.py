@@ -89,6 +89,14 @@ def live_names(component: str, model: nn.Module) -> dict[str, str]:
     return {canonical_name(component, name): name for name in names}
 
 
+def adapter_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
+    """The deltas themselves of injected models (component → model), by canonical names."""
+    return {
+        component: {canonical_name(component, n): d for n, d in deltas_of(model).items()}
+        for component, model in models.items()
+    }
+
+
 def read_models(models: Mapping[str, nn.Module]) -> dict[str, dict[str, Delta]]:
     """The adapter of injected `models` (component → model), on the CPU.
 

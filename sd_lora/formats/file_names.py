@@ -7,6 +7,9 @@ from pathlib import Path
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 """The name that diffusers looks for; those of the other formats begin with the adapter's."""
 
+FACTORS, MANIFEST = "adapter.safetensors", "manifest.json"
+"""Files of a run's checkpoint: the factors as they are trained, and the list of all files."""
+
 KOHYA_END = "_kohya.safetensors"
 LYCORIS_END = "_lycoris.safetensors"
 COMFYUI_END = "_comfyui.safetensors"

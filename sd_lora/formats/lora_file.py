@@ -21,6 +21,7 @@ from sd_lora.adapters.state import make_delta
 from sd_lora.errors import UsageError
 from sd_lora.files import TensorFile
 from sd_lora.formats import (
+    checkpoint_keys,
     comfyui,
     diffusers,
     file_names,
@@ -79,7 +80,7 @@ _OF_OTHER_MODEL = re.compile("|".join(pattern for pattern, _ in _OTHER_MODELS))
 class LoRAFile:
     """An opened LoRA file; its deltas are made at each access.
 
-    format: "diffusers", "kohya", "LyCORIS", "peft", or that of `positions`.
+    format: "diffusers", "kohya", "LyCORIS", "peft", "checkpoint", or that of `positions`.
     dtype: of most of its factors.
     places: the keys of each delta. embeddings: keys of bundled textual inversions, which are no
     part of the adapter.
@@ -132,7 +133,8 @@ def open_lora(
     """Open a LoRA file or folder of any of the formats, and sort its keys.
 
     Args:
-        path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it.
+        path: a .safetensors file, a pickled one, a folder of peft or with one LoRA file in it, or
+            a run's checkpoint.
         layout: of the UNet, for original names; by default the published families'.
         live: kohya names of the file → (component, canonical name) of models at hand, by them.
         base: W by component and delta name, for methods whose ΔW is a function of it.
@@ -200,6 +202,7 @@ def _by_names(
     parsers: dict[str, Callable[[str], tuple[str, str, str] | None]] = {
         "kohya": lambda key: lycoris.parse(key, layout, known_here, with_base),
         "diffusers": lambda key: diffusers.parse(key, layout),
+        checkpoint_keys.TITLE: checkpoint_keys.parse,
     }
     parsed = {title: {key: parse(key) for key in keys} for title, parse in parsers.items()}
     known = {title: sum(p is not None for p in found.values()) for title, found in parsed.items()}
@@ -221,7 +224,8 @@ def _refuse_other_models(path: Path, keys: Iterable[str]) -> None:
 
 
 def find_file(path: Path) -> Path:
-    """The LoRA file of a path: itself, a peft folder, or a folder's only file but ComfyUI's.
+    """The LoRA file of a path: itself, a peft folder, a checkpoint's, or a folder's only file but
+    ComfyUI's.
 
     Raises:
         UsageError: no file, or several, with their names.
@@ -230,6 +234,8 @@ def find_file(path: Path) -> Path:
         return path
     if peft.folders_of(path):
         return path
+    if checkpoint_keys.is_folder(path):
+        return path / file_names.FACTORS
     if (path / file_names.DIFFUSERS).is_file():
         return path / file_names.DIFFUSERS
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sd_lora.errors import counted
-from sd_lora.formats import comfyui, diffusers, positions, reader_names
+from sd_lora.formats import checkpoint_keys, comfyui, diffusers, positions, reader_names
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
@@ -88,6 +88,9 @@ def readers(lora: LoRAFile, base: MetaPipeline) -> dict[str, str]:
     given = Given(lora, base)
     if lora.format == positions.TITLE:
         return dict.fromkeys(PROGRAMS, "reads no tensors by position: convert it")
+    if lora.format == checkpoint_keys.TITLE:
+        none = "reads no checkpoint of a run: `sd-lora export` writes its LoRA files"
+        return dict.fromkeys(PROGRAMS, none)
     return {program: "; ".join(_said(given, rules)) or EXACT for program, rules in PROGRAMS.items()}
 
 

@@ -42,7 +42,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Warned:
-    """Warnings on settings, before anything is loaded. findings: one at least."""
+    """Warnings: on settings, before anything is loaded, and on numbers of a step. findings: one at
+    least."""
 
     findings: Sequence[Finding]
 
@@ -116,6 +117,15 @@ class CheckpointSaved:
 
 
 @dataclass(frozen=True)
+class LoraSaved:
+    """LoRA files in mid-run. files: verified ones. words: files of new words."""
+
+    step: int
+    files: Sequence[Verified]
+    words: Sequence[Path]
+
+
+@dataclass(frozen=True)
 class Validated:
     """Mean loss of the first steps' batches and noise, in training and by the trained model.
 
@@ -153,6 +163,7 @@ Event = (
     | StepsLogged
     | SamplesDrawn
     | CheckpointSaved
+    | LoraSaved
     | Validated
     | Exported
     | RunEnded

@@ -1,19 +1,20 @@
-"""Checkpoints: complete or absent, pruned only after the next one is complete, exact on resume.
+"""Checkpoints: complete or absent, pruned only after the next one verifies, exact on resume.
 
 A checkpoint holds the factors as they are (unfolded, float32), the optimiser, the schedule and the
-position in the data. It needs no random state: every draw is a function of the position.
+position in the data, in safetensors files and JSON, with a manifest of their hashes. It needs no
+random state: every draw is a function of the position.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load, save_file
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from sd_lora.adapters.state import (
@@ -23,7 +24,20 @@ from sd_lora.adapters.state import (
 )
 from sd_lora.config.schema import OPTIONS, with_present_names
 from sd_lora.errors import RunError, UsageError
-from sd_lora.training.checkpoint_folders import PREFIX, checkpoints
+from sd_lora.files import mib, unfinished_name, write_fault, write_tensors, write_whole
+from sd_lora.folders import free_bytes, sync_folder
+from sd_lora.formats.file_names import FACTORS
+from sd_lora.training.checkpoint_folders import (
+    PREFIX,
+    REPLACED,
+    checkpoints,
+    fault,
+    step_of,
+    write_manifest,
+)
+from sd_lora.training.state_files import read_state, tensors_in, write_state
+
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,8 @@ class Progress:
     """Position and identity of a run: it can be resumed as the same run only.
 
     step: optimiser steps done. seed, samples_per_step, num_samples: the meaning of a position in
-    the data. settings: the configuration. order: digest of the samples of each step; empty in
-    checkpoints of earlier versions. images: digest of the images and captions.
+    the data. settings: the configuration. order: digest of the samples of each step. images: digest
+    of the images and captions.
     """
 
     step: int
@@ -40,8 +54,8 @@ class Progress:
     samples_per_step: int
     num_samples: int
     settings: dict[str, Any]
-    order: str = ""
-    images: str = ""
+    order: str
+    images: str
 
 
 def save(
@@ -49,54 +63,97 @@ def save(
     progress: Progress,
     models: Mapping[str, nn.Module],
     state: Mapping[str, Any],
-    limit: int | None = None,
+    header: Mapping[str, str],
 ) -> Path:
-    """Write `checkpoint-<step>`, then remove the oldest beyond `limit`; returns its path.
+    """Write `checkpoint-<step>`, verify it, and give it its name; returns its path.
+
+    An earlier one of the same step stays under a name that is found, too, until the new one stands.
 
     Args:
         output_dir: the run's folder.
         progress: position of the run.
         models: component → injected model.
         state: name → state dict of the optimiser, schedule and scaler.
-        limit: number of checkpoints to keep.
+        header: of the factors' file, as LoRA files of this step have it.
 
     Raises:
-        RunError: a failed write; earlier checkpoints are untouched.
+        RunError: a disk that is too full, or a failed write; earlier checkpoints are untouched.
     """
     final = output_dir / f"{PREFIX}{progress.step}"
-    beside = output_dir / f".{final.name}.part"
-    shutil.rmtree(beside, ignore_errors=True)
+    beside = output_dir / unfinished_name()
     tensors = {
         f"{component}/{key}": value
         for component, model in models.items()
         for key, value in lora_state_dict(model).items()
     }
+    size = sum(t.numel() * t.element_size() for t in [*tensors.values(), *tensors_in(state)])
+    if (free := free_bytes(output_dir)) < size:
+        raise RunError(
+            f"{final} takes {mib(size)}, and {mib(free)} are free there: make room, and continue "
+            "from the checkpoint before it"
+        )
+    specs = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     try:
         beside.mkdir(parents=True)
-        save_file(tensors, beside / "adapter.safetensors")
-        torch.save(dict(state), beside / "optimizer.pt")
-        (beside / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
-        for path in beside.iterdir():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(beside, final)
-    except (OSError, RuntimeError) as error:  # torch and safetensors wrap what the disk says
+        write_tensors(beside / FACTORS, specs, tensors.items(), header)
+        write_state(beside, dict(state))
+        write_whole(beside / PROGRESS, json.dumps(asdict(progress)).encode())
+        write_manifest(beside)
+        sync_folder(beside)
+        if found := fault(beside):
+            raise RunError(f"{final} was written, and the disk gives other bytes back: {found}")
+        _take_place(beside, final)
+    except OSError as error:
+        reason = write_fault(error, output_dir)
+        raise RunError(f"{final} ({mib(size)}) could not be written: {reason}") from None
+    except RunError as error:  # names the folder by its name while it is written
+        raise RunError(str(error).replace(str(beside), str(final))) from None
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise RunError(f"checkpoint {final} could not be written: {error}") from None
-    if limit is not None:
-        for old in checkpoints(output_dir)[:-limit]:
-            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _take_place(beside: Path, final: Path) -> None:
+    """Give a written checkpoint its name; at each moment it or the earlier one can be found."""
+    old = final.with_name(final.name + REPLACED)
+    if final.exists():
+        remove(old)
+        os.replace(final, old)
+    os.replace(beside, final)
+    sync_folder(final.parent)
+    remove(old)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint, if it is there: at no moment is a part of it left under its name."""
+    gone = checkpoint.with_name(unfinished_name())
+    with suppress(OSError):  # Windows, while a program has a file open: it stays whole
+        os.replace(checkpoint, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def prune(newest: Path, limit: int | None, keep_every: int | None) -> None:
+    """Remove the oldest checkpoints that a run needs no more.
+
+    Args:
+        newest: the last one, which verifies. Those of later steps stay.
+        limit: number of checkpoints to keep; None for all.
+        keep_every: steps, whose multiples stay beside these.
+    """
+    last = step_of(newest)
+    earlier = [path for path in checkpoints(newest.parent) if step_of(path) <= last]
+    for path in earlier:
+        if path.name.endswith(REPLACED) and path.with_name(f"{PREFIX}{step_of(path)}").exists():
+            remove(path)
+    rolling = [path for path in earlier if not (keep_every and step_of(path) % keep_every == 0)]
+    for path in rolling[:-limit] if limit else []:
+        remove(path)
 
 
 def read_progress(path: Path) -> Progress:
     """The position of a checkpoint's run; raises UsageError for a foreign file."""
     try:
-        values = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-        if "pictures" in values:  # the key's name before version 0.2
-            values["images"] = values.pop("pictures")
-        return Progress(**values)
+        return Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 
@@ -120,15 +177,8 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
         if then != now:
             raise UsageError(
                 f"{path} was written with {meaning} = {then}, and this run has {now}: it would not "
-                "be the same run; use the same settings, or start anew in another output_dir"
+                "be the same run; use the same settings, or start anew in another folder"
             )
-
-    if not progress.order:
-        raise UsageError(
-            f"{path} was written by an earlier version, whose batches ran on over an epoch's end "
-            "and whose images were cut to squares, so it cannot be resumed here. Finish it "
-            "with that version, or start anew in another output_dir"
-        )
 
     settings, _ = with_present_names(progress.settings)
     changed = [
@@ -142,14 +192,14 @@ def check_continues(progress: Progress, ours: Progress, num_steps: int, path: Pa
     if changed:
         raise UsageError(
             f"{path} belongs to a run with other settings: {'; '.join(changed)}. Use the same "
-            "ones, or start anew in another output_dir"
+            "ones, or start anew in another folder"
         )
     if progress.order != ours.order:
         raise UsageError(
             f"{path} was written with images of other shapes, in another order, with other rules "
             "of their captions or crops, or with another split of the batch (train_batch_size × "
             "processes, accumulation): it would not be the same run; use the same, or start anew "
-            "in another output_dir"
+            "in another folder"
         )
 
 
@@ -176,9 +226,9 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
     """
     try:
         # whole, not mapped into memory: Windows would keep the file from being pruned
-        tensors = load((path / "adapter.safetensors").read_bytes())
-        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises what its unpickler raises
+        tensors = load((path / FACTORS).read_bytes())
+        state = read_state(path)
+    except Exception as error:  # a foreign parser over foreign bytes: any error is the file's fault
         raise UsageError(f"{path} cannot be read: {error}") from None
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():

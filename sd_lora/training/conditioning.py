@@ -283,6 +283,18 @@ def add_new_words(
     return tokens
 
 
+def restored_words(config: TrainConfig, base: Base, state: Mapping[str, torch.Tensor]) -> NewTokens:
+    """The new words of a run's checkpoint, in freshly loaded text encoders. state: theirs.
+
+    Raises:
+        UsageError: the errors of `Base.load`, or words of another run.
+    """
+    parts = base.load(tokenizer_name=config.tokenizer_name)
+    tokens = NewTokens.add(concepts_of(config), parts.tokenizers, parts.text_encoders, seed=0)
+    tokens.load_state_dict(state)
+    return tokens
+
+
 def used_captions(stream: Stream) -> list[Caption] | None:
     """All captions of a run, None (no caption) among them if some are dropped.
 

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
@@ -15,15 +17,18 @@ from sd_lora.config.rows import Option
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.config.sources import KEYS
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import DIFFUSERS, formats_of, held_by, write_adapter
-from sd_lora.formats.canonical import read_models
+from sd_lora.formats import metadata
+from sd_lora.formats.adapter_files import DIFFUSERS, dated, formats_of, held_by, write_formats
+from sd_lora.formats.canonical import Adapter, read_models
 from sd_lora.formats.checkpoints import weight_files
 from sd_lora.formats.comfyui import weights_of
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.metadata import shared_name
+from sd_lora.formats.names import naming_of
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.models.families import INPAINTING
+from sd_lora.models.new_tokens import NewTokens
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.output_folder import moved, take_place, unverified_folder
@@ -38,39 +43,63 @@ MOST_TAGS = 1000
 """Most tags in a header, the most frequent ones: a set of 50,000 captions would fill it."""
 
 
-def export(run: Run) -> list[Verified]:
+def export(run: Run, step: int, place: Path) -> list[Verified]:
     """Write the LoRA files, and verify each by loading it into a fresh pipeline.
 
     They take their places when all are verified.
+
+    Args:
+        run: as it is after a step.
+        step: the number of steps done.
+        place: folder of the files.
 
     Raises:
         RunError: values that are not finite or beyond the precision, a file that could not be
             written or does not load as trained; that one stays in the folder `unverified`.
     """
     adapter, weight = read_models(run.models), weights_of(run.models)
-    with unverified_folder(run.output_dir) as folder:
-        paths = write_adapter(
+    kinds, _ = formats_of(adapter)
+    with unverified_folder(place) as folder:
+        paths = write_formats(
             adapter,
+            kinds,
             folder,
-            run.parts.family.name,
             run.output_dir.resolve().name,
-            run.prediction_type,
-            record(run),
-            facts(run),
-            run.meta_pipeline.layout,
-            DTYPES[run.config.save_precision],
+            dated(header_of(run, adapter, step)),
+            naming_of(run.parts.family, run.meta_pipeline.layout),
+            file_dtype(run.config.as_dict()),
             weight,
         )
+        files = zip(paths, kinds, strict=True)
         return moved(
             [
                 verify(path, held_by(kind, adapter, weight), run.meta_pipeline, kind)
-                for path, kind in zip(paths, formats_of(adapter)[0], strict=True)
+                for path, kind in files
             ]
         )
 
 
-def export_words(run: Run) -> list[Path]:
+def file_dtype(settings: Mapping[str, Any]) -> torch.dtype:
+    """The dtype of the LoRA files of a run with these options."""
+    return DTYPES[settings["save_precision"]]
+
+
+def header_of(run: Run, adapter: Adapter, step: int) -> dict[str, str]:
+    """The header of the LoRA files after a step; a checkpoint has it too, for `sd-lora export`."""
+    return metadata.build(
+        adapter,
+        run.parts.family,
+        run.output_dir.resolve().name,
+        run.prediction_type,
+        record(run, step),
+        facts(run, step),
+    )
+
+
+def export_words(run: Run, step: int, place: Path) -> list[Path]:
     """Write the new words' embeddings, a file each, and verify them by diffusers' loader.
+
+    run, step, place: see `export`.
 
     Raises:
         RunError: embeddings that are not finite, or a file that does not load as trained.
@@ -78,11 +107,22 @@ def export_words(run: Run) -> list[Path]:
     tokens = run.text.tokens
     if tokens is None:
         return []
-    name = run.output_dir.resolve().name
     architecture = run.parts.family.architectures[run.prediction_type]
+    name = run.output_dir.resolve().name
+    return write_words(tokens, place, name, record(run, step), architecture)
+
+
+def write_words(
+    tokens: NewTokens, place: Path, name: str, record: Mapping[str, object], architecture: str
+) -> list[Path]:
+    """Write new words, a file each, and verify them; see `export_words`.
+
+    place: folder of the files. name: the run's. record: our own part of the header. architecture:
+    of the base, in modelspec's words.
+    """
     header = {"modelspec.architecture": f"{architecture}/textual-inversion"}
-    with unverified_folder(run.output_dir) as folder:
-        paths = write_embeddings(tokens, folder, name, record(run), header)
+    with unverified_folder(place) as folder:
+        paths = write_embeddings(tokens, folder, name, record, header)
         verify_embeddings(paths, tokens)
         return take_place(paths)
 
@@ -125,16 +165,16 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
     ]
 
 
-def record(run: Run) -> dict[str, object]:
-    """Our own part of the header: everything that a repetition of the run needs."""
+def record(run: Run, step: int) -> dict[str, object]:
+    """Our own part of the header: everything that a repetition of the run's steps needs."""
     config = run.config
     versions = {name: version(name) for name in ("sd_lora", *_LIBRARIES)}
     return {
         "base_model": _shown(config, OPTIONS["pretrained_model_name_or_path"], config.base_model),
-        "base_model_sha256": base_hash(config.base_model, **config.hub_options),
+        "base_model_sha256": run.base_hash,
         "family": run.parts.family.name,
         "config": shared_config(config) | {"seed": run.plan.seed},
-        "steps": run.plan.num_steps,
+        "steps": step,
         "num_samples": run.plan.num_samples,
         "images": {kind: len(p.set.samples) for kind, p in run.images.by_kind.items()},
         "versions": versions | {"python": platform.python_version()},
@@ -200,7 +240,7 @@ def _sha256(files: Sequence[Path]) -> str | None:
     return digest.hexdigest()
 
 
-def facts(run: Run) -> dict[str, str]:
+def facts(run: Run, step: int) -> dict[str, str]:
     """kohya's header keys about the training, as A1111 and model sites show them.
 
     Options with a `header` in their row are written as it says.
@@ -219,8 +259,8 @@ def facts(run: Run) -> dict[str, str]:
         "ss_resolution": f"({crops.resolution}, {crops.resolution})",
         "ss_num_train_images": len(instances.entries),
         "ss_num_reg_images": run.images.num_class_images,
-        "ss_num_epochs": max(1, round(plan.num_steps / plan.epochs.num_steps)),
-        "ss_steps": plan.num_steps,
+        "ss_num_epochs": max(1, round(step / plan.epochs.num_steps)),
+        "ss_steps": step,
         "ss_max_train_steps": plan.num_steps,
         "ss_total_batch_size": plan.samples_per_step,
         "ss_learning_rate": config.learning_rate_of("unet"),

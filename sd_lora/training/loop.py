@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,28 @@ from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
 from sd_lora.errors import RunError
 from sd_lora.files import write_whole
+from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
 from sd_lora.report.events import (
-    CheckpointSaved,
     Exported,
     FindingMade,
     Listener,
     RunEnded,
     RunPlanned,
     StepDone,
-    StepRecord,
-    StepsLogged,
     TrainingStarted,
     Validated,
 )
 from sd_lora.seeds import seed_for
-from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
-from sd_lora.training.output_folder import remove_earlier_results, remove_earlier_steps
+from sd_lora.training.losses import LossLog, skips
+from sd_lora.training.output_folder import (
+    remove_earlier_results,
+    remove_earlier_steps,
+    remove_unfinished,
+)
+from sd_lora.training.processes import tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -47,7 +50,9 @@ from sd_lora.training.samples import (
     show_samples,
     write_before_after,
 )
+from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
+from sd_lora.training.soundness import overflow_is_divergence, tell_silent
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -120,11 +125,13 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet))
-        run.accelerator.end_training()
+        with tracker_errors(run.accelerator):
+            run.accelerator.end_training()
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds
         )
     finally:
+        disown(config.output_path)
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -136,7 +143,7 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
     """
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches = run.batches()
-    done = run.first_step
+    done, saved_at = run.first_step, time.monotonic()
     while done < num_steps:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
@@ -144,22 +151,31 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
             loss = loss + accumulate(run, number, batch, done)
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
+        if done == run.first_step:
+            tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
-        run.optimizer.step()
-        run.limit_norms(done)
+        if not skips(run, norm):
+            with overflow_is_divergence(done + 1):
+                run.optimizer.step()
+            run.limit_norms(done)
         run.optimizer.zero_grad()
         done += 1
         log.add(done, loss, norm)
-        run.lr_scheduler.step()
+        run.next_rate()
         run.emit(StepDone(done))
 
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        stopping = stop_requested(run, requests)
-        if done % config.checkpointing_steps == 0 or (stopping and done < num_steps):
+        stopping, is_time = agreed(run, bool(requests), minutes_are_over(config, saved_at))
+        saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
+        if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
-            save_checkpoint(run, done)
+        if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again
+            save_lora(run, done, batch_loss)
+        if saving:
+            save_checkpoint(run, done, batch_loss)
+            saved_at = time.monotonic()
         if stopping:
             break
         if samples_are_due(run, done):
@@ -214,58 +230,6 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     return weighted_loss(losses, weights, batch.loss_scale)
 
 
-@dataclass
-class LossLog:
-    """Losses and gradient norms, kept on the device until they are read together.
-
-    waiting: step, learning rate, loss and norm of steps that were not read yet. losses: all read
-    ones. step: the last one added.
-    """
-
-    run: Run
-    waiting: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.step = self.run.first_step
-
-    def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Keep the numbers of a step, with the learning rate that it used."""
-        self.step = step
-        self.waiting.append((step, self.run.learning_rate, loss, norm))
-
-    def flush(self) -> None:
-        """Read the waiting numbers and tell them.
-
-        Raises:
-            RunError: a loss or gradient norm that is not finite.
-        """
-        if not self.waiting:
-            return
-        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm in self.waiting])
-        values = self.run.accelerator.reduce(values, "mean").tolist()
-        steps = [(step, rate) for step, rate, _, _ in self.waiting]
-        self.waiting.clear()
-        records = []
-        for (step, rate), (loss, norm) in zip(steps, values, strict=True):
-            self._refuse_divergence(step, loss, norm)
-            records.append(StepRecord(step, loss, rate, norm if math.isfinite(norm) else None))
-        self.losses += [record.loss for record in records]
-        self.run.emit(StepsLogged(tuple(records)))
-
-    def _refuse_divergence(self, step: int, loss: float, norm: float) -> None:
-        # under fp16 the scaler meets infinite gradients now and then, and skips their step
-        bad_norm = not math.isfinite(norm) and self.run.accelerator.scaler is None
-        if math.isfinite(loss) and not bad_norm:
-            return
-        finite = math.isfinite(loss)
-        found = f"gradient's norm became {norm}" if finite else f"loss became {loss}"
-        raise RunError(
-            f"the {found} at step {step}: the run has diverged and stops here. Lower "
-            f"--learning_rate, and start anew or with {RESUME}"
-        )
-
-
 @contextmanager
 def stop_requests() -> Iterator[list[str]]:
     """Collect SIGINT and SIGTERM, so that the loop ends after a whole step; a second one is
@@ -291,22 +255,12 @@ def stop_requests() -> Iterator[list[str]]:
             signal.signal(name, handler)
 
 
-def stop_requested(run: Run, requests: Sequence[str]) -> bool:
-    """Whether any process was asked to stop: all must leave the loop at the same step."""
+def agreed(run: Run, *wishes: bool) -> list[bool]:
+    """Whether any process has each wish: all must save and leave the loop at the same step."""
     if run.accelerator.num_processes == 1:
-        return bool(requests)
-    flag = torch.tensor(float(bool(requests)), device=run.accelerator.device)
-    return bool(run.accelerator.reduce(flag, "sum") > 0)
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """Write the checkpoint of a step, on the main process."""
-    if run.main:
-        limit = run.config.checkpoints_total_limit
-        progress, state = run.plan.progress(step), run.checkpoint_state()
-        path = checkpoint.save(run.output_dir, progress, run.models, state, limit)
-        run.emit(CheckpointSaved(step, path))
-    run.accelerator.wait_for_everyone()
+        return [*wishes]
+    flags = torch.tensor([float(wish) for wish in wishes], device=run.accelerator.device)
+    return (run.accelerator.reduce(flags, "sum") > 0).tolist()
 
 
 @contextmanager
@@ -318,7 +272,7 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
         if run.accelerator.num_processes > 1 or log.step == run.first_step:
             raise  # other processes wait in their step, and would not help to save
         log.flush()
-        save_checkpoint(run, log.step)
+        save_checkpoint(run, log.step, batch_loss)
         raise RunError(
             f"{error}. Step {log.step} is saved: restore the image, and continue with the same "
             f"command and {RESUME}"
@@ -357,13 +311,15 @@ def open_output(run: Run) -> None:
     """Make the output folder, with the configuration and a log that ends where the run starts."""
     if run.main:
         text = run.config.replace(seed=run.plan.seed).to_json()
+        remove_unfinished(run.config)
         remove_earlier_steps(run.config, run.saved.path if run.saved else None)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
     plain = int | float | str | bool  # all that trackers take
     values = {k: v if isinstance(v, plain) else str(v) for k, v in run.config.as_dict().items()}
-    run.accelerator.init_trackers("sd_lora", config=values)
+    with tracker_errors(run.accelerator):
+        run.accelerator.init_trackers("sd_lora", config=values)
 
 
 def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:
@@ -371,7 +327,8 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
 
     Returns the files, those of new words, and the sheet's path.
     """
-    files, words = export(run), export_words(run)
+    steps, place = run.plan.num_steps, run.output_dir
+    files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))
     return files, words, write_before_after(run, before)

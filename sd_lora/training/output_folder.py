@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError
+from sd_lora.files import UNFINISHED
 from sd_lora.formats.file_names import embedding_paths, lora_paths
-from sd_lora.training.checkpoint_folders import RESUME, checkpoints, find
+from sd_lora.training.checkpoint_folders import LATEST_IF_ANY, RESUME, Found, checkpoints, find
 
 if TYPE_CHECKING:  # torch is not imported here: earlier work is told of before it is
     from sd_lora.formats.verify import Verified
@@ -24,6 +25,9 @@ UNVERIFIED = "unverified"
 """Folder, inside output_dir, of files that are not verified yet."""
 
 SHEET = "before_after.png"
+
+LORA_PREFIX = "lora-"
+"""Folders of LoRA files in mid-run are of this name and their step."""
 
 
 def lora_files(config: TrainConfig) -> list[Path]:
@@ -34,19 +38,21 @@ def lora_files(config: TrainConfig) -> list[Path]:
     return [path for path in (*lora_paths(folder, name), *words) if path.exists()]
 
 
-def resumed_checkpoint(config: TrainConfig) -> Path | None:
+def resumed_checkpoint(config: TrainConfig) -> Found:
     """The checkpoint that a run goes on from; checks that it overwrites no file of another run.
 
     Raises:
         UsageError: no such checkpoint, or work of an earlier run.
     """
     name = config.resume_from_checkpoint
-    saved = find(config.output_path, name) if name else None
-    if config.overwrite_output_dir or _resumes_here(config, saved):
-        return saved
-    if earlier := earlier_work(config):
+    found = find(config.output_path, name) if name else Found(None, {})
+    if config.overwrite_output_dir or _resumes_here(config, found.path):
+        return found
+    # a job that starts itself again has nothing to lose where no checkpoint is whole
+    lost = name == LATEST_IF_ANY and found.path is None and not lora_files(config)
+    if not lost and (earlier := earlier_work(config)):
         raise UsageError(earlier)
-    return saved
+    return found
 
 
 def earlier_work(config: TrainConfig) -> str:
@@ -83,9 +89,10 @@ def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
 
 
 def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
-    """Remove the checkpoints and the samples in mid-run of an earlier run, where it is replaced."""
+    """Remove checkpoints, LoRA files and samples in mid-run of an earlier run that is replaced."""
     if config.overwrite_output_dir and not _resumes_here(config, saved):
-        for path in checkpoints(config.output_path):
+        of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
+        for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
         for path in (config.output_path / "samples").glob("step-*.png"):
             path.unlink(missing_ok=True)
@@ -95,6 +102,15 @@ def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
     """Remove the LoRA files and the sheet of an earlier run that `written` does not replace."""
     if config.overwrite_output_dir:
         for path in {*lora_files(config), config.output_path / SHEET}.difference(written):
+            path.unlink(missing_ok=True)
+
+
+def remove_unfinished(config: RunConfig) -> None:
+    """Remove what a killed run was writing, in the output folder and its subfolders."""
+    for path in (*config.output_path.glob(".*.part"), *config.output_path.glob("*/.*.part")):
+        if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif UNFINISHED.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

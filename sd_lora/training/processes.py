@@ -3,7 +3,8 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +24,7 @@ from accelerate.utils import (
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError, UsageError, install_line
+from sd_lora.files import write_fault
 from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
@@ -167,6 +169,18 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
 
 
+@contextmanager
+def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Raise RunError where the disk refuses a tracker's files."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(accelerator.logging_dir or ".")
+        raise RunError(
+            f"the tracker's files in {place} could not be written: {write_fault(error, place)}"
+        ) from None
+
+
 class Trackers:
     """Accelerate's trackers as a listener: losses, and sample images where a tracker takes them."""
 
@@ -174,7 +188,11 @@ class Trackers:
         self.accelerator = accelerator
 
     def __call__(self, event: Event) -> None:
-        """Log steps and samples."""
+        """Log steps and samples; raises RunError if the disk refuses them."""
+        with tracker_errors(self.accelerator):
+            self._log(event)
+
+    def _log(self, event: Event) -> None:
         match event:
             case StepsLogged():
                 for record in event.records:

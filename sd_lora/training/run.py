@@ -1,8 +1,10 @@
 """A run that is ready for its first step: the parts that the loop works with."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.init_lora import Start
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
@@ -44,7 +47,7 @@ class Run:
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. timesteps: the first trained
     one, and the one after the last. text: captions → embeddings. meta_pipeline: the modules that
-    the LoRA is for. saved: the checkpoint to resume.
+    the LoRA is for. saved: the checkpoint to resume. start: the LoRA file to start from.
     """
 
     plan: Plan
@@ -66,6 +69,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
     saved: checkpoint.Saved | None = None
+    start: Start | None = None
 
     @property
     def config(self) -> RunConfig:
@@ -74,6 +78,13 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_path
+
+    @cached_property
+    def base_hash(self) -> str | None:
+        """SHA-256 of the base; it takes seconds, and each checkpoint has it in a header."""
+        from sd_lora.training.export import base_hash  # which needs this module
+
+        return base_hash(self.config.base_model, **self.config.hub_options)
 
     @property
     def main(self) -> bool:
@@ -113,8 +124,18 @@ class Run:
         group = self.optimizer.param_groups[0]
         return group["lr"] / group.get("multiple", 1.0)
 
+    def next_rate(self) -> None:
+        """Go on with the schedule, also after a first step that was skipped, of which torch warns
+        as of a mistake."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.lr_scheduler.step()
+
     def restore(self) -> None:
-        """Load the checkpoint to resume, with this run's learning rates."""
+        """Load the LoRA file to start from, or the checkpoint to resume, with this run's learning
+        rates."""
+        if self.start is not None:
+            self.start.apply()
         if self.saved is None:
             return
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]

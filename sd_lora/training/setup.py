@@ -15,6 +15,8 @@ from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
+from sd_lora.findings import Finding
+from sd_lora.folders import own
 from sd_lora.formats.metadata import date
 from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
@@ -34,7 +36,9 @@ from sd_lora.training.conditioning import (
     used_captions,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
+from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
+from sd_lora.training.init_lora import start_from
 from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
@@ -71,7 +75,7 @@ class CheckedRun:
 
 
 def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
-    """Make a run that is ready for its first step.
+    """Make a run that is ready for its first step, and the owner of its output folder.
 
     Checks come as early as they can: flags and folders before the model is read, images and the
     checkpoint before class images are generated, which takes longest.
@@ -87,8 +91,12 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(resolved, parts.family, parts.models, seed)
+    check_room(plan, models, checked.emit)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
+    start = None
+    if resolved.init_lora and not saved:
+        start = start_from(Path(resolved.init_lora).expanduser(), models)
     wanted = resolved.class_images
     if wanted:  # the injected model still is the base, bit for bit
         fill_class_folder(
@@ -137,6 +145,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
         saved=saved,
+        start=start,
     )
     summarise(run, caches, checked.base.notes())
     return run
@@ -146,11 +155,13 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
     date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
-    saved_path = resumed_checkpoint(config)
+    found = resumed_checkpoint(config)
+    saved_path = found.path
     check_installed(config)
     summary = Summary()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
+    on_main(accelerator, partial(own, config.output_path))
     emit = to_all(listeners if accelerator.is_main_process else ())
     seed = agreed_seed(config, saved_path)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
@@ -173,7 +184,10 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
         if progress.step == plan.num_steps:
             refuse_finished(resolved, saved_path)
     device = Device.of(accelerator.device, accelerator.mixed_precision)
-    warnings = warnings_of(plan, device, base.width)
+    warnings = [
+        Finding("damaged-checkpoint", str(path), fault) for path, fault in found.damaged.items()
+    ]
+    warnings += warnings_of(plan, device, base.width)
     if warnings:
         emit(Warned(warnings))
     return CheckedRun(

@@ -49,6 +49,8 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["seed"] = str(run.plan.seed)
     notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
     run.summary.notes += [*replacement_note(config, run.saved.path if run.saved else None), *notes]
+    if run.start:
+        run.summary.notes.append(run.start.note)
     if run.saved:
         run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:

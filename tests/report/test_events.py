@@ -2,12 +2,14 @@
 
 import io
 import json
+import os
 from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
 
 import sd_lora
+from sd_lora.errors import RunError
 from sd_lora.report.events import (
     CheckpointSaved,
     Event,
@@ -17,6 +19,7 @@ from sd_lora.report.events import (
     RunPlanned,
     SamplesDrawn,
     StepDone,
+    StepRecord,
     StepsLogged,
     TrainingStarted,
     Validated,
@@ -153,6 +156,31 @@ def test_the_log_is_cut_where_a_run_resumes(tmp_path: Path) -> None:
     log.path.write_text("".join(json.dumps({"step": s, "loss": 0.1 * s}) + "\n" for s in range(5)))
     log.cut(2)
     assert [row["step"] for row in log.rows()] == [0, 1, 2]
+
+
+def test_the_log_has_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fills up in the middle of a write leaves the log as it was, and the error names
+    it and the free space; a part of a line and zeros, as a machine without power leaves them, are
+    no rows, and `cut` removes them."""
+    log = LogFile(tmp_path / "log.jsonl")
+    log(StepsLogged((StepRecord(1, 0.5, 1e-4, 1.0),)))
+    before, write = log.path.read_bytes(), os.write
+
+    def filling(file: int, data: memoryview) -> int:
+        if len(data) < 100:
+            raise OSError(28, "No space left on device")
+        return write(file, data[:60])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", filling)
+        with pytest.raises(RunError, match=r"log\.jsonl could not be .*No space .*free\)"):
+            log(StepsLogged(tuple(StepRecord(step, 0.5, 1e-4, 1.0) for step in (2, 3))))
+    assert log.path.read_bytes() == before
+    log(StepsLogged((StepRecord(2, 0.25, 1e-4, None),)))
+    log.path.write_bytes(log.path.read_bytes() + b'{"step": 3, "lo' + bytes(9))
+    assert [row["loss"] for row in log.rows()] == [0.5, 0.25]
+    log.cut(5)
+    assert len(log.path.read_bytes().splitlines()) == 2
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ Outcome = tuple[list[dict], list[torch.Tensor]]
 def optimised(config: TrainConfig) -> Outcome:
     """The log and the factors of a run, without what `train` does around its steps."""
     run = prepare(config)
-    run.output_dir.mkdir(parents=True)
+    run.output_dir.mkdir(parents=True, exist_ok=True)
     loop.train_steps(run, loop.LossLog(run))
     return log(run.output_dir), [p.detach().clone() for p in run.parameters]
 
@@ -263,7 +263,6 @@ def test_an_entry_that_vanishes_is_computed_again(
         if path.is_file():
             path.write_bytes(b"spoilt")
     shutil.rmtree(tmp_path / "c" / "texts")
-    run.output_dir.mkdir()
     loop.train_steps(run, loop.LossLog(run))
     assert_same_outcome(want, (log(run.output_dir), [p.detach() for p in run.parameters]))
 
@@ -366,19 +365,17 @@ def test_resuming_with_other_shapes_is_refused(tiny_sd1: Path, mixed: Path, tmp_
 def test_going_on_with_an_older_checkpoint_is_refused(
     tiny_sd1: Path, mixed: Path, tmp_path: Path
 ) -> None:
-    """Earlier versions cut epochs otherwise: a checkpoint that does not say what its positions mean
-    is not gone on with, by name of the reason."""
+    """A checkpoint of the earlier versions, with a pickle and without a manifest, is not gone on
+    with, by name of the reason."""
     options = {"checkpointing_steps": 3, "max_train_steps": 4}
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "out", **options))
-    path = tmp_path / "out" / "checkpoint-3" / "progress.json"
-    saved = json.loads(path.read_text())
-    del saved["order"], saved["images"]
-    path.write_text(json.dumps(saved))
-    again = run_of(
-        tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
-    )
-    with pytest.raises(sd_lora.UsageError, match="written by an earlier version"):
-        prepare(again)
+    (tmp_path / "out" / "checkpoint-3" / "manifest.json").unlink()
+    (tmp_path / "out" / "checkpoint-3" / "optimizer.pt").touch()
+    for name in ("checkpoint-3", "latest-if-any"):  # the second does not start anew over it
+        (tmp_path / "out" / "checkpoint-4" / "manifest.json").unlink(missing_ok=True)
+        again = run_of(tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint=name)
+        with pytest.raises(sd_lora.UsageError, match="written by an earlier version"):
+            prepare(again)
 
 
 def test_edits_since_a_checkpoint_are_told(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:

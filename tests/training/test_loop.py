@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 
 import sd_lora
+from sd_lora.diffusion.schedule import draw_timesteps
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
@@ -92,11 +93,11 @@ def test_the_files_are_what_was_trained(
     trained = {}
     export = loop.export
 
-    def spy(run: Run) -> list:
+    def spy(run: Run, *where: object) -> list:
         trained.update(read_models(run.models))
         assert all(p.dtype == torch.float32 for p in run.parameters)
         assert run.parts.unet.conv_in.weight.dtype == DTYPES[precision]
-        return export(run)
+        return export(run, *where)
 
     monkeypatch.setattr(loop, "export", spy)
     result = sd_lora.train(
@@ -165,7 +166,7 @@ def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: P
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "cached"))
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "fresh"))
     optimise(run)
-    loop.export(run)
+    loop.export(run, 6, run.output_dir)
     assert difference(tmp_path / "cached", tmp_path / "fresh") < 1e-6
 
 
@@ -201,7 +202,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_
     ).encoder.layers  # transformers 5.0 has the level
     assert all(layer.gradient_checkpointing for layer in layers)
     optimise(run)
-    loop.export(run)
+    loop.export(run, 6, run.output_dir)
     assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
 
 
@@ -445,11 +446,24 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
 def test_a_diverged_loss_stops_the_run(
     tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is not finite ends the run by step number, and no file is written."""
-    original = loop.batch_loss
-    monkeypatch.setattr(loop, "batch_loss", lambda *args: original(*args) * float("inf"))
-    with pytest.raises(sd_lora.RunError, match="the loss became .* at step 1"):
+    """A loss that is not finite ends the run by step number, with the images, captions and
+    timesteps of the step, and no file is written; the log has the steps before."""
+    original, calls = loop.batch_loss, []
+
+    def diverging(*args: object) -> torch.Tensor:
+        calls.append(1)
+        return original(*args) * float("inf" if len(calls) > 3 else "1")
+
+    monkeypatch.setattr(loop, "batch_loss", diverging)
+    message = r"the loss became \w+ at step 4: .*Images of the step: (.*\.png \('a photo of thing "
+    with pytest.raises(sd_lora.RunError, match=message + r"\d', timestep \d+\)){2}") as caught:
         sd_lora.train(text_to_image(tiny_sd1, data, tmp_path))
+    run = prepare(text_to_image(tiny_sd1, data, tmp_path, overwrite_output_dir=True))
+    for item in run.stream.items_of(3):
+        t = draw_timesteps([item.address], run.schedule.num_timesteps)
+        name = run.stream.sets["instance"].samples[item.index].name
+        assert f"{name} ('{item.caption}', timestep {int(t)})" in str(caught.value)
+    assert [row["step"] for row in log(tmp_path)] == [1, 2, 3]
     assert not list(tmp_path.glob("*.safetensors"))
     assert not checkpoints(tmp_path)
 

@@ -17,6 +17,7 @@ from sd_lora.errors import UsageError
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
+from sd_lora.training.checkpoint_folders import write_manifest
 from sd_lora.training.optimizers import build_optimizer, learning_rate_factors
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
@@ -311,6 +312,7 @@ def test_an_older_runs_checkpoint_had_the_defaults(
     for name in options:
         del progress["settings"][name]
     path.write_text(json.dumps(progress))
+    write_manifest(path.parent)
     again = text_to_image(
         tiny_sd1, data, tmp_path, resume_from_checkpoint="checkpoint-3", **options
     )

@@ -9,9 +9,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import sd_lora
+from sd_lora.cli import main
 from sd_lora.models.load import load_parts
 from sd_lora.training import loop
 from sd_lora.training.setup import Run, prepare
+from sd_lora.training.state_files import read_state
 from tests.training.runs import dreambooth, images
 
 Folder = Callable[[str], Path]
@@ -41,15 +43,16 @@ def test_words_and_lora_give_the_trained_model(
     seen: dict[str, object] = {}
     export = loop.export
 
-    def spy(run: Run) -> list:
+    def spy(run: Run, *where: object) -> list:
         with torch.no_grad():
             seen["text"] = run.text.caption_encoder.encode(
                 run.text.encoders, [WORDS["instance_prompt"]]
             )
-        seen["start"] = prepare(config).text.tokens.state_dict()
+        fresh = prepare(config.replace(output_dir=str(tmp_path / "fresh")))
+        seen["start"] = fresh.text.tokens.state_dict()
         seen["end"] = run.text.tokens.state_dict()
         seen["tables"] = [e.base.weight.clone() for e in run.text.tokens.embeddings.values()]
-        return export(run)
+        return export(run, *where)
 
     changes = WORDS | {"train_text_encoder": with_lora, "max_train_steps": 8}
     config = dreambooth(tiny(kind), data, tmp_path / "out", **changes)
@@ -108,7 +111,7 @@ def test_words_resume_exactly_and_stop(
     stop: int | None, tiny: Folder, data: Path, tmp_path: Path
 ) -> None:
     """Six steps are two, four and a resumption of each, to the last bit; after the stop step the
-    words do not change and the rest does."""
+    words do not change and the rest does. `sd-lora export` writes the words of a checkpoint."""
     options = WORDS | {
         "train_text_encoder": True, "checkpointing_steps": 2, "embedding_stop_step": stop,
     }  # fmt: skip
@@ -128,6 +131,10 @@ def test_words_resume_exactly_and_stop(
     for words, factors in ends.values():
         assert torch.equal(words, ends["whole"][0])
         assert all(torch.equal(factors[k], ends["whole"][1][k]) for k in factors)
+    saved, word = tmp_path / "whole" / "checkpoint-6", "whole_dog.safetensors"
+    assert main(["export", str(saved), "--out", str(tmp_path / "out")]) == 0
+    exported = load_file(tmp_path / "out" / word)["<dog>"]
+    assert torch.equal(exported, ends["whole"][0])
     at4, at6 = (words_of(tmp_path / "whole", step) for step in (4, 6))
     assert torch.equal(at4, at6) == (stop is not None)
 
@@ -137,8 +144,7 @@ def trained_of(folder: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def words_of(folder: Path, step: int) -> torch.Tensor:
-    state = torch.load(folder / f"checkpoint-{step}" / "optimizer.pt", weights_only=True)
-    return state["tokens"]["text_encoder.<dog>"]
+    return read_state(folder / f"checkpoint-{step}")["tokens"]["text_encoder.<dog>"]
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,13 @@
 """Options of the adapter: target modules, ranks, method, dropouts."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from sd_lora.config.rows import METHODS, PLAIN_LORA, RANKED, SAME, Section, section
-from sd_lora.errors import Problem
+from sd_lora.errors import Problem, UsageError
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -61,6 +62,11 @@ class AdapterOptions(Section):
         choices=("kaiming", "gaussian", "orthogonal", "pissa"),
         requires={"method": PLAIN_LORA}, summary=("method", "started by {}"),
         simpletuner="lora_init_type")
+    init_lora: str | None = option(None,
+        "LoRA file in anybody's format to start from: its deltas, with this run's ranks, at least "
+        "its own, and alphas",
+        kohya="network_weights", onetrainer="lora_model_name", simpletuner=SAME,
+        ai_toolkit="network.pretrained_lora_path", in_record="name")
     use_tucker: bool = option(False,
         "give convolutions larger than 1x1 a small core instead of a large factor (lora, "
         "loha, lokr)",
@@ -146,6 +152,12 @@ class AdapterOptions(Section):
         reads, such as those that a clip skip leaves out."""
         return self.train_text_encoder and self.train_bias == "all"
 
+    def check_init(self) -> None:
+        """Raise UsageError for a LoRA file to start from that is not there."""
+        if self.init_lora and not Path(self.init_lora).expanduser().exists():
+            text = f"init_lora {self.init_lora}: there is no such file or folder"
+            raise UsageError(text, [Problem("init_lora", text)])
+
     def rank_and_alpha_of(self, component: str) -> tuple[int, float | None]:
         """Rank and alpha of a component; a component of rank 0 is left out.
 
@@ -184,7 +196,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
             yield Problem(name, f"{name} has no effect with method {config.method}", "Leave it out")
     if config.token_abstraction is not None and not config.new_words:
         yield Problem("token_abstraction", "token_abstraction names no word")
-    excluded = [n for n in ("use_tucker", "scale_weight_norms") if getattr(config, n)]
+    excluded = [n for n in ("use_tucker", "scale_weight_norms", "init_lora") if getattr(config, n)]
     if config.init_lora_weights == "pissa" and excluded:
         text = f"init_lora_weights pissa excludes {' and '.join(excluded)}"
         yield Problem("init_lora_weights", text)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from sd_lora.config.rows import SAME, Section, section
 from sd_lora.config.sources import SourceSpec
 from sd_lora.errors import Problem, named
-from sd_lora.files import check_readable
+from sd_lora.folders import check_readable
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig

@@ -19,7 +19,7 @@ from sd_lora.config.rows import (
     section,
 )
 from sd_lora.errors import Problem, UsageError, named
-from sd_lora.files import check_writable
+from sd_lora.folders import check_writable
 from sd_lora.hub import check_hub_id, check_model_path
 
 if TYPE_CHECKING:

@@ -18,6 +18,7 @@ from sd_lora.config.translate.rows import (
     is_off,
     needless,
     number,
+    of_steps,
     other_model,
     otherwise,
     read_with,
@@ -269,7 +270,6 @@ AI_TOOLKIT: dict[str, Row] = {
     "network.old_lokr_format": needless("is not needed: lokr files are LyCORIS's"),
     "network.network_kwargs": absent(
         "is --targets here: patterns over whole names", idle=({"ignore_if_contains": []},)),
-    "network.pretrained_lora_path": absent("is not there: every run starts from the base"),
     "network.split_multistage_loras": needless("belongs to other models"),
     "datasets": taking("--train_data_dir, or [[sources]] of a file", "", _sources),
     "train.lr": _rate("learning_rate"),
@@ -321,8 +321,8 @@ AI_TOOLKIT: dict[str, Row] = {
         "train.diff_output_preservation_class", "train.blank_prompt_preservation_multiplier",
         "train.lr_scheduler_params"), needless("belongs to a setting that is off or not there")),
     "save.dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
-    "save.save_every": otherwise(
-        "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),
+    "save.save_every": of_steps(
+        "is whole states to resume from as well", "save_lora_every", "checkpointing_steps"),
     "save.save_format": needless("is diffusers' and kohya's file here, both"),
     "save.push_to_hub": absent("is not there: upload the files by hand"),
     "save.hf_repo_id": needless("belongs to push_to_hub"),

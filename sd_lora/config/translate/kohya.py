@@ -20,6 +20,7 @@ from sd_lora.config.translate.rows import (
     is_off,
     needless,
     number,
+    of_steps,
     otherwise,
     read_with,
     switch,
@@ -331,9 +332,8 @@ KOHYA: dict[str, Row] = NETWORK | {
     "save_precision": among(
         "save_precision", {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}, "",
         "is fp32, fp16 or bf16 here"),
-    "save_every_n_steps": otherwise(
-        "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),
-    "save_every_n_epochs": absent(_BY_EPOCHS, here="--checkpointing_steps, in steps"),
+    "save_every_n_steps": of_steps(
+        "is whole states to resume from as well", "save_lora_every", "checkpointing_steps"),
     "save_n_epoch_ratio": absent(_BY_EPOCHS),
     "save_last_n_epochs": absent(_BY_EPOCHS),
     "save_last_n_epochs_state": absent(_BY_EPOCHS),

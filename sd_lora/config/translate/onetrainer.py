@@ -56,6 +56,16 @@ def unit_steps(name: str, option: str, reason: str) -> Row:
     return Row(f"--{option}, in steps", f"counts epochs or minutes; {reason}", take)
 
 
+def _save_every(value: Any, given: Given) -> Taken:
+    unit = str(given.get("save_every_unit") or "").upper()
+    names = {"STEP": "save_lora_every", "EPOCH": "save_lora_every_epochs"}
+    if is_off(value) or unit == "NEVER":
+        return Taken("needless", reason="is off")
+    if unit not in names:
+        return Taken("absent", reason=f"counts {unit.lower() or 'time'}s; steps or epochs here")
+    return Taken("same", {names[unit]: value})
+
+
 def _family(value: Any, given: Given) -> Taken:
     family = FAMILIES.get(str(value).lower())
     if family is None:
@@ -313,10 +323,12 @@ ONETRAINER: dict[str, Row] = NETWORK | {
         else Taken("needless", reason="belongs to rolling_backup, which is off")),
     "backup_before_save": needless("is not needed: a checkpoint is whole or not there"),
     "continue_last_backup": switch(
-        "--resume_from_checkpoint latest", "is a checkpoint's name",
-        resume_from_checkpoint="latest"),
-    "save_every": absent("is not there: the LoRA is written at the end"),
-    **dict.fromkeys(("save_every_unit", "save_skip_first", "save_filename_prefix"), needless(
+        "--resume_from_checkpoint latest-if-any", "is a checkpoint's name",
+        resume_from_checkpoint="latest-if-any"),
+    "save_every": taking(
+        "--save_lora_every, in steps, and --save_lora_every_epochs", "", _save_every),
+    "save_every_unit": read_with("save_every"),
+    **dict.fromkeys(("save_skip_first", "save_filename_prefix"), needless(
         "belongs to save_every")),
     **dict.fromkeys(("debug_mode", "debug_dir", "workspace_dir", "huggingface_cache_dir",
         "offline_mode", "tensorboard", "tensorboard_expose", "tensorboard_always_on",

@@ -107,7 +107,6 @@ NETWORK: dict[str, Row] = {
     "lora_decompose_output_axis": needless("is always so here"),
     "lora_decompose_norm_epsilon": needless("is always so here"),
     "lora_weight_dtype": absent("is float32 always", idle=("FLOAT_32",)),
-    "lora_model_name": absent("is not there: every run starts from the base"),
     "bundle_additional_embeddings": needless("is not there: words have files of their own"),
     "dropout_probability": taking("--neuron_dropout", "", _dropout),
     "lokr_dim": _of_lokr("rank"),

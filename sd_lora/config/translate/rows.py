@@ -112,6 +112,17 @@ def otherwise(name: str, reason: str, convert: Callable[[Any], Any] = lambda val
     return Row(f"--{name}", reason, take)
 
 
+def of_steps(reason: str, *names: str) -> Row:
+    """A number of steps that is that of several options; an off value asks for nothing."""
+
+    def take(value: Any, given: Given) -> Taken:
+        if is_off(value):
+            return Taken("needless", reason="is off")
+        return Taken("otherwise", dict.fromkeys(names, whole(value)), reason)
+
+    return Row(" and ".join(f"--{name}" for name in names), reason, take)
+
+
 def among(name: str, choices: Mapping[str, Any], reason: str, absent_reason: str) -> Row:
     """One option whose values have other names there.
 

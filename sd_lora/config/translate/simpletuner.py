@@ -268,7 +268,6 @@ SIMPLETUNER: dict[str, Row] = {
         "init_lora_weights", {"gaussian": "gaussian", "pissa": "pissa", "default": "kaiming",
         "orthogonal": "orthogonal"}, "is kaiming", NOT_THERE),
     "lycoris_config": taking("--method, --rank and --targets", "", _lycoris),
-    "init_lora": absent("is not there: every run starts from the base"),
     "init_lokr_norm": absent(NOT_THERE),
     "lora_format": needless("is diffusers' and kohya's file here, both"),
     "peft_lora_target_modules": absent("is --targets here: patterns over whole names"),

@@ -210,6 +210,11 @@ class Stream(Dataset):
                 classes.append(replace(partner, weight=weight))
         return [*instances, *classes]
 
+    def items_of(self, number: int) -> list[BatchItem]:
+        """This process's items of a micro-batch, without their images."""
+        micro = self.epochs.micro_batch(number)
+        return self.items(micro, micro.part_of(self.process, self.num_processes))
+
     def captions(self, most: int) -> list[str | None] | None:
         """The distinct captions of the run on all processes; None if there are more than `most`, or
         if finding them would take more than a quarter of a minute.

@@ -21,7 +21,7 @@ def check_places(config: TrainConfig, *further: Callable[[TrainConfig], object])
         UsageError: all mistakes at once.
     """
     problems: list[Problem] = []
-    checks: list[Callable[[], object]] = [config.check_base, config.check_output]
+    checks: list[Callable[[], object]] = [config.check_base, config.check_output, config.check_init]
     checks += [config.class_images.check_folder] if config.class_images else []
     checks += [partial(check, config) for check in further]
     specs = [spec for spec in source_specs(config) if spec.path is not None]

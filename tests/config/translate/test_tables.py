@@ -142,7 +142,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("onetrainer", "optimizer.optimizer"): ("ADAMW_8BIT", True, {}),
     ("onetrainer", "backup_after"): (100, 100, {"backup_after_unit": "STEP"}),
     ("onetrainer", "rolling_backup_count"): (3, 3, {"rolling_backup": True}),
-    ("onetrainer", "continue_last_backup"): (True, "latest", {}),
+    ("onetrainer", "continue_last_backup"): (True, "latest-if-any", {}),
     ("onetrainer", "text_encoder.stop_training_after"): (
         100, 100, {"text_encoder.stop_training_after_unit": "STEP"}),
     ("onetrainer", "min_noising_strength"): (0.1, 100, {}),
@@ -153,6 +153,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("onetrainer", "text_encoder.train"): (True, True, {}),
     ("onetrainer", "latent_caching"): (False, "no", {}),
     ("onetrainer", "output_model_destination"): ("a/b.safetensors", "a/b", {}),
+    ("kohya", "save_every_n_steps"): (100, 100, {}),
     ("ai_toolkit", "network.type"): ("lokr", "lokr", {}),
     ("ai_toolkit", "network.lokr_factor"): (8, 8, {"network.type": "lokr"}),
     ("ai_toolkit", "network.lokr_full_rank"): (True, None, {}),

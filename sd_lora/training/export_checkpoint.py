@@ -1,0 +1,93 @@
+"""LoRA files of a checkpoint: as the run would have written them after that step."""
+
+import json
+from pathlib import Path
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.errors import UsageError
+from sd_lora.formats.adapter_files import COMFYUI, dated, formats_of, held_by, write_formats
+from sd_lora.formats.checkpoints import Checkpoint
+from sd_lora.formats.comfyui import Weights
+from sd_lora.formats.family_of_file import family_of
+from sd_lora.formats.file_names import lora_paths
+from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.metadata import OWN_KEY
+from sd_lora.formats.names import naming_of
+from sd_lora.formats.verify import Verified, fitted, misfits, verify
+from sd_lora.models.families import Family
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.training.checkpoint import read_progress
+from sd_lora.training.checkpoint_folders import fault
+from sd_lora.training.conditioning import restored_words
+from sd_lora.training.data import base_of
+from sd_lora.training.export import file_dtype, write_words
+from sd_lora.training.output_folder import LORA_PREFIX, moved, unverified_folder
+from sd_lora.training.state_files import read_state
+
+
+def export_checkpoint(
+    path: Path, out: Path | None, overwrite: bool, model: str | None
+) -> tuple[list[Verified], list[Path]]:
+    """Write and verify the LoRA files of a checkpoint, and those of new words; returns both.
+
+    Args:
+        path: the checkpoint's folder.
+        out: folder of the files; None: `lora-STEP` beside the checkpoint.
+        overwrite: replace files that are there.
+        model: the base model; None: the run's, or, without new words, the published one of its
+            family where that is not here.
+
+    Raises:
+        UsageError: no checkpoint, a damaged one, another model, or files that are there.
+        RunError: as for a run's own files.
+    """
+    if found := fault(path):
+        raise UsageError(f"{path} is no whole checkpoint of a run: {found}")
+    lora = open_lora(path)
+    lora.check()
+    name, progress = lora.header["ss_output_name"], read_progress(path)
+    place = out or path.absolute().parent / f"{LORA_PREFIX}{progress.step}"
+    settings = progress.settings
+    there = [file.name for file in lora_paths(place, name) if file.exists()]
+    if there and not overwrite:
+        raise UsageError(f"{place} has {', '.join(there)}: --overwrite replaces them, --out FOLDER")
+    config = TrainConfig(**settings | ({"pretrained_model_name_or_path": model} if model else {}))
+    meta_pipeline = _of_base(config.base_model, None if model else family_of(lora))
+    for wrong in misfits(lora.adapter, meta_pipeline):
+        raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
+    words = read_state(path)["tokens"]
+    tokens = restored_words(config, base_of(config), words) if words else None
+    adapter, weight = fitted(lora.adapter, meta_pipeline), _weight_of(config.base_model)
+    kinds = [kind for kind in formats_of(adapter)[0] if weight or kind is not COMFYUI]
+    with unverified_folder(place) as folder:
+        naming = naming_of(meta_pipeline.family, meta_pipeline.layout)
+        header, dtype = dated(lora.header), file_dtype(settings)
+        paths = write_formats(adapter, kinds, folder, name, header, naming, dtype, weight)
+        files = moved(
+            [
+                verify(file, held_by(kind, adapter, weight), meta_pipeline, kind)
+                for file, kind in zip(paths, kinds, strict=True)
+            ]
+        )
+    if tokens is None:
+        return files, []
+    architecture = header["modelspec.architecture"].removesuffix("/lora")
+    record = json.loads(header[OWN_KEY])
+    return files, write_words(tokens, place, name, record, architecture)
+
+
+def _weight_of(base: str) -> Weights | None:
+    """The weights of a base that is here; None for one of the hub: DoRA for ComfyUI needs them."""
+    path = Path(base).expanduser()
+    return Checkpoint(path).weight if path.exists() else None
+
+
+def _of_base(base: str, family: Family | None) -> MetaPipeline:
+    """The meta pipeline of a base; of its family, if that is given, where the base is not here."""
+    path = Path(base).expanduser()
+    try:
+        return Checkpoint(path).meta_pipeline if path.is_file() else MetaPipeline.of_folder(base)
+    except UsageError:
+        if family is None:
+            raise
+        return MetaPipeline.of_family(family)

@@ -1,0 +1,182 @@
+"""The start of a run from a LoRA file: its ΔW become those of the injected deltas, exactly."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sd_lora.adapters.deltas import Delta
+from sd_lora.adapters.inject import adapted_layers, delta_name
+from sd_lora.adapters.layers import AdaptedLayer
+from sd_lora.adapters.targets import PRESETS
+from sd_lora.errors import Problem, UsageError
+from sd_lora.formats.adapter_files import read_adapter
+from sd_lora.formats.canonical import Adapter, canonical_name, count, each
+
+
+@dataclass(frozen=True)
+class Place:
+    """A run's delta, in its layer. path: of the parameter."""
+
+    delta: Delta
+    layer: AdaptedLayer
+    path: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """A LoRA file that fits a run's deltas. places: component and canonical name → delta."""
+
+    path: Path
+    adapter: Adapter
+    places: dict[tuple[str, str], Place]
+
+    def apply(self) -> None:
+        """Give the run's deltas the ΔW of the file, in place.
+
+        Ranks beyond the file's have B = 0, and modules that it has not stay as injected: at zero.
+        Alphas stay the run's, and B is scaled so that ΔW is the file's.
+        """
+        for component, name, delta in each(self.adapter):
+            _take(delta, self.places[component, name])
+
+    @property
+    def note(self) -> str:
+        """The file, the number of its modules, and of those that it has not, for the summary."""
+        number, rest = count(self.adapter), len(self.places) - count(self.adapter)
+        others = f", {rest} others at zero" * bool(rest)
+        return f"starts from {self.path}: {number} modules of it{others}"
+
+
+def start_from(path: Path, models: Mapping[str, nn.Module]) -> Start:
+    """Read a LoRA file, in anybody's format, for injected models, which stay as they are.
+
+    Args:
+        path: a LoRA file or a folder with one.
+        models: component → injected model.
+
+    Raises:
+        UsageError: a file that cannot be read; modules of it that have no place here, with the
+            flags that give them one.
+    """
+    try:
+        adapter = read_adapter(path, models)
+    except UsageError as error:
+        raise UsageError(f"init_lora {error}", [Problem("init_lora", str(error))]) from None
+    places = _places(models)
+    misfits = [
+        f"{component} {name} {wrong}"
+        for component, name, delta in each(adapter)
+        if (wrong := _misfit(delta, places.get((component, name))))
+    ]
+    if misfits:
+        shown = "; ".join(misfits[:3]) + f"; … {len(misfits) - 3} more" * (len(misfits) > 3)
+        flags = " ".join(_flags(adapter))
+        raise UsageError(
+            f"init_lora {path} does not fit this run: {shown}. Its modules and ranks have a place "
+            f"with {flags}; `sd-lora resize` cuts ranks"
+        )
+    return Start(path, adapter, places)
+
+
+def _places(models: Mapping[str, nn.Module]) -> dict[tuple[str, str], Place]:
+    """Component and canonical name → a run's delta."""
+    places: dict[tuple[str, str], Place] = {}
+    for component, model in models.items():
+        for module, layer in adapted_layers(model).items():
+            for path, delta in layer.deltas_by_path().items():
+                name = canonical_name(component, delta_name(module, path))
+                places[component, name] = Place(delta, layer, path)
+    return places
+
+
+def _is_plain(delta: Delta) -> bool:
+    """Whether a delta is B·A of trained factors alone."""
+    return {k for k in delta.tensors() if k != "magnitude"} == {"lora_A", "lora_B"}
+
+
+@torch.no_grad()
+def _misfit(theirs: Delta, place: Place | None) -> str:
+    """Why a file's delta has no place in a run, as a predicate; "" if it has."""
+    if place is None:
+        return "is not adapted"
+    ours = place.delta
+    try:
+        theirs.fit(ours.shape)
+    except ValueError as error:
+        return f"is of another shape: {error}"
+    if theirs.magnitude is not None and ours.magnitude is None:
+        return "has a magnitude (--use_dora)"
+    factors = theirs.low_rank()
+    if _is_plain(ours) and factors is not None:
+        rank, own = len(factors[0]), ours.rank or 0
+        return f"has rank {rank}, and {own} here" if rank > own else ""
+    shapes = [
+        {k: tuple(t.shape) for k, t in d.tensors().items() if k != "magnitude"}
+        for d in (theirs, ours)
+    ]
+    if shapes[0] == shapes[1]:
+        return ""
+    if theirs.method != ours.method:
+        return f"is of the method {theirs.method}, and {ours.method} here"
+    return "has tensors of other shapes"
+
+
+@torch.no_grad()
+def _take(theirs: Delta, place: Place) -> None:
+    """Give a run's delta the ΔW of a file's, and the rule decompose the magnitude for it."""
+    ours = place.delta
+    theirs.fit(ours.shape)
+    ratio, own = theirs.scale / ours.scale, ours.tensors()
+    factors = theirs.low_rank()
+    if _is_plain(ours) and factors is not None:
+        A, B = (factor.float() for factor in factors)
+        rank = len(A)
+        own["lora_A"][:rank] = A.reshape(rank, *own["lora_A"].shape[1:])
+        own["lora_B"].zero_()
+        own["lora_B"][:, :rank] = ratio * B.reshape(len(B), rank, *own["lora_B"].shape[2:])
+    else:
+        for key, tensor in theirs.tensors().items():
+            if key != "magnitude":
+                own[key].copy_(tensor)
+        if ratio != 1:
+            ours.scale_by(ratio)
+    magnitude = ours.magnitude
+    if magnitude is None:
+        return
+    if theirs.magnitude is None:  # then W' = W + ΔW at the start
+        ours.init_magnitude(place.layer.weight_of(place.layer.base, place.path))
+    else:
+        ours.magnitude = theirs.magnitude
+    magnitude.copy_(ours.magnitude)
+    ours.magnitude = magnitude  # the optimiser's
+
+
+_TARGETS = ("attention", "transformer", "attention+conv", "transformer+conv", "all")
+
+
+def _flags(adapter: Adapter) -> Iterator[str]:
+    """Yield the flags that give each module of a file a place, as far as options name them."""
+    ranks: dict[str, int] = {}
+    for component, _, delta in each(adapter):
+        large = any(size > 1 for size in delta.shape[2:])
+        option = "conv_rank" if large else "rank" if component == "unet" else f"{component}_rank"
+        factors = delta.low_rank()
+        rank = len(factors[0]) if factors is not None else delta.rank or 0
+        ranks[option] = max(ranks.get(option, 0), rank)
+    methods = {delta.method for _, _, delta in each(adapter) if delta.low_rank() is None}
+    names = [*adapter.get("unet", ())]
+    for targets in _TARGETS:
+        patterns = "|".join(PRESETS[preset] for preset in targets.split("+"))
+        if all(re.fullmatch(patterns, name) for name in names):
+            yield f"--targets {targets}"
+            break
+    yield from (f"--method {method}" for method in methods if len(methods) == 1)
+    if any(component != "unet" for component in adapter):
+        yield "--train_text_encoder"
+    yield from (f"--{option} {rank}" for option, rank in ranks.items() if rank)
+    if any(delta.magnitude is not None for _, _, delta in each(adapter)):
+        yield "--use_dora"

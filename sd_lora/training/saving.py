@@ -1,0 +1,65 @@
+"""Saving in mid-run: checkpoints, and LoRA files of a step."""
+
+import time
+
+from sd_lora.config.schema import RunConfig
+from sd_lora.formats.canonical import adapter_of
+from sd_lora.report.events import CheckpointSaved, LoraSaved
+from sd_lora.training import checkpoint
+from sd_lora.training.export import export, export_words, header_of
+from sd_lora.training.output_folder import LORA_PREFIX
+from sd_lora.training.processes import on_main
+from sd_lora.training.run import Run
+from sd_lora.training.soundness import BatchLoss, refuse_ruined
+
+
+def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
+    """Whether the last save is `checkpoint_minutes` ago. saved_at: its time, of the monotonic
+    clock."""
+    minutes = config.checkpoint_minutes
+    return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+
+def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
+    """Write the checkpoint of a step on the main process, then remove those that it replaces.
+
+    batch_loss: the loss of a micro-batch, by which a ruined model is known.
+
+    Raises:
+        RunError: a failed write or a ruined model, on all processes.
+    """
+    config = run.config
+
+    def save() -> None:
+        refuse_ruined(run, step, batch_loss)
+        state, header = run.checkpoint_state(), header_of(run, adapter_of(run.models), step)
+        path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, header)
+        checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
+        run.emit(CheckpointSaved(step, path))
+
+    on_main(run.accelerator, save)
+
+
+def lora_is_due(run: Run, step: int) -> bool:
+    """Whether LoRA files are written after a step; never at the run's end, which has its own."""
+    config, epoch = run.config, run.plan.epochs.num_steps
+    every = config.save_lora_every or (config.save_lora_every_epochs or 0) * epoch
+    return bool(every) and step % every == 0 and step < run.plan.num_steps
+
+
+def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
+    """Write and verify the LoRA files of a step, and those of new words, in a folder of their own.
+
+    batch_loss: as for `save_checkpoint`.
+
+    Raises:
+        RunError: as `export` and `export_words`, or a ruined model, on all processes.
+    """
+    place = run.output_dir / f"{LORA_PREFIX}{step}"
+
+    def save() -> None:
+        refuse_ruined(run, step, batch_loss)
+        files = export(run, step, place)
+        run.emit(LoraSaved(step, files, export_words(run, step, place)))
+
+    on_main(run.accelerator, save)
