@@ -51,7 +51,9 @@ def export_checkpoint(
     there = [file.name for file in lora_paths(place, name) if file.exists()]
     if there and not overwrite:
         raise UsageError(f"{place} has {', '.join(there)}: --overwrite replaces them, --out FOLDER")
-    config = TrainConfig(**settings | ({"pretrained_model_name_or_path": model} if model else {}))
+    config = TrainConfig(**settings)
+    if model:
+        config = config.with_base(model)
     meta_pipeline = _of_base(config.base_model, None if model else family_of(lora))
     for wrong in misfits(lora.adapter, meta_pipeline):
         raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import field_validator
 
@@ -24,6 +24,8 @@ from sd_lora.hub import check_hub_id, check_model_path
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
+
+T = TypeVar("T", bound="ModelOptions")
 
 PUBLISHED = "published:"
 """Beginning of a base model's name, before its family, that stands for a model not given."""
@@ -147,6 +149,10 @@ class ModelOptions(Section):
     def hub_options(self) -> dict[str, str | None]:
         """Options of diffusers' `from_pretrained` for files of the hub."""
         return {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+
+    def with_base(self: T, name: str) -> T:
+        """The same options for another base model: a folder, a file or a hub id."""
+        return self.replace(pretrained_model_name_or_path=name)  # type: ignore[attr-defined]
 
     @property
     def published_family(self) -> str | None:
