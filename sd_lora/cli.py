@@ -1,9 +1,12 @@
 """The front door: `sd-lora <command>`. Imports are inside commands, so that help is quick."""
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from errno import EINVAL
+from typing import NoReturn
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
@@ -149,15 +152,27 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def guarded(work: Callable[[], None]) -> int:
-    """Run a command; returns its exit code: 0, 1 for a failure, 2 for a usage error.
+    """Run a command; returns its exit code: 0, 1 for a failure, 2 for a usage error, 3 for a run
+    that was ended with its steps saved, 130 and 143 where SIGINT and SIGTERM ended it at once.
 
     The project's own errors are printed without a traceback: their texts name the remedy.
     """
+    ended: list[int] = []
+
+    def end(number: int, frame: object) -> NoReturn:
+        ended.append(number)
+        raise SystemExit(128 + number)  # so that nothing stays behind
+
     try:
-        work()
+        with handling(signal.SIGTERM, end):
+            work()
+    except SystemExit:
+        if not ended:
+            raise
     except (UsageError, RunError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+        if not ended:  # libraries turn what is raised within them into errors of their own
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -165,7 +180,23 @@ def guarded(work: Callable[[], None]) -> int:
         if not isinstance(error, BrokenPipeError) and (os.name, error.errno) != ("nt", EINVAL):
             raise  # Windows says EINVAL of a closed pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if ended:
+        print("ended by SIGTERM", file=sys.stderr)
+        return 128 + ended[0]
     return 0
+
+
+@contextmanager
+def handling(number: int, handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Handle a signal while the block runs; in the main thread, for nobody sends others one."""
+    before = signal.getsignal(number)
+    try:
+        with suppress(ValueError):
+            signal.signal(number, handler)
+        yield
+    finally:
+        with suppress(ValueError):
+            signal.signal(number, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,13 +3,11 @@
 import argparse
 import json
 import shutil
-import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sd_lora.errors import RunError, UsageError, did_you_mean
 from sd_lora.tool_flags import ToolParser, as_path, tool_parser
@@ -101,23 +99,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     """
     args = tool_parser(command).parse(argv)
     args.command = command
-    before, stopped = signal.getsignal(signal.SIGTERM), []
-
-    def stop(*_: object) -> NoReturn:
-        stopped.append(True)
-        sys.exit(143)  # so that nothing stays behind
-
-    try:
-        with suppress(ValueError):  # not in the main thread: nobody sends it a signal
-            signal.signal(signal.SIGTERM, stop)
-        _RUN[command](args)
-    except (UsageError, RunError):
-        if stopped:  # libraries turn what is raised within them into errors of their own
-            sys.exit(143)
-        raise
-    finally:
-        with suppress(ValueError):
-            signal.signal(signal.SIGTERM, before)
+    _RUN[command](args)
 
 
 def _bar(items: Iterable[T], total: int, label: str) -> Iterable[T]:

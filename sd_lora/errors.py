@@ -59,6 +59,12 @@ class RunError(RuntimeError):
     exit_code = 1
 
 
+class Interrupted(RunError):
+    """An end before the last step, at somebody's request: the steps so far are saved."""
+
+    exit_code = 3
+
+
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 step", "3 steps"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -184,7 +184,7 @@ def test_two_processes_train_sdxl_as_one(
 
 
 def test_a_killed_run_goes_on(root: Path, tmp_path: Path) -> None:
-    """SIGTERM to the running script leaves a checkpoint and exit code 1; the same command with
+    """SIGTERM to the running script leaves a checkpoint and exit code 3; the same command with
     --resume_from_checkpoint latest finishes."""
     out = tmp_path / "cut"
     command = [
@@ -200,7 +200,7 @@ def test_a_killed_run_goes_on(root: Path, tmp_path: Path) -> None:
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
+    assert process.returncode == 3
     assert "interrupted by SIGTERM at step" in err
     assert "Traceback" not in err
     (checkpoint,) = out.glob("checkpoint-*")

@@ -16,6 +16,7 @@ from sd_lora.config.options import (
     per_source,
     run,
     sources,
+    training,
 )
 from sd_lora.config.rows import Option
 from sd_lora.errors import Problem
@@ -34,7 +35,8 @@ def contradictions(
     options: its rows. wrong: options with wrong values, which have their defaults in `config`.
     """
     found = [*_by_rows(config, options)]
-    for topic in (run, sources, per_source, images, dreambooth, encoding, adapter, objective):
+    topics = (run, sources, per_source, images, dreambooth, encoding, adapter, training, objective)
+    for topic in topics:
         found += topic.contradictions(config)
     return [problem for problem in found if problem.field not in wrong]
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
@@ -19,7 +17,7 @@ from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, weighted_loss
 from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
-from sd_lora.errors import RunError
+from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
@@ -36,6 +34,7 @@ from sd_lora.report.events import (
 from sd_lora.seeds import seed_for
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.output_folder import (
     remove_earlier_results,
@@ -108,8 +107,12 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         before = draw_samples(run)  # of the bare base model, also in a resumed run
         run.restore()
         log = LossLog(run)
-        with stop_requests() as requests, rescued(run, log):
+        limit = config.time_limit
+        end = None if limit is None else started + limit
+        requests = Requests(run.output_dir, end, config.max_train_time)
+        with listening(requests), rescued(run, log):
             open_output(run)
+            requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
@@ -117,10 +120,12 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         run.release_distributed()
         if not finished:
             run.accelerator.end_training()
-            raise RunError(
-                f"interrupted by {requests[0] if requests else 'another process'} at step {done} "
-                f"of {run.plan.num_steps}; continue with the same command and "
-                f"{RESUME}"
+            reason = requests.reason or "interrupted by another process"
+            if run.main:
+                requests.forget_file()
+            raise Interrupted(
+                f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
+                f"and {RESUME}"
             )
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
@@ -136,11 +141,12 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
+def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> int:
     """Do the optimiser steps from the run's first one on; returns how many are done in all.
 
-    requests: names of signals that ask to stop; the list may grow meanwhile.
+    requests: to end or to save; None: of nobody.
     """
+    requests = requests or Requests(run.output_dir)
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches = run.batches()
     done, saved_at = run.first_step, time.monotonic()
@@ -167,7 +173,8 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        stopping, is_time = agreed(run, bool(requests), minutes_are_over(config, saved_at))
+        wishes = requests.take_save() or minutes_are_over(config, saved_at)
+        stopping, is_time = agreed(run, bool(requests.reason), wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
@@ -179,7 +186,7 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         if stopping:
             break
         if samples_are_due(run, done):
-            show_samples(run, done)
+            show_samples(run, done, requests.drawing)
     return done
 
 
@@ -228,31 +235,6 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     losses = sample_losses(prediction, x0, noise, t, schedule, drawn.mask)
     weights = torch.tensor([item.weight for item in items], device=device)
     return weighted_loss(losses, weights, batch.loss_scale)
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM, so that the loop ends after a whole step; a second one is
-    obeyed at once."""
-    requests: list[str] = []
-    previous: dict[int, Any] = {}
-
-    def request(number: int, frame: object) -> None:
-        if requests:
-            signal.signal(number, previous[number])
-            signal.raise_signal(number)
-        requests.append(signal.Signals(number).name)
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, request)
-    except ValueError:  # not in the main thread: whoever started this one handles signals
-        pass
-    try:
-        yield requests
-    finally:
-        for name, handler in previous.items():
-            signal.signal(name, handler)
 
 
 def agreed(run: Run, *wishes: bool) -> list[bool]:

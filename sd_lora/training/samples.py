@@ -1,7 +1,8 @@
 """Sample images that a run draws: before, during and after training."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,12 +142,18 @@ def samples_are_due(run: Run, step: int) -> bool:
     return bool(run.config.validation_prompt) and crossed and step < run.plan.num_steps
 
 
-def show_samples(run: Run, step: int) -> None:
-    """Draw sample images in mid-run, and write their sheet."""
-    images = draw_samples(run)
-    if images:
-        prompts = [wanted.prompt for wanted in wanted_samples(run)]
-        path = run.output_dir / "samples" / f"step-{step:06}.png"
-        sample_sheet(run, {f"step {step}": images}, step).write(path)
-        run.emit(SamplesDrawn(step, prompts, images, path))
+def show_samples(
+    run: Run, step: int, drawing: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
+    """Draw sample images in mid-run, and write their sheet.
+
+    drawing: a context that may be left early; then there is no sheet.
+    """
+    with drawing():
+        images = draw_samples(run)
+        if images:
+            prompts = [wanted.prompt for wanted in wanted_samples(run)]
+            path = run.output_dir / "samples" / f"step-{step:06}.png"
+            sample_sheet(run, {f"step {step}": images}, step).write(path)
+            run.emit(SamplesDrawn(step, prompts, images, path))
     run.accelerator.wait_for_everyone()

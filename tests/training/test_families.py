@@ -20,6 +20,7 @@ from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
 from sd_lora.training import loop
+from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.setup import Run, prepare
 from tests.training.runs import dreambooth, images, text_to_image, trained_adapter
 
@@ -141,7 +142,7 @@ def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "batch_loss", watched)
         loop.open_output(run)
-        with loop.stop_requests() as requests:
+        with listening(Requests(run.output_dir)) as requests:
             loop.train_steps(run, loop.LossLog(run), requests)
     loaded = [*loaded[1:], states(run)]  # before each step, and after the last
     for component, stop in (("unet", 6), ("text_encoder", 2), ("text_encoder_2", 4)):

@@ -1,10 +1,19 @@
 """Options of training: batch, length, precision, learning rates, checkpoints."""
 
-from typing import Annotated
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
 from sd_lora.config.rows import SAME, SCHEDULES, Section, Steps, by_mode, section
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
+
+_NUMBER = r"(\d+(?:\.\d+)?)"
+_TIME = re.compile(rf"(?:{_NUMBER}h)? *(?:{_NUMBER}m)? *(?:{_NUMBER}s)?")
 
 option = section("training")
 
@@ -34,6 +43,9 @@ class TrainingOptions(Section):
         ge=1, may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
         ai_toolkit="train.steps",
         short="steps", main="length; by purpose and images if not given")
+    max_train_time: str | None = option(None,
+        "end after this time, such as 90m, 2h or 1h30m, with a checkpoint to go on from",
+        may_change=True)
     gradient_accumulation_steps: int = option(1,
         "micro-batches per optimiser step",
         ge=1, may_change=True, header="ss_gradient_accumulation_steps", scripts="ABCD",
@@ -183,6 +195,15 @@ class TrainingOptions(Section):
         main="a checkpoint, or latest")
     # fmt: on
 
+    @property
+    def time_limit(self) -> float | None:
+        """Seconds after which the run ends; None without a limit, 0 for words that are no time."""
+        if self.max_train_time is None:
+            return None
+        parts = _TIME.fullmatch(self.max_train_time.strip())
+        numbers = [float(number) for number in parts.groups("0")] if parts else [0.0]
+        return sum(n * unit for n, unit in zip(numbers, (3600, 60, 1), strict=False))
+
 
 class ResolvedTraining(TrainingOptions):
     """Options of training on a known base model: every rate is a number."""
@@ -219,3 +240,10 @@ class ResolvedTraining(TrainingOptions):
         """Number of steps after which a text encoder's LoRA stops learning; None: never."""
         own = getattr(self, f"{component}_stop_step")
         return self.text_encoder_stop_step if own is None else own
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield a limit of time that is none."""
+    if config.time_limit == 0:
+        text = f"max_train_time must be a time above 0, not {config.max_train_time!r}"
+        yield Problem("max_train_time", text, "Write 90m, 2h or 1h30m")

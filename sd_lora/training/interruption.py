@@ -1,0 +1,102 @@
+"""Requests to end or to save a run: signals, the clock, and a file named `stop`."""
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+STOP_FILE = "stop"
+"""A file of this name in the output folder ends a run, where no signal reaches it."""
+
+LOOK_EVERY = 1.0
+"""Seconds between two looks for the stop file: on a network's disk each takes milliseconds."""
+
+
+class _Drawing(BaseException):
+    """A signal in the middle of drawing, where it is obeyed at once."""
+
+
+class Requests:
+    """The requests that a run has met.
+
+    Args:
+        folder: of the run, for the stop file.
+        end: time of the monotonic clock at which the run shall end; None: never.
+        limit: words for this time, as the option has it.
+    """
+
+    def __init__(self, folder: Path, end: float | None = None, limit: str | None = None) -> None:
+        self.folder, self.end, self.limit = folder, end, limit
+        self.signals: list[str] = []
+        self.wants_save = False
+        self._drawing = False
+        self._looked = -LOOK_EVERY
+
+    @property
+    def reason(self) -> str:
+        """The reason to end after the step, or ""."""
+        if self.signals:
+            return f"interrupted by {self.signals[0]}"
+        if self.end is not None and time.monotonic() >= self.end:
+            return f"ended by --max_train_time {self.limit}"
+        if time.monotonic() - self._looked >= LOOK_EVERY:
+            self._looked = time.monotonic()
+            if (self.folder / STOP_FILE).exists():
+                self._looked = -LOOK_EVERY  # it stays there, until the run has ended
+                return f"ended by the file {self.folder / STOP_FILE}"
+        return ""
+
+    def take_save(self) -> bool:
+        """Whether SIGUSR1 has asked for a checkpoint since the last call."""
+        wanted, self.wants_save = self.wants_save, False
+        return wanted
+
+    def forget_file(self) -> None:
+        """Remove the stop file."""
+        (self.folder / STOP_FILE).unlink(missing_ok=True)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Leave the block at once when a signal asks to end."""
+        self._drawing = True
+        try:
+            with suppress(_Drawing):
+                yield
+        finally:
+            self._drawing = False
+
+    def ask(self, number: int, previous: Any) -> None:
+        """Take a signal that asks to end; a second one goes to the handler of before."""
+        if self.signals:
+            signal.signal(number, previous)
+            signal.raise_signal(number)
+        self.signals.append(signal.Signals(number).name)
+        if self._drawing:
+            raise _Drawing
+
+
+@contextmanager
+def listening(requests: Requests) -> Iterator[Requests]:
+    """Take SIGINT and SIGTERM as requests to end, and SIGUSR1, where there is one, to save."""
+    previous: dict[int, Any] = {}
+
+    def end(number: int, frame: object) -> None:
+        requests.ask(number, previous[number])
+
+    def save(number: int, frame: object) -> None:
+        requests.wants_save = True
+
+    handlers: dict[int, Any] = {signal.SIGINT: end, signal.SIGTERM: end}
+    handlers |= {signal.SIGUSR1: save} if hasattr(signal, "SIGUSR1") else {}  # Windows has none
+    try:
+        for number, handler in handlers.items():
+            previous[number] = signal.signal(number, handler)
+    except ValueError:  # not in the main thread: whoever started this one handles signals
+        pass
+    try:
+        yield requests
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
