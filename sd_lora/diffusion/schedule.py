@@ -7,8 +7,8 @@ scaled input c_in·(x₀ + σε) is α x₀/σ_data + σ ε for some angle, and 
 velocity of x₀/σ_data, up to the sign.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
-from sd_lora.seeds import generator_for, seed_for
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class NoiseSchedule:
         cls,
         scheduler: DDPMScheduler | EDMEulerScheduler,
         weighting: str = "uniform",
-        **parameters: float,
+        **parameters: Any,
     ) -> "NoiseSchedule":
         """Read a scheduler's betas or sigmas.
 
@@ -102,7 +101,7 @@ class NoiseSchedule:
         target = "edm" if kind == "epsilon" else "v_prediction"
         return cls(alpha, sigma, target, timesteps, torch.ones_like(alpha), data_std=data_std)
 
-    def _weighted(self, weighting: str, **parameters: float) -> "NoiseSchedule":
+    def _weighted(self, weighting: str, **parameters: Any) -> "NoiseSchedule":
         row = WEIGHTINGS[weighting]
         label = row.label.format(**parameters)
         return replace(self, weights=row.weights(self, **parameters), weighting=label)
@@ -131,31 +130,3 @@ class NoiseSchedule:
         """x_t, the UNet's input, of x0 and noise (B, C, H, W) and timesteps (B,)."""
         alpha, sigma = self.coefficients(t, x0.dim())
         return alpha * (x0 / self.data_std) + sigma * noise
-
-
-Address = tuple[int | str, ...]
-"""Parts of a random seed: run seed, kind of item, position, …"""
-
-
-def draw_noise(shape: Sequence[int], addresses: Sequence[Address], offset: float = 0.0) -> Tensor:
-    """Gaussian noise (B, C, H, W) on the CPU, each item a function of its address alone.
-
-    Args:
-        shape: of one item, (C, H, W).
-        addresses: one an item.
-        offset: strength of an added constant per channel ("offset noise", Guttenberg 2023).
-    """
-    items = []
-    for address in addresses:
-        generator = generator_for(*address, "noise")
-        noise = torch.randn(*shape, generator=generator)
-        if offset:
-            noise = noise + offset * torch.randn(shape[0], 1, 1, generator=generator)
-        items.append(noise)
-    return torch.stack(items)
-
-
-def draw_timesteps(addresses: Sequence[Address], last: int, first: int = 0) -> Tensor:
-    """Uniform timesteps (B,) in [first, last), each a function of its address alone."""
-    draws = [seed_for(*address, "timestep") % (last - first) for address in addresses]
-    return torch.tensor(draws) + first

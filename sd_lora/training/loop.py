@@ -17,8 +17,7 @@ from torch import Tensor
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
-from sd_lora.diffusion.loss import sample_losses, weighted_loss
-from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
+from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
 from sd_lora.errors import RunError
 from sd_lora.files import write_whole
 from sd_lora.formats.verify import Verified
@@ -197,19 +196,20 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
 
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     """Loss of items of one size."""
-    config, schedule, device = run.config, run.schedule, run.accelerator.device
-    items = batch.items
+    objective, device = run.objective, run.accelerator.device
+    schedule, items = objective.schedule, batch.items
     addresses = [item.address for item in items]
     drawn = run.latents.latents(items, batch.loaded)
     x0 = drawn.x0  # (B, C, H, W)
-    noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
-    first, last = run.timesteps
-    t = draw_timesteps(addresses, last, first).to(device)
-    x_t = run.unet_input(schedule.add_noise(x0, noise, t), batch)
+    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
+    t = objective.timesteps.draw(addresses, [item.stratum for item in items]).to(device)
+    noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
+    x_t = run.unet_input(noisy, batch)
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    losses = sample_losses(prediction, x0, noise, t, schedule, drawn.mask)
+    target = target_of(x0, noise, t, schedule)
+    losses = sample_losses(prediction, target, t, schedule, drawn.mask, objective.loss)
     weights = torch.tensor([item.weight for item in items], device=device)
     return weighted_loss(losses, weights, batch.loss_scale)
 

@@ -16,7 +16,7 @@ from sd_lora.adapters.merging import limit_norms
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
-from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
@@ -42,9 +42,8 @@ class Run:
 
     emit: tells an event to the listeners; does nothing on other processes than the main one.
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
-    component → model as Accelerate wrapped it, for those that learn. timesteps: the first trained
-    one, and the one after the last. text: captions → embeddings. meta_pipeline: the modules that
-    the LoRA is for. saved: the checkpoint to resume.
+    component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
+    meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume.
     """
 
     plan: Plan
@@ -55,8 +54,7 @@ class Run:
     parts: Parts
     models: dict[str, nn.Module]
     prepared: dict[str, nn.Module]
-    schedule: NoiseSchedule
-    timesteps: tuple[int, int]
+    objective: Objective
     latents: Latents
     text: TextConditioning
     meta_pipeline: MetaPipeline

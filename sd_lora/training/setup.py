@@ -13,7 +13,11 @@ from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
+from sd_lora.diffusion.loss import Loss
+from sd_lora.diffusion.noise import Noise
+from sd_lora.diffusion.objective import Objective
 from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
 from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
@@ -82,7 +86,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
     parts = _load(checked.base, resolved, accelerator)
-    schedule, timesteps = _objective(resolved, parts)
+    objective = _objective(resolved, parts)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(resolved, parts.family, parts.models, seed)
@@ -125,8 +129,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         parts=parts,
         models=models,
         prepared=prepared,
-        schedule=schedule.to(accelerator.device),
-        timesteps=timesteps,
+        objective=objective.to(accelerator.device),
         latents=latents,
         text=text,
         meta_pipeline=meta_pipeline,
@@ -179,11 +182,23 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     )
 
 
-def _objective(config: RunConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
-    """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
+def _objective(config: RunConfig, parts: Parts) -> Objective:
+    """Noise levels, timesteps, noise and loss."""
     weighting, parameters = config.weighting
     schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
-    return schedule, _timesteps(config, parts, schedule)
+    first, last = _trained_timesteps(config, parts, schedule)
+    return Objective(
+        schedule,
+        Timesteps(
+            first,
+            last,
+            *config.timestep_distribution,
+            config.timestep_shift,
+            config.stratified_timesteps,
+        ),
+        Noise(**config.noise),
+        Loss.of(schedule, *config.loss),
+    )
 
 
 def _text_conditioning(
@@ -230,7 +245,7 @@ def _cache_embeddings(
         text.free_encoders()
 
 
-def _timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
+def _trained_timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
     """The first timestep that is trained, and the one after the last."""
     num = schedule.num_timesteps
     last = config.max_timestep or min(num, parts.family.max_timestep or num)

@@ -17,10 +17,11 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.diffusion.loss import TARGETS, sample_losses
+from sd_lora.diffusion.loss import TARGETS
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
+from tests.diffusion.items import losses_of
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
 T = torch.arange(1000)
@@ -61,7 +62,7 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
     torch.testing.assert_close(denoised, x0, rtol=0, atol=2e-5)
     denoised = scheduler.precondition_outputs(noisy, out, sigma)
     want = (denoised - x0).square().mean([1, 2, 3])
-    torch.testing.assert_close(sample_losses(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(losses_of(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
     assert sigma[0] < 0.01
     assert sigma[-1] == 80
 
@@ -81,7 +82,7 @@ def test_edm_style_weights_are_the_scripts(kind: str) -> None:
     if kind == "v_prediction":
         denoised = noisy / (sigma**2 + 1) - out * sigma / (sigma**2 + 1).sqrt()
     want = ((denoised - x0) ** 2 / sigma**2).mean([1, 2, 3])
-    torch.testing.assert_close(sample_losses(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(losses_of(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
     plain = NoiseSchedule.of(DDPMScheduler(**vp(kind)))
     assert torch.equal(plain.weights, torch.ones(1000))
     assert torch.equal(ours.weights == 1, torch.full((1000,), kind == "epsilon"))
@@ -96,16 +97,16 @@ def test_zero_terminal_snr() -> None:
     want = scheduler.add_noise(x0, noise, T)
     torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
     velocity = scheduler.get_velocity(x0, noise, T)
-    assert sample_losses(velocity, x0, noise, T, ours).max() < 1e-10
+    assert losses_of(velocity, x0, noise, T, ours).max() < 1e-10
     assert torch.equal(ours.add_noise(x0, noise, T)[-1], noise[-1])
     assert torch.equal(TARGETS["v_prediction"](x0, noise, *ours.coefficients(T))[-1], -x0[-1])
     min_snr = NoiseSchedule.of(scheduler, "min_snr", gamma=5.0)
-    weighted = sample_losses(out, x0, noise, T, min_snr)
+    weighted = losses_of(out, x0, noise, T, min_snr)
     assert torch.isfinite(weighted).all()
     assert weighted[-1] == 0 < weighted[:-1].min()
-    styled = sample_losses(out, x0, noise, T, NoiseSchedule.of(scheduler, "edm_style"))
+    styled = losses_of(out, x0, noise, T, NoiseSchedule.of(scheduler, "edm_style"))
     assert torch.isfinite(styled).all()
-    assert styled[-1] == 0 < sample_losses(out, x0, noise, T, ours)[-1]
+    assert styled[-1] == 0 < losses_of(out, x0, noise, T, ours)[-1]
 
 
 @torch.no_grad()

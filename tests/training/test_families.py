@@ -80,7 +80,7 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     """The schedule ends in pure noise where the model's scheduler says so or the user does; for a
     model that predicts noise that is refused."""
     run = prepare(text_to_image(tiny("sdxl-v"), data, tmp_path))
-    assert run.schedule.alpha[-1] == 0
+    assert run.objective.schedule.alpha[-1] == 0
     assert "zero terminal SNR" in run.summary.rows["objective"]
     assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).schedule.alpha[-1] > 0
     asked = text_to_image(tiny("sd2"), data, tmp_path, rescale_betas_zero_snr=True)
@@ -89,7 +89,10 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
         prepare(text_to_image(tiny("sdxl"), data, tmp_path, rescale_betas_zero_snr=True))
     given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
-    assert (run.schedule.alpha[-1], run.schedule.prediction_type) == (0, "v_prediction")
+    assert (run.objective.schedule.alpha[-1], run.objective.schedule.prediction_type) == (
+        0,
+        "v_prediction",
+    )
 
 
 def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:
@@ -193,7 +196,8 @@ def test_timesteps_are_those_that_the_user_and_the_family_have(
     """The refiner learns its first 200 timesteps; min and max bound them; impossible ones are
     refused."""
     run = prepare(text_to_image(tiny("refiner"), data, tmp_path))
-    assert run.timesteps == (0, 200)
+    timesteps = run.objective.timesteps
+    assert (timesteps.first, timesteps.last) == (0, 200)
     bounds = {"min_timestep": 300, "max_timestep": 400}
     run = prepare(text_to_image(tiny("sd1"), data, tmp_path, **bounds))
     told = []

@@ -126,7 +126,8 @@ def test_the_files_are_what_was_trained(
 @pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
 def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
-    random crops and flips, dropout, accumulation, a schedule, and prior preservation."""
+    random crops and flips, dropout, accumulation, a schedule, prior preservation, and every change
+    of noise, timesteps and loss."""
     wide = images(tmp_path / "wide", 5, (96, 64))
     options: dict = {
         "checkpointing_steps": 3,
@@ -139,7 +140,13 @@ def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path
     }
     if mode == "text_to_image":
         make = text_to_image
-        options["random_flip"] = True
+        options |= {
+            "random_flip": True, "timestep_sampling": "logit_normal", "timestep_shift": 1.5,
+            "stratified_timesteps": True, "loss_type": "huber", "soft_min_snr_gamma": 4.0,
+            "noise_offset": 0.1, "noise_offset_random_strength": True,
+            "adaptive_noise_scale": 0.1, "multires_noise_iterations": 4,
+            "input_perturbation": 0.1, "immiscible_noise": 3,
+        }  # fmt: skip
     else:
         make = dreambooth
         options |= {
@@ -170,8 +177,9 @@ def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: P
 
 
 def test_accumulation_is_a_larger_batch(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Batch 4 equals batch 2 × 2 accumulation: the same samples, noise, schedule and mean."""
-    options = {"lr_scheduler": "linear", "lr_warmup_steps": 2}
+    """Batch 4 equals batch 2 × 2 accumulation: the same samples, noise, timesteps, also stratified
+    ones, schedule and mean."""
+    options = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "stratified_timesteps": True}
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
     sd_lora.train(
         text_to_image(

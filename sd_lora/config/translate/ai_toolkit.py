@@ -232,7 +232,7 @@ def _betas(value: Any, given: Given) -> Taken:
     return Taken("otherwise", pair, "is two options")
 
 
-_ONE = "is not there: the loss is the squared error to the noise"
+_ONE = "is not there: the loss is to the noise"
 _QUANT = "is not there: the base is float32, fp16 or bf16"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt"
 
@@ -293,11 +293,14 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.min_denoising_steps": _denoising("min_timestep", 0, 0),
     "train.max_denoising_steps": _denoising("max_timestep", 1000, 1),
     "train.snr_gamma": absent("is not there: min_snr_gamma is, --snr_gamma"),
-    "train.content_or_style": absent("is uniform always", idle=("balanced",)),
+    "train.content_or_style": among(
+        "timestep_sampling", {"balanced": "uniform", "content": "cubic", "style": "cubic_reversed"},
+        "is --timestep_sampling, a shape", "is not there"),
     "train.timestep_type": needless("belongs to flow models"),
     "train.linear_timesteps": needless("belongs to flow models"),
     "train.bypass_guidance_embedding": needless("belongs to flow models"),
-    "train.loss_type": absent(_ONE, idle=("mse",)),
+    "train.loss_type": among(
+        "loss_type", {"mse": "l2", "mae": "l1"}, "", "is not there"),
     "train.loss_target": absent(_ONE, idle=("noise",)),
     "train.ema_config": Row("", NOT_THERE, lambda value, given: Taken(
         "needless" if is_off((value or {}).get("use_ema")) else "absent",

@@ -29,7 +29,8 @@ class BatchItem:
 
     address: seeds its noise, timestep and latents. kind: "instance" or "class". index: of the
     sample in its kind. caption: None where it is dropped. crop, flip: of its image. weight: of its
-    loss, final; 0 for a filling.
+    loss, final; 0 for a filling. stratum: its index among the samples of its optimiser step, and
+    their number; None for a filling.
     """
 
     address: tuple[int | str, ...]
@@ -39,6 +40,7 @@ class BatchItem:
     flip: bool
     crop: Crop
     weight: float
+    stratum: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,15 @@ class ImageSet:
         sample = self.samples[self.entries[entry.entry]]
         return caption_of(sample.captions, sample.source.rules, self._address(entry, epoch))
 
-    def item(self, entry: BatchEntry, epoch: int, position: int | str) -> BatchItem:
-        """The batch item of an entry. position: of the entry in the run."""
+    def item(
+        self,
+        entry: BatchEntry,
+        epoch: int,
+        position: int | str,
+        stratum: tuple[int, int] | None = None,
+    ) -> BatchItem:
+        """The batch item of an entry. position: of the entry in the run. stratum: see
+        `BatchItem`."""
         index, address = self.entries[entry.entry], self._address(entry, epoch)
         sample = self.samples[index]
         return BatchItem(
@@ -136,6 +145,7 @@ class ImageSet:
             flip=sample.source.random_flip and uniform(*address, "flip") < 0.5,
             crop=self.crop(index, address),
             weight=sample.source.weight if entry.counted else 0.0,
+            stratum=stratum,
         )
 
 
@@ -154,9 +164,9 @@ class ClassOrder:
             self._order, self._turn = shuffled(len(self.set.entries), *address), turn
         return BatchEntry(self._order[entry]), turn
 
-    def item(self, position: int) -> BatchItem:
-        """The batch item at a position of the endless order."""
-        return self.set.item(*self.place(position), position)
+    def item(self, position: int, stratum: tuple[int, int] | None = None) -> BatchItem:
+        """The batch item at a position of the endless order. stratum: see `BatchItem`."""
+        return self.set.item(*self.place(position), position, stratum)
 
 
 class Stream(Dataset):
@@ -203,9 +213,11 @@ class Stream(Dataset):
             entry = micro.entries[i]
             # fillings have no position in the run
             where = micro.position + i if entry.counted else f"{micro.position} + {i}"
-            instances.append(self.instance.item(entry, micro.epoch, where))
+            index = micro.position + i - micro.step_position
+            stratum = (index, micro.step_samples) if entry.counted else None
+            instances.append(self.instance.item(entry, micro.epoch, where, stratum))
             if self.class_order:
-                partner = self.class_order.item(micro.position + i)
+                partner = self.class_order.item(micro.position + i, stratum)
                 weight = partner.weight * self.class_weight if entry.counted else 0.0
                 classes.append(replace(partner, weight=weight))
         return [*instances, *classes]
