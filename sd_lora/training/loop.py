@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
+from sd_lora.adapters.merging import switched_off
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
@@ -208,10 +209,27 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    target = target_of(x0, noise, t, schedule)
-    losses = sample_losses(prediction, target, t, schedule, drawn.mask, objective.loss)
+    target, mask = target_of(x0, noise, t, schedule), drawn.mask
+    preserved = torch.tensor([item.preserves for item in items], device=device)
+    if any(item.preserves for item in items):
+        part = batch.part([i for i, item in enumerate(items) if item.preserves])
+        target[preserved] = _base_answer(run, part, x_t[preserved], t[preserved], step)
+        mask = mask if mask is None else mask.masked_fill(preserved.view(-1, 1, 1, 1), 1.0)
+    losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
     weights = torch.tensor([item.weight for item in items], device=device)
     return weighted_loss(losses, weights, batch.loss_scale)
+
+
+@torch.no_grad()
+def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> Tensor:
+    """The base model's output for preserved items, float32: the adapter is switched off.
+
+    x_t: the UNet's input (B, C, H, W). t: timesteps (B,).
+    """
+    conditions = run.conditions(batch.items, step)
+    timesteps = run.objective.schedule.timesteps[t]
+    with switched_off(run.models["unet"]) as unet:
+        return unet(x_t, timesteps, **conditions.arguments()).sample.float()
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.loss import Loss
@@ -111,6 +112,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         latents.table,
         plan.num_micro_batches,
         resolved.prior_loss_weight,
+        _preservation(resolved, images),
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
@@ -199,6 +201,24 @@ def _objective(config: RunConfig, parts: Parts) -> Objective:
         Noise(**config.noise),
         Loss.of(schedule, *config.loss),
     )
+
+
+def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:
+    """The captions that are preserved beside the instances; None without.
+
+    Raises:
+        UsageError: a class word for captions without a trigger word that it could replace.
+    """
+    if not config.output_preservation:
+        return None
+    sources = {s.source.where: s.source.rules for s in images.instances.samples}
+    without = [where for where, rules in sources.items() if not rules.trigger_word]
+    if config.preservation_class and without:
+        raise UsageError(
+            "preservation_class takes the place of the trigger word in captions, and "
+            f"{without[0]} has no trigger_word: give it, or --output_preservation blank"
+        )
+    return Preservation(config.preservation_class, config.preservation_weight)
 
 
 def _text_conditioning(

@@ -63,6 +63,8 @@ def data_rows(plan: Plan, images: RunImages) -> dict[str, str]:
         rows["images"] += f", and {images.num_class_images} of the class"
     if images.classes or plan.config.class_images:
         rows["batch"] += ", as many class images on top"
+    if plan.config.output_preservation:
+        rows["batch"] += ", and each once more with its preserved caption"
     return rows
 
 

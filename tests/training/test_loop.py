@@ -279,6 +279,50 @@ def test_class_images_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: P
     assert all(again[name] == first[name] for name in first if name != min(first))
 
 
+@pytest.mark.parametrize("kind", ["class", "blank"])
+def test_preserved_answers_are_the_bases(
+    kind: str, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Beside each instance the same image, noise and timestep are trained on the bare pipeline's
+    answer to the preserved caption. While the adapter is zero that costs nothing; later the loss is
+    that of the instances plus the weighted mean of the difference, computed by two models, also
+    for adapters that start from the base's weights."""
+    more = {"preservation_class": "dog"} if kind == "class" else {}
+    options = {"trigger_word": "sks", "train_batch_size": 2}
+    run = prepare(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "a", output_preservation=kind, preservation_weight=0.5,
+            init_lora_weights="pissa", **more, **options,
+        )
+    )  # fmt: skip
+    plain = prepare(text_to_image(tiny_sd1, data, tmp_path / "b", **options))
+    batch = run.stream.batch(0)
+    instances, preserved = batch.items[:2], batch.items[2:]
+    assert [item.address for item in instances] == [item.address for item in preserved]
+    assert [item.weight for item in preserved] == [0.5, 0.5]
+    wanted = {"class": [i.caption.replace("sks", "dog") for i in instances], "blank": [None] * 2}
+    assert [item.caption for item in preserved] == wanted[kind]
+    first = loop.batch_loss(run, batch, 0)
+    torch.testing.assert_close(first, loop.batch_loss(plain, plain.stream.batch(0), 0))
+    with torch.no_grad():
+        for parameter in run.parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator())
+    part = batch.part([2, 3])
+    addresses = [item.address for item in preserved]
+    x0 = run.latents.latents(part.items, part.loaded).x0
+    objective = run.objective
+    t = objective.timesteps.draw(addresses)
+    x_t = objective.schedule.add_noise(x0, objective.noise.draw(x0, addresses), t)
+    arguments = run.conditions(part.items, 0).arguments()
+    with torch.no_grad():
+        base = plain.models["unet"](x_t, t, **arguments).sample
+        now = run.models["unet"](x_t, t, **arguments).sample
+    both, alone = loop.batch_loss(run, batch, 0), loop.batch_loss(run, batch.part([0, 1]), 0)
+    drift = (now - base).square().mean()
+    assert drift > 1e-4
+    torch.testing.assert_close(both - alone, 0.5 * drift, rtol=1e-3, atol=1e-6)
+
+
 def test_a_request_to_stop_loses_nothing(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """SIGTERM in mid-run ends it after a whole step with a checkpoint, and resuming from it gives
     the weights of a run that was never interrupted."""

@@ -107,6 +107,18 @@ class ObjectiveOptions(Section):
         "weight in the loss of what masks leave out, beside 1 of the rest; 0.1 keeps some of the "
         "background",
         ge=0, lt=1, summary=("objective", "{:g} outside masks"), onetrainer=SAME)
+    output_preservation: str | None = option(None,
+        "keep the base's own answers, without class images: to captions with the class in the "
+        "place of the trigger word, or to no caption (blank). Each step costs about twice as much",
+        choices=("class", "blank"),
+        summary=("objective", "answers to the {} caption preserved"))
+    preservation_class: str | None = option(None,
+        "word for the class, in the place of trigger_word: dog",
+        requires={"output_preservation": ("class",)},
+        ai_toolkit="train.diff_output_preservation_class")
+    preservation_weight: float = option(1.0,
+        "weight of the preserved answers' loss",
+        gt=0, requires={"output_preservation": None})
     noise_offset: float = option(0.0,
         "strength of a constant added to each noise channel; 0.05 to 0.1 for darker darks",
         ge=0, header="ss_noise_offset", header_form="if given", scripts="AB", kohya=SAME,
@@ -259,14 +271,15 @@ MOST_SAMPLER_STEPS = 200
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield an empty range of timesteps, two weightings, a file of weights that has none, and
-    a prompt of no sample images."""
+    """Yield an empty range of timesteps, two weightings, a preservation that cannot be, a file of
+    weights that has none, and a prompt of no sample images."""
     if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
         yield Problem("max_timestep", "max_timestep must be above min_timestep")
     given = [option for option in WEIGHTINGS if getattr(config, option)]
     if len(given) > 1:
         text = f"{given[-1]} excludes {', '.join(given[:-1])}: each weights the losses"
         yield Problem(given[-1], text)
+    yield from _preservation(config)
     if config.loss_weights_file:
         try:
             read_loss_weights(config.loss_weights_file)
@@ -283,3 +296,12 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     if config.validation_prompt and not config.num_validation_images:
         text = "validation_prompt has no effect with num_validation_images 0"
         yield Problem("validation_prompt", text, "Leave it out")
+
+
+def _preservation(config: "TrainConfig") -> Iterator[Problem]:
+    if config.output_preservation == "class" and not config.preservation_class:
+        text = "output_preservation class needs preservation_class, a word for the class: dog"
+        yield Problem("preservation_class", text)
+    if config.output_preservation and config.train_text_encoder:
+        text = "output_preservation needs text encoders that do not learn"
+        yield Problem("output_preservation", text, "Leave out train_text_encoder")

@@ -311,8 +311,13 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.cache_text_embeddings": needless(
         "is always so here for text encoders that do not learn"),
     "train.unload_text_encoder": needless("is not needed: their embeddings are cached"),
-    "train.diff_output_preservation": absent(
-        "is not there; class images are: --with_prior_preservation"),
+    "train.diff_output_preservation": switch(
+        "--output_preservation class", "is a kind of preservation", output_preservation="class"),
+    "train.blank_prompt_preservation": switch(
+        "--output_preservation blank", "is a kind of preservation", output_preservation="blank"),
+    **{f"train.{kind}_preservation_multiplier": otherwise(
+        "preservation_weight", "is one for both kinds", number)
+       for kind in ("diff_output", "blank_prompt")},
     "train.xformers": needless("is not needed: PyTorch's own attention is always used"),
     "train.sdp": needless("is not needed: PyTorch's own attention is always used"),
     "train.attention_backend": absent("is PyTorch's own", idle=("native",)),
@@ -320,9 +325,7 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.prompt_dropout_prob": otherwise("caption_dropout", "is one for both encoders", number),
     "train.switch_boundary_every": needless("belongs to other models"),
     "train.start_step": needless("is not needed: a resumed run goes on at the same image"),
-    **dict.fromkeys(("train.diff_output_preservation_multiplier",
-        "train.diff_output_preservation_class", "train.blank_prompt_preservation_multiplier",
-        "train.lr_scheduler_params"), needless("belongs to a setting that is off or not there")),
+    "train.lr_scheduler_params": needless("belongs to a setting that is off or not there"),
     "save.dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
     "save.save_every": otherwise(
         "checkpointing_steps", "is whole states to resume from; the LoRA is written at the end"),

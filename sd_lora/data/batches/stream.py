@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sd_lora.data.batches.caption_rules import caption_of
 from sd_lora.data.batches.epochs import BatchEntry, Epochs, MicroBatch
+from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.cache.latents import LatentTable, LoadedImage
 from sd_lora.data.images.buckets import Crop, CropSettings, Size
 from sd_lora.data.sources.samples import Sample
@@ -30,7 +31,7 @@ class BatchItem:
     address: seeds its noise, timestep and latents. kind: "instance" or "class". index: of the
     sample in its kind. caption: None where it is dropped. crop, flip: of its image. weight: of its
     loss, final; 0 for a filling. stratum: its index among the samples of its optimiser step, and
-    their number; None for a filling.
+    their number; None for a filling. preserves: whether its target is the base model's answer.
     """
 
     address: tuple[int | str, ...]
@@ -41,6 +42,7 @@ class BatchItem:
     crop: Crop
     weight: float
     stratum: tuple[int, int] | None = None
+    preserves: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ class Stream(Dataset):
         table: loads images.
         length: number of micro-batches.
         class_weight: factor of the class samples' weights (prior_loss_weight).
+        preservation: captions preserved beside each instance; None without.
     """
 
     def __init__(
@@ -192,11 +195,13 @@ class Stream(Dataset):
         table: LatentTable,
         length: int,
         class_weight: float = 1.0,
+        preservation: Preservation | None = None,
     ) -> None:
         self.instance, self.epochs, self.prior = instance, epochs, prior
         self.class_order = ClassOrder(prior) if prior else None
         self.process, self.num_processes = process, num_processes
         self.table, self.length, self.class_weight = table, length, class_weight
+        self.preservation = preservation
 
     def __len__(self) -> int:
         return self.length
@@ -207,7 +212,8 @@ class Stream(Dataset):
         return {s.kind: s for s in (self.instance, self.prior) if s}
 
     def items(self, micro: MicroBatch, indices: Sequence[int]) -> list[BatchItem]:
-        """Items of some entries: instances first, then a class sample for each."""
+        """Items of some entries: instances first, then a class sample for each, then the instances
+        once more with their preserved captions."""
         instances, classes = [], []
         for i in indices:
             entry = micro.entries[i]
@@ -220,7 +226,18 @@ class Stream(Dataset):
                 partner = self.class_order.item(micro.position + i, stratum)
                 weight = partner.weight * self.class_weight if entry.counted else 0.0
                 classes.append(replace(partner, weight=weight))
-        return [*instances, *classes]
+        return [*instances, *classes, *(p for item in instances for p in self._preserved(item))]
+
+    def _preserved(self, item: BatchItem) -> list[BatchItem]:
+        """The items that preserve the base beside an instance: same image, noise and timestep."""
+        preservation = self.preservation
+        if preservation is None:
+            return []
+        rules, weight = self.instance.samples[item.index].source.rules, item.weight
+        return [
+            replace(item, caption=caption, weight=weight * preservation.weight, preserves=True)
+            for caption in preservation.captions(item.caption, rules)
+        ]
 
     def captions(self, most: int) -> list[str | None] | None:
         """The distinct captions of the run on all processes; None if there are more than `most`, or
@@ -232,7 +249,8 @@ class Stream(Dataset):
         for number in range(self.length):
             micro = self.epochs.micro_batch(number)
             for i, entry in enumerate(micro.entries):
-                found[self.instance.caption(entry, micro.epoch)] = None
+                item = self.instance.item(entry, micro.epoch, 0)
+                found |= dict.fromkeys([item.caption, *(p.caption for p in self._preserved(item))])
                 if self.class_order:
                     partner = self.class_order.place(micro.position + i)
                     found[self.class_order.set.caption(*partner)] = None
