@@ -82,17 +82,15 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     run = prepare(text_to_image(tiny("sdxl-v"), data, tmp_path))
     assert run.objective.schedule.alpha[-1] == 0
     assert "zero terminal SNR" in run.summary.rows["objective"]
-    assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).schedule.alpha[-1] > 0
+    assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).objective.schedule.alpha[-1] > 0
     asked = text_to_image(tiny("sd2"), data, tmp_path, rescale_betas_zero_snr=True)
-    assert prepare(asked).schedule.alpha[-1] == 0
+    assert prepare(asked).objective.schedule.alpha[-1] == 0
     with pytest.raises(sd_lora.UsageError, match="Use zero terminal SNR with v_prediction"):
         prepare(text_to_image(tiny("sdxl"), data, tmp_path, rescale_betas_zero_snr=True))
     given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
-    assert (run.objective.schedule.alpha[-1], run.objective.schedule.prediction_type) == (
-        0,
-        "v_prediction",
-    )
+    schedule = run.objective.schedule
+    assert (schedule.alpha[-1], schedule.prediction_type) == (0, "v_prediction")
 
 
 def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:
@@ -343,7 +341,7 @@ def test_the_schedule_of_a_zero_snr_base_can_be_undone(
 ) -> None:
     """--no-rescale_betas_zero_snr overrules the base's scheduler."""
     config = text_to_image(tiny("sdxl-v"), data, tmp_path, rescale_betas_zero_snr=False)
-    assert prepare(config).schedule.alpha[-1] > 0
+    assert prepare(config).objective.schedule.alpha[-1] > 0
 
 
 @pytest.mark.parametrize(

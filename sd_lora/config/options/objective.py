@@ -77,7 +77,7 @@ class ObjectiveOptions(Section):
         gt=0)
     debiased_estimation_loss: bool = option(False,
         "weight the losses by 1 / sqrt(SNR), of the noise's error: more for noisy timesteps",
-        header="ss_debiased_estimation", header_form="if given", kohya=SAME)
+        header="ss_debiased_estimation", kohya=SAME)
     p2_gamma: float | None = option(None,
         "gamma of P2 weighting: fewer clean timesteps; 1 is usual; off if not given",
         gt=0)
@@ -88,16 +88,16 @@ class ObjectiveOptions(Section):
         "loss of each element: squared, absolute, or squared for small errors and absolute for "
         "large ones (huber, smooth_l1)",
         choices=("l2", "l1", "huber", "smooth_l1"), header="ss_loss_type",
-        header_form="if given", summary=("objective", "{} loss"), kohya=SAME, simpletuner=SAME)
+        summary=("objective", "{} loss"), kohya=SAME, simpletuner=SAME)
     huber_schedule: str = option("snr",
         "threshold between small and large errors by timestep: from 1 where the image is clean to "
         "huber_c in pure noise (snr, exponential), or huber_c always",
         choices=("snr", "exponential", "constant"), requires={"loss_type": HUBER},
-        header="ss_huber_schedule", header_form="if given",
+        header="ss_huber_schedule",
         summary=("objective", "threshold {}"), kohya=SAME, simpletuner=SAME)
     huber_c: float = option(0.1,
         "threshold between small and large errors in pure noise",
-        gt=0, requires={"loss_type": HUBER}, header="ss_huber_c", header_form="if given",
+        gt=0, requires={"loss_type": HUBER}, header="ss_huber_c",
         summary=("objective", "c {:g}"), kohya=SAME, simpletuner=SAME)
     huber_scale: float = option(1.0,
         "factor of the threshold of exponential and constant",
@@ -138,7 +138,7 @@ class ObjectiveOptions(Section):
     multires_noise_discount: float = option(0.3,
         "strength of each coarser noise by that of the one before",
         gt=0, lt=1, requires={"multires_noise_iterations": None},
-        header="ss_multires_noise_discount", header_form="if given",
+        header="ss_multires_noise_discount",
         summary=("objective", "discount {:g}"), kohya=SAME)
     input_perturbation: float = option(0.0,
         "strength of a second noise in the input that the model is not to predict; 0.1 is usual",
