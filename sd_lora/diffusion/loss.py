@@ -39,8 +39,8 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 l2: Ho et al. 2020, equation 14. huber: pseudo-Huber, squared for errors far below c, 2c times their
 size far above; smooth_l1: the same over c, so that a small c tends to 2·l1 (Khrapov et al. 2024,
-"Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss",
-section 3; the scales are sd-scripts').
+"Improving Diffusion Models's Data-Corruption Resistance using Scheduled Pseudo-Huber Loss"; the
+scales are sd-scripts').
 """
 
 HUBER_SCHEDULES: dict[str, Callable[[NoiseSchedule, float, float], Tensor]] = {
@@ -55,7 +55,7 @@ HUBER_SCHEDULES: dict[str, Callable[[NoiseSchedule, float, float], Tensor]] = {
     ),
 }
 """Name → thresholds(schedule, c, scale) of all timesteps, (T,): from near 1 at little noise down to
-c at pure noise, but for "constant" (Khrapov et al. 2024, section 4; sd-scripts' formulas).
+c at pure noise, but for "constant" (Khrapov et al. 2024; sd-scripts' formulas).
 """
 
 

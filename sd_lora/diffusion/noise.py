@@ -82,8 +82,9 @@ Change = Callable[[Noise, Tensor, Tensor, Address, Generator], Tensor]
 def nearest(settings: Noise, noise: Tensor, x0: Tensor, address: Address, _: Generator) -> Tensor:
     """The one of several noises that is nearest to the latents.
 
-    Li et al. 2025, "Improved Immiscible Diffusion", section 3.3 (KNN noise selection): the
-    assignment of Li et al. 2024 within a batch would depend on how the batch is split.
+    Li et al. 2025, "Improved Immiscible Diffusion" (KNN noise selection); OneTrainer's
+    `k_noise_sampling`. The assignment of Li et al. 2024 within a batch would depend on how the
+    batch is split.
     """
     more = [
         torch.randn(noise.shape, generator=generator_for(*address, "noise", number))

@@ -60,7 +60,7 @@ BETA_POINTS = 1 << 16
 def beta(u: Tensor, alpha: float, beta: float) -> Tensor:
     """Quantiles of the beta distribution, density ∝ x^(α−1)·(1−x)^(β−1).
 
-    Lee et al. 2024, "Beta Sampling is All You Need".
+    Lee et al. 2024, "Beta Sampling is All You Need", place a sampler's steps so.
     """
     theta = np.interp(u.numpy(), *_beta_integral(alpha, beta))
     return torch.from_numpy(np.sin(theta) ** 2)

@@ -61,7 +61,7 @@ def soft_min_snr(schedule: "NoiseSchedule", gamma: float) -> Tensor:
     """Soft-min-SNR weights (T,): SNR·γ / (SNR + γ) for the error of x₀, min-SNR without its corner.
 
     Crowson et al. 2024, "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass
-    Diffusion Transformers", section 4.4: 1 / (1/SNR + 1/γ).
+    Diffusion Transformers": 1 / (1/SNR + 1/γ).
     """
     snr = schedule.snr
     of_epsilon = gamma / (snr + gamma)
@@ -71,8 +71,8 @@ def soft_min_snr(schedule: "NoiseSchedule", gamma: float) -> Tensor:
 def debiased(schedule: "NoiseSchedule") -> Tensor:
     """Debiased-estimation weights (T,): 1/√SNR for the error of ε, so √SNR for that of x₀.
 
-    Yu et al. 2024, "Unmasking Bias in Diffusion Model Training", equation 9. At zero SNR the weight
-    is 0 for v; epsilon is refused there.
+    Yu et al. 2024, "Unmasking Bias in Diffusion Model Training". At zero SNR the weight is 0 for v;
+    epsilon is refused there.
     """
     root = schedule.alpha / schedule.sigma  # √SNR
     return _of_output(schedule, root, 1 / root)
@@ -81,7 +81,7 @@ def debiased(schedule: "NoiseSchedule") -> Tensor:
 def p2(schedule: "NoiseSchedule", gamma: float) -> Tensor:
     """P2 weights (T,): 1 / (1 + SNR)^γ for the error of ε.
 
-    Choi et al. 2022, "Perception Prioritized Training of Diffusion Models", equation 8, k = 1.
+    Choi et al. 2022, "Perception Prioritized Training of Diffusion Models", k = 1.
     """
     of_epsilon = (1 + schedule.snr) ** -gamma
     return _of_output(schedule, schedule.snr * of_epsilon, of_epsilon)
@@ -113,11 +113,11 @@ WEIGHTINGS: dict[str, Weighting] = {
     "uniform": Weighting(lambda schedule: torch.ones_like(schedule.alpha)),
     # Hang et al. 2023, section 3.4
     "min_snr": Weighting(min_snr, "min-SNR γ {gamma:g}", "--snr_gamma"),
-    # Crowson et al. 2024, section 4.4
+    # Crowson et al. 2024
     "soft_min_snr": Weighting(soft_min_snr, "soft min-SNR γ {gamma:g}", "--soft_min_snr_gamma"),
-    # Yu et al. 2024, equation 9
+    # Yu et al. 2024
     "debiased": Weighting(debiased, "debiased estimation", "--debiased_estimation_loss"),
-    # Choi et al. 2022, equation 8
+    # Choi et al. 2022
     "p2": Weighting(p2, "P2 γ {gamma:g}", "--p2_gamma"),
     # points of a file
     "table": Weighting(table, "weights of {file}", "--loss_weights_file"),

@@ -79,7 +79,8 @@ class ObjectiveOptions(Section):
         "weight the losses by 1 / sqrt(SNR), of the noise's error: more for noisy timesteps",
         header="ss_debiased_estimation", kohya=SAME)
     p2_gamma: float | None = option(None,
-        "gamma of P2 weighting: fewer clean timesteps; 1 is usual; off if not given",
+        "gamma of P2 weighting, which counts nearly clean images less; 1 is usual; off if not "
+        "given",
         gt=0)
     loss_weights_file: str | None = option(None,
         "CSV file of loss weights by timestep: lines of timestep,weight, with straight lines "
@@ -113,7 +114,7 @@ class ObjectiveOptions(Section):
         choices=("class", "blank"),
         summary=("objective", "answers to the {} caption preserved"))
     preservation_class: str | None = option(None,
-        "word for the class, in the place of trigger_word: dog",
+        "words for the class, in the place of trigger_word: dog for 'sks dog'",
         requires={"output_preservation": ("class",)},
         ai_toolkit="train.diff_output_preservation_class")
     preservation_weight: float = option(1.0,
