@@ -28,7 +28,7 @@ class Objective:
         """Prediction, weighting and timesteps as a line: "v_prediction, min-SNR γ 5, …"."""
         schedule, timesteps = self.schedule, self.timesteps
         words = [schedule.prediction_type]
-        words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
+        words += ["zero terminal SNR"] if schedule.zero_terminal_snr else []
         words += [schedule.weighting] if schedule.weighting else []
         if (timesteps.first, timesteps.last) != (0, schedule.num_timesteps):
             words.append(f"timesteps {timesteps.first} to {timesteps.last - 1}")

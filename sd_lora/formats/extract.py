@@ -15,6 +15,7 @@ from sd_lora.formats.family_of_file import usual_prediction
 from sd_lora.formats.output import Origin, Output, Progress, Spool, silently, write
 from sd_lora.formats.tools import Result
 from sd_lora.formats.verify import shapes_of
+from sd_lora.models.families import SHORT_PREDICTIONS
 
 UNCHANGED = 1e-6
 """A module whose ‖tuned − base‖ is below this share of ‖base‖ is unchanged: float32 rounding gives
@@ -107,7 +108,7 @@ def _prediction_of(model: Checkpoint) -> str | None:
         said = json.loads(text).get("prediction_type")
     except (OSError, ValueError, AttributeError):
         said = None
-    return said if said in ("epsilon", "v_prediction") else usual_prediction(model.family)
+    return said if said in SHORT_PREDICTIONS else usual_prediction(model.family)
 
 
 def _change(base: Checkpoint, tuned: Checkpoint, component: str, name: str) -> tuple[Tensor, float]:

@@ -170,6 +170,7 @@ class Base:
         vae_dtype: torch.dtype = torch.float32,
         tokenizer_name: str | None = None,
         zero_terminal_snr: bool | None = None,
+        flow_shift: float | None = None,
     ) -> Parts:
         """Read the parts. Text encoders are float32: each caption is encoded once, exactly.
 
@@ -178,11 +179,12 @@ class Base:
         tokenizer_name: folder or hub id of another tokenizer; a single file has none of its own.
         zero_terminal_snr: whether the betas are rescaled until the last step is pure noise; None:
             the model's own setting.
+        flow_shift: shift of a flow-matching model's noise levels; None: the scheduler's, or 1.
 
         Raises:
             UsageError: a part is missing or broken, or the scheduler is of another kind.
         """
-        scheduler = self._load_scheduler(zero_terminal_snr)
+        scheduler = self._load_scheduler(zero_terminal_snr, flow_shift)
         encoders = self.family.text_encoders
         tokenizers = {c: self._load_tokenizer(c, tokenizer_name) for c in encoders}
         # first, for the peak of memory: while it is read, its file's pages are mapped beside it
@@ -281,7 +283,9 @@ class Base:
         tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
-    def _load_scheduler(self, zero_terminal_snr: bool | None) -> DDPMScheduler | EDMEulerScheduler:
+    def _load_scheduler(
+        self, zero_terminal_snr: bool | None, flow_shift: float | None
+    ) -> DDPMScheduler | EDMEulerScheduler:
         prediction_type = self.prediction_type
         if self.single:
             kind = prediction_type or self.single.prediction_type
@@ -303,11 +307,20 @@ class Base:
             changes["timestep_spacing"] = "trailing"  # sampling must start from the last step
         kind = str(config.get("_class_name"))
         edm = kind.startswith("EDM")
-        if not edm and not {"beta_start", "trained_betas"} & config.keys():
+        flow = not edm and is_flow(config | changes)
+        if not (edm or flow) and not {"beta_start", "trained_betas"} & config.keys():
             raise UsageError(
                 f"the scheduler of {self.name} is a {kind}, which has no betas: a model made with "
-                "it (by flow matching, for example) is not a Stable Diffusion, and cannot be "
-                "trained here"
+                "it is not a Stable Diffusion, and cannot be trained here"
+            )
+        if flow:
+            self._check_flow(zero_terminal_snr)
+            shift = flow_shift or config.get("flow_shift") or config.get("shift") or 1.0
+            changes |= {"prediction_type": FLOW, "use_flow_sigmas": True, "flow_shift": shift}
+        elif flow_shift is not None:
+            raise UsageError(
+                f"{self.name} is no flow-matching model by its scheduler, so flow_shift has no "
+                f"effect: leave it out, or give --prediction_type {FLOW} too"
             )
         if edm and zero_terminal_snr:
             raise UsageError(
@@ -315,7 +328,30 @@ class Base:
                 "leave out rescale_betas_zero_snr"
             )
         cls = EDMEulerScheduler if edm else DDPMScheduler
-        return read_part("scheduler", self.name, partial(cls.from_config, config, **changes))
+        return read_part("scheduler", self.name, partial(cls.from_config, config | changes))
+
+    def _check_flow(self, zero_terminal_snr: bool | None) -> None:
+        """Raise UsageError for a flow-matching model that cannot be trained."""
+        if FLOW not in self.family.architectures:
+            raise UsageError(
+                f"{self.name} is a flow-matching model of {self.family.label}: only those of "
+                "Stable Diffusion XL can be trained here"
+            )
+        if zero_terminal_snr:
+            raise UsageError(
+                f"{self.name} is a flow-matching model, and its noise levels have no betas to "
+                "rescale: leave out rescale_betas_zero_snr"
+            )
+
+
+FLOW = "flow_prediction"
+"""Prediction type of flow matching, by diffusers' name."""
+
+
+def is_flow(config: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's configuration is one of flow matching."""
+    by_class = str(config.get("_class_name")).startswith("FlowMatch")
+    return by_class or config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
 
 
 def find_base(

@@ -197,7 +197,7 @@ def facts(run: Run) -> dict[str, str]:
         "ss_random_crop": any(map(instances.is_random, range(len(instances.samples)))),
         "ss_bucket_info": json.dumps(_buckets(plan)) if crops.step else None,
         "ss_seed": plan.seed,
-        "ss_zero_terminal_snr": bool(run.objective.schedule.alpha[-1] == 0),
+        "ss_zero_terminal_snr": run.objective.schedule.zero_terminal_snr,
         "ss_max_timestep": last if last < run.objective.schedule.num_timesteps else None,
         "modelspec.resolution": f"{crops.resolution}x{crops.resolution}",
     }

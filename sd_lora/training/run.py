@@ -20,7 +20,7 @@ from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
-from sd_lora.models.load import Parts
+from sd_lora.models.load import FLOW, Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
@@ -87,6 +87,10 @@ class Run:
     def given_noise_settings(self) -> dict[str, object]:
         """Settings of diffusers' scheduler that the options say, in place of the base's own."""
         settings: dict[str, object] = {}
+        if self.prediction_type == FLOW:  # also for a folder, whose own scheduler no pipeline takes
+            scheduler: Any = self.parts.scheduler
+            names = ("prediction_type", "use_flow_sigmas", "flow_shift")
+            return {name: scheduler.config[name] for name in names}
         if self.config.prediction_type:
             settings["prediction_type"] = self.prediction_type
         if self.config.rescale_betas_zero_snr:

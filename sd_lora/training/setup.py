@@ -242,6 +242,7 @@ def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
         vae_dtype=DTYPES[config.vae_precision],
         tokenizer_name=config.tokenizer_name,
         zero_terminal_snr=config.rescale_betas_zero_snr,
+        flow_shift=config.flow_shift,
     )
 
 

@@ -1,4 +1,4 @@
-"""EDM's formulation, EDM-style weights, zero terminal SNR, and sampling, against diffusers."""
+"""EDM's formulation and weights, zero terminal SNR, flow matching, and sampling, by diffusers."""
 
 from pathlib import Path
 
@@ -13,12 +13,14 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.diffusion.loss import TARGETS
+from sd_lora.diffusion.loss import TARGETS, target_of
 from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.errors import UsageError
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
 from tests.diffusion.items import losses_of
@@ -109,11 +111,35 @@ def test_zero_terminal_snr() -> None:
     assert styled[-1] == 0 < losses_of(out, x0, noise, T, ours)[-1]
 
 
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_diffusers(shift: float) -> None:
+    """At every timestep, pure noise included, x_t and the UNet's timestep are those of
+    FlowMatchEulerDiscreteScheduler, and the target is noise - x₀, as in diffusers' scripts for such
+    models; its step along the target from there to clean gives x₀. No SNR weights it."""
+    theirs = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    flow = {"prediction_type": "flow_prediction", "flow_shift": shift}
+    ours = NoiseSchedule.of(DDPMScheduler.from_config(vp("epsilon") | flow))
+    x0, noise, out = drawn()
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps.flip(0), rtol=1e-6, atol=1e-4)
+    want = theirs.scale_noise(x0, theirs.timesteps.flip(0), noise)
+    x_t = ours.add_noise(x0, noise, T)
+    torch.testing.assert_close(x_t, want, rtol=1e-5, atol=1e-6)
+    target = target_of(x0, noise, T, ours)
+    assert torch.equal(target, noise - x0)
+    torch.testing.assert_close(x_t - ours.sigma.view(-1, 1, 1, 1) * target, x0, rtol=0, atol=2e-6)
+    assert torch.equal(x_t[-1], noise[-1])
+    losses = losses_of(out.requires_grad_(), x0, noise, T, ours)
+    losses.sum().backward()
+    assert torch.isfinite(out.grad).all()
+    with pytest.raises(UsageError, match="leave out --snr_gamma"):
+        NoiseSchedule.of(DDPMScheduler.from_config(vp("epsilon") | flow), "min_snr", gamma=5.0)
+
+
 @torch.no_grad()
 def drawing(kind: str) -> DiffusionPipeline:
     """A pipeline that draws with contrast, heeding its text, and whose VAE knows one latent of an
     image: an inpainting pipeline draws one from it."""
-    pipeline = build_pipeline("sdxl" if kind == "edm" else kind)
+    pipeline = build_pipeline("sdxl" if kind in ("edm", "flow") else kind)
     torch.manual_seed(2)
     for name, parameter in pipeline.unet.named_parameters():
         parameter *= 3 if "attn2" in name or "conv_out" in name else 1
@@ -122,6 +148,8 @@ def drawing(kind: str) -> DiffusionPipeline:
     pipeline.vae.decoder.conv_out.weight *= 6
     pipeline.vae.quant_conv.weight[4:] = 0
     pipeline.vae.quant_conv.bias[4:] = -30
+    if kind == "flow":
+        pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     if kind == "edm":
         pipeline.register_modules(scheduler=EDMEulerScheduler(sigma_data=0.5))
         statistics = {"latents_mean": [-1.6, 1.1, 0.2, -0.1], "latents_std": [2.4, 1.9, 0.5, 1.7]}
@@ -129,11 +157,12 @@ def drawing(kind: str) -> DiffusionPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm"])
+@pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm", "flow"])
 def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     """An image of ours is that of diffusers' own pipeline with the same noise, guidance and
-    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR and EDM's formulation
-    included, and inpainting models that paint the whole image (mask white, strength 1)."""
+    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR, EDM's formulation and
+    flow matching included, and inpainting models that paint the whole image (mask white, strength
+    1)."""
     drawing(kind).save_pretrained(tmp_path)
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
@@ -151,7 +180,9 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     ours = list(drawn)
     cls = EDMDPMSolverMultistepScheduler if kind == "edm" else DPMSolverMultistepScheduler
     pipeline = pipeline_of(parts)
-    pipeline.scheduler = cls.from_config(parts.scheduler.config)
+    own = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    config = {"num_train_timesteps": 1000} | own if kind == "flow" else parts.scheduler.config
+    pipeline.scheduler = cls.from_config(config)
     noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]
     if "inpainting" in kind:
         random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -93,6 +93,30 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     assert (schedule.alpha[-1], schedule.prediction_type) == (0, "v_prediction")
 
 
+def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """An SDXL base is trained by flow matching where its scheduler says so, with its shift, or the
+    user does; other families are refused, and a shift without flow matching."""
+    given = {"prediction_type": "flow_prediction", "flow_shift": 6.0}
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
+    half = 6 * 0.5 / (1 + 5 * 0.5)
+    assert float(run.objective.schedule.sigma[499]) == pytest.approx(half)
+    assert run.summary.rows["objective"] == "flow_prediction, flow shift 6"
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "flow")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    scheduler.save_pretrained(folder / "scheduler")
+    told = prepare(text_to_image(folder, data, tmp_path))
+    assert torch.equal(told.objective.schedule.sigma, run.objective.schedule.sigma)
+    assert math.isfinite(loop.batch_loss(told, told.stream.batch(0), 0))
+    for base, options, message in [
+        ("sd1", given, "only those of Stable Diffusion XL"),
+        ("sdxl", {"flow_shift": 2.0}, "is no flow-matching model by its scheduler"),
+        ("sdxl", given | {"rescale_betas_zero_snr": True}, "leave out rescale_betas_zero_snr"),
+        ("sdxl", given | {"snr_gamma": 5.0}, "leave out --snr_gamma"),
+    ]:
+        with pytest.raises(sd_lora.UsageError, match=message):
+            prepare(text_to_image(tiny(base), data, tmp_path, **options))
+
+
 def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:
     """Ranks, alphas and learning rates of SDXL's two text encoders are their own."""
     options = {
