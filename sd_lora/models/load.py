@@ -38,6 +38,7 @@ from sd_lora.models.families import (
     refuse_task,
 )
 from sd_lora.models.meta_pipeline import PART_CLASSES, MetaPipeline
+from sd_lora.models.noise_scheduler import build_scheduler
 from sd_lora.models.single_file import SingleFile
 from sd_lora.models.vae import load_replacement, replacement_config, standard_config
 
@@ -300,58 +301,9 @@ class Base:
             hub = hub_options(self.options)
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
             config = dict(read_part("scheduler", self.name, read))
-        changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
-        if zero_terminal_snr is not None:
-            changes["rescale_betas_zero_snr"] = zero_terminal_snr
-        if changes.get("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr")):
-            changes["timestep_spacing"] = "trailing"  # sampling must start from the last step
-        kind = str(config.get("_class_name"))
-        edm = kind.startswith("EDM")
-        flow = not edm and is_flow(config | changes)
-        if not (edm or flow) and not {"beta_start", "trained_betas"} & config.keys():
-            raise UsageError(
-                f"the scheduler of {self.name} is a {kind}, which has no betas: a model made with "
-                "it is not a Stable Diffusion, and cannot be trained here"
-            )
-        if flow:
-            self._check_flow(zero_terminal_snr)
-            shift = flow_shift or config.get("flow_shift") or config.get("shift") or 1.0
-            changes |= {"prediction_type": FLOW, "use_flow_sigmas": True, "flow_shift": shift}
-        elif flow_shift is not None:
-            raise UsageError(
-                f"{self.name} is no flow-matching model by its scheduler, so flow_shift has no "
-                f"effect: leave it out, or give --prediction_type {FLOW} too"
-            )
-        if edm and zero_terminal_snr:
-            raise UsageError(
-                f"{self.name} is an EDM model, and its noise levels have no betas to rescale: "
-                "leave out rescale_betas_zero_snr"
-            )
-        cls = EDMEulerScheduler if edm else DDPMScheduler
-        return read_part("scheduler", self.name, partial(cls.from_config, config | changes))
-
-    def _check_flow(self, zero_terminal_snr: bool | None) -> None:
-        """Raise UsageError for a flow-matching model that cannot be trained."""
-        if FLOW not in self.family.architectures:
-            raise UsageError(
-                f"{self.name} is a flow-matching model of {self.family.label}: only those of "
-                "Stable Diffusion XL can be trained here"
-            )
-        if zero_terminal_snr:
-            raise UsageError(
-                f"{self.name} is a flow-matching model, and its noise levels have no betas to "
-                "rescale: leave out rescale_betas_zero_snr"
-            )
-
-
-FLOW = "flow_prediction"
-"""Prediction type of flow matching, by diffusers' name."""
-
-
-def is_flow(config: Mapping[str, Any]) -> bool:
-    """Whether a scheduler's configuration is one of flow matching."""
-    by_class = str(config.get("_class_name")).startswith("FlowMatch")
-    return by_class or config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
+        return build_scheduler(
+            self.name, self.family, config, prediction_type, zero_terminal_snr, flow_shift
+        )
 
 
 def find_base(

@@ -20,8 +20,9 @@ from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
-from sd_lora.models.load import FLOW, Parts
+from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.noise_scheduler import FLOW
 from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
