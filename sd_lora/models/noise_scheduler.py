@@ -68,7 +68,7 @@ def build_scheduler(
     elif flow_shift is not None:
         raise UsageError(
             f"{name} is no flow-matching model by its scheduler, so flow_shift has no "
-            f"effect: leave it out, or give --prediction_type {FLOW} too"
+            f"effect: leave it out, or give the prediction type {FLOW} too"
         )
     cls = EDMEulerScheduler if edm else DDPMScheduler
     return read_part("scheduler", name, partial(cls.from_config, {**config, **changes}))
