@@ -34,7 +34,7 @@ from sd_lora.data.cache.store import Store, digest_of
 from sd_lora.data.images.buckets import CropSettings
 from sd_lora.data.images.facts import content_digest, examine
 from sd_lora.data.sources.samples import Sample
-from sd_lora.diffusion.schedule import draw_noise
+from sd_lora.diffusion.noise import Noise
 
 IMAGES = {"2 Mpx": (1632, 1224), "12 Mpx": (4000, 3000)}
 LATENTS = {"SD1.5 512²": (4, 64, 64), "SDXL 1024²": (4, 128, 128)}
@@ -138,7 +138,7 @@ def of_the_loader(folder: Path) -> list[Task]:
 
         def draw(latents: Latents = latents, batch: Batch = batch) -> None:
             x0 = latents.latents(batch.items, batch.loaded).x0
-            draw_noise(x0.shape[1:], [item.address for item in batch.items])
+            Noise().draw(x0, [item.address for item in batch.items])
 
         tasks.append((f"latents and noise of {count} of {name} drawn", 1, draw))
     return tasks

@@ -9,6 +9,9 @@ import hashlib
 
 import torch
 
+Address = tuple[int | str, ...]
+"""Parts of a random seed: run seed, kind of item, position, …"""
+
 
 def seed_for(*address: int | str) -> int:
     """A 63-bit seed for an address, for example (run seed, "noise", position)."""

@@ -69,6 +69,20 @@ def set_strength(model: nn.Module, strength: float) -> None:
             layer.strength = float(strength)
 
 
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[nn.Module]:
+    """Let every adapted layer compute as the base within a `with` block."""
+    strengths = [(layer, layer.strength) for layer in adapted_layers(model).values()]
+    with unmerged(model):
+        for layer, _ in strengths:
+            layer.strength = 0.0
+        try:
+            yield model
+        finally:
+            for layer, strength in strengths:
+                layer.strength = strength
+
+
 def limit_norms(model: nn.Module, max_norm: float) -> int:
     """Scale every ΔW down to a Frobenius norm of at most `max_norm`.
 

@@ -71,6 +71,6 @@ def _why(other: Option, values: tuple[Any, ...] | None, theirs: Any) -> str:
         return f"without {other.name}"
     if other.kind == "bool":
         return f"with{'' if theirs else 'out'} {other.name}"
-    if len(values) == len(other.choices) - 1:  # all but one
+    if theirs is not None and len(values) == len(other.choices) - 1:  # all but one
         return f"with {other.name} {theirs}"
     return f"without {other.name} {' or '.join(map(str, values))}"

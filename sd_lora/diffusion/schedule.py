@@ -7,8 +7,8 @@ scaled input c_in·(x₀ + σε) is α x₀/σ_data + σ ε for some angle, and 
 velocity of x₀/σ_data, up to the sign.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
-from sd_lora.seeds import generator_for, seed_for
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class NoiseSchedule:
         cls,
         scheduler: DDPMScheduler | EDMEulerScheduler,
         weighting: str = "uniform",
-        **parameters: float,
+        **parameters: Any,
     ) -> "NoiseSchedule":
         """Read a scheduler's betas or sigmas.
 
@@ -54,16 +53,18 @@ class NoiseSchedule:
             parameters: of the weighting, e.g. gamma.
 
         Raises:
-            UsageError: a prediction type other than epsilon and v_prediction; epsilon with a
-                schedule that ends in pure noise, where the last step teaches nothing; a weighting
-                that EDM's formulation excludes.
+            UsageError: a prediction type other than epsilon, v_prediction and flow_prediction;
+                epsilon with a schedule that ends in pure noise, where the last step teaches
+                nothing; a weighting that EDM's formulation or flow matching excludes.
         """
         kind = scheduler.config.prediction_type
+        if kind == "flow_prediction" and not isinstance(scheduler, EDMEulerScheduler):
+            return cls._of_flow(scheduler, weighting, **parameters)
         if kind not in ("epsilon", "v_prediction"):
             raise UsageError(
-                f"the base model's scheduler has prediction_type {kind!r}; only epsilon and "
-                "v_prediction can be trained. If the scheduler is wrong, give the run the "
-                "right prediction type"
+                f"the base model's scheduler has prediction_type {kind!r}; only epsilon, "
+                "v_prediction and flow_prediction can be trained. If the scheduler is wrong, give "
+                "the run the right prediction type"
             )
         if isinstance(scheduler, EDMEulerScheduler):
             schedule = cls._of_edm(scheduler, kind)
@@ -102,10 +103,37 @@ class NoiseSchedule:
         target = "edm" if kind == "epsilon" else "v_prediction"
         return cls(alpha, sigma, target, timesteps, torch.ones_like(alpha), data_std=data_std)
 
-    def _weighted(self, weighting: str, **parameters: float) -> "NoiseSchedule":
+    @classmethod
+    def _of_flow(
+        cls, scheduler: DDPMScheduler, weighting: str, **parameters: Any
+    ) -> "NoiseSchedule":
+        """Flow matching: x_t = (1 − σ) x₀ + σ ε, and the UNet is told 1000·σ.
+
+        Esser et al. 2024, "Scaling Rectified Flow Transformers", section 2; the noise levels are
+        those of diffusers' FlowMatchEulerDiscreteScheduler.
+        """
+        if weighting not in ("uniform", "table"):
+            raise UsageError(
+                "the base model predicts flows, whose losses are weighted by no SNR: leave out "
+                f"{WEIGHTINGS[weighting].flag}"
+            )
+        num = scheduler.config.num_train_timesteps
+        shift = float(scheduler.config.get("flow_shift", 1.0))
+        u = torch.arange(1, num + 1, dtype=torch.float64) / num
+        sigma = shift * u / (1 + (shift - 1) * u)  # equation 23
+        alpha, timesteps = (1 - sigma).float(), (num * sigma).float()
+        schedule = cls(alpha, sigma.float(), "flow_prediction", timesteps, torch.ones_like(alpha))
+        return schedule._weighted(weighting, **parameters)
+
+    def _weighted(self, weighting: str, **parameters: Any) -> "NoiseSchedule":
         row = WEIGHTINGS[weighting]
         label = row.label.format(**parameters)
         return replace(self, weights=row.weights(self, **parameters), weighting=label)
+
+    @property
+    def zero_terminal_snr(self) -> bool:
+        """Whether rescaled betas end in pure noise; flows always end there."""
+        return self.prediction_type != "flow_prediction" and float(self.alpha[-1]) == 0
 
     def to(self, device: torch.device) -> "NoiseSchedule":
         """The same schedule on a device."""
@@ -131,31 +159,3 @@ class NoiseSchedule:
         """x_t, the UNet's input, of x0 and noise (B, C, H, W) and timesteps (B,)."""
         alpha, sigma = self.coefficients(t, x0.dim())
         return alpha * (x0 / self.data_std) + sigma * noise
-
-
-Address = tuple[int | str, ...]
-"""Parts of a random seed: run seed, kind of item, position, …"""
-
-
-def draw_noise(shape: Sequence[int], addresses: Sequence[Address], offset: float = 0.0) -> Tensor:
-    """Gaussian noise (B, C, H, W) on the CPU, each item a function of its address alone.
-
-    Args:
-        shape: of one item, (C, H, W).
-        addresses: one an item.
-        offset: strength of an added constant per channel ("offset noise", Guttenberg 2023).
-    """
-    items = []
-    for address in addresses:
-        generator = generator_for(*address, "noise")
-        noise = torch.randn(*shape, generator=generator)
-        if offset:
-            noise = noise + offset * torch.randn(shape[0], 1, 1, generator=generator)
-        items.append(noise)
-    return torch.stack(items)
-
-
-def draw_timesteps(addresses: Sequence[Address], last: int, first: int = 0) -> Tensor:
-    """Uniform timesteps (B,) in [first, last), each a function of its address alone."""
-    draws = [seed_for(*address, "timestep") % (last - first) for address in addresses]
-    return torch.tensor(draws) + first

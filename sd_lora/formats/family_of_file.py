@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from sd_lora.errors import UsageError
 from sd_lora.formats.canonical import Modules
 from sd_lora.formats.lora_file import LoRAFile
-from sd_lora.models.families import FAMILIES, Family, family_named
+from sd_lora.models.families import FAMILIES, SHORT_PREDICTIONS, Family, family_named
 
 _TEXT_WIDTHS = {768: None, 1024: "sd2", 1280: "sdxl"}  # CLIP-L is in SD1 and in SDXL
 
@@ -81,14 +81,15 @@ def family_by_header(header: Mapping[str, str]) -> Family | None:
 
 
 def prediction_type(header: Mapping[str, str], family: Family) -> str | None:
-    """ "v_prediction" or "epsilon" by a header; tensors do not show it. Without a key:
+    """A key of `SHORT_PREDICTIONS` by a header; tensors do not show it. Without one:
     `usual_prediction`.
     """
     version = header.get("ss_base_model_version", "")
     said = header.get("modelspec.prediction_type")
     if said == "v" or version in ("sd_v1_v", "sd_v2_v"):
         return "v_prediction"
-    return "epsilon" if said == "epsilon" else usual_prediction(family)
+    known = {short: kind for kind, short in SHORT_PREDICTIONS.items()}
+    return known.get(said or "", usual_prediction(family))
 
 
 def usual_prediction(family: Family) -> str | None:

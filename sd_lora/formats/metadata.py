@@ -15,7 +15,7 @@ from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY
 from sd_lora.formats import diffusers, kohya
 from sd_lora.formats.canonical import Adapter, each, file_rank
-from sd_lora.models.families import Family
+from sd_lora.models.families import SHORT_PREDICTIONS, Family
 
 OWN_KEY = "sd_lora"
 """Our own record (configuration, base model, images), as JSON."""
@@ -40,7 +40,7 @@ def build(
         adapter: the deltas to write.
         family: of Stable Diffusion; None for another model, with fewer keys.
         name: of the output, shown by model sites.
-        prediction_type: "epsilon" or "v_prediction"; None if unknown.
+        prediction_type: a key of `SHORT_PREDICTIONS`; None if unknown.
         extra: our own record, kept as JSON.
         facts: further keys (`ss_…`, `modelspec.…`), for example those of a converted file.
     """
@@ -55,7 +55,7 @@ def build(
             "ss_v2": str(family.name == "sd2"),
         }
         if prediction_type is not None:
-            short = "v" if prediction_type == "v_prediction" else "epsilon"
+            short = SHORT_PREDICTIONS[prediction_type]
             architecture = f"{family.architectures[prediction_type]}/lora"
             metadata |= {
                 "modelspec.architecture": architecture,

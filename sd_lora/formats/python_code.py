@@ -46,11 +46,15 @@ class PipelineCode:
             base = str(path.resolve())
         dtype, place = (self.dtype, '.to("cuda")') if self.gpu else ("float32", "")
         found = f"{base!r}, dtype=torch.{dtype}{_arguments(given)}"
-        code = ["import torch", f"from diffusers import {name}", ""]
+        kind, imported = "type(pipe.scheduler)", name
+        if "use_flow_sigmas" in self.scheduler:  # which few schedulers know
+            kind = "DPMSolverMultistepScheduler"
+            imported = f"{name}, {kind}"
+        code = ["import torch", f"from diffusers import {imported}", ""]
         code.append(f"pipe = {name}.{load}({found}){place}")
         if self.scheduler:
             changed = f"pipe.scheduler.config{_arguments(self.scheduler)}"
-            code.append(f"pipe.scheduler = type(pipe.scheduler).from_config({changed})")
+            code.append(f"pipe.scheduler = {kind}.from_config({changed})")
         code += loading
         if prompt is not None:
             drawn = f"pipe({prompt!r}{_arguments(arguments or {})})"

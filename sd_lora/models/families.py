@@ -6,6 +6,9 @@ from typing import Any
 
 from sd_lora.errors import UsageError
 
+SHORT_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
+"""Prediction type → its name in a LoRA file's header (ModelSpec knows the first two)."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -143,11 +146,12 @@ FAMILIES = {
         kohya_prefixes=_TWO_ENCODERS,
         original_names=True,
         text_encoders=("text_encoder", "text_encoder_2"),
-        base_versions={"epsilon": "sdxl_base_v1-0", "v_prediction": "sdxl_base_v1-0"},
-        architectures={
-            "epsilon": "stable-diffusion-xl-v1-base",
-            "v_prediction": "stable-diffusion-xl-v1-base",
-        },
+        base_versions=dict.fromkeys(
+            ("epsilon", "v_prediction", "flow_prediction"), "sdxl_base_v1-0"
+        ),
+        architectures=dict.fromkeys(
+            ("epsilon", "v_prediction", "flow_prediction"), "stable-diffusion-xl-v1-base"
+        ),
         penultimate=True,
         time_ids=("original_size", "crop", "target_size"),
     ),

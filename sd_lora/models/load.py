@@ -38,6 +38,7 @@ from sd_lora.models.families import (
     refuse_task,
 )
 from sd_lora.models.meta_pipeline import MetaPipeline, part_class
+from sd_lora.models.noise_scheduler import build_scheduler
 from sd_lora.models.single_file import SingleFile
 from sd_lora.models.vae import load_replacement, replacement_config, standard_config
 
@@ -176,6 +177,7 @@ class Base:
         vae_dtype: torch.dtype = torch.float32,
         tokenizer_name: str | None = None,
         zero_terminal_snr: bool | None = None,
+        flow_shift: float | None = None,
     ) -> Parts:
         """Read the parts. Text encoders are float32: each caption is encoded once, exactly.
 
@@ -184,11 +186,12 @@ class Base:
         tokenizer_name: folder or hub id of another tokenizer; a single file has none of its own.
         zero_terminal_snr: whether the betas are rescaled until the last step is pure noise; None:
             the model's own setting.
+        flow_shift: shift of a flow-matching model's noise levels; None: the scheduler's, or 1.
 
         Raises:
             UsageError: a part is missing or broken, or the scheduler is of another kind.
         """
-        scheduler = self._load_scheduler(zero_terminal_snr)
+        scheduler = self._load_scheduler(zero_terminal_snr, flow_shift)
         encoders = self.family.text_encoders
         tokenizers = {c: self._load_tokenizer(c, tokenizer_name) for c in encoders}
         # first, for the peak of memory: while it is read, its file's pages are mapped beside it
@@ -287,7 +290,9 @@ class Base:
         tokenizer.pad_token = zero if open_clip else tokenizer.eos_token
         return tokenizer
 
-    def _load_scheduler(self, zero_terminal_snr: bool | None) -> DDPMScheduler | EDMEulerScheduler:
+    def _load_scheduler(
+        self, zero_terminal_snr: bool | None, flow_shift: float | None
+    ) -> DDPMScheduler | EDMEulerScheduler:
         prediction_type = self.prediction_type
         if self.single:
             kind = prediction_type or self.single.prediction_type
@@ -302,26 +307,9 @@ class Base:
             hub = hub_options(self.options)
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
             config = dict(read_part("scheduler", self.name, read))
-        changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
-        if zero_terminal_snr is not None:
-            changes["rescale_betas_zero_snr"] = zero_terminal_snr
-        if changes.get("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr")):
-            changes["timestep_spacing"] = "trailing"  # sampling must start from the last step
-        kind = str(config.get("_class_name"))
-        edm = kind.startswith("EDM")
-        if not edm and not {"beta_start", "trained_betas"} & config.keys():
-            raise UsageError(
-                f"the scheduler of {self.name} is a {kind}, which has no betas: a model made with "
-                "it (by flow matching, for example) is not a Stable Diffusion, and cannot be "
-                "trained here"
-            )
-        if edm and zero_terminal_snr:
-            raise UsageError(
-                f"{self.name} is an EDM model, and its noise levels have no betas to rescale: "
-                "leave out rescale_betas_zero_snr"
-            )
-        cls = EDMEulerScheduler if edm else DDPMScheduler
-        return read_part("scheduler", self.name, partial(cls.from_config, config, **changes))
+        return build_scheduler(
+            self.name, self.family, config, prediction_type, zero_terminal_snr, flow_shift
+        )
 
 
 def find_base(

@@ -305,7 +305,11 @@ def used_captions(stream: Stream) -> list[Caption] | None:
         return stream.captions(MAX_CAPTIONS)
     used: dict[Caption, None] = {}
     for sample in samples:
-        used |= dict.fromkeys(longest_form(sample.captions, sample.source.rules))
+        captions = longest_form(sample.captions, sample.source.rules)
+        used |= dict.fromkeys(captions)
+        if stream.preservation:
+            rules = sample.source.rules
+            used |= {p: None for c in captions for p in stream.preservation.captions(c, rules)}
         if sample.source.rules.caption_dropout:
             used[None] = None
     return list(used)

@@ -247,7 +247,7 @@ def facts(run: Run, step: int) -> dict[str, str]:
     """
     config, plan = run.config, run.plan
     instances, crops = run.images.instances, run.images.crop_settings
-    last = run.timesteps[1]
+    last = run.objective.timesteps.last
     encoder = next((c for c in run.parts.family.text_encoders if c in run.models), None)
     values: dict[str, object] = {
         option.header: _shown(config, option, option.value_in_header(getattr(config, name)))
@@ -272,8 +272,8 @@ def facts(run: Run, step: int) -> dict[str, str]:
         "ss_random_crop": any(map(instances.is_random, range(len(instances.samples)))),
         "ss_bucket_info": json.dumps(_buckets(plan)) if crops.step else None,
         "ss_seed": plan.seed,
-        "ss_zero_terminal_snr": bool(run.schedule.alpha[-1] == 0),
-        "ss_max_timestep": last if last < run.schedule.num_timesteps else None,
+        "ss_zero_terminal_snr": run.objective.schedule.zero_terminal_snr,
+        "ss_max_timestep": last if last < run.objective.schedule.num_timesteps else None,
         "modelspec.resolution": f"{crops.resolution}x{crops.resolution}",
     }
     values["ss_tag_frequency"] = json.dumps(_tags(run), ensure_ascii=False)

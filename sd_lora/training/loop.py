@@ -13,10 +13,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
+from sd_lora.adapters.merging import switched_off
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
-from sd_lora.diffusion.loss import sample_losses, weighted_loss
-from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
+from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
 from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import disown
@@ -220,21 +220,39 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
 
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     """Loss of items of one size."""
-    config, schedule, device = run.config, run.schedule, run.accelerator.device
-    items = batch.items
+    objective, device = run.objective, run.accelerator.device
+    schedule, items = objective.schedule, batch.items
     addresses = [item.address for item in items]
     drawn = run.latents.latents(items, batch.loaded)
     x0 = drawn.x0  # (B, C, H, W)
-    noise = draw_noise(x0.shape[1:], addresses, config.noise_offset).to(device)
-    first, last = run.timesteps
-    t = draw_timesteps(addresses, last, first).to(device)
-    x_t = run.unet_input(schedule.add_noise(x0, noise, t), batch)
+    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
+    t = objective.timesteps.draw(addresses, [item.stratum for item in items]).to(device)
+    noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
+    x_t = run.unet_input(noisy, batch)
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    losses = sample_losses(prediction, x0, noise, t, schedule, drawn.mask)
+    target, mask = target_of(x0, noise, t, schedule), drawn.mask
+    preserved = torch.tensor([item.preserves for item in items], device=device)
+    if any(item.preserves for item in items):
+        part = batch.part([i for i, item in enumerate(items) if item.preserves])
+        target[preserved] = _base_answer(run, part, x_t[preserved], t[preserved], step)
+        mask = mask if mask is None else mask.masked_fill(preserved.view(-1, 1, 1, 1), 1.0)
+    losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
     weights = torch.tensor([item.weight for item in items], device=device)
     return weighted_loss(losses, weights, batch.loss_scale)
+
+
+@torch.no_grad()
+def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> Tensor:
+    """The base model's output for preserved items, float32: the adapter is switched off.
+
+    x_t: the UNet's input (B, C, H, W). t: timesteps (B,).
+    """
+    conditions = run.conditions(batch.items, step)
+    timesteps = run.objective.schedule.timesteps[t]
+    with switched_off(run.models["unet"]) as unet:
+        return unet(x_t, timesteps, **conditions.arguments()).sample.float()
 
 
 def agreed(run: Run, *wishes: bool) -> list[bool]:

@@ -18,12 +18,13 @@ from sd_lora.adapters.merging import limit_norms
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
-from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.noise_scheduler import FLOW
 from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
@@ -45,9 +46,9 @@ class Run:
 
     emit: tells an event to the listeners; does nothing on other processes than the main one.
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
-    component → model as Accelerate wrapped it, for those that learn. timesteps: the first trained
-    one, and the one after the last. text: captions → embeddings. meta_pipeline: the modules that
-    the LoRA is for. saved: the checkpoint to resume. start: the LoRA file to start from.
+    component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
+    meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume. start: the
+    LoRA file to start from.
     """
 
     plan: Plan
@@ -58,8 +59,7 @@ class Run:
     parts: Parts
     models: dict[str, nn.Module]
     prepared: dict[str, nn.Module]
-    schedule: NoiseSchedule
-    timesteps: tuple[int, int]
+    objective: Objective
     latents: Latents
     text: TextConditioning
     meta_pipeline: MetaPipeline
@@ -100,6 +100,10 @@ class Run:
     def given_noise_settings(self) -> dict[str, object]:
         """Settings of diffusers' scheduler that the options say, in place of the base's own."""
         settings: dict[str, object] = {}
+        if self.prediction_type == FLOW:  # also for a folder, whose own scheduler no pipeline takes
+            scheduler: Any = self.parts.scheduler
+            names = ("prediction_type", "use_flow_sigmas", "flow_shift")
+            return {name: scheduler.config[name] for name in names}
         if self.config.prediction_type:
             settings["prediction_type"] = self.prediction_type
         if self.config.rescale_betas_zero_snr:

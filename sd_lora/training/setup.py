@@ -11,9 +11,14 @@ from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
+from sd_lora.diffusion.loss import Loss
+from sd_lora.diffusion.noise import Noise
+from sd_lora.diffusion.objective import Objective
 from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.folders import own
@@ -87,7 +92,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
     parts = _load(checked.base, resolved, accelerator)
-    schedule, timesteps = _objective(resolved, parts)
+    objective = _objective(resolved, parts)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(resolved, parts.family, parts.models, seed)
@@ -116,6 +121,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         latents.table,
         plan.num_micro_batches,
         resolved.prior_loss_weight,
+        _preservation(resolved, images),
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
@@ -134,8 +140,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         parts=parts,
         models=models,
         prepared=prepared,
-        schedule=schedule.to(accelerator.device),
-        timesteps=timesteps,
+        objective=objective.to(accelerator.device),
         latents=latents,
         text=text,
         meta_pipeline=meta_pipeline,
@@ -195,11 +200,41 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     )
 
 
-def _objective(config: RunConfig, parts: Parts) -> tuple[NoiseSchedule, tuple[int, int]]:
-    """The noise schedule, and the trained timesteps: the first one, and the one after the last."""
+def _objective(config: RunConfig, parts: Parts) -> Objective:
+    """Noise levels, timesteps, noise and loss."""
     weighting, parameters = config.weighting
     schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
-    return schedule, _timesteps(config, parts, schedule)
+    first, last = _trained_timesteps(config, parts, schedule)
+    return Objective(
+        schedule,
+        Timesteps(
+            first,
+            last,
+            *config.timestep_distribution,
+            config.timestep_shift,
+            config.stratified_timesteps,
+        ),
+        Noise(**config.noise),
+        Loss.of(schedule, *config.loss),
+    )
+
+
+def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:
+    """The captions that are preserved beside the instances; None without.
+
+    Raises:
+        UsageError: a class word for captions without a trigger word that it could replace.
+    """
+    if not config.output_preservation:
+        return None
+    sources = {s.source.where: s.source.rules for s in images.instances.samples}
+    without = [where for where, rules in sources.items() if not rules.trigger_word]
+    if config.preservation_class and without:
+        raise UsageError(
+            "preservation_class takes the place of the trigger word in captions, and "
+            f"{without[0]} has no trigger_word: give it, or --output_preservation blank"
+        )
+    return Preservation(config.preservation_class, config.preservation_weight)
 
 
 def _text_conditioning(
@@ -223,6 +258,7 @@ def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
         vae_dtype=DTYPES[config.vae_precision],
         tokenizer_name=config.tokenizer_name,
         zero_terminal_snr=config.rescale_betas_zero_snr,
+        flow_shift=config.flow_shift,
     )
 
 
@@ -246,7 +282,7 @@ def _cache_embeddings(
         text.free_encoders()
 
 
-def _timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
+def _trained_timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
     """The first timestep that is trained, and the one after the last."""
     num = schedule.num_timesteps
     last = config.max_timestep or min(num, parts.family.max_timestep or num)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.data.batches.stream import Batch
-from sd_lora.diffusion.schedule import draw_timesteps
 from sd_lora.errors import RunError
 from sd_lora.findings import Finding
 from sd_lora.report.events import Warned
@@ -29,13 +28,14 @@ BatchLoss = Callable[[Run, Batch, int], Tensor]
 
 def images_of(run: Run, step: int) -> str:
     """The images of a step on this process, with captions and timesteps, for messages."""
-    epochs, (first, last) = run.plan.epochs, run.timesteps
+    epochs, timesteps = run.plan.epochs, run.objective.timesteps
     named: list[str] = []
     number = 0
     for micro in range(epochs.first_of_step(step - 1), epochs.first_of_step(step)):
         items = run.stream.items_of(micro)
         number += len(items)
-        drawn = draw_timesteps([item.address for item in items], last, first).tolist()
+        strata = [item.stratum for item in items]
+        drawn = timesteps.draw([item.address for item in items], strata).tolist()
         for item, t in list(zip(items, drawn, strict=True))[: MOST_NAMED - len(named)]:
             name = run.stream.sets[item.kind].samples[item.index].name
             named.append(f"{name} ({item.caption!r}, timestep {t})")

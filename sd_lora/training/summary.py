@@ -33,7 +33,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= planned | caches.rows
     given = {row: texts for row, texts in given_options(config).items() if row not in planned}
     rows["method"] = ", ".join([config.method_text, *given.pop("method", [])])
-    objective = [objective_of(run), *given.pop("objective", [])]
+    objective = [run.objective.text, *given.pop("objective", [])]
     ranks = {c: config.rank_and_alpha_of(c)[0] for c in run.models}
     if len({*ranks.values()}) > 1:
         del ranks["unet"]
@@ -65,13 +65,15 @@ def data_rows(plan: Plan, images: RunImages) -> dict[str, str]:
         rows["images"] += f", and {images.num_class_images} of the class"
     if images.classes or plan.config.class_images:
         rows["batch"] += ", as many class images on top"
+    if plan.config.output_preservation:
+        rows["batch"] += ", and each once more with its preserved caption"
     return rows
 
 
 def _notes(run: Run) -> list[str]:
     """Hints about options without effect, and work that no cache can save."""
     notes = []
-    if run.config.do_edm_style_training and not run.schedule.weighting:
+    if run.config.do_edm_style_training and not run.objective.schedule.weighting:
         notes.append("do_edm_style_training changes nothing for a model that predicts epsilon")
     if not can_generate_images(run.parts.family):
         notes.append(
@@ -104,18 +106,6 @@ def _text_rows(run: Run) -> dict[str, str]:
     if stops:
         rows["stop early"] = ", ".join(f"{name} after step {step}" for name, step in stops.items())
     return rows
-
-
-def objective_of(run: Run) -> str:
-    """The objective as a line: "v_prediction, zero terminal SNR, min-SNR γ 5, …"."""
-    schedule = run.schedule
-    words = [schedule.prediction_type]
-    words += ["zero terminal SNR"] if schedule.alpha[-1] == 0 else []
-    words += [schedule.weighting] if schedule.weighting else []
-    first, last = run.timesteps
-    if (first, last) != (0, schedule.num_timesteps):
-        words.append(f"timesteps {first} to {last - 1}")
-    return ", ".join(words)
 
 
 def files_of(

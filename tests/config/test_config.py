@@ -217,6 +217,21 @@ def test_every_unique_prefix_of_the_scripts_carries_over(script: str) -> None:
         (["--train_text_encoder", "--text_encoder_rank", "0"], "trains no text encoder"),
         (["--do_edm_style_training", "--snr_gamma", "5"], "training excludes --snr_gamma"),
         (
+            ["--p2_gamma", "1", "--debiased_estimation_loss"],
+            "--p2_gamma excludes --debiased_estimation_loss: each weights the losses",
+        ),
+        (["--logit_mean", "1"], "has no effect without --timestep_sampling logit_normal"),
+        (["--huber_c", "1"], "has no effect without --loss_type huber or smooth_l1"),
+        (["--adaptive_noise_scale", "1"], "has no effect without --noise_offset"),
+        (["--unmasked_weight", "0.1"], "unmasked_weight has no effect without masks"),
+        (["--output_preservation", "class"], "needs --preservation_class, a word for the class"),
+        (["--preservation_class", "dog"], "has no effect without --output_preservation class"),
+        (
+            ["--output_preservation", "blank", "--train_text_encoder"],
+            "output_preservation needs text encoders that do not learn",
+        ),
+        (["--loss_weights_file", "nowhere.csv"], "nowhere.csv cannot be read: No such file"),
+        (
             ["--resolutions", "64", "64"],
             "resolutions must be whole numbers of at least 1, each once",
         ),
@@ -247,6 +262,35 @@ def test_mistakes_on_the_command_line(words: list[str], message: str) -> None:
     with pytest.raises(UsageError) as error:
         parse([*T2I, *words], A)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("timestep,weight\n500, 0.5\n\n0,1\n", [(0, 1), (500, 0.5)]),
+        ("0,1", [(0, 1)]),
+        ("0;1", "line 1 is no timestep,weight: '0;1'"),
+        ("0,1\n5,x", "line 2 is no timestep,weight: '5,x'"),
+        ("0,1\n5,-1", "line 2 has a number below 0"),
+        ("0,1\n5,nan", "line 2 has a number below 0, or none"),
+        ("0,1\n0,2", "line 2 has timestep 0 a second time"),
+        ("0,0", "has no weight above 0"),
+        ("", "has no weight above 0"),
+    ],
+)
+def test_a_file_of_loss_weights(text: str, wanted: object, tmp_path: Path) -> None:
+    """Lines of timestep,weight, with or without a first line of names, are points by timestep;
+    other lines are told by their number."""
+    file = tmp_path / "w.csv"
+    file.write_text(text)
+    words = [*T2I, "--loss_weights_file", str(file)]
+    if isinstance(wanted, str):
+        with pytest.raises(UsageError) as error:
+            parse(words)
+        assert f"{file} {wanted}" in str(error.value)
+    else:
+        name, parameters = parse(words).weighting
+        assert (name, parameters) == ("table", {"points": wanted, "file": "w.csv"})
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_rows_are_whole() -> None:
         if option.default is not None and option.choices:
             assert option.default in option.choices, name
     headers = [option.header for option in OPTIONS.values() if option.header]
-    assert len(set(headers)) == len(headers) == 22
+    assert len(set(headers)) == len(headers) == 30
 
 
 def test_five_mistakes_in_a_file_are_told_at_once(

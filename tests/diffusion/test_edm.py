@@ -1,4 +1,4 @@
-"""EDM's formulation, EDM-style weights, zero terminal SNR, and sampling, against diffusers."""
+"""EDM's formulation and weights, zero terminal SNR, flow matching, and sampling, by diffusers."""
 
 from pathlib import Path
 
@@ -13,14 +13,17 @@ from diffusers import (
     EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.diffusion.loss import TARGETS, sample_losses
+from sd_lora.diffusion.loss import TARGETS, target_of
 from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.errors import UsageError
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
+from tests.diffusion.items import losses_of
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
 T = torch.arange(1000)
@@ -61,7 +64,7 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
     torch.testing.assert_close(denoised, x0, rtol=0, atol=2e-5)
     denoised = scheduler.precondition_outputs(noisy, out, sigma)
     want = (denoised - x0).square().mean([1, 2, 3])
-    torch.testing.assert_close(sample_losses(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(losses_of(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
     assert sigma[0] < 0.01
     assert sigma[-1] == 80
 
@@ -81,7 +84,7 @@ def test_edm_style_weights_are_the_scripts(kind: str) -> None:
     if kind == "v_prediction":
         denoised = noisy / (sigma**2 + 1) - out * sigma / (sigma**2 + 1).sqrt()
     want = ((denoised - x0) ** 2 / sigma**2).mean([1, 2, 3])
-    torch.testing.assert_close(sample_losses(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
+    torch.testing.assert_close(losses_of(out, x0, noise, T, ours), want, rtol=1e-3, atol=1e-9)
     plain = NoiseSchedule.of(DDPMScheduler(**vp(kind)))
     assert torch.equal(plain.weights, torch.ones(1000))
     assert torch.equal(ours.weights == 1, torch.full((1000,), kind == "epsilon"))
@@ -96,23 +99,47 @@ def test_zero_terminal_snr() -> None:
     want = scheduler.add_noise(x0, noise, T)
     torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
     velocity = scheduler.get_velocity(x0, noise, T)
-    assert sample_losses(velocity, x0, noise, T, ours).max() < 1e-10
+    assert losses_of(velocity, x0, noise, T, ours).max() < 1e-10
     assert torch.equal(ours.add_noise(x0, noise, T)[-1], noise[-1])
     assert torch.equal(TARGETS["v_prediction"](x0, noise, *ours.coefficients(T))[-1], -x0[-1])
     min_snr = NoiseSchedule.of(scheduler, "min_snr", gamma=5.0)
-    weighted = sample_losses(out, x0, noise, T, min_snr)
+    weighted = losses_of(out, x0, noise, T, min_snr)
     assert torch.isfinite(weighted).all()
     assert weighted[-1] == 0 < weighted[:-1].min()
-    styled = sample_losses(out, x0, noise, T, NoiseSchedule.of(scheduler, "edm_style"))
+    styled = losses_of(out, x0, noise, T, NoiseSchedule.of(scheduler, "edm_style"))
     assert torch.isfinite(styled).all()
-    assert styled[-1] == 0 < sample_losses(out, x0, noise, T, ours)[-1]
+    assert styled[-1] == 0 < losses_of(out, x0, noise, T, ours)[-1]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_matching_is_diffusers(shift: float) -> None:
+    """At every timestep, pure noise included, x_t and the UNet's timestep are those of
+    FlowMatchEulerDiscreteScheduler, and the target is noise - x₀, as in diffusers' scripts for such
+    models; its step along the target from there to clean gives x₀. No SNR weights it."""
+    theirs = FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    flow = {"prediction_type": "flow_prediction", "flow_shift": shift}
+    ours = NoiseSchedule.of(DDPMScheduler.from_config(vp("epsilon") | flow))
+    x0, noise, out = drawn()
+    torch.testing.assert_close(ours.timesteps, theirs.timesteps.flip(0), rtol=1e-6, atol=1e-4)
+    want = theirs.scale_noise(x0, theirs.timesteps.flip(0), noise)
+    x_t = ours.add_noise(x0, noise, T)
+    torch.testing.assert_close(x_t, want, rtol=1e-5, atol=1e-6)
+    target = target_of(x0, noise, T, ours)
+    assert torch.equal(target, noise - x0)
+    torch.testing.assert_close(x_t - ours.sigma.view(-1, 1, 1, 1) * target, x0, rtol=0, atol=2e-6)
+    assert torch.equal(x_t[-1], noise[-1])
+    losses = losses_of(out.requires_grad_(), x0, noise, T, ours)
+    losses.sum().backward()
+    assert torch.isfinite(out.grad).all()
+    with pytest.raises(UsageError, match="leave out --snr_gamma"):
+        NoiseSchedule.of(DDPMScheduler.from_config(vp("epsilon") | flow), "min_snr", gamma=5.0)
 
 
 @torch.no_grad()
 def drawing(kind: str) -> DiffusionPipeline:
     """A pipeline that draws with contrast, heeding its text, and whose VAE knows one latent of an
     image: an inpainting pipeline draws one from it."""
-    pipeline = build_pipeline("sdxl" if kind == "edm" else kind)
+    pipeline = build_pipeline("sdxl" if kind in ("edm", "flow") else kind)
     torch.manual_seed(2)
     for name, parameter in pipeline.unet.named_parameters():
         parameter *= 3 if "attn2" in name or "conv_out" in name else 1
@@ -121,6 +148,8 @@ def drawing(kind: str) -> DiffusionPipeline:
     pipeline.vae.decoder.conv_out.weight *= 6
     pipeline.vae.quant_conv.weight[4:] = 0
     pipeline.vae.quant_conv.bias[4:] = -30
+    if kind == "flow":
+        pipeline.register_modules(scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0))
     if kind == "edm":
         pipeline.register_modules(scheduler=EDMEulerScheduler(sigma_data=0.5))
         statistics = {"latents_mean": [-1.6, 1.1, 0.2, -0.1], "latents_std": [2.4, 1.9, 0.5, 1.7]}
@@ -128,11 +157,12 @@ def drawing(kind: str) -> DiffusionPipeline:
     return pipeline
 
 
-@pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm"])
+@pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm", "flow"])
 def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     """An image of ours is that of diffusers' own pipeline with the same noise, guidance and
-    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR and EDM's formulation
-    included, and inpainting models that paint the whole image (mask white, strength 1)."""
+    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR, EDM's formulation and
+    flow matching included, and inpainting models that paint the whole image (mask white, strength
+    1)."""
     drawing(kind).save_pretrained(tmp_path)
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
@@ -150,7 +180,9 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     ours = list(drawn)
     cls = EDMDPMSolverMultistepScheduler if kind == "edm" else DPMSolverMultistepScheduler
     pipeline = pipeline_of(parts)
-    pipeline.scheduler = cls.from_config(parts.scheduler.config)
+    own = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    config = {"num_train_timesteps": 1000} | own if kind == "flow" else parts.scheduler.config
+    pipeline.scheduler = cls.from_config(config)
     noise = [torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(s)) for s in seeds]
     if "inpainting" in kind:
         random = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)

@@ -5,10 +5,11 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
 
-from sd_lora.diffusion.loss import sample_losses, weighted_loss
-from sd_lora.diffusion.schedule import NoiseSchedule, draw_noise, draw_timesteps
+from sd_lora.diffusion.loss import weighted_loss
+from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
+from tests.diffusion.items import losses_of
 from tests.tiny import build_pipeline
 
 T = torch.tensor([0, 1, 250, 500, 998, 999])
@@ -36,9 +37,9 @@ def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
     torch.testing.assert_close(schedule.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
     v = scheduler.get_velocity(x0, noise, T)
     schedule = predicting("v_prediction", scheduler)
-    assert sample_losses(v, x0, noise, T, schedule).max() < 1e-10
+    assert losses_of(v, x0, noise, T, schedule).max() < 1e-10
     schedule = predicting("epsilon", scheduler)
-    assert torch.equal(sample_losses(noise, x0, noise, T, schedule), torch.zeros(len(T)))
+    assert torch.equal(losses_of(noise, x0, noise, T, schedule), torch.zeros(len(T)))
 
 
 def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
@@ -59,6 +60,55 @@ def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:
         torch.testing.assert_close(weights, want, rtol=1e-4, atol=1e-6)
 
 
+OTHERS = {
+    # weighting → parameters, weight of ε's error by SNR
+    "min_snr": ({"gamma": 5.0}, lambda snr: torch.where(snr > 5, 5 / snr, 1.0)),
+    "soft_min_snr": ({"gamma": 4.0}, lambda snr: 4 / (snr + 4)),
+    "debiased": ({}, lambda snr: snr**-0.5),
+    "p2": ({"gamma": 0.5}, lambda snr: (1 + snr) ** -0.5),
+}
+
+
+@pytest.mark.parametrize("weighting", OTHERS)
+def test_weightings_are_one_objective_for_both_predictions(
+    weighting: str, scheduler: DDPMScheduler
+) -> None:
+    """At the first, middle and last timestep the weights of epsilon are the paper's, to 1e-6, and
+    those of v weight the same error alike: of a guess of x₀, ‖ε − ε̂‖² and ‖v − v̂‖² times their
+    weights are equal."""
+    parameters, of_epsilon = OTHERS[weighting]
+    snr = compute_snr(scheduler, T).double()
+    of_noise = predicting("epsilon", scheduler, weighting, **parameters)
+    wanted = of_epsilon(snr)
+    torch.testing.assert_close(of_noise.weights[T].double(), wanted, rtol=2e-5, atol=1e-6)
+    of_v = predicting("v_prediction", scheduler, weighting, **parameters)
+    x0, noise, guess = torch.randn(3, len(T), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = of_v.coefficients(T)
+    x_t = alpha * x0 + sigma * noise
+    epsilon = (x_t - alpha * guess) / sigma
+    v = alpha * epsilon - sigma * guess
+    ours = losses_of(v, x0, noise, T, of_v)
+    torch.testing.assert_close(ours, losses_of(epsilon, x0, noise, T, of_noise), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("weighting", OTHERS)
+def test_weights_are_finite_at_zero_snr(weighting: str) -> None:
+    """With zero terminal SNR all weights of v are finite, and 0 in pure noise."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    scheduler = DDPMScheduler(**betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    weights = NoiseSchedule.of(scheduler, weighting, **OTHERS[weighting][0]).weights
+    assert torch.isfinite(weights).all()
+    assert weights[-1] == 0 < weights[:-1].min()
+
+
+def test_a_table_of_weights(scheduler: DDPMScheduler) -> None:
+    """Weights of a table lie on straight lines between its points, and level beyond them."""
+    points = [(100.0, 2.0), (300.0, 1.0), (500.0, 0.0)]
+    schedule = predicting("epsilon", scheduler, "table", points=points, file="w.csv")
+    assert schedule.weights[[0, 100, 200, 400, 500, 999]].tolist() == [2, 2, 1.5, 0.5, 0, 0]
+    assert schedule.weighting == "weights of w.csv"
+
+
 @pytest.mark.parametrize(("kind", "limit"), [("epsilon", 1), ("v_prediction", 0)])
 def test_min_snr_weights_at_zero_snr(kind: str, limit: float) -> None:
     """At zero terminal SNR the weights are finite: their limits."""
@@ -77,8 +127,8 @@ def test_a_weighting_multiplies_the_losses(
     plain = NoiseSchedule.of(scheduler)
     given = {"gamma": 5.0} if weighting == "min_snr" else {}
     schedule = NoiseSchedule.of(scheduler, weighting, **given)
-    want = sample_losses(out, x0, noise, T, plain) * schedule.weights[T]
-    assert torch.equal(sample_losses(out, x0, noise, T, schedule), want)
+    want = losses_of(out, x0, noise, T, plain) * schedule.weights[T]
+    assert torch.equal(losses_of(out, x0, noise, T, schedule), want)
     assert schedule.weighting == label
 
 
@@ -99,28 +149,3 @@ def test_prior_preservation_is_the_two_chunk_formula() -> None:
     weights = torch.tensor([1.0] * 4 + [0.3] * 4)
     want = losses[:4].mean() + 0.3 * losses[4:].mean()
     torch.testing.assert_close(weighted_loss(losses, weights, 1 / 4), want)
-
-
-def test_draws_are_functions_of_their_address() -> None:
-    """An item's noise and timestep do not depend on its batch; other addresses differ; the noise
-    is standard normal and the timesteps cover the range."""
-    a, b = (0, "instance", "position", 3), (0, "instance", "position", 4)
-    both = draw_noise((4, 8, 8), [a, b])
-    assert torch.equal(draw_noise((4, 8, 8), [b])[0], both[1])
-    assert not torch.equal(both[0], both[1])
-    many = draw_noise((4, 32, 32), [(0, i) for i in range(64)])
-    assert abs(float(many.mean())) < 0.01
-    assert abs(float(many.std()) - 1) < 0.01
-    t = draw_timesteps([(0, i) for i in range(5000)], 1000)
-    assert t.min() < 10
-    assert t.max() > 989
-    assert abs(float(t.float().mean()) - 499.5) < 15
-
-
-def test_noise_offset_adds_a_constant_per_channel() -> None:
-    """Offset noise is the plain noise plus strength × one normal draw a channel."""
-    address = [(0, "x")]
-    plain, offset = draw_noise((4, 8, 8), address), draw_noise((4, 8, 8), address, offset=0.1)
-    difference = (offset - plain).flatten(2)
-    assert torch.allclose(difference, difference[..., :1], atol=1e-6)
-    assert 0.02 < difference[..., 0].std() < 0.3

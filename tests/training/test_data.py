@@ -1,5 +1,6 @@
 """The data of whole runs: caches change nothing, nothing is lost, what is said is what is done."""
 
+import dataclasses
 import json
 import os
 import re
@@ -584,7 +585,8 @@ def test_several_sources(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
 
 def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
     """With alpha_mask what is transparent does not count: the loss is the mean over opaque latents,
-    whatever lies in the others; with no opacity given nothing changes."""
+    whatever lies in the others, or counts a quarter with an unmasked weight of 1/4; with no opacity
+    given nothing changes."""
     folder = tmp_path / "images"
     folder.mkdir()
     left = Image.new("L", (64, 64), 0)
@@ -604,6 +606,10 @@ def test_masks_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
         masked = loop.batch_loss(run, batch, 0)
         assert errors(run).mean() != masked
         torch.testing.assert_close(masked, errors(run)[..., :4].mean())
+        less = dataclasses.replace(run.objective.loss, unmasked_weight=0.25)
+        run.objective = dataclasses.replace(run.objective, loss=less)
+        inside, outside = errors(run)[..., :4].mean(), errors(run)[..., 4:].mean()
+        torch.testing.assert_close(loop.batch_loss(run, batch, 0), (4 * inside + outside) / 5)
     plain = prepare(run_of(tiny_sd1, folder, tmp_path / "plain", **options))
     batch = plain.stream.batch(0)
     assert plain.latents.latents(batch.items, batch.loaded).mask is None
@@ -657,15 +663,14 @@ def test_mask_files_weigh_the_loss(tiny_sd1: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 def errors(run: Run) -> torch.Tensor:
     """The squared errors of the first batch, one by one."""
-    from sd_lora.diffusion.schedule import draw_noise, draw_timesteps
-
+    objective = run.objective
     batch = run.stream.batch(0)
     addresses = [item.address for item in batch.items]
     x0 = run.latents.latents(batch.items, batch.loaded).x0
-    noise, t = draw_noise(x0.shape[1:], addresses), draw_timesteps(addresses, 1000)
-    x_t = run.unet_input(run.schedule.add_noise(x0, noise, t), batch)
+    noise, t = objective.noise.draw(x0, addresses), objective.timesteps.draw(addresses)
+    x_t = run.unet_input(objective.schedule.add_noise(x0, noise, t), batch)
     arguments = run.conditions(batch.items, 0).arguments()
-    prediction = run.prepared["unet"](x_t, run.schedule.timesteps[t], **arguments).sample
+    prediction = run.prepared["unet"](x_t, objective.schedule.timesteps[t], **arguments).sample
     return (prediction - noise).square()
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.images.decode import decode_with_mask
-from sd_lora.diffusion.schedule import draw_timesteps
+from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.seeds import generator_for
 from sd_lora.training import loop
 from sd_lora.training.setup import Run, prepare
@@ -130,7 +130,7 @@ class Fed:
             x0 = (x0 - mean) * pipeline.vae.config.scaling_factor / std
         noise = torch.stack(draws["noise"])
         noise += run.config.noise_offset * torch.stack(draws["offset"])  # A 866-870
-        t = draw_timesteps([item.address for item in items], 1000)
+        t = Timesteps(0, 1000).draw([item.address for item in items])
         return cls(pipeline, [str(s.caption) for s in items], sizes, corners, x0, noise, t)
 
     def scheduler(self, cls: type, **changes: object) -> DDPMScheduler:

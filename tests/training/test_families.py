@@ -85,16 +85,41 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     """The schedule ends in pure noise where the model's scheduler says so or the user does; for a
     model that predicts noise that is refused."""
     run = prepare(text_to_image(tiny("sdxl-v"), data, tmp_path))
-    assert run.schedule.alpha[-1] == 0
+    assert run.objective.schedule.alpha[-1] == 0
     assert "zero terminal SNR" in run.summary.rows["objective"]
-    assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).schedule.alpha[-1] > 0
+    assert prepare(text_to_image(tiny("sd2"), data, tmp_path)).objective.schedule.alpha[-1] > 0
     asked = text_to_image(tiny("sd2"), data, tmp_path, rescale_betas_zero_snr=True)
-    assert prepare(asked).schedule.alpha[-1] == 0
+    assert prepare(asked).objective.schedule.alpha[-1] == 0
     with pytest.raises(sd_lora.UsageError, match="Use zero terminal SNR with v_prediction"):
         prepare(text_to_image(tiny("sdxl"), data, tmp_path, rescale_betas_zero_snr=True))
     given = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
-    assert (run.schedule.alpha[-1], run.schedule.prediction_type) == (0, "v_prediction")
+    schedule = run.objective.schedule
+    assert (schedule.alpha[-1], schedule.prediction_type) == (0, "v_prediction")
+
+
+def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """An SDXL base is trained by flow matching where its scheduler says so, with its shift, or the
+    user does; other families are refused, and a shift without flow matching."""
+    given = {"prediction_type": "flow_prediction", "flow_shift": 6.0}
+    run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
+    half = 6 * 0.5 / (1 + 5 * 0.5)
+    assert float(run.objective.schedule.sigma[499]) == pytest.approx(half)
+    assert run.summary.rows["objective"] == "flow_prediction, flow shift 6"
+    folder = shutil.copytree(tiny("sdxl"), tmp_path / "flow")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=6.0)
+    scheduler.save_pretrained(folder / "scheduler")
+    told = prepare(text_to_image(folder, data, tmp_path))
+    assert torch.equal(told.objective.schedule.sigma, run.objective.schedule.sigma)
+    assert math.isfinite(loop.batch_loss(told, told.stream.batch(0), 0))
+    for base, options, message in [
+        ("sd1", given, "only those of Stable Diffusion XL"),
+        ("sdxl", {"flow_shift": 2.0}, "is no flow-matching model by its scheduler"),
+        ("sdxl", given | {"rescale_betas_zero_snr": True}, "leave out rescale_betas_zero_snr"),
+        ("sdxl", given | {"snr_gamma": 5.0}, "leave out --snr_gamma"),
+    ]:
+        with pytest.raises(sd_lora.UsageError, match=message):
+            prepare(text_to_image(tiny(base), data, tmp_path, **options))
 
 
 def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:
@@ -198,7 +223,8 @@ def test_timesteps_are_those_that_the_user_and_the_family_have(
     """The refiner learns its first 200 timesteps; min and max bound them; impossible ones are
     refused."""
     run = prepare(text_to_image(tiny("refiner"), data, tmp_path))
-    assert run.timesteps == (0, 200)
+    timesteps = run.objective.timesteps
+    assert (timesteps.first, timesteps.last) == (0, 200)
     bounds = {"min_timestep": 300, "max_timestep": 400}
     run = prepare(text_to_image(tiny("sd1"), data, tmp_path, **bounds))
     told = []
@@ -344,7 +370,7 @@ def test_the_schedule_of_a_zero_snr_base_can_be_undone(
 ) -> None:
     """--no-rescale_betas_zero_snr overrules the base's scheduler."""
     config = text_to_image(tiny("sdxl-v"), data, tmp_path, rescale_betas_zero_snr=False)
-    assert prepare(config).schedule.alpha[-1] > 0
+    assert prepare(config).objective.schedule.alpha[-1] > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 
 import sd_lora
-from sd_lora.diffusion.schedule import draw_timesteps
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
@@ -127,7 +126,8 @@ def test_the_files_are_what_was_trained(
 @pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
 def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
-    random crops and flips, dropout, accumulation, a schedule, and prior preservation."""
+    random crops and flips, dropout, accumulation, a schedule, prior preservation, and every change
+    of noise, timesteps and loss."""
     wide = images(tmp_path / "wide", 5, (96, 64))
     options: dict = {
         "checkpointing_steps": 3,
@@ -140,7 +140,13 @@ def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path
     }
     if mode == "text_to_image":
         make = text_to_image
-        options["random_flip"] = True
+        options |= {
+            "random_flip": True, "timestep_sampling": "logit_normal", "timestep_shift": 1.5,
+            "stratified_timesteps": True, "loss_type": "huber", "soft_min_snr_gamma": 4.0,
+            "noise_offset": 0.1, "noise_offset_random_strength": True,
+            "adaptive_noise_scale": 0.1, "multires_noise_iterations": 4,
+            "input_perturbation": 0.1, "immiscible_noise": 3,
+        }  # fmt: skip
     else:
         make = dreambooth
         options |= {
@@ -171,8 +177,9 @@ def test_caching_does_not_change_the_run(tiny_sd1: Path, data: Path, tmp_path: P
 
 
 def test_accumulation_is_a_larger_batch(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Batch 4 equals batch 2 × 2 accumulation: the same samples, noise, schedule and mean."""
-    options = {"lr_scheduler": "linear", "lr_warmup_steps": 2}
+    """Batch 4 equals batch 2 × 2 accumulation: the same samples, noise, timesteps, also stratified
+    ones, schedule and mean."""
+    options = {"lr_scheduler": "linear", "lr_warmup_steps": 2, "stratified_timesteps": True}
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
     sd_lora.train(
         text_to_image(
@@ -270,6 +277,50 @@ def test_class_images_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: P
     again = {p.name: p.read_bytes() for p in classes.iterdir()}
     assert again.keys() == first.keys()
     assert all(again[name] == first[name] for name in first if name != min(first))
+
+
+@pytest.mark.parametrize("kind", ["class", "blank"])
+def test_preserved_answers_are_the_bases(
+    kind: str, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """Beside each instance the same image, noise and timestep are trained on the bare pipeline's
+    answer to the preserved caption. While the adapter is zero that costs nothing; later the loss is
+    that of the instances plus the weighted mean of the difference, computed by two models, also
+    for adapters that start from the base's weights."""
+    more = {"preservation_class": "dog"} if kind == "class" else {}
+    options = {"trigger_word": "sks", "train_batch_size": 2}
+    run = prepare(
+        text_to_image(
+            tiny_sd1, data, tmp_path / "a", output_preservation=kind, preservation_weight=0.5,
+            init_lora_weights="pissa", **more, **options,
+        )
+    )  # fmt: skip
+    plain = prepare(text_to_image(tiny_sd1, data, tmp_path / "b", **options))
+    batch = run.stream.batch(0)
+    instances, preserved = batch.items[:2], batch.items[2:]
+    assert [item.address for item in instances] == [item.address for item in preserved]
+    assert [item.weight for item in preserved] == [0.5, 0.5]
+    wanted = {"class": [i.caption.replace("sks", "dog") for i in instances], "blank": [None] * 2}
+    assert [item.caption for item in preserved] == wanted[kind]
+    first = loop.batch_loss(run, batch, 0)
+    torch.testing.assert_close(first, loop.batch_loss(plain, plain.stream.batch(0), 0))
+    with torch.no_grad():
+        for parameter in run.parameters:
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator())
+    part = batch.part([2, 3])
+    addresses = [item.address for item in preserved]
+    x0 = run.latents.latents(part.items, part.loaded).x0
+    objective = run.objective
+    t = objective.timesteps.draw(addresses)
+    x_t = objective.schedule.add_noise(x0, objective.noise.draw(x0, addresses), t)
+    arguments = run.conditions(part.items, 0).arguments()
+    with torch.no_grad():
+        base = plain.models["unet"](x_t, t, **arguments).sample
+        now = run.models["unet"](x_t, t, **arguments).sample
+    both, alone = loop.batch_loss(run, batch, 0), loop.batch_loss(run, batch.part([0, 1]), 0)
+    drift = (now - base).square().mean()
+    assert drift > 1e-4
+    torch.testing.assert_close(both - alone, 0.5 * drift, rtol=1e-3, atol=1e-6)
 
 
 def test_a_request_to_stop_loses_nothing(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
@@ -460,7 +511,7 @@ def test_a_diverged_loss_stops_the_run(
         sd_lora.train(text_to_image(tiny_sd1, data, tmp_path))
     run = prepare(text_to_image(tiny_sd1, data, tmp_path, overwrite_output_dir=True))
     for item in run.stream.items_of(3):
-        t = draw_timesteps([item.address], run.schedule.num_timesteps)
+        t = run.objective.timesteps.draw([item.address])
         name = run.stream.sets["instance"].samples[item.index].name
         assert f"{name} ('{item.caption}', timestep {int(t)})" in str(caught.value)
     assert [row["step"] for row in log(tmp_path)] == [1, 2, 3]

@@ -7,14 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 import sd_lora
 from sd_lora.cli import main
 from sd_lora.formats.canonical import read_models
+from sd_lora.formats.family_of_file import prediction_type
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.python_code import PipelineCode
 from sd_lora.formats.verify import compare, loaded_adapter
 from sd_lora.models.caption_encoder import encode_in_batches
+from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from tests.single import build_single_pipeline, write_single
 from tests.training.runs import dreambooth, images
@@ -52,7 +56,11 @@ def test_the_code_computes_where_and_as_the_run_did() -> None:
 # kind of base → options of its run
 RUNS: dict[str, dict[str, Any]] = {
     "tiny-sd": {"train_text_encoder": True, "token_abstraction": "<it>"},
-    "sdxl": {"token_abstraction": "<it>"},
+    "sdxl": {
+        "token_abstraction": "<it>",
+        "prediction_type": "flow_prediction",
+        "flow_shift": 3.0,
+    },
     "sd2": {"rescale_betas_zero_snr": True, "clip_skip": 1},
 }
 
@@ -64,7 +72,8 @@ def test_the_code_after_a_run(
 ) -> None:  # fmt: skip
     """Pasted in another folder, the code after a run draws an image with every ΔW of the file: on
     the project's own base, whose weights are float16, with text encoder and a new word; on SDXL
-    with a new word in both encoders; and with the noise and clip skip that the options say. A
+    with a new word in both encoders, by flow matching; and with the noise and clip skip that the
+    options say. A
     quote and a backslash in the folder's name are kept."""
     base = root / "sample_data" / kind if kind == "tiny-sd" else tiny(kind)
     out = tmp_path / "it's \\new"
@@ -89,6 +98,12 @@ def test_the_code_after_a_run(
     assert (count, wrong) == (result.files[0].modules, [])
     if "token_abstraction" in RUNS[kind]:
         assert "<it>" in pipe.tokenizer.get_vocab()
+    if kind == "sdxl":
+        assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
+        assert (pipe.scheduler.config.use_flow_sigmas, pipe.scheduler.config.flow_shift) == (1, 3)
+        header = open_lora(result.files[0].path).header
+        assert header["modelspec.prediction_type"] == "flow"
+        assert prediction_type(header, FAMILIES["sdxl"]) == "flow_prediction"
     if kind == "sd2":
         assert pipe.scheduler.config.rescale_betas_zero_snr
         encoder = parts.caption_encoder(clip_skip=1)

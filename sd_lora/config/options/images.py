@@ -83,10 +83,15 @@ class ResolvedImages(ImageOptions):
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield sides of buckets without any between them, and random crops of a stream."""
+    """Yield sides of buckets without any between them, random crops of a stream, and a weight
+    outside masks without any."""
     if config.streaming and config.crops_at_random:
         text = "streaming can read each image once only, and crops are random"
         yield Problem("streaming", text, "Give center_crop")
     shortest, longest = config.bucket_min_side, config.bucket_max_side
     if shortest is not None and longest is not None and shortest > longest:
         yield Problem("bucket_min_side", "bucket_min_side must not be above bucket_max_side")
+    masks = config.alpha_mask or config.reads_masks or config.has_own_tables
+    if config.unmasked_weight and not masks:
+        text = "unmasked_weight has no effect without masks"
+        yield Problem("unmasked_weight", text, "Give masks: mask_files or alpha_mask")

@@ -97,6 +97,11 @@ class PerSourceOptions(Section):
         ignored_by=DATASET_FILE, ai_toolkit="datasets.flip_x")
     # fmt: on
 
+    @property
+    def reads_masks(self) -> bool:
+        """Whether masks are read from files."""
+        return self.mask_files or self.mask_folder is not None
+
 
 NEVER_BLANK = ("trigger_word", "caption_extension")
 NEVER_EMPTY = ("caption_separator", "keep_tokens_separator")

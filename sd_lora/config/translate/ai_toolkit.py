@@ -233,7 +233,7 @@ def _betas(value: Any, given: Given) -> Taken:
     return Taken("otherwise", pair, "is two options")
 
 
-_ONE = "is not there: the loss is the squared error to the noise"
+_ONE = "is not there: the loss is to the noise"
 _QUANT = "is not there: the base is float32, fp16 or bf16"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt"
 
@@ -293,11 +293,14 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.min_denoising_steps": _denoising("min_timestep", 0, 0),
     "train.max_denoising_steps": _denoising("max_timestep", 1000, 1),
     "train.snr_gamma": absent("is not there: min_snr_gamma is, --snr_gamma"),
-    "train.content_or_style": absent("is uniform always", idle=("balanced",)),
+    "train.content_or_style": among(
+        "timestep_sampling", {"balanced": "uniform", "content": "cubic", "style": "cubic_reversed"},
+        "is --timestep_sampling, a shape", "is not there"),
     "train.timestep_type": needless("belongs to flow models"),
     "train.linear_timesteps": needless("belongs to flow models"),
     "train.bypass_guidance_embedding": needless("belongs to flow models"),
-    "train.loss_type": absent(_ONE, idle=("mse",)),
+    "train.loss_type": among(
+        "loss_type", {"mse": "l2", "mae": "l1"}, "", "is not there"),
     "train.loss_target": absent(_ONE, idle=("noise",)),
     "train.ema_config": Row("", NOT_THERE, lambda value, given: Taken(
         "needless" if is_off((value or {}).get("use_ema")) else "absent",
@@ -308,8 +311,13 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.cache_text_embeddings": needless(
         "is always so here for text encoders that do not learn"),
     "train.unload_text_encoder": needless("is not needed: their embeddings are cached"),
-    "train.diff_output_preservation": absent(
-        "is not there; class images are: --with_prior_preservation"),
+    "train.diff_output_preservation": switch(
+        "--output_preservation class", "is a kind of preservation", output_preservation="class"),
+    "train.blank_prompt_preservation": switch(
+        "--output_preservation blank", "is a kind of preservation", output_preservation="blank"),
+    **{f"train.{kind}_preservation_multiplier": otherwise(
+        "preservation_weight", "is one for both kinds", number)
+       for kind in ("diff_output", "blank_prompt")},
     "train.xformers": needless("is not needed: PyTorch's own attention is always used"),
     "train.sdp": needless("is not needed: PyTorch's own attention is always used"),
     "train.attention_backend": absent("is PyTorch's own", idle=("native",)),
@@ -317,9 +325,7 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.prompt_dropout_prob": otherwise("caption_dropout", "is one for both encoders", number),
     "train.switch_boundary_every": needless("belongs to other models"),
     "train.start_step": needless("is not needed: a resumed run goes on at the same image"),
-    **dict.fromkeys(("train.diff_output_preservation_multiplier",
-        "train.diff_output_preservation_class", "train.blank_prompt_preservation_multiplier",
-        "train.lr_scheduler_params"), needless("belongs to a setting that is off or not there")),
+    "train.lr_scheduler_params": needless("belongs to a setting that is off or not there"),
     "save.dtype": among("save_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
     "save.save_every": of_steps(
         "is whole states to resume from as well", "save_lora_every", "checkpointing_steps"),

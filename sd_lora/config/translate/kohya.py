@@ -182,11 +182,9 @@ def _betas(value: Any, given: Given) -> Taken:
 
 
 _FLOAT32 = "is not there: the LoRA is float32 always; the base is as mixed_precision says"
-_NOISE = "is not there: noise_offset is the only change of the noise"
 _UPLOAD = "is not there: upload the files by hand"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
-_LOSS = "is not there: the loss is the squared error, weighted by --snr_gamma"
 _VALIDATION = "is not there: samples and their score show what is learned"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
 _DEVICES = "is not needed: accelerate's configuration says it"
@@ -311,17 +309,8 @@ KOHYA: dict[str, Row] = NETWORK | {
          "zero3_save_16bit_model", "fp16_master_weights_and_gradients"),
         absent(NOT_THERE, idle=(2, "2"))),
     # objective
-    "noise_offset_random_strength": absent(_NOISE),
-    "multires_noise_iterations": absent(_NOISE),
-    "multires_noise_discount": needless("belongs to multires_noise_iterations"),
-    "ip_noise_gamma": absent(_NOISE),
-    "ip_noise_gamma_random_strength": absent(_NOISE),
-    "adaptive_noise_scale": absent(_NOISE),
-    "loss_type": absent(_LOSS, idle=("l2",)),
-    **dict.fromkeys(("huber_schedule", "huber_c", "huber_scale"), needless(
-        "belongs to loss_type huber")),
-    "v_pred_like_loss": absent(_LOSS),
-    "debiased_estimation_loss": absent(_LOSS),
+    "v_pred_like_loss": absent(
+        f"{MISSING}: losses are weighted by --debiased_estimation_loss, --snr_gamma and the like"),
     **dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale"), needless(
         "belongs to flow models")),
     # files

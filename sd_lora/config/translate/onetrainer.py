@@ -164,14 +164,57 @@ def _strength(option: str) -> Row:
     return Row(f"--{option}, times 1000", "is a timestep here", take)
 
 
-def _snr(value: Any, given: Given) -> Taken:
-    word = str(value).upper()
+def _weighting(value: Any, given: Given) -> Taken:
+    word, strength = str(value).upper(), given.get("loss_weight_strength", 5)
     if word == "CONSTANT":
         return Taken("needless", reason="is the default")
-    if word != "MIN_SNR_GAMMA":
-        return Taken("absent", reason=f"{NOT_THERE}: min-SNR is, --snr_gamma")
-    gamma = given.get("loss_weight_strength", 5)
-    return Taken("otherwise", {"snr_gamma": gamma}, "is on if a gamma is given")
+    if word not in WEIGHTINGS:
+        return Taken("absent", reason=NOT_THERE)
+    option, reason = WEIGHTINGS[word]
+    on = True if word == "DEBIASED_ESTIMATION" else strength
+    return Taken("otherwise", {option: on}, reason)
+
+
+WEIGHTINGS = {
+    "MIN_SNR_GAMMA": ("snr_gamma", "is on if a gamma is given"),
+    "P2": ("p2_gamma", "is the same objective for v-prediction; there another"),
+    "DEBIASED_ESTIMATION": (
+        "debiased_estimation_loss", "is the same objective for v-prediction; there another"),
+}  # fmt: skip
+"""Loss weighting there → option, and its difference."""
+
+
+def _distribution(value: Any, given: Given) -> Taken:
+    word = str(value).upper()
+    if word == "UNIFORM":
+        return Taken("needless", reason="is the default")
+    weight, bias = number(given.get("noising_weight", 0)), number(given.get("noising_bias", 0))
+    found: dict[str, dict[str, Any]] = {
+        "LOGIT_NORMAL": {
+            "timestep_sampling": "logit_normal", "logit_mean": bias, "logit_std": weight + 1.0,
+        },
+        "HEAVY_TAIL": {"timestep_sampling": "mode", "mode_scale": weight},
+        "COS_MAP": {"timestep_sampling": "cosmap"},
+    }  # fmt: skip
+    if word not in found:
+        return Taken("absent", reason=f"{NOT_THERE}: --timestep_sampling has other shapes")
+    return Taken("otherwise", found[word], "is --timestep_sampling, with the same shape")
+
+
+def _mae(value: Any, given: Given) -> Taken:
+    if is_off(value):
+        return Taken("needless", reason="is off")
+    if not is_off(given.get("mse_strength", 1)):
+        return Taken(
+            "absent", reason="is not there beside mse_strength: --loss_type is one of them"
+        )
+    return Taken("otherwise", {"loss_type": "l1"}, "is a type of loss here")
+
+
+def _unmasked(value: Any, given: Given) -> Taken:
+    if is_off(given.get("masked_training")):
+        return Taken("needless", reason="belongs to masked_training")
+    return Taken("same", {} if is_off(value) else {"unmasked_weight": number(value)})
 
 
 def _zero_snr(value: Any, given: Given) -> Taken:
@@ -268,16 +311,19 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "weight_dtype": needless("is not needed: mixed_precision says it"),
     "vae.weight_dtype": among(
         "vae_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),
-    "masked_training": switch("--mask_files", "trains the masked part alone; there the rest counts "
-        "a little, by unmasked_weight", mask_files=True),
-    **dict.fromkeys(("unmasked_probability", "unmasked_weight", "normalize_masked_area_loss",
+    "masked_training": switch(
+        "--mask_files", "is the mean over the masked part, as with normalize_masked_area_loss",
+        mask_files=True),
+    "unmasked_weight": taking("--unmasked_weight", "", _unmasked),
+    **dict.fromkeys(("unmasked_probability", "normalize_masked_area_loss",
         "masked_prior_preservation_weight"), needless("belongs to masked_training")),
     "additional_embeddings": taking("--token_abstraction", "", embeddings),
     "preserve_embedding_norm": absent(NOT_THERE),
     "embedding_weight_dtype": absent("is float32 always", idle=("FLOAT_32",)),
     "offset_noise_weight": otherwise("noise_offset", "is called so", number),
     "generalized_offset_noise": absent(NOT_THERE),
-    "perturbation_noise_weight": absent(NOT_THERE),
+    "perturbation_noise_weight": absent(
+        "is to be predicted too there; --input_perturbation is in the input alone"),
     "rescale_noise_scheduler_to_zero_terminal_snr": taking(
         "--prediction_type v_prediction --rescale_betas_zero_snr", "", _zero_snr),
     "force_v_prediction": switch(
@@ -286,15 +332,16 @@ ONETRAINER: dict[str, Row] = NETWORK | {
         "--prediction_type", "is a type of prediction", prediction_type="epsilon"),
     "min_noising_strength": _strength("min_timestep"),
     "max_noising_strength": _strength("max_timestep"),
-    "timestep_distribution": absent("is uniform always", idle=("UNIFORM",)),
-    **dict.fromkeys(("noising_weight", "noising_bias", "dynamic_timestep_shifting"), absent(
-        NOT_THERE)),
-    "timestep_shift": absent(NOT_THERE, idle=(1, 1.0)),
-    "loss_weight_fn": taking("--snr_gamma", "", _snr),
+    "timestep_distribution": taking("--timestep_sampling", "", _distribution),
+    **dict.fromkeys(("noising_weight", "noising_bias"), read_with("timestep_distribution")),
+    "dynamic_timestep_shifting": absent(NOT_THERE),
+    "timestep_shift": otherwise("timestep_shift", "is called so", number),
+    "loss_weight_fn": taking("--snr_gamma, --p2_gamma, …", "", _weighting),
     "loss_weight_strength": read_with("loss_weight_fn", "--snr_gamma"),
-    "mse_strength": absent("is 1 always", idle=(1, 1.0)),
-    **dict.fromkeys(("mae_strength", "log_cosh_strength", "huber_strength"), absent(
-        "is not there: the loss is the squared error")),
+    "mse_strength": read_with("mae_strength", "--loss_type"),
+    "mae_strength": taking("--loss_type l1", "", _mae),
+    **dict.fromkeys(("log_cosh_strength", "huber_strength"), absent(
+        "is not there as there: --loss_type huber and smooth_l1 are near it")),
     **dict.fromkeys(("huber_delta", "vb_loss_strength", "frames", "ema_decay",
         "ema_update_step_interval", "non_ema_sampling", "text_encoder_2_sequence_length",
         "text_encoder_sequence_length", "text_encoder_3_layer_skip",

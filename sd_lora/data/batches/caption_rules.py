@@ -128,8 +128,17 @@ def _with_affixes(text: str, rules: CaptionRules) -> str:
 
 
 def _has_word(text: str, word: str) -> bool:
+    return _pattern(word).search(text) is not None
+
+
+def _pattern(word: str) -> re.Pattern[str]:
     # any case: CLIP's tokenizers read none
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+
+
+def with_other_word(text: str, word: str, other: str) -> str:
+    """A caption with another word in each place of its trigger word."""
+    return _pattern(word).sub(lambda _: other, text)
 
 
 def has_unread_wildcards(text: str) -> bool:

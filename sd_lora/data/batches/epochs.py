@@ -32,7 +32,7 @@ class MicroBatch:
 
     epoch, position: of the first entry; position counts from the start of the run.
     accumulation_steps: micro-batches of its optimiser step. last: whether it ends the step.
-    step_samples: samples that count in the step.
+    step_samples: samples that count in the step. step_position: position of the first of them.
     """
 
     entries: tuple[BatchEntry, ...]
@@ -41,6 +41,7 @@ class MicroBatch:
     accumulation_steps: int
     last: bool
     step_samples: int
+    step_position: int
 
     def part_of(self, process: int, num_processes: int) -> range:
         """The indices of one process's places: as equal parts as can be, none if there
@@ -141,10 +142,12 @@ class Epochs:
         for start in range(0, len(chunks), self.accumulation):
             accumulation_steps = chunks[start : start + self.accumulation]
             counts = [sum(place.counted for place in chunk) for chunk in accumulation_steps]
+            first, step_samples = position, sum(counts)
             for i, (chunk, count) in enumerate(zip(accumulation_steps, counts, strict=True)):
                 last = i == len(accumulation_steps) - 1
+                number = len(accumulation_steps)
                 batches.append(
-                    MicroBatch(chunk, epoch, position, len(accumulation_steps), last, sum(counts))
+                    MicroBatch(chunk, epoch, position, number, last, step_samples, first)
                 )
                 position += count
         return batches

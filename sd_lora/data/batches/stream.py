@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sd_lora.data.batches.caption_rules import caption_of
 from sd_lora.data.batches.epochs import BatchEntry, Epochs, MicroBatch
+from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.cache.latents import LatentTable, LoadedImage
 from sd_lora.data.images.buckets import Crop, CropSettings, Size
 from sd_lora.data.sources.samples import Sample
@@ -29,7 +30,8 @@ class BatchItem:
 
     address: seeds its noise, timestep and latents. kind: "instance" or "class". index: of the
     sample in its kind. caption: None where it is dropped. crop, flip: of its image. weight: of its
-    loss, final; 0 for a filling.
+    loss, final; 0 for a filling. stratum: its index among the samples of its optimiser step, and
+    their number; None for a filling. preserves: whether its target is the base model's answer.
     """
 
     address: tuple[int | str, ...]
@@ -39,6 +41,8 @@ class BatchItem:
     flip: bool
     crop: Crop
     weight: float
+    stratum: tuple[int, int] | None = None
+    preserves: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +128,15 @@ class ImageSet:
         sample = self.samples[self.entries[entry.entry]]
         return caption_of(sample.captions, sample.source.rules, self._address(entry, epoch))
 
-    def item(self, entry: BatchEntry, epoch: int, position: int | str) -> BatchItem:
-        """The batch item of an entry. position: of the entry in the run."""
+    def item(
+        self,
+        entry: BatchEntry,
+        epoch: int,
+        position: int | str,
+        stratum: tuple[int, int] | None = None,
+    ) -> BatchItem:
+        """The batch item of an entry. position: of the entry in the run. stratum: see
+        `BatchItem`."""
         index, address = self.entries[entry.entry], self._address(entry, epoch)
         sample = self.samples[index]
         return BatchItem(
@@ -136,6 +147,7 @@ class ImageSet:
             flip=sample.source.random_flip and uniform(*address, "flip") < 0.5,
             crop=self.crop(index, address),
             weight=sample.source.weight if entry.counted else 0.0,
+            stratum=stratum,
         )
 
 
@@ -154,9 +166,9 @@ class ClassOrder:
             self._order, self._turn = shuffled(len(self.set.entries), *address), turn
         return BatchEntry(self._order[entry]), turn
 
-    def item(self, position: int) -> BatchItem:
-        """The batch item at a position of the endless order."""
-        return self.set.item(*self.place(position), position)
+    def item(self, position: int, stratum: tuple[int, int] | None = None) -> BatchItem:
+        """The batch item at a position of the endless order. stratum: see `BatchItem`."""
+        return self.set.item(*self.place(position), position, stratum)
 
 
 class Stream(Dataset):
@@ -170,6 +182,7 @@ class Stream(Dataset):
         table: loads images.
         length: number of micro-batches.
         class_weight: factor of the class samples' weights (prior_loss_weight).
+        preservation: captions preserved beside each instance; None without.
     """
 
     def __init__(
@@ -182,11 +195,13 @@ class Stream(Dataset):
         table: LatentTable,
         length: int,
         class_weight: float = 1.0,
+        preservation: Preservation | None = None,
     ) -> None:
         self.instance, self.epochs, self.prior = instance, epochs, prior
         self.class_order = ClassOrder(prior) if prior else None
         self.process, self.num_processes = process, num_processes
         self.table, self.length, self.class_weight = table, length, class_weight
+        self.preservation = preservation
 
     def __len__(self) -> int:
         return self.length
@@ -197,18 +212,32 @@ class Stream(Dataset):
         return {s.kind: s for s in (self.instance, self.prior) if s}
 
     def items(self, micro: MicroBatch, indices: Sequence[int]) -> list[BatchItem]:
-        """Items of some entries: instances first, then a class sample for each."""
+        """Items of some entries: instances first, then a class sample for each, then the instances
+        once more with their preserved captions."""
         instances, classes = [], []
         for i in indices:
             entry = micro.entries[i]
             # fillings have no position in the run
             where = micro.position + i if entry.counted else f"{micro.position} + {i}"
-            instances.append(self.instance.item(entry, micro.epoch, where))
+            index = micro.position + i - micro.step_position
+            stratum = (index, micro.step_samples) if entry.counted else None
+            instances.append(self.instance.item(entry, micro.epoch, where, stratum))
             if self.class_order:
-                partner = self.class_order.item(micro.position + i)
+                partner = self.class_order.item(micro.position + i, stratum)
                 weight = partner.weight * self.class_weight if entry.counted else 0.0
                 classes.append(replace(partner, weight=weight))
-        return [*instances, *classes]
+        return [*instances, *classes, *(p for item in instances for p in self._preserved(item))]
+
+    def _preserved(self, item: BatchItem) -> list[BatchItem]:
+        """The items that preserve the base beside an instance: same image, noise and timestep."""
+        preservation = self.preservation
+        if preservation is None:
+            return []
+        rules, weight = self.instance.samples[item.index].source.rules, item.weight
+        return [
+            replace(item, caption=caption, weight=weight * preservation.weight, preserves=True)
+            for caption in preservation.captions(item.caption, rules)
+        ]
 
     def items_of(self, number: int) -> list[BatchItem]:
         """This process's items of a micro-batch, without their images."""
@@ -225,7 +254,8 @@ class Stream(Dataset):
         for number in range(self.length):
             micro = self.epochs.micro_batch(number)
             for i, entry in enumerate(micro.entries):
-                found[self.instance.caption(entry, micro.epoch)] = None
+                item = self.instance.item(entry, micro.epoch, 0)
+                found |= dict.fromkeys([item.caption, *(p.caption for p in self._preserved(item))])
                 if self.class_order:
                     partner = self.class_order.place(micro.position + i)
                     found[self.class_order.set.caption(*partner)] = None

@@ -24,9 +24,8 @@ save_last_n_steps_state save_state save_state_on_train_end resume mem_eff_attn t
 dynamo_backend xformers sdpa vae max_train_epochs max_data_loader_n_workers
 persistent_data_loader_workers full_fp16 full_bf16 fp8_base ddp_timeout ddp_gradient_as_bucket_view
 ddp_static_graph log_with log_prefix log_tracker_name wandb_run_name log_tracker_config
-wandb_api_key log_config noise_offset_random_strength multires_noise_iterations ip_noise_gamma
-ip_noise_gamma_random_strength multires_noise_discount adaptive_noise_scale zero_terminal_snr
-loss_type huber_schedule huber_c huber_scale lowram highvram sample_every_n_steps sample_at_first
+wandb_api_key log_config ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr lowram
+highvram sample_every_n_steps sample_at_first
 sample_every_n_epochs sample_prompts sample_sampler config_file output_config conditioning_data_dir
 masked_loss cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size
 disable_mmap_load_safetensors cache_info caption_extention secondary_separator enable_wildcard
@@ -40,7 +39,7 @@ network_train_unet_only network_train_text_encoder_only training_comment dim_fro
 base_weights base_weights_multiplier no_half_vae skip_until_initial_step initial_epoch initial_step
 validation_seed validation_split validate_every_n_steps validate_every_n_epochs
 max_validation_steps min_snr_gamma scale_v_pred_loss_like_noise_pred v_pred_like_loss
-debiased_estimation_loss weighted_captions deepspeed zero_stage
+weighted_captions deepspeed zero_stage
 """.split()
 """Flags of sd-scripts' two network scripts that are no flags here."""
 
@@ -48,7 +47,7 @@ debiased_estimation_loss weighted_captions deepspeed zero_stage
 def test_every_flag_of_sd_scripts_is_answered_without_a_guess() -> None:
     """All flags of train_network.py and sdxl_train_network.py that are not ours, in one command:
     one line each, with an option or a reason, and no "Did you mean"."""
-    assert len(KOHYA) == len(set(KOHYA)) > 105
+    assert len(KOHYA) == len(set(KOHYA)) > 98
     assert not OPTIONS.keys() & set(KOHYA)
     with pytest.raises(UsageError) as error:
         parse([word for name in KOHYA for word in (f"--{name}", "1")])
@@ -149,6 +148,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("onetrainer", "max_noising_strength"): (0.9, 900, {}),
     ("onetrainer", "loss_weight_strength"): (5, None, {}),
     ("onetrainer", "rescale_noise_scheduler_to_zero_terminal_snr"): (True, True, {}),
+    ("onetrainer", "unmasked_weight"): (0.2, 0.2, {"masked_training": True}),
     ("onetrainer", "samples"): ([{"prompt": "a dog"}], "a dog", {}),
     ("onetrainer", "text_encoder.train"): (True, True, {}),
     ("onetrainer", "latent_caching"): (False, "no", {}),

@@ -120,6 +120,10 @@ def test_what_is_not_said_is_their_default() -> None:
         ({"clip_skip": 2}, {"clip_skip": 1}),
         ({"masked_loss": True, "conditioning_data_dir": "masks"}, {"mask_folder": "masks"}),
         ({"conditioning_data_dir": "masks"}, {}),
+        ({"loss_type": "huber", "huber_c": "0.2", "huber_scale": 1}, {
+            "loss_type": "huber", "huber_c": 0.2}),
+        ({"multires_noise_iterations": 6, "multires_noise_discount": 0.3, "ip_noise_gamma": 0.1},
+         {"multires_noise_iterations": 6, "input_perturbation": 0.1}),
         ({"reg_data_dir": "reg", "prior_loss_weight": "0.5"}, {
             "sources": [{"path": "img", "layout": "kohya"},
                         {"path": "reg", "layout": "kohya", "kind": "class"}],
@@ -146,6 +150,41 @@ def test_settings_that_mean_several_options(more: dict[str, Any], values: dict[s
     assert ("text_encoder_lr" in found) == ("text_encoder_lr" in values)
     if values.get("method") == "full":  # alpha and rank mean nothing there
         assert not {"rank", "lora_alpha"} & found.keys()
+
+
+@pytest.mark.parametrize(
+    ("peer", "settings", "values"),
+    [
+        ("onetrainer", {"timestep_distribution": "LOGIT_NORMAL", "noising_bias": 0.5,
+                        "noising_weight": -0.2, "timestep_shift": 3.0},
+         {"timestep_sampling": "logit_normal", "logit_mean": 0.5, "logit_std": 0.8,
+          "timestep_shift": 3.0}),
+        ("onetrainer", {"timestep_distribution": "HEAVY_TAIL", "noising_weight": 1.0},
+         {"timestep_sampling": "mode", "mode_scale": 1.0}),
+        ("onetrainer", {"loss_weight_fn": "P2", "loss_weight_strength": 1}, {"p2_gamma": 1.0}),
+        ("onetrainer", {"loss_weight_fn": "DEBIASED_ESTIMATION"},
+         {"debiased_estimation_loss": True}),
+        ("onetrainer", {"mse_strength": 0, "mae_strength": 1}, {"loss_type": "l1"}),
+        ("onetrainer", {"masked_training": True, "unmasked_weight": 0.2},
+         {"mask_files": True, "unmasked_weight": 0.2}),
+        ("onetrainer", {"k_noise_sampling": 4}, {"immiscible_noise": 4}),
+        ("ai-toolkit", {"train.content_or_style": "style", "train.loss_type": "mae"},
+         {"timestep_sampling": "cubic_reversed", "loss_type": "l1"}),
+        ("ai-toolkit", {"trigger_word": "sks dog", "train.diff_output_preservation": True,
+                        "train.diff_output_preservation_class": "dog",
+                        "train.diff_output_preservation_multiplier": 0.5},
+         {"output_preservation": "class", "preservation_class": "dog",
+          "preservation_weight": 0.5}),
+        ("simpletuner", {"loss_type": "smooth_l1", "input_perturbation": 0.1},
+         {"loss_type": "smooth_l1", "input_perturbation": 0.1}),
+    ],
+)  # fmt: skip
+def test_objectives_of_each_trainer(
+    peer: str, settings: dict[str, Any], values: dict[str, Any]
+) -> None:
+    """Timesteps, weights, losses, noise and preservation are the options that mean the same."""
+    found = translate(PEERS[peer], settings).values
+    assert found | values == found
 
 
 def test_several_resolutions_and_masks_of_each_trainer(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from sd_lora.config.rows import LEFTOVERS
 from sd_lora.config.sources import CaptionRules, SourceSpec
 from sd_lora.data.batches.epochs import Epochs
+from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.batches.stream import Batch, ClassOrder, ImageSet, Stream
 from sd_lora.data.cache.latents import LatentTable, LoadedImage, Moments, PixelSettings
 from sd_lora.data.cache.store import Store, digest_of
@@ -381,6 +382,52 @@ def test_class_weights_are_the_streams() -> None:
         counted = [entry.counted for entry in micro.entries]
         assert [i.weight for i in items[:2]] == [0.5 if c else 0.0 for c in counted]
         assert [i.weight for i in items[2:]] == [0.5 * 0.1 if c else 0.0 for c in counted]
+
+
+@pytest.mark.parametrize("leftovers", LEFTOVERS)
+def test_a_step_has_each_stratum_once(leftovers: str) -> None:
+    """The strata of an optimiser step's samples, over micro-batches and processes, are 0 … n - 1 of
+    n, for instances and class images alike; fillings have none."""
+    instance, prior = made(samples([(64, 64)] * 11)), made(samples([(64, 64)] * 3), "class")
+    both = streams(instance, 2, 2, 2, leftovers, accumulation=2, prior=prior)
+    found: dict[str, list[tuple[int, int]]] = {"instance": [], "class": []}
+    for number in range(len(both[0])):
+        for stream in both:
+            batch = stream.batch(number)
+            for item in batch.items:
+                if item.weight:
+                    assert item.stratum is not None
+                    found[item.kind].append(item.stratum)
+        if batch.last:
+            for strata in found.values():
+                count = len(strata)
+                assert sorted(strata) == [(index, count) for index in range(count)]
+                strata.clear()
+
+
+def test_preserved_items_are_the_instances_with_other_captions() -> None:
+    """Beside each instance stands the same image, crop, flip and address with the class in the
+    place of the trigger word, in any case, or without a caption; none beside a dropped caption."""
+    rules = CaptionRules(trigger_word="sks dog", caption_dropout=0.5)
+    spec = SourceSpec(path="a", rules=rules, random_flip=True)
+    texts = [("a photo of SKS dog",), ("at night",), ("sks dogs and a sks dog",)] * 8
+    images = [Sample(f"{i}", bytes, text, spec, "d", (64, 64)) for i, text in enumerate(texts)]
+    epochs, table = Epochs([(64, 64)] * 24, 24), LatentTable(PixelSettings(), "", "no")
+    wanted = {"at night": "dog, at night", "a photo of SKS dog": "a photo of dog"}
+    wanted["sks dogs and a sks dog"] = "sks dogs and a dog"
+    for word in ("dog", None):
+        stream = Stream(made(images), epochs, None, 0, 1, table, 1,
+                        preservation=Preservation(word, 0.5))  # fmt: skip
+        items = stream.items(epochs.micro_batch(0), range(24))
+        instances, preserved = items[:24], items[24:]
+        learned = [item for item in instances if item.caption is not None]
+        assert 4 < len(learned) < 20
+        for item, beside in zip(learned, preserved, strict=True):
+            text = texts[item.index][0]
+            caption = wanted[text] if word else None
+            assert beside == replace(item, caption=caption, weight=0.5, preserves=True)
+        assert stream.captions(1000) is not None
+        assert {item.caption for item in preserved} <= set(stream.captions(1000))
 
 
 def test_keys_of_cached_latents_stay() -> None:

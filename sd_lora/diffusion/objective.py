@@ -1,0 +1,36 @@
+"""The parts of a run's objective together."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sd_lora.diffusion.loss import Loss
+from sd_lora.diffusion.noise import Noise
+from sd_lora.diffusion.schedule import NoiseSchedule
+from sd_lora.diffusion.timesteps import Timesteps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learned: noise levels with their weights, the timesteps drawn, noise, and loss."""
+
+    schedule: NoiseSchedule
+    timesteps: Timesteps
+    noise: Noise
+    loss: Loss
+
+    def to(self, device: torch.device) -> "Objective":
+        """The same objective with its tables on a device."""
+        return replace(self, schedule=self.schedule.to(device), loss=self.loss.to(device))
+
+    @property
+    def text(self) -> str:
+        """Prediction, weighting and timesteps as a line: "v_prediction, min-SNR γ 5, …"."""
+        schedule, timesteps = self.schedule, self.timesteps
+        words = [schedule.prediction_type]
+        words += ["zero terminal SNR"] if schedule.zero_terminal_snr else []
+        words += [schedule.weighting] if schedule.weighting else []
+        if (timesteps.first, timesteps.last) != (0, schedule.num_timesteps):
+            words.append(f"timesteps {timesteps.first} to {timesteps.last - 1}")
+        words += [timesteps.label] if timesteps.label else []
+        return ", ".join(words)
