@@ -92,7 +92,7 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
         for other, why in zip(
             option.missing(config), why_idle(config, option, OPTIONS), strict=True
         ):
-            users = ", ".join(map(str, option.requires[other] or ()))
+            users = ", ".join(map(str, option.requires.get(other) or ()))
             remedy = f"leave it out, or take another {other}: {users}"
             yield Finding("no-effect", name, f"{value} has no effect {why}; {remedy}")
 
@@ -176,5 +176,5 @@ def _gpu_options(config: RunConfig, device: Device) -> Iterator[Finding]:
     if device.type != "cpu":
         return
     for name, option in OPTIONS.items():
-        if option.without_gpu and option.is_given(getattr(config, name)):
-            yield Finding("gpu-option", name, f"on a CPU it {option.without_gpu}")
+        if effect := option.effect_without_gpu(getattr(config, name)):
+            yield Finding("gpu-option", name, f"on a CPU it {effect}")

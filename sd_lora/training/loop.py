@@ -39,6 +39,7 @@ from sd_lora.seeds import seed_for
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.optimizers import use_average
 from sd_lora.training.output_folder import remove_earlier_results, remove_earlier_steps
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
@@ -108,6 +109,8 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
+        if finished:
+            use_average(run.optimizer)
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
@@ -163,7 +166,8 @@ def train_steps(run: Run, log: "LossLog", requests: Sequence[str] = ()) -> int:
         if stopping:
             break
         if samples_are_due(run, done):
-            show_samples(run, done)
+            with run.averaged():
+                show_samples(run, done)
     return done
 
 
@@ -218,21 +222,21 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
 class LossLog:
     """Losses and gradient norms, kept on the device until they are read together.
 
-    waiting: step, learning rate, loss and norm of steps that were not read yet. losses: all read
-    ones. step: the last one added.
+    waiting: step, learning rate, those of the groups, loss and norm of steps that were not read
+    yet. losses: all read ones. step: the last one added.
     """
 
     run: Run
-    waiting: list[tuple[int, float, Tensor, Tensor]] = field(default_factory=list)
+    waiting: list[tuple[int, float, dict[str, float], Tensor, Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.step = self.run.first_step
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
-        """Keep the numbers of a step, with the learning rate that it used."""
-        self.step = step
-        self.waiting.append((step, self.run.learning_rate, loss, norm))
+        """Keep the numbers of a step, with the learning rates that it used."""
+        self.step, run = step, self.run
+        self.waiting.append((step, run.learning_rate, run.learning_rates, loss, norm))
 
     def flush(self) -> None:
         """Read the waiting numbers and tell them.
@@ -242,14 +246,15 @@ class LossLog:
         """
         if not self.waiting:
             return
-        values = torch.stack([torch.stack([loss, norm]) for _, _, loss, norm in self.waiting])
+        values = torch.stack([torch.stack([loss, norm]) for *_, loss, norm in self.waiting])
         values = self.run.accelerator.reduce(values, "mean").tolist()
-        steps = [(step, rate) for step, rate, _, _ in self.waiting]
+        steps = [(step, rate, rates) for step, rate, rates, _, _ in self.waiting]
         self.waiting.clear()
         records = []
-        for (step, rate), (loss, norm) in zip(steps, values, strict=True):
+        for (step, rate, rates), (loss, norm) in zip(steps, values, strict=True):
             self._refuse_divergence(step, loss, norm)
-            records.append(StepRecord(step, loss, rate, norm if math.isfinite(norm) else None))
+            found = norm if math.isfinite(norm) else None
+            records.append(StepRecord(step, loss, rate, found, rates))
         self.losses += [record.loss for record in records]
         self.run.emit(StepsLogged(tuple(records)))
 

@@ -28,6 +28,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
@@ -110,8 +111,17 @@ class Run:
     @property
     def learning_rate(self) -> float:
         """The current learning rate of modules without a factor of their own."""
-        group = self.optimizer.param_groups[0]
-        return group["lr"] / group.get("multiple", 1.0)
+        first = next(iter(self.learning_rates.values()))
+        return first / self.optimizer.param_groups[0]["multiple"]
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Name of a parameter group → its current learning rate."""
+        return current_rates(self.optimizer)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the weights are those that are sampled and exported."""
+        return averaged(self.optimizer)
 
     def restore(self) -> None:
         """Load the checkpoint to resume, with this run's learning rates."""
@@ -121,7 +131,7 @@ class Run:
         self.saved.load_factors(self.models)
         if self.text.tokens:
             self.text.tokens.load_state_dict(self.saved.state["tokens"])
-        self.optimizer.load_state_dict(self.saved.state["optimizer"])
+        load_optimizer(self.optimizer, self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
         schedule = self.lr_scheduler
         schedule.base_lrs = rates

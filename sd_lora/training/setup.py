@@ -34,7 +34,8 @@ from sd_lora.training.conditioning import (
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.forecast import warnings_of
-from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
+from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
+from sd_lora.training.optimizers import build_optimizer, check_optimizer
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
@@ -145,7 +146,6 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
     saved_path = resumed_checkpoint(config)
-    check_installed(config)
     summary = Summary()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
@@ -154,6 +154,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     base = base_of(config)
     resolved = config.resolve(base.family.name, base.resolution)
+    check_optimizer(resolved, accelerator.device)
     caption_encoder = planned_caption_encoder(resolved, base)
     pixel_settings = pixel_settings_of(resolved, base)
     crop_settings = crop_settings_of(resolved, base)
@@ -165,6 +166,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
+    factor_of(resolved, plan.num_steps)  # a file of points is read now, before the model
     if saved_path:
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
