@@ -42,6 +42,7 @@ from sd_lora.training.conditioning import (
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.forecast import forecast_rows, warnings_of
+from sd_lora.training.lr_schedules import factor_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
@@ -303,6 +304,7 @@ def write(checked: Checked, path: Path) -> None:
         title=", ".join(dict.fromkeys(places)),
         verdict=checked.verdict,
         rows=checked.rows,
+        rates=_rates(checked.plan),
         buckets=[bucket for bucket, _, _ in _buckets(checked)],
         leftovers=checked.rows.get("left over", ""),
         images=shown,
@@ -310,6 +312,16 @@ def write(checked: Checked, path: Path) -> None:
         findings=checked.findings,
     )
     write_page(path, page_report)
+
+
+CURVE_POINTS = 101
+"""Points of the learning rate's curve: one a hundredth of the run."""
+
+
+def _rates(plan: Plan) -> list[float]:
+    """Factors of the learning rate, at equal distances over the run."""
+    factor, last = factor_of(plan.config, plan.num_steps), plan.num_steps - 1
+    return [factor(round(last * i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)]
 
 
 def _page_image(

@@ -218,7 +218,10 @@ def _flags_of(parser: Parser, folder: str | None) -> tuple[dict[str, str], list[
     """
     flags: dict[str, list[str]] = {}
     for name, found in parser.given.items():
-        flags.setdefault(FORMER_NAMES.get(name, name), []).extend(found)
+        present = FORMER_NAMES.get(name, name)
+        # a former switch may stand beside the option: diffusers' --optimizer AdamW --use_8bit_adam
+        switch = name != present and OPTIONS[present].former_values
+        flags.setdefault(name if switch else present, []).extend(found)
     first = ["FOLDER"] * bool(folder) + flags.pop("folder", [])
     given = {name: found[-1] for name, found in flags.items()}
     if first:

@@ -119,22 +119,17 @@ def section(name: str) -> Callable[..., Any]:
         ge: float | None = None, gt: float | None = None, lt: float | None = None,
         multiple_of: int | None = None,
         choices: tuple[str, ...] = (), or_import_path: bool = False,
-        modes: Mapping[str, Any] | None = None,
-        sdxl: Mapping[str, Any] | None = None,
-        of_scripts: Mapping[str, Any] | None = None,
-        only: Mode | None = None,
+        modes: Mapping[str, Any] | None = None, sdxl: Mapping[str, Any] | None = None,
+        of_scripts: Mapping[str, Any] | None = None, only: Mode | None = None,
         requires: Mapping[str, tuple[Any, ...] | None] | None = None,
         unless: Mapping[str, tuple[Any, ...]] | None = None,
         only_warns: bool = False, without_gpu: str | Mapping[Any, str] = "",
         may_change: bool = False,
         package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None = None,
         header: str | None = None, header_form: str = "always",
-        summary: tuple[str, str] | None = None,
-        ignored_by: tuple[str, ...] = (),
-        without_value: str | None = None,
-        dataset_key: str | bool = False,
-        short: str | None = None,
-        main: str = "",
+        summary: tuple[str, str] | None = None, ignored_by: tuple[str, ...] = (),
+        without_value: str | None = None, dataset_key: str | bool = False,
+        short: str | None = None, main: str = "",
         formerly: str | None = None, former_values: Mapping[Any, Any] | None = None,
         scripts: str = "",
         **names: str,
@@ -145,8 +140,7 @@ def section(name: str) -> Callable[..., Any]:
             default: its value if it is not given; None if it is known only later.
             help: its meaning, with its unit.
             ge, gt, lt, multiple_of: its range.
-            choices: its allowed values. or_import_path: whether the path of a class, with a dot,
-                is allowed beside them.
+            choices: its allowed values. or_import_path: whether a class's path is one, too.
             modes: defaults by mode, in place of `default`.
             sdxl: mode → default for SDXL, known when the base model is.
             of_scripts: mode → default of the launch scripts alone.
@@ -155,11 +149,9 @@ def section(name: str) -> Callable[..., Any]:
                 that is given.
             unless: other option → values with which this one has no effect.
             only_warns: whether a run starts, with a warning, where it has no effect.
-            without_gpu: its effect on a CPU, as a clause, for the warning of it; or value →
-                such a clause.
+            without_gpu: its effect on a CPU, as a clause, for the warning; or value → a clause.
             may_change: whether a resumed run may change it.
-            package: name of a package that it needs, and of the extra that installs it; or value →
-                such a pair.
+            package: a package that it needs, and the extra that installs it; or value → both.
             header: key of a LoRA file's header that holds its value.
             header_form: row of `HEADER_FORMS`, its value there.
             summary: row of a run's summary, and its text there ("clip skip {}"), if it is given.

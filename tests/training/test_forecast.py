@@ -47,9 +47,10 @@ def changed(plan: Plan, **options: object) -> Plan:
 
 def test_a_warning_says_that_the_rate_is_never_reached(checked: Checked) -> None:
     """For all schedules, warm-ups (steps and shares) and lengths: the warning is there if and only
-    if no step of diffusers' schedule has the rate that was asked for; it names the highest one."""
+    if no step of the schedule has the rate that was asked for; it names the highest one. Points of
+    a file, and rules, have no warm-up but what they say."""
     rate, told = 1e-4, 0
-    for schedule in SCHEDULES:
+    for schedule in SCHEDULES.keys() - {"points", "piecewise_constant"}:
         for warmup in (0, 1, 5, 6, 7, 500, 0.1, 0.5, 0.95):
             for steps in (1, 6, 30):
                 options = {"lr_scheduler": schedule, "lr_warmup_steps": warmup}

@@ -4,6 +4,7 @@ to the bit, and does its paper's step."""
 import copy
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.config.command_line import parse
+from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.training.optimizer_rows import OPTIMIZERS, RiemannianAdamW
@@ -383,3 +385,13 @@ def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path)
     assert [row["lr/unet ×16"] for row in rows] == pytest.approx([16e-3, 8e-3])
     optimizer = Problem(config_of("prodigy")).optimizer
     assert current_rates(optimizer) == {"A": 1e-6, "B": 1e-6}
+
+
+def test_the_page_has_every_optimiser(root: Path) -> None:
+    """docs/optimizers.md has a row for each optimiser and schedule, with the table's bytes."""
+    page = (root / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    found = {name: cells[1] for cells in lines for name in re.findall(r"`(\w+)`", cells[0])}
+    assert found.keys() == OPTIMIZERS.keys() | SCHEDULES.keys()
+    for name, row in OPTIMIZERS.items():
+        assert f"{row.state_bytes:g}" in found[name].split(", "), name

@@ -119,3 +119,27 @@ ARGUMENTS = (
 def arguments(optimizer_key: str, before: str = "") -> dict[str, Row]:
     """Name there → row of each of `ARGUMENTS`. before: the beginning of their names there."""
     return {f"{before}{key}": argument(key, optimizer_key) for key in ARGUMENTS}
+
+
+def argument_text(value: Any, given: Given) -> Taken:
+    """SimpleTuner's arguments as a text, "weight_decay=0.01,d_coef=2", or a table."""
+    words = [word.partition("=") for word in str(value).split(",")]
+    pairs = value if isinstance(value, dict) else {k.strip(): v for k, _, v in words if v}
+    found: dict[str, Any] = {}
+    unknown = []
+    for key, part in pairs.items():
+        if key == "weight_decay":
+            found["adam_weight_decay"] = number(part)
+            continue
+        taken = argument(key, "optimizer", _OF_ADAMW.get(key, "")).take(part, given)
+        found |= {k: v for k, v in taken.values.items() if k != "optimizer_args"}
+        if own := taken.values.get("optimizer_args"):
+            found["optimizer_args"] = found.get("optimizer_args", {}) | own
+        unknown += [key] if taken.kind == "absent" else []
+    if unknown and not found:
+        return Taken("absent", reason=f"belongs to another optimiser: {', '.join(unknown)}")
+    left = f"; {', '.join(unknown)} of another optimiser is left out" if unknown else ""
+    return Taken("otherwise", found, f"is options, and arguments of the optimiser{left}")
+
+
+_OF_ADAMW = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}

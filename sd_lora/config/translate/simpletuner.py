@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import ALGORITHMS
-from sd_lora.config.translate.rates import argument, optimizer, own_rate
+from sd_lora.config.translate.rates import argument_text, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,
@@ -156,30 +156,6 @@ def _resume(value: Any, given: Given) -> Taken:
                  {"resume_from_checkpoint": value} if not is_off(value) else {}, "")  # fmt: skip
 
 
-def _optimizer_config(value: Any, given: Given) -> Taken:
-    """Arguments as a text, "weight_decay=0.01,d_coef=2", or a table."""
-    words = [word.partition("=") for word in str(value).split(",")]
-    pairs = value if isinstance(value, dict) else {k.strip(): v for k, _, v in words if v}
-    found: dict[str, Any] = {}
-    unknown = []
-    for key, part in pairs.items():
-        if key == "weight_decay":
-            found["adam_weight_decay"] = number(part)
-            continue
-        taken = argument(key, "optimizer", _OF_ADAMW.get(key, "")).take(part, given)
-        found |= {k: v for k, v in taken.values.items() if k != "optimizer_args"}
-        if own := taken.values.get("optimizer_args"):
-            found["optimizer_args"] = found.get("optimizer_args", {}) | own
-        unknown += [key] if taken.kind == "absent" else []
-    if unknown and not found:
-        return Taken("absent", reason=f"belongs to another optimiser: {', '.join(unknown)}")
-    left = f"; {', '.join(unknown)} of another optimiser is left out" if unknown else ""
-    return Taken("otherwise", found, f"is options, and arguments of the optimiser{left}")
-
-
-_OF_ADAMW = {"beta1": "adam_beta1", "beta2": "adam_beta2", "eps": "adam_epsilon"}
-
-
 def _rate(option: str) -> Row:
     def take(value: Any, given: Given) -> Taken:
         if is_off(value):
@@ -309,7 +285,7 @@ SIMPLETUNER: dict[str, Row] = {
     "lr_scale": absent("is --scale_lr here, by batch × accumulation × processes"),
     "lr_scale_sqrt": absent(NOT_THERE),
     "optimizer": optimizer("simpletuner"),
-    "optimizer_config": taking("--optimizer_args", "", _optimizer_config),
+    "optimizer_config": taking("--optimizer_args", "", argument_text),
     "optimizer_beta1": otherwise("adam_beta1", "is that of AdamW and its variants", number),
     "optimizer_beta2": otherwise("adam_beta2", "is that of AdamW and its variants", number),
     "max_grad_norm": taking("--max_grad_norm", "", _clip),
