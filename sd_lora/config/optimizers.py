@@ -8,9 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-MOMENTS = ("adam_beta1", "adam_beta2", "adam_epsilon")
-"""Options of Adam's moments, which others than its variants do not use."""
-
 BITSANDBYTES = ("bitsandbytes", "8bit")
 PYTORCH_OPTIMIZER = ("pytorch_optimizer", "optimizers")
 PRODIGY_PLUS = ("prodigyplus", "optimizers")
@@ -21,16 +18,17 @@ class Optimizer:
     """An optimiser as the configuration sees it.
 
     args: names that `optimizer_args` may have. package: module that it needs, and the extra that
-    installs it. uses: options of `MOMENTS` that it uses. finds_rate: whether a learning rate is a
-    factor of the one that it finds, 1 if not given. one_rate: whether all parameters share that
-    factor. averages: whether it trains at another point than the average of its steps, which is
-    sampled and exported, and needs no schedule. own_steps: whether neither rates nor schedules
-    change its steps. on_gpu: whether it needs a GPU. names: peer → its names there.
+    installs it. moments: whether it uses the options of AdamW's betas and epsilon. finds_rate:
+    whether a learning rate is a factor of the one that it finds, 1 if not given. one_rate: whether
+    all parameters share that factor. averages: whether it trains at another point than the average
+    of its steps, which is sampled and exported, and needs no schedule. own_steps: whether neither
+    rates nor schedules change its steps. on_gpu: whether it needs a GPU. names: peer → its names
+    there.
     """
 
     args: tuple[str, ...] = ()
     package: tuple[str, str] | None = None
-    uses: tuple[str, ...] = ()
+    moments: bool = False
     finds_rate: bool = False
     one_rate: bool = False
     averages: bool = False
@@ -59,25 +57,25 @@ _PLUS = (
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": Optimizer(
-        ("amsgrad",), uses=MOMENTS,
+        ("amsgrad",), moments=True,
         names={"diffusers": ("AdamW",), "kohya": ("AdamW", "torch.optim.AdamW"),
                "onetrainer": ("ADAMW",), "ai_toolkit": ("adamw",),
                "simpletuner": ("adamw_bf16", "optimi-adamw")}),
     "adamw8bit": Optimizer(
-        _8BIT, BITSANDBYTES, MOMENTS,
+        _8BIT, BITSANDBYTES, True,
         names={"kohya": ("AdamW8bit",), "onetrainer": ("ADAMW_8BIT",), "ai_toolkit": ("adamw8bit",),
                "simpletuner": ("bnb-adamw8bit", "ao-adamw8bit")}),
     "pagedadamw": Optimizer(
-        (), BITSANDBYTES, MOMENTS, on_gpu=True,
+        (), BITSANDBYTES, True, on_gpu=True,
         names={"kohya": ("PagedAdamW", "PagedAdamW32bit"), "simpletuner": ("bnb-adamw-paged",)}),
     "pagedadamw8bit": Optimizer(
-        _8BIT, BITSANDBYTES, MOMENTS, on_gpu=True,
+        _8BIT, BITSANDBYTES, True, on_gpu=True,
         names={"kohya": ("PagedAdamW8bit",), "simpletuner": ("bnb-adamw8bit-paged",)}),
     "adamwschedulefree": Optimizer(
-        _FREE, PYTORCH_OPTIMIZER, MOMENTS, averages=True,
+        _FREE, PYTORCH_OPTIMIZER, True, averages=True,
         names={"kohya": ("AdamWScheduleFree",), "onetrainer": ("SCHEDULE_FREE_ADAMW",),
                "simpletuner": ("adamw_schedulefree",)}),
-    "adamwriemannian": Optimizer(("damping",), uses=MOMENTS),
+    "adamwriemannian": Optimizer(("damping",), moments=True),
     "adafactor": Optimizer(
         ("eps", "clip_threshold", "decay_rate", "beta1", "scale_parameter", "relative_step",
          "warmup_init"),
@@ -99,7 +97,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         names={"kohya": ("PagedLion8bit",), "simpletuner": ("bnb-lion8bit-paged",)}),
     "prodigy": Optimizer(
         ("beta3", "d0", "d_coef", "growth_rate", "safeguard_warmup", "use_bias_correction",
-         "decouple"), PYTORCH_OPTIMIZER, MOMENTS, finds_rate=True, one_rate=True,
+         "decouple"), PYTORCH_OPTIMIZER, True, finds_rate=True, one_rate=True,
         names={"diffusers": ("prodigy",), "kohya": ("Prodigy",), "onetrainer": ("PRODIGY",),
                "ai_toolkit": ("prodigy",), "simpletuner": ("prodigy",)}),
     "prodigyplusschedulefree": Optimizer(
@@ -107,7 +105,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
         names={"kohya": ("prodigyplus.ProdigyPlusScheduleFree",),
                "onetrainer": ("PRODIGY_PLUS_SCHEDULE_FREE",)}),
     "dadaptadam": Optimizer(
-        ("d0", "decouple", "growth_rate", "use_bias_correction"), PYTORCH_OPTIMIZER, MOMENTS,
+        ("d0", "decouple", "growth_rate", "use_bias_correction"), PYTORCH_OPTIMIZER, True,
         finds_rate=True, one_rate=True,
         names={"kohya": ("DAdaptAdam", "DAdaptation"), "onetrainer": ("DADAPT_ADAM",),
                "ai_toolkit": ("dadaptation",)}),
@@ -116,7 +114,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
          "normalize_gradient", "eps"), PYTORCH_OPTIMIZER,
         names={"simpletuner": ("soap",)}),
     "muon": Optimizer(
-        ("momentum", "nesterov", "ns_steps", "use_adjusted_lr"), PYTORCH_OPTIMIZER, MOMENTS,
+        ("momentum", "nesterov", "ns_steps", "use_adjusted_lr"), PYTORCH_OPTIMIZER, True,
         names={"onetrainer": ("MUON",), "simpletuner": ("muon",)}),
 }  # fmt: skip
 """Name → optimiser."""
@@ -153,9 +151,8 @@ def canonical(name: str) -> str:
     return name if is_import_path(name) else name.lower().replace("_", "").replace("-", "")
 
 
-def without(option: str) -> tuple[str, ...]:
-    """The optimisers that do not use an option of `MOMENTS`."""
-    return tuple(name for name, facts in OPTIMIZERS.items() if option not in facts.uses)
+WITHOUT_MOMENTS = tuple(name for name, facts in OPTIMIZERS.items() if not facts.moments)
+"""The optimisers that do not use the options of AdamW's betas and epsilon."""
 
 
 def called_elsewhere(name: str) -> str | None:

@@ -58,7 +58,7 @@ def _bitsandbytes(name: str, **own: Any) -> Callable[..., torch.optim.Optimizer]
     def build(groups: Groups, config: RunConfig, models: Models) -> torch.optim.Optimizer:
         import bitsandbytes.optim  # an extra: `check_optimizer` has looked for it
 
-        moments = _moments(config) if config.optimizer_facts.uses else {}
+        moments = _moments(config) if config.optimizer_facts.moments else {}
         return getattr(bitsandbytes.optim, name)(groups, **(moments | own | arguments(config)))
 
     return build
@@ -72,7 +72,7 @@ def _pytorch_optimizer(name: str, **own: Any) -> Callable[..., torch.optim.Optim
         import pytorch_optimizer  # an extra: `check_optimizer` has looked for it
 
         given = {_THEIRS.get(key, key): value for key, value in arguments(config).items()}
-        moments = _moments(config) if config.optimizer_facts.uses else {}
+        moments = _moments(config) if config.optimizer_facts.moments else {}
         return getattr(pytorch_optimizer, name)(groups, **(moments | own | given))
 
     return build

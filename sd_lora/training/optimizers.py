@@ -15,7 +15,7 @@ from sd_lora.config.optimizers import is_import_path
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.errors import UsageError, install_line
 from sd_lora.models.new_tokens import NewTokens
-from sd_lora.training.optimizer_rows import Groups, OptimizerRow, imported, row_of
+from sd_lora.training.optimizer_rows import Groups, OptimizerRow, arguments, imported, row_of
 
 
 def optimizer_of(config: TrainConfig) -> OptimizerRow:
@@ -190,9 +190,12 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
             raise UsageError(f"optimizer {config.optimizer} cannot be imported: {error}") from None
     try:
         group = {"params": [nn.Parameter(torch.zeros(2, 2))], "name": "", "multiple": 1.0}
-        rates = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+        rates = {
+            "lr": config.learning_rate_of("unet"),
+            "weight_decay": config.weight_decay_of("unet"),
+        }
         optimizer_of(config).build([group | rates], config, {})
     except Exception as error:  # so may a foreign constructor
         found = re.sub(r"^\w+\.__init__\(\) ", "", str(error))
-        given = f" with {config.optimizer_args}" if config.optimizer_args else ""
+        given = f" with {args}" if (args := arguments(config)) else ""
         raise UsageError(f"optimizer {config.optimizer} cannot be built{given}: {found}") from None

@@ -294,13 +294,13 @@ def test_riemannian_steps_do_not_depend_on_the_split(drawn: tuple[Tensor, list[T
         (["--optimizer", "dadaptadam", "--loraplus_lr_ratio", "16"], "loraplus_lr_ratio excludes"),
         (["--optimizer", "prodigy", "--scale_lr"], "scale_lr excludes prodigy"),
         (["--optimizer", "adafactor", "--optimizer_args", "relative_step=True", "--lr", "1e-3"],
-         "learning_rate excludes relative_step"),
+         "--lr excludes relative_step"),
         (["--optimizer", "AdamWScheduleFree", "--lr_scheduler", "cosine"],
          "lr_scheduler cosine excludes adamwschedulefree, which averages its steps"),
         (["--optimizer", "adamw_schedule_free", "--scale_weight_norms", "1"], "another point"),
-        (["--optimizer", "lion", "--adam_beta2", "0.9"], "adam_beta2 has no effect with optimizer"),
+        (["--optimizer", "lion", "--adam_beta2", "0.9"], "adam_beta2 has no effect with .* lion"),
         (["--optimizer", "prodigy", "--optimizer_args", "d_coeff=2"], "Did you mean d_coef"),
-        (["--optimizer_args", "betas=0.9,0.99"], "betas is adam_beta1 and adam_beta2 here"),
+        (["--optimizer_args", "betas=0.9,0.99"], "betas is .*adam_beta1 and .*adam_beta2 here"),
         (["--optimizer_args", "amsgrad"], "'amsgrad' is not key=value"),
         (["--optimizer", "adamwriemannian", "--method", "loha"], "method loha has none"),
     ],
@@ -351,7 +351,7 @@ def test_a_schedule_free_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None
     """A run with a schedule-free optimiser exports the average of its steps; samples in the middle
     change nothing; and a run that is resumed ends with the same files, to the bit."""
     options = {"optimizer": "AdamWScheduleFree", "learning_rate": 1e-2, "max_train_steps": 4}
-    options |= {"checkpointing_steps": 2, "num_validation_images": 0}
+    options |= {"checkpointing_steps": 2, "targets": "attention"}
     config_of("adamwschedulefree")
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options))
     (file,) = tmp_path.glob("*_kohya.safetensors")
@@ -377,7 +377,7 @@ def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path)
     that it found."""
     config_of("prodigy")
     plus = {"loraplus_lr_ratio": 16.0, "learning_rate": 1e-3, "lr_scheduler": "linear"}
-    plus |= {"lr_warmup_steps": 0, "max_train_steps": 2, "num_validation_images": 0}
+    plus |= {"lr_warmup_steps": 0, "max_train_steps": 2, "targets": "attention"}
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "plus", **plus))
     lines = (tmp_path / "plus" / "training_log.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]

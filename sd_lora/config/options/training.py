@@ -8,10 +8,10 @@ from pydantic import Field
 
 from sd_lora.config.optimizers import (
     OPTIMIZERS,
+    WITHOUT_MOMENTS,
     Optimizer,
     canonical,
     optimizer_facts,
-    without,
 )
 from sd_lora.config.rows import PLAIN_LORA, SAME, SCHEDULES, Section, Steps, by_mode, section
 from sd_lora.errors import Problem, did_you_mean
@@ -162,10 +162,10 @@ class TrainingOptions(Section):
         summary=("optimiser", "{}"), kohya=SAME)
     adam_beta1: float = option(0.9,
         "beta1 of AdamW and its variants",
-        ge=0, lt=1, unless={"optimizer": without("adam_beta1")}, scripts="ABCD", simpletuner=SAME)
+        ge=0, lt=1, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME)
     adam_beta2: float = option(0.999,
         "beta2 of AdamW and its variants",
-        ge=0, lt=1, unless={"optimizer": without("adam_beta2")}, scripts="ABCD", simpletuner=SAME)
+        ge=0, lt=1, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME)
     adam_weight_decay: float | None = option(None,
         "weight decay, of any optimiser",
         ge=0, modes=by_mode(0.01, 0.01), sdxl={"dreambooth": 0.0001}, scripts="ABCD",
@@ -177,7 +177,7 @@ class TrainingOptions(Section):
         requires={"train_text_encoder": None}, scripts="D")
     adam_epsilon: float = option(1e-08,
         "epsilon of AdamW and its variants",
-        gt=0, unless={"optimizer": without("adam_epsilon")}, scripts="ABCD", simpletuner=SAME,
+        gt=0, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME,
         ai_toolkit="train.optimizer_params.eps")
     max_grad_norm: float = option(1.0,
         "gradients are scaled down to this norm; 0 for no limit",
@@ -300,7 +300,7 @@ def _arguments(config: "TrainConfig") -> Iterator[Problem]:
     for key in config.optimizer_args or {}:
         general = _AS_OPTIONS.get(key)
         of_moments = key not in ("lr", "weight_decay")
-        if general and not (of_moments and (key in taken or not facts.uses)):
+        if general and not (of_moments and (key in taken or not facts.moments)):
             yield Problem("optimizer_args", f"optimizer_args {key} is {general} here")
         elif key not in taken:
             near = did_you_mean(key, taken).strip()

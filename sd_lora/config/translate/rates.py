@@ -78,7 +78,7 @@ def argument(key: str, optimizer_key: str, option: str = "") -> Row:
         ours = called_elsewhere(name) or name
         if value in (None, ""):
             return Taken("needless", reason="is not given")
-        if option and option in optimizer_facts(ours, None).uses:
+        if option and optimizer_facts(ours, None).moments:
             return Taken("otherwise", {option: number(value)}, "is that of AdamW and its variants")
         if key in optimizer_facts(ours, None).args or is_import_path(ours):
             plain = plain_value(value) if isinstance(value, str) else value
