@@ -131,6 +131,7 @@ def check(
     if not caption_encoder.tokenizers:
         rows["tokens"] = "not counted: no tokenizer is here: give --model"
     device = Device.planned(config)
+    factor_of(plan.config, plan.num_steps)  # reads a file of points
     rows |= forecast_rows(plan, components_of(config, base.family), device)
     wanted = config.class_images
     if wanted:

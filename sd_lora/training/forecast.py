@@ -28,6 +28,7 @@ def forecast_rows(plan: Plan, components: Sequence[str], device: Device) -> dict
     config, given = plan.config, given_options(plan.config)
     rates = learning_rates(config, components, plan.samples_per_step)
     words = [f"{name} {rate:g}" for name, rate in rates.items()]
+    words[-1] += " × the rate that it finds" * config.optimizer_facts.finds_rate
     rows = {
         "learning rate": ", ".join([*words, *given.get("learning rate", [])]),
         "schedule": ", ".join([_schedule(plan), *given.get("schedule", [])]),
