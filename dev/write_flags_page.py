@@ -8,9 +8,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from sd_lora.config.optimizers import OPTIMIZERS
 from sd_lora.config.rows import PEERS, Option
 from sd_lora.config.schema import OPTIONS, SECTIONS
-from sd_lora.training.optimizers import OPTIMIZERS
+from sd_lora.training.optimizer_rows import OPTIMIZERS as BUILT
 
 PAGE = Path(__file__).parent.parent / "docs" / "flags.md"
 START, END = "<!-- options: start -->\n", "<!-- options: end -->\n"
@@ -33,7 +34,8 @@ def _shown(value: object) -> str:
 
 def range_of(option: Option) -> str:
     """Choices or range; empty if there are none."""
-    return ", ".join(f"`{c}`" for c in option.choices) or option.range_text()
+    path = ", `package.module.Class`" * option.or_import_path
+    return ", ".join(f"`{c}`" for c in option.choices) + path or option.range_text()
 
 
 def tables() -> str:
@@ -55,11 +57,14 @@ def tables() -> str:
 
 def optimizer_table() -> list[str]:
     """Lines of the table of optimisers, with their names elsewhere."""
-    lines = ["### optimisers", "", f"| optimiser | bytes of state | {' | '.join(TITLES)} |"]
-    lines += ["|---|---|" + "---|" * len(TITLES)]
-    for name, row in OPTIMIZERS.items():
-        peers = [f"`{n}`" if (n := row.names.get(p)) else "" for p in PEERS]
-        lines.append("| " + " | ".join([name, f"{row.state_bytes} a parameter", *peers]) + " |")
+    head = ["optimiser", "bytes of state a parameter", "arguments", "extra", *TITLES]
+    lines = ["### optimisers", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for name, facts in OPTIMIZERS.items():
+        extra = f"`{facts.package[1]}`" if facts.package else ""
+        args = ", ".join(f"`{arg}`" for arg in facts.args)
+        peers = [", ".join(f"`{n}`" for n in facts.names.get(p, ())) for p in PEERS]
+        cells = [f"`{name}`", f"{BUILT[name].state_bytes:g}", args, extra, *peers]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

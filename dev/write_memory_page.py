@@ -33,7 +33,7 @@ from sd_lora.data.cache.encode import AREA_AT_ONCE
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
 from sd_lora.training.adapt import inject_all
-from sd_lora.training.optimizers import OPTIMIZERS
+from sd_lora.training.optimizer_rows import OPTIMIZERS
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.setup import _prepare_models
 

@@ -43,6 +43,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import checkpoint_bytes, files_bytes, num_kept
 from sd_lora.training.forecast import forecast_rows, warnings_of
+from sd_lora.training.lr_schedules import factor_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES, Device
@@ -130,6 +131,7 @@ def check(
     if not caption_encoder.tokenizers:
         rows["tokens"] = "not counted: no tokenizer is here: give --model"
     device = Device.planned(config)
+    factor_of(plan.config, plan.num_steps)  # reads a file of points
     rows |= forecast_rows(plan, components_of(config, base.family), device)
     wanted = config.class_images
     if wanted:
@@ -297,6 +299,7 @@ def write(checked: Checked, path: Path) -> None:
         title=", ".join(dict.fromkeys(places)),
         verdict=checked.verdict,
         rows=checked.rows,
+        rates=_rates(checked.plan),
         buckets=[bucket for bucket, _, _ in _buckets(checked)],
         leftovers=checked.rows.get("left over", ""),
         images=shown,
@@ -304,6 +307,16 @@ def write(checked: Checked, path: Path) -> None:
         findings=checked.findings,
     )
     write_page(path, page_report)
+
+
+CURVE_POINTS = 101
+"""Points of the learning rate's curve: one a hundredth of the run."""
+
+
+def _rates(plan: Plan) -> list[float]:
+    """Factors of the learning rate, at equal distances over the run."""
+    factor, last = factor_of(plan.config, plan.num_steps), plan.num_steps - 1
+    return [factor(round(last * i / (CURVE_POINTS - 1))) for i in range(CURVE_POINTS)]
 
 
 def _page_image(

@@ -25,7 +25,7 @@ from sd_lora.config.schema import (
 from sd_lora.config.spelling import Spelling, spelling_of
 from sd_lora.config.translate.diffusers import BESIDE_OPTIONS
 from sd_lora.config.translate.peers import known_elsewhere
-from sd_lora.config.values import read_table
+from sd_lora.config.values import plain_value, read_table
 from sd_lora.errors import Problem, UsageError, refuse
 
 
@@ -141,7 +141,13 @@ def _value(name: str, given: Any) -> Any:
 
 
 def _pattern(option: Option, word: str) -> tuple[str, Any]:
-    """A word `pattern=number` as a pair."""
+    """A word `pattern=number`, or `key=value`, as a pair."""
+    if option.item == "value":
+        key, equals, value = word.partition("=")
+        if equals and key:
+            return key, plain_value(value)
+        text = f"--{option.name} {word!r} is not key=value"
+        raise UsageError(text, [Problem(option.name, text)])
     pattern, _, number = word.rpartition("=")
     try:
         return pattern, int(number) if option.item == "int" else float(number)
@@ -212,7 +218,10 @@ def _flags_of(parser: Parser, folder: str | None) -> tuple[dict[str, str], list[
     """
     flags: dict[str, list[str]] = {}
     for name, found in parser.given.items():
-        flags.setdefault(FORMER_NAMES.get(name, name), []).extend(found)
+        present = FORMER_NAMES.get(name, name)
+        # a former switch may stand beside the option: diffusers' --optimizer AdamW --use_8bit_adam
+        switch = name != present and OPTIONS[present].former_values
+        flags.setdefault(name if switch else present, []).extend(found)
     first = ["FOLDER"] * bool(folder) + flags.pop("folder", [])
     given = {name: found[-1] for name, found in flags.items()}
     if first:

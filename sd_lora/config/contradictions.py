@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 LEAVE_OUT = "Leave it out"
 
+TOPICS = (run, sources, per_source, images, dreambooth, encoding, adapter, training, objective)
+"""Files of rows, each with its `contradictions`."""
+
 
 def contradictions(
     config: "TrainConfig", options: Mapping[str, Option], wrong: Collection[str]
@@ -35,8 +38,7 @@ def contradictions(
     options: its rows. wrong: options with wrong values, which have their defaults in `config`.
     """
     found = [*_by_rows(config, options)]
-    topics = (run, sources, per_source, images, dreambooth, encoding, adapter, training, objective)
-    for topic in topics:
+    for topic in TOPICS:
         found += topic.contradictions(config)
     return [problem for problem in found if problem.field not in wrong]
 
@@ -60,7 +62,9 @@ def _by_rows(config: "TrainConfig", options: Mapping[str, Option]) -> Iterator[P
 def why_idle(config: "TrainConfig", option: Option, options: Mapping[str, Option]) -> list[str]:
     """The reasons why an option has no effect: "with method full"; empty if it has one."""
     return [
-        _why(options[other], option.requires[other], getattr(config, other))
+        f"with {other} {getattr(config, other)}"
+        if other in option.unless
+        else _why(options[other], option.requires[other], getattr(config, other))
         for other in option.missing(config)
     ]
 

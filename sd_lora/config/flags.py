@@ -134,7 +134,9 @@ def build_parser(
         row = (argument | {"help": _brief_help(option)} if main else argument) if shown else hidden
         groups[option.section].add_argument(*flags, dest=name, **row)
         if option.formerly:
-            groups[option.section].add_argument(f"--{option.formerly}", **hidden)
+            switch = {"action": _KeepSwitch, "help": argparse.SUPPRESS}
+            former: dict[str, Any] = switch if option.former_values else hidden
+            groups[option.section].add_argument(f"--{option.formerly}", **former)
     return parser
 
 
@@ -145,7 +147,8 @@ def _argument(option: Option, mode: Mode | None, xl: bool) -> dict[str, Any]:
         return {"action": _KeepSwitch, "help": text}
     keep: dict[str, Any] = {"action": _Keep, "help": text}
     if option.kind == "dict":
-        return keep | {"nargs": "+", "metavar": "PATTERN=N"}
+        metavar = "KEY=VALUE" if option.item == "value" else "PATTERN=N"
+        return keep | {"nargs": "+", "metavar": metavar}
     if option.kind == "ints":
         return keep | {"nargs": "+", "metavar": "N"}
     metavar = {"int": "N", "steps": "N", "float": "X", "str": "TEXT"}[option.kind]

@@ -47,15 +47,21 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 CACHES = ("auto", "memory", "disk", "no")
 
 _WARMUP = "lr_warmup_steps"
+_LEAST = "lr_min_ratio"
 SCHEDULES: dict[str, tuple[str, ...]] = {
-    "linear": (_WARMUP,),
-    "cosine": (_WARMUP,),
-    "cosine_with_restarts": (_WARMUP, "lr_num_cycles"),
-    "polynomial": (_WARMUP, "lr_power"),
+    "linear": (_WARMUP, _LEAST),
+    "cosine": (_WARMUP, _LEAST),
+    "cosine_with_restarts": (_WARMUP, _LEAST, "lr_num_cycles"),
+    "polynomial": (_WARMUP, _LEAST, "lr_power"),
     "constant": (),
     "constant_with_warmup": (_WARMUP,),
+    "piecewise_constant": ("lr_step_rules",),
+    "inverse_sqrt": (_WARMUP,),
+    "warmup_stable_decay": (_WARMUP, _LEAST, "lr_decay_steps"),
+    "rex": (_WARMUP, _LEAST),
+    "points": ("lr_points",),
 }
-"""Learning-rate schedule of diffusers → the options that it uses."""
+"""Learning-rate schedule → the options that it uses."""
 
 
 def _steps_or_share(value: int | float) -> int | float:
@@ -83,6 +89,9 @@ class Section(BaseModel):
     def _is_a_choice(cls, value: Any, info: ValidationInfo) -> Any:
         extra: Any = cls.model_fields[str(info.field_name)].json_schema_extra
         choices = extra["choices"] if extra else []
+        open_to_paths = extra and extra["or_import_path"] and isinstance(value, str)
+        if open_to_paths and "." in value:
+            return value
         if choices and value is not None and value not in choices:
             raise PydanticCustomError("choice", "not a choice", {"choices": choices})
         return value
@@ -108,23 +117,20 @@ def section(name: str) -> Callable[..., Any]:
         help: str,
         *,
         ge: float | None = None, gt: float | None = None, lt: float | None = None,
-        multiple_of: int | None = None, choices: tuple[str, ...] = (),
-        modes: Mapping[str, Any] | None = None,
-        sdxl: Mapping[str, Any] | None = None,
-        of_scripts: Mapping[str, Any] | None = None,
-        only: Mode | None = None,
+        multiple_of: int | None = None,
+        choices: tuple[str, ...] = (), or_import_path: bool = False,
+        modes: Mapping[str, Any] | None = None, sdxl: Mapping[str, Any] | None = None,
+        of_scripts: Mapping[str, Any] | None = None, only: Mode | None = None,
         requires: Mapping[str, tuple[Any, ...] | None] | None = None,
-        only_warns: bool = False, without_gpu: str = "",
+        unless: Mapping[str, tuple[Any, ...]] | None = None,
+        only_warns: bool = False, without_gpu: str | Mapping[Any, str] = "",
         may_change: bool = False,
-        package: tuple[str, str] | None = None,
+        package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None = None,
         header: str | None = None, header_form: str = "always", in_record: str = "whole",
-        summary: tuple[str, str] | None = None,
-        ignored_by: tuple[str, ...] = (),
-        without_value: str | None = None,
-        dataset_key: str | bool = False,
-        short: str | None = None,
-        main: str = "",
-        formerly: str | None = None,
+        summary: tuple[str, str] | None = None, ignored_by: tuple[str, ...] = (),
+        without_value: str | None = None, dataset_key: str | bool = False,
+        short: str | None = None, main: str = "",
+        formerly: str | None = None, former_values: Mapping[Any, Any] | None = None,
         scripts: str = "",
         **names: str,
     ) -> Any:  # fmt: skip
@@ -134,17 +140,18 @@ def section(name: str) -> Callable[..., Any]:
             default: its value if it is not given; None if it is known only later.
             help: its meaning, with its unit.
             ge, gt, lt, multiple_of: its range.
-            choices: its allowed values.
+            choices: its allowed values. or_import_path: whether a class's path is one, too.
             modes: defaults by mode, in place of `default`.
             sdxl: mode → default for SDXL, known when the base model is.
             of_scripts: mode → default of the launch scripts alone.
             only: the one mode in which it has an effect.
             requires: other option → values with which this one has an effect; None: any value
                 that is given.
+            unless: other option → values with which this one has no effect.
             only_warns: whether a run starts, with a warning, where it has no effect.
-            without_gpu: its effect on a CPU, as a clause, for the warning of it.
+            without_gpu: its effect on a CPU, as a clause, for the warning; or value → a clause.
             may_change: whether a resumed run may change it.
-            package: name of a package that it needs, and of the extra that installs it.
+            package: a package that it needs, and the extra that installs it; or value → both.
             header: key of a LoRA file's header that holds its value.
             header_form: row of `HEADER_FORMS`, its value there.
             in_record: its value in a file's record of the run: "whole", a path's "name", "no".
@@ -152,7 +159,8 @@ def section(name: str) -> Callable[..., Any]:
             ignored_by: places of images, as options, with which it has no effect.
             without_value: value of its flag without one.
             dataset_key: its name in kohya's dataset configuration; True: its `kohya` name.
-            formerly: its former name, still understood.
+            formerly: its former name, still understood. former_values: value under that name →
+                value now, None to leave it out.
             short: a second, short name of its flag.
             main: its meaning in a few words, for the first page of the help; else it is not there.
             scripts: diffusers' scripts with this flag, as letters of `command_line.SCRIPTS`.
@@ -161,15 +169,17 @@ def section(name: str) -> Callable[..., Any]:
         if scripts:
             names = {"diffusers": SAME, **names}
         extra: Any = {
-            "section": name, "choices": list(choices), "modes": dict(modes or {}),
+            "section": name, "choices": list(choices), "or_import_path": or_import_path,
+            "modes": dict(modes or {}),
             "sdxl": dict(sdxl or {}), "of_scripts": dict(of_scripts or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
+            "unless": {k: list(v) for k, v in (unless or {}).items()},
             "only_warns": only_warns, "without_gpu": without_gpu,
-            "may_change": may_change, "package": package and list(package), "header": header,
+            "may_change": may_change, "package": package, "header": header,
             "header_form": header_form, "in_record": in_record, "ignored_by": list(ignored_by),
             "summary": summary and list(summary), "without_value": without_value,
             "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
-            "scripts": scripts, "names": names,
+            "former_values": dict(former_values or {}), "scripts": scripts, "names": names,
         }  # fmt: skip
         bounds: Any = {"ge": ge, "gt": gt, "lt": lt, "multiple_of": multiple_of}
         return Field(default, description=help, json_schema_extra=extra, **bounds)
@@ -180,7 +190,7 @@ def section(name: str) -> Callable[..., Any]:
 @dataclass(frozen=True)
 class Option:
     """A row. kind: "int", "float", "bool", "str", "steps", "ints", "dict" or "list" (of tables);
-    item: kind of a dict's values; see `option` for the others."""
+    item: kind of a dict's values, "value" for any plain ones; see `option` for the others."""
 
     name: str
     kind: str
@@ -188,15 +198,17 @@ class Option:
     help: str
     section: str
     choices: tuple[str, ...]
+    or_import_path: bool
     modes: dict[str, Any]
     sdxl: dict[str, Any]
     of_scripts: dict[str, Any]
     only: Mode | None
     requires: dict[str, tuple[Any, ...] | None]
+    unless: dict[str, tuple[Any, ...]]
     only_warns: bool
-    without_gpu: str
+    without_gpu: str | Mapping[Any, str]
     may_change: bool
-    package: tuple[str, str] | None
+    package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None
     header: str | None
     header_form: str
     in_record: str
@@ -207,6 +219,7 @@ class Option:
     short: str | None
     main: str
     formerly: str | None
+    former_values: dict[Any, Any]
     scripts: str
     names: dict[str, str]
     range: dict[str, float] = field(default_factory=dict)
@@ -224,7 +237,7 @@ class Option:
         }
         extra["choices"] = tuple(extra["choices"])
         extra["requires"] = {k: v and tuple(v) for k, v in extra["requires"].items()}
-        extra["package"] = extra["package"] and tuple(extra["package"])
+        extra["unless"] = {k: tuple(v) for k, v in extra["unless"].items()}
         extra["names"] = {k: name if v == SAME else v for k, v in extra["names"].items()}
         extra["ignored_by"] = tuple(extra["ignored_by"])
         extra["summary"] = extra["summary"] and tuple(extra["summary"])
@@ -250,13 +263,29 @@ class Option:
         return HEADER_FORMS[self.header_form](self, value)
 
     def missing(self, config: object) -> list[str]:
-        """Options for want of which it has no effect in a configuration."""
+        """Options for whose values it has no effect in a configuration."""
         found = []
         for other, values in self.requires.items():
             theirs = getattr(config, other)
             if not (theirs in values if values else theirs):
                 found.append(other)
+        found += [
+            other for other, values in self.unless.items() if getattr(config, other) in values
+        ]
         return found
+
+    def package_of(self, value: Any) -> tuple[str, str] | None:
+        """The package that a value needs, and the extra that installs it; None if it needs none."""
+        if not self.is_given(value) or not self.package:
+            return None
+        return self.package.get(value) if isinstance(self.package, Mapping) else self.package
+
+    def effect_without_gpu(self, value: Any) -> str:
+        """The effect of a value on a CPU, as a clause; empty if it is the same."""
+        if not self.is_given(value):
+            return ""
+        of_value = self.without_gpu
+        return of_value.get(value, "") if isinstance(of_value, Mapping) else of_value
 
     def range_text(self) -> str:
         """The range in words: "at least 0 and below 1"; empty if there is none."""
@@ -274,14 +303,19 @@ HEADER_FORMS: dict[str, Callable[[Option, Any], Any]] = {
 
 
 def _without_none(annotation: Any) -> Any:
-    if get_origin(annotation) in (Union, types.UnionType):
+    if _is_union(annotation):
         return next(a for a in get_args(annotation) if a is not type(None))
     return annotation
 
 
 def item_of(annotation: Any) -> str:
-    """Kind of the values of a dict's annotation: "int", "float"."""
-    return kind_of(get_args(get_args(_without_none(annotation))[1])[0])
+    """Kind of the values of a dict's annotation: "int", "float", "value" for any plain ones."""
+    values = get_args(_without_none(annotation))[1]
+    return "value" if _is_union(values) else kind_of(get_args(values)[0])
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
 
 
 def kind_of(annotation: Any) -> str:

@@ -20,7 +20,7 @@ from sd_lora.config.options.images import ResolvedImages
 from sd_lora.config.options.objective import ObjectiveOptions, ValidationOptions
 from sd_lora.config.options.run import ModelOptions, RunOptions
 from sd_lora.config.options.sources import source_specs
-from sd_lora.config.options.training import ResolvedTraining, TrainingOptions
+from sd_lora.config.options.training import ResolvedTraining, TrainingOptions, with_optimizer
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import MODES, PRESETS, Option, Section
 from sd_lora.config.spelling import Spelling
@@ -54,7 +54,7 @@ class TrainConfig(
         values, notes = with_present_names(values)
         for note in notes:
             warnings.warn(note, DeprecationWarning, stacklevel=2)
-        values = with_preset(values)
+        values = with_optimizer(with_preset(values), values)
         mode = values.get("mode", "text_to_image")
         waiting = _of_family(values)
         for name, option in OPTIONS.items():
@@ -182,14 +182,32 @@ def _of_family(values: Mapping[str, Any], family: str = "") -> dict[str, Any]:
 
 
 def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Values by the present names of options, and a note for each former name."""
-    notes = [f"{old} is called {FORMER_NAMES[old]} now" for old in values if old in FORMER_NAMES]
-    return {FORMER_NAMES.get(name, name): value for name, value in values.items()}, notes
+    """Values by the present names of options, and a note for each former name.
+
+    A value under a former name counts where the present one is at its default.
+    """
+    found = {name: value for name, value in values.items() if name not in FORMER_NAMES}
+    notes = []
+    for old in values.keys() & FORMER_NAMES.keys():
+        option, value = OPTIONS[FORMER_NAMES[old]], values[old]
+        if option.former_values and isinstance(value, bool):
+            value = option.former_values[value]
+            if value is None:
+                continue
+            notes.append(f"{old} is {option.name} {value} now")
+        else:
+            notes.append(f"{old} is called {option.name} now")
+        if str(found.get(option.name, option.default)).lower() == str(option.default):
+            found[option.name] = value
+        else:
+            notes[-1] += f", and {option.name} is given: {old} is ignored"
+    return found, notes
 
 
 NOT_IN_SCHEMA = (
-    "choices", "dataset_key", "formerly", "header", "header_form", "ignored_by",
-    "in_record", "main", "of_scripts", "only_warns", "package", "scripts", "short", "summary",
+    "choices", "dataset_key", "former_values", "formerly", "header", "header_form", "ignored_by",
+    "in_record", "main", "of_scripts", "only_warns", "or_import_path", "package", "scripts",
+    "short", "summary",
     "without_gpu", "without_value",
 )  # fmt: skip
 """Parts of rows that editors and forms do not need, or find under another name."""
@@ -206,9 +224,11 @@ def json_schema() -> dict[str, Any]:
         row: dict[str, Any] = schema["properties"][name]
         for key in NOT_IN_SCHEMA:
             row.pop(key, None)
-        if option.choices:
+        if option.choices and not option.or_import_path:
             row["enum"] = [*option.choices, *([None] if row.get("default", "") is None else [])]
-        for key in ("section", "modes", "sdxl", "only", "requires", "may_change"):
+        elif option.choices:
+            row["anyOf"] = [{"enum": [*option.choices]}, {"pattern": r"\."}]
+        for key in ("section", "modes", "sdxl", "only", "requires", "unless", "may_change"):
             row[f"x-{key}"] = row.pop(key)
         row.pop("names")
         row["x-names"] = option.names

@@ -4,6 +4,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ TYPES = {
     "ints": "whole numbers, such as [512, 768]",
     "dict": "a table of pattern = number",
     "list": "a list of tables, [[sources]] in TOML",
+    "value": "a number, a text, true, false or a list of numbers",
 }
 """Kind of a value → its description."""
 
@@ -119,7 +121,10 @@ def _problem(option: Option, details: Any) -> Problem:
     name, value = option.name, details["input"]
     if len(details["loc"]) > 1 and option.kind == "dict":
         pattern = details["loc"][1]
-        meaning = "a whole number of at least 1" if option.item == "int" else "above 0"
+        least = "at least 0" if "ge" in details.get("ctx", {}) else "above 0"
+        meaning = {"int": "a whole number of at least 1", "value": TYPES["value"]}.get(
+            option.item, least
+        )
         return Problem(name, f"{name} {pattern!r} must be {meaning}, not {value!r}")
     if details["type"] in ("choice", "literal_error"):
         text = f"{name} is one of {', '.join(option.choices)}, not {value!r}"
@@ -132,6 +137,17 @@ def _problem(option: Option, details: Any) -> Problem:
     if details["type"] in ("greater_than", "greater_than_equal", "less_than", "multiple_of"):
         return Problem(name, f"{name} must be {option.range_text()}, not {value}")
     return Problem(name, f"{name} must be {TYPES[option.kind]}, not {value!r}")
+
+
+def plain_value(text: str) -> Any:
+    """A text as the value that it writes: "true", "0.5", "0.9,0.99"; else the text itself."""
+    word = text.strip().strip("()[]")
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for convert in (int, float, lambda w: [float(part) for part in w.split(",") if part.strip()]):
+        with suppress(ValueError):
+            return convert(word) if word else text
+    return text
 
 
 @cache

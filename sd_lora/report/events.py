@@ -4,8 +4,8 @@ A listener is a function of one event: the terminal, the log file, trackers, a p
 never prints; events come from the main process alone, in the order in which things happen.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,17 +73,21 @@ class StepDone:
 @dataclass(frozen=True)
 class StepRecord:
     """Numbers of one step. loss: mean over processes. learning_rate: of modules without a factor of
-    their own. grad_norm: before clipping; None where fp16's loss scaling skipped the step."""
+    their own. grad_norm: before clipping; None where fp16's loss scaling skipped the step.
+    learning_rates: parameter group → its rate."""
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float | None
+    learning_rates: Mapping[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """Loss, learning rate ("lr") and gradient norm by name, as the log and trackers have
-        them; without a norm that is None."""
+        """Loss, learning rate ("lr", and "lr/unet ×16" where there are several groups) and gradient
+        norm by name, as the log and trackers have them; without a norm that is None."""
         numbers = {"loss": self.loss, "lr": self.learning_rate}
+        if len(self.learning_rates) > 1:
+            numbers |= {f"lr/{group}": rate for group, rate in self.learning_rates.items()}
         return numbers if self.grad_norm is None else numbers | {"grad_norm": self.grad_norm}
 
 

@@ -18,7 +18,7 @@ from sd_lora.training.processes import DTYPES
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Bytes of a checkpoint: float32 factors and the optimiser's state."""
-    return parameters * (4 + optimizer_of(config).state_bytes)
+    return round(parameters * (4 + optimizer_of(config).state_bytes))
 
 
 def files_bytes(config: RunConfig, parameters: int) -> int:

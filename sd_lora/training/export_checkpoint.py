@@ -52,6 +52,11 @@ def export_checkpoint(
     if there and not overwrite:
         raise UsageError(f"{place} has {', '.join(there)}: --overwrite replaces them, --out FOLDER")
     config = TrainConfig(**settings)
+    if config.optimizer_facts.averages:
+        raise UsageError(
+            f"{path} is of a run with {config.optimizer}, whose LoRA is an average that no "
+            "checkpoint holds: resume the run, which writes it at the end and by --save_lora_every"
+        )
     if model:
         config = config.with_base(model)
     meta_pipeline = _of_base(config.base_model, None if model else family_of(lora))

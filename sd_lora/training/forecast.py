@@ -28,6 +28,7 @@ def forecast_rows(plan: Plan, components: Sequence[str], device: Device) -> dict
     config, given = plan.config, given_options(plan.config)
     rates = learning_rates(config, components, plan.samples_per_step)
     words = [f"{name} {rate:g}" for name, rate in rates.items()]
+    words[-1] += " × the rate that it finds" * config.optimizer_facts.finds_rate
     rows = {
         "learning rate": ", ".join([*words, *given.get("learning rate", [])]),
         "schedule": ", ".join([_schedule(plan), *given.get("schedule", [])]),
@@ -92,7 +93,7 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
         for other, why in zip(
             option.missing(config), why_idle(config, option, OPTIONS), strict=True
         ):
-            users = ", ".join(map(str, option.requires[other] or ()))
+            users = ", ".join(map(str, option.requires.get(other) or ()))
             remedy = f"leave it out, or take another {other}: {users}"
             yield Finding("no-effect", name, f"{value} has no effect {why}; {remedy}")
 
@@ -176,5 +177,5 @@ def _gpu_options(config: RunConfig, device: Device) -> Iterator[Finding]:
     if device.type != "cpu":
         return
     for name, option in OPTIONS.items():
-        if option.without_gpu and option.is_given(getattr(config, name)):
-            yield Finding("gpu-option", name, f"on a CPU it {option.without_gpu}")
+        if effect := option.effect_without_gpu(getattr(config, name)):
+            yield Finding("gpu-option", name, f"on a CPU it {effect}")

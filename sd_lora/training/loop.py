@@ -36,6 +36,7 @@ from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
+from sd_lora.training.optimizers import use_average
 from sd_lora.training.output_folder import (
     remove_earlier_results,
     remove_earlier_steps,
@@ -116,6 +117,8 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
+        if finished:
+            use_average(run.optimizer)
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
@@ -179,14 +182,16 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
         if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again
-            save_lora(run, done, batch_loss)
+            with run.averaged():
+                save_lora(run, done, batch_loss)
         if saving:
             save_checkpoint(run, done, batch_loss)
             saved_at = time.monotonic()
         if stopping:
             break
         if samples_are_due(run, done):
-            show_samples(run, done, requests.drawing)
+            with run.averaged():
+                show_samples(run, done, requests.drawing)
     return done
 
 

@@ -1,68 +1,26 @@
-"""Optimisers and learning-rate schedules of a run, over exactly the trained parameters."""
+"""The optimiser of a run, over exactly the trained parameters, in groups by learning rate."""
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
+from sd_lora.config.optimizers import is_import_path
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.errors import UsageError, install_line
 from sd_lora.models.new_tokens import NewTokens
-
-Groups = list[dict[str, Any]]
-"""Parameter groups, each with its learning rate and weight decay."""
-
-
-@dataclass(frozen=True)
-class OptimizerRow:
-    """An optimiser.
-
-    build: makes it from parameter groups and the configuration. state_bytes: bytes of its state a
-    parameter. header: its name in `ss_optimizer`. names: peer → its name there.
-    """
-
-    build: Callable[[Groups, RunConfig], torch.optim.Optimizer]
-    state_bytes: int
-    header: str
-    names: Mapping[str, str]
-
-
-def _adamw(groups: Groups, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), fused where all parameters are on a GPU."""
-    betas = (config.adam_beta1, config.adam_beta2)
-    fused = all(p.is_cuda for group in groups for p in group["params"])
-    return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused)
-
-
-def _adamw8bit(groups: Groups, config: RunConfig) -> torch.optim.Optimizer:
-    """AdamW with 8-bit moments (Dettmers et al. 2022), of bitsandbytes."""
-    from bitsandbytes.optim import AdamW8bit  # an extra: `check_installed` has looked for it
-
-    betas = (config.adam_beta1, config.adam_beta2)
-    return AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
-
-
-OPTIMIZERS: dict[str, OptimizerRow] = {
-    "adamw": OptimizerRow(
-        _adamw, 8, "torch.optim.adamw.AdamW",
-        {"diffusers": "AdamW", "kohya": "AdamW", "onetrainer": "ADAMW"},
-    ),
-    "adamw8bit": OptimizerRow(
-        _adamw8bit, 2, "AdamW8bit", {"kohya": "AdamW8bit", "onetrainer": "ADAMW_8BIT"}
-    ),
-}  # fmt: skip
-"""Name → optimiser."""
+from sd_lora.training.optimizer_rows import Groups, OptimizerRow, arguments, imported, row_of
 
 
 def optimizer_of(config: TrainConfig) -> OptimizerRow:
     """The optimiser that a configuration asks for."""
-    return OPTIMIZERS["adamw8bit" if config.use_8bit_adam else "adamw"]
+    return row_of(config.optimizer)
 
 
 def build_optimizer(
@@ -81,22 +39,33 @@ def build_optimizer(
         num_samples_per_step: batch × accumulation × processes, for `scale_lr`.
 
     Raises:
-        UsageError: a pattern of `lr_pattern` that matches no adapted module.
+        UsageError: a pattern of `lr_pattern` or `weight_decay_pattern` that matches no module.
     """
     rates = learning_rates(config, [*models], num_samples_per_step)
-    factors = learning_rate_factors(models, config.lr_pattern, config.loraplus_lr_ratio)
     groups: Groups = []
-    for component in models:
-        rate = rates[component]
-        decay = config.weight_decay_of(component)
-        for multiple, parameters in factors[component].items():
-            group = {"params": parameters, "lr": rate * multiple, "weight_decay": decay}
-            groups.append(group | {"multiple": multiple})  # of the rate that is logged
+    for (component, multiple, decay), parameters in grouped(models, config).items():
+        groups.append(
+            {
+                "params": parameters,
+                "lr": rates[component] * multiple,
+                "weight_decay": config.weight_decay_of(component) * decay,
+                "name": _name(component, multiple, decay),
+                "multiple": multiple,  # of the rate that is logged
+            }
+        )
     if tokens:
-        rate = rates[NEW_WORDS]
-        group = {"params": tokens.parameters(), "lr": rate, "weight_decay": 0.0}
-        groups.append(group | {"multiple": 1.0})
-    return optimizer_of(config).build(groups, config)
+        words = {"params": tokens.parameters(), "lr": rates[NEW_WORDS], "weight_decay": 0.0}
+        groups.append(words | {"name": NEW_WORDS, "multiple": 1.0})
+    optimizer = optimizer_of(config).build(groups, config, models)
+    if averages(optimizer):
+        optimizer.train()  # type: ignore[attr-defined]
+    return optimizer
+
+
+def _name(component: str, multiple: float, decay: float) -> str:
+    """Name of a group in the log: "unet", "unet ×16", "unet ×16, decay ×0"."""
+    words = f" ×{multiple:g}" * (multiple != 1)
+    return f"{component}{words}" + f", decay ×{decay:g}" * (decay != 1)
 
 
 NEW_WORDS = "new words"
@@ -117,61 +86,116 @@ def learning_rates(
     return rates
 
 
-def learning_rate_factors(
-    models: Mapping[str, nn.Module],
-    lr_pattern: Mapping[str, float] | None,
-    loraplus_lr_ratio: float | None,
-) -> dict[str, dict[float, list[nn.Parameter]]]:
-    """Component → factor of its learning rate → parameters, in the models' order.
+def grouped(
+    models: Mapping[str, nn.Module], config: RunConfig
+) -> dict[tuple[str, float, float], list[nn.Parameter]]:
+    """(Component, factor of its learning rate, factor of its decay) → parameters, in the models'
+    order.
 
-    Args:
-        models: component → injected model.
-        lr_pattern: pattern → factor, at the end of a module's name as `rank_pattern`; the first
-            match counts.
-        loraplus_lr_ratio: λ of LoRA+ (Hayou et al. 2024, section 4): B learns λ times as fast.
+    `lr_pattern` and `weight_decay_pattern` have factors by the end of a module's name, as
+    `rank_pattern`; the first match counts. `loraplus_lr_ratio` is λ of LoRA+ (Hayou et al. 2024,
+    section 4): B learns λ times as fast.
 
     Raises:
         UsageError: a pattern that matches no adapted module of any component.
     """
     names = [name for model in models.values() for name in adapted_layers(model)]
-    multiples = match_names(lr_pattern, names, "lr_pattern")
-    grouped: dict[str, dict[float, list[nn.Parameter]]] = {}
+    multiples = match_names(config.lr_pattern, names, "lr_pattern")
+    decays = match_names(config.weight_decay_pattern, names, "weight_decay_pattern")
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
     for component, model in models.items():
-        groups: dict[float, list[nn.Parameter]] = {}
         for name, layer in adapted_layers(model).items():
             for kind, parameter in layer.deltas.named_parameters():
-                plus = loraplus_lr_ratio if kind.endswith(".lora_B") else None
+                plus = config.loraplus_lr_ratio if kind.endswith(".lora_B") else None
                 multiple = multiples.get(name, 1.0) * (plus or 1.0)
-                groups.setdefault(multiple, []).append(parameter)
-        grouped[component] = groups
-    return grouped
+                key = (component, multiple, decays.get(name, 1.0))
+                groups.setdefault(key, []).append(parameter)
+    return groups
 
 
-def check_installed(config: TrainConfig) -> None:
-    """Raise UsageError if an option needs a package that is not installed."""
-    for name, option in OPTIONS.items():
-        if not option.package or not option.is_given(getattr(config, name)):
-            continue
-        package, extra = option.package
-        if not importlib.util.find_spec(package):
-            raise UsageError(f"{name} needs {package}: {install_line(extra)}, or leave it out")
+def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """Group → its learning rate now; with an optimiser that finds its rate, of the one it found."""
+    return {g["name"]: g["lr"] * float(g.get("d", 1.0)) for g in optimizer.param_groups}
 
 
-def build_lr_scheduler(
-    optimizer: torch.optim.Optimizer, config: RunConfig, num_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    """A learning-rate schedule counted in optimiser steps; `config.rows.SCHEDULES` has the names.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a saved state to the bit: torch casts its tensors to their parameters' dtype, which
+    changes later steps of an optimiser that keeps bfloat16."""
+    optimizer.load_state_dict(dict(state))
+    inner = getattr(optimizer, "optimizer", optimizer)  # Accelerate's holds ours
+    parameters = [p for group in inner.param_groups for p in group["params"]]
+    for index, saved in state["state"].items():
+        ours = inner.state[parameters[index]]
+        for key, value in saved.items():
+            if isinstance(value, torch.Tensor) and ours[key].dtype != value.dtype:
+                ours[key] = value.detach().clone().to(ours[key].device)
 
-    The loop steps it once per optimiser step. Accelerate would step it once per process; so neither
-    accumulation nor the number of processes changes it.
+
+def use_average(optimizer: torch.optim.Optimizer) -> None:
+    """Give the parameters the values that are exported: those of a schedule-free optimiser are the
+    average of its steps, and it trains at another point."""
+    if averages(optimizer):
+        optimizer.eval()  # type: ignore[attr-defined]
+
+
+def averages(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser is schedule-free, by its methods; Accelerate's wrapper has them too."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return callable(getattr(inner, "eval", None)) and callable(getattr(inner, "train", None))
+
+
+@contextmanager
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """A context in which the parameters are those that are exported; the ones that are trained come
+    back to the bit, so that looking at them changes no later step."""
+    if not averages(optimizer):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p.detach().clone() for p in parameters]
+    use_average(optimizer)
+    try:
+        yield
+    finally:
+        optimizer.train()  # type: ignore[attr-defined]
+        for parameter, values in zip(parameters, trained, strict=True):
+            parameter.data.copy_(values)
+
+
+def check_optimizer(config: RunConfig, device: torch.device) -> None:
+    """Refuse, before anything is loaded, packages that are not installed, and an optimiser that
+    cannot be imported or built with its arguments.
+
+    Raises:
+        UsageError: one of these, with the remedy.
     """
-    warmup = config.num_warmup_steps(num_steps)
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer=optimizer,
-        num_warmup_steps=warmup,
-        # polynomial divides by the steps after the warm-up, in its call after the last step too
-        num_training_steps=max(num_steps, warmup + 1),
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
+    for name, option in OPTIONS.items():
+        value = getattr(config, name)
+        needed = option.package_of(value)
+        if needed and not importlib.util.find_spec(needed[0]):
+            called = f"{name} {value}" if isinstance(value, str) else name
+            raise UsageError(
+                f"{called} needs {needed[0]}: {install_line(needed[1])}, or leave it out"
+            )
+    if config.optimizer_facts.on_gpu and device.type != "cuda":
+        raise UsageError(
+            f"optimizer {config.optimizer} keeps its state in memory that an NVIDIA GPU shares "
+            f"with the CPU, and this run is on {device.type}. Take "
+            f"{config.optimizer.removeprefix('paged')}"
+        )
+    if is_import_path(config.optimizer):
+        try:
+            imported(config.optimizer)
+        except Exception as error:  # a foreign module may raise anything
+            raise UsageError(f"optimizer {config.optimizer} cannot be imported: {error}") from None
+    try:
+        group = {"params": [nn.Parameter(torch.zeros(2, 2))], "name": "", "multiple": 1.0}
+        rates = {
+            "lr": config.learning_rate_of("unet"),
+            "weight_decay": config.weight_decay_of("unet"),
+        }
+        optimizer_of(config).build([group | rates], config, {})
+    except Exception as error:  # so may a foreign constructor
+        found = re.sub(r"^\w+\.__init__\(\) ", "", str(error))
+        given = f" with {args}" if (args := arguments(config)) else ""
+        raise UsageError(f"optimizer {config.optimizer} cannot be built{given}: {found}") from None

@@ -32,6 +32,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
 from sd_lora.training.init_lora import Start
+from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
@@ -125,8 +126,17 @@ class Run:
     @property
     def learning_rate(self) -> float:
         """The current learning rate of modules without a factor of their own."""
-        group = self.optimizer.param_groups[0]
-        return group["lr"] / group.get("multiple", 1.0)
+        first = next(iter(self.learning_rates.values()))
+        return first / self.optimizer.param_groups[0]["multiple"]
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """Name of a parameter group → its current learning rate."""
+        return current_rates(self.optimizer)
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """A context in which the weights are those that are sampled and exported."""
+        return averaged(self.optimizer)
 
     def next_rate(self) -> None:
         """Go on with the schedule, also after a first step that was skipped, of which torch warns
@@ -146,7 +156,7 @@ class Run:
         self.saved.load_factors(self.models)
         if self.text.tokens:
             self.text.tokens.load_state_dict(self.saved.state["tokens"])
-        self.optimizer.load_state_dict(self.saved.state["optimizer"])
+        load_optimizer(self.optimizer, self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
         schedule = self.lr_scheduler
         schedule.base_lrs = rates

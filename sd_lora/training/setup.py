@@ -44,7 +44,8 @@ from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_se
 from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.init_lora import start_from
-from sd_lora.training.optimizers import build_lr_scheduler, build_optimizer, check_installed
+from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
+from sd_lora.training.optimizers import build_optimizer, check_optimizer
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
@@ -162,7 +163,6 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
     found = resumed_checkpoint(config)
     saved_path = found.path
-    check_installed(config)
     summary = Summary()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
@@ -172,6 +172,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     base = base_of(config)
     resolved = config.resolve(base.family.name, base.resolution)
+    check_optimizer(resolved, accelerator.device)
     caption_encoder = planned_caption_encoder(resolved, base)
     pixel_settings = pixel_settings_of(resolved, base)
     crop_settings = crop_settings_of(resolved, base)
@@ -183,6 +184,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
+    factor_of(resolved, plan.num_steps)  # a file of points is read now, before the model
     if saved_path:
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)

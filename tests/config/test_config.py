@@ -22,7 +22,7 @@ THEIRS: dict[str, tuple[object, ...]] = {
     "seed": (None,) * 4, "max_train_steps": (None,) * 4, "checkpoints_total_limit": (None,) * 4,
     "resume_from_checkpoint": (None,) * 4, "validation_prompt": (None,) * 4,
     "mixed_precision": (None,) * 4, "center_crop": (None,) * 4,
-    "gradient_checkpointing": (False,) * 4, "scale_lr": (False,) * 4, "use_8bit_adam": (False,) * 4,
+    "gradient_checkpointing": (False,) * 4, "scale_lr": (False,) * 4,
     "allow_tf32": (False,) * 4, "num_validation_images": (4,) * 4,
     "validation_epochs": (1, 1, 50, 50),
     "output_dir": ("sd-model-finetuned-lora",) * 2 + ("lora-dreambooth-model",) * 2,
@@ -46,7 +46,8 @@ THEIRS: dict[str, tuple[object, ...]] = {
     "class_prompt": ("-", "-", None, None), "with_prior_preservation": ("-", "-", False, False),
     "prior_loss_weight": ("-", "-", 1.0, 1.0), "num_class_images": ("-", "-", 100, 100),
     "sample_batch_size": ("-", "-", 4, 4), "prior_generation_precision": ("-", "-", None, None),
-    "lr_num_cycles": ("-", "-", 1, 1), "lr_power": ("-", "-", 1.0, 1.0),
+    "lr_num_cycles": ("-", "-", 1, 1), "optimizer": ("-", "-", "-", "adamw"),
+    "lr_power": ("-", "-", 1.0, 1.0),
     "lora_dropout": ("-", "-", 0.0, 0.0), "tokenizer_name": ("-", "-", None, "-"),
     "text_encoder_lr": ("-", "-", "-", 5e-6),
     "adam_weight_decay_text_encoder": ("-", "-", "-", 1e-3), "repeats": ("-", "-", "-", 1),
@@ -56,7 +57,7 @@ THEIRS: dict[str, tuple[object, ...]] = {
 ALSO_THEIRS = (
     "push_to_hub hub_token hub_model_id enable_xformers_memory_efficient_attention report_to "
     "tokenizer_max_length class_labels_conditioning validation_images pre_compute_text_embeddings "
-    "text_encoder_use_attention_mask optimizer prodigy_beta3 prodigy_decouple "
+    "text_encoder_use_attention_mask use_8bit_adam prodigy_beta3 prodigy_decouple "
     "prodigy_use_bias_correction prodigy_safeguard_warmup output_kohya_format "
     "enable_npu_flash_attention debug_loss"
 ).split()
@@ -82,9 +83,10 @@ def test_every_flag_of_the_scripts_is_taken_or_refused_by_name() -> None:
     assert len(set(names)) == len(names) == 84
     assert set(names) == set().union(*(script.flags for script in SCRIPTS.values()))
     assert set(names) <= OPTIONS.keys() | DIFFUSERS.keys()
+    assert parse([*T2I, "--optimizer", "AdamW", "--use_8bit_adam"], A).optimizer == "adamw8bit"
     assert DIFFUSERS.keys() <= {*ALSO_THEIRS, *ADVANCED}
     taken, told = set(), {}
-    for name, row in DIFFUSERS.items():
+    for name, row in DIFFUSERS.items() - {("use_8bit_adam", DIFFUSERS["use_8bit_adam"])}:
         words = [*T2I, f"--{name}", *([] if name in SWITCHES else ["x"])]
         try:
             assert parse(words, A).notes == (f"--{name} {row.reason}",)
@@ -96,7 +98,6 @@ def test_every_flag_of_the_scripts_is_taken_or_refused_by_name() -> None:
         "enable_xformers_memory_efficient_attention", "output_kohya_format",
         "pre_compute_text_embeddings",
     }  # fmt: skip
-    assert parse([*T2I, "--optimizer", "AdamW"], A).notes == ("--optimizer is AdamW always",)
 
 
 def test_a_class_without_prior_preservation_is_left_out_in_the_scripts() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from sd_lora.cli import main
 from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.optimizers import OPTIMIZERS
 from sd_lora.config.rows import FAMILIES, METHODS, PEERS, SCHEDULES
 from sd_lora.config.schema import OPTIONS, SECTIONS, RunConfig, TrainConfig, json_schema
 from sd_lora.errors import UsageError
@@ -163,17 +164,21 @@ def test_the_schema_describes_every_option(capsys: pytest.CaptureFixture[str]) -
 
 def test_the_options_know_the_tables_of_other_rooms() -> None:
     """Names that options spell out, since they import neither torch nor diffusers, are those of the
-    tables: methods, families, schedules, precisions."""
+    tables: methods, families, schedules, optimisers, precisions."""
     from diffusers.optimization import SchedulerType
 
     from sd_lora.adapters.variants import method_class
     from sd_lora.formats.adapter_files import BUILT_IN
     from sd_lora.models import families
+    from sd_lora.training import optimizer_rows
+    from sd_lora.training.lr_schedules import SHAPES
 
     assert METHODS == BUILT_IN
     assert all(method_class(name) for name in METHODS)
     assert FAMILIES == tuple(families.FAMILIES)
-    assert set(SCHEDULES) <= {kind.value for kind in SchedulerType}
+    theirs = {kind.value for kind in SchedulerType}
+    assert set(SCHEDULES) == theirs | SHAPES.keys()
+    assert OPTIMIZERS.keys() == optimizer_rows.OPTIMIZERS.keys()
 
 
 def test_few_files_name_an_option(root: Path) -> None:

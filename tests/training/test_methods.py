@@ -18,7 +18,7 @@ from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
 from sd_lora.training.checkpoint_folders import write_manifest
-from sd_lora.training.optimizers import build_optimizer, learning_rate_factors
+from sd_lora.training.optimizers import build_optimizer, current_rates, grouped
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
 
@@ -154,29 +154,39 @@ def test_resuming_is_exact_with_every_option(
 
 
 def test_parameter_groups(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Learning rates by component, block and factor: each parameter is in exactly one group, at
-    learning rate × block factor × LoRA+ ratio; patterns count over both components."""
+    """Rates and decays by component, block and factor: each parameter is in exactly one group, at
+    learning rate × block factor × LoRA+ ratio, and its decay × factor; patterns count over both
+    components; the groups' rates are logged by names that tell them apart."""
     config = text_to_image(
         tiny_sd1, data, tmp_path, learning_rate=1e-4, text_encoder_lr=1e-5, loraplus_lr_ratio=16.0,
         lr_pattern={"down_blocks.0.*": 0.5, r"layers\.1\..*": 2.0}, train_text_encoder=True,
-        train_bias="lora_only",
+        train_bias="lora_only", weight_decay_pattern={"to_q": 0.0, "to_k": 3.0},
+        adam_weight_decay=0.1,
     )  # fmt: skip
     run = prepare(config)
     optimizer = build_optimizer(run.models, run.config, 4)
     rates: dict[int, float] = {}
+    decays: dict[int, float] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             assert id(parameter) not in rates
-            rates[id(parameter)] = group["lr"]
+            rates[id(parameter)], decays[id(parameter)] = group["lr"], group["weight_decay"]
+    logged = current_rates(optimizer)
+    assert list(logged.values()) == [group["lr"] for group in optimizer.param_groups]
+    assert logged["unet ×8, decay ×0"] == pytest.approx(8e-4)
     assert rates.keys() == {id(p) for m in run.models.values() for p in sd_lora.lora_layers(m)}
     for component, base in (("unet", 1e-4), ("text_encoder", 1e-5)):
         for name, delta in sd_lora.deltas_of(run.models[component]).items():
             factor = 0.5 if name.startswith("down_blocks.0.") else 2.0 if "layers.1." in name else 1
             for kind, parameter in delta.named_parameters():
                 ratio = 16 if kind == "lora_B" else 1
+                decay = 0.0 if name.endswith("to_q") else 0.3 if name.endswith("to_k") else 0.1
+                assert decays[id(parameter)] == pytest.approx(decay)
                 assert rates[id(parameter)] == pytest.approx(base * factor * ratio)
-    with pytest.raises(UsageError, match="lr_pattern 'nothing_here' matches none"):
-        learning_rate_factors(run.models, {"nothing_here": 2.0}, None)
+    for name in ("lr_pattern", "weight_decay_pattern"):
+        wrong = run.config.replace(**{name: {"nothing_here": 2.0}})
+        with pytest.raises(UsageError, match=f"{name} 'nothing_here' matches none"):
+            grouped(run.models, wrong)
 
 
 def test_weight_norms_are_held(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
@@ -199,7 +209,7 @@ def test_8bit_adam_trains(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """bitsandbytes' AdamW8bit runs on a CPU too, and the files are verified."""
     pytest.importorskip("bitsandbytes")
     result = sd_lora.train(
-        text_to_image(tiny_sd1, data, tmp_path, use_8bit_adam=True, max_train_steps=12)
+        text_to_image(tiny_sd1, data, tmp_path, optimizer="adamw8bit", max_train_steps=12)
     )
     assert result.replayed < result.first_losses
 

@@ -1,13 +1,21 @@
-"""Options of training: batch, length, precision, learning rates, checkpoints."""
+"""Options of training: batch, length, precision, learning rates, optimiser, checkpoints."""
 
+import math
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from sd_lora.config.rows import SAME, SCHEDULES, Section, Steps, by_mode, section
-from sd_lora.errors import Problem
+from sd_lora.config.optimizers import (
+    OPTIMIZERS,
+    WITHOUT_MOMENTS,
+    Optimizer,
+    canonical,
+    optimizer_facts,
+)
+from sd_lora.config.rows import PLAIN_LORA, SAME, SCHEDULES, Section, Steps, by_mode, section
+from sd_lora.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -104,6 +112,9 @@ class TrainingOptions(Section):
         "learning-rate factors by module: pattern=factor …, at the end of names; "
         "'down_blocks.0.*'=0.5 for a block",
         summary=("learning rate", "factors by module {}"))
+    weight_decay_pattern: dict[str, Annotated[float, Field(ge=0)]] | None = option(None,
+        "weight-decay factors by module: pattern=factor …, as lr_pattern; 0 for none",
+        summary=("optimiser", "factors of the decay by module {}"))
     scale_weight_norms: float | None = option(None,
         "scale each delta down to this Frobenius norm after each step; off if not given",
         gt=0, header="ss_scale_weight_norms", kohya=SAME)
@@ -127,20 +138,43 @@ class TrainingOptions(Section):
         "power of polynomial",
         requires={"lr_scheduler": _using("lr_power")}, summary=("schedule", "power {:g}"),
         scripts="CD", kohya="lr_scheduler_power", simpletuner=SAME)
-    use_8bit_adam: bool = option(False,
-        "8-bit AdamW of bitsandbytes (extra: 8bit)",
-        package=("bitsandbytes", "8bit"),
-        without_gpu="saves no GPU memory, and bitsandbytes before 0.50 stops at the first step",
-        scripts="ABCD", kohya="optimizer_type",
-        onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer")
+    lr_min_ratio: float = option(0.0,
+        "share of the learning rate at which a falling schedule ends",
+        ge=0, lt=1, requires={"lr_scheduler": _using("lr_min_ratio")},
+        summary=("schedule", "down to {:g} of the rate"), kohya="lr_scheduler_min_lr_ratio",
+        onetrainer="learning_rate_min_factor")
+    lr_decay_steps: Steps = option(0.2,
+        "optimiser steps of warmup_stable_decay's fall, or below 1 their share of the run",
+        gt=0, requires={"lr_scheduler": _using("lr_decay_steps")},
+        summary=("schedule", "{:g} of decay"), kohya=SAME)
+    lr_step_rules: str | None = option(None,
+        "piecewise_constant's factors, each with the step before which it holds, and the last one: "
+        "1:100,0.1:200,0.01",
+        requires={"lr_scheduler": _using("lr_step_rules")}, summary=("schedule", "{}"))
+    lr_points: str | None = option(None,
+        "file of schedule points: a step, or a share of the run as 25%, and the factor of the "
+        "rate there in each line, straight lines between",
+        requires={"lr_scheduler": _using("lr_points")}, summary=("schedule", "of {}"))
+    optimizer: str = option("adamw",
+        "optimiser (docs/optimizers.md), or a class by its path: package.module.Class",
+        choices=tuple(OPTIMIZERS), or_import_path=True,
+        package={name: facts.package for name, facts in OPTIMIZERS.items() if facts.package},
+        without_gpu=dict.fromkeys(("adamw8bit", "lion8bit"),
+            "saves no GPU memory, and bitsandbytes before 0.50 stops at the first step"),
+        formerly="use_8bit_adam", former_values={True: "adamw8bit", False: None},
+        summary=("optimiser", "{}"), scripts="D", kohya="optimizer_type",
+        onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer", simpletuner=SAME)
+    optimizer_args: dict[str, bool | int | float | str | list[float] | None] | None = option(None,
+        "arguments of the optimiser: key=value …",
+        summary=("optimiser", "{}"), kohya=SAME)
     adam_beta1: float = option(0.9,
-        "AdamW's beta1",
-        ge=0, lt=1, scripts="ABCD", simpletuner=SAME)
+        "beta1 of AdamW and its variants",
+        ge=0, lt=1, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME)
     adam_beta2: float = option(0.999,
-        "AdamW's beta2",
-        ge=0, lt=1, scripts="ABCD", simpletuner=SAME)
+        "beta2 of AdamW and its variants",
+        ge=0, lt=1, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME)
     adam_weight_decay: float | None = option(None,
-        "AdamW's weight decay",
+        "weight decay, of any optimiser",
         ge=0, modes=by_mode(0.01, 0.01), sdxl={"dreambooth": 0.0001}, scripts="ABCD",
         onetrainer="optimizer.weight_decay", simpletuner=SAME,
         ai_toolkit="train.optimizer_params.weight_decay")
@@ -149,8 +183,9 @@ class TrainingOptions(Section):
         ge=0, modes=by_mode(None, None), sdxl={"dreambooth": 0.001},
         requires={"train_text_encoder": None}, scripts="D")
     adam_epsilon: float = option(1e-08,
-        "AdamW's epsilon",
-        gt=0, scripts="ABCD", simpletuner=SAME, ai_toolkit="train.optimizer_params.eps")
+        "epsilon of AdamW and its variants",
+        gt=0, unless={"optimizer": WITHOUT_MOMENTS}, scripts="ABCD", simpletuner=SAME,
+        ai_toolkit="train.optimizer_params.eps")
     max_grad_norm: float = option(1.0,
         "gradients are scaled down to this norm; 0 for no limit",
         ge=0, header="ss_max_grad_norm", scripts="ABCD", kohya=SAME,
@@ -204,6 +239,11 @@ class TrainingOptions(Section):
         numbers = [float(number) for number in parts.groups("0")] if parts else [0.0]
         return sum(n * unit for n, unit in zip(numbers, (3600, 60, 1), strict=False))
 
+    @property
+    def optimizer_facts(self) -> Optimizer:
+        """Facts of the optimiser with its arguments."""
+        return optimizer_facts(self.optimizer, self.optimizer_args)
+
 
 class ResolvedTraining(TrainingOptions):
     """Options of training on a known base model: every rate is a number."""
@@ -242,8 +282,127 @@ class ResolvedTraining(TrainingOptions):
         return self.text_encoder_stop_step if own is None else own
 
 
+def with_optimizer(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Values in which the optimiser's usual rate and schedule stand in place of a preset's or a
+    mode's.
+
+    given: the values of them that are no preset's.
+    """
+    name, args = values.get("optimizer"), values.get("optimizer_args")
+    name = canonical(name) if isinstance(name, str) else None
+    facts = optimizer_facts(name or "", args if isinstance(args, dict) else None)
+    own: dict[str, Any] = {}
+    if facts.finds_rate:
+        rate = own["learning_rate"] = given.get("learning_rate") or 1.0
+        own |= {"text_encoder_lr": rate} if values.get("train_text_encoder") else {}
+    of_preset = values.get("lr_scheduler")
+    if facts.schedules and of_preset and of_preset not in facts.schedules:
+        usual = own["lr_scheduler"] = facts.schedules[0]
+        if "lr_warmup_steps" not in SCHEDULES[usual]:
+            own["lr_warmup_steps"] = None
+    own = {name: value for name, value in own.items() if given.get(name) is None}
+    together = dict(values) | own | ({"optimizer": name} if name else {})
+    return {n: v for n, v in together.items() if v is not None or n in given}
+
+
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield a limit of time that is none."""
+    """Yield arguments that the optimiser has not, rates, schedules and methods that do not go with
+    it, schedules whose shape is not given, and a limit of time that is none."""
     if config.time_limit == 0:
         text = f"max_train_time must be a time above 0, not {config.max_train_time!r}"
         yield Problem("max_train_time", text, "Write 90m, 2h or 1h30m")
+    yield from _arguments(config)
+    yield from _rates(config)
+    yield from _schedules(config)
+    name, facts = config.optimizer, config.optimizer_facts
+    if facts.averages and config.scale_weight_norms is not None:
+        text = f"scale_weight_norms excludes {name}, which trains at another point than it exports"
+        yield Problem("scale_weight_norms", text, "Leave it out")
+    if name == "adamwriemannian" and config.method not in PLAIN_LORA:
+        text = f"adamwriemannian preconditions pairs A and B, and method {config.method} has none"
+        yield Problem("optimizer", text, f"Methods: {', '.join(PLAIN_LORA)}")
+
+
+_AS_OPTIONS = {
+    "lr": "learning_rate", "weight_decay": "adam_weight_decay",
+    "betas": "adam_beta1 and adam_beta2", "eps": "adam_epsilon",
+}  # fmt: skip
+"""Argument of optimisers in general → the options that are it here."""
+
+
+def _arguments(config: "TrainConfig") -> Iterator[Problem]:
+    """Names in `optimizer_args` that the optimiser does not take."""
+    name, facts = config.optimizer, config.optimizer_facts
+    taken = facts.args if name in OPTIMIZERS else (*(config.optimizer_args or {}),)
+    for key in config.optimizer_args or {}:
+        general = _AS_OPTIONS.get(key)
+        of_moments = key not in ("lr", "weight_decay")
+        if general and not (of_moments and (key in taken or not facts.moments)):
+            yield Problem("optimizer_args", f"optimizer_args {key} is {general} here")
+        elif key not in taken:
+            near = did_you_mean(key, taken).strip()
+            rest = f"{name} takes {', '.join(taken)}" if taken else f"{name} takes none"
+            yield Problem("optimizer_args", f"{key} is no argument of {name}", near or rest)
+
+
+RATES = ("learning_rate", "text_encoder_lr", "text_encoder_2_lr", "embedding_lr")
+MULTIPLES = ("loraplus_lr_ratio", "lr_pattern")
+
+ONE_EACH = "Leave it out; prodigyplusschedulefree finds one for each group"
+
+LEAST_FACTOR = 0.1
+"""Rates below are rates of AdamW, and no factors: diffusers' script warns below it, too."""
+
+
+def _rates(config: "TrainConfig") -> Iterator[Problem]:
+    """Rates that do not go with an optimiser that finds its own."""
+    name, facts, usual = config.optimizer, config.optimizer_facts, "Leave it out: 1 is usual"
+    if not facts.finds_rate:
+        return
+    given = {rate: value for rate in RATES if (value := getattr(config, rate)) is not None}
+    for rate, value in given.items():
+        if facts.own_steps and value != 1:
+            text = f"{rate} excludes relative_step, by which {name} takes steps of its own size"
+            yield Problem(rate, text, "Leave one of them out")
+        elif value < LEAST_FACTOR:
+            text = f"{rate} {value:g} would be a factor of the rate that {name} finds"
+            yield Problem(rate, text, usual)
+        elif facts.one_rate and value != given.get("learning_rate"):
+            text = f"{rate} {value:g}: {name} finds one rate for all parameters"
+            yield Problem(rate, text, ONE_EACH)
+    for other in MULTIPLES if facts.one_rate else ():
+        if getattr(config, other) is not None:
+            text = f"{other} excludes {name}, which has one rate for all parameters"
+            yield Problem(other, text, ONE_EACH)
+    if config.scale_lr:
+        text = f"scale_lr excludes {name}, which finds the rate of any batch"
+        yield Problem("scale_lr", text, "Leave it out")
+
+
+def _schedules(config: "TrainConfig") -> Iterator[Problem]:
+    """A schedule that the optimiser makes useless or wrong, and one without its shape."""
+    facts, schedule = config.optimizer_facts, config.lr_scheduler
+    if facts.schedules and schedule not in facts.schedules:
+        why = "takes steps of its own size" if facts.own_steps else "averages its steps instead"
+        text = f"lr_scheduler {schedule} excludes {config.optimizer}, which {why}"
+        yield Problem("lr_scheduler", text, f"It goes with {' or '.join(facts.schedules)}")
+    for shape in ("lr_step_rules", "lr_points"):
+        if schedule in _using(shape) and not getattr(config, shape):
+            yield Problem(shape, f"lr_scheduler {schedule} needs {shape}")
+    if config.lr_step_rules and not step_rules(config.lr_step_rules):
+        text = f"lr_step_rules {config.lr_step_rules!r} is not factor:step,…,factor"
+        yield Problem("lr_step_rules", text, "For instance 1:100,0.1:200,0.01, steps increasing")
+
+
+def step_rules(text: str) -> list[tuple[float, float]]:
+    """Factors of "1:100,0.1:200,0.01", each with the step before which it holds, infinity for the
+    last one; none for a text of another form."""
+    *rules, last = text.split(",")
+    try:
+        parts = [(float(factor), int(step)) for factor, step in (r.split(":") for r in rules)]
+        found = [*parts, (float(last), math.inf)]
+    except ValueError:
+        return []
+    steps = [step for _, step in found]
+    rises = all(a < b for a, b in zip([0, *steps], steps, strict=False))
+    return found if rises and all(0 <= factor < math.inf for factor, _ in found) else []

@@ -8,7 +8,7 @@ from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.prompts import of_list
-from sd_lora.config.translate.rates import optimizer, own_rate
+from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,
@@ -228,11 +228,6 @@ def _denoising(option: str, default: int, shift: int) -> Row:
     return Row(f"--{option}", "", take)
 
 
-def _betas(value: Any, given: Given) -> Taken:
-    pair = dict(zip(("adam_beta1", "adam_beta2"), value, strict=False))
-    return Taken("otherwise", pair, "is two options")
-
-
 _ONE = "is not there: the loss is to the noise"
 _QUANT = "is not there: the base is float32, fp16 or bf16"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt"
@@ -275,8 +270,10 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.lr": _rate("learning_rate"),
     "train.unet_lr": read_with("train.lr", "--learning_rate"),
     "train.text_encoder_lr": _rate("text_encoder_lr"),
-    "train.optimizer": taking("AdamW, or --use_8bit_adam", "", optimizer),
-    "train.optimizer_params.betas": taking("--adam_beta1 --adam_beta2", "", _betas),
+    "train.optimizer": optimizer("ai_toolkit"),
+    "train.optimizer_params.betas": betas("train.optimizer"),
+    "train.optimizer_params.eps": argument("eps", "train.optimizer", "adam_epsilon"),
+    **arguments("train.optimizer", "train.optimizer_params."),
     "train.lr_scheduler": taking("--lr_scheduler", "", _scheduler),
     "train.gradient_accumulation": otherwise(
         "gradient_accumulation_steps", "is called so", whole),

@@ -6,20 +6,21 @@ asks for what happens anyway is needless: it is taken, with a note.
 
 from typing import Any
 
-from sd_lora.config.translate.rows import Given, Row, Taken, absent, is_off, needless, taking
+from sd_lora.config.translate.rows import (
+    Given,
+    Row,
+    Taken,
+    absent,
+    is_off,
+    needless,
+    switch,
+    taking,
+)
 
 _NOT_YET = "is not supported yet"
 _IF = "belongs to DeepFloyd IF, which is not trained here"
-_PRODIGY = f"belongs to Prodigy, which {_NOT_YET}"
+_PRODIGY = "is an argument of Prodigy here: --optimizer_args"
 _STEPS = "is a part of the epochs in the advanced scripts; here it is a number of steps: give"
-
-_ADAMW = f"{_NOT_YET}: AdamW is used; leave it out"
-
-
-def _optimizer(value: Any, given: Given) -> Taken:
-    if str(value).lower() == "adamw":
-        return Taken("needless", reason="is AdamW always")
-    return Taken("absent", reason=_ADAMW)
 
 
 def _new_words(value: Any, given: Given) -> Taken:
@@ -46,19 +47,23 @@ DIFFUSERS: dict[str, Row] = {
     ),
     "hub_model_id": absent(f"{_NOT_YET}; upload the files by hand"),
     "hub_token": absent(f"{_NOT_YET}; log in with `hf auth login`"),
-    "optimizer": taking("", _ADAMW, _optimizer),
     "output_kohya_format": needless(
         "is not needed: kohya's file is always written where it can be exact"
     ),
     "pre_compute_text_embeddings": taking("", _CACHED, _pre_compute),
-    "prodigy_beta3": absent(_PRODIGY),
-    "prodigy_decouple": absent(_PRODIGY, idle=("True", True)),
-    "prodigy_safeguard_warmup": absent(_PRODIGY, idle=("True", True)),
-    "prodigy_use_bias_correction": absent(_PRODIGY, idle=("True", True)),
+    "prodigy_beta3": absent(f"{_PRODIGY} beta3=…"),
+    "prodigy_decouple": absent(f"{_PRODIGY} decouple=false", idle=("True", True)),
+    "prodigy_safeguard_warmup": absent(f"{_PRODIGY} safeguard_warmup=false", idle=("True", True)),
+    "prodigy_use_bias_correction": absent(
+        f"{_PRODIGY} use_bias_correction=false", idle=("True", True)
+    ),
     "push_to_hub": absent(f"{_NOT_YET}; upload the files by hand"),
     "text_encoder_use_attention_mask": absent(_IF),
     "tokenizer_max_length": absent(
         "has another meaning here: --max_token_length, a multiple of 75", idle=(77, "77")
+    ),
+    "use_8bit_adam": switch(
+        "--optimizer adamw8bit", "is optimizer adamw8bit now", optimizer="adamw8bit"
     ),
     "validation_images": absent("belongs to DeepFloyd IF's upscaler, which is not trained here"),
     # of the advanced scripts
@@ -77,16 +82,17 @@ DIFFUSERS: dict[str, Row] = {
 SWITCHES = frozenset(
     "class_labels_conditioning debug_loss enable_npu_flash_attention push_to_hub "
     "enable_xformers_memory_efficient_attention output_kohya_format pre_compute_text_embeddings "
-    "text_encoder_use_attention_mask train_text_encoder_ti use_blora".split()
+    "text_encoder_use_attention_mask train_text_encoder_ti use_8bit_adam use_blora".split()
 )
 """Flags among them that stand without a value."""
 
 BESIDE_OPTIONS: dict[str, str] = {
-    "ABCD": "enable_xformers_memory_efficient_attention hub_model_id hub_token push_to_hub",
+    "ABCD": "enable_xformers_memory_efficient_attention hub_model_id hub_token push_to_hub "
+    "use_8bit_adam",
     "B": "debug_loss enable_npu_flash_attention",
     "C": "class_labels_conditioning pre_compute_text_embeddings text_encoder_use_attention_mask "
     "tokenizer_max_length validation_images",
-    "D": "optimizer output_kohya_format prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup "
+    "D": "output_kohya_format prodigy_beta3 prodigy_decouple prodigy_safeguard_warmup "
     "prodigy_use_bias_correction",
 }
 """Scripts, as letters → their flags of this table; the others are in the options' rows."""

@@ -10,7 +10,7 @@ from typing import Any
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
 from sd_lora.config.translate.prompts import first_prompt
-from sd_lora.config.translate.rates import optimizer, own_rate
+from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,
@@ -173,13 +173,10 @@ def _count_kept(value: Any, given: Given) -> Taken:
     return Taken("otherwise", {"checkpoints_total_limit": count}, "counts checkpoints, not steps")
 
 
-def _betas(value: Any, given: Given) -> Taken:
-    parts = str(value).strip("()[] ").split(",")
-    if len(parts) != 2:
-        raise ValueError(f"is two numbers, not {value!r}")
-    pair = dict(zip(("adam_beta1", "adam_beta2"), map(number, parts), strict=True))
-    return Taken("otherwise", pair, "is two options")
-
+SCHEDULERS = {
+    name: name for name, used in SCHEDULES.items() if not {"lr_step_rules", "lr_points"} & {*used}
+} | {"cosine_with_min_lr": "cosine"}
+"""Schedule there, of those that need no file or rules → here."""
 
 _FLOAT32 = "is not there: the LoRA is float32 always; the base is as mixed_precision says"
 _UPLOAD = "is not there: upload the files by hand"
@@ -260,28 +257,22 @@ KOHYA: dict[str, Row] = NETWORK | {
     "network_train_unet_only": taking(
         "the default; with text encoders: --train_text_encoder", "", _unet_only),
     "network_train_text_encoder_only": absent("is not there: the UNet is always trained"),
-    "optimizer_type": taking("AdamW, or --use_8bit_adam", "", optimizer),
-    "use_8bit_adam": switch("--use_8bit_adam", "is AdamW's 8-bit form", use_8bit_adam=True),
-    "use_lion_optimizer": absent("is not there: AdamW is used"),
-    "weight_decay": otherwise("adam_weight_decay", "is AdamW's", number),
-    "betas": taking("--adam_beta1 --adam_beta2", "is two options", _betas),
-    "eps": otherwise("adam_epsilon", "is AdamW's", number),
-    "optimizer_args": Row(
-        "--adam_beta1, --adam_beta2, --adam_epsilon and --adam_weight_decay", "",
-        needless("has no part").take,
-    ),
-    **dict.fromkeys(
-        ("decouple", "d_coef", "d0", "growth_rate", "use_bias_correction", "safeguard_warmup",
-         "relative_step", "scale_parameter", "warmup_init", "momentum", "amsgrad"),
-        absent("belongs to another optimiser")),
+    "optimizer_type": optimizer("kohya"),
+    "use_8bit_adam": switch(
+        "--optimizer adamw8bit", "is AdamW's 8-bit form", optimizer="adamw8bit"),
+    "use_lion_optimizer": switch("--optimizer lion", "is an optimiser", optimizer="lion"),
+    "weight_decay": otherwise("adam_weight_decay", "is that of any optimiser", number),
+    "betas": betas("optimizer_type"),
+    "eps": argument("eps", "optimizer_type", "adam_epsilon"),
+    **arguments("optimizer_type"),
+    "optimizer_args": Row("--optimizer_args", "", needless("has no part").take),
     "lr_scheduler": among(
-        "lr_scheduler", {n: n for n in SCHEDULES}, "", f"{MISSING}: constant is used"),
-    "lr_scheduler_type": absent(f"{MISSING}: schedules are diffusers' six"),
-    "lr_scheduler_args": absent(f"{MISSING}: schedules are diffusers' six"),
+        "lr_scheduler", SCHEDULERS, "has that end here by lr_min_ratio",
+        f"{MISSING}: constant is used"),
+    "lr_scheduler_type": absent(f"{MISSING}: schedules are those of --lr_scheduler"),
+    "lr_scheduler_args": absent(f"{MISSING}: a schedule's shape is in options of its own"),
     "lr_warmup_steps": taking("--lr_warmup_steps", "", _warmup),
-    "lr_decay_steps": absent(NOT_THERE),
-    "lr_scheduler_timescale": absent(NOT_THERE),
-    "lr_scheduler_min_lr_ratio": absent(NOT_THERE),
+    "lr_scheduler_timescale": absent(f"{NOT_THERE}: that of inverse_sqrt is its warm-up"),
     "fused_backward_pass": needless("is about Adafactor's memory there"),
     "scale_weight_norms": otherwise(
         "scale_weight_norms", "is once an optimiser step, not once a micro-batch"),

@@ -7,10 +7,11 @@ TrainConfig and ConceptConfig, version 11. What is not said is its default there
 import re
 from typing import Any
 
+from sd_lora.config.optimizers import called_elsewhere, optimizer_facts
 from sd_lora.config.translate.onetrainer_data import concept_file, concepts, embeddings, sample_file
 from sd_lora.config.translate.onetrainer_network import FAMILIES, NETWORK
 from sd_lora.config.translate.prompts import of_list
-from sd_lora.config.translate.rates import own_rate
+from sd_lora.config.translate.rates import argument, arguments, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Kind,
@@ -37,6 +38,7 @@ SCHEDULERS = {
     "cosine": "cosine",
     "cosine_with_restarts": "cosine_with_restarts",
     "cosine_with_hard_restarts": "cosine_with_restarts",
+    "rex": "rex",
 }
 PRECISIONS = {"float_16": "fp16", "bfloat_16": "bf16", "float_32": "no", "tfloat_32": "no"}
 FILE_PRECISIONS = {"float_16": "fp16", "bfloat_16": "bf16", "float_32": "fp32"}
@@ -131,16 +133,6 @@ def _warmup(value: Any, given: Given) -> Taken:
     count = max(0, round(steps / whole(given.get("gradient_accumulation_steps") or 1)))
     kind: Kind = "same" if count == steps else "otherwise"
     return Taken(kind, {"lr_warmup_steps": count}, "counts optimiser steps, not micro-batches")
-
-
-def _optimizer(value: Any, given: Given) -> Taken:
-    word = str(value).upper()
-    if word == "ADAMW":
-        return Taken("needless", reason="is the optimiser here")
-    if word == "ADAMW_8BIT":
-        return Taken("otherwise", {"use_8bit_adam": True}, "is AdamW's 8-bit form")
-    reason = f"{NOT_THERE}: AdamW is used; mind the learning rate, theirs is for another optimiser"
-    return Taken("absent", reason=reason)
 
 
 def _resolution(value: Any, given: Given) -> Taken:
@@ -240,6 +232,23 @@ def _destination(value: Any, given: Given) -> Taken:
     return Taken(kind, {"output_dir": folder}, "is a folder: two files and the log are in it")
 
 
+def _beta(index: int) -> Row:
+    """A beta: one of two options with AdamW and its variants, of one argument with others."""
+    option = ("adam_beta1", "adam_beta2")[index]
+
+    def take(value: Any, given: Given) -> Taken:
+        ours = called_elsewhere(str(given.get("optimizer.optimizer") or "ADAMW")) or ""
+        if is_off(value) and value != 0:
+            return Taken("needless", reason="is not given")
+        if "betas" not in optimizer_facts(ours, None).args:
+            return Taken("otherwise", {option: number(value)}, "is that of AdamW and its variants")
+        pair = [given.get(f"optimizer.beta{n}") for n in (1, 2, 3)]
+        numbers = [number(beta) for beta in pair if beta is not None]
+        return Taken("otherwise", {"optimizer_args": {"betas": numbers}}, "is an argument: betas")
+
+    return taking(f"--{option}", "", take)
+
+
 _SCALE = "is not there: --scale_lr multiplies by the batch, theirs by its root; write the rate"
 _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3", "text_encoder_4",
           "effnet_encoder", "decoder", "decoder_text_encoder", "decoder_vqgan", "cloud", "secrets",
@@ -268,14 +277,14 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "learning_rate_warmup_steps": taking("--lr_warmup_steps", "", _warmup),
     "learning_rate_cycles": otherwise(
         "lr_num_cycles", "is restarts of cosine_with_restarts", lambda v: max(1, round(number(v)))),
-    "learning_rate_min_factor": absent(NOT_THERE),
     "learning_rate_scaler": absent(_SCALE, idle=("NONE",)),
     "custom_learning_rate_scheduler": absent(NOT_THERE),
     "scheduler_params": absent(NOT_THERE),
-    "optimizer.optimizer": taking("AdamW, or --use_8bit_adam", "", _optimizer),
-    "optimizer.beta1": otherwise("adam_beta1", "is AdamW's", number),
-    "optimizer.beta2": otherwise("adam_beta2", "is AdamW's", number),
-    "optimizer.eps": otherwise("adam_epsilon", "is AdamW's", number),
+    "optimizer.optimizer": optimizer("onetrainer"),
+    "optimizer.beta1": _beta(0),
+    "optimizer.beta2": _beta(1),
+    "optimizer.eps": argument("eps", "optimizer.optimizer", "adam_epsilon"),
+    **arguments("optimizer.optimizer", "optimizer."),
     "clip_grad_norm": Row("--max_grad_norm", "", lambda value, given: Taken(
         "same", {"max_grad_norm": value or 0})),
     "resolution": taking("--resolution or --resolutions", "", _resolution),

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import ALGORITHMS
-from sd_lora.config.translate.rates import optimizer, own_rate
+from sd_lora.config.translate.rates import argument_text, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
     Row,
@@ -156,15 +156,6 @@ def _resume(value: Any, given: Given) -> Taken:
                  {"resume_from_checkpoint": value} if not is_off(value) else {}, "")  # fmt: skip
 
 
-def _optimizer(value: Any, given: Given) -> Taken:
-    word = str(value).lower()
-    if word in ("adamw_bf16", "adamw", "optimi-adamw", "ao-adamw"):
-        return Taken("needless", reason="is AdamW, whose weights are float32 here")
-    if word in ("ao-adamw8bit", "bnb-adamw8bit", "bnb-adamw8bit-paged"):
-        return Taken("otherwise", {"use_8bit_adam": True}, "is AdamW's 8-bit form")
-    return optimizer(value, given)
-
-
 def _rate(option: str) -> Row:
     def take(value: Any, given: Given) -> Taken:
         if is_off(value):
@@ -292,10 +283,10 @@ SIMPLETUNER: dict[str, Row] = {
     "lr_end": absent("is not there: polynomial ends near 0", idle=(4e-7, "4e-7")),
     "lr_scale": absent("is --scale_lr here, by batch × accumulation × processes"),
     "lr_scale_sqrt": absent(NOT_THERE),
-    "optimizer": taking("AdamW, or --use_8bit_adam", "", _optimizer),
-    "optimizer_config": absent("is --adam_beta1, --adam_beta2 and --adam_weight_decay here"),
-    "optimizer_beta1": otherwise("adam_beta1", "is AdamW's", number),
-    "optimizer_beta2": otherwise("adam_beta2", "is AdamW's", number),
+    "optimizer": optimizer("simpletuner"),
+    "optimizer_config": taking("--optimizer_args", "", argument_text),
+    "optimizer_beta1": otherwise("adam_beta1", "is that of AdamW and its variants", number),
+    "optimizer_beta2": otherwise("adam_beta2", "is that of AdamW and its variants", number),
     "max_grad_norm": taking("--max_grad_norm", "", _clip),
     "grad_clip_method": read_with("max_grad_norm"),
     "mixed_precision": among(

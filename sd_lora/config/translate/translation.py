@@ -78,7 +78,9 @@ def translate(
     values = dict(fixed)
     for kind in ("same", "absent", "otherwise"):  # a list by block goes before a rank for all
         for line in lines:
-            values |= line.taken.values if line.taken.kind == kind else {}
+            for name, value in line.taken.values.items() if line.taken.kind == kind else ():
+                tables = isinstance(value, dict) and isinstance(values.get(name), dict)
+                values[name] = values[name] | value if tables else value
     return _sound(peer, values, lines)
 
 

@@ -131,6 +131,7 @@ class PageReport:
     images: images shown.
     total: number of images trained; None if all of them are shown.
     findings: all findings.
+    rates: factors of the learning rate at equal distances over the run, from 0 to about 1.
     """
 
     title: str
@@ -141,6 +142,16 @@ class PageReport:
     images: list[PageImage] = field(default_factory=list)
     total: int | None = None
     findings: list[Finding] = field(default_factory=list)
+    rates: Sequence[float] = ()
+
+
+def curve(values: Sequence[float]) -> str:
+    """Points of a line over values, for a drawing of 200 × 40 with y downwards: "0,40 1,39.5"."""
+    height = max(1.0, *values)
+    return " ".join(
+        f"{200 * i / max(1, len(values) - 1):g},{40 - 40 * value / height:.4g}"
+        for i, value in enumerate(values)
+    )
 
 
 def group_findings(findings: list[Finding]) -> dict[str, dict[str, list[Finding]]]:
@@ -213,6 +224,7 @@ def _template() -> Template:
         lstrip_blocks=True,
     )
     environment.filters["printable"] = printable
+    environment.filters["curve"] = curve
     return environment.get_template("page.html.j2")
 
 

@@ -211,21 +211,51 @@ def test_several_resolutions_and_masks_of_each_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("peer", "more"),
+    ("peer", "more", "optimizer", "rate"),
     [
-        ("sd-scripts", {"optimizer_type": "Prodigy", "learning_rate": "1.0"}),
-        ("sd-scripts", {"optimizer_type": "DAdaptAdam", "unet_lr": "0.05"}),
-        ("sd-scripts", {"optimizer_type": "my.Optimizer", "unet_lr": "0.5"}),
-        ("onetrainer", {"optimizer": {"optimizer": "PRODIGY"}, "learning_rate": 1.0}),
-        ("simpletuner", {"optimizer": "prodigy", "learning_rate": 1}),
+        ("sd-scripts", {"optimizer_type": "Prodigy", "learning_rate": "0.8"}, "prodigy", 0.8),
+        ("sd-scripts", {"optimizer_type": "DAdaptAdam", "unet_lr": "0.05"}, "dadaptadam", None),
+        ("sd-scripts", {"optimizer_type": "DAdaptLion", "unet_lr": "0.05"}, None, None),
+        ("sd-scripts", {"optimizer_type": "my.Class", "unet_lr": "0.5"}, "my.Class", 0.5),
+        ("onetrainer", {"optimizer": {"optimizer": "PRODIGY"}, "learning_rate": 1.0}, "prodigy", 1),
+        ("simpletuner", {"optimizer": "prodigy", "learning_rate": 1}, "prodigy", 1),
     ],
 )
-def test_the_factor_of_an_adaptive_optimiser_is_no_rate(peer: str, more: dict[str, Any]) -> None:
-    """A learning rate near 1 is a factor of Prodigy and its like: it is not written for AdamW."""
+def test_the_factor_of_an_adaptive_optimiser_is_no_rate_of_adamw(
+    peer: str, more: dict[str, Any], optimizer: str | None, rate: float | None
+) -> None:
+    """A learning rate near 1 is a factor of Prodigy and its like: taken with an optimiser that is
+    here, in the range of factors, and never written for AdamW."""
     found = translate(PEERS[peer], more)
-    assert "learning_rate" not in found.values
-    name = next(name for name in ("unet_lr", "learning_rate") if name in more)
-    assert answer(found, name)[0] == "absent"
+    assert found.values.get("optimizer") == optimizer
+    assert found.values.get("learning_rate") == rate
+    if rate is None:
+        assert answer(found, "unet_lr")[0] == "absent"
+
+
+def test_arguments_of_an_optimiser_are_translated() -> None:
+    """sd-scripts' optimizer_args, and OneTrainer's and SimpleTuner's keys, become options where
+    there are some and `optimizer_args` else, over defaults that are others there."""
+    scripts = translate(PEERS["sd-scripts"], {"optimizer_type": "Prodigy", "optimizer_args":
+        ["d_coef=2", "betas=0.9,0.99", "weight_decay=0.1", "decouple=True", "eps=1e-6"]}
+    ).values  # fmt: skip
+    own = {"safeguard_warmup": False, "use_bias_correction": False, "d_coef": 2, "decouple": True}
+    assert scripts["optimizer_args"] == own
+    numbers = [
+        scripts[n] for n in ("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon")
+    ]
+    assert numbers == [0.9, 0.99, 0.1, 1e-6]
+    relative = kohya(optimizer_type="AdaFactor", learning_rate="1e-4", lr_scheduler="cosine")
+    assert relative.values["optimizer_args"] == {"relative_step": True, "scale_parameter": True}
+    assert not {"learning_rate", "lr_scheduler"} & relative.values.keys()
+    assert answer(relative, "learning_rate")[0] == "absent"
+    keys = {"optimizer": "CAME", "beta1": 0.8, "beta2": 0.99, "beta3": 0.999, "d_coef": 2.0}
+    one = translate(PEERS["onetrainer"], {"optimizer": keys})
+    assert one.values["optimizer_args"] == {"betas": [0.8, 0.99, 0.999]}
+    assert answer(one, "optimizer.d_coef")[0] == "absent"
+    simple = {"optimizer": "prodigy", "optimizer_config": "d_coef=2,weight_decay=0.1"}
+    values = translate(PEERS["simpletuner"], simple).values
+    assert (values["optimizer_args"], values["adam_weight_decay"]) == ({"d_coef": 2}, 0.1)
 
 
 def test_an_option_without_effect_is_not_written() -> None:

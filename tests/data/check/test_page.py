@@ -237,6 +237,13 @@ FINDINGS = [
 ]
 
 
+def test_the_learning_rate_is_drawn() -> None:
+    """The schedule's row has a line over the run, highest where the rate is, and none without."""
+    report = PageReport("t", "v", rows={"schedule": "cosine"}, rates=[0, 1, 0.5])
+    assert '<polyline points="0,40 100,0 200,20"/>' in page(report)
+    assert "<svg" not in page(PageReport("t", "v", rows={"schedule": "cosine"}))
+
+
 def test_findings_in_groups() -> None:
     """A terminal shows the gravest level first, the first of a code and the number of the others;
     the page shows all."""

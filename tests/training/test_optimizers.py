@@ -1,0 +1,397 @@
+"""Optimisers: each lowers a fixed problem's loss, keeps its state where and as it should, resumes
+to the bit, and does its paper's step."""
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import sd_lora
+from sd_lora.config.command_line import parse
+from sd_lora.config.rows import SCHEDULES
+from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.errors import UsageError
+from sd_lora.training.optimizer_rows import OPTIMIZERS, RiemannianAdamW
+from sd_lora.training.optimizers import (
+    averaged,
+    averages,
+    check_optimizer,
+    current_rates,
+    load_optimizer,
+    optimizer_of,
+)
+from sd_lora.training.setup import prepare
+from tests.training.runs import images, text_to_image
+
+PLACES = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
+ON_CPU = [name for name in OPTIMIZERS if not name.startswith("paged")]
+NEEDS = {"8bit": "bitsandbytes", "optimizers": "pytorch_optimizer"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("set"))
+
+
+def config_of(optimizer: str, rate: float | None = None, **options: Any) -> RunConfig:
+    """A resolved configuration; skips the test where the optimiser's package is not installed."""
+    given = {"learning_rate": rate} if rate else {}
+    config = TrainConfig(**PLACES, optimizer=optimizer, **given, **options).resolve("sd1", 512)
+    if config.optimizer_facts.package:
+        pytest.importorskip(config.optimizer_facts.package[0])
+    return config
+
+
+class Problem:
+    """min ‖B A X − T X‖², with factors of rank 16 beside 320 channels: those of the table."""
+
+    def __init__(self, config: RunConfig) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.A = nn.Parameter(torch.randn(16, 320, generator=generator) / 18)
+        self.B = nn.Parameter(torch.zeros(320, 16))
+        self.T = torch.randn(320, 320, generator=generator) / 18
+        self.X = torch.randn(320, 64, generator=generator)
+        rates = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+        groups = [
+            {"params": [p], "name": name, "multiple": 1.0} | rates
+            for name, p in (("A", self.A), ("B", self.B))
+        ]
+        self.optimizer = optimizer_of(config).build(groups, config, {})
+
+    def loss(self) -> Tensor:
+        return ((self.B @ (self.A @ self.X) - self.T @ self.X) ** 2).mean()
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            self.optimizer.zero_grad()
+            self.loss().backward()
+            self.optimizer.step()
+
+
+def plain(state: Any) -> list[Tensor]:
+    """The tensors of a state, which may hold nothing else than numbers, texts and None besides."""
+    if isinstance(state, Tensor):
+        return [state]
+    if isinstance(state, dict):
+        assert all(isinstance(key, int | str) for key in state)
+        return plain([*state.values()])
+    if isinstance(state, list | tuple):
+        return [tensor for value in state for tensor in plain(value)]
+    assert state is None or isinstance(state, int | float | str | bool), type(state)
+    return []
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_it_learns_and_resumes_to_the_bit(name: str) -> None:
+    """Each optimiser lowers the loss of a fixed problem; its state is tensors beside plain numbers,
+    on the parameters' device, of the bytes a parameter that its row says; from the state it goes on
+    to the bit, in bfloat16 too, where torch's own loading changes the dtype."""
+    finds = config_of(name).optimizer_facts.finds_rate
+    config = config_of(name, None if finds else 1e-2)
+    problem = Problem(config)
+    before = problem.loss().item()
+    problem.steps(30)
+
+    state = copy.deepcopy(problem.optimizer.state_dict())
+    tensors = plain(state["state"])
+    assert all(tensor.device == problem.A.device for tensor in tensors)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    parameters = problem.A.numel() + problem.B.numel()
+    assert size / parameters == pytest.approx(OPTIMIZERS[name].state_bytes, abs=0.05)
+    plain({**state, "state": None})
+
+    again = Problem(config)
+    again.A.data.copy_(problem.A), again.B.data.copy_(problem.B)
+    load_optimizer(again.optimizer, state)
+    loaded = plain(again.optimizer.state_dict()["state"])
+    assert [tensor.dtype for tensor in loaded] == [tensor.dtype for tensor in tensors]
+    for each in (problem, again):
+        each.steps(60 if finds else 10)
+    assert torch.equal(problem.A, again.A)
+    assert torch.equal(problem.B, again.B)
+    with averaged(problem.optimizer):
+        assert problem.loss().item() < (0.95 if finds else 0.7) * before
+
+
+LR, DECAY = 0.01, 0.1
+
+
+def adamw(p: Tensor, grads: list[Tensor], decay: float = DECAY) -> Tensor:
+    """Loshchilov and Hutter 2019, algorithm 2."""
+    m, v = torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g**2
+        ratio = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        p = p - LR * decay * p - LR * ratio
+    return p
+
+
+def lion(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Chen et al. 2023, program 1."""
+    m = torch.zeros_like(p)
+    for g in grads:
+        p = p - LR * ((0.9 * m + 0.1 * g).sign() + DECAY * p)
+        m = 0.99 * m + 0.01 * g
+    return p
+
+
+def adafactor(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Shazeer and Stern 2018, algorithm 4, with the rate in place of ρ and a decoupled decay."""
+    rows, columns = torch.zeros(len(p), 1), torch.zeros(1, p.shape[1])
+    for t, g in enumerate(grads, 1):
+        beta, square = 1 - t**-0.8, g**2 + 1e-30
+        rows = beta * rows + (1 - beta) * square.sum(1, keepdim=True)
+        columns = beta * columns + (1 - beta) * square.sum(0, keepdim=True)
+        u = g / (rows * columns / rows.sum()).sqrt()
+        u = u / max(1, u.square().mean().sqrt().item())
+        p = p - LR * DECAY * p - LR * u
+    return p
+
+
+def came(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Luo et al. 2023, algorithm 2."""
+
+    def factored(r: Tensor, c: Tensor) -> Tensor:
+        return r * c / r.mean()
+
+    shape = ((len(p), 1), (1, p.shape[1]))
+    r, c, R, C = (torch.zeros(*s) for s in (*shape, *shape))
+    m = torch.zeros_like(p)
+    for g in grads:
+        square = g**2 + 1e-30
+        r = 0.999 * r + 0.001 * square.mean(1, keepdim=True)
+        c = 0.999 * c + 0.001 * square.mean(0, keepdim=True)
+        u = g / factored(r, c).sqrt()
+        u = u / max(1, u.square().mean().sqrt().item())
+        m = 0.9 * m + 0.1 * u
+        U = (u - m) ** 2 + 1e-16
+        R = 0.9999 * R + 0.0001 * U.mean(1, keepdim=True)
+        C = 0.9999 * C + 0.0001 * U.mean(0, keepdim=True)
+        p = p - LR * DECAY * p - LR * m / factored(R, C).sqrt()
+    return p
+
+
+def schedule_free(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Defazio et al. 2024, algorithm 1: the point x that is exported."""
+    z, x, v = p, p, torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        y = 0.1 * z + 0.9 * x
+        v = 0.999 * v + 0.001 * g**2
+        z = z - LR * (g / ((v / (1 - 0.999**t)).sqrt() + 1e-8) + DECAY * y)
+        x = (1 - 1 / t) * x + z / t
+    return x
+
+
+def prodigy(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Mishchenko and Defazio 2024, algorithm 4, with bias correction and safeguarded warm-up as in
+    the authors' code."""
+    p0, d, r, beta3 = p, 1e-6, 0.0, math.sqrt(0.999)
+    m, v, s = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for t, g in enumerate(grads, 1):
+        rate = d * math.sqrt(1 - 0.999**t) / (1 - 0.9**t)
+        r = beta3 * r + (d / 1e-6) * rate * (g * (p0 - p)).sum().item()
+        s = beta3 * s + (d / 1e-6) * d * g
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * d**2 * g**2
+        d = max(d, r / s.abs().sum().item())
+        p = p - rate * DECAY * p - rate * m / (v.sqrt() + d * 1e-8)
+    return p
+
+
+PAPERS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
+    "adamw": adamw, "lion": lion, "adafactor": adafactor, "came": came,
+    "adamwschedulefree": schedule_free, "prodigy": prodigy,
+}  # fmt: skip
+
+
+def stepped(
+    name: str, p: Tensor, grads: list[Tensor], decay: float = DECAY, **options: Any
+) -> Tensor:
+    """A parameter after a step of an optimiser for each gradient."""
+    finds = config_of(name).optimizer_facts.finds_rate
+    config = config_of(name, None if finds else LR, **options)
+    parameter = nn.Parameter(p.clone())
+    group = {"params": [parameter], "lr": config.learning_rate, "weight_decay": decay}
+    optimizer = optimizer_of(config).build([group | {"name": "", "multiple": 1}], config, {})
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.step()
+    if averages(optimizer):
+        optimizer.eval()  # type: ignore[attr-defined]
+    return parameter.detach()
+
+
+@pytest.fixture
+def drawn() -> tuple[Tensor, list[Tensor]]:
+    """A matrix, and gradients of six steps."""
+    generator = torch.Generator().manual_seed(1)
+    p, *grads = torch.randn(7, 4, 6, generator=generator)
+    return p, grads
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_steps_are_those_of_the_paper(name: str, drawn: tuple[Tensor, list[Tensor]]) -> None:
+    """Six steps equal the paper's algorithm, written out: with its betas, decay and epsilon."""
+    p, grads = drawn
+    torch.testing.assert_close(stepped(name, p, grads), PAPERS[name](p, grads), atol=1e-6, rtol=0)
+
+
+def test_muon_orthogonalises_each_factor(drawn: tuple[Tensor, list[Tensor]]) -> None:
+    """The first step has the gradient's singular vectors and near equal singular values: of length
+    0.2 · √max(m, n) each, so that the root mean square is that of AdamW's steps."""
+    p, grads = drawn
+    step = (p * (1 - LR * DECAY) - stepped("muon", p, grads[:1])) / LR
+    U, _, V = torch.linalg.svd(grads[0], full_matrices=False)
+    inner = U.T @ step @ V.T / (0.2 * math.sqrt(6))
+    assert (inner - inner.diagonal().diag()).abs().max() < 0.02  # its iterations are in bfloat16
+    assert 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.3
+
+
+def test_soap_without_a_basis_is_adamw(drawn: tuple[Tensor, list[Tensor]]) -> None:
+    """SOAP is Adam in the eigenbasis of Shampoo's factors (Vyas et al. 2024, algorithm 3): with no
+    side preconditioned it is AdamW from the second step on, the first being for the basis."""
+    p, grads = drawn
+    args = {"max_precondition_dim": 1, "betas": [0.9, 0.999]}
+    soap = stepped("soap", p, grads, decay=0.0, optimizer_args=args)
+    torch.testing.assert_close(soap, adamw(p, grads[1:], decay=0.0), atol=1e-6, rtol=0)
+
+
+def test_riemannian_steps_do_not_depend_on_the_split(drawn: tuple[Tensor, list[Tensor]]) -> None:
+    """Preconditioned gradients are those of the formula, and plain descent with them moves B·A the
+    same way for (cA, B/c) as for (A, B) (Zhang and Pilanci 2024)."""
+    p, grads = drawn
+    moved = []
+    for scale in (1.0, 5.0):
+        A, B = nn.Parameter(p[:2] * scale), nn.Parameter(grads[0].T[:, :2] / scale)
+        optimizer = RiemannianAdamW([{"params": [A, B]}], [(A, B)], 1e-6, lr=1e-3, eps=1e-8)
+        (B @ A * grads[1].new_ones(6, 6).triu()).sum().backward()
+        dA, dB = A.grad, B.grad
+        assert dA is not None
+        assert dB is not None
+        wanted = torch.linalg.inv(B.T @ B + 1e-6 * torch.eye(2)) @ dA
+        optimizer.step()
+        torch.testing.assert_close(A.grad, wanted, rtol=1e-3, atol=1e-4)
+        assert A.grad is not None
+        assert B.grad is not None
+        moved.append(B.detach() @ A.grad + B.grad @ A.detach())
+    torch.testing.assert_close(moved[0], moved[1], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["--optimizer", "adamm"], "optimizer is one of adamw, .* Did you mean adamw"),
+        (["--optimizer", "Prodigy", "--learning_rate", "1e-4"], "1 is usual"),
+        (["--optimizer", "prodigy", "--train_text_encoder", "--text_encoder_lr", "0.5"],
+         "one rate for all parameters"),
+        (["--optimizer", "dadaptadam", "--loraplus_lr_ratio", "16"], "loraplus_lr_ratio excludes"),
+        (["--optimizer", "prodigy", "--scale_lr"], "scale_lr excludes prodigy"),
+        (["--optimizer", "adafactor", "--optimizer_args", "relative_step=True", "--lr", "1e-3"],
+         "--lr excludes relative_step"),
+        (["--optimizer", "AdamWScheduleFree", "--lr_scheduler", "cosine"],
+         "lr_scheduler cosine excludes adamwschedulefree, which averages its steps"),
+        (["--optimizer", "adamw_schedule_free", "--scale_weight_norms", "1"], "another point"),
+        (["--optimizer", "lion", "--adam_beta2", "0.9"], "adam_beta2 has no effect with .* lion"),
+        (["--optimizer", "prodigy", "--optimizer_args", "d_coeff=2"], "Did you mean d_coef"),
+        (["--optimizer_args", "betas=0.9,0.99"], "betas is .*adam_beta1 and .*adam_beta2 here"),
+        (["--optimizer_args", "amsgrad"], "'amsgrad' is not key=value"),
+        (["--optimizer", "adamwriemannian", "--method", "loha"], "method loha has none"),
+    ],
+)  # fmt: skip
+def test_traps_are_refused(words: list[str], found: str) -> None:
+    """Combinations that other trainers take in silence are told, with the reason."""
+    with pytest.raises(UsageError, match=found):
+        parse(["--model", "m", "--train_data_dir", "d", *words])
+
+
+def test_an_optimisers_usual_rate_and_schedule_stand_for_a_presets() -> None:
+    """A preset's rates and schedule are AdamW's: Prodigy's rate is 1 for all components, and a
+    schedule-free optimiser keeps the warm-up alone."""
+    words = ["--model", "m", "--train_data_dir", "d", "--preset", "subject", "--optimizer"]
+    config = parse([*words, "prodigy"]).resolve("sdxl", 1024)
+    assert config.learning_rate == config.learning_rate_of("text_encoder") == 1.0
+    assert config.lr_scheduler == "cosine"
+    config = parse([*words, "adamw_schedulefree"]).resolve("sd1", 512)
+    assert (config.lr_scheduler, config.lr_warmup_steps) == ("constant_with_warmup", 0.05)
+    assert (config.learning_rate, config.text_encoder_lr) == (1e-4, 5e-5)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "args", "found"),
+    [
+        ("torch.optim.NAdamm", None, "cannot be imported: .*NAdamm"),
+        ("torch.nn.Linear", None, "no optimiser"),
+        (
+            "torch.optim.NAdam",
+            {"decay": 1},
+            "cannot be built .*unexpected .* 'decay'",
+        ),
+        ("adamwriemannian", {"damping": 0}, "damping must be above 0"),
+        ("adafactor", {"warmup_init": True}, "requires"),
+        ("pagedadamw8bit", None, "NVIDIA GPU .* Take adamw8bit"),
+    ],
+)
+def test_a_broken_optimiser_is_told_before_anything_is_loaded(
+    optimizer: str, args: dict[str, Any] | None, found: str
+) -> None:
+    """A class that cannot be imported or built, and one for a GPU: errors of the first check."""
+    config = config_of(optimizer, optimizer_args=args)
+    with pytest.raises(UsageError, match=found):
+        check_optimizer(config, torch.device("cpu"))
+
+
+def test_a_schedule_free_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """A run with a schedule-free optimiser exports the average of its steps; samples in the middle
+    change nothing; and a run that is resumed ends with the same files, to the bit."""
+    options = {"optimizer": "AdamWScheduleFree", "learning_rate": 1e-2, "max_train_steps": 4}
+    options |= {"checkpointing_steps": 2, "targets": "attention"}
+    config_of("adamwschedulefree")
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options))
+    (file,) = tmp_path.glob("*_kohya.safetensors")
+    whole = load_file(file)
+    again = text_to_image(
+        tiny_sd1, data, tmp_path, resume_from_checkpoint="checkpoint-2", **options
+    )
+    run = prepare(again)
+    run.restore()
+    trained = [p.detach().clone() for p in run.parameters]
+    with run.averaged():
+        moved = [not torch.equal(a, b) for a, b in zip(trained, run.parameters, strict=True)]
+    assert sum(moved) > len(moved) / 3
+    assert all(torch.equal(a, b) for a, b in zip(trained, run.parameters, strict=True))
+    assert run.optimizer.param_groups[0]["train_mode"]
+    sd_lora.train(again)
+    resumed = load_file(file)
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+
+
+def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """The log has each group's rate beside that of modules without a factor; with Prodigy the rate
+    that it found."""
+    config_of("prodigy")
+    plus = {"loraplus_lr_ratio": 16.0, "learning_rate": 1e-3, "lr_scheduler": "linear"}
+    plus |= {"lr_warmup_steps": 0, "max_train_steps": 2, "targets": "attention"}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "plus", **plus))
+    lines = (tmp_path / "plus" / "training_log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["lr"] for row in rows] == [1e-3, 5e-4]
+    assert [row["lr/unet ×16"] for row in rows] == pytest.approx([16e-3, 8e-3])
+    optimizer = Problem(config_of("prodigy")).optimizer
+    assert current_rates(optimizer) == {"A": 1e-6, "B": 1e-6}
+
+
+def test_the_page_has_every_optimiser(root: Path) -> None:
+    """docs/optimizers.md has a row for each optimiser and schedule, with the table's bytes."""
+    page = (root / "docs" / "optimizers.md").read_text(encoding="utf-8")
+    lines = [line.split(" | ") for line in page.splitlines() if line.startswith("| `")]
+    found = {name: cells[1] for cells in lines for name in re.findall(r"`(\w+)`", cells[0])}
+    assert found.keys() == OPTIMIZERS.keys() | SCHEDULES.keys()
+    for name, row in OPTIMIZERS.items():
+        assert f"{row.state_bytes:g}" in found[name].split(", "), name
