@@ -10,6 +10,7 @@ from typing import Any
 from sd_lora.config.optimizers import called_elsewhere, optimizer_facts
 from sd_lora.config.translate.onetrainer_data import concept_file, concepts, embeddings, sample_file
 from sd_lora.config.translate.onetrainer_network import FAMILIES, NETWORK
+from sd_lora.config.translate.onetrainer_objective import NOT_THERE, OBJECTIVE
 from sd_lora.config.translate.prompts import of_list
 from sd_lora.config.translate.rates import argument, arguments, optimizer, own_rate
 from sd_lora.config.translate.rows import (
@@ -31,7 +32,6 @@ from sd_lora.config.translate.rows import (
     whole,
 )
 
-NOT_THERE = "is not there"
 SCHEDULERS = {
     "constant": "constant",
     "linear": "linear",
@@ -146,76 +146,6 @@ def _resolution(value: Any, given: Given) -> Taken:
     return Taken("otherwise", {"resolutions": numbers}, reason)
 
 
-def _strength(option: str) -> Row:
-    def take(value: Any, given: Given) -> Taken:
-        timestep = round(1000 * number(value))
-        if timestep in (0, 1000):
-            return Taken("needless", reason="is the default")
-        return Taken("otherwise", {option: timestep}, "is a timestep, 1000 times as large")
-
-    return Row(f"--{option}, times 1000", "is a timestep here", take)
-
-
-def _weighting(value: Any, given: Given) -> Taken:
-    word, strength = str(value).upper(), given.get("loss_weight_strength", 5)
-    if word == "CONSTANT":
-        return Taken("needless", reason="is the default")
-    if word not in WEIGHTINGS:
-        return Taken("absent", reason=NOT_THERE)
-    option, reason = WEIGHTINGS[word]
-    on = True if word == "DEBIASED_ESTIMATION" else strength
-    return Taken("otherwise", {option: on}, reason)
-
-
-WEIGHTINGS = {
-    "MIN_SNR_GAMMA": ("snr_gamma", "is on if a gamma is given"),
-    "P2": ("p2_gamma", "is the same objective for v-prediction; there another"),
-    "DEBIASED_ESTIMATION": (
-        "debiased_estimation_loss", "is the same objective for v-prediction; there another"),
-}  # fmt: skip
-"""Loss weighting there → option, and its difference."""
-
-
-def _distribution(value: Any, given: Given) -> Taken:
-    word = str(value).upper()
-    if word == "UNIFORM":
-        return Taken("needless", reason="is the default")
-    weight, bias = number(given.get("noising_weight", 0)), number(given.get("noising_bias", 0))
-    found: dict[str, dict[str, Any]] = {
-        "LOGIT_NORMAL": {
-            "timestep_sampling": "logit_normal", "logit_mean": bias, "logit_std": weight + 1.0,
-        },
-        "HEAVY_TAIL": {"timestep_sampling": "mode", "mode_scale": weight},
-        "COS_MAP": {"timestep_sampling": "cosmap"},
-    }  # fmt: skip
-    if word not in found:
-        return Taken("absent", reason=f"{NOT_THERE}: --timestep_sampling has other shapes")
-    return Taken("otherwise", found[word], "is --timestep_sampling, with the same shape")
-
-
-def _mae(value: Any, given: Given) -> Taken:
-    if is_off(value):
-        return Taken("needless", reason="is off")
-    if not is_off(given.get("mse_strength", 1)):
-        return Taken(
-            "absent", reason="is not there beside mse_strength: --loss_type is one of them"
-        )
-    return Taken("otherwise", {"loss_type": "l1"}, "is a type of loss here")
-
-
-def _unmasked(value: Any, given: Given) -> Taken:
-    if is_off(given.get("masked_training")):
-        return Taken("needless", reason="belongs to masked_training")
-    return Taken("same", {} if is_off(value) else {"unmasked_weight": number(value)})
-
-
-def _zero_snr(value: Any, given: Given) -> Taken:
-    if is_off(value):
-        return Taken("needless", reason="is off")
-    found = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
-    return Taken("otherwise", found, "is two options")
-
-
 def _precision(value: Any, given: Given) -> Taken:
     word = str(value).lower()
     if word not in PRECISIONS:
@@ -256,7 +186,7 @@ _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3",
 PREFIXES = {"optimizer.": needless("belongs to other optimisers, or is a way of computing")}
 """Beginning of a key → row."""
 
-ONETRAINER: dict[str, Row] = NETWORK | {
+ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     **dict.fromkeys(_PARTS, needless("belongs to other models or to the program")),
     "training_method": taking("", "", _method),
     "model_type": taking("--family", "", _family),
@@ -323,7 +253,6 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "masked_training": switch(
         "--mask_files", "is the mean over the masked part, as with normalize_masked_area_loss",
         mask_files=True),
-    "unmasked_weight": taking("--unmasked_weight", "", _unmasked),
     **dict.fromkeys(("unmasked_probability", "normalize_masked_area_loss",
         "masked_prior_preservation_weight"), needless("belongs to masked_training")),
     "additional_embeddings": taking("--token_abstraction", "", embeddings),
@@ -333,22 +262,14 @@ ONETRAINER: dict[str, Row] = NETWORK | {
     "generalized_offset_noise": absent(NOT_THERE),
     "perturbation_noise_weight": absent(
         "is to be predicted too there; --input_perturbation is in the input alone"),
-    "rescale_noise_scheduler_to_zero_terminal_snr": taking(
-        "--prediction_type v_prediction --rescale_betas_zero_snr", "", _zero_snr),
     "force_v_prediction": switch(
         "--prediction_type", "is a type of prediction", prediction_type="v_prediction"),
     "force_epsilon_prediction": switch(
         "--prediction_type", "is a type of prediction", prediction_type="epsilon"),
-    "min_noising_strength": _strength("min_timestep"),
-    "max_noising_strength": _strength("max_timestep"),
-    "timestep_distribution": taking("--timestep_sampling", "", _distribution),
-    **dict.fromkeys(("noising_weight", "noising_bias"), read_with("timestep_distribution")),
     "dynamic_timestep_shifting": absent(NOT_THERE),
     "timestep_shift": otherwise("timestep_shift", "is called so", number),
-    "loss_weight_fn": taking("--snr_gamma, --p2_gamma, …", "", _weighting),
     "loss_weight_strength": read_with("loss_weight_fn", "--snr_gamma"),
     "mse_strength": read_with("mae_strength", "--loss_type"),
-    "mae_strength": taking("--loss_type l1", "", _mae),
     **dict.fromkeys(("log_cosh_strength", "huber_strength"), absent(
         "is not there as there: --loss_type huber and smooth_l1 are near it")),
     **dict.fromkeys(("huber_delta", "vb_loss_strength", "frames", "ema_decay",
