@@ -70,7 +70,7 @@ CONFIGS = {
 }
 CONFIGS["dataset_kohya"] = [
     *("--dataset_config", "sample_data/configs/dataset_kohya.toml"),
-    *("--pretrained_model_name_or_path", "sample_data/tiny-sd"),
+    *("--pretrained_model_name_or_path", "sample_data/tiny-sd", "--learning_rate", "2e-3"),
 ]
 
 

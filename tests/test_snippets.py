@@ -97,10 +97,11 @@ def place(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for folder in ("my_dog", "images", "dogs"):
         for path in images(tmp_path / folder, 2).glob("*.png"):
             path.with_suffix(".txt").write_text("a photo", encoding="utf-8")
-    for name, method in {"my-dog": "lora", "loha": "loha"}.items():
+    for name, method in {"my-dog": "lora", "loha": "loha", "dora": "lora"}.items():
         parts = load_parts(str(tiny_sd1))
         for component, targets in (("unet", "up.*to_q"), ("text_encoder", ".*fc1")):
-            sd_lora.inject(parts.models[component], targets=targets, rank=2, method=method)
+            sd_lora.inject(parts.models[component], targets=targets, rank=2, method=method,
+                           rule="decompose" if name == "dora" else "add")  # fmt: skip
             for parameter in sd_lora.lora_layers(parts.models[component]):
                 nn.init.normal_(parameter, std=0.1)
         sd_lora.save_adapter(parts.models, tmp_path / name, family="sd1")
@@ -108,6 +109,7 @@ def place(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         source = tmp_path / "my-dog" / "my-dog_kohya.safetensors"
         shutil.copy(source, tmp_path / f"{name}.safetensors")
     shutil.copy(tmp_path / "loha" / "loha_lycoris.safetensors", tmp_path / "loha.safetensors")
+    shutil.copy(tmp_path / "dora" / "dora_lycoris.safetensors", tmp_path / "dora.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -21,6 +21,8 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 
 EXACT = "exact"
 
+OF_CHECKPOINTS = "reads no checkpoint of a run: `sd-lora export` writes its LoRA files"
+
 Loss = tuple[str, list[Place]]
 """What happens, with places for {n} or {modules} and {all} deltas, and the deltas."""
 
@@ -89,13 +91,15 @@ def readers(lora: LoRAFile, base: MetaPipeline) -> dict[str, str]:
     if lora.format == positions.TITLE:
         return dict.fromkeys(PROGRAMS, "reads no tensors by position: convert it")
     if lora.format == checkpoint_keys.TITLE:
-        none = "reads no checkpoint of a run: `sd-lora export` writes its LoRA files"
-        return dict.fromkeys(PROGRAMS, none)
+        return dict.fromkeys(PROGRAMS, OF_CHECKPOINTS)
     return {program: "; ".join(_said(given, rules)) or EXACT for program, rules in PROGRAMS.items()}
 
 
 def by_kinds(lora: LoRAFile) -> dict[str, str]:
-    """The verdicts that hold on any base: of a file with a method that no other program knows."""
+    """The verdicts that hold on any base: of a run's checkpoint, and of a file with a method that
+    no other program knows."""
+    if lora.format == checkpoint_keys.TITLE:
+        return dict.fromkeys(PROGRAMS, OF_CHECKPOINTS)
     kinds = {kind for kind, _ in kinds_and_keys(lora.places)}
     own = [m for tensor, m in method_tensors().items() if tensor in kinds]
     own = [m for m in own if m not in ("loha", "lokr")]

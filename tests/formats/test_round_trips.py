@@ -558,7 +558,10 @@ def test_any_adapter_comes_back_from_every_format_that_holds_it(
     kinds += [files.KOHYA] if kohya.can_write(adapter) else []
     for kind in kinds:
         tensors = dict(kind.write(adapter, naming_of(family)))
-        save_file({key: tensor.detach().clone() for key, tensor in tensors.items()}, path)
+        copies = {key: tensor.detach().clone() for key, tensor in tensors.items()}
+        # the refiner's text encoder has the kohya name of SD1's, and a header as ours tells it
+        version = FAMILIES_BY_NAME[family].base_versions["epsilon"]
+        save_file(copies, path, {"ss_base_model_version": version})
         lora = reading.open_lora(path, naming_of(family).layout)
         lora.check()
         assert same(adapter, lora.adapter, 1e-5), kind.title

@@ -228,7 +228,7 @@ def test_8bit_adam_trains(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
         (["--lr_pattern", "to_q=inf"], "lr_pattern 'to_q' must be above 0"),
         (["--method", "loha", "--init_lora_weights", "pissa"], "init_lora_weights has no effect"),
         (["--method", "full", "--use_tucker"], "use_tucker has no effect with method full"),
-        (["--use_dora", "--neuron_dropout", "0.1"], "neuron_dropout has no effect with use_dora"),
+        (["--use_dora", "--neuron_dropout", "0.1"], "neuron_dropout has no effect with --use_dora"),
         (["--lokr_factor", "4"], "lokr_factor has no effect without method lokr"),
         (["--method", "lokr", "--loraplus_lr_ratio", "16"], "has no effect without method lora"),
         (["--module_dropout", "1"], "module_dropout must be at least 0 and below 1"),

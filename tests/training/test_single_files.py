@@ -232,12 +232,12 @@ def test_an_id_that_is_not_cached_names_the_cache(data: Path, tmp_path: Path) ->
 def test_a_truncated_file_is_told_before_any_work(
     both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
 ) -> None:
-    """A checkpoint that is cut off says so, and the output folder is not made."""
+    """A checkpoint that is cut off says so, and no output folder is left."""
     whole = both("sd1")[1].read_bytes()
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(sd_lora.UsageError, match=r"cut\.safetensors cannot be read: .*cut off"):
-        prepare(text_to_image(cut, data, tmp_path / "out"))
+        sd_lora.train(text_to_image(cut, data, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
