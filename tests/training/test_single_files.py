@@ -286,8 +286,8 @@ def test_what_a_configuration_leaves_out_is_the_classs_default(
         ("vae/config.json", {"in_channels": 6, "out_channels": 6}, "is for images of 6 channels"),
         (
             "scheduler/scheduler_config.json",
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_start": None},
-            "is a FlowMatchEulerDiscreteScheduler, which has no betas",
+            {"_class_name": "CMStochasticIterativeScheduler", "beta_start": None},
+            "is a CMStochasticIterativeScheduler, which has no betas",
         ),
         ("model_index.json", {"_class_name": "StableDiffusionLDM3DPipeline"}, "this is LDM3D"),
         ("model_index.json", {"_class_name": "StableDiffusionGLIGENPipeline"}, "this is GLIGEN"),
