@@ -99,7 +99,7 @@ def _grouped(lines: Iterable[Line]) -> list[str]:
 
 
 def _short(name: str, value: Any) -> str:
-    if isinstance(value, list):
+    if OPTIONS[name].kind == "list":
         return "[[sources]] " + " and ".join(str(table.get("path")) for table in value)
     return f"{name} = {toml_value(value)}"
 
