@@ -62,7 +62,7 @@ def take_foreign(words: Iterable[str]) -> tuple[list[str], list[Foreign]]:
 
 
 def answered(foreign: Sequence[Foreign], values: dict[str, Any]) -> tuple[list[str], list[Problem]]:
-    """Notes on flags of diffusers' scripts that ask for what happens anyway, and a problem for each
+    """Notes on flags of diffusers' scripts that ask for the usual course, and a problem for each
     other foreign flag.
 
     values: the options that are given.

@@ -117,7 +117,7 @@ L2 = Loss()
 
 
 def target_of(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """What the UNet should answer, (B, C, H, W).
+    """The right output of the UNet, (B, C, H, W).
 
     x0, noise: latents and noise (B, C, H, W). t: timesteps (B,).
     """
@@ -136,7 +136,7 @@ def sample_losses(
     """Loss of each batch item (B,), float32, weighted by its timestep.
 
     Args:
-        prediction, target: the UNet's output, and what it should be, (B, C, H, W).
+        prediction, target: the UNet's output, and its right value, (B, C, H, W).
         t: timesteps (B,).
         schedule: its loss weights.
         mask: weight of each place (B, 1, H, W), see `Loss.losses`.

@@ -1,7 +1,7 @@
 """ai-toolkit's keys that are more, less or otherwise than one option here.
 
 Keys of a job's process, with dots for inner tables: `train.lr`, `network.linear`. Read in its
-config_modules; what is not said is its default there (alpha 1, rate 1e-6).
+config_modules; a key that is not given has its default there (alpha 1, rate 1e-6).
 """
 
 from typing import Any

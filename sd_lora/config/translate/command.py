@@ -46,17 +46,26 @@ def _parser() -> _Parser:
     return parser
 
 
+def _num_own(words: Sequence[str]) -> int:
+    """Number of words at the beginning that are flags of ours with their values."""
+    own = 0
+    while own < len(words) and words[own].partition("=")[0] in ("--from", "--out", "-h", "--help"):
+        own += 1 if "=" in words[own] or words[own] in ("-h", "--help") else 2
+    return own
+
+
 def run(argv: Sequence[str]) -> tuple[str, str]:
     """The texts for stdout and stderr: TOML and table, or the table alone with `--out`.
 
     Raises:
         UsageError: no settings, an unreadable file, or a file that is there already.
     """
-    own = 0  # flags of ours stand before the command, which has flags of its own
-    while own < len(argv) and argv[own].partition("=")[0] in ("--from", "--out", "-h", "--help"):
-        own += 1 if "=" in argv[own] or argv[own] in ("-h", "--help") else 2
-    args = _parser().parse_args(argv[:own])
+    own = _num_own(argv)
     words = list(argv[own:])
+    if _num_own(words[1:]) >= len(words[1:]):  # a file, and nothing but flags of ours behind it
+        argv, words = [*argv[:own], *words[1:]], words[:1]
+        own = len(argv)
+    args = _parser().parse_args(argv[:own])
     settings = read(words, args.peer)
     translation = translate(
         peer_of(settings), settings.values, settings.folder, settings.fixed, settings.assumed

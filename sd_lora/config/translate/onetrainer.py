@@ -1,7 +1,7 @@
 """OneTrainer's keys that are more, less or otherwise than one option here.
 
 Keys of its configuration, with dots for inner tables: `unet.gradient_checkpointing`. Read in its
-TrainConfig and ConceptConfig, version 11. What is not said is its default there.
+TrainConfig and ConceptConfig, version 11. A key that is not given has its default there.
 """
 
 import re

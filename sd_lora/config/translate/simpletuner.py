@@ -1,7 +1,8 @@
 """SimpleTuner's arguments that are more, less or otherwise than one option here.
 
 Of its config.json (or TOML, or command line) and of the `data_backend_config` that it names. Read
-in its field registry; what is not said is its default there (rank 16, rate 4e-7, dropout 0.1).
+in its field registry; a key that is not given has its default there (rank 16, rate 4e-7,
+dropout 0.1).
 """
 
 import math

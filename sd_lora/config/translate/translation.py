@@ -44,7 +44,7 @@ def translate(
     fixed: Mapping[str, Any] = MappingProxyType({}),
     assumed: Mapping[str, Any] = MappingProxyType({}),
 ) -> Translation:
-    """The options that do what another trainer's settings ask for.
+    """The options that mean the same as another trainer's settings.
 
     Args:
         peer: of `PEERS`.

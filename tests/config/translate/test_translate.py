@@ -395,7 +395,7 @@ def test_the_command(
     page: dict[str, Translation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`sd-lora translate FILE` prints TOML alone on the standard output and the answers beside it;
-    with --out it writes the TOML, and never over a file."""
+    with --out, before or behind the file, it writes the TOML, and never over a file."""
     script = tmp_path / "train.sh"
     script.write_text(
         "python train_network.py --pretrained_model_name_or_path m --train_data_dir d"
@@ -408,8 +408,13 @@ def test_the_command(
     assert main(["translate", "--out", str(out), "python", "train_network.py", "--seed=3"]) == 0
     assert "sd-lora train --config" in capsys.readouterr().out
     assert tomllib.loads(out.read_text())["run"]["seed"] == 3
-    assert main(["translate", f"--out={out}", str(script)]) == 2
-    assert "is there already" in capsys.readouterr().err
+    for words in ([f"--out={out}", str(script)], [str(script), "--out", str(out)]):
+        assert main(["translate", *words]) == 2
+        assert "is there already" in capsys.readouterr().err
+    behind = [str(script), "--from", "sd-scripts", "--out", str(tmp_path / "behind.toml")]
+    assert main(["translate", *behind]) == 0
+    written = tomllib.loads((tmp_path / "behind.toml").read_text())
+    assert written["data"]["train_data_dir"] == "d"
 
 
 def test_nothing_heavy_is_imported(tmp_path: Path) -> None:
