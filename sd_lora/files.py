@@ -256,6 +256,15 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
 
 
+def sha256_of(*paths: Path) -> str:
+    """Return the SHA-256 of files, one after another; raises OSError."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
 UNFINISHED = re.compile(r"\.[0-9a-f]{16}\.part")
 """Names of files and folders that are being written; a killed process leaves them behind."""
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import UsageError, near_path
-from sd_lora.files import PICKLES
+from sd_lora.files import PICKLES, sha256_of
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.models.checkpoint_file import CheckpointFile
 from sd_lora.models.families import FAMILIES, Family
@@ -197,6 +197,29 @@ def weight_files(folder: Path, variant: str | None = None) -> tuple[list[Path], 
     other = {m[1] for n in there if (m := re.search(r"\.(\w+)\.(?:safetensors|bin)$", n))}
     hint = f"; --variant {min(other)} is there" if other and not variant else ""
     raise UsageError(f"{folder} has no weights (found {', '.join(there) or 'nothing'}){hint}")
+
+
+def base_hash(name: str, variant: str | None = None, **hub: str | None) -> str | None:
+    """SHA-256 of the base UNet's weights: of its file, of its shards one after another, or of a
+    whole single checkpoint; None if there are no such files.
+
+    name: the base model. variant, hub: options of `from_pretrained`.
+    """
+    path = Path(name).expanduser()
+    try:
+        if path.is_file():  # of a single checkpoint: the hash that sites show
+            return sha256_of(path)
+        folder = path / "unet"
+        if not folder.is_dir():
+            from huggingface_hub import try_to_load_from_cache  # 0.1 s: for models of the hub
+
+            cached = try_to_load_from_cache(name, "unet/config.json", **hub)
+            if not isinstance(cached, str):
+                return None
+            folder = Path(cached).parent
+        return sha256_of(*weight_files(folder, variant)[0])
+    except (UsageError, OSError):
+        return None
 
 
 _V_PREDICTION, _ZERO_TERMINAL_SNR = "v_pred", "ztsnr"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.errors import UsageError
-from sd_lora.files import write_whole
+from sd_lora.files import sha256_of, write_whole
 from sd_lora.formats.file_names import MANIFEST
 
 PREFIX = "checkpoint-"
@@ -100,7 +100,7 @@ def _named(output_dir: Path, name: str, there: list[Path]) -> Path:
 def write_manifest(folder: Path) -> None:
     """Write the manifest of a checkpoint whose other files are there."""
     files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    rows = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    rows = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files}
     versions = {library: version(library) for library in _LIBRARIES}
     write_whole(folder / MANIFEST, _manifest({"files": rows, "versions": versions}))
 
@@ -119,7 +119,7 @@ def fault(folder: Path) -> str:
             size = (folder / name).stat().st_size
             if size != row["bytes"]:
                 return f"{name} has {size} bytes, and {row['bytes']} were written"
-            if _sha256(folder / name) != row["sha256"]:
+            if sha256_of(folder / name) != row["sha256"]:
                 return f"{name} is not as it was written (its SHA-256 differs)"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -142,8 +142,3 @@ def _manifest(values: dict[str, Any]) -> bytes:
     """The bytes of a manifest, its own SHA-256 last."""
     own = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     return json.dumps(values | {"sha256": own}, indent=1).encode()
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -85,7 +85,7 @@ def test_the_header_has_the_hash_of_the_whole_file(
     """The SHA-256 that model sites show of a checkpoint is in the LoRA's header."""
     import hashlib
 
-    from sd_lora.training.export import base_hash
+    from sd_lora.formats.checkpoints import base_hash
 
     _, file = both("sd1")
     assert base_hash(str(file)) == hashlib.sha256(file.read_bytes()).hexdigest()
