@@ -1,6 +1,5 @@
 """The LoRA files of a run: written, verified, with a header that says how they were trained."""
 
-import hashlib
 import json
 import platform
 from collections import Counter
@@ -10,24 +9,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.rows import Option
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.config.sources import KEYS
-from sd_lora.errors import UsageError
 from sd_lora.formats import metadata
-from sd_lora.formats.adapter_files import DIFFUSERS, dated, formats_of, held_by, write_formats
+from sd_lora.formats.adapter_files import (
+    DIFFUSERS,
+    Format,
+    dated,
+    formats_of,
+    held_by,
+    write_formats,
+)
 from sd_lora.formats.canonical import Adapter, read_models
-from sd_lora.formats.checkpoints import weight_files
-from sd_lora.formats.comfyui import weights_of
+from sd_lora.formats.comfyui import Weights, weights_of
 from sd_lora.formats.embeddings import how_to_load, verify_embeddings, write_embeddings
 from sd_lora.formats.metadata import shared_name
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.python_code import PipelineCode, loading_line, skipping_lines
 from sd_lora.formats.verify import Verified, verify
 from sd_lora.models.families import INPAINTING
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.new_tokens import NewTokens
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.optimizers import optimizer_of
@@ -57,24 +61,47 @@ def export(run: Run, step: int, place: Path) -> list[Verified]:
         RunError: values that are not finite or beyond the precision, a file that could not be
             written or does not load as trained; that one stays in the folder `unverified`.
     """
-    adapter, weight = read_models(run.models), weights_of(run.models)
-    kinds, _ = formats_of(adapter)
+    adapter = read_models(run.models)
+    return write_verified(
+        adapter,
+        formats_of(adapter)[0],
+        place,
+        run.output_dir.resolve().name,
+        header_of(run, adapter, step),
+        run.meta_pipeline,
+        file_dtype(run.config.as_dict()),
+        weights_of(run.models),
+    )
+
+
+def write_verified(
+    adapter: Adapter,
+    kinds: Sequence[Format],
+    place: Path,
+    name: str,
+    header: Mapping[str, str],
+    meta_pipeline: MetaPipeline,
+    dtype: torch.dtype,
+    weight: Weights | None,
+) -> list[Verified]:
+    """Write LoRA files, and verify each; they take their places when all are verified.
+
+    Args:
+        adapter, kinds, name, dtype, weight: see `write_formats`.
+        place: folder of the files.
+        header: of the files; the date is added.
+        meta_pipeline: the modules that they are for.
+
+    Raises:
+        RunError: see `export`.
+    """
     with unverified_folder(place) as folder:
-        paths = write_formats(
-            adapter,
-            kinds,
-            folder,
-            run.output_dir.resolve().name,
-            dated(header_of(run, adapter, step)),
-            naming_of(run.parts.family, run.meta_pipeline.layout),
-            file_dtype(run.config.as_dict()),
-            weight,
-        )
-        files = zip(paths, kinds, strict=True)
+        naming = naming_of(meta_pipeline.family, meta_pipeline.layout)
+        paths = write_formats(adapter, kinds, folder, name, dated(header), naming, dtype, weight)
         return moved(
             [
-                verify(path, held_by(kind, adapter, weight), run.meta_pipeline, kind)
-                for path, kind in files
+                verify(path, held_by(kind, adapter, weight), meta_pipeline, kind)
+                for path, kind in zip(paths, kinds, strict=True)
             ]
         )
 
@@ -205,39 +232,6 @@ def _shown(config: RunConfig, row: Option, value: object) -> object:
     """An option's value as a LoRA file shows it."""
     by_name = row.in_record == "name" and config.metadata_paths == "names"
     return shared_name(value) if by_name and isinstance(value, str) else value
-
-
-def base_hash(name: str, variant: str | None = None, **hub: str | None) -> str | None:
-    """SHA-256 of the base UNet's weights: of its file, of its shards one after another, or of a
-    whole single checkpoint; None if there are no such files.
-
-    name: the base model. variant, hub: options of `from_pretrained`.
-    """
-    folder = Path(name).expanduser() / "unet"
-    if Path(name).expanduser().is_file():  # of a single checkpoint: the hash that sites show
-        return _sha256([Path(name).expanduser()])
-    if not folder.is_dir():
-        cached = try_to_load_from_cache(name, "unet/config.json", **hub)
-        if not isinstance(cached, str):
-            return None
-        folder = Path(cached).parent
-    try:
-        files, _ = weight_files(folder, variant)
-    except UsageError:
-        return None
-    return _sha256(files)
-
-
-def _sha256(files: Sequence[Path]) -> str | None:
-    digest = hashlib.sha256()
-    try:
-        for path in files:
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-    except OSError:
-        return None
-    return digest.hexdigest()
 
 
 def facts(run: Run, step: int) -> dict[str, str]:

@@ -5,23 +5,22 @@ from pathlib import Path
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
-from sd_lora.formats.adapter_files import COMFYUI, dated, formats_of, held_by, write_formats
+from sd_lora.formats.adapter_files import COMFYUI, formats_of
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.comfyui import Weights
 from sd_lora.formats.family_of_file import family_of
 from sd_lora.formats.file_names import lora_paths
 from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.metadata import OWN_KEY
-from sd_lora.formats.names import naming_of
-from sd_lora.formats.verify import Verified, fitted, misfits, verify
+from sd_lora.formats.verify import Verified, fitted, misfits
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.checkpoint import read_progress
 from sd_lora.training.checkpoint_folders import fault
 from sd_lora.training.conditioning import restored_words
 from sd_lora.training.data import base_of
-from sd_lora.training.export import file_dtype, write_words
-from sd_lora.training.output_folder import LORA_PREFIX, moved, unverified_folder
+from sd_lora.training.export import file_dtype, write_verified, write_words
+from sd_lora.training.output_folder import LORA_PREFIX
 from sd_lora.training.state_files import read_state
 
 
@@ -66,16 +65,10 @@ def export_checkpoint(
     tokens = restored_words(config, base_of(config), words) if words else None
     adapter, weight = fitted(lora.adapter, meta_pipeline), _weight_of(config.base_model)
     kinds = [kind for kind in formats_of(adapter)[0] if weight or kind is not COMFYUI]
-    with unverified_folder(place) as folder:
-        naming = naming_of(meta_pipeline.family, meta_pipeline.layout)
-        header, dtype = dated(lora.header), file_dtype(settings)
-        paths = write_formats(adapter, kinds, folder, name, header, naming, dtype, weight)
-        files = moved(
-            [
-                verify(file, held_by(kind, adapter, weight), meta_pipeline, kind)
-                for file, kind in zip(paths, kinds, strict=True)
-            ]
-        )
+    header = lora.header
+    files = write_verified(
+        adapter, kinds, place, name, header, meta_pipeline, file_dtype(settings), weight
+    )
     if tokens is None:
         return files, []
     architecture = header["modelspec.architecture"].removesuffix("/lora")
