@@ -238,11 +238,10 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     unet = run.prepared["unet"]
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
     target, mask = target_of(x0, noise, t, schedule), drawn.mask
-    preserved = torch.tensor([item.preserves for item in items], device=device)
-    if any(item.preserves for item in items):
-        part = batch.part([i for i, item in enumerate(items) if item.preserves])
-        target[preserved] = _base_answer(run, part, x_t[preserved], t[preserved], step)
-        mask = mask if mask is None else mask.masked_fill(preserved.view(-1, 1, 1, 1), 1.0)
+    if places := [i for i, item in enumerate(items) if item.preserves]:
+        target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
+        if mask is not None:
+            mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
     losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
     weights = torch.tensor([item.weight for item in items], device=device)
     return weighted_loss(losses, weights, batch.loss_scale)

@@ -24,13 +24,13 @@ halves it."""
 class LossLog:
     """Losses and gradient norms, kept on the device until they are read together.
 
-    waiting: step, learning rate, those of the groups, loss and norm of steps that were not read
-    yet. losses: all read ones. step: the last one added. skipped: steps in a row without an
-    update (`on_nan` skip).
+    waiting: step, learning rates of the groups, loss and norm of steps that were not read yet.
+    losses: all read ones. step: the last one added. skipped: steps in a row without an update
+    (`on_nan` skip).
     """
 
     run: Run
-    waiting: list[tuple[int, float, dict[str, float], Tensor, Tensor]] = field(default_factory=list)
+    waiting: list[tuple[int, dict[str, float], Tensor, Tensor]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     skipped: int = 0
 
@@ -39,8 +39,8 @@ class LossLog:
 
     def add(self, step: int, loss: Tensor, norm: Tensor) -> None:
         """Keep the numbers of a step, with the learning rates that it used."""
-        self.step, run = step, self.run
-        self.waiting.append((step, run.learning_rate, run.learning_rates, loss, norm))
+        self.step = step
+        self.waiting.append((step, self.run.learning_rates, loss, norm))
 
     def flush(self) -> None:
         """Read the waiting numbers and tell them.
@@ -55,13 +55,15 @@ class LossLog:
             return
         values = torch.stack([torch.stack([loss, norm]) for *_, loss, norm in self.waiting])
         values = self.run.accelerator.reduce(values, "mean").tolist()
-        steps = [(step, rate, rates) for step, rate, rates, _, _ in self.waiting]
+        steps = [(step, rates) for step, rates, _, _ in self.waiting]
         self.waiting.clear()
+        multiple = self.run.optimizer.param_groups[0]["multiple"]
         records: list[StepRecord] = []
         try:
-            for (step, rate, rates), (loss, norm) in zip(steps, values, strict=True):
+            for (step, rates), (loss, norm) in zip(steps, values, strict=True):
                 if self._is_sound(step, loss, norm):
                     norm_or_none = norm if math.isfinite(norm) else None
+                    rate = next(iter(rates.values())) / multiple
                     records.append(StepRecord(step, loss, rate, norm_or_none, rates))
         finally:  # the steps before a diverged one are in the log
             if records:

@@ -20,6 +20,7 @@ from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
 from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
+from sd_lora.formats.checkpoints import base_hash
 from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
@@ -83,8 +84,6 @@ class Run:
     @cached_property
     def base_hash(self) -> str | None:
         """SHA-256 of the base; it takes seconds, and each checkpoint has it in a header."""
-        from sd_lora.training.export import base_hash  # which needs this module
-
         return base_hash(self.config.base_model, **self.config.hub_options)
 
     @property
@@ -124,12 +123,6 @@ class Run:
         return self.saved.progress.step if self.saved else 0
 
     @property
-    def learning_rate(self) -> float:
-        """The current learning rate of modules without a factor of their own."""
-        first = next(iter(self.learning_rates.values()))
-        return first / self.optimizer.param_groups[0]["multiple"]
-
-    @property
     def learning_rates(self) -> dict[str, float]:
         """Name of a parameter group → its current learning rate."""
         return current_rates(self.optimizer)
@@ -141,7 +134,10 @@ class Run:
     def next_rate(self) -> None:
         """Go on with the schedule, also after a first step that was skipped, of which torch warns
         as of a mistake."""
-        with warnings.catch_warnings():
+        if self.lr_scheduler.last_epoch:
+            self.lr_scheduler.step()
+            return
+        with warnings.catch_warnings():  # once: it lets each library repeat its own warnings
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
             self.lr_scheduler.step()
 

@@ -230,14 +230,18 @@ class Stream(Dataset):
 
     def _preserved(self, item: BatchItem) -> list[BatchItem]:
         """The items that preserve the base beside an instance: same image, noise and timestep."""
-        preservation = self.preservation
-        if preservation is None:
-            return []
-        rules, weight = self.instance.samples[item.index].source.rules, item.weight
+        weight = item.weight * self.preservation.weight if self.preservation else 0.0
         return [
-            replace(item, caption=caption, weight=weight * preservation.weight, preserves=True)
-            for caption in preservation.captions(item.caption, rules)
+            replace(item, caption=caption, weight=weight, preserves=True)
+            for caption in self._preserved_captions(item.caption, item.index)
         ]
+
+    def _preserved_captions(self, caption: str | None, index: int) -> list[str | None]:
+        """The captions preserved beside an instance's. index: of its sample."""
+        if self.preservation is None:
+            return []
+        rules = self.instance.samples[index].source.rules
+        return self.preservation.captions(caption, rules)
 
     def items_of(self, number: int) -> list[BatchItem]:
         """This process's items of a micro-batch, without their images."""
@@ -254,8 +258,9 @@ class Stream(Dataset):
         for number in range(self.length):
             micro = self.epochs.micro_batch(number)
             for i, entry in enumerate(micro.entries):
-                item = self.instance.item(entry, micro.epoch, 0)
-                found |= dict.fromkeys([item.caption, *(p.caption for p in self._preserved(item))])
+                caption = self.instance.caption(entry, micro.epoch)
+                index = self.instance.entries[entry.entry]
+                found |= dict.fromkeys([caption, *self._preserved_captions(caption, index)])
                 if self.class_order:
                     partner = self.class_order.place(micro.position + i)
                     found[self.class_order.set.caption(*partner)] = None
