@@ -152,9 +152,9 @@ def _cut(args: argparse.Namespace, required: bool = False) -> Any:
     return Cut(*given)
 
 
-def _base(args: argparse.Namespace, cut: object) -> Any:
-    """The base model's weights, where a weight-decomposed delta may need them."""
-    if cut is None or args.model is None or not Path(args.model).expanduser().exists():
+def _base(args: argparse.Namespace) -> Any:
+    """The base model's weights, which some deltas need; None without a model here."""
+    if args.model is None or not Path(args.model).expanduser().exists():
         return None
     from sd_lora.formats.checkpoints import Checkpoint
 
@@ -206,7 +206,7 @@ def _convert(args: argparse.Namespace) -> None:
 
     cut = _cut(args)
     result = tools.convert(
-        args.file, _output(args), args.family, cut, _base(args, True), args.drop_vectors, _bar
+        args.file, _output(args), args.family, cut, _base(args), args.drop_vectors, _bar
     )
     _say(result, args)
 
@@ -216,7 +216,7 @@ def _merge(args: argparse.Namespace) -> None:
 
     cut = _cut(args)
     blocks = [BlockWeight.parse(text) for text in args.blocks]
-    output, base = _output(args), _base(args, cut)
+    output, base = _output(args), _base(args)
     _say(merge(args.files, _weights(args), output, args.family, blocks, cut, base, _bar), args)
 
 
@@ -224,7 +224,7 @@ def _resize(args: argparse.Namespace) -> None:
     from sd_lora.formats import tools
 
     cut = _cut(args, required=True)
-    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args, cut), _bar), args)
+    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args), _bar), args)
 
 
 def _extract(args: argparse.Namespace) -> None:
