@@ -94,7 +94,7 @@ class Terminal:
         if self._validated:
             v = self._validated
             known = v.first == v.first  # else NaN
-            before = f"{v.first:.4f} before training, " * known
+            before = f"{v.first:.4f} in the first steps, " * known
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]

@@ -62,7 +62,7 @@ DREAMBOOTH = (
 
 def first_batches(text: str) -> tuple[float, float]:
     """The loss on the first steps' images and noise, before and after, from a run's last words."""
-    then, now = re.search(r"noise: ([\d.]+) before training, ([\d.]+) after", text).groups()
+    then, now = re.search(r"noise: ([\d.]+) in the first steps, ([\d.]+) after", text).groups()
     return float(then), float(now)
 
 
