@@ -40,6 +40,10 @@ Begin with a folder of images of one subject:
 """
 
 
+LOADING = "loading torch and diffusers …"
+"""Said before imports of several seconds, once flags and paths are known to be good."""
+
+
 def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
     from sd_lora.data.check.places import check_places
@@ -51,6 +55,7 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
         check_places(config, resumed_checkpoint)
         for note in config.downloads:
             print(note, file=sys.stderr, flush=True)
+        print(LOADING, file=sys.stderr, flush=True)
         from sd_lora.terminal import Terminal  # seconds of import: flags and paths are known good
         from sd_lora.training.loop import train
 
@@ -174,7 +179,7 @@ def guarded(work: Callable[[], None]) -> int:
             print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted: ended at once; what was saved before is there", file=sys.stderr)
         return 130
     except OSError as error:  # the reader of the output, such as `head`, has closed it
         if not isinstance(error, BrokenPipeError) and (os.name, error.errno) != ("nt", EINVAL):

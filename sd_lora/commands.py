@@ -196,8 +196,8 @@ def _verify(args: argparse.Namespace) -> None:
             "that it does"
         )
     print(
-        f"{args.file}: diffusers loads all {verified.modules} modules as they are (worst error "
-        f"{verified.worst_error:.0e})"
+        f"{args.file}: diffusers loads all {verified.modules} modules as they are "
+        f"({verified.error_text})"
     )
 
 
@@ -267,8 +267,8 @@ def _say(result: Any, args: argparse.Namespace) -> None:
     checked = "not verified"
     if written.verified is not None:
         checked = (
-            f"verified: {written.verified.modules} modules load as they should (worst error "
-            f"{written.verified.worst_error:.0e})"
+            f"verified: {written.verified.modules} modules load as they should "
+            f"({written.verified.error_text})"
         )
     print(f"{written.path}: {written.format.title}, {size}, {dtype}, {checked}")
     if result.losses:

@@ -57,12 +57,16 @@ FINDINGS: dict[str, FindingKind] = {
     "no-repeats": FindingKind("left out", "not trained"),
     "subset-twice": FindingKind("left out"),
     "subfolder": FindingKind("left out", "subfolders of this source are not read"),
+    "run-folder": FindingKind("left out", "the output folder of a run: its images are samples"),
     "mask-file": FindingKind(
         "left out", "--mask_files trains the masked part alone (in [[sources]]: mask_files = true)"
     ),
     "not-a-subject": FindingKind("left out", "rename it if it is an image to learn"),
     "broken-link": FindingKind("left out"),
     "not-a-file": FindingKind("left out", "neither a file nor a folder"),
+    "more-in-subfolders": FindingKind(
+        "warning", "give the folder that holds them, or train_data_dir, which reads all subfolders"
+    ),
     # captions
     "empty-caption": FindingKind(
         "warning",

@@ -12,6 +12,9 @@ from sd_lora.errors import RunError, UsageError
 LOCK = ".sd_lora.lock"
 """File in an owned folder; its lock, and not the file, shows that the owner lives."""
 
+RUN_LOG = "training_log.jsonl"
+"""The log of a run, by which its output folder is known: its images are samples."""
+
 _OWNED: dict[Path, tuple[FileLock, list[Path]]] = {}
 """Folder that this process owns → its lock, and the folders that were made for it."""
 

@@ -1,5 +1,7 @@
 """The terminal as a listener of a run: its summary, progress bars and results."""
 
+from typing import Any
+
 from tqdm.auto import tqdm
 
 from sd_lora.data.check.page import printable
@@ -31,7 +33,9 @@ class Terminal:
     def __init__(self, title: str = "sd_lora trains a LoRA:") -> None:
         encode_everything()  # for those who call `train` from Python
         self.title = title
-        self._bar: tqdm | None = None
+        self._bar: tqdm | None = None  # of the steps
+        self._beside: tqdm | None = None  # of work before, between and after them
+        self._warned: list[str] = []
         self._validated: Validated | None = None
         self._exported: Exported | None = None
 
@@ -41,11 +45,13 @@ class Terminal:
             case Progress():
                 self._advance(event)
             case Warned():
+                self._warned += [f.code for f in event.findings]
                 self._say("\n".join(f"warning: {printable(f.line())}" for f in event.findings))
             case RunPlanned():
                 self._say(f"{self.title}\n{event.summary.text()}")
             case TrainingStarted():
-                self._open("training", event.num_steps, "step", event.first_step, leave=True)
+                total, first = event.num_steps, event.first_step
+                self._bar = _new_bar("training", total, "step", initial=first)
             case StepDone() if self._bar is not None:
                 self._bar.update()
             case StepsLogged() if self._bar is not None:
@@ -68,25 +74,18 @@ class Terminal:
         self._close()
 
     def _advance(self, event: Progress) -> None:
+        if self._beside is None:
+            self._beside = _new_bar(event.label, event.total, event.unit, leave=False)
+        self._beside.update(event.done - self._beside.n)
         if event.ended:
-            self._close()
-            return
-        if self._bar is None:
-            self._open(event.label, event.total, event.unit)
-        assert self._bar is not None
-        self._bar.update(event.done - self._bar.n)
-
-    def _open(
-        self, label: str, total: int | None, unit: str, done: int = 0, leave: bool = False
-    ) -> None:
-        self._bar = tqdm(
-            desc=label, total=total, unit=unit, initial=done, leave=leave, dynamic_ncols=True
-        )
+            self._beside.close()
+            self._beside = None
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        for bar in (self._beside, self._bar):
+            if bar is not None:
+                bar.close()
+        self._beside = self._bar = None
 
     def _result(self, event: RunEnded) -> str:
         """The lines after the last step."""
@@ -100,8 +99,14 @@ class Terminal:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if event.sheet:
             lines.append(f"  look at {event.sheet}")
+        if self._warned:
+            lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
         return "\n".join(lines)
 
     @staticmethod
     def _say(text: str) -> None:
         print(text, flush=True)
+
+
+def _new_bar(label: str, total: int | None, unit: str, **more: Any) -> tqdm:
+    return tqdm(desc=label, total=total, unit=unit, dynamic_ncols=True, **more)

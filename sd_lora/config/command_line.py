@@ -58,6 +58,14 @@ SCRIPTS: dict[str, Script] = {
 """Scripts of diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
 
 
+THEIRS = (".yaml", ".yml", ".sh", ".bat", ".cmd", ".ps1")
+"""Ends of names of other trainers' configurations and commands."""
+
+WHOLE = 5
+"""Unknown keys, other trainers' among them, from which a file is taken for one of theirs: a line
+for each key would then tell nothing."""
+
+
 def read_config_file(path: str) -> dict[str, Any]:
     """Option → value of a TOML or JSON file: at the top, or in tables of any of the sections.
 
@@ -74,6 +82,9 @@ def read_config_file(path: str) -> dict[str, Any]:
 def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
     """Options of a file, and a problem for each key that is none; raises UsageError for a file that
     cannot be parsed."""
+    if Path(path).suffix.lower() in THEIRS:
+        way = f"`sd-lora translate {path} --out my.toml` reads other trainers' files"
+        raise UsageError(f"{path} is no configuration of sd-lora, which is TOML or JSON. {way}")
     data = read_table(path, "config file", "a table of options")
     values: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -90,9 +101,13 @@ def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
                 values[name] = entry
             else:
                 problems.append(_unknown_key(path, name))
-    if sum(known_elsewhere(problem.field) is not None for problem in problems) >= MANY:
-        text = f"these are settings of other trainers: sd-lora translate {path}"
-        problems.append(Problem("", f"{text} writes a configuration of them"))
+    foreign = sum(known_elsewhere(p.field.lstrip("-")) is not None for p in problems)
+    if foreign >= MANY:
+        way = f"sd-lora translate {path} --out my.toml"
+        if len(problems) >= WHOLE:
+            text = f"{path} is another trainer's configuration: {len(problems)} of its settings"
+            raise UsageError(f"{text} are not of sd-lora. `{way}` writes one that is")
+        problems.append(Problem("", f"settings of other trainers: `{way}` translates them"))
     return {name: value for name, value in values.items() if value is not None}, problems
 
 

@@ -45,6 +45,11 @@ class Verified:
     modules: int
     worst_error: float
 
+    @property
+    def error_text(self) -> str:
+        """The error in words: "every number equal", or "worst error 3e-04"."""
+        return f"worst error {self.worst_error:.0e}" if self.worst_error else "every number equal"
+
 
 @dataclass(frozen=True)
 class Loaded:

@@ -5,6 +5,7 @@ never prints; events come from the main process alone, in the order in which thi
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -27,7 +28,7 @@ class FindingMade:
 
 @dataclass(frozen=True)
 class Progress:
-    """Work before the first step, item by item.
+    """Work beside the training steps, item by item.
 
     label: the work, such as "checking". done: finished items. total: None while unknown.
     unit: name of an item. ended: no further event of this label follows.
@@ -185,16 +186,30 @@ def to_all(listeners: Sequence[Listener]) -> Listener:
     return emit
 
 
+@contextmanager
+def counting(
+    emit: Listener, label: str, total: int | None, unit: str
+) -> Iterator[Callable[[], None]]:
+    """A function to call after each of `total` items, with `Progress` events around them."""
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        emit(Progress(label, done, total, unit))
+
+    emit(Progress(label, 0, total, unit))
+    try:
+        yield advance
+    finally:
+        emit(Progress(label, done, total, unit, ended=True))
+
+
 def tracked(
     items: Iterable[T], emit: Listener, label: str, total: int | None = None, unit: str = "image"
 ) -> Iterator[T]:
     """Yield items, with `Progress` events before the first and after each."""
-    done = 0
-    emit(Progress(label, done, total, unit))
-    try:
+    with counting(emit, label, total, unit) as advance:
         for item in items:
             yield item
-            done += 1
-            emit(Progress(label, done, total, unit))
-    finally:
-        emit(Progress(label, done, total, unit, ended=True))
+            advance()

@@ -52,6 +52,6 @@ def verified_files(files: Sequence[Verified]) -> str:
     """A line for each verified file: path, size, modules, worst error."""
     return "\n".join(
         f"  {f.path}  {mib(f.path.stat().st_size)}, verified: {f.modules} modules load as trained "
-        f"(worst error {f.worst_error:.0e})"
+        f"({f.error_text})"
         for f in files
     )

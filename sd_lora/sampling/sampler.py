@@ -1,6 +1,6 @@
 """Images from a model in training, without a second copy of any of its parts."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -57,6 +57,7 @@ def sample(
     steps: int = 25,
     guidance_scale: float = 7.5,
     batch_size: int = 4,
+    on_step: Callable[[], object] = lambda: None,
 ) -> Iterator[Image.Image]:
     """Generate one image per prompt and seed by DPM-Solver++ (2M), with classifier-free guidance.
 
@@ -74,6 +75,8 @@ def sample(
         steps: denoising steps.
         guidance_scale: of classifier-free guidance.
         batch_size: images at once.
+        on_step: called after each denoising step of each batch; `num_denoising_steps` says how
+            often.
 
     Yields:
         RGB images in the order of the prompts.
@@ -91,8 +94,13 @@ def sample(
             chunk = slice(start, start + batch_size)
             conditional = [embeddings[prompt] for prompt in prompts[chunk]]
             unconditional = [embeddings[None]] * len(conditional)
-            latents = sampler.latents([*unconditional, *conditional], seeds[chunk])
+            latents = sampler.latents([*unconditional, *conditional], seeds[chunk], on_step)
             yield from _decode(parts, latents)
+
+
+def num_denoising_steps(images: int, batch_size: int, steps: int) -> int:
+    """Denoising steps of `sample` for all images."""
+    return -(-images // batch_size) * steps
 
 
 @dataclass(frozen=True)
@@ -113,10 +121,15 @@ class Sampler:
     device: torch.device
 
     @torch.no_grad()
-    def latents(self, texts: Sequence[Embedding], seeds: Sequence[int]) -> Tensor:
+    def latents(
+        self,
+        texts: Sequence[Embedding],
+        seeds: Sequence[int],
+        on_step: Callable[[], object] = lambda: None,
+    ) -> Tensor:
         """Latents x₀ (B, C, h, w) of B seeds.
 
-        texts: 2·B embeddings, the B unconditional ones first.
+        texts: 2·B embeddings, the B unconditional ones first. on_step: called after each step.
         """
         parts, unet, r = self.parts, self.parts.unet, self.resolution
         side = r // parts.pixels_per_latent
@@ -136,6 +149,7 @@ class Sampler:
             unconditional, conditional = out.float().chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
             x = scheduler.step(prediction, t, x).prev_sample
+            on_step()
         return x
 
 

@@ -94,8 +94,8 @@ class Caches:
         return on_main(self.accelerator, chosen)
 
     def _describe(self, name: str, mode: str, reason: str, kept: int, computed: int) -> None:
-        """Add a cache's row, such as "on disk (…), 120 of 128 were there", and its note."""
-        self.rows[name] = f"on disk ({self.store.folder}), {kept - computed} of {kept} were there"
+        """Add a cache's row, such as "on disk (…), 120 of 128 from before", and its note."""
+        self.rows[name] = f"on disk ({self.store.folder}), {kept - computed} of {kept} from before"
         if mode == "memory":
             self.rows[name] = "in memory"
         if mode == "no" or not kept:

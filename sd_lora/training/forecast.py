@@ -93,8 +93,10 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
         for other, why in zip(
             option.missing(config), why_idle(config, option, OPTIONS), strict=True
         ):
-            users = ", ".join(map(str, option.requires.get(other) or ()))
-            remedy = f"leave it out, or take another {other}: {users}"
+            users = " or ".join(map(str, option.requires.get(other) or ()))
+            remedy = "leave it out"
+            if users not in why:
+                remedy += f", or take {other} {users}"
             yield Finding("no-effect", name, f"{value} has no effect {why}; {remedy}")
 
 

@@ -1,5 +1,6 @@
 """Requests to end or to save a run: signals, the clock, and a file named `stop`."""
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ from typing import Any
 
 STOP_FILE = "stop"
 """A file of this name in the output folder ends a run, where no signal reaches it."""
+
+ENDING = (
+    b"\nending after this step, with a checkpoint; the same signal again ends at once, without\n"
+)
+"""The answer to a signal that asks to end: a step may take seconds."""
 
 LOOK_EVERY = 1.0
 """Seconds between two looks for the stop file: on a network's disk each takes milliseconds."""
@@ -73,6 +79,8 @@ class Requests:
             signal.signal(number, previous)
             signal.raise_signal(number)
         self.signals.append(signal.Signals(number).name)
+        with suppress(OSError):  # past Python's buffers, in which the signal may have come
+            os.write(2, ENDING)
         if self._drawing:
             raise _Drawing
 

@@ -105,7 +105,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))
-        before = draw_samples(run)  # of the bare base model, also in a resumed run
+        before = draw_samples(run, "samples before training")  # of the base, also when resumed
         run.restore()
         log = LossLog(run)
         limit = config.time_limit

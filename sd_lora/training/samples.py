@@ -12,10 +12,10 @@ from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.images.decode import colour, decode_with_mask
 from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import RunError
-from sd_lora.report.events import SamplesDrawn
+from sd_lora.report.events import SamplesDrawn, counting
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.parameters import Parameters
-from sd_lora.sampling.sampler import can_generate_images, sample
+from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
 from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
 
@@ -65,23 +65,30 @@ def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
             yield Wanted(caption, shown)
 
 
-def draw_samples(run: Run) -> list[Image.Image]:
-    """Sample images of the model as it is now; none on other processes than the main one."""
+def draw_samples(run: Run, label: str) -> list[Image.Image]:
+    """Sample images of the model as it is now; none on other processes than the main one.
+
+    label: of the progress bar.
+    """
     prompts = [wanted.prompt for wanted in wanted_samples(run)]
     if not prompts or not run.main or not can_generate_images(run.parts.family):
         return []
-    images = sample(
-        run.parts,
-        run.text.caption_encoder,
-        prompts,
-        range(len(prompts)),
-        resolution=run.images.crop_settings.resolution,
-        device=run.accelerator.device,
-        steps=run.config.validation_steps,
-        guidance_scale=run.config.validation_guidance_scale,
-        batch_size=min(4, run.config.train_batch_size),  # training has room for it
-    )
-    return list(images)
+    steps, batch_size = run.config.validation_steps, min(4, run.config.train_batch_size)
+    total = num_denoising_steps(len(prompts), batch_size, steps)
+    with counting(run.emit, label, total, "denoising step") as advance:
+        images = sample(
+            run.parts,
+            run.text.caption_encoder,
+            prompts,
+            range(len(prompts)),
+            resolution=run.images.crop_settings.resolution,
+            device=run.accelerator.device,
+            steps=steps,
+            guidance_scale=run.config.validation_guidance_scale,
+            batch_size=batch_size,  # training has room for it
+            on_step=advance,
+        )
+        return list(images)
 
 
 def sample_sheet(run: Run, rows: dict[str, list[Image.Image]], step: int) -> Sheet:
@@ -130,7 +137,7 @@ def write_before_after(run: Run, before: list[Image.Image]) -> Path | None:
     if not before:
         return None
     path, steps = run.output_dir / SHEET, run.plan.num_steps
-    rows = {"before": before, f"after {steps} steps": draw_samples(run)}
+    rows = {"before": before, f"after {steps} steps": draw_samples(run, "samples after training")}
     sample_sheet(run, rows, steps).write(path)
     return path
 
@@ -150,7 +157,7 @@ def show_samples(
     drawing: a context that may be left early; then there is no sheet.
     """
     with drawing():
-        images = draw_samples(run)
+        images = draw_samples(run, f"samples at step {step}")
         if images:
             prompts = [wanted.prompt for wanted in wanted_samples(run)]
             path = run.output_dir / "samples" / f"step-{step:06}.png"

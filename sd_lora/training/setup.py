@@ -21,7 +21,7 @@ from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
-from sd_lora.folders import own
+from sd_lora.folders import RUN_LOG, own
 from sd_lora.formats.metadata import date
 from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
@@ -128,7 +128,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
-    log = LogFile(resolved.output_path / "training_log.jsonl")
+    log = LogFile(resolved.output_path / RUN_LOG)
     listening: list[Listener] = (
         [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
     )

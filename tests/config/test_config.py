@@ -391,11 +391,16 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         ('lr_scheduler = "cosin"', "lr_scheduler is one of"),
         ('output_dir = "a\\u0000b"', "output_dir holds a NUL character: 'a\\x00b'"),
         ('mode = "dreamboth"', "Did you mean dreambooth"),
+        ("network_dim = 8\nunet_lr = 1e-4\na = 1\nb = 2\nc = 3", "a.toml is another trainer's "
+         "configuration: 5 of its settings are not of sd-lora. `sd-lora translate"),
+        ("job: extension", "a.yaml is no configuration of sd-lora, which is TOML or JSON. `sd-lora "
+         "translate"),
     ],
-)
+)  # fmt: skip
 def test_mistakes_in_files(text: str, message: str, tmp_path: Path) -> None:
-    """Unknown keys, wrong types and broken TOML are errors, never ignored."""
-    file = tmp_path / "a.toml"
+    """Unknown keys, wrong types, broken TOML and other trainers' files are errors, never
+    ignored."""
+    file = tmp_path / ("a.yaml" if ": " in text else "a.toml")
     file.write_text(text)
     with pytest.raises(UsageError) as error:
         parse(["--config", str(file), *T2I])

@@ -107,7 +107,8 @@ def test_progress_is_counted_to_its_end(told: tuple[list[Event], Path, str]) -> 
     for event in events:
         if isinstance(event, Progress):
             of_label.setdefault(event.label, []).append(event)
-    assert {"checking", "instance latents", "captions"} <= of_label.keys()
+    before_and_after = {"samples before training", "samples at step 4", "samples after training"}
+    assert {"checking", "instance latents", "captions"} | before_and_after == of_label.keys()
     for label, progress in of_label.items():
         *counts, end = progress
         assert [p.done for p in counts] == list(range(end.done + 1)), label
@@ -126,7 +127,7 @@ def test_the_terminal_prints_the_summary_and_the_files(
     (planned,) = (e for e in events if isinstance(e, RunPlanned))
     start = f"warning: {finding.line()}\nsd_lora trains a LoRA:\n{planned.summary.text()}\ndone in "
     assert printed.startswith(start)
-    assert f"  look at {out / 'before_after.png'}\n" in printed
+    assert f"  look at {out / 'before_after.png'}\n  warnings, above: {finding.code}\n" in printed
     assert f"{out / 'pytorch_lora_weights.safetensors'}  " in printed
 
 

@@ -143,7 +143,7 @@ def test_one_edit_is_one_entry(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> N
         run = prepare(run_of(tiny_sd1, mixed, tmp_path / "out", **changes))
         rows = run.summary.rows
         return tuple(
-            re.search(r"(\d+ of \d+) were there", rows[name]).group(1)
+            re.search(r"(\d+ of \d+) from before", rows[name]).group(1)
             for name in ("latents", "text embeddings")
         )
 
@@ -453,7 +453,7 @@ def test_a_run_keeps_its_own_entries(tiny_sd1: Path, mixed: Path, tmp_path: Path
         assert kept < names
         assert len(kept) == 6
     again = prepare(run_of(tiny_sd1, mixed, tmp_path / "out"))
-    assert "6 of 6 were there" in again.summary.rows["latents"]
+    assert "6 of 6 from before" in again.summary.rows["latents"]
 
 
 KOHYA = """

@@ -1,6 +1,7 @@
 """Options of the run itself and of its base model."""
 
 from collections.abc import Iterator
+from os.path import abspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -205,7 +206,12 @@ def named_after(folder: str) -> dict[str, str]:
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield a missing base model."""
+    """Yield a missing base model, and images in the output folder."""
     name = "pretrained_model_name_or_path"
     if not config.pretrained_model_name_or_path:
         yield Problem(name, f"{name} is required: a folder, a file or a hub id")
+    images = [path for name in config.places if isinstance(path := getattr(config, name), str)]
+    if config.output_dir and abspath(config.output_dir) in map(abspath, images):
+        text = f"output_dir {config.output_dir} is the folder of images"
+        remedy = "The next run would train this one's samples: choose another"
+        yield Problem("output_dir", text, remedy)

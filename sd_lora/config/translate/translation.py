@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -65,9 +66,11 @@ def translate(
         given[name] = value
     names = [*theirs, *(name for name in own if name not in theirs)]
     unsaid = {*theirs, *peer.derived}
+    inner = (table for table in settings.values() if isinstance(table, dict))
+    said = {*settings, *chain.from_iterable(inner)}
     lines = [
         Line(
-            peer.shown.get(name, name).removeprefix(UNUSED),
+            (name if name in said else peer.shown.get(name, name)).removeprefix(UNUSED),
             given[name],
             _answer(peer, name, given),
             name in unsaid,

@@ -9,6 +9,7 @@ from sd_lora.data.images.decode import EXTENSIONS
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError, near_path
 from sd_lora.findings import Finding
+from sd_lora.folders import RUN_LOG
 
 SYSTEM_FILES = ("thumbs.db", "desktop.ini", "__macosx")
 """Hidden like names that start with a dot: files that systems leave in folders, in lower case."""
@@ -86,6 +87,9 @@ def walk(root: Path, recursive: bool = True) -> FolderTree:
             tree.findings.append(_repeated_folder(folder, real, read))
             continue
         read[real] = folder
+        if folder != root and (folder / RUN_LOG).is_file():
+            tree.findings.append(Finding("run-folder", printable_path(folder)))
+            continue
         for path in _list_folder(folder, tree):
             if not os.path.isdir(path):
                 _add_file(path, tree)

@@ -26,6 +26,7 @@ from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.data.sources.samples import Mask, Sample, Source, printable_path
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
+from sd_lora.folders import RUN_LOG
 
 __all__ = ["Sample", "Source", "open_source"]
 
@@ -51,6 +52,8 @@ def open_source(spec: SourceSpec) -> list[Source]:
         return [open_dataset(spec)]
     name = spec.label or "source"
     root = existing_folder(str(spec.path), name)
+    if (root / RUN_LOG).is_file():
+        raise UsageError(f"{name} {root} is the output folder of a run: its images are samples")
     top = walk(root, recursive=False)
     if spec.layout == "kohya" or (spec.layout == "auto" and _is_kohya(top, spec)):
         return _numbered_folders(spec, root, top, name)
@@ -98,7 +101,7 @@ def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) ->
         findings.append(Finding("hidden", printable_path(root), details))
     found: FolderCaptions = find_captions(spec, root, tree, name)
     known = set(found.captions) | tree.aside
-    findings += (f for folder in tree.folders for f in _subfolder_findings(folder, known))
+    findings += _subfolder_findings(root, tree, found, known)
     samples = [
         Sample(
             *_file(path), captions, spec, mask=Mask(*_file(masks[path])) if path in masks else None
@@ -164,13 +167,28 @@ def _images(count: int) -> str:
     return f"{count} {'image' if count == 1 else 'images'}"
 
 
-def _subfolder_findings(folder: Path, known: set[Path]) -> list[Finding]:
-    """The finding on a subfolder that is not read. known: images that are trained, or named."""
-    images = walk(folder).images
-    count = sum(path not in known for path in images)
-    if count:
-        return [Finding("subfolder", printable_path(folder), f"a folder with {_images(count)}")]
-    return [] if images else [Finding("folder-without-images", printable_path(folder))]
+def _subfolder_findings(
+    root: Path, tree: FolderTree, found: FolderCaptions, known: set[Path]
+) -> list[Finding]:
+    """Findings on subfolders that are not read. known: images that are trained, or named."""
+    findings, unread = [], 0
+    for folder in tree.folders:
+        name = printable_path(folder)
+        if (folder / RUN_LOG).is_file():
+            findings.append(Finding("run-folder", name))
+            continue
+        images = walk(folder).images
+        count = sum(path not in known for path in images)
+        unread += count
+        if count:
+            findings.append(Finding("subfolder", name, f"a folder with {_images(count)}"))
+        elif not images:
+            findings.append(Finding("folder-without-images", name))
+    if unread > len(found.captions):
+        trained = _images(len(found.captions))
+        details = f"{trained} of the folder itself, and {unread} in its subfolders are not trained"
+        findings.append(Finding("more-in-subfolders", printable_path(root), details))
+    return findings
 
 
 def _unread_numbers(root: Path, tree: FolderTree) -> list[Finding]:

@@ -24,6 +24,7 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "a_file").write_text("")
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "done_kohya.safetensors").touch()
+    (tmp_path / "done" / "training_log.jsonl").touch()
     return tmp_path
 
 
@@ -41,6 +42,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "flag": ([*DATA, "--learnin_rate", "1"], "Did you mean --learning_rate"),
     "value": ([*DATA, "--rank", "four"], "rank must be a whole number"),
     "finished": ([*DATA, "--output_dir", "done"], "done_kohya.safetensors of an earlier run"),
+    "among images": ([*DATA, "--output_dir", "./captioned"], "captioned is the folder of images"),
+    "a run's": (["done", "--prompt", "a dog"], "done is the output folder of a run"),
     "output": ([*DATA, "--output_dir", "a_file/out"], "a_file is a file, not a folder"),
 }
 """Mistake → flags, and words of its message."""

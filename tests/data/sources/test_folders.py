@@ -211,8 +211,23 @@ def test_dreambooth_folders(tmp_path: Path) -> None:
         ("note", "folder-without-images", "nothing"),
         ("note", "metadata-ignored", "metadata.jsonl"),
         ("note", "sidecar-ignored", "a.txt"),
+        ("warning", "more-in-subfolders", "."),
     ]
     assert any("a folder with 2 images" in f.text for f in source.findings)
+
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_samples_of_a_run_are_no_images(tmp_path: Path, recursive: bool) -> None:
+    """A run's output folder among the images is left out, however its parent is read; given as the
+    folder of images it is an error."""
+    image(tmp_path / "a.png")
+    image(tmp_path / "out" / "before_after.png")
+    (tmp_path / "out" / "training_log.jsonl").touch()
+    source = opened(tmp_path, captions="prompt", prompt="a photo", recursive=recursive)
+    assert captions(source) == {"a.png": ("a photo",)}
+    assert codes(source) == [("left out", "run-folder", "out")]
+    with pytest.raises(UsageError, match="out is the output folder of a run"):
+        opened(tmp_path / "out", captions="prompt", prompt="a photo", recursive=recursive)
 
 
 def test_metadata_jsonl_and_csv(tmp_path: Path) -> None:
