@@ -118,11 +118,18 @@ def _export(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
     parser.add_argument("--model", help="the base model (default: the run's, if it is there)")
+    parser.add_argument(
+        "--ema_length", type=float, metavar="SHARE",
+        help="of a run with use_ema: a moving average of this length, made from the checkpoints "
+        "beside it, the more the better",
+    )  # fmt: skip
     args = parser.parse(argv)
     from sd_lora.report.summary import verified_files
     from sd_lora.training.export_checkpoint import export_checkpoint
 
-    files, words = export_checkpoint(args.checkpoint, args.out, args.overwrite, args.model)
+    files, words = export_checkpoint(
+        args.checkpoint, args.out, args.overwrite, args.model, args.ema_length
+    )
     print(
         "\n".join([verified_files(files), *(f"  {path}  a new word, verified" for path in words)])
     )

@@ -15,6 +15,7 @@ from sd_lora.config.options import (
     objective,
     per_source,
     run,
+    saving,
     sources,
     training,
 )
@@ -26,7 +27,18 @@ if TYPE_CHECKING:
 
 LEAVE_OUT = "Leave it out"
 
-TOPICS = (run, sources, per_source, images, dreambooth, encoding, adapter, training, objective)
+TOPICS = (
+    run,
+    sources,
+    per_source,
+    images,
+    dreambooth,
+    encoding,
+    adapter,
+    training,
+    saving,
+    objective,
+)
 """Files of rows, each with its `contradictions`."""
 
 

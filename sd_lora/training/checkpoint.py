@@ -81,11 +81,7 @@ def save(
     """
     final = output_dir / f"{PREFIX}{progress.step}"
     beside = output_dir / unfinished_name()
-    tensors = {
-        f"{component}/{key}": value
-        for component, model in models.items()
-        for key, value in lora_state_dict(model).items()
-    }
+    tensors = factors_of(models)
     size = sum(t.numel() * t.element_size() for t in [*tensors.values(), *tensors_in(state)])
     if (free := free_bytes(output_dir)) < size:
         raise RunError(
@@ -111,6 +107,15 @@ def save(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return final
+
+
+def factors_of(models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """`<component>/<key>` → copy of each tensor of injected models, as a checkpoint has them."""
+    return {
+        f"{component}/{key}": value
+        for component, model in models.items()
+        for key, value in lora_state_dict(model).items()
+    }
 
 
 def _take_place(beside: Path, final: Path) -> None:
@@ -228,6 +233,8 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
         # whole, not mapped into memory: Windows would keep the file from being pruned
         tensors = load((path / FACTORS).read_bytes())
         state = read_state(path)
+        if state["trained"]:  # the factors' file has an average
+            tensors = state["trained"]["factors"]
     except Exception as error:  # a foreign parser over foreign bytes: any error is the file's fault
         raise UsageError(f"{path} cannot be read: {error}") from None
     factors: dict[str, dict[str, Tensor]] = {}

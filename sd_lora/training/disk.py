@@ -11,14 +11,18 @@ from sd_lora.files import mib
 from sd_lora.findings import Finding
 from sd_lora.folders import free_bytes
 from sd_lora.report.events import Listener, Warned
+from sd_lora.training.average import profiles_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 
 
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
-    """Bytes of a checkpoint: float32 factors and the optimiser's state."""
-    return round(parameters * (4 + optimizer_of(config).state_bytes))
+    """Bytes of a checkpoint: float32 factors, those of moving averages, and the optimiser's
+    state."""
+    trained = config.use_ema or config.optimizer_facts.averages  # beside what is exported
+    copies = 1 + trained + len(profiles_of(config)) * config.use_ema
+    return round(parameters * (4 * copies + optimizer_of(config).state_bytes))
 
 
 def files_bytes(config: RunConfig, parameters: int) -> int:

@@ -36,7 +36,6 @@ from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
-from sd_lora.training.optimizers import use_average
 from sd_lora.training.output_folder import (
     remove_earlier_results,
     remove_earlier_steps,
@@ -118,7 +117,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
         if finished:
-            use_average(run.optimizer)
+            run.use_average()
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
@@ -167,6 +166,8 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
             with overflow_is_divergence(done + 1):
                 run.optimizer.step()
             run.limit_norms(done)
+        if run.average:
+            run.average.update(done + 1)
         run.optimizer.zero_grad()
         done += 1
         log.add(done, loss, norm)

@@ -30,10 +30,17 @@ from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
+from sd_lora.training.average import Average
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
 from sd_lora.training.init_lora import Start
-from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
+from sd_lora.training.optimizers import (
+    averaged,
+    averages,
+    current_rates,
+    load_optimizer,
+    use_average,
+)
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 
@@ -49,7 +56,8 @@ class Run:
     emit: tells an event to the listeners; does nothing on other processes than the main one.
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
-    meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume. start: the
+    meta_pipeline: the modules that the LoRA is for. average: of the steps, which is exported; None
+    for the last step, or the optimiser's own average. saved: the checkpoint to resume. start: the
     LoRA file to start from.
     """
 
@@ -70,6 +78,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
+    average: Average | None = None
     saved: checkpoint.Saved | None = None
     start: Start | None = None
 
@@ -127,9 +136,21 @@ class Run:
         """Name of a parameter group → its current learning rate."""
         return current_rates(self.optimizer)
 
+    @property
+    def averages(self) -> bool:
+        """Whether other weights are sampled and exported than those that are trained."""
+        return self.average is not None or averages(self.optimizer)
+
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the weights are those that are sampled and exported."""
-        return averaged(self.optimizer)
+        return self.average.shown() if self.average else averaged(self.optimizer)
+
+    def use_average(self) -> None:
+        """Give the weights the values that are exported, for good."""
+        if self.average:
+            self.average.use()
+        else:
+            use_average(self.optimizer)
 
     def next_rate(self) -> None:
         """Go on with the schedule, also after a first step that was skipped, of which torch warns
@@ -151,7 +172,10 @@ class Run:
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.saved.load_factors(self.models)
         if self.text.tokens:
-            self.text.tokens.load_state_dict(self.saved.state["tokens"])
+            trained = self.saved.state["trained"] or self.saved.state
+            self.text.tokens.load_state_dict(trained["tokens"])
+        if self.average:
+            self.average.load_state_dict(self.saved.state["average"])
         load_optimizer(self.optimizer, self.saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
         schedule = self.lr_scheduler
@@ -215,14 +239,21 @@ class Run:
                 limit_norms(model, bound)
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Name → state of a checkpoint, besides the factors."""
-        scaler, tokens = self.accelerator.scaler, self.text.tokens
+        """Name → state of a checkpoint, besides the factors and new words that are exported."""
+        scaler, trained = self.accelerator.scaler, None
+        if self.averages:
+            trained = {"factors": checkpoint.factors_of(self.models), "tokens": self.words_state()}
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
-            "tokens": tokens.state_dict() if tokens else None,
+            "average": self.average.state_dict() if self.average else None,
+            "trained": trained,
         }
+
+    def words_state(self) -> dict[str, Any] | None:
+        """A copy of the new words' embeddings; None without any."""
+        return self.text.tokens.state_dict() if self.text.tokens else None
 
     def release_distributed(self) -> None:
         """End the joint work of the processes; the others do not wait for the main one's exports.

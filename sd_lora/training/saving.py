@@ -32,8 +32,11 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
 
     def save() -> None:
         refuse_ruined(run, step, batch_loss)
-        state, header = run.checkpoint_state(), header_of(run, adapter_of(run.models), step)
-        path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, header)
+        state, progress = run.checkpoint_state(), run.plan.progress(step)
+        with run.averaged():
+            state["tokens"] = run.words_state()
+            header = header_of(run, adapter_of(run.models), step)
+            path = checkpoint.save(run.output_dir, progress, run.models, state, header)
         checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
         run.emit(CheckpointSaved(step, path))
 

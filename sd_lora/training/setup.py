@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from sd_lora.adapters.inject import deltas_of
 from sd_lora.config.schema import RunConfig, TrainConfig
@@ -30,6 +30,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
+from sd_lora.training.average import WORDS, Average
 from sd_lora.training.caches import Caches, open_store
 from sd_lora.training.class_images import check_class_images, fill_class_folder
 from sd_lora.training.conditioning import (
@@ -129,12 +130,10 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
-    listening: list[Listener] = (
-        [log, Trackers(accelerator), *listeners] if accelerator.is_main_process else []
-    )
+    told: list[Listener] = [log, Trackers(accelerator), *listeners]
     run = Run(
         plan=plan,
-        emit=to_all(listening),
+        emit=to_all(told if accelerator.is_main_process else []),
         log=log,
         accelerator=accelerator,
         device=checked.device,
@@ -150,6 +149,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
+        average=_average(resolved, models, text),
         saved=saved,
         start=start,
     )
@@ -219,6 +219,24 @@ def _objective(config: RunConfig, parts: Parts) -> Objective:
         Noise(**config.noise),
         Loss.of(schedule, *config.loss),
     )
+
+
+def _average(
+    config: RunConfig, models: dict[str, nn.Module], text: TextConditioning
+) -> Average | None:
+    """The moving average that the configuration asks for, of all trained parameters."""
+    if not config.use_ema:
+        return None
+    parameters: dict[str, Tensor] = {
+        f"{component}/{name}.{key}": parameter  # the keys of a checkpoint's factors
+        for component, model in models.items()
+        for name, delta in deltas_of(model).items()
+        for key, parameter in delta.named_parameters()
+        if parameter.requires_grad
+    }
+    words = text.tokens.parameters() if text.tokens else []
+    parameters |= {f"{WORDS}{i}": parameter for i, parameter in enumerate(words)}
+    return Average.of(parameters, config)
 
 
 def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:

@@ -19,6 +19,7 @@ from sd_lora.config.command_line import parse
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
+from sd_lora.training.export_checkpoint import export_checkpoint
 from sd_lora.training.optimizer_rows import OPTIMIZERS, RiemannianAdamW
 from sd_lora.training.optimizers import (
     averaged,
@@ -349,7 +350,8 @@ def test_a_broken_optimiser_is_told_before_anything_is_loaded(
 
 def test_a_schedule_free_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """A run with a schedule-free optimiser exports the average of its steps; samples in the middle
-    change nothing; and a run that is resumed ends with the same files, to the bit."""
+    change nothing; and a run that is resumed ends with the same files, to the bit, which are also
+    those of its last checkpoint."""
     options = {"optimizer": "AdamWScheduleFree", "learning_rate": 1e-2, "max_train_steps": 4}
     options |= {"checkpointing_steps": 2, "targets": "attention"}
     config_of("adamwschedulefree")
@@ -370,6 +372,9 @@ def test_a_schedule_free_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None
     sd_lora.train(again)
     resumed = load_file(file)
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    export_checkpoint(tmp_path / "checkpoint-4", tmp_path / "exported", False, None)
+    exported = load_file(tmp_path / "exported" / file.name)
+    assert all(torch.equal(whole[key], exported[key]) for key in whole)
 
 
 def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:

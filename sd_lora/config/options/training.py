@@ -1,4 +1,4 @@
-"""Options of training: batch, length, precision, learning rates, optimiser, checkpoints."""
+"""Options of training: batch, length, precision, learning rates, optimiser."""
 
 import math
 import re
@@ -14,7 +14,8 @@ from sd_lora.config.optimizers import (
     canonical,
     optimizer_facts,
 )
-from sd_lora.config.rows import PLAIN_LORA, SAME, SCHEDULES, Section, Steps, by_mode, section
+from sd_lora.config.options.saving import SavingOptions
+from sd_lora.config.rows import PLAIN_LORA, SAME, SCHEDULES, Steps, by_mode, section
 from sd_lora.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ def _using(option: str) -> tuple[str, ...]:
     return tuple(name for name, options in SCHEDULES.items() if option in options)
 
 
-class TrainingOptions(Section):
-    """Batch, length, precision, learning rates, optimiser and checkpoints."""
+class TrainingOptions(SavingOptions):
+    """Batch, length, precision, learning rates and optimiser."""
 
     # fmt: off
     train_batch_size: int = option(None,
@@ -194,40 +195,6 @@ class TrainingOptions(Section):
         "a step whose gradient is not finite: stop the run, or skip the update, at most 9 times in "
         "a row; skip waits for the device in each step",
         choices=("stop", "skip"), may_change=True)
-    checkpointing_steps: int = option(500,
-        "optimiser steps between checkpoints",
-        ge=1, may_change=True, scripts="ABCD", kohya="save_every_n_steps",
-        onetrainer="backup_after", simpletuner="checkpoint_step_interval",
-        ai_toolkit="save.save_every",
-        main="steps between checkpoints")
-    save_lora_every: int | None = option(None,
-        "optimiser steps between LoRA files in mid-run, in the folders lora-STEP of output_dir; "
-        "at the end alone if not given",
-        ge=1, may_change=True)
-    save_lora_every_epochs: int | None = option(None,
-        "the same in epochs",
-        ge=1, may_change=True, kohya="save_every_n_epochs")
-    checkpoint_minutes: float | None = option(None,
-        "minutes after which a checkpoint is saved as well; by steps alone if not given",
-        gt=0, may_change=True)
-    checkpoints_total_limit: int | None = option(None,
-        "number of checkpoints to keep, the newest ones",
-        ge=1, may_change=True, scripts="ABCD", kohya="save_last_n_steps_state",
-        onetrainer="rolling_backup_count", simpletuner=SAME,
-        ai_toolkit="save.max_step_saves_to_keep")
-    keep_every: int | None = option(None,
-        "keep the checkpoints at multiples of so many steps, beside the newest ones",
-        ge=1, requires={"checkpoints_total_limit": None}, may_change=True)
-    save_precision: str = option("fp32",
-        "precision of the LoRA files; checkpoints keep float32",
-        choices=("fp32", "fp16", "bf16"), may_change=True, kohya=SAME,
-        onetrainer="output_dtype", ai_toolkit="save.dtype")
-    resume_from_checkpoint: str | None = option(None,
-        "a checkpoint folder, its name in the run's folder, latest, or latest-if-any: as latest, "
-        "and anew where there is none",
-        may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
-        simpletuner=SAME, in_record="no",
-        main="a checkpoint, or latest")
     # fmt: on
 
     @property

@@ -299,9 +299,9 @@ AI_TOOLKIT: dict[str, Row] = {
     "train.loss_type": among(
         "loss_type", {"mse": "l2", "mae": "l1"}, "", "is not there"),
     "train.loss_target": absent(_ONE, idle=("noise",)),
-    "train.ema_config": Row("", NOT_THERE, lambda value, given: Taken(
-        "needless" if is_off((value or {}).get("use_ema")) else "absent",
-        reason="is off" if is_off((value or {}).get("use_ema")) else NOT_THERE)),
+    "train.ema_config": Row("--use_ema and --ema_decay", "", lambda value, given: Taken(
+        "needless", reason="is off") if is_off((value or {}).get("use_ema")) else Taken(
+        "same", {"use_ema": True, "ema_decay": (value or {}).get("ema_decay", 0.999)})),
     "train.disable_sampling": taking("--num_validation_images 0", "", _disabled),
     "train.skip_first_sample": absent("is not there: the first samples show the base"),
     "train.force_first_sample": needless("is always so here"),

@@ -135,6 +135,14 @@ def _warmup(value: Any, given: Given) -> Taken:
     return Taken(kind, {"lr_warmup_steps": count}, "counts optimiser steps, not micro-batches")
 
 
+def _ema(value: Any, given: Given) -> Taken:
+    if is_off(value) or str(value).upper() == "OFF":
+        return Taken("needless", reason="is off")
+    decay, every = number(given.get("ema_decay") or 0.999), given.get("ema_update_step_interval")
+    each = round(decay ** (1 / whole(every or 5)), 8)  # taken in every so many steps there
+    return Taken("otherwise", {"use_ema": True, "ema_decay": each}, "is updated in each step")
+
+
 def _resolution(value: Any, given: Given) -> Taken:
     sides = [part.strip() for part in re.split(r"[,x]", str(value)) if part.strip()]
     numbers = sorted({whole(side) for side in sides})
@@ -272,12 +280,13 @@ ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     "mse_strength": read_with("mae_strength", "--loss_type"),
     **dict.fromkeys(("log_cosh_strength", "huber_strength"), absent(
         "is not there as there: --loss_type huber and smooth_l1 are near it")),
-    **dict.fromkeys(("huber_delta", "vb_loss_strength", "frames", "ema_decay",
-        "ema_update_step_interval", "non_ema_sampling", "text_encoder_2_sequence_length",
-        "text_encoder_sequence_length", "text_encoder_3_layer_skip",
-        "text_encoder_4_layer_skip"), needless("belongs to a setting that is off or not there")),
+    **dict.fromkeys(("huber_delta", "vb_loss_strength", "frames", "non_ema_sampling",
+        "text_encoder_2_sequence_length", "text_encoder_sequence_length",
+        "text_encoder_3_layer_skip", "text_encoder_4_layer_skip"),
+        needless("belongs to a setting that is off or not there")),
     "loss_scaler": absent("is not there: each image's weight is its source's", idle=("NONE",)),
-    "ema": absent(NOT_THERE, idle=("OFF",)),
+    "ema": taking("--use_ema", "", _ema),
+    **dict.fromkeys(("ema_decay", "ema_update_step_interval"), read_with("ema", "--ema_decay")),
     "validation": absent(NOT_THERE),
     **dict.fromkeys(("validate_after", "validate_after_unit"), needless("belongs to validation")),
     "custom_conditioning_image": absent(NOT_THERE),

@@ -245,7 +245,7 @@ def _table(row: dict[str, Any], given: Given) -> dict[str, Any]:
 _UPLOAD = "is not there: upload the files by hand"
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
 _TRACKER = "is not there: runs are named by their folder"
-_EMA = "belongs to use_ema"
+_EMA = "is not needed: the average is taken after each step, on the device"
 _OFFLOAD = "is not there: --gradient_checkpointing saves memory"
 
 SIMPLETUNER: dict[str, Row] = {
@@ -312,9 +312,9 @@ SIMPLETUNER: dict[str, Row] = {
     "timestep_bias_strategy": absent(
         "is not there; --timestep_sampling, --min_timestep and --max_timestep are",
         idle=("none",)),
-    "use_ema": absent(NOT_THERE),
+    "ema_validation": absent("is of the average always", idle=("none",)),
     **dict.fromkeys(("ema_device", "ema_cpu_only", "ema_update_interval", "ema_foreach_disable",
-        "ema_decay", "ema_warmup_steps", "ema_validation"), needless(_EMA)),
+        "ema_warmup_steps"), needless(_EMA)),
     **dict.fromkeys(("enable_group_offload", "ramtorch", "musubi_blocks_to_swap",
         "offload_during_startup", "quantize_activations", "fuse_optimizer"), absent(_OFFLOAD)),
     "gradient_checkpointing_interval": absent("is every layer"),
