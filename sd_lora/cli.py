@@ -24,6 +24,7 @@ commands:
   demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
+  sample     images of a model with LoRA files: strength by prompt, file by file
   export     the LoRA files of a run's checkpoint
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
@@ -141,6 +142,30 @@ _EXPORT = (
 )
 
 
+def _sample(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import sample_parser
+
+    args = sample_parser().parse(argv)
+    if args.prompts:
+        from sd_lora.files import utf8_text
+
+        lines = (line.strip() for line in utf8_text(args.prompts).splitlines())
+        args.prompt += [line for line in lines if line]
+    if not args.prompt:
+        raise UsageError("give a prompt: --prompt 'a photo of a cat'")
+    if args.out.exists() and not args.overwrite:
+        raise UsageError(f"{args.out} is there already: --overwrite replaces it, or another --out")
+    from sd_lora.hub import check_model_path
+
+    check_model_path(args.model)
+    if absent := [str(path) for path in (*args.lora, *args.beside) if not path.exists()]:
+        raise UsageError(f"there is no LoRA file {', '.join(absent)}")
+    print(LOADING, file=sys.stderr, flush=True)
+    from sd_lora.sample import run
+
+    print(run(args))
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -158,6 +183,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "schema": _schema,
     "demo": _demo,
     "translate": _translate,
+    "sample": _sample,
     "export": _export,
     **{name: _tool(name) for name in _TOOLS},
 }

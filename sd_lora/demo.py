@@ -78,7 +78,7 @@ def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
             parts.caption_encoder(),
             prompts,
             range(first, first + len(prompts)),
-            resolution=resolution,
+            size=(resolution, resolution),
             device=device,
             steps=STEPS,
             guidance_scale=guidance_scale,

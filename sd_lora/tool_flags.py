@@ -139,3 +139,91 @@ def _add_writing(parser: ToolParser, command: str) -> None:
             action="store_true",
             help="what the header says (default: the scheduler's)",
         )
+
+
+_SAMPLE = """Draw images of a model with LoRA files, anybody's, or checkpoints of a run: a row for
+each file and strength, a column for each prompt and seed, all from the same noise."""
+
+_SAMPLE_EXAMPLES = """examples:
+  sd-lora sample --model sd15.safetensors --lora my-style --prompt "a cat" --strengths 0 0.5 1
+  sd-lora sample --model sdxl --lora out/checkpoint-500 out/checkpoint-1000 --prompt "a cat"
+  sd-lora sample --model sdxl --lora a.safetensors --beside lcm.safetensors --prompt "a cat"
+"""
+
+
+def sample_parser() -> ToolParser:
+    """The flags of `sd-lora sample`."""
+    parser = ToolParser(
+        prog="sd-lora sample", description=_SAMPLE, epilog=_SAMPLE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", required=True, help="a diffusers folder, a single checkpoint or a hub id")
+    add(
+        "--lora",
+        type=as_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="LoRA files, folders or checkpoints: a row each (default: the model alone)",
+    )
+    add("--prompt", nargs="+", default=[], metavar="TEXT", help="a column each, with each seed")
+    add("--prompts", type=as_path, metavar="FILE", help="more prompts, one a line")
+    add(
+        "--strengths",
+        type=_weight,
+        nargs="+",
+        default=[0.0, 1.0],
+        metavar="S",
+        help="a row each; 0 is the model alone (default: 0 1)",
+    )
+    add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    add(
+        "--beside",
+        type=as_path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="LoRA files that are added to those of each row: a group of columns each",
+    )
+    add("--beside_strength", type=_weight, default=1.0, metavar="S", help="(default: 1)")
+    add("--negative", default="", metavar="TEXT", help="negative prompt (default: none)")
+    add(
+        "--size",
+        type=_size,
+        metavar="WxH",
+        help="pixels, 768x512, or 512 for a square (default: the model's own)",
+    )
+    add("--steps", type=_count, default=25, help="of DPM-Solver++ (default: 25)")
+    add("--guidance", type=_weight, default=7.5, help="classifier-free guidance (default: 7.5)")
+    add("--clip_skip", type=int, default=0, help="layers to skip, counted from 0 (default: 0)")
+    add("--out", type=as_path, default=Path("grid.png"), help="the grid (default: grid.png)")
+    add("--images", type=as_path, metavar="FOLDER", help="write each image alone as well, numbered")
+    add("--overwrite", action="store_true", help="replace the grid that is there")
+    add(
+        "--low_memory",
+        action="store_true",
+        help="one image at once, UNet and VAE in turns on the device, the VAE in tiles",
+    )
+    add("--device", help="cuda, cuda:1, mps, cpu … (default: the best that is there)")
+    add(
+        "--dtype",
+        choices=("fp32", "fp16", "bf16"),
+        help="(default: half precision on a GPU, else fp32)",
+    )
+    add("--vae", help="another VAE: a folder, a file or a hub id")
+    add("--variant", help="of a model folder's weights, such as fp16")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"a size is 512 or 768x512, not {text!r}")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"a number of steps is 1 or more, not {text!r}")
+    return int(text)

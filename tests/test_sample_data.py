@@ -166,7 +166,7 @@ def test_a_prompt_draws_what_it_asks_for(base: Parts) -> None:
         base.caption_encoder(),
         [f"a photo of a red square on a {place} background" for place in wanted],
         range(len(wanted)),
-        resolution=64,
+        size=(64, 64),
         device=torch.device("cpu"),
         steps=15,
         guidance_scale=4.0,

@@ -2,7 +2,8 @@
 
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 SAMPLER = "DPM++ 2M"
@@ -15,7 +16,7 @@ _CHECKPOINTS = (".safetensors", ".ckpt")
 class Parameters:
     """How a model draws an image.
 
-    prompt: of the image, whole; the negative prompt is empty.
+    prompt: of the image, whole.
     seed: of its noise, drawn on the CPU.
     steps: of the sampler.
     guidance_scale: of classifier-free guidance.
@@ -24,6 +25,9 @@ class Parameters:
     lora: name of the LoRA on it; empty for the base alone.
     lora_steps: optimiser steps that the LoRA has learned.
     clip_skip: layers left out at the end of the text encoder.
+    negative: the negative prompt.
+    strengths: name of a LoRA file → its strength, for A1111's tags behind the prompt.
+    beside: names of the LoRA files of this column alone, on a sheet of several columns.
     """
 
     prompt: str
@@ -35,11 +39,16 @@ class Parameters:
     lora: str = ""
     lora_steps: int = 0
     clip_skip: int = 0
+    negative: str = ""
+    strengths: Mapping[str, float] = field(default_factory=dict)
+    beside: str = ""
 
     @property
     def place(self) -> str:
-        """Seed and size, in ASCII for a sheet's small font: "seed 3, 512 x 512"."""
-        return f"seed {self.seed}, {self.size[0]} x {self.size[1]}"
+        """Seed, size and LoRA of the column, in ASCII for a sheet's small font: "seed 3, 512 x 512,
+        with lcm"."""
+        beside = f", with {self.beside}" * bool(self.beside)
+        return f"seed {self.seed}, {self.size[0]} x {self.size[1]}{beside}"
 
     def text(self) -> str:
         """The text that A1111 writes into a PNG and reads back: prompt, negative prompt, settings.
@@ -61,7 +70,8 @@ class Parameters:
         if self.lora:
             settings |= {"LoRA": self.lora, "LoRA steps": self.lora_steps}
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
-        return f"{self.prompt}\nNegative prompt:\n{line}"
+        tags = "".join(f" <lora:{name}:{value:g}>" for name, value in self.strengths.items())
+        return f"{self.prompt}{tags}\n{f'Negative prompt: {self.negative}'.strip()}\n{line}"
 
 
 def _name(model: str) -> str:

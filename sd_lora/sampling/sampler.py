@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sd_lora.data.cache.encode import Scaling
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import (
+    Caption,
     CaptionEncoder,
     Embedding,
     Geometry,
@@ -52,11 +53,13 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     *,
-    resolution: int,
+    size: tuple[int, int],
     device: torch.device,
+    negative: Caption = None,
     steps: int = 25,
     guidance_scale: float = 7.5,
     batch_size: int = 4,
+    apart: bool = False,
     on_step: Callable[[], object] = lambda: None,
 ) -> Iterator[Image.Image]:
     """Generate one image per prompt and seed by DPM-Solver++ (2M), with classifier-free guidance.
@@ -70,11 +73,13 @@ def sample(
             paints the whole image.
         caption_encoder: makes embeddings of the prompts.
         prompts, seeds: one each per image.
-        resolution: side in pixels.
+        size: width and height in pixels.
         device: where to compute; afterwards all parts are back on their devices.
+        negative: the prompt that guidance leads away from; None: no prompt.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance.
         batch_size: images at once.
+        apart: UNet and VAE are on the device one after the other, and images come at the end.
         on_step: called after each denoising step of each batch; `num_denoising_steps` says how
             often.
 
@@ -87,15 +92,27 @@ def sample(
     if not prompts:
         return
     with _evaluating_on(device, parts.text_encoders.values()):
-        embeddings = dict(encode_in_batches(caption_encoder, parts.text_encoders, [None, *prompts]))
-    sampler = Sampler(parts, resolution, steps, guidance_scale, device)
+        embeddings = dict(
+            encode_in_batches(caption_encoder, parts.text_encoders, [negative, *prompts])
+        )
+    sampler = Sampler(parts, size, steps, guidance_scale, device)
+    chunks = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
+
+    def drawn(chunk: slice) -> Tensor:
+        conditional = [embeddings[prompt] for prompt in prompts[chunk]]
+        unconditional = [embeddings[negative]] * len(conditional)
+        return sampler.latents([*unconditional, *conditional], seeds[chunk], on_step)
+
+    if apart:
+        with _evaluating_on(device, (parts.unet,)):
+            latents = [drawn(chunk).cpu() for chunk in chunks]
+        with _evaluating_on(device, (parts.vae,)):
+            for x0 in latents:
+                yield from _decode(parts, x0.to(device))
+        return
     with _evaluating_on(device, (parts.unet, parts.vae)):
-        for start in range(0, len(prompts), batch_size):
-            chunk = slice(start, start + batch_size)
-            conditional = [embeddings[prompt] for prompt in prompts[chunk]]
-            unconditional = [embeddings[None]] * len(conditional)
-            latents = sampler.latents([*unconditional, *conditional], seeds[chunk], on_step)
-            yield from _decode(parts, latents)
+        for chunk in chunks:
+            yield from _decode(parts, drawn(chunk))
 
 
 def num_denoising_steps(images: int, batch_size: int, steps: int) -> int:
@@ -108,14 +125,14 @@ class Sampler:
     """DPM-Solver++ for a model whose UNet and VAE are on `device` already.
 
     parts: the model.
-    resolution: side in pixels.
+    size: width and height in pixels.
     steps: denoising steps.
     guidance_scale: of classifier-free guidance.
     device: where to compute.
     """
 
     parts: Parts
-    resolution: int
+    size: tuple[int, int]
     steps: int
     guidance_scale: float
     device: torch.device
@@ -131,17 +148,17 @@ class Sampler:
 
         texts: 2·B embeddings, the B unconditional ones first. on_step: called after each step.
         """
-        parts, unet, r = self.parts, self.parts.unet, self.resolution
-        side = r // parts.pixels_per_latent
+        parts, unet, (width, height) = self.parts, self.parts.unet, self.size
+        w, h = (side // parts.pixels_per_latent for side in self.size)
         dtype = unet.conv_in.weight.dtype  # the base's: LoRA parameters are always float32
-        uncropped = Geometry((r, r), (0, 0), (r, r))
+        uncropped = Geometry((height, width), (0, 0), (height, width))
         conditions = collate(texts, [uncropped] * len(texts), parts.family).to(self.device, dtype)
         scheduler = _scheduler(parts)
         scheduler.set_timesteps(self.steps, device=self.device)
-        shape = (unet.config.out_channels, side, side)
+        shape = (unet.config.out_channels, h, w)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
         x = torch.stack(noise).to(self.device) * scheduler.init_noise_sigma
-        extra = _inpainting_channels(parts, r, self.device).expand(len(texts), -1, side, side)
+        extra = _inpainting_channels(parts, self.size, self.device).expand(len(texts), -1, h, w)
         for t in scheduler.timesteps:
             x_in = scheduler.scale_model_input(torch.cat([x, x]), t)
             x_in = torch.cat([x_in, extra], dim=1).to(dtype)
@@ -160,13 +177,13 @@ def _scheduler(parts: Parts) -> DPMSolverMultistepScheduler | EDMDPMSolverMultis
     return cls.from_config(parts.scheduler.config)
 
 
-def _inpainting_channels(parts: Parts, resolution: int, device: torch.device) -> Tensor:
+def _inpainting_channels(parts: Parts, size: tuple[int, int], device: torch.device) -> Tensor:
     """Mask and masked-image latents (1, 1 + C, h, w) of an inpainting UNet, all to be painted;
     (1, 0, h, w) for other UNets."""
-    side = resolution // parts.pixels_per_latent
+    w, h = (side // parts.pixels_per_latent for side in size)
     if parts.task is not INPAINTING:
-        return torch.zeros(1, 0, side, side, device=device)
-    grey = torch.zeros(1, 3, resolution, resolution, device=device, dtype=parts.vae.dtype)
+        return torch.zeros(1, 0, h, w, device=device)
+    grey = torch.zeros(1, 3, size[1], size[0], device=device, dtype=parts.vae.dtype)
     with torch.autocast(device.type, enabled=False):
         z = parts.vae.encode(grey).latent_dist.mean.float()
     masked = Scaling.of(parts.vae).scaled(z)

@@ -134,7 +134,7 @@ def _generate_class_images(
             caption_encoder,
             [parameters.prompt for parameters in drawn],
             [parameters.seed for parameters in drawn],
-            resolution=resolution,
+            size=(resolution, resolution),
             device=device,
             steps=CLASS_STEPS,
             guidance_scale=CLASS_GUIDANCE,

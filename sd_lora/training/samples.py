@@ -81,7 +81,7 @@ def draw_samples(run: Run, label: str) -> list[Image.Image]:
             run.text.caption_encoder,
             prompts,
             range(len(prompts)),
-            resolution=run.images.crop_settings.resolution,
+            size=(run.images.crop_settings.resolution,) * 2,
             device=run.accelerator.device,
             steps=steps,
             guidance_scale=run.config.validation_guidance_scale,

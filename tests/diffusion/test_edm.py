@@ -172,7 +172,7 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
         parts.caption_encoder(),
         prompts,
         seeds,
-        resolution=64,
+        size=(64, 64),
         device=device,
         steps=6,
         **options,

@@ -1,0 +1,279 @@
+"""`sd-lora sample`: images of a model with LoRA files at several strengths, as a grid and alone."""
+
+import argparse
+import itertools
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from sd_lora.adapters.inject import eject
+from sd_lora.adapters.merging import set_strength
+from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
+from sd_lora.errors import RunError, UsageError
+from sd_lora.formats.adapter_files import load_adapter
+from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.verify import misfits
+from sd_lora.models.families import INPAINTING
+from sd_lora.models.load import Base, Parts, find_base
+from sd_lora.report.sheets import Sheet, write_image
+from sd_lora.report.summary import duration
+from sd_lora.sampling.parameters import Parameters
+from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.training.processes import DTYPES
+
+State = Mapping[str, Mapping[str, Tensor]]
+"""Component → state of an adapter."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """LoRA files and their strengths; none for the base alone."""
+
+    files: tuple[tuple[Path, float], ...] = ()
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """Name of each file → its strength."""
+        return {name_of(path): strength for path, strength in self.files}
+
+    @property
+    def label(self) -> str:
+        """The files with their strengths: "my-style 0.5"; "the base" without any."""
+        return ", ".join(f"{n} {s:g}" for n, s in self.strengths.items()) or "the base"
+
+    def beside(self, other: "Mix") -> "Mix":
+        """Both together."""
+        return Mix(self.files + other.files)
+
+
+def name_of(path: Path) -> str:
+    """The name of a LoRA file or folder; of a run's checkpoint with its run."""
+    real = path.expanduser().absolute()
+    if real.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        usual = real.name == "pytorch_lora_weights.safetensors"
+        return real.parent.name if usual else real.stem
+    return f"{real.parent.name}/{real.name}" if real.name.startswith("checkpoint-") else real.name
+
+
+def rows_of(files: Sequence[Path], strengths: Sequence[float]) -> list[Mix]:
+    """The rows of a grid: the base for a strength of 0, once, then each file at each other one."""
+    base = [Mix()] if 0 in strengths or not files else []
+    others = [strength for strength in strengths if strength]
+    return base + [Mix(((path, strength),)) for path in files for strength in others]
+
+
+@dataclass
+class Loras:
+    """LoRA files as states for one model, each read once.
+
+    parts: the model, which has no adapters between two calls of `on`.
+    """
+
+    parts: Parts
+    states: dict[Path, State] = field(default_factory=dict)
+
+    def state(self, path: Path) -> State:
+        """The file's adapter, for this model."""
+        if path not in self.states:
+            models = self.parts.models
+            adapted = load_adapter(models, path)
+            self.states[path] = {c: lora_state_dict(models[c]) for c in adapted}
+            for component in adapted:
+                eject(models[component])
+        return self.states[path]
+
+    def put_on(self, mix: Mix) -> None:
+        """Give the model the adapters of a mix, in place of those that it has.
+
+        Raises:
+            UsageError: several files of which one has no exact sum with others, such as DoRA.
+        """
+        for model in self.parts.models.values():
+            eject(model)
+        for component, model in self.parts.models.items():
+            found = [(self.state(p).get(component), strength) for p, strength in mix.files]
+            states = [(state, strength) for state, strength in found if state]
+            if len(states) == 1:
+                ((state, strength),) = states
+                load_lora_state_dict(model, state)
+                set_strength(model, strength)
+            elif states:
+                try:
+                    both = combine([s for s, _ in states], [strength for _, strength in states])
+                except UsageError as error:
+                    raise UsageError(f"{mix.label} cannot be added up: {error}") from None
+                load_lora_state_dict(model, both)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images to draw.
+
+    rows, beside: LoRA files of rows and of columns; one empty mix is the base alone.
+    prompts, seeds: of columns, each prompt with each seed. size: width and height in pixels.
+    """
+
+    model: str
+    rows: Sequence[Mix]
+    beside: Sequence[Mix]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    size: tuple[int, int]
+    steps: int
+    guidance: float
+    negative: str
+    clip_skip: int
+    low_memory: bool
+
+    @property
+    def columns(self) -> list[tuple[Mix, str, int]]:
+        """LoRA files, prompt and seed of each column; a prompt's seeds stand side by side."""
+        return list(itertools.product(self.beside, self.prompts, self.seeds))
+
+    def parameters(self, row: Mix, column: tuple[Mix, str, int]) -> Parameters:
+        """The parameters of one image."""
+        beside, prompt, seed = column
+        return Parameters(
+            prompt,
+            seed,
+            self.steps,
+            self.guidance,
+            self.size,
+            self.model,
+            clip_skip=self.clip_skip,
+            negative=self.negative,
+            strengths=row.beside(beside).strengths,
+            beside=beside.label if beside.files else "",
+        )
+
+
+def draw(parts: Parts, request: Request, device: torch.device) -> Iterator[list[Image.Image]]:
+    """Yield the images of each row, drawn on a device, with a progress bar."""
+    loras, encoder = Loras(parts), parts.caption_encoder(clip_skip=request.clip_skip)
+    columns, batch_size = request.columns, 1 if request.low_memory else 4
+    if request.low_memory:
+        parts.vae.enable_tiling()
+    each = len(columns) // len(request.beside)
+    total = num_denoising_steps(each, batch_size, request.steps) * len(request.beside)
+    label = f"{len(request.rows) * len(columns)} images on {device}"
+    bar = tqdm(desc=label, total=total * len(request.rows), unit="step", dynamic_ncols=True)
+    with bar:
+        for row in request.rows:
+            images: list[Image.Image] = []
+            for beside, of_files in itertools.groupby(columns, key=lambda column: column[0]):
+                _, prompts, seeds = zip(*of_files, strict=True)
+                loras.put_on(row.beside(beside))
+                images += sample(
+                    parts,
+                    encoder,
+                    prompts,
+                    seeds,
+                    size=request.size,
+                    device=device,
+                    negative=request.negative or None,
+                    steps=request.steps,
+                    guidance_scale=request.guidance,
+                    batch_size=batch_size,
+                    apart=request.low_memory,
+                    on_step=bar.update,
+                )
+            yield images
+
+
+def check(request: Request, base: Base) -> None:
+    """Refuse, before the model is loaded, files that do not fit it and sizes that it cannot draw.
+
+    Raises:
+        UsageError: all faults at once.
+    """
+    faults = []
+    if not can_generate_images(base.family) or base.task is INPAINTING:
+        faults.append(f"--model {request.model}: {base.family.label} draws no image from a prompt")
+    for side in dict.fromkeys(request.size):
+        if side % base.pixels_per_latent or side <= 0:
+            faults.append(f"--size: {side} is no multiple of {base.pixels_per_latent}")
+    files = {path for mix in (*request.rows, *request.beside) for path, _ in mix.files}
+    for path in sorted(files):
+        try:
+            lora = open_lora(path)
+            lora.check()
+            wrong = [*misfits(lora.adapter, base.meta_pipeline)]
+        except UsageError as error:
+            faults.append(str(error))
+            continue
+        if wrong:
+            more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+            faults.append(f"{path} does not fit {request.model}: {wrong[0]}{more}")
+    if faults:
+        raise UsageError("\n".join(faults))
+
+
+def run(args: argparse.Namespace) -> str:
+    """Draw the images that the flags ask for, and write the grid; returns lines for the terminal.
+
+    Raises:
+        UsageError, RunError: for people.
+    """
+    started = time.monotonic()
+    base = find_base(args.model, variant=args.variant, vae=args.vae)
+    beside = [Mix(((path, args.beside_strength),)) for path in args.beside] or [Mix()]
+    request = Request(
+        args.model,
+        rows_of(args.lora, args.strengths),
+        beside,
+        args.prompt,
+        args.seeds,
+        args.size or (base.resolution, base.resolution),
+        args.steps,
+        args.guidance,
+        args.negative,
+        args.clip_skip,
+        args.low_memory,
+    )
+    check(request, base)
+    device = torch.device(args.device) if args.device else best_device()
+    dtype = DTYPES[args.dtype] if args.dtype else best_dtype(device)
+    drawn = []
+    try:
+        parts = base.load(dtype=dtype)
+        for row, images in zip(request.rows, draw(parts, request, device), strict=True):
+            drawn.append(images)
+            for column, image in zip(request.columns, images, strict=True):
+                if args.images:
+                    _write_alone(args.images, request.parameters(row, column), image)
+    except torch.OutOfMemoryError:
+        smaller = f" --size {min(request.size) // 2}" if args.low_memory else " --low_memory"
+        raise RunError(f"{device} has too little memory for {args.model}: add{smaller}") from None
+    columns = [request.parameters(request.rows[-1], column) for column in request.columns]
+    sheet = Sheet(
+        drawn, [row.label for row in request.rows], columns, min(512, max(256, *request.size))
+    )
+    sheet.write(args.out)
+    lines = [f"done in {duration(time.monotonic() - started)}", f"  look at {args.out}"]
+    lines += [f"  {sum(map(len, drawn))} images in {args.images}"] * bool(args.images)
+    return "\n".join(lines)
+
+
+def _write_alone(folder: Path, parameters: Parameters, image: Image.Image) -> None:
+    """Write one image under the next free number, with its parameters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = (int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal())
+    write_image(folder / f"{max(numbers, default=-1) + 1:05}.png", image, [parameters])
+
+
+def best_device() -> torch.device:
+    """The accelerator of this machine, else its CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def best_dtype(device: torch.device) -> torch.dtype:
+    """Half precision where the device computes in it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+    return torch.float32 if device.type == "cpu" else torch.float16

@@ -1,0 +1,77 @@
+"""`sd-lora sample`: each image is that of the model with the files' ΔW in its weights."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sd_lora.cli import main
+from sd_lora.formats import adapter_files as files
+from tests.formats.trained import saved, trained
+
+HOW = ("--steps", "3", "--guidance", "3", "--seeds", "5", "7", "--size", "64x48")
+
+
+@pytest.fixture(scope="module")
+def loras(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two LoRA files, of kohya's and of diffusers' format."""
+    folder = tmp_path_factory.mktemp("loras")
+    kinds = [("a", files.KOHYA), ("b", files.DIFFUSERS)]
+    return [
+        saved(folder / f"{name}.safetensors", kind, trained(tiny_sd1, seed), tiny_sd1)
+        for seed, (name, kind) in enumerate(kinds)
+    ]
+
+
+def drawn(folder: Path, *words: object) -> list[np.ndarray]:
+    """The images that a command writes one by one."""
+    words = ("sample", *HOW, "--images", folder, "--out", folder / "grid.png", *words)
+    folder.mkdir()
+    assert main([str(word) for word in words]) == 0
+    return [np.asarray(Image.open(path), np.int16) for path in sorted(folder.glob("0*.png"))]
+
+
+def test_cells_are_images_of_the_weights(tiny_sd1: Path, loras: list[Path], tmp_path: Path) -> None:
+    """A grid of one file at 0 and 0.5, beside another one: its images are those of the model with
+    the other file baked in, and with both, to two levels of 255; their parameters name both files;
+    with low memory they are the same."""
+    a, b = loras
+    words = ("--lora", a, "--beside", b, "--beside_strength", 0.8, "--strengths", 0, 0.5)
+    prompt = ("--prompt", "a red thing", "--negative", "blurry")
+    cells = drawn(tmp_path / "cells", "--model", tiny_sd1, *words, *prompt)
+    assert [cell.shape for cell in cells] == [(48, 64, 3)] * 4
+    for start, mix in ((0, ["--weights", "0.8"]), (2, ["--weights", "0.8", "0.5"])):
+        model = tmp_path / f"baked-{start}"
+        baked = [b, a][: len(mix) - 1]
+        assert main(["bake", str(tiny_sd1), *map(str, baked), *mix, "--out", str(model)]) == 0
+        alone = drawn(tmp_path / f"alone-{start}", "--model", model, *prompt)
+        for cell, image in zip(cells[start : start + 2], alone, strict=True):
+            assert np.abs(cell - image).max() <= 2
+    assert np.abs(cells[0] - cells[2]).mean() > 1
+    assert np.abs(cells[0] - cells[1]).mean() > 1
+    text = Image.open(tmp_path / "cells" / "00003.png").info["parameters"]
+    assert text.startswith("a red thing <lora:a:0.5> <lora:b:0.8>\nNegative prompt: blurry\n")
+    assert "Seed: 7, Size: 64x48" in text
+    again = drawn(tmp_path / "low", "--model", tiny_sd1, *words, *prompt, "--low_memory")
+    assert all(np.abs(x - y).max() <= 2 for x, y in zip(cells, again, strict=True))
+
+
+def test_faults_come_at_once_and_before_the_model(
+    tiny_sd1: Path, tiny_sdxl: Path, loras: list[Path], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Files of another model and sizes that it cannot draw are told together; so is a grid that is
+    there, and a missing prompt."""
+    (tmp_path / "grid.png").touch()
+    (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
+    words = ["sample", "--model", str(tiny_sdxl), "--lora", *map(str, loras), "--size", "63"]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--out"]
+    assert main([*words, str(tmp_path / "new.png")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("does not fit") == 2
+    assert "--size: 63 is no multiple of 8" in said
+    assert main([*words, str(tmp_path / "grid.png")]) == 2
+    assert "grid.png is there already" in capsys.readouterr().err
+    assert main(["sample", "--model", str(tiny_sd1)]) == 2
+    assert "give a prompt" in capsys.readouterr().err
