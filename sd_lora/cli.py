@@ -24,6 +24,7 @@ commands:
   demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
+  report     a page of a run, or of several side by side
   sample     images of a model with LoRA files: strength by prompt, file by file
   export     the LoRA files of a run's checkpoint
   inspect    contents of a LoRA file, programs that load it, and its faults
@@ -142,6 +143,31 @@ _EXPORT = (
 )
 
 
+def _report(argv: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from sd_lora.tool_flags import ToolParser, as_path
+
+    parser = ToolParser(prog="sd-lora report", description=_REPORT)
+    parser.add_argument("runs", type=as_path, nargs="+", help="output folders of runs")
+    parser.add_argument(
+        "--out", type=as_path,
+        help="the page (default: report.html in the run's folder; for several runs here)",
+    )  # fmt: skip
+    args = parser.parse(argv)
+    from sd_lora.report.run_page import PAGE, write_page
+
+    out = args.out or (args.runs[0] / PAGE if len(args.runs) == 1 else Path(PAGE))
+    write_page(args.runs, out)
+    print(f"look at {out}")
+
+
+_REPORT = (
+    "Write the page of a run anew: samples, curves, changes, the way to use it; or of several runs "
+    "side by side."
+)
+
+
 def _sample(argv: Sequence[str]) -> None:
     from sd_lora.tool_flags import sample_parser
 
@@ -183,6 +209,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "schema": _schema,
     "demo": _demo,
     "translate": _translate,
+    "report": _report,
     "sample": _sample,
     "export": _export,
     **{name: _tool(name) for name in _TOOLS},

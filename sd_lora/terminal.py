@@ -97,8 +97,8 @@ class Terminal:
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
-        if event.sheet:
-            lines.append(f"  look at {event.sheet}")
+        if seen := [str(path) for path in (event.sheet, event.page) if path]:
+            lines.append(f"  look at {' and '.join(seen)}")
         if self._warned:
             lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
         return "\n".join(lines)

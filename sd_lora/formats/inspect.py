@@ -6,7 +6,7 @@ import math
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,7 +164,7 @@ def _read(lora: LoRAFile, base: MetaPipeline | None, progress: Progress) -> _Rea
     read, places = _Read(), places_in(base) if base else {}
     zero: list[str] = []
     silent: list[str] = []
-    layers = {c: _layers(modules) for c, modules in lora.places.items()}
+    layers = {c: num_layers(modules) for c, modules in lora.places.items()}
     names = [(c, n) for c, modules in lora.places.items() for n in modules]
     for component, name in progress(names, len(names), "reading"):
         try:
@@ -176,7 +176,7 @@ def _read(lora: LoRAFile, base: MetaPipeline | None, progress: Progress) -> _Rea
         read.places.append((component, name))
         if base and (fault := misfit(component, name, delta, places, base)):
             read.misfits.append(fault)
-        part = _block(component, name, layers[component])
+        part = block_of(component, name, layers[component])
         read.components.setdefault(component, Block(component, "")).add(delta, norm)
         read.blocks.setdefault((component, part), Block(component, part)).add(delta, norm)
         if norm == 0 and delta.magnitude is None:
@@ -230,11 +230,12 @@ _UNET_BLOCK = re.compile(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)")
 _LAYER = re.compile(r"text_model\.encoder\.layers\.(\d+)\.")
 
 
-def _layers(modules: Mapping[str, object]) -> int:
+def num_layers(modules: Iterable[str]) -> int:
+    """Layers of a text encoder, by the names of modules in them; 0 for a UNet."""
     return 1 + max((int(m[1]) for n in modules if (m := _LAYER.match(n))), default=-1)
 
 
-def _block(component: str, name: str, layers: int) -> str:
+def block_of(component: str, name: str, layers: int) -> str:
     """The part of the model that a module belongs to."""
     if match := _UNET_BLOCK.match(name):
         return match[1]
@@ -246,11 +247,15 @@ def _block(component: str, name: str, layers: int) -> str:
     return "ends"
 
 
-def _order(block: Block) -> tuple[str, int, int]:
-    number = int(match[0]) if (match := re.search(r"\d+", block.name)) else 0
+def _order(block: Block) -> tuple[str, tuple[int, int]]:
+    return ("" if block.component == "unet" else block.component), order_of(block.name)
+
+
+def order_of(part: str) -> tuple[int, int]:
+    """Key of a part's place in its model, in the order of computation."""
+    number = int(match[0]) if (match := re.search(r"\d+", part)) else 0
     sides = ("down", "mid", "up", "layer", "ends")
-    side = next((i for i, s in enumerate(sides) if block.name.startswith(s)), 0)
-    return ("" if block.component == "unet" else block.component), side, number
+    return next((i for i, s in enumerate(sides) if part.startswith(s)), 0), number
 
 
 def _counts(values: list[Any]) -> dict[str, int]:

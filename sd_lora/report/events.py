@@ -144,18 +144,22 @@ class Validated:
 
 @dataclass(frozen=True)
 class Exported:
-    """The files of a finished run. files: verified LoRA files. usage: lines on how to load them."""
+    """The files of a finished run. files: verified LoRA files. usage: lines on how to load them.
+    changes: component → part of the model → ‖ΔW‖ / ‖W‖ of its adapted modules."""
 
     files: Sequence[Verified]
     usage: Sequence[str]
+    changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RunEnded:
-    """A run that did all its steps. seconds: of this process. sheet: samples before and after."""
+    """A run that did all its steps. seconds: of this process. sheet: samples before and after.
+    page: the run on one page."""
 
     seconds: float
     sheet: Path | None
+    page: Path | None = None
 
 
 Event = (

@@ -31,7 +31,9 @@ from sd_lora.report.events import (
     TrainingStarted,
     Validated,
 )
+from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
+from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.interruption import Requests, listening
@@ -47,6 +49,7 @@ from sd_lora.training.samples import (
     draw_samples,
     samples_are_due,
     show_samples,
+    write_alone,
     write_before_after,
 )
 from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
@@ -100,7 +103,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
     """
     started = time.monotonic()
     try:
-        run = prepare(config, listeners)
+        run = prepare(config, [*listeners, RunPage(config.output_path)])
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))
@@ -112,6 +115,8 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         requests = Requests(run.output_dir, end, config.max_train_time)
         with listening(requests), rescued(run, log):
             open_output(run)
+            if run.main:
+                write_alone(run, before, 0)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
             done = train_steps(run, log, requests)
@@ -131,7 +136,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             )
         files, words, sheet = finish(run, before) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet))
+        run.emit(RunEnded(seconds, sheet, run.output_dir / PAGE))
         with tracker_errors(run.accelerator):
             run.accelerator.end_training()
         return Result(
@@ -335,5 +340,5 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
     steps, place = run.plan.num_steps, run.output_dir
     files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
-    run.emit(Exported(files, usage(run, files, words)))
+    run.emit(Exported(files, usage(run, files, words), changes_of(run.models)))
     return files, words, write_before_after(run, before)

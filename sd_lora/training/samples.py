@@ -13,7 +13,8 @@ from sd_lora.data.images.decode import colour, decode_with_mask
 from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import RunError
 from sd_lora.report.events import SamplesDrawn, counting
-from sd_lora.report.sheets import Sheet
+from sd_lora.report.run_page import SAMPLES
+from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
 from sd_lora.training.output_folder import SHEET
@@ -137,9 +138,20 @@ def write_before_after(run: Run, before: list[Image.Image]) -> Path | None:
     if not before:
         return None
     path, steps = run.output_dir / SHEET, run.plan.num_steps
-    rows = {"before": before, f"after {steps} steps": draw_samples(run, "samples after training")}
-    sample_sheet(run, rows, steps).write(path)
+    after = draw_samples(run, "samples after training")
+    sheet = sample_sheet(run, {"before": before, f"after {steps} steps": after}, steps)
+    sheet.write(path)
+    write_alone(run, after, steps)
     return path
+
+
+def write_alone(run: Run, images: Sequence[Image.Image], step: int) -> None:
+    """Write each sample image of a step, 0 for the base, with its parameters, for the page."""
+    parameters = sample_sheet(run, {}, step).columns if images else []
+    for number, (image, drawn) in enumerate(zip(images, parameters, strict=True)):
+        folder = run.output_dir / SAMPLES / f"step-{step:06}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_image(folder / f"{number:02}.png", image, [drawn])
 
 
 def samples_are_due(run: Run, step: int) -> bool:
@@ -160,7 +172,8 @@ def show_samples(
         images = draw_samples(run, f"samples at step {step}")
         if images:
             prompts = [wanted.prompt for wanted in wanted_samples(run)]
-            path = run.output_dir / "samples" / f"step-{step:06}.png"
+            path = run.output_dir / SAMPLES / f"step-{step:06}.png"
             sample_sheet(run, {f"step {step}": images}, step).write(path)
+            write_alone(run, images, step)
             run.emit(SamplesDrawn(step, prompts, images, path))
     run.accelerator.wait_for_everyone()

@@ -1,9 +1,7 @@
 """A run tells its listeners everything that the terminal, the log file and trackers show."""
 
-import io
 import json
 import os
-from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -28,26 +26,9 @@ from sd_lora.report.events import (
 )
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import duration
-from sd_lora.terminal import Terminal
 from tests.training.runs import images, text_to_image
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def told(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, str]:
-    """Events of one run, its folder, and the terminal's standard output."""
-    folder = tmp_path_factory.mktemp("told")
-    events: list[Event] = []
-    config = text_to_image(
-        tiny_sd1, images(folder / "images"), folder / "out", train_batch_size=3,
-        checkpointing_steps=3, validation_prompt="a photo", num_validation_images=1,
-        validation_steps=1, validation_epochs=2,
-    )  # fmt: skip
-    printed = io.StringIO()
-    with redirect_stdout(printed), Terminal() as terminal:
-        sd_lora.train(config, [events.append, terminal])
-    return events, folder / "out", printed.getvalue()
 
 
 def kinds(events: list[Event]) -> list[str]:
@@ -127,7 +108,8 @@ def test_the_terminal_prints_the_summary_and_the_files(
     (planned,) = (e for e in events if isinstance(e, RunPlanned))
     start = f"warning: {finding.line()}\nsd_lora trains a LoRA:\n{planned.summary.text()}\ndone in "
     assert printed.startswith(start)
-    assert f"  look at {out / 'before_after.png'}\n  warnings, above: {finding.code}\n" in printed
+    seen = f"{out / 'before_after.png'} and {out / 'report.html'}"
+    assert f"  look at {seen}\n  warnings, above: {finding.code}\n" in printed
     assert f"{out / 'pytorch_lora_weights.safetensors'}  " in printed
 
 

@@ -1,0 +1,28 @@
+"""One run for all tests of this room."""
+
+import io
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+
+import sd_lora
+from sd_lora.report.events import Event
+from sd_lora.terminal import Terminal
+from tests.training.runs import images, text_to_image
+
+
+@pytest.fixture(scope="session")
+def told(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Event], Path, str]:
+    """Events of one run, its folder, and the terminal's standard output."""
+    folder = tmp_path_factory.mktemp("told")
+    events: list[Event] = []
+    config = text_to_image(
+        tiny_sd1, images(folder / "images"), folder / "out", train_batch_size=3,
+        checkpointing_steps=3, validation_prompt="a photo", num_validation_images=1,
+        validation_steps=1, validation_epochs=2,
+    )  # fmt: skip
+    printed = io.StringIO()
+    with redirect_stdout(printed), Terminal() as terminal:
+        sd_lora.train(config, [events.append, terminal])
+    return events, folder / "out", printed.getvalue()
