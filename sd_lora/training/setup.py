@@ -96,13 +96,13 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     objective = _objective(resolved, parts)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
-    models = inject_all(resolved, parts.family, parts.models, seed)
+    models = inject_all(resolved, parts.family, parts.models, seed, checked.saved_path)
     check_room(plan, models, checked.emit)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
     start = None
-    if resolved.init_lora and not saved:
-        start = start_from(Path(resolved.init_lora).expanduser(), models)
+    if resolved.init_path and not saved:
+        start = start_from(resolved.init_path, models)
     wanted = resolved.class_images
     if wanted:  # the injected model still is the base, bit for bit
         fill_class_folder(
