@@ -100,6 +100,7 @@ class Terminal:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if event.sheet:
             lines.append(f"  look at {event.sheet}")
+        lines.append(f"  {event.digest.text}")
         return "\n".join(lines)
 
     @staticmethod

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sd_lora.findings import Finding
 from sd_lora.formats.verify import Verified
+from sd_lora.report.digest import Digest
 from sd_lora.report.summary import Summary
 
 T = TypeVar("T")
@@ -155,6 +156,7 @@ class RunEnded:
 
     seconds: float
     sheet: Path | None
+    digest: Digest
 
 
 Event = (

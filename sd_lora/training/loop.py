@@ -21,6 +21,7 @@ from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
+from sd_lora.report.digest import Digest
 from sd_lora.report.events import (
     Exported,
     FindingMade,
@@ -42,7 +43,7 @@ from sd_lora.training.output_folder import (
     remove_earlier_steps,
     remove_unfinished,
 )
-from sd_lora.training.processes import tracker_errors
+from sd_lora.training.processes import determinism, tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -70,7 +71,8 @@ class Result:
     files: verified LoRA files. words: files of new words' embeddings. losses: one a step of this
     process's part of the run, mean over processes. first_losses: mean loss of the first steps, in
     training. replayed: mean loss of the same batches and noise by the trained model: progress
-    without the luck of the draw. before_after: the sheet of samples, None without samples.
+    without the luck of the draw. before_after: the sheet of samples, None without samples. digest:
+    hashes of data, losses and tensors.
     """
 
     output_dir: Path
@@ -81,6 +83,7 @@ class Result:
     replayed: float
     before_after: Path | None
     seconds: float
+    digest: Digest
 
 
 def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
@@ -99,6 +102,12 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         RunError: an image that cannot be read any more, a diverged loss, a full disk, an
             interruption (after a checkpoint).
     """
+    with determinism(config.deterministic):
+        return _train(config, listeners)
+
+
+def _train(config: TrainConfig, listeners: Sequence[Listener]) -> Result:
+    """See `train`."""
     started = time.monotonic()
     try:
         run = prepare(config, listeners)
@@ -119,6 +128,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         finished = done == run.plan.num_steps
         if finished:
             use_average(run.optimizer)
+        digest = run.digest()
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
@@ -130,13 +140,13 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
                 f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
                 f"and {RESUME}"
             )
-        files, words, sheet = finish(run, before) if run.main else ([], [], None)
+        files, words, sheet = finish(run, before, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet))
+        run.emit(RunEnded(seconds, sheet, digest))
         with tracker_errors(run.accelerator):
             run.accelerator.end_training()
         return Result(
-            run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds
+            run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )
     finally:
         disown(config.output_path)
@@ -326,12 +336,15 @@ def open_output(run: Run) -> None:
         run.accelerator.init_trackers("sd_lora", config=values)
 
 
-def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:
-    """Write and verify the LoRA files, and the sheet of samples before and after.
+def finish(
+    run: Run, before: list[Image.Image], digest: Digest
+) -> tuple[list[Verified], list[Path], Path | None]:
+    """Write the digest, the verified LoRA files, and the sheet of samples before and after.
 
     Returns the files, those of new words, and the sheet's path.
     """
     steps, place = run.plan.num_steps, run.output_dir
+    digest.write(place)
     files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))

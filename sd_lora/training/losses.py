@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sd_lora.errors import RunError
 from sd_lora.findings import Finding
+from sd_lora.report.digest import with_loss
 from sd_lora.report.events import StepRecord, StepsLogged, Warned
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import LOWER, images_of
@@ -61,7 +62,9 @@ class LossLog:
         records: list[StepRecord] = []
         try:
             for (step, rates), (loss, norm) in zip(steps, values, strict=True):
-                if self._is_sound(step, loss, norm):
+                sound = self._is_sound(step, loss, norm)
+                self.run.losses = with_loss(self.run.losses, step, loss if sound else None)
+                if sound:
                     norm_or_none = norm if math.isfinite(norm) else None
                     rate = next(iter(rates.values())) / multiple
                     records.append(StepRecord(step, loss, rate, norm_or_none, rates))

@@ -170,6 +170,32 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
 
 
 @contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """torch's deterministic kernels alone for a while, if they are wanted.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    if not wanted:
+        yield
+        return
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        _, cudnn.deterministic, cudnn.benchmark = before
+
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its sums."""
+
+
+@contextmanager
 def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
     """Raise RunError where the disk refuses a tracker's files."""
     try:

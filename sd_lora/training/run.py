@@ -1,6 +1,7 @@
 """A run that is ready for its first step: the parts that the loop works with."""
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.adapters.merging import limit_norms
+from sd_lora.adapters.state import lora_state_dict
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
@@ -26,6 +28,7 @@ from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.noise_scheduler import FLOW
+from sd_lora.report.digest import Digest
 from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
@@ -50,7 +53,7 @@ class Run:
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
     meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume. start: the
-    LoRA file to start from.
+    LoRA file to start from. losses: hash of those so far.
     """
 
     plan: Plan
@@ -72,6 +75,7 @@ class Run:
     summary: Summary
     saved: checkpoint.Saved | None = None
     start: Start | None = None
+    losses: str = ""
 
     @property
     def config(self) -> RunConfig:
@@ -148,6 +152,7 @@ class Run:
             self.start.apply()
         if self.saved is None:
             return
+        self.losses = self.saved.state["losses"]
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         self.saved.load_factors(self.models)
         if self.text.tokens:
@@ -222,7 +227,21 @@ class Run:
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "tokens": tokens.state_dict() if tokens else None,
+            "losses": self.losses,
         }
+
+    def digest(self) -> Digest:
+        """Hashes of the data, the losses so far and the trained tensors as they are."""
+        tokens = self.text.tokens
+        named = {
+            f"{c} {k}": t for c, m in self.models.items() for k, t in lora_state_dict(m).items()
+        }
+        named |= dict(tokens.state_dict()) if tokens else {}
+        tensors = hashlib.sha256()
+        for name, tensor in sorted(named.items()):
+            tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            tensors.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return Digest(self.plan.data_hash, self.losses, tensors.hexdigest())
 
     def release_distributed(self) -> None:
         """End the joint work of the processes; the others do not wait for the main one's exports.
