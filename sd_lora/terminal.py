@@ -45,6 +45,7 @@ class Terminal:
             case RunPlanned():
                 self._say(f"{self.title}\n{event.summary.text()}")
             case TrainingStarted():
+                self._close()  # of the steps before a return to a checkpoint
                 self._open("training", event.num_steps, "step", event.first_step, leave=True)
             case StepDone() if self._bar is not None:
                 self._bar.update()

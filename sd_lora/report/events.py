@@ -58,7 +58,7 @@ class RunPlanned:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The next step is `first_step` + 1 of `num_steps`."""
+    """The next step is `first_step` + 1 of `num_steps`; again after a return to a checkpoint."""
 
     first_step: int
     num_steps: int

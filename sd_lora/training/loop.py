@@ -35,6 +35,7 @@ from sd_lora.report.events import (
 from sd_lora.seeds import seed_for
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.optimizers import use_average
@@ -53,7 +54,7 @@ from sd_lora.training.samples import (
 )
 from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
-from sd_lora.training.soundness import overflow_is_divergence, tell_silent
+from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -160,9 +161,18 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
     requests: to end or to save; None: of nobody.
     """
     requests = requests or Requests(run.output_dir)
+    start, done = start_of(run), run.first_step
+    while True:
+        try:
+            return steps_from(done, run, log, requests)
+        except Diverged as error:
+            done = go_back(run, log, error, start)
+
+
+def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
+    """Do the steps after the first `done` ones; returns how many are done in all."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
-    batches = run.batches()
-    done, saved_at = run.first_step, time.monotonic()
+    batches, saved_at = run.batches(done), time.monotonic()
     while done < num_steps:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
@@ -209,7 +219,9 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     """Add the gradients of a micro-batch; returns its part of the step's loss, detached."""
     if any(getattr(run.config, name) for name in DROPOUTS):
         process = run.accelerator.process_index
-        torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process))
+        draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
+        again = ("draw", draw) if draw else ()
+        torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process, *again))
     with run.gradient_exchange(batch.last):
         loss = batch_loss(run, batch, done)
         run.accelerator.backward(loss / batch.accumulation_steps)

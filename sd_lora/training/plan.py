@@ -95,10 +95,11 @@ class Plan:
         masks = [repr((s.digest, s.mask.digest)) for s in self.images.samples if s.mask]
         return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples), *masks)
 
-    @property
-    def data_hash(self) -> str:
-        """Hash of the samples of each step: of seed, order, images and captions."""
+    def data_hash(self, redrawn: list[tuple[int, int]]) -> str:
+        """Hash of the samples of each step: of seed, order, images, captions, and parts whose noise
+        was drawn anew."""
         of = f"{self.seed} {self.samples_per_step} {self.num_samples} {self.order} {self.content}"
+        of += f" {redrawn}" * bool(redrawn)
         return hashlib.sha256(of.encode()).hexdigest()
 
     def rows(self) -> dict[str, str]:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,8 @@ class Run:
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
     meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume. start: the
-    LoRA file to start from. losses: hash of those so far.
+    LoRA file to start from. losses: hash of those so far. redrawn: steps done before and at the end
+    of each part that was done once more. saved_steps: those of this process's checkpoints.
     """
 
     plan: Plan
@@ -76,6 +77,8 @@ class Run:
     saved: checkpoint.Saved | None = None
     start: Start | None = None
     losses: str = ""
+    redrawn: list[tuple[int, int]] = field(default_factory=list)
+    saved_steps: list[int] = field(default_factory=list)
 
     @property
     def config(self) -> RunConfig:
@@ -150,30 +153,46 @@ class Run:
         rates."""
         if self.start is not None:
             self.start.apply()
-        if self.saved is None:
-            return
-        self.losses = self.saved.state["losses"]
+        if self.saved is not None:
+            self.load(self.saved)
+
+    def load(self, saved: checkpoint.Saved) -> None:
+        """Take the state of a checkpoint, with this run's learning rates."""
+        self.losses = saved.state["losses"]
+        self.redraw([(first, last) for first, last in saved.state["redrawn"]])
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.saved.load_factors(self.models)
+        saved.load_factors(self.models)
         if self.text.tokens:
-            self.text.tokens.load_state_dict(self.saved.state["tokens"])
-        load_optimizer(self.optimizer, self.saved.state["optimizer"])
-        self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
+            self.text.tokens.load_state_dict(saved.state["tokens"])
+        load_optimizer(self.optimizer, saved.state["optimizer"])
+        self.lr_scheduler.load_state_dict(saved.state["lr_scheduler"])
         schedule = self.lr_scheduler
         schedule.base_lrs = rates
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor
-        if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
+        if self.accelerator.scaler is not None and saved.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield this process's micro-batches from the first step on, with their numbers.
+    def redraw(self, parts: list[tuple[int, int]]) -> None:
+        """Draw other noise, timesteps and dropout for parts of the run. parts: steps done before
+        and at the end of each; steps of several are drawn anew for each of them."""
+        epochs, self.redrawn = self.plan.epochs, parts
+
+        def position(step: int) -> int:
+            return epochs.micro_batch(epochs.first_of_step(step)).position
+
+        self.stream.redrawn = [(position(first), position(last)) for first, last in parts]
+
+    def batches(self, step: int | None = None) -> Iterator[tuple[int, Batch]]:
+        """Yield this process's micro-batches from a step on, with their numbers.
+
+        step: number of steps done; those before this process started if not given.
 
         Raises:
             ImageLost: an image that cannot be read any more.
         """
-        start = self.plan.epochs.first_of_step(self.first_step)
+        start = self.plan.epochs.first_of_step(self.first_step if step is None else step)
         loader = DataLoader(
             self.stream,
             batch_size=None,
@@ -228,6 +247,7 @@ class Run:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "tokens": tokens.state_dict() if tokens else None,
             "losses": self.losses,
+            "redrawn": self.redrawn,
         }
 
     def digest(self) -> Digest:
@@ -241,7 +261,7 @@ class Run:
         for name, tensor in sorted(named.items()):
             tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             tensors.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return Digest(self.plan.data_hash, self.losses, tensors.hexdigest())
+        return Digest(self.plan.data_hash(self.redrawn), self.losses, tensors.hexdigest())
 
     def release_distributed(self) -> None:
         """End the joint work of the processes; the others do not wait for the main one's exports.

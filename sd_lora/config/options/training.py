@@ -191,9 +191,10 @@ class TrainingOptions(Section):
         ge=0, header="ss_max_grad_norm", scripts="ABCD", kohya=SAME,
         onetrainer="clip_grad_norm", simpletuner=SAME, ai_toolkit="train.max_grad_norm")
     on_nan: str = option("stop",
-        "a step whose gradient is not finite: stop the run, or skip the update, at most 9 times in "
-        "a row; skip waits for the device in each step",
-        choices=("stop", "skip"), may_change=True)
+        "a step whose numbers are not finite: stop the run, skip the update, at most 9 times in a "
+        "row (skip waits for the device in each step), or restore the last good checkpoint, at "
+        "most 3 times in a run, and go on with other noise up to that step",
+        choices=("stop", "skip", "restore"), may_change=True)
     checkpointing_steps: int = option(500,
         "optimiser steps between checkpoints",
         ge=1, may_change=True, scripts="ABCD", kohya="save_every_n_steps",
