@@ -44,7 +44,7 @@ from sd_lora.training.output_folder import (
     remove_earlier_steps,
     remove_unfinished,
 )
-from sd_lora.training.processes import determinism, tracker_errors
+from sd_lora.training.processes import determinism, start_trackers, tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -342,10 +342,8 @@ def open_output(run: Run) -> None:
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
-    plain = int | float | str | bool  # all that trackers take
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in run.config.as_dict().items()}
-    with tracker_errors(run.accelerator):
-        run.accelerator.init_trackers("sd_lora", config=values)
+    runs = run.saved.state["trackers"] if run.saved else {}
+    start_trackers(run.accelerator, run.config, run.first_step, runs)
 
 
 def finish(

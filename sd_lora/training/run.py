@@ -38,7 +38,7 @@ from sd_lora.training.data import RunImages
 from sd_lora.training.init_lora import Start
 from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import Device
+from sd_lora.training.processes import Device, tracker_runs
 
 
 class ImageLost(RunError):
@@ -241,6 +241,7 @@ class Run:
     def checkpoint_state(self) -> dict[str, Any]:
         """Name → state of a checkpoint, besides the factors."""
         scaler, tokens = self.accelerator.scaler, self.text.tokens
+        runs = self.saved.state["trackers"] if self.saved else {}
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
@@ -248,6 +249,7 @@ class Run:
             "tokens": tokens.state_dict() if tokens else None,
             "losses": self.losses,
             "redrawn": self.redrawn,
+            "trackers": runs | tracker_runs(self.accelerator),
         }
 
     def digest(self) -> Digest:
