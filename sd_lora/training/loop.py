@@ -33,7 +33,7 @@ from sd_lora.report.events import (
     Validated,
 )
 from sd_lora.seeds import seed_for
-from sd_lora.training.checkpoint_folders import RESUME
+from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
@@ -87,13 +87,16 @@ class Result:
     digest: Digest
 
 
-def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
+def train(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> Result:
     """Train a LoRA and write it in every format that can hold it, verified.
 
     Args:
         config: the run's options.
         listeners: functions of one event, see `report.events`; `sd_lora.terminal.Terminal()` shows
             the run. Called on the main process alone.
+        resumed: the checkpoint to resume, if it is verified already; else the run does that.
 
     Returns:
         The files and losses; on other processes than the main one the losses alone.
@@ -104,14 +107,14 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             interruption (after a checkpoint).
     """
     with determinism(config.deterministic):
-        return _train(config, listeners)
+        return _train(config, listeners, resumed)
 
 
-def _train(config: TrainConfig, listeners: Sequence[Listener]) -> Result:
+def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> Result:
     """See `train`."""
     started = time.monotonic()
     try:
-        run = prepare(config, listeners)
+        run = prepare(config, listeners, resumed)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))

@@ -16,7 +16,7 @@ from sd_lora.cli import main
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import TensorFile
 from sd_lora.report.events import Warned
-from sd_lora.training import checkpoint, disk
+from sd_lora.training import checkpoint, checkpoint_folders, disk, loop
 from sd_lora.training.checkpoint_folders import checkpoints, fault, find, write_manifest
 from sd_lora.training.state_files import read_state, write_state
 from tests.training.runs import images, text_to_image
@@ -131,6 +131,33 @@ def test_a_run_goes_on_from_the_whole_one(runs: Path, mine: Path, tiny_sd1: Path
         assert not [path for path in mine.iterdir() if path.name.startswith(".")]
         for file in result.files:
             file.path.unlink()
+
+
+def test_a_resumed_command_reads_its_checkpoint_once(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hashes of the checkpoint are compared before torch is imported, and not again by the run;
+    a damaged one ends the command there."""
+    hashed: list[str] = []
+    original = checkpoint_folders.sha256_of
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_folders, "sha256_of", counted)
+    flags = ["--config", str(mine / "config.json"), "--output_dir", str(mine)]
+    command = ["train", *flags, "--resume_from_checkpoint", "checkpoint-2"]
+    assert main(command) == 2
+    assert "has done all steps of this run" in capsys.readouterr().err
+    assert sorted(hashed) == [
+        "adapter.safetensors", "progress.json", "state.json", "state.safetensors",
+    ]  # fmt: skip
+    state = mine / "checkpoint-2" / "state.json"
+    state.write_bytes(flipped(state.read_bytes(), 0.5))
+    monkeypatch.setattr(loop, "train", None)
+    assert main(command) == 2
+    assert "state.json is not as it was written" in capsys.readouterr().err
 
 
 def assert_equal_tensors(a: Path, b: Path) -> None:
