@@ -50,11 +50,13 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
     from sd_lora.config.command_line import parse
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
+    from sd_lora.training.checkpoint_folders import Found
     from sd_lora.training.output_folder import resumed_checkpoint
 
     config = parse(argv, script, script or "sd-lora train", has_captions)
+    found: list[Found] = []
     with config.spelling.in_errors():
-        check_places(config, resumed_checkpoint)
+        check_places(config, lambda config: found.append(resumed_checkpoint(config)))
         for note in config.downloads:
             print(note, file=sys.stderr, flush=True)
         print(LOADING, file=sys.stderr, flush=True)
@@ -62,7 +64,7 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
         from sd_lora.training.loop import train
 
         with Terminal() as terminal:
-            train(config, [terminal])
+            train(config, [terminal], *found)
 
 
 def _check(argv: Sequence[str]) -> None:

@@ -140,6 +140,7 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     # numbers
     "skipped-step": FindingKind("warning", "the step changed nothing (--on_nan skip)"),
+    "went-back": FindingKind("warning", "other noise for these steps (--on_nan restore)"),
     "no-gradient": FindingKind(
         "warning", "they cannot learn; leave them out of the targets, or write an issue"
     ),

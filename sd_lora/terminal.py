@@ -50,6 +50,7 @@ class Terminal:
             case RunPlanned():
                 self._say(f"{self.title}\n{event.summary.text()}")
             case TrainingStarted():
+                self._close()  # of the steps before a return to a checkpoint
                 total, first = event.num_steps, event.first_step
                 self._bar = _new_bar("training", total, "step", initial=first)
             case StepDone() if self._bar is not None:
@@ -99,6 +100,7 @@ class Terminal:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
+        lines.append(f"  {event.digest.text}")
         if self._warned:
             lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
         return "\n".join(lines)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import PrivateAttr, ValidationError
 
 from sd_lora.config.contradictions import contradictions
-from sd_lora.config.options.adapter import AdapterOptions
+from sd_lora.config.options.adapter import OF_FILE, AdapterOptions
 from sd_lora.config.options.data import DataOptions
 from sd_lora.config.options.images import ResolvedImages
 from sd_lora.config.options.objective import ObjectiveOptions, ValidationOptions
@@ -62,6 +62,10 @@ class TrainConfig(
             waits = mode in option.sdxl or name in waiting
             if option.modes and values.get(name) is None and not waits:
                 values[name] = option.modes.get(mode, option.modes[MODES[0]])
+        opened = _open(values)
+        for name in OF_FILE:
+            if values.get(name) is None:
+                values[name] = None if name in opened else OPTIONS[name].default
         problems: list[Problem] = []
         try:
             super().__init__(**values)
@@ -113,7 +117,7 @@ class TrainConfig(
         of_family = _of_family(values, family)
         for name, option in OPTIONS.items():
             # a default for text encoders does not ask for them
-            if values[name] is None and not option.missing(self):
+            if values[name] is None and not option.missing(self) and name not in _open(values):
                 values[name] = of_family.get(
                     name, option.default_for(self.mode, family.startswith("sdxl"))
                 )
@@ -172,7 +176,13 @@ def with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
     together = preset(name).options | given
     config = SimpleNamespace(**(defaults | together))
     idle = {key for key in together if key in OPTIONS and OPTIONS[key].missing(config)}
+    idle |= {*_open(given)}
     return dict(values) | {k: v for k, v in together.items() if k in given or k not in idle}
+
+
+def _open(values: Mapping[str, Any]) -> Sequence[str]:
+    """Options without a default in a run that starts from a LoRA file, which answers them."""
+    return OF_FILE if values.get("init_lora") else ()
 
 
 def _of_family(values: Mapping[str, Any], family: str = "") -> dict[str, Any]:

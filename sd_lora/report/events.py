@@ -14,6 +14,7 @@ from PIL import Image
 
 from sd_lora.findings import Finding
 from sd_lora.formats.verify import Verified
+from sd_lora.report.digest import Digest
 from sd_lora.report.summary import Summary
 
 T = TypeVar("T")
@@ -58,7 +59,7 @@ class RunPlanned:
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The next step is `first_step` + 1 of `num_steps`."""
+    """The next step is `first_step` + 1 of `num_steps`; again after a return to a checkpoint."""
 
     first_step: int
     num_steps: int
@@ -159,6 +160,7 @@ class RunEnded:
 
     seconds: float
     sheet: Path | None
+    digest: Digest
     page: Path | None = None
 
 

@@ -1,25 +1,34 @@
 """Injecting deltas into the models of a run, by its configuration."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sd_lora.adapters.inject import inject
-from sd_lora.adapters.targets import select
+from sd_lora.adapters.layer_classes import adapted_class_of
+from sd_lora.adapters.targets import match_names, select
+from sd_lora.config.rows import PLAIN_LORA
 from sd_lora.config.schema import RunConfig
 from sd_lora.models.families import Family
+from sd_lora.training.init_lora import DEFAULT_TARGETS, Structure
 
 
 def inject_all(
-    config: RunConfig, family: Family, models: Mapping[str, nn.Module], seed: int
+    config: RunConfig,
+    family: Family,
+    models: Mapping[str, nn.Module],
+    seed: int,
+    saved: Path | None = None,
 ) -> dict[str, nn.Module]:
     """Adapt the UNet, and the text encoders if they are trained.
 
     Args:
         models: component → model, of the family's UNet and text encoders.
         seed: the run's.
+        saved: the checkpoint to resume, which has the modules and ranks of a run from a LoRA file.
 
     Returns:
         component → adapted model.
@@ -44,32 +53,89 @@ def inject_all(
         "decompose_both": config.lokr_decompose_both,
     }
     shared |= {name: value for name, value in options.items() if value}
-    inject(
-        unet,
-        config.targets,
-        rank=config.rank,
-        alpha=config.lora_alpha,
-        conv_rank=config.conv_rank,
-        conv_alpha=config.conv_alpha,
-        rank_pattern=config.rank_pattern,
-        alpha_pattern=config.alpha_pattern,
-        modules_to_save=config.modules_to_save.split("+") if config.modules_to_save else (),
-        **shared,
-    )
+    file = saved or config.init_path if config.init_lora else None
+    structure = Structure.of(file, models, config.use_rslora) if file else Structure({})
+    targets = config.targets or _targets_of(structure, unet, config.method)
+    arguments = _arguments(
+        unet, targets, "unet", structure, config.method, config.rank, config.lora_alpha,
+        config.conv_rank, config.conv_alpha, config.rank_pattern, config.alpha_pattern,
+    )  # fmt: skip
+    in_full = config.modules_to_save.split("+") if config.modules_to_save else ()
+    inject(unet, **arguments, modules_to_save=in_full, **shared)
     adapted: dict[str, nn.Module] = {"unet": unet}
     shared.pop("tucker", None)  # a text encoder has no kernel to give a core to
     for component in components_of(config, family)[1:]:
         rank, alpha = config.rank_and_alpha_of(component)
         encoder = models[component]
         names = read_modules(family, component, encoder, config.clip_skip)
-        inject(encoder, names, rank=rank, alpha=alpha, **shared)
+        arguments = _arguments(encoder, names, component, structure, config.method, rank, alpha)
+        inject(encoder, **arguments, **shared)
         adapted[component] = encoder
     return adapted
 
 
+def _targets_of(structure: Structure, unet: nn.Module, method: str) -> str | list[str]:
+    """The UNet's modules in a LoRA file that a method can adapt; the default where it has none."""
+    modules = dict(unet.named_modules())
+    names = [
+        name
+        for name, form in structure.forms.get("unet", {}).items()
+        if name in modules and (form or method not in PLAIN_LORA)  # others are trained whole
+    ]
+    names = [name for name in names if adapted_class_of(modules[name], method)]
+    return [one_of(names)] if names else DEFAULT_TARGETS
+
+
+def _arguments(
+    model: nn.Module,
+    targets: str | list[str],
+    component: str,
+    structure: Structure,
+    method: str,
+    rank: int | None,
+    alpha: float | None,
+    conv_rank: int | None = None,
+    conv_alpha: float | None = None,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Arguments of `inject`: these, and where ranks and alphas are None, those of a LoRA file.
+
+    Modules that the file lacks have the form that is most frequent in it.
+    """
+    names = select(model, targets, method)
+    ruled = match_names(rank_pattern, names, "rank_pattern")
+    ranks: dict[int, list[str]] = {}
+    alphas: dict[float, list[str]] = {}
+    for name in names:
+        module: Any = model.get_submodule(name)
+        large = any(k > 1 for k in getattr(module, "kernel_size", ()))
+        form = structure.forms.get(component, {}).get(name)
+        if form is None or rank or (large and conv_rank) or name in ruled:
+            continue
+        ranks.setdefault(form.rank, []).append(name)
+        if form.alpha and not (alpha or (large and conv_alpha)):
+            alphas.setdefault(form.alpha, []).append(name)
+    usual = structure.usual(component)
+    return {
+        "targets": targets,
+        "rank": rank or usual.rank,
+        "alpha": alpha or (None if rank else usual.alpha),
+        "conv_rank": conv_rank,
+        "conv_alpha": conv_alpha,
+        "rank_pattern": {**(rank_pattern or {}), **{one_of(n): r for r, n in ranks.items()}},
+        "alpha_pattern": {**(alpha_pattern or {}), **{one_of(n): a for a, n in alphas.items()}},
+    }
+
+
+def one_of(names: Iterable[str]) -> str:
+    """A pattern of these whole module names."""
+    return f"^(?:{'|'.join(map(re.escape, names))})"
+
+
 def components_of(config: RunConfig, family: Family) -> list[str]:
     """The components that get deltas: the UNet, and text encoders with a rank."""
-    return ["unet", *(c for c in family.text_encoders if config.rank_and_alpha_of(c)[0])]
+    return ["unet", *(c for c in family.text_encoders if config.rank_and_alpha_of(c)[0] != 0)]
 
 
 def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -> list[str]:

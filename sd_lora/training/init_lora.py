@@ -1,6 +1,8 @@
 """The start of a run from a LoRA file: its ΔW become those of the injected deltas, exactly."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,70 @@ from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.inject import adapted_layers, delta_name
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.targets import PRESETS
+from sd_lora.config.rows import MODES
+from sd_lora.config.schema import OPTIONS
 from sd_lora.errors import Problem, UsageError
 from sd_lora.formats.adapter_files import read_adapter
-from sd_lora.formats.canonical import Adapter, canonical_name, count, each
+from sd_lora.formats.canonical import Adapter, canonical_name, count, each, live_names, plain
+
+
+@dataclass(frozen=True)
+class Form:
+    """Rank and alpha of a file's delta; alpha is None where no positive one gives its scale."""
+
+    rank: int
+    alpha: float | None
+
+    @classmethod
+    def of(cls, delta: Delta, rslora: bool) -> "Form | None":
+        """The form of a delta in a run that scales by α/r, or by α/√r; None without a rank."""
+        factors = plain(delta)
+        rank = delta.rank if factors is None else len(factors[0])
+        if not rank:
+            return None
+        alpha = delta.alpha if factors is None else factors[2]
+        alpha /= math.sqrt(rank) if rslora else 1
+        return cls(rank, alpha if alpha > 0 else None)
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The modules and ranks of a LoRA file. forms: component → live module name → its form, None
+    for a delta without a rank."""
+
+    forms: dict[str, dict[str, Form | None]]
+
+    @classmethod
+    def of(cls, path: Path, models: Mapping[str, nn.Module], rslora: bool) -> "Structure":
+        """The structure of a LoRA file, or of a checkpoint of a run that started from one.
+
+        Args:
+            path: the file, or a folder with one.
+            models: component → model without adapters.
+            rslora: whether the run scales by α/√r.
+
+        Raises:
+            UsageError: a file that cannot be read.
+        """
+        forms: dict[str, dict[str, Form | None]] = {}
+        for component, modules in _read(path, models).items():
+            model = models.get(component)
+            live = live_names(component, model) if model is not None else {}
+            forms[component] = {
+                live[name]: Form.of(modules[name], rslora) for name in modules if name in live
+            }
+        return cls(forms)
+
+    def usual(self, component: str) -> Form:
+        """The most frequent form in a component, or in all where it has none."""
+        own = [form for form in self.forms.get(component, {}).values() if form]
+        every = [form for forms in self.forms.values() for form in forms.values() if form]
+        most = Counter(own or every).most_common(1)
+        return most[0][0] if most else Form(DEFAULT_RANK, None)
+
+
+DEFAULT_RANK, DEFAULT_TARGETS = (OPTIONS[n].default_for(MODES[0]) for n in ("rank", "targets"))
+"""Of a run from a LoRA file that has no ranks, or nothing for the UNet."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +91,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Start:
-    """A LoRA file that fits a run's deltas. places: component and canonical name → delta."""
+    """A LoRA file that fits a run's deltas. places: component and canonical name → delta. unread:
+    number of its modules in text encoders whose outputs do not reach the UNet."""
 
     path: Path
     adapter: Adapter
     places: dict[tuple[str, str], Place]
+    unread: int
 
     def apply(self) -> None:
         """Give the run's deltas the ΔW of the file, in place.
@@ -41,14 +106,19 @@ class Start:
         Alphas stay the run's, and B is scaled so that ΔW is the file's.
         """
         for component, name, delta in each(self.adapter):
-            _take(delta, self.places[component, name])
+            if place := self.places.get((component, name)):
+                _take(delta, place)
 
     @property
     def note(self) -> str:
         """The file, the number of its modules, and of those that it has not, for the summary."""
-        number, rest = count(self.adapter), len(self.places) - count(self.adapter)
+        number = count(self.adapter) - self.unread
+        rest = len(self.places) - number
         others = f", {rest} others at zero" * bool(rest)
-        return f"starts from {self.path}: {number} modules of it{others}"
+        unread = f"; {self.unread} of text encoders' last layers do nothing here" * bool(
+            self.unread
+        )
+        return f"starts from {self.path}: {number} modules of it{others}{unread}"
 
 
 def start_from(path: Path, models: Mapping[str, nn.Module]) -> Start:
@@ -62,14 +132,20 @@ def start_from(path: Path, models: Mapping[str, nn.Module]) -> Start:
         UsageError: a file that cannot be read; modules of it that have no place here, with the
             flags that give them one.
     """
-    try:
-        adapter = read_adapter(path, models)
-    except UsageError as error:
-        raise UsageError(f"init_lora {error}", [Problem("init_lora", str(error))]) from None
+    adapter = _read(path, models)
     places = _places(models)
+    unread = {
+        (component, name)
+        for component, model in models.items()
+        if component != "unet"
+        for name in live_names(component, model)
+        # an adapted text encoder has all modules that are read: the others are in its last layers
+        if re.fullmatch(PRESETS["text"], name) and (component, name) not in places
+    }
     misfits = [
         f"{component} {name} {wrong}"
         for component, name, delta in each(adapter)
+        if (component, name) not in unread
         if (wrong := _misfit(delta, places.get((component, name))))
     ]
     if misfits:
@@ -79,7 +155,16 @@ def start_from(path: Path, models: Mapping[str, nn.Module]) -> Start:
             f"init_lora {path} does not fit this run: {shown}. Its modules and ranks have a place "
             f"with {flags}; `sd-lora resize` cuts ranks"
         )
-    return Start(path, adapter, places)
+    num_unread = sum((component, name) in unread for component, name, _ in each(adapter))
+    return Start(path, adapter, places, num_unread)
+
+
+def _read(path: Path, models: Mapping[str, nn.Module]) -> Adapter:
+    """The adapter of a file to start from; raises UsageError, with the option's name."""
+    try:
+        return read_adapter(path, models)
+    except UsageError as error:
+        raise UsageError(f"init_lora {error}", [Problem("init_lora", str(error))]) from None
 
 
 def _places(models: Mapping[str, nn.Module]) -> dict[tuple[str, str], Place]:

@@ -21,6 +21,7 @@ from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
+from sd_lora.report.digest import Digest
 from sd_lora.report.events import (
     Exported,
     FindingMade,
@@ -34,8 +35,9 @@ from sd_lora.report.events import (
 from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
 from sd_lora.training.changes import changes_of
-from sd_lora.training.checkpoint_folders import RESUME
+from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.output_folder import (
@@ -43,7 +45,7 @@ from sd_lora.training.output_folder import (
     remove_earlier_steps,
     remove_unfinished,
 )
-from sd_lora.training.processes import tracker_errors
+from sd_lora.training.processes import determinism, start_trackers, tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
@@ -54,7 +56,7 @@ from sd_lora.training.samples import (
 )
 from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
-from sd_lora.training.soundness import overflow_is_divergence, tell_silent
+from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -72,7 +74,8 @@ class Result:
     files: verified LoRA files. words: files of new words' embeddings. losses: one a step of this
     process's part of the run, mean over processes. first_losses: mean loss of the first steps, in
     training. replayed: mean loss of the same batches and noise by the trained model: progress
-    without the luck of the draw. before_after: the sheet of samples, None without samples.
+    without the luck of the draw. before_after: the sheet of samples, None without samples. digest:
+    hashes of data, losses and tensors.
     """
 
     output_dir: Path
@@ -83,15 +86,19 @@ class Result:
     replayed: float
     before_after: Path | None
     seconds: float
+    digest: Digest
 
 
-def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
+def train(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> Result:
     """Train a LoRA and write it in every format that can hold it, verified.
 
     Args:
         config: the run's options.
         listeners: functions of one event, see `report.events`; `sd_lora.terminal.Terminal()` shows
             the run. Called on the main process alone.
+        resumed: the checkpoint to resume, if it is verified already; else the run does that.
 
     Returns:
         The files and losses; on other processes than the main one the losses alone.
@@ -101,9 +108,15 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         RunError: an image that cannot be read any more, a diverged loss, a full disk, an
             interruption (after a checkpoint).
     """
+    with determinism(config.deterministic):
+        return _train(config, listeners, resumed)
+
+
+def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> Result:
+    """See `train`."""
     started = time.monotonic()
     try:
-        run = prepare(config, [*listeners, RunPage(config.output_path)])
+        run = prepare(config, [*listeners, RunPage(config.output_path)], resumed)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))
@@ -123,6 +136,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         finished = done == run.plan.num_steps
         if finished:
             run.use_average()
+        digest = run.digest()
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
@@ -134,13 +148,13 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
                 f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
                 f"and {RESUME}"
             )
-        files, words, sheet = finish(run, before) if run.main else ([], [], None)
+        files, words, sheet = finish(run, before, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet, run.output_dir / PAGE))
+        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE))
         with tracker_errors(run.accelerator):
             run.accelerator.end_training()
         return Result(
-            run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds
+            run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )
     finally:
         disown(config.output_path)
@@ -154,9 +168,18 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
     requests: to end or to save; None: of nobody.
     """
     requests = requests or Requests(run.output_dir)
+    start, done = start_of(run), run.first_step
+    while True:
+        try:
+            return steps_from(done, run, log, requests)
+        except Diverged as error:
+            done = go_back(run, log, error, start)
+
+
+def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
+    """Do the steps after the first `done` ones; returns how many are done in all."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
-    batches = run.batches()
-    done, saved_at = run.first_step, time.monotonic()
+    batches, saved_at = run.batches(done), time.monotonic()
     while done < num_steps:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
@@ -205,7 +228,9 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     """Add the gradients of a micro-batch; returns its part of the step's loss, detached."""
     if any(getattr(run.config, name) for name in DROPOUTS):
         process = run.accelerator.process_index
-        torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process))
+        draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
+        again = ("draw", draw) if draw else ()
+        torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process, *again))
     with run.gradient_exchange(batch.last):
         loss = batch_loss(run, batch, done)
         run.accelerator.backward(loss / batch.accumulation_steps)
@@ -326,18 +351,19 @@ def open_output(run: Run) -> None:
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
-    plain = int | float | str | bool  # all that trackers take
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in run.config.as_dict().items()}
-    with tracker_errors(run.accelerator):
-        run.accelerator.init_trackers("sd_lora", config=values)
+    runs = run.saved.state["trackers"] if run.saved else {}
+    start_trackers(run.accelerator, run.config, run.first_step, runs)
 
 
-def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:
-    """Write and verify the LoRA files, and the sheet of samples before and after.
+def finish(
+    run: Run, before: list[Image.Image], digest: Digest
+) -> tuple[list[Verified], list[Path], Path | None]:
+    """Write the digest, the verified LoRA files, and the sheet of samples before and after.
 
     Returns the files, those of new words, and the sheet's path.
     """
     steps, place = run.plan.num_steps, run.output_dir
+    digest.write(place)
     files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words), changes_of(run.models)))

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from sd_lora.errors import RunError
 from sd_lora.findings import Finding
+from sd_lora.report.digest import with_loss
 from sd_lora.report.events import StepRecord, StepsLogged, Warned
 from sd_lora.training.run import Run
-from sd_lora.training.soundness import LOWER, images_of
+from sd_lora.training.soundness import LOWER, diverged, images_of
 
 MOST_SKIPPED = 10
 """Steps in a row that may be skipped, with the one that ends the run."""
@@ -48,8 +49,8 @@ class LossLog:
         A step that was skipped has no record.
 
         Raises:
-            RunError: a loss or gradient norm that is not finite, with the step's images; or a loss
-                scale of fp16 that falls for ever.
+            Diverged: a loss or gradient norm that is not finite, with the step's images.
+            RunError: a loss scale of fp16 that falls for ever.
         """
         if not self.waiting:
             return
@@ -61,7 +62,9 @@ class LossLog:
         records: list[StepRecord] = []
         try:
             for (step, rates), (loss, norm) in zip(steps, values, strict=True):
-                if self._is_sound(step, loss, norm):
+                sound = self._is_sound(step, loss, norm)
+                self.run.losses = with_loss(self.run.losses, step, loss if sound else None)
+                if sound:
                     norm_or_none = norm if math.isfinite(norm) else None
                     rate = next(iter(rates.values())) / multiple
                     records.append(StepRecord(step, loss, rate, norm_or_none, rates))
@@ -71,11 +74,17 @@ class LossLog:
                 self.run.emit(StepsLogged(tuple(records)))
         self._refuse_fallen_scale()
 
+    def go_back(self, step: int) -> None:
+        """Forget the numbers of all steps after this one, which are done once more."""
+        self.step, self.skipped = step, 0
+        self.waiting.clear()
+        del self.losses[step - self.run.first_step :]
+
     def _is_sound(self, step: int, loss: float, norm: float) -> bool:
         """Whether a step has a record; False for one that was skipped, of which it tells.
 
         Raises:
-            RunError: a number that is not finite, or too many skipped steps.
+            Diverged: a number that is not finite, or too many skipped steps.
         """
         # under fp16 the scaler meets infinite gradients now and then, and skips their step
         bad_norm = not math.isfinite(norm) and self.run.accelerator.scaler is None
@@ -92,10 +101,8 @@ class LossLog:
             saved = self.run.saved
             if saved and step == self.run.first_step + 1:
                 images += f". {saved.path} may hold the cause: resume an earlier one by its name"
-            raise RunError(
-                f"the {found} at step {step}{row}: the run has diverged and stops here. {LOWER}. "
-                f"{images}"
-            )
+            remedy = f": the run has diverged and stops here. {LOWER}. {images}"
+            raise diverged(step, f"the {found} at step {step}{row}", remedy)
         self.run.emit(Warned([Finding("skipped-step", f"step {step}", f"the {found}. {images}")]))
         return False
 

@@ -1,5 +1,6 @@
 """The arithmetic of a run: epochs, batches and steps."""
 
+import hashlib
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -93,6 +94,13 @@ class Plan:
         """Digest of the images and their captions, in order."""
         masks = [repr((s.digest, s.mask.digest)) for s in self.images.samples if s.mask]
         return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples), *masks)
+
+    def data_hash(self, redrawn: list[tuple[int, int]]) -> str:
+        """Hash of the samples of each step: of seed, order, images, captions, and parts whose noise
+        was drawn anew."""
+        of = f"{self.seed} {self.samples_per_step} {self.num_samples} {self.order} {self.content}"
+        of += f" {redrawn}" * bool(redrawn)
+        return hashlib.sha256(of.encode()).hexdigest()
 
     def rows(self) -> dict[str, str]:
         """Rows of the summary: images, shapes, batch, steps."""

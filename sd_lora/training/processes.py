@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -170,6 +170,32 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
 
 
 @contextmanager
+def determinism(wanted: bool) -> Iterator[None]:
+    """torch's deterministic kernels alone for a while, if they are wanted.
+
+    https://docs.pytorch.org/docs/stable/notes/randomness.html
+    """
+    if not wanted:
+        yield
+        return
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_WORKSPACES:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]
+    cudnn = torch.backends.cudnn
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        _, cudnn.deterministic, cudnn.benchmark = before
+
+
+CUBLAS_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its sums."""
+
+
+@contextmanager
 def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
     """Raise RunError where the disk refuses a tracker's files."""
     try:
@@ -179,6 +205,53 @@ def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
         raise RunError(
             f"the tracker's files in {place} could not be written: {write_fault(error, place)}"
         ) from None
+
+
+@dataclass(frozen=True)
+class TrackerRun:
+    """A tracker's own run, by which a resumed one goes on in it.
+
+    id_of: its id. going_on: id → arguments of the tracker's start.
+    """
+
+    id_of: Callable[[Any], str]
+    going_on: Callable[[str], dict[str, Any]]
+
+
+TRACKER_RUNS: dict[str, TrackerRun] = {
+    # https://docs.wandb.ai/guides/runs/resuming
+    "wandb": TrackerRun(lambda run: run.id, lambda id: {"id": id, "resume": "allow"}),
+    # https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start
+    "comet_ml": TrackerRun(lambda found: found.get_key(), lambda key: {"experiment_key": key}),
+}
+"""Tracker on a server → its run; tensorboard's is the folder."""
+
+
+def start_trackers(
+    accelerator: Accelerator, config: TrainConfig, step: int, runs: Mapping[str, str]
+) -> None:
+    """Start the trackers, those of a resumed run where they ended.
+
+    step: number of steps done. runs: tracker → id of its run.
+
+    Raises:
+        RunError: a disk that refuses a tracker's files.
+    """
+    plain = int | float | str | bool  # all that trackers take
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in config.as_dict().items()}
+    options = {name: TRACKER_RUNS[name].going_on(id) for name, id in runs.items()}
+    # hides the later steps of a run that was killed, which are done again
+    options["tensorboard"] = {"purge_step": step + 1}
+    with tracker_errors(accelerator):
+        accelerator.init_trackers("sd_lora", config=values, init_kwargs=options)
+
+
+def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
+    """Tracker → id of its run on a server; none on other processes than the main one."""
+    trackers = accelerator.trackers if accelerator.is_main_process else []
+    return {
+        t.name: TRACKER_RUNS[t.name].id_of(t.tracker) for t in trackers if t.name in TRACKER_RUNS
+    }
 
 
 class Trackers:

@@ -1,9 +1,10 @@
 """A run that is ready for its first step: the parts that the loop works with."""
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.noise_scheduler import FLOW
+from sd_lora.report.digest import Digest
 from sd_lora.report.events import Listener
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
@@ -42,7 +44,7 @@ from sd_lora.training.optimizers import (
     use_average,
 )
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import Device
+from sd_lora.training.processes import Device, tracker_runs
 
 
 class ImageLost(RunError):
@@ -58,7 +60,8 @@ class Run:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
     meta_pipeline: the modules that the LoRA is for. average: of the steps, which is exported; None
     for the last step, or the optimiser's own average. saved: the checkpoint to resume. start: the
-    LoRA file to start from.
+    LoRA file to start from. losses: hash of those so far. redrawn: steps done before and at the end
+    of each part that was done once more. saved_steps: those of this process's checkpoints.
     """
 
     plan: Plan
@@ -81,6 +84,9 @@ class Run:
     average: Average | None = None
     saved: checkpoint.Saved | None = None
     start: Start | None = None
+    losses: str = ""
+    redrawn: list[tuple[int, int]] = field(default_factory=list)
+    saved_steps: list[int] = field(default_factory=list)
 
     @property
     def config(self) -> RunConfig:
@@ -167,32 +173,49 @@ class Run:
         rates."""
         if self.start is not None:
             self.start.apply()
-        if self.saved is None:
-            return
+        if self.saved is not None:
+            self.load(self.saved)
+
+    def load(self, saved: checkpoint.Saved) -> None:
+        """Take the state of a checkpoint, with this run's learning rates."""
+        self.losses = saved.state["losses"]
+        self.redraw([(first, last) for first, last in saved.state["redrawn"]])
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
-        self.saved.load_factors(self.models)
+        saved.load_factors(self.models)
         if self.text.tokens:
-            trained = self.saved.state["trained"] or self.saved.state
+            trained = saved.state["trained"] or saved.state
             self.text.tokens.load_state_dict(trained["tokens"])
         if self.average:
-            self.average.load_state_dict(self.saved.state["average"])
-        load_optimizer(self.optimizer, self.saved.state["optimizer"])
-        self.lr_scheduler.load_state_dict(self.saved.state["lr_scheduler"])
+            self.average.load_state_dict(saved.state["average"])
+        load_optimizer(self.optimizer, saved.state["optimizer"])
+        self.lr_scheduler.load_state_dict(saved.state["lr_scheduler"])
         schedule = self.lr_scheduler
         schedule.base_lrs = rates
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
         for group, rate, factor in zip(self.optimizer.param_groups, rates, factors, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor
-        if self.accelerator.scaler is not None and self.saved.state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(self.saved.state["scaler"])
+        if self.accelerator.scaler is not None and saved.state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(saved.state["scaler"])
 
-    def batches(self) -> Iterator[tuple[int, Batch]]:
-        """Yield this process's micro-batches from the first step on, with their numbers.
+    def redraw(self, parts: list[tuple[int, int]]) -> None:
+        """Draw other noise, timesteps and dropout for parts of the run. parts: steps done before
+        and at the end of each; steps of several are drawn anew for each of them."""
+        epochs, self.redrawn = self.plan.epochs, parts
+
+        def position(step: int) -> int:
+            return epochs.micro_batch(epochs.first_of_step(step)).position
+
+        self.stream.redrawn = [(position(first), position(last)) for first, last in parts]
+
+    def batches(self, step: int | None = None) -> Iterator[tuple[int, Batch]]:
+        """Yield this process's micro-batches from a step on, with their numbers.
+
+        step: number of steps done; those before this process started if not given.
 
         Raises:
             ImageLost: an image that cannot be read any more.
         """
-        start = self.plan.epochs.first_of_step(self.first_step)
+        start = self.plan.epochs.first_of_step(self.first_step if step is None else step)
         loader = DataLoader(
             self.stream,
             batch_size=None,
@@ -239,21 +262,35 @@ class Run:
                 limit_norms(model, bound)
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """Name → state of a checkpoint, besides the factors and new words that are exported."""
+        """Name → state of a checkpoint, besides the factors."""
         scaler, trained = self.accelerator.scaler, None
         if self.averages:
             trained = {"factors": checkpoint.factors_of(self.models), "tokens": self.words_state()}
+        runs = self.saved.state["trackers"] if self.saved else {}
         return {
             "optimizer": self.optimizer.state_dict(),
             "lr_scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "average": self.average.state_dict() if self.average else None,
             "trained": trained,
+            "tokens": self.words_state(),
+            "losses": self.losses,
+            "redrawn": self.redrawn,
+            "trackers": runs | tracker_runs(self.accelerator),
         }
 
     def words_state(self) -> dict[str, Any] | None:
         """A copy of the new words' embeddings; None without any."""
         return self.text.tokens.state_dict() if self.text.tokens else None
+
+    def digest(self) -> Digest:
+        """Hashes of the data, the losses so far and the tensors as they are."""
+        named = checkpoint.factors_of(self.models) | (self.words_state() or {})
+        tensors = hashlib.sha256()
+        for name, tensor in sorted(named.items()):
+            tensors.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            tensors.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return Digest(self.plan.data_hash(self.redrawn), self.losses, tensors.hexdigest())
 
     def release_distributed(self) -> None:
         """End the joint work of the processes; the others do not wait for the main one's exports.

@@ -41,6 +41,7 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)
+    run.saved_steps.append(step)
 
 
 def lora_is_due(run: Run, step: int) -> bool:

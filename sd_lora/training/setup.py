@@ -32,6 +32,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
 from sd_lora.training.average import WORDS, Average
 from sd_lora.training.caches import Caches, open_store
+from sd_lora.training.checkpoint_folders import Found
 from sd_lora.training.class_images import check_class_images, fill_class_folder
 from sd_lora.training.conditioning import (
     LearningStops,
@@ -81,29 +82,31 @@ class CheckedRun:
     saved_path: Path | None
 
 
-def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
+def prepare(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> Run:
     """Make a run that is ready for its first step, and the owner of its output folder.
 
     Checks come as early as they can: flags and folders before the model is read, images and the
     checkpoint before class images are generated, which takes longest.
 
+    resumed: the checkpoint to resume, verified; None: not looked for yet.
+
     Raises:
         UsageError, RunError: any later failure of the run, where it can be known now.
     """
-    checked = _check(config, listeners)
+    checked = _check(config, listeners, resumed)
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
     parts = _load(checked.base, resolved, accelerator)
     objective = _objective(resolved, parts)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
-    models = inject_all(resolved, parts.family, parts.models, seed)
+    models = inject_all(resolved, parts.family, parts.models, seed, checked.saved_path)
     check_room(plan, models, checked.emit)
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
-    start = None
-    if resolved.init_lora and not saved:
-        start = start_from(Path(resolved.init_lora).expanduser(), models)
+    start = start_from(resolved.init_path, models) if resolved.init_path and not saved else None
     wanted = resolved.class_images
     if wanted:  # the injected model still is the base, bit for bit
         fill_class_folder(
@@ -115,16 +118,10 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     latents = caches.latents(images, parts, checked.pixel_settings)
     prepared = _prepare_models(resolved, accelerator, models, text)
     stream = Stream(
-        images.instances,
-        plan.epochs,
-        images.classes,
-        accelerator.process_index,
-        accelerator.num_processes,
-        latents.table,
-        plan.num_micro_batches,
-        resolved.prior_loss_weight,
-        _preservation(resolved, images),
-    )
+        images.instances, plan.epochs, images.classes, accelerator.process_index,
+        accelerator.num_processes, latents.table, plan.num_micro_batches,
+        resolved.prior_loss_weight, _preservation(resolved, images),
+    )  # fmt: skip
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
     caches.make_room(images, latents, text)
@@ -157,11 +154,11 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
     return run
 
 
-def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
+def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
     date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
-    found = resumed_checkpoint(config)
+    found = resumed or resumed_checkpoint(config)  # its hashes take seconds a gigabyte
     saved_path = found.path
     summary = Summary()
     accelerator = build_accelerator(config, summary)

@@ -22,6 +22,24 @@ MOST_NAMED = 6
 
 LOWER = f"Lower --learning_rate, and start anew or with {RESUME}"
 
+NOT_SAVED = f": the run has diverged, and nothing of this step is saved. {LOWER}"
+
+
+class Diverged(RunError):
+    """Numbers of a step that are not finite. step, found: its number, and the fault, known to all
+    processes."""
+
+    step: int
+    found: str
+
+
+def diverged(step: int, found: str, remedy: str) -> Diverged:
+    """The error of a step; its text is the fault and the remedy."""
+    error = Diverged(f"{found}{remedy}")
+    error.step, error.found = step, found  # an exception is pickled by its text and attributes
+    return error
+
+
 BatchLoss = Callable[[Run, Batch, int], Tensor]
 """The loop's loss of a micro-batch, after a number of steps."""
 
@@ -45,16 +63,14 @@ def images_of(run: Run, step: int) -> str:
 
 @contextmanager
 def overflow_is_divergence(step: int) -> Iterator[None]:
-    """Raise RunError for an update beyond float32, as of a rate of 1e38."""
+    """Raise Diverged for an update beyond float32, as of a rate of 1e38."""
     try:
         yield
     except RuntimeError as error:
         if "without overflow" not in str(error):
             raise
-        raise RunError(
-            f"the update of step {step} is beyond float32: the learning rate is far too high. "
-            f"{LOWER}"
-        ) from None
+        found = f"the update of step {step} is beyond float32"
+        raise diverged(step, found, f": the learning rate is far too high. {LOWER}") from None
 
 
 @torch.no_grad()
@@ -69,7 +85,7 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
         batch_loss: the loss of a micro-batch.
 
     Raises:
-        RunError: factors or a loss that are not finite.
+        Diverged: factors or a loss that are not finite.
     """
     ruined = [
         f"{component} {name}"
@@ -78,10 +94,8 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
         if not math.isfinite(largest)
     ]
     if ruined:
-        raise RunError(
-            f"{len(ruined)} modules hold NaN or infinite values after step {step} ({ruined[0]} the "
-            f"first): the run has diverged, and nothing of this step is saved. {LOWER}"
-        )
+        found = f"{len(ruined)} modules hold NaN or infinite values after step {step} ({ruined[0]}"
+        raise diverged(step, f"{found} the first)", NOT_SAVED)
     try:
         batch = run.stream.batch(run.plan.epochs.first_of_step(step) - 1)
     except RunError:  # an image is lost, of which its own step tells
@@ -90,10 +104,8 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
     with _evaluating([*run.models.values(), *run.text.encoders.values()]):
         loss = float(batch_loss(alone, batch, step))
     if not math.isfinite(loss):
-        raise RunError(
-            f"after step {step} the loss on images of this step is {loss}: the run has diverged, "
-            f"and nothing of this step is saved. {LOWER}"
-        )
+        found = f"after step {step} the loss on images of this step is {loss}"
+        raise diverged(step, found, NOT_SAVED)
 
 
 def _largest(model: nn.Module) -> dict[str, float]:

@@ -152,9 +152,8 @@ def test_the_schema_describes_every_option(capsys: pytest.CaptureFixture[str]) -
     assert rows.keys() == OPTIONS.keys()
     assert schema["x-sections"] == list(SECTIONS)
     assert all(row["description"] and row["x-section"] in SECTIONS for row in rows.values())
-    assert (rows["rank"]["type"], rows["rank"]["minimum"], rows["rank"]["default"]) == (
-        "integer", 1, 4,
-    )  # fmt: skip
+    row = rows["checkpointing_steps"]
+    assert (row["type"], row["minimum"], row["default"]) == ("integer", 1, 500)
     assert rows["lr_scheduler"]["enum"] == list(SCHEDULES)
     assert rows["mixed_precision"]["enum"] == ["no", "fp16", "bf16", "auto", None]
     assert rows["rank"]["x-names"]["kohya"] == "network_dim"

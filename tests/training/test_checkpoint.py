@@ -1,5 +1,6 @@
 """Checkpoints: whole or passed over, at each moment one to go on from, pruned by rule."""
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from sd_lora.cli import main
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import TensorFile
 from sd_lora.report.events import Warned
-from sd_lora.training import checkpoint, disk
+from sd_lora.training import checkpoint, checkpoint_folders, disk, loop
 from sd_lora.training.checkpoint_folders import checkpoints, fault, find, write_manifest
 from sd_lora.training.state_files import read_state, write_state
 from tests.training.runs import images, text_to_image
@@ -95,9 +96,9 @@ def test_a_damaged_checkpoint_is_passed_over(runs: Path, mine: Path) -> None:
 
 def test_a_run_goes_on_from_the_whole_one(runs: Path, mine: Path, tiny_sd1: Path) -> None:
     """A run killed in its second step, with the first step's checkpoint before a broken one and
-    half a line in its log, says so and ends with the factors, state and log of the undisturbed
-    run, byte for byte; where no checkpoint is whole, `latest-if-any` does the same from the
-    start."""
+    half a line in its log, says so and ends with the factors, state, log and digest of the
+    undisturbed run, byte for byte; where no checkpoint is whole, `latest-if-any` does the same from
+    the start. A run of another seed differs in each part of its digest."""
     for path in mine.glob("*.safetensors"):
         path.unlink()
     newest, log = mine / "checkpoint-2", mine / "training_log.jsonl"
@@ -111,8 +112,14 @@ def test_a_run_goes_on_from_the_whole_one(runs: Path, mine: Path, tiny_sd1: Path
         config = text_to_image(
             tiny_sd1, runs / "data", mine, **SHORT, resume_from_checkpoint="latest-if-any"
         )
+        (mine / "digest.json").unlink()
         result = sd_lora.train(config, [events.append])
         assert len(result.losses) == len(broken)
+        other, undisturbed = (runs / name / "digest.json" for name in ("other", "mine"))
+        assert (mine / "digest.json").read_bytes() == undisturbed.read_bytes()
+        digests = [json.loads(path.read_bytes()) for path in (undisturbed, other)]
+        assert not {*digests[0].values()} & {*digests[1].values()}
+        assert digests[0]["digest"] == result.digest.whole
         (warned,) = (event for event in events if isinstance(event, Warned))
         told = {f.name for f in warned.findings if f.code == "damaged-checkpoint"}
         assert told == {str(path) for path in broken}
@@ -124,6 +131,33 @@ def test_a_run_goes_on_from_the_whole_one(runs: Path, mine: Path, tiny_sd1: Path
         assert not [path for path in mine.iterdir() if path.name.startswith(".")]
         for file in result.files:
             file.path.unlink()
+
+
+def test_a_resumed_command_reads_its_checkpoint_once(
+    mine: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The hashes of the checkpoint are compared before torch is imported, and not again by the run;
+    a damaged one ends the command there."""
+    hashed: list[str] = []
+    original = checkpoint_folders.sha256_of
+
+    def counted(path: Path) -> str:
+        hashed.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(checkpoint_folders, "sha256_of", counted)
+    flags = ["--config", str(mine / "config.json"), "--output_dir", str(mine)]
+    command = ["train", *flags, "--resume_from_checkpoint", "checkpoint-2"]
+    assert main(command) == 2
+    assert "has done all steps of this run" in capsys.readouterr().err
+    assert sorted(hashed) == [
+        "adapter.safetensors", "progress.json", "state.json", "state.safetensors",
+    ]  # fmt: skip
+    state = mine / "checkpoint-2" / "state.json"
+    state.write_bytes(flipped(state.read_bytes(), 0.5))
+    monkeypatch.setattr(loop, "train", None)
+    assert main(command) == 2
+    assert "state.json is not as it was written" in capsys.readouterr().err
 
 
 def assert_equal_tensors(a: Path, b: Path) -> None:

@@ -187,11 +187,17 @@ def test_every_key_of_the_header(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
 
 
 def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
-    tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Two runs of one configuration into folders of one name at two places, with copies of the base
     and the images there and the date of SOURCE_DATE_EPOCH: their files are the same to the byte,
-    and no path is in them. With metadata_paths "full" the configuration is whole."""
+    and no path is in them; and so are their digests, of which the last line tells. With
+    metadata_paths "full" the configuration is whole. Deterministic kernels are in use during a run
+    that asks for them, and not afterwards."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     found = []
     for home in (tmp_path / "here", tmp_path / "there/deeper"):
@@ -201,11 +207,19 @@ def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
             pretrained_model_name_or_path=str(base), output_dir=str(home / "mine"), rank=1,
             sources=sources, max_train_steps=1, seed=3, data_cache_dir=str(home / "cache"),
             pretrained_vae_model_name_or_path=str(base / "vae"), num_validation_images=0,
-            report_to="none", resolution=32,
+            report_to="none", resolution=32, deterministic=True,
         )  # fmt: skip
-        found.append([file.path for file in sd_lora.train(config).files])
+        kernels: list[bool] = []
+        listeners = [lambda _, k=kernels: k.append(torch.are_deterministic_algorithms_enabled())]
+        result = sd_lora.train(config, [*listeners, sd_lora.Terminal()])
+        assert {*kernels} == {True}
+        assert not torch.are_deterministic_algorithms_enabled()
+        found.append([*(file.path for file in result.files), home / "mine" / "digest.json"])
+        assert capsys.readouterr().out.endswith(f"  {result.digest.text}\n")
     for here, there in zip(*found, strict=True):
         assert here.read_bytes() == there.read_bytes()
+        if here.suffix == ".json":
+            continue
         said = header(here)
         assert not [p for p in (tmp_path, Path.home(), Path.cwd()) if str(p) in json.dumps(said)]
         assert said["modelspec.date"] == "2023-11-14T22:13:20"

@@ -2,10 +2,15 @@
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from accelerate import tracking
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sd_lora
 from sd_lora.cli import guarded
@@ -15,6 +20,7 @@ from sd_lora.report.events import Event, StepDone
 from sd_lora.training import interruption
 from sd_lora.training.checkpoint_folders import checkpoints
 from sd_lora.training.interruption import Requests, listening
+from sd_lora.training.state_files import read_state
 from tests.training.runs import images, text_to_image
 
 
@@ -65,17 +71,46 @@ def test_a_time_is_written_as_people_do(text: str, seconds: float) -> None:
             TrainConfig(**given, max_train_time=wrong)
 
 
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A stand-in for the package, which is not installed, that keeps its runs: `runs` is id →
+    steps, `starts` the arguments of each start; driven by Accelerate's own class."""
+    found: Any = ModuleType("wandb")
+    found.runs, found.starts, found.config = {}, [], {}
+
+    class OwnRun:
+        def __init__(self, project: str, id: str = "", **options: str) -> None:
+            found.starts.append({"id": id, **options} if id else options)
+            self.id = id or f"drawn-{len(found.starts)}"
+
+        def log(self, values: dict, step: int) -> None:
+            found.runs.setdefault(self.id, []).append(step)
+
+        def finish(self) -> None:
+            pass
+
+    found.init = OwnRun
+    found.config = SimpleNamespace(update=lambda values, **options: None)
+    monkeypatch.setitem(sys.modules, "wandb", found)
+    both = [tracking.LoggerType.TENSORBOARD, tracking.LoggerType.WANDB]
+    monkeypatch.setattr(tracking, "_available_trackers", both)
+    return found
+
+
 def test_a_run_is_saved_ended_and_goes_on(
-    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wandb: Any
 ) -> None:
     """SIGUSR1 after the first step leaves its checkpoint and the run goes on; the stop file ends it
     after a step, with a checkpoint, exit code 3 and the way on, and is gone; a file of before ends
-    nothing. A limit of time ends the resumed run after a step."""
+    nothing. A limit of time ends the resumed run after a step. It goes on in the trackers' runs:
+    that of W&B by its id, that of tensorboard in its folder, where each step is once."""
     monkeypatch.setattr(interruption, "LOOK_EVERY", 0.0)
     out = tmp_path / "out"
     out.mkdir()
     (out / "stop").touch()
-    config = text_to_image(tiny_sd1, images(tmp_path / "data", 3), out, max_train_steps=9)
+    config = text_to_image(
+        tiny_sd1, images(tmp_path / "data", 3), out, max_train_steps=9, report_to="all"
+    )
 
     def ask(event: Event) -> None:
         if event == StepDone(1):
@@ -88,9 +123,14 @@ def test_a_run_is_saved_ended_and_goes_on(
     assert ended.value.exit_code == 3
     assert [path.name for path in checkpoints(out)] == ["checkpoint-1", "checkpoint-2"]
     assert not (out / "stop").exists()
-    more = config.replace(resume_from_checkpoint="latest", max_train_time="0.001s")
-    with pytest.raises(Interrupted, match=r"ended by --max_train_time 0.001s at step 3 of 9"):
+    more = config.replace(resume_from_checkpoint="checkpoint-1", max_train_time="0.001s")
+    with pytest.raises(Interrupted, match=r"ended by --max_train_time 0.001s at step 2 of 9"):
         sd_lora.train(more)
+    assert wandb.starts == [{}, {"id": "drawn-1", "resume": "allow"}]
+    assert wandb.runs == {"drawn-1": [1, 2, 2]}
+    assert read_state(out / "checkpoint-2")["trackers"] == {"wandb": "drawn-1"}
+    told = EventAccumulator(str(out / "logs" / "sd_lora")).Reload().Scalars("loss")
+    assert [scalar.step for scalar in told] == [1, 2]
 
 
 def test_a_command_ended_by_sigterm(capsys: pytest.CaptureFixture[str]) -> None:

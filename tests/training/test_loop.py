@@ -108,7 +108,7 @@ def test_the_files_are_what_was_trained(
     names = {p.name for p in (tmp_path / "mine").iterdir() if p.is_file()}
     assert names == {
         "before_after.png", "config.json", "mine_kohya.safetensors",
-        "pytorch_lora_weights.safetensors", "training_log.jsonl",
+        "digest.json", "pytorch_lora_weights.safetensors", "training_log.jsonl",
     }  # fmt: skip
     assert [f.modules for f in result.files] == [112, 112]
     for path in (tmp_path / "mine", tmp_path / "mine" / "mine_kohya.safetensors"):

@@ -14,23 +14,30 @@ if TYPE_CHECKING:
 
 option = section("adapter")
 
+OF_FILE = (
+    "targets", "rank", "lora_alpha", "conv_rank", "conv_alpha", "rank_pattern", "alpha_pattern",
+    "text_encoder_rank", "text_encoder_alpha", "text_encoder_2_rank", "text_encoder_2_alpha",
+)  # fmt: skip
+"""Options that stay open in a run with `init_lora`: its file answers those that are not given."""
+
 
 class AdapterOptions(Section):
     """Target modules, ranks, method and dropouts."""
 
     # fmt: off
-    targets: str = option("attention",
+    targets: str | None = option("attention",
         "target modules in the UNet: attention, transformer, conv, all, or regular "
-        "expressions, joined by +",
+        "expressions, joined by +; with init_lora those of its file if not given",
         onetrainer="layer_filter_preset",
         main="attention, transformer, conv, all, or patterns")
-    rank: int = option(4,
-        "rank r of the low-rank factors",
+    rank: int | None = option(4,
+        "rank r of the low-rank factors; with init_lora each module's in its file if not given",
         ge=1, requires={"method": RANKED}, scripts="ABCD", kohya="network_dim",
         onetrainer="lora_rank", simpletuner="lora_rank", ai_toolkit="network.linear",
         main="rank of the low-rank factors")
     lora_alpha: float | None = option(None,
-        "alpha; the delta is scaled by alpha / rank; each module's rank if not given",
+        "alpha; the delta is scaled by alpha / rank; each module's rank, or with init_lora its "
+        "alpha in the file, if not given",
         gt=0, requires={"method": RANKED}, kohya="network_alpha", onetrainer=SAME,
         simpletuner=SAME, ai_toolkit="network.linear_alpha",
         short="alpha", main="deltas are scaled by alpha / rank")
@@ -63,8 +70,8 @@ class AdapterOptions(Section):
         requires={"method": PLAIN_LORA}, summary=("method", "started by {}"),
         simpletuner="lora_init_type")
     init_lora: str | None = option(None,
-        "LoRA file in anybody's format to start from: its deltas, with this run's ranks, at least "
-        "its own, and alphas",
+        "LoRA file in anybody's format to start from: its deltas, with its target modules, ranks "
+        "and alphas where these are not given; given ranks are at least its own",
         kohya="network_weights", onetrainer="lora_model_name", simpletuner=SAME,
         ai_toolkit="network.pretrained_lora_path", in_record="name")
     use_tucker: bool = option(False,
@@ -153,16 +160,24 @@ class AdapterOptions(Section):
         return self.train_text_encoder and self.train_bias == "all"
 
     def check_init(self) -> None:
-        """Raise UsageError for a LoRA file to start from that is not there."""
-        if self.init_lora and not Path(self.init_lora).expanduser().exists():
+        """Raise UsageError for a LoRA file to start from that is not there; a checkpoint needs it
+        no more."""
+        path, resumes = self.init_path, self.resumes  # type: ignore[attr-defined]
+        if path and not resumes and not path.exists():
             text = f"init_lora {self.init_lora}: there is no such file or folder"
             raise UsageError(text, [Problem("init_lora", text)])
 
-    def rank_and_alpha_of(self, component: str) -> tuple[int, float | None]:
+    @property
+    def init_path(self) -> Path | None:
+        """The LoRA file to start from, or the folder with it."""
+        return Path(self.init_lora).expanduser() if self.init_lora else None
+
+    def rank_and_alpha_of(self, component: str) -> tuple[int | None, float | None]:
         """Rank and alpha of a component; a component of rank 0 is left out.
 
-        An alpha that is not given is the rank if that is given, and else the more general alpha;
-        None stands for each module's rank.
+        None stands for each module's rank in the file of `init_lora`. An alpha that is not given is
+        the rank if that is given, and else the more general alpha; None stands for each module's
+        alpha in this file where the rank is the file's, and else for its rank.
         """
         rank, alpha = self.rank, self.lora_alpha
         if component != "unet" and not self.train_text_encoder:
@@ -181,6 +196,8 @@ class AdapterOptions(Section):
         """Method, rank and alpha in words."""
         if self.method not in RANKED:
             return self.method
+        if self.rank is None:
+            return f"{self.method}, ranks of {Path(self.init_lora or '').name}"
         alpha = self.rank if self.lora_alpha is None else self.lora_alpha
         return f"{self.method}, rank {self.rank}, alpha {alpha:g}"
 

@@ -64,6 +64,10 @@ class RunOptions(Section):
         "seed of all random draws; random, and printed, if not given",
         may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME,
         main="of all random draws; random if not given")
+    deterministic: bool = option(False,
+        "only kernels that give the same bits at each repeat, for one kind of GPU and one torch; "
+        "those are slower, and an operator without one is an error",
+        without_gpu="changes nothing: a run repeats there anyway", may_change=True)
     report_to: str | None = option(None,
         "tracker of the losses, not a folder; tensorboard, where installed, if not given",
         choices=TRACKERS, may_change=True, scripts="ABCD", kohya="log_with", simpletuner=SAME,

@@ -192,9 +192,10 @@ class TrainingOptions(SavingOptions):
         ge=0, header="ss_max_grad_norm", scripts="ABCD", kohya=SAME,
         onetrainer="clip_grad_norm", simpletuner=SAME, ai_toolkit="train.max_grad_norm")
     on_nan: str = option("stop",
-        "a step whose gradient is not finite: stop the run, or skip the update, at most 9 times in "
-        "a row; skip waits for the device in each step",
-        choices=("stop", "skip"), may_change=True)
+        "a step whose numbers are not finite: stop the run, skip the update, at most 9 times in a "
+        "row (skip waits for the device in each step), or restore the last good checkpoint, at "
+        "most 3 times in a run, and go on with other noise up to that step",
+        choices=("stop", "skip", "restore"), may_change=True)
     # fmt: on
 
     @property
@@ -205,6 +206,11 @@ class TrainingOptions(SavingOptions):
         parts = _TIME.fullmatch(self.max_train_time.strip())
         numbers = [float(number) for number in parts.groups("0")] if parts else [0.0]
         return sum(n * unit for n, unit in zip(numbers, (3600, 60, 1), strict=False))
+
+    @property
+    def resumes(self) -> bool:
+        """Whether the run may go on from a checkpoint."""
+        return self.resume_from_checkpoint is not None
 
     @property
     def optimizer_facts(self) -> Optimizer:

@@ -115,7 +115,8 @@ NETWORK: dict[str, Row] = {
     "train_on_input": needless("belongs to ia3"),
     "module_dropout": otherwise(
         "module_dropout", "is rescaled by 1 / (1 - p), so that the strength stays"),
-    "dim_from_weights": absent("is not there: an error names the file's --rank"),
+    "dim_from_weights": absent(
+        "is --init_lora without --rank, which takes the file's ranks", here="--init_lora"),
     "base_weights": absent("is sd-lora bake before the run", here="sd-lora bake"),
     "base_weights_multiplier": needless("belongs to base_weights"),
     "loraplus_unet_lr_ratio": otherwise("loraplus_lr_ratio", "is that of all components"),

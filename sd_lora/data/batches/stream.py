@@ -183,6 +183,9 @@ class Stream(Dataset):
         length: number of micro-batches.
         class_weight: factor of the class samples' weights (prior_loss_weight).
         preservation: captions preserved beside each instance; None without.
+
+    redrawn: first position, and that after the last one, of each part of the run whose noise and
+    timesteps are drawn anew.
     """
 
     def __init__(
@@ -202,6 +205,7 @@ class Stream(Dataset):
         self.process, self.num_processes = process, num_processes
         self.table, self.length, self.class_weight = table, length, class_weight
         self.preservation = preservation
+        self.redrawn: list[tuple[int, int]] = []
 
     def __len__(self) -> int:
         return self.length
@@ -226,7 +230,22 @@ class Stream(Dataset):
                 partner = self.class_order.item(micro.position + i, stratum)
                 weight = partner.weight * self.class_weight if entry.counted else 0.0
                 classes.append(replace(partner, weight=weight))
-        return [*instances, *classes, *(p for item in instances for p in self._preserved(item))]
+        preserved = [p for item in instances for p in self._preserved(item)]
+        return [
+            self._drawn(item, self.draw_of(micro)) for item in (*instances, *classes, *preserved)
+        ]
+
+    def draw_of(self, micro: MicroBatch) -> int:
+        """How often the noise of a micro-batch was drawn anew."""
+        return sum(first <= micro.step_position < last for first, last in self.redrawn)
+
+    @staticmethod
+    def _drawn(item: BatchItem, draw: int) -> BatchItem:
+        """An item with the address of its draw; captions and crops stay, which may be cached."""
+        if not draw:
+            return item
+        seed, kind, word, position = item.address
+        return replace(item, address=(seed, kind, f"{word} {draw}", position))
 
     def _preserved(self, item: BatchItem) -> list[BatchItem]:
         """The items that preserve the base beside an instance: same image, noise and timestep."""
