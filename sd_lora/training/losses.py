@@ -58,13 +58,14 @@ class LossLog:
         steps = [(step, rates) for step, rates, _, _ in self.waiting]
         self.waiting.clear()
         multiple = self.run.optimizer.param_groups[0]["multiple"]
+        fit = self.run.fit.numbers()
         records: list[StepRecord] = []
         try:
             for (step, rates), (loss, norm) in zip(steps, values, strict=True):
                 if self._is_sound(step, loss, norm):
                     norm_or_none = norm if math.isfinite(norm) else None
                     rate = next(iter(rates.values())) / multiple
-                    records.append(StepRecord(step, loss, rate, norm_or_none, rates))
+                    records.append(StepRecord(step, loss, rate, norm_or_none, rates, fit))
         finally:  # the steps before a diverged one are in the log
             if records:
                 self.losses += [record.loss for record in records]

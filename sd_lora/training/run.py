@@ -3,7 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.fit import Fit
 from sd_lora.training.init_lora import Start
 from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
@@ -49,8 +50,8 @@ class Run:
     emit: tells an event to the listeners; does nothing on other processes than the main one.
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
-    meta_pipeline: the modules that the LoRA is for. saved: the checkpoint to resume. start: the
-    LoRA file to start from.
+    meta_pipeline: the modules that the LoRA is for. fit: the way of a step through the device.
+    saved: the checkpoint to resume. start: the LoRA file to start from.
     """
 
     plan: Plan
@@ -70,6 +71,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
+    fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
     start: Start | None = None
 
