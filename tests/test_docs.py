@@ -193,6 +193,7 @@ def test_messages_in_troubleshooting_are_said(root: Path) -> None:
         "the run has diverged", "NaN or infinite latents for", "ends at", "of an earlier run",
         "the model generated NaN or infinite pixels", "take bfloat16 or float32",
         "has no captions, so its images need a prompt", "interrupted by", "computed in each step",
+        "out of memory in the run's largest batch, tried before step ",
     ):  # fmt: skip
         assert words in page, words
         assert words in code, words

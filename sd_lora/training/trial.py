@@ -66,6 +66,12 @@ def try_largest(run: Run, accumulate: Accumulate) -> None:
                 f"out of memory in the run's largest batch, tried before step {run.first_step + 1}"
                 f": {'; '.join(refused)}\n{_advice(run, number, run.saved is not None)}"
             )
+    elif automatic:
+        run.summary.notes.append(
+            "--fit auto tries nothing here: the processes exchange weights or gradients in the "
+            "backward pass, and one without memory would leave the others waiting"
+        )
+        return
     if automatic or run.fit.text:
         run.summary.rows["memory"] = run.fit.text or "the largest batch fits as it is"
 
@@ -180,23 +186,8 @@ def _area(part: frozenset[tuple[Size, int]], at_once: int | None) -> int:
 def _attempt(run: Run, number: int, accumulate: Accumulate) -> str:
     """Go forward and backward with a micro-batch, and forget it; returns "", or the reason why it
     does not fit."""
-    bare, device = _unwrapped(run), run.accelerator.device
-    text = replace(run.text, learning={name: bare[name] for name in run.text.learning})
-    alone = replace(run, prepared=bare, text=text)
-    count = sum(p.numel() for p in run.parameters)
-    generators = [device] if device.type in ("cuda", "xpu") else []
     try:
-        with torch.random.fork_rng(
-            generators, device_type=generators[0].type if generators else "cuda"
-        ):
-            # the room that the optimiser's state will take after the first step
-            state = torch.empty(
-                round(count * optimizer_of(run.config).state_bytes),
-                dtype=torch.uint8,
-                device=device,
-            )
-            accumulate(alone, number, run.stream.batch(number), run.first_step)
-            del state
+        _go(run, number, accumulate)
     except RunError:  # a lost image, of which its own step tells
         return ""
     except Exception as error:
@@ -208,6 +199,21 @@ def _attempt(run: Run, number: int, accumulate: Accumulate) -> str:
         for parameter in run.parameters:
             parameter.grad = None
     return ""
+
+
+def _go(run: Run, number: int, accumulate: Accumulate) -> None:
+    """Go forward and backward beside the room of all that comes after the first step: the
+    optimiser's state, and the buckets of gradients that DistributedDataParallel makes anew then."""
+    bare, device = _unwrapped(run), run.accelerator.device
+    text = replace(run.text, learning={name: bare[name] for name in run.text.learning})
+    alone = replace(run, prepared=bare, text=text)
+    each = optimizer_of(run.config).state_bytes + 4 * (run.accelerator.num_processes > 1)
+    later = round(each * sum(p.numel() for p in run.parameters))
+    kind = device.type if device.type in ("cuda", "xpu") else ""
+    with torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
+        room = torch.empty(later, dtype=torch.uint8, device=device)
+        accumulate(alone, number, run.stream.batch(number), run.first_step)
+        del room
 
 
 def _unwrapped(run: Run) -> dict[str, torch.nn.Module]:

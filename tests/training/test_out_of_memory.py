@@ -25,6 +25,7 @@ from sd_lora.training.memory import HeldBytes
 from sd_lora.training.out_of_memory import is_out_of_memory, wanted
 from sd_lora.training.run import Run
 from sd_lora.training.setup import prepare
+from tests.conftest import ROOT
 from tests.training.runs import images, text_to_image
 
 OnCard = Callable[[Callable[[int], float]], list[int]]
@@ -261,3 +262,53 @@ def test_a_real_limit(tiny_sd1: Path, tmp_path: Path) -> None:
     assert "error: out of memory in step 1 of 1: 4 images of 256×256 at once, " in done.stderr
     assert re.search(r"--gradient_checkpointing \(.*\): [\d.]+ MiB, which fits\n", done.stderr)
     assert re.search(r"memory +gradient checkpointing\n", done.stdout)
+
+
+TWO = """
+import sys
+from sd_lora import cli
+from sd_lora.training import loop
+from tests.training.test_out_of_memory import Card
+
+original = loop.accumulate
+
+def limited(run, *args):
+    tried = run.prepared["unet"] is run.models["unet"]  # steps go through the engine's wrapper
+    with Card(1.4e6 if tried and run.accelerator.process_index else float("inf")):
+        return original(run, *args)
+
+loop.accumulate = limited
+for more in ([], ["--fit", "auto"]):
+    print("code", cli.main([*sys.argv[1:], *more]), flush=True)
+"""
+
+
+@pytest.mark.launch
+def test_processes_fit_together(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Of two processes the second has a small card: both end before the first step with its
+    message; with --fit auto both take the way that it needs, and the losses are those of one
+    process with both batches."""
+    program, out = tmp_path / "program.py", tmp_path / "out"
+    program.write_text(TWO)
+    words = (
+        f"train --mode text_to_image --model {tiny_sd1} --train_data_dir {data} --resolution 64 "
+        f"--targets attention+conv --train_text_encoder --batch 2 --steps 3 --lr 1e-3 "
+        f"--num_validation_images 0 --report_to none --output_dir {out} --seed 0"
+    )
+    torchrun = Path(sys.executable).parent / "torchrun"
+    done = subprocess.run(
+        [torchrun, "--nproc_per_node", "2", program, *words.split()], capture_output=True,
+        text=True, cwd=ROOT, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert sorted(re.findall("code (.)", done.stdout)) == ["0", "0", "2", "2"]
+    refused = (
+        "error: out of memory in the run's largest batch, tried before step 1: on process 1, 2 im"
+    )
+    assert done.stderr.count(refused) == 2
+    assert re.search(r"memory +gradient checkpointing, 1 image at once\n", done.stdout)
+    lines = (out / "training_log.jsonl").read_text().splitlines()
+    alone = steps(ready(config(tiny_sd1, data, tmp_path / "one", max_train_steps=3)))
+    assert [json.loads(line)["loss"] for line in lines] == pytest.approx(alone, rel=1e-4)
