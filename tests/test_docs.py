@@ -3,13 +3,10 @@
 import importlib.util
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import sd_lora
@@ -197,6 +194,7 @@ def test_messages_in_troubleshooting_are_said(root: Path) -> None:
         "the run has diverged", "NaN or infinite latents for", "ends at", "of an earlier run",
         "the model generated NaN or infinite pixels", "take bfloat16 or float32",
         "has no captions, so its images need a prompt", "interrupted by", "computed in each step",
+        "out of memory in the run's largest batch, tried before step ",
     ):  # fmt: skip
         assert words in page, words
         assert words in code, words
@@ -206,47 +204,21 @@ def test_messages_in_troubleshooting_are_said(root: Path) -> None:
     assert {"warmup-too-long", "few-steps", "card-not-seen"} <= named
 
 
-@pytest.fixture
-def counting(root: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script that counts for docs/memory.md, with its stand-in for a GPU's attention."""
-    spec = importlib.util.spec_from_file_location("counting", root / "dev/write_memory_page.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "counting", module)  # for its dataclasses
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", module.flash_attention)
-    return module
-
-
-def test_bytes_are_counted_as_they_are_held(counting: ModuleType) -> None:
-    """Closed form of y = relu(x W₁) W₂ with x (8, 100), W (100, 100), float32, and y's sum: the
-    peak is where dW₁ = xᵀ·dh is made. The weights, x, dW₂, dh and the sum with its gradient are
-    held then; at the end, the weights, x and both gradients. 2·m·k·n operations a product: two
-    forward, three backward."""
-    x, first, second = (torch.empty(n, 100, device="meta") for n in (8, 100, 100))
-    first.requires_grad_(), second.requires_grad_()
-    with counting.Counter([x, first, second]) as counter:
-        (torch.relu(x @ first) @ second).sum().backward()
-    small, large, number = 8 * 100 * 4, 100 * 100 * 4, 4
-    assert counter.peak == 2 * large + small + large + small + large + 2 * number
-    assert counter.now == 2 * large + small + 2 * large
-    assert counter.flop == 5 * 2 * 8 * 100 * 100
-
-
-def test_the_page_of_memory_is_counted(counting: ModuleType, root: Path) -> None:
+def test_the_page_of_memory_is_counted(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row of docs/memory.md, counted again; its frozen and trained bytes are those of the page's
     formulas, by the numbers of parameters of the published UNet and of a rank-32 LoCon."""
+    monkeypatch.syspath_prepend(str(root / "dev"))
+    counting = importlib.import_module("write_memory_page")
     page = (root / "docs/memory.md").read_text(encoding="utf-8")
     (setting,) = (s for s in counting.settings("sd1") if s.title == "`--preset style`")
-    count = counting.count_step(setting)
+    count = counting.count_setting(setting)
     unet = MetaPipeline.of_family(FAMILIES["sd1"]).models["unet"]
-    assert count.weights == 2 * sum(p.numel() for p in unet.parameters())
+    assert count.frozen == 2 * sum(p.numel() for p in unet.parameters())
     planned = plan(unet, "transformer+conv", 32)
     shapes = [unet.get_submodule(target.name).weight.shape for target in planned]
     factors = sum(32 * (shape[0] + shape[1:].numel()) for shape in shapes)
     assert count.trained == 16 * factors
-    numbers = (count.weights, count.trained, count.peak - count.weights - count.trained, count.peak)
+    numbers = (count.frozen, count.trained, count.rest, count.peak)
     words = " | ".join(f"{number / 2**30:.2f}" for number in numbers)
     assert f"| {setting.title} | {words} | " in page
     assert f"| {count.flop / 1e12:.1f} |" in page

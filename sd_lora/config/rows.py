@@ -44,6 +44,23 @@ PRESETS = ("subject", "character", "style")
 
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 
+Work = Literal[
+    "a step",
+    "loading the base model",
+    "bringing the models to the device",
+    "drawing class images",
+    "encoding images",
+    "encoding captions",
+    "drawing sample images",
+    "updating the weights",
+    "checking the model",
+    "writing files",
+]
+"""Work of a run that takes memory, as messages name it."""
+
+LOWER = "lower"
+"""Value of `less_memory` for a number that takes less memory the lower it is."""
+
 CACHES = ("auto", "memory", "disk", "no")
 
 _WARMUP = "lr_warmup_steps"
@@ -123,22 +140,20 @@ def section(name: str) -> Callable[..., Any]:
         requires: Mapping[str, tuple[Any, ...] | None] | None = None,
         unless: Mapping[str, tuple[Any, ...]] | None = None,
         only_warns: bool = False, without_gpu: str | Mapping[Any, str] = "",
-        may_change: bool = False,
+        may_change: bool = False, less_memory: Mapping[Work, tuple[int, Any]] | None = None,
         package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None = None,
         header: str | None = None, header_form: str = "always", in_record: str = "whole",
         summary: tuple[str, str] | None = None, ignored_by: tuple[str, ...] = (),
         without_value: str | None = None, dataset_key: str | bool = False,
         short: str | None = None, main: str = "", formerly: str | None = None,
-        former_values: Mapping[Any, Any] | None = None,
-        scripts: str = "",
+        former_values: Mapping[Any, Any] | None = None, scripts: str = "",
         **names: str,
     ) -> Any:  # fmt: skip
         """Declare an option.
 
         Args:
             default: its value if it is not given; None if it is known only later.
-            help: its meaning, with its unit.
-            ge, gt, lt, multiple_of: its range.
+            help: its meaning, with its unit. ge, gt, lt, multiple_of: its range.
             choices: its allowed values. or_import_path: whether a class's path is one, too.
             modes: defaults by mode, in place of `default`.
             sdxl: mode → default for SDXL, known when the base model is.
@@ -150,6 +165,7 @@ def section(name: str) -> Callable[..., Any]:
             only_warns: whether a run starts, with a warning, where it has no effect.
             without_gpu: its effect on a CPU, as a clause, for the warning; or value → a clause.
             may_change: whether a resumed run may change it.
+            less_memory: work → its place by cost, and the value that takes less memory.
             package: a package that it needs, and the extra that installs it; or value → both.
             header: key of a LoRA file's header that holds its value.
             header_form: row of `HEADER_FORMS`, its value there.
@@ -169,13 +185,14 @@ def section(name: str) -> Callable[..., Any]:
             names = {"diffusers": SAME, **names}
         extra: Any = {
             "section": name, "choices": list(choices), "or_import_path": or_import_path,
-            "modes": dict(modes or {}),
-            "sdxl": dict(sdxl or {}), "of_scripts": dict(of_scripts or {}), "only": only,
+            "modes": dict(modes or {}), "sdxl": dict(sdxl or {}),
+            "of_scripts": dict(of_scripts or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
-            "unless": {k: list(v) for k, v in (unless or {}).items()},
-            "only_warns": only_warns, "without_gpu": without_gpu,
-            "may_change": may_change, "package": package, "header": header,
-            "header_form": header_form, "in_record": in_record, "ignored_by": list(ignored_by),
+            "unless": {k: list(v) for k, v in (unless or {}).items()}, "only_warns": only_warns,
+            "without_gpu": without_gpu, "may_change": may_change,
+            "less_memory": {w: list(rank) for w, rank in (less_memory or {}).items()},
+            "package": package, "header": header, "header_form": header_form,
+            "in_record": in_record, "ignored_by": list(ignored_by),
             "summary": summary and list(summary), "without_value": without_value,
             "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
             "former_values": dict(former_values or {}), "scripts": scripts, "names": names,
@@ -207,6 +224,7 @@ class Option:
     only_warns: bool
     without_gpu: str | Mapping[Any, str]
     may_change: bool
+    less_memory: dict[Work, tuple[int, Any]]
     package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None
     header: str | None
     header_form: str

@@ -76,20 +76,23 @@ class StepDone:
 class StepRecord:
     """Numbers of one step. loss: mean over processes. learning_rate: of modules without a factor of
     their own. grad_norm: before clipping; None where fp16's loss scaling skipped the step.
-    learning_rates: parameter group → its rate."""
+    learning_rates: parameter group → its rate. fit: means by which the step took less memory."""
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float | None
     learning_rates: Mapping[str, float] = field(default_factory=dict)
+    fit: Mapping[str, float] = field(default_factory=dict)
 
     def numbers(self) -> dict[str, float]:
-        """Loss, learning rate ("lr", and "lr/unet ×16" where there are several groups) and gradient
-        norm by name, as the log and trackers have them; without a norm that is None."""
+        """Loss, learning rate ("lr", and "lr/unet ×16" where there are several groups), gradient
+        norm and "fit/at_once" by name, as the log and trackers have them; without a norm that is
+        None."""
         numbers = {"loss": self.loss, "lr": self.learning_rate}
         if len(self.learning_rates) > 1:
             numbers |= {f"lr/{group}": rate for group, rate in self.learning_rates.items()}
+        numbers |= {f"fit/{name}": value for name, value in self.fit.items()}
         return numbers if self.grad_norm is None else numbers | {"grad_norm": self.grad_norm}
 
 

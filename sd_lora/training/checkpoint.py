@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Progress:
 
     step: optimiser steps done. seed, samples_per_step, num_samples: the meaning of a position in
     the data. settings: the configuration. order: digest of the samples of each step. images: digest
-    of the images and captions.
+    of the images and captions. fit: the means by which its steps took less memory, see `Fit`.
     """
 
     step: int
@@ -56,6 +56,7 @@ class Progress:
     settings: dict[str, Any]
     order: str
     images: str
+    fit: dict[str, Any] = field(default_factory=dict)
 
 
 def save(

@@ -205,7 +205,7 @@ def record(run: Run, step: int) -> dict[str, object]:
         "num_samples": run.plan.num_samples,
         "images": {kind: len(p.set.samples) for kind, p in run.images.by_kind.items()},
         "versions": versions | {"python": platform.python_version()},
-    }
+    } | ({"fit": run.fit.record()} if run.fit.record() else {})
 
 
 def shared_config(config: RunConfig) -> dict[str, object]:

@@ -40,6 +40,7 @@ from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
+from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
     remove_earlier_results,
     remove_earlier_steps,
@@ -57,6 +58,7 @@ from sd_lora.training.samples import (
 from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
 from sd_lora.training.setup import prepare
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
+from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -117,10 +119,12 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     started = time.monotonic()
     try:
         run = prepare(config, [*listeners, RunPage(config.output_path)], resumed)
+        try_largest(run, accumulate)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))
-        before = draw_samples(run, "samples before training")  # of the base, also when resumed
+        with memory_for("drawing sample images", run.config):
+            before = draw_samples(run, "samples before training")  # of the base, also when resumed
         run.restore()
         log = LossLog(run)
         limit = config.time_limit
@@ -137,7 +141,8 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         if finished:
             run.use_average()
         digest = run.digest()
-        first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
+        with memory_for("checking the model", run.config):
+            first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         run.release_distributed()
         if not finished:
             run.accelerator.end_training()
@@ -184,14 +189,15 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):
-            loss = loss + accumulate(run, number, batch, done)
+            with step_memory(run, number, done):
+                loss = loss + accumulate(run, number, batch, done)
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
         if done == run.first_step:
             tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
         if not skips(run, norm):
-            with overflow_is_divergence(done + 1):
+            with overflow_is_divergence(done + 1), memory_for("updating the weights", config):
                 run.optimizer.step()
             run.limit_norms(done)
         if run.average:
@@ -219,7 +225,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         if stopping:
             break
         if samples_are_due(run, done):
-            with run.averaged():
+            with run.averaged(), memory_for("drawing sample images", config):
                 show_samples(run, done, requests.drawing)
     return done
 
@@ -231,10 +237,14 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
         draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
         again = ("draw", draw) if draw else ()
         torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process, *again))
-    with run.gradient_exchange(batch.last):
-        loss = batch_loss(run, batch, done)
-        run.accelerator.backward(loss / batch.accumulation_steps)
-    return loss.detach() / batch.accumulation_steps
+    parts = batch.by_size(run.fit.at_once) if run.fit.at_once else [batch]
+    losses = []
+    for part in parts:
+        with run.gradient_exchange(batch.last and part is parts[-1]):
+            loss = batch_loss(run, part, done) / batch.accumulation_steps
+            run.accelerator.backward(loss)
+        losses.append(loss.detach())
+    return torch.stack(losses).sum()
 
 
 def one_step(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:
@@ -251,7 +261,7 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
 
     step: number of steps done, since text encoders and new words may stop learning.
     """
-    return torch.stack([_loss(run, part, step) for part in batch.by_size()]).sum()
+    return torch.stack([_loss(run, part, step) for part in batch.by_size(run.fit.at_once)]).sum()
 
 
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
@@ -300,17 +310,20 @@ def agreed(run: Run, *wishes: bool) -> list[bool]:
 
 @contextmanager
 def rescued(run: Run, log: LossLog) -> Iterator[None]:
-    """Save the steps before one whose image is lost."""
+    """Save the steps before one whose image is lost, or for which the memory is too small."""
     try:
         yield
-    except ImageLost as error:
+    except (ImageLost, StepOutOfMemory) as error:
         if run.accelerator.num_processes > 1 or log.step == run.first_step:
             raise  # other processes wait in their step, and would not help to save
         log.flush()
         save_checkpoint(run, log.step, batch_loss)
+        remedy, end = "restore the image", ". "
+        if isinstance(error, StepOutOfMemory):
+            remedy, end = "give one of the flags", "\n"
         raise RunError(
-            f"{error}. Step {log.step} is saved: restore the image, and continue with the same "
-            f"command and {RESUME}"
+            f"{error}{end}Step {log.step} is saved: {remedy}, and continue with the same command "
+            f"and {RESUME}"
         ) from None
 
 
@@ -364,7 +377,9 @@ def finish(
     """
     steps, place = run.plan.num_steps, run.output_dir
     digest.write(place)
-    files, words = export(run, steps, place), export_words(run, steps, place)
+    with memory_for("writing files", run.config):
+        files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words), changes_of(run.models)))
-    return files, words, write_before_after(run, before)
+    with memory_for("drawing sample images", run.config):
+        return files, words, write_before_after(run, before)

@@ -59,6 +59,7 @@ class LossLog:
         steps = [(step, rates) for step, rates, _, _ in self.waiting]
         self.waiting.clear()
         multiple = self.run.optimizer.param_groups[0]["multiple"]
+        fit = self.run.fit.numbers()
         records: list[StepRecord] = []
         try:
             for (step, rates), (loss, norm) in zip(steps, values, strict=True):
@@ -67,7 +68,7 @@ class LossLog:
                 if sound:
                     norm_or_none = norm if math.isfinite(norm) else None
                     rate = next(iter(rates.values())) / multiple
-                    records.append(StepRecord(step, loss, rate, norm_or_none, rates))
+                    records.append(StepRecord(step, loss, rate, norm_or_none, rates, fit))
         finally:  # the steps before a diverged one are in the log
             if records:
                 self.losses += [record.loss for record in records]

@@ -22,7 +22,7 @@ from accelerate.utils import (
     parse_flag_from_env,
 )
 
-from sd_lora.config.schema import TrainConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError, install_line
 from sd_lora.files import write_fault
 from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
@@ -94,6 +94,12 @@ def chosen_precision(config: TrainConfig) -> str:
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
         return "no"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def with_half_or_full(config: RunConfig) -> RunConfig:
+    """The configuration with the precision that the base has by its bytes: bf16 or none."""
+    half = DTYPES[chosen_precision(config)].itemsize == 2
+    return config.replace(mixed_precision="bf16" if half else "no")
 
 
 DRIVER_PLACES = (Path("/proc/driver/nvidia"), Path("/dev/nvidia0"))

@@ -35,6 +35,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.average import Average
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.fit import Fit
 from sd_lora.training.init_lora import Start
 from sd_lora.training.optimizers import (
     averaged,
@@ -58,10 +59,11 @@ class Run:
     emit: tells an event to the listeners; does nothing on other processes than the main one.
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
-    meta_pipeline: the modules that the LoRA is for. average: of the steps, which is exported; None
-    for the last step, or the optimiser's own average. saved: the checkpoint to resume. start: the
-    LoRA file to start from. losses: hash of those so far. redrawn: steps done before and at the end
-    of each part that was done once more. saved_steps: those of this process's checkpoints.
+    meta_pipeline: the modules that the LoRA is for. fit: the way of a step through the device.
+    average: of the steps, which is exported; None for the last step, or the optimiser's own
+    average. saved: the checkpoint to resume. start: the LoRA file to start from. losses: hash of
+    those so far. redrawn: steps done before and at the end of each part that was done once more.
+    saved_steps: those of this process's checkpoints.
     """
 
     plan: Plan
@@ -82,6 +84,7 @@ class Run:
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
     average: Average | None = None
+    fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
     start: Start | None = None
     losses: str = ""

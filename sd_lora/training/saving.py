@@ -1,5 +1,6 @@
 """Saving in mid-run: checkpoints, and LoRA files of a step."""
 
+import dataclasses
 import time
 
 from sd_lora.config.schema import RunConfig
@@ -7,6 +8,7 @@ from sd_lora.formats.canonical import adapter_of
 from sd_lora.report.events import CheckpointSaved, LoraSaved
 from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words, header_of
+from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import LORA_PREFIX
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
@@ -31,9 +33,11 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
     config = run.config
 
     def save() -> None:
-        refuse_ruined(run, step, batch_loss)
-        state, progress = run.checkpoint_state(), run.plan.progress(step)
-        with run.averaged():
+        with memory_for("checking the model", config):
+            refuse_ruined(run, step, batch_loss)
+        progress = dataclasses.replace(run.plan.progress(step), fit=run.fit.record())
+        state = run.checkpoint_state()
+        with memory_for("writing files", config), run.averaged():
             state["tokens"] = run.words_state()
             header = header_of(run, adapter_of(run.models), step)
             path = checkpoint.save(run.output_dir, progress, run.models, state, header)
@@ -62,8 +66,10 @@ def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
     place = run.output_dir / f"{LORA_PREFIX}{step}"
 
     def save() -> None:
-        refuse_ruined(run, step, batch_loss)
-        files = export(run, step, place)
-        run.emit(LoraSaved(step, files, export_words(run, step, place)))
+        with memory_for("checking the model", run.config):
+            refuse_ruined(run, step, batch_loss)
+        with memory_for("writing files", run.config):
+            files, words = export(run, step, place), export_words(run, step, place)
+        run.emit(LoraSaved(step, files, words))
 
     on_main(run.accelerator, save)

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ from sd_lora.training.forecast import warnings_of
 from sd_lora.training.init_lora import start_from
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.optimizers import build_optimizer, check_optimizer
+from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
@@ -107,16 +108,11 @@ def prepare(
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
     start = start_from(resolved.init_path, models) if resolved.init_path and not saved else None
-    wanted = resolved.class_images
-    if wanted:  # the injected model still is the base, bit for bit
-        fill_class_folder(
-            wanted, images.num_class_images, parts, text.caption_encoder,
-            images.crop_settings.resolution, accelerator, seed, checked.emit,
-        )  # fmt: skip
-        images.check_class_folder(wanted)
+    _fill_class_folder(checked, parts, text)  # the injected model still is the base, bit for bit
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
-    latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = _prepare_models(resolved, accelerator, models, text)
+    with memory_for("encoding images", resolved):
+        latents = caches.latents(images, parts, checked.pixel_settings)
+    prepared = prepare_models(resolved, accelerator, models, text)
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
@@ -270,13 +266,28 @@ def _text_conditioning(
 
 def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
-    return base.load(
-        dtype=weight_dtype(accelerator),
-        vae_dtype=DTYPES[config.vae_precision],
-        tokenizer_name=config.tokenizer_name,
-        zero_terminal_snr=config.rescale_betas_zero_snr,
-        flow_shift=config.flow_shift,
-    )
+    with memory_for("loading the base model", config):
+        return base.load(
+            dtype=weight_dtype(accelerator),
+            vae_dtype=DTYPES[config.vae_precision],
+            tokenizer_name=config.tokenizer_name,
+            zero_terminal_snr=config.rescale_betas_zero_snr,
+            flow_shift=config.flow_shift,
+        )
+
+
+def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning) -> None:
+    """Draw the class images that are missing, and take them into the run."""
+    images, config = checked.images, checked.plan.config
+    wanted = config.class_images
+    if not wanted:
+        return
+    with memory_for("drawing class images", config):
+        fill_class_folder(
+            wanted, images.num_class_images, parts, text.caption_encoder,
+            images.crop_settings.resolution, checked.accelerator, checked.plan.seed, checked.emit,
+        )  # fmt: skip
+    images.check_class_folder(wanted)
 
 
 def _cache_embeddings(
@@ -293,7 +304,8 @@ def _cache_embeddings(
             text.captions = None  # encoded in each step, also after the encoders stopped
     if text.learning:
         return
-    caches.fill_embeddings(text)
+    with memory_for("encoding captions", config):
+        caches.fill_embeddings(text)
     samples = config.num_validation_images and draws_samples
     if not (samples and caches.accelerator.is_main_process):
         text.free_encoders()
@@ -319,7 +331,13 @@ CHECKPOINTING = (
 """Methods that enable it: of diffusers, of transformers, of older transformers."""
 
 
-def _prepare_models(
+def enable_checkpointing(models: Mapping[str, nn.Module]) -> None:
+    """Recompute activations in the backward pass from now on. models: not wrapped."""
+    for model in models.values():
+        getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
+
+
+def prepare_models(
     config: RunConfig,
     accelerator: Accelerator,
     models: dict[str, nn.Module],
@@ -338,8 +356,9 @@ def _prepare_models(
                 tensor.data = tensor.data.to(dtype)
     for model in learning.values():
         model.train()
-        if config.gradient_checkpointing:
-            getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
-    for name in on_device.keys() - learning.keys():
-        on_device[name].to(accelerator.device)
-    return {name: accelerator.prepare_model(model) for name, model in learning.items()}
+    if config.gradient_checkpointing:
+        enable_checkpointing(learning)
+    with memory_for("bringing the models to the device", config):
+        for name in on_device.keys() - learning.keys():
+            on_device[name].to(accelerator.device)
+        return {name: accelerator.prepare_model(model) for name, model in learning.items()}

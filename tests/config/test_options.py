@@ -5,13 +5,14 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from sd_lora.cli import main
 from sd_lora.config.command_line import parse, read_config_file
 from sd_lora.config.optimizers import OPTIMIZERS
-from sd_lora.config.rows import FAMILIES, METHODS, PEERS, SCHEDULES
+from sd_lora.config.rows import FAMILIES, LOWER, METHODS, PEERS, SCHEDULES, Work
 from sd_lora.config.schema import OPTIONS, SECTIONS, RunConfig, TrainConfig, json_schema
 from sd_lora.errors import UsageError
 
@@ -21,7 +22,8 @@ CONFIG = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
 
 def test_rows_are_whole() -> None:
     """Each row has a help text without a full stop at its end, a section and a known type; what it
-    requires are options; peers' names are those of known peers."""
+    requires are options; peers' names are those of known peers; the work in which it saves memory
+    is one that messages name, and the value one that it takes."""
     for name, option in OPTIONS.items():
         assert option.help, name
         assert not option.help.endswith("."), name
@@ -29,6 +31,10 @@ def test_rows_are_whole() -> None:
         assert option.requires.keys() <= OPTIONS.keys(), name
         assert option.names.keys() <= set(PEERS), name
         assert set(option.scripts) <= set("ABCD"), name
+        assert option.less_memory.keys() <= {*get_args(Work)}, name
+        for _, value in option.less_memory.values():
+            known = value in (LOWER, *option.choices) or option.kind in ("bool", "int")
+            assert known, name
         if option.default is not None and option.choices:
             assert option.default in option.choices, name
     headers = [option.header for option in OPTIONS.values() if option.header]

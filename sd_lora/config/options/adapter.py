@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from sd_lora.config.rows import METHODS, PLAIN_LORA, RANKED, SAME, Section, section
+from sd_lora.config.rows import LOWER, METHODS, PLAIN_LORA, RANKED, SAME, Section, section
 from sd_lora.errors import Problem, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class AdapterOptions(Section):
         main="attention, transformer, conv, all, or patterns")
     rank: int | None = option(4,
         "rank r of the low-rank factors; with init_lora each module's in its file if not given",
+        less_memory={"updating the weights": (2, LOWER)},
         ge=1, requires={"method": RANKED}, scripts="ABCD", kohya="network_dim",
         onetrainer="lora_rank", simpletuner="lora_rank", ai_toolkit="network.linear",
         main="rank of the low-rank factors")

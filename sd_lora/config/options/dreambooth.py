@@ -93,6 +93,7 @@ class DreamBoothOptions(Section):
         ge=1, only="dreambooth", requires={"with_prior_preservation": None}, scripts="CD")
     sample_batch_size: int = option(4,
         "class images generated at once",
+        less_memory={"drawing class images": (1, 1)},
         ge=1, only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,
         scripts="CD")
     prior_loss_weight: float = option(1.0,
@@ -101,6 +102,7 @@ class DreamBoothOptions(Section):
         ai_toolkit="train.reg_weight")
     prior_generation_precision: str | None = option(None,
         "precision for generating class images; fp16 on a GPU, else fp32, if not given",
+        less_memory={"drawing class images": (2, "bf16")},
         choices=("no", "fp32", "fp16", "bf16"), only="dreambooth",
         requires={"with_prior_preservation": None}, may_change=True, scripts="CD")
     # fmt: on

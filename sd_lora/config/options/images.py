@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from sd_lora.config.rows import DATASET_FILE, LEFTOVERS, SAME, Section, section
+from sd_lora.config.rows import DATASET_FILE, LEFTOVERS, LOWER, SAME, Section, section
 from sd_lora.errors import Problem
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ class ImageOptions(Section):
     resolution: int | None = option(None,
         "side in pixels of the training squares; the area of a bucket is its square. If not "
         "given, the base model's: 512, 768 for SD 2 with v-prediction, 1024 for SDXL",
+        less_memory={"a step": (6, LOWER), "encoding images": (2, LOWER),
+            "drawing sample images": (3, LOWER)},
         ge=1, dataset_key=True, scripts="ABCD", kohya=SAME, onetrainer=SAME, simpletuner=SAME,
         ai_toolkit="datasets.resolution",
         main="side in pixels; the base model's if not given")

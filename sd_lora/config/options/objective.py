@@ -256,6 +256,7 @@ class ValidationOptions(Section):
     num_validation_images: int = option(4,
         "sample images before, during and after training, and with class images one more of the "
         "class; 0 for none",
+        less_memory={"drawing sample images": (1, 0)},
         ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
     validation_epochs: int = option(None,
         "epochs between samples during training, if validation_prompt is given",

@@ -136,6 +136,7 @@ class ModelOptions(Section):
         in_record="name")
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
+        less_memory={"encoding images": (1, "bf16")},
         choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"), ai_toolkit="model.vae_dtype")
     family: str | None = option(None,
         "required family of the base model, an error for another one; any if not given",

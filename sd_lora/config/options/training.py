@@ -61,14 +61,24 @@ class TrainingOptions(SavingOptions):
         kohya=SAME, onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.gradient_accumulation")
     gradient_checkpointing: bool = option(False,
         "recompute activations to save memory, about a third slower",
-        may_change=True, header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
+        may_change=True, less_memory={"a step": (1, True)},
+        header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
         onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
         ai_toolkit="train.gradient_checkpointing",
         main="less memory, about a third slower")
+    fit: str = option("off",
+        "after an out-of-memory of the largest batch, which is tried before the first step: off "
+        "says which flags take less; auto takes gradient checkpointing, then fewer images at once, "
+        "with the same samples a step",
+        choices=("off", "auto"), may_change=True,
+        main="auto: less memory where the largest batch does not fit")
     mixed_precision: str | None = option(None,
         "precision of the frozen base; accelerate's configuration if not given; auto: bf16 on a "
         "GPU that has it, else fp16, float32 on a CPU; the LoRA is float32",
         choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
+        less_memory={"a step": (3, "bf16"), "loading the base model": (1, "bf16"),
+            "bringing the models to the device": (1, "bf16"), "encoding captions": (1, "bf16"),
+            "drawing sample images": (2, "bf16")},
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
@@ -163,6 +173,7 @@ class TrainingOptions(SavingOptions):
         without_gpu=dict.fromkeys(("adamw8bit", "lion8bit"),
             "saves no GPU memory, and bitsandbytes before 0.50 stops at the first step"),
         formerly="use_8bit_adam", former_values={True: "adamw8bit", False: None},
+        less_memory={"a step": (2, "adamw8bit"), "updating the weights": (1, "adamw8bit")},
         summary=("optimiser", "{}"), scripts="D", kohya="optimizer_type",
         onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer", simpletuner=SAME)
     optimizer_args: dict[str, bool | int | float | str | list[float] | None] | None = option(None,

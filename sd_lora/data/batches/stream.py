@@ -60,12 +60,19 @@ class Batch:
     accumulation_steps: int
     last: bool
 
-    def by_size(self) -> "list[Batch]":
-        """Batches of one size each: class samples may have other shapes than instances."""
+    def by_size(self, most: int | None = None) -> "list[Batch]":
+        """Batches of one size each: class samples may have other shapes than instances.
+
+        most: samples of each; None: all of its size.
+        """
         groups: dict[Size, list[int]] = {}
         for i, item in enumerate(self.items):
             groups.setdefault(item.crop.size, []).append(i)
-        return [self.part(indices) for indices in groups.values()]
+        return [
+            self.part(indices[start : start + (most or len(indices))])
+            for indices in groups.values()
+            for start in range(0, len(indices), most or len(indices))
+        ]
 
     def part(self, indices: Sequence[int]) -> "Batch":
         """The batch of some of its samples."""
@@ -266,6 +273,21 @@ class Stream(Dataset):
         """This process's items of a micro-batch, without their images."""
         micro = self.epochs.micro_batch(number)
         return self.items(micro, micro.part_of(self.process, self.num_processes))
+
+    def sizes_of(self, number: int) -> list[list[Size]]:
+        """The sizes of each process's items of a micro-batch; of items that are preserved where
+        no caption is dropped."""
+        micro = self.epochs.micro_batch(number)
+        found = []
+        for process in range(self.num_processes):
+            mine = micro.part_of(process, self.num_processes) or range(1)
+            entries = [self.instance.entries[micro.entries[i].entry] for i in mine]
+            sizes = [self.instance.buckets[i] for i in entries] * (2 if self.preservation else 1)
+            if self.class_order and self.prior:
+                partners = [self.class_order.place(micro.position + i)[0].entry for i in mine]
+                sizes += [self.prior.buckets[self.prior.entries[entry]] for entry in partners]
+            found.append(sizes)
+        return found
 
     def captions(self, most: int) -> list[str | None] | None:
         """The distinct captions of the run on all processes; None if there are more than `most`, or

@@ -1,0 +1,163 @@
+"""Flags that make a step fit, by counted bytes, for the message of a run that is out of memory."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.config.rows import LOWER
+from sd_lora.config.schema import OPTIONS, RunConfig
+from sd_lora.data.batches.stream import Batch
+from sd_lora.files import mib
+from sd_lora.training.fit import Fit
+from sd_lora.training.memory import GIB, RESERVE, Shape, count_step, room_of
+from sd_lora.training.out_of_memory import flag, remedies
+from sd_lora.training.run import Run
+
+SMALLER = (0.75, 0.5)
+"""Shares of the images' sides that a message tries."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A step with some flags. words: the last of them. beside: bytes on the device that the count
+    of a step leaves out."""
+
+    words: str
+    config: RunConfig
+    shape: Shape
+    beside: int
+
+
+def shape_of(batch: Batch, fit: Fit) -> Shape:
+    """The images that go through the device at once, all as large as the largest."""
+    sizes = [item.crop.size for item in batch.items]
+    number = len(sizes) if fit.at_once is None else min(len(sizes), fit.at_once)
+    return Shape(number, max(sizes, key=lambda size: size[0] * size[1]))
+
+
+def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
+    """Lines on a step's memory by count, the room for it, and flags that take less, the cheapest
+    first, down to the first that fits.
+
+    A count takes half a second for SD 1.5, and some seconds for SDXL.
+
+    shape: of the step. resumes: whether there are steps that a resumed run keeps, and with them the
+    options that it may not change.
+    """
+    config, device = run.config, run.accelerator.device
+    if run.fit.checkpointing:
+        config = config.replace(gradient_checkpointing=True)
+    now = Rung("", config, shape, _on_device(run, _beside(run)))
+    count = count_step(config, run.meta_pipeline, shape)
+    total, room = (
+        count.peak + now.beside,
+        room_of(device, count.frozen + _trained(run) + now.beside),
+    )
+    reserve = RESERVE if device.type != "cpu" else 0
+    parts = f"frozen {size(count.frozen + now.beside)}, trained {size(count.trained)}"
+    lines = [f"By count the step takes {size(total)} ({parts}, rest {size(count.rest)})"]
+    if room is not None:
+        lines[0] += f", and {device.type} has {size(room)} for it"
+        if total + reserve <= room:
+            lines[0] += ": other programs, or fragments between tensors, take the rest"
+    lines.append("With less memory, each flag beside those before it:")
+    for rung in _rungs(run, now, resumes):
+        needed = count_step(rung.config, run.meta_pipeline, rung.shape).peak + rung.beside
+        fits = room is not None and needed + reserve <= room and needed < total
+        lines.append(f"  {rung.words}: {size(needed)}" + ", which fits" * fits)
+        if fits:
+            break
+    if run.config.fit == "off" or resumes:
+        lines.append(
+            "or --fit auto, which tries checkpointing and fewer images at once before the first "
+            "step, and keeps samples and order (docs/memory.md)"
+        )
+    return "\n".join(lines)
+
+
+def _rungs(run: Run, step: Rung, resumes: bool) -> Iterator[Rung]:
+    """Yield flags that take less memory, each with those before it, in order of least cost."""
+    found = remedies(step.config, "a step")
+    free = [(n, v) for n, v in found if OPTIONS[n].may_change]
+    for name, value in free:
+        step = _with(run, step, name, value)
+        yield step
+    if resumes:  # with other options it would be another run
+        return
+    if run.fit.at_once is None:
+        batches = [*_smaller_batches(run, step)]
+        yield from batches
+        step = batches[-1] if batches else step
+    for name, value in found:
+        if (name, value) in free or not _is_of_use(run, name):
+            continue
+        if value != LOWER:
+            step = _with(run, step, name, value)
+            yield step
+            continue
+        for share in SMALLER:
+            side = int(getattr(step.config, name) * share) // 64 * 64
+            words = f"--{name} {max(64, side)}"
+            yield replace(step, words=words, shape=_scaled(step.shape, share))
+
+
+def _with(run: Run, step: Rung, name: str, value: object) -> Rung:
+    """A step with one flag more."""
+    held = _beside(run)
+    gone = _on_device(run, {name: held[name]}) if name in held else 0
+    words = flag(name, value) + " (a third slower)" * (value is True)
+    config = step.config.replace(**{name: value})
+    return replace(step, words=words, config=config, beside=step.beside - gone)
+
+
+def _smaller_batches(run: Run, step: Rung) -> Iterator[Rung]:
+    """Yield the same number of images a step, fewer and fewer at once, down to one."""
+    batch = run.plan.epochs.batch // run.plan.num_processes
+    accumulation, part = run.plan.epochs.accumulation, batch
+    while part > 1:
+        part = next(n for n in range(part // 2, 0, -1) if part % n == 0)
+        steps = accumulation * batch // part
+        words = f"--batch {part} --gradient_accumulation_steps {steps} (as many images a step)"
+        number = -(-step.shape.number * part // batch)
+        yield replace(step, words=words, shape=Shape(number, step.shape.size))
+
+
+def _is_of_use(run: Run, name: str) -> bool:
+    """Whether a flag takes less memory on this run's device."""
+    row, on_gpu = OPTIONS[name], run.accelerator.device.type == "cuda"
+    return on_gpu or not row.without_gpu
+
+
+def _scaled(shape: Shape, factor: float) -> Shape:
+    """Smaller images, in multiples of 64 pixels as UNets of Stable Diffusion take them."""
+    width, height = (max(64, round(side * factor / 64) * 64) for side in shape.size)
+    return Shape(shape.number, (width, height))
+
+
+def _beside(run: Run) -> dict[str, list[nn.Module]]:
+    """Option that keeps frozen models off the device → these models, which no count has: the VAE,
+    and text encoders that do not learn."""
+    encoders = [] if len(run.models) > 1 else [*run.text.encoders.values()]
+    return {"cache_latents": [run.parts.vae], "cache_text_embeddings": encoders}
+
+
+def _on_device(run: Run, models: dict[str, list[nn.Module]]) -> int:
+    """Bytes of those models that are on the run's device."""
+    kind = run.accelerator.device.type
+    found = [p for group in models.values() for model in group for p in model.parameters()]
+    return sum(p.nbytes for p in found if p.device.type == kind)
+
+
+def _trained(run: Run) -> int:
+    """Bytes of the deltas and of the optimiser's state that are there now."""
+    layers = [p for model in run.models.values() for p in lora_layers(model)]
+    state = [v for s in run.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    return sum(t.nbytes for t in (*layers, *state))
+
+
+def size(num_bytes: float) -> str:
+    """A size of memory for people: "8.4 GiB", "31.2 MiB"."""
+    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else mib(num_bytes)

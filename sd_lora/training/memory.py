@@ -1,0 +1,242 @@
+"""The memory of a step, counted without a device.
+
+On the meta device tensors have shapes and no numbers; each counts from the operator that makes it
+until nothing holds it any more.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.config.schema import RunConfig
+from sd_lora.data.images.buckets import Size
+from sd_lora.models.caption_encoder import PIECE
+from sd_lora.models.families import Family
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.training.adapt import inject_all
+from sd_lora.training.optimizers import optimizer_of
+from sd_lora.training.processes import DTYPES, chosen_precision
+from sd_lora.training.setup import prepare_models
+
+GIB = 2**30
+
+RESERVE = GIB
+"""Bytes assumed for all that is not counted: CUDA itself, workspaces of its kernels, fragments."""
+
+
+class HeldBytes(TorchDispatchMode):
+    """Bytes of all tensors that are held while the mode is on, their peak, and operations of
+    products.
+
+    held: tensors that exist already.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.now = self.peak = self.flop = 0
+        self._counted: set[int] = set()
+        for tensor in held:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage, once, until it is freed."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._counted:
+            return
+        self._counted.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key: int, size: int) -> None:
+        self._counted.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return out
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None, **_: object,
+) -> Tensor:  # fmt: skip
+    """Attention as a GPU computes it, without the matrix of weights; a mask takes nothing."""
+    return torch.ops.aten._scaled_dot_product_flash_attention(
+        query, key, value, dropout_p, is_causal, False, scale=scale
+    )[0]
+
+
+@contextmanager
+def flash_attention() -> Iterator[None]:
+    """Count attention on the meta device as a GPU computes it, for a while.
+
+    A function mode would be off in the backward pass, where activations are computed again.
+    """
+    before = F.scaled_dot_product_attention
+    functional: Any = F
+    functional.scaled_dot_product_attention = _flash
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = before
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The images that go through a step at once. number: class images and preserved ones, too.
+    size: width and height, pixels."""
+
+    number: int
+    size: Size
+
+    @property
+    def text(self) -> str:
+        """In words: "4 images of 768×512"."""
+        images = "1 image" if self.number == 1 else f"{self.number} images"
+        return f"{images} of {self.size[0]}×{self.size[1]}"
+
+
+@dataclass(frozen=True)
+class StepBytes:
+    """A step, counted.
+
+    frozen: bytes of the frozen weights that it uses. trained: of the deltas, their gradients and
+    the optimiser's state. peak: of all, with everything that the backward pass needs. flop:
+    operations. text_learns: whether text encoders are trained.
+    """
+
+    frozen: int
+    trained: int
+    peak: int
+    flop: float
+    text_learns: bool
+
+    @property
+    def rest(self) -> int:
+        """Bytes that grow with the images: activations, and copies of factors."""
+        return self.peak - self.frozen - self.trained
+
+
+def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBytes:
+    """Count one step, with the optimiser's state there already.
+
+    Args:
+        config: its targets, ranks, precision, optimiser and checkpointing count.
+        configs: of the base model; its modules stay as they are.
+        shape: images at once.
+    """
+    family, precision = configs.family, chosen_precision(config)
+    models: dict[str, Any] = MetaPipeline(family, configs.configs, configs.source).models
+    encoders = {name: models[name] for name in family.text_encoders if name in models}
+    for model in models.values():
+        model.requires_grad_(False)
+    adapted = inject_all(config, family, models, 0)
+    accelerator: Any = SimpleNamespace(
+        mixed_precision=precision, device=torch.device("meta"), prepare_model=lambda model: model
+    )
+    text: Any = SimpleNamespace(encoders=encoders, tokens=None)
+    prepare_models(config, accelerator, adapted, text)
+    unet = models["unet"]
+    learns = len(adapted) > 1
+    used = [unet, *encoders.values()] if learns else [unet]
+    layers = [p for model in adapted.values() for p in lora_layers(model)]
+    trained = {id(p) for p in layers}
+    frozen = [p for m in used for p in (*m.parameters(), *m.buffers()) if id(p) not in trained]
+    state = round(sum(p.numel() for p in layers) * optimizer_of(config).state_bytes)
+    moments = torch.empty(state, dtype=torch.uint8, device="meta")
+    x, conditions = _inputs(config, family, unet, shape, DTYPES[precision])
+    with HeldBytes([*frozen, *layers, moments, x, *tree_leaves(conditions)]) as counter:
+        with flash_attention():
+            if learns:
+                conditions["encoder_hidden_states"] = _encode(config, family, encoders, shape)
+            out = unet(x, torch.zeros(shape.number, device="meta"), **conditions).sample
+            loss = (out.float() - x[:, : out.shape[1]].float()).square().mean()
+            loss.backward()
+    return StepBytes(
+        frozen=sum(p.nbytes for p in frozen),
+        trained=sum(p.nbytes for p in layers) * 2 + state,
+        peak=counter.peak,
+        flop=counter.flop,
+        text_learns=learns,
+    )
+
+
+def _inputs(
+    config: RunConfig, family: Family, unet: Any, shape: Shape, dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Any]]:
+    """Latents and conditions of the UNet, on the meta device."""
+    number, (width, height) = shape.number, shape.size
+
+    def empty(*sizes: int) -> Tensor:
+        return torch.empty(*sizes, device="meta", dtype=dtype)
+
+    tokens = config.max_token_length // PIECE * (PIECE + 2)
+    conditions: dict[str, Any] = {
+        "encoder_hidden_states": empty(number, tokens, unet.config.cross_attention_dim)
+    }
+    if family.is_xl:
+        ids = sum(1 if name == "aesthetic_score" else 2 for name in family.time_ids)
+        wide = unet.config.projection_class_embeddings_input_dim
+        pooled = wide - ids * unet.config.addition_time_embed_dim
+        more = {"text_embeds": empty(number, pooled), "time_ids": empty(number, ids)}
+        conditions["added_cond_kwargs"] = more
+    return empty(number, unet.config.in_channels, height // 8, width // 8), conditions
+
+
+def _encode(config: RunConfig, family: Family, encoders: Mapping[str, Any], shape: Shape) -> Tensor:
+    """Embeddings by the text encoders, with gradients."""
+    pieces = config.max_token_length // PIECE
+    ids = torch.zeros(shape.number * pieces, PIECE + 2, dtype=torch.long, device="meta")
+    states = [
+        encoder(ids, output_hidden_states=True).hidden_states for encoder in encoders.values()
+    ]
+    hidden = torch.cat([layers[-(1 + family.penultimate)] for layers in states], dim=-1)
+    return hidden.view(shape.number, pieces * (PIECE + 2), -1)
+
+
+def count_vae(vae: nn.Module, work: Callable[[nn.Module], object]) -> int:
+    """Peak bytes of a VAE on the meta device while it encodes or decodes."""
+    with torch.no_grad(), HeldBytes([*vae.parameters()]) as counter:
+        work(vae)
+    return counter.peak
+
+
+def room_of(device: torch.device, held: int) -> int | None:
+    """Bytes that a run can have on its device: those that it holds, and the free ones; None where
+    the device does not tell.
+
+    held: bytes of the tensors that stay there.
+    """
+    if device.type in ("cuda", "xpu"):
+        backend = getattr(torch, device.type)
+        return int(backend.mem_get_info(device)[0] + backend.memory_reserved(device))
+    if device.type == "mps":
+        return int(torch.mps.recommended_max_memory())
+    if device.type != "cpu":
+        return None
+    free, process = psutil.virtual_memory().available, psutil.Process()
+    if hasattr(process, "rlimit"):  # Linux alone; -1 is no limit
+        limit = process.rlimit(psutil.RLIMIT_AS)[0]
+        free = free if limit < 0 else min(free, max(0, limit - process.memory_info().vms))
+    return int(free + held)
