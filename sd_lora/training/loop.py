@@ -34,6 +34,7 @@ from sd_lora.report.events import (
 from sd_lora.seeds import seed_for
 from sd_lora.training.checkpoint_folders import RESUME
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.failure import told_once
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.optimizers import use_average
@@ -83,6 +84,7 @@ class Result:
     seconds: float
 
 
+@told_once()
 def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
     """Train a LoRA and write it in every format that can hold it, verified.
 
@@ -273,8 +275,12 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
     try:
         yield
     except ImageLost as error:
-        if run.accelerator.num_processes > 1 or log.step == run.first_step:
-            raise  # other processes wait in their step, and would not help to save
+        if log.step == run.first_step:
+            raise
+        if run.accelerator.num_processes > 1:  # the others wait in their step, and cannot save
+            raise RunError(
+                f"{error}. Restore the image, and continue with the same command and {RESUME}"
+            ) from None
         log.flush()
         save_checkpoint(run, log.step, batch_loss)
         raise RunError(
