@@ -122,6 +122,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
         if finished:
             use_average(run.optimizer)
         first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
+        after = draw_samples(run) if finished and run.joint else None
         run.release_distributed()
         if not finished:
             run.accelerator.end_training()
@@ -132,7 +133,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
                 f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
                 f"and {RESUME}"
             )
-        files, words, sheet = finish(run, before) if run.main else ([], [], None)
+        files, words, sheet = finish(run, before, after) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet))
         with tracker_errors(run.accelerator):
@@ -332,7 +333,9 @@ def open_output(run: Run) -> None:
         run.accelerator.init_trackers("sd_lora", config=values)
 
 
-def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Path], Path | None]:
+def finish(
+    run: Run, before: list[Image.Image], after: list[Image.Image] | None
+) -> tuple[list[Verified], list[Path], Path | None]:
     """Write and verify the LoRA files, and the sheet of samples before and after.
 
     Returns the files, those of new words, and the sheet's path.
@@ -341,4 +344,4 @@ def finish(run: Run, before: list[Image.Image]) -> tuple[list[Verified], list[Pa
     files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     run.emit(Exported(files, usage(run, files, words)))
-    return files, words, write_before_after(run, before)
+    return files, words, write_before_after(run, before, after)

@@ -20,6 +20,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
+    patch_environment,
 )
 
 from sd_lora.config.schema import TrainConfig
@@ -141,30 +142,32 @@ def trackers(config: TrainConfig, summary: Summary) -> list[str]:
 
 
 def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
-    """The Accelerator of a run: device, processes, precision, trackers; not accumulation."""
+    """The Accelerator of a run: device, processes, precision, trackers; not accumulation, and not
+    FSDP2, which shards the base alone (`sharding`)."""
     log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
         project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
     try:
-        return Accelerator(
-            mixed_precision=chosen_precision(config),
-            log_with=log_with,
-            project_config=project,
-            kwargs_handlers=[
-                # base and inputs have one dtype already, and a layer casts its factors itself;
-                # autocast would look at every operand of every operator once more
-                AutocastKwargs(enabled=False),
-                # all buffers are constants
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    find_unused_parameters=config.has_idle_parameters,
-                ),
-                # processes wait while the main one draws samples: on a slow device, for hours
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-            ],
-        )
+        with patch_environment(accelerate_use_fsdp="false"):
+            return Accelerator(
+                mixed_precision=chosen_precision(config),
+                log_with=log_with,
+                project_config=project,
+                kwargs_handlers=[
+                    # base and inputs have one dtype already, and a layer casts its factors itself;
+                    # autocast would look at every operand of every operator once more
+                    AutocastKwargs(enabled=False),
+                    # all buffers are constants
+                    DistributedDataParallelKwargs(
+                        broadcast_buffers=False,
+                        find_unused_parameters=config.has_idle_parameters,
+                    ),
+                    # processes wait while the main one draws samples: on a slow device, for hours
+                    InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+                ],
+            )
     except ValueError as error:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
 

@@ -36,6 +36,7 @@ from sd_lora.training.init_lora import Start
 from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
+from sd_lora.training.sharding import average_gradients, is_sharded
 
 
 class ImageLost(RunError):
@@ -90,6 +91,11 @@ class Run:
     def main(self) -> bool:
         """Whether this is the main process."""
         return self.accelerator.is_main_process
+
+    @cached_property
+    def joint(self) -> bool:
+        """Whether the UNet computes on all processes at once only, since each holds a part."""
+        return is_sharded(self.models["unet"])
 
     @property
     def prediction_type(self) -> str:
@@ -202,10 +208,18 @@ class Run:
         """A context: whether a backward pass in it averages gradients over processes. The last
         micro-batch of a step does; the others add up on their own process."""
         stack = contextlib.ExitStack()
-        if not enabled:
+        if self.joint:
+            if enabled:
+                stack.push(self._average)
+        elif not enabled:
             for model in self.prepared.values():
                 stack.enter_context(self.accelerator.no_sync(model))
         return stack
+
+    def _average(self, error: object, *_: object) -> None:
+        """Average the gradients after a backward pass, unless it failed."""
+        if error is None:
+            average_gradients(self.accelerator, self.parameters)
 
     def limit_norms(self, step: int) -> None:
         """Scale deltas down to `scale_weight_norms`, but for those that stopped learning."""

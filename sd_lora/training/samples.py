@@ -66,9 +66,9 @@ def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
 
 
 def draw_samples(run: Run) -> list[Image.Image]:
-    """Sample images of the model as it is now; none on other processes than the main one."""
+    """Sample images of the model as it is now; none on processes that are not needed for them."""
     prompts = [wanted.prompt for wanted in wanted_samples(run)]
-    if not prompts or not run.main or not can_generate_images(run.parts.family):
+    if not prompts or not (run.main or run.joint) or not can_generate_images(run.parts.family):
         return []
     images = sample(
         run.parts,
@@ -122,15 +122,17 @@ def _reference(run: Run, shown: Sample) -> Image.Image | None:
         return None
 
 
-def write_before_after(run: Run, before: list[Image.Image]) -> Path | None:
-    """Draw sample images after training, and write the sheet of both; None without samples.
+def write_before_after(
+    run: Run, before: list[Image.Image], after: list[Image.Image] | None
+) -> Path | None:
+    """Write the sheet of sample images before and after training; None without samples.
 
-    before: sample images of the base.
+    before: of the base. after: None: drawn now.
     """
     if not before:
         return None
     path, steps = run.output_dir / SHEET, run.plan.num_steps
-    rows = {"before": before, f"after {steps} steps": draw_samples(run)}
+    rows = {"before": before, f"after {steps} steps": after or draw_samples(run)}
     sample_sheet(run, rows, steps).write(path)
     return path
 
@@ -149,9 +151,9 @@ def show_samples(
 
     drawing: a context that may be left early; then there is no sheet.
     """
-    with drawing():
+    with nullcontext() if run.joint else drawing():  # joint work is left by all or by none
         images = draw_samples(run)
-        if images:
+        if images and run.main:
             prompts = [wanted.prompt for wanted in wanted_samples(run)]
             path = run.output_dir / "samples" / f"step-{step:06}.png"
             sample_sheet(run, {f"step {step}": images}, step).write(path)

@@ -1,6 +1,8 @@
 """Saving in mid-run: checkpoints, and LoRA files of a step."""
 
 import time
+from collections.abc import Callable
+from functools import partial
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.formats.canonical import adapter_of
@@ -28,16 +30,25 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
     Raises:
         RunError: a failed write or a ruined model, on all processes.
     """
-    config = run.config
+    config, check = run.config, _check(run, step, batch_loss)
 
     def save() -> None:
-        refuse_ruined(run, step, batch_loss)
+        check()
         state, header = run.checkpoint_state(), header_of(run, adapter_of(run.models), step)
         path = checkpoint.save(run.output_dir, run.plan.progress(step), run.models, state, header)
         checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)
+
+
+def _check(run: Run, step: int, batch_loss: BatchLoss) -> Callable[[], None]:
+    """The check of the model for the main process; done at once where all must do it."""
+    check = partial(refuse_ruined, run, step, batch_loss)
+    if not run.joint:
+        return check
+    check()
+    return lambda: None
 
 
 def lora_is_due(run: Run, step: int) -> bool:
@@ -55,10 +66,10 @@ def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
     Raises:
         RunError: as `export` and `export_words`, or a ruined model, on all processes.
     """
-    place = run.output_dir / f"{LORA_PREFIX}{step}"
+    place, check = run.output_dir / f"{LORA_PREFIX}{step}", _check(run, step, batch_loss)
 
     def save() -> None:
-        refuse_ruined(run, step, batch_loss)
+        check()
         files = export(run, step, place)
         run.emit(LoraSaved(step, files, export_words(run, step, place)))
 

@@ -59,6 +59,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
+from sd_lora.training.sharding import is_sharded, shard, shards
 from sd_lora.training.summary import summarise
 
 
@@ -66,7 +67,8 @@ from sd_lora.training.summary import summarise
 class CheckedRun:
     """A run whose flags, folders and images are checked, before weights are loaded.
 
-    device: facts about it. emit: tells events. saved_path: the checkpoint to resume.
+    device: facts about it. emit: tells events. saved_path: the checkpoint to resume. sharded:
+    whether processes share the base.
     """
 
     plan: Plan
@@ -78,6 +80,7 @@ class CheckedRun:
     summary: Summary
     emit: Listener
     saved_path: Path | None
+    sharded: bool
 
 
 def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
@@ -112,7 +115,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         images.check_class_folder(wanted)
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = _prepare_models(resolved, accelerator, models, text)
+    prepared = _prepare_models(resolved, accelerator, models, text, checked.sharded)
     stream = Stream(
         images.instances,
         plan.epochs,
@@ -125,7 +128,9 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         _preservation(resolved, images),
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
+    draws = accelerator.is_main_process or is_sharded(models["unet"])
+    draws = draws and can_generate_images(parts.family)
+    _cache_embeddings(resolved, caches, text, stream, draws)
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / "training_log.jsonl")
@@ -164,6 +169,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     found = resumed_checkpoint(config)
     saved_path = found.path
     summary = Summary()
+    sharded = shards()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
     on_main(accelerator, partial(own, config.output_path))
@@ -198,7 +204,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener]) -> CheckedRun:
     if warnings:
         emit(Warned(warnings))
     return CheckedRun(
-        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path
+        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded
     )
 
 
@@ -279,8 +285,7 @@ def _cache_embeddings(
     if text.learning:
         return
     caches.fill_embeddings(text)
-    samples = config.num_validation_images and draws_samples
-    if not (samples and caches.accelerator.is_main_process):
+    if not (config.num_validation_images and draws_samples):
         text.free_encoders()
 
 
@@ -309,8 +314,10 @@ def _prepare_models(
     accelerator: Accelerator,
     models: dict[str, nn.Module],
     text: TextConditioning,
+    sharded: bool,
 ) -> dict[str, nn.Module]:
-    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate."""
+    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate, or
+    shard the UNet."""
     dtype = weight_dtype(accelerator)
     learning = models | (text.encoders if text.tokens else {})
     on_device = learning | (text.encoders if len(learning) > 1 else {})  # used in each step
@@ -327,4 +334,7 @@ def _prepare_models(
             getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
     for name in on_device.keys() - learning.keys():
         on_device[name].to(accelerator.device)
+    if sharded and accelerator.num_processes > 1:
+        shard(models["unet"], accelerator)
+        return {name: model.to(accelerator.device) for name, model in learning.items()}
     return {name: accelerator.prepare_model(model) for name, model in learning.items()}
