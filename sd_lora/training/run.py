@@ -36,7 +36,7 @@ from sd_lora.training.init_lora import Start
 from sd_lora.training.optimizers import averaged, current_rates, load_optimizer
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
-from sd_lora.training.sharding import average_gradients, is_sharded
+from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
 
 
 class ImageLost(RunError):
@@ -132,6 +132,19 @@ class Run:
     def learning_rates(self) -> dict[str, float]:
         """Name of a parameter group → its current learning rate."""
         return current_rates(self.optimizer)
+
+    @contextlib.contextmanager
+    def exportable(self) -> Iterator[None]:
+        """A context in which the main process has all tensors that an export reads: magnitudes are
+        of whole base weights. All processes must enter it."""
+        self._gather_base()
+        yield
+        if self.joint:
+            release(self.models["unet"])
+
+    def _gather_base(self) -> None:
+        if self.joint and self.config.use_dora:
+            gather(self.models["unet"])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the weights are those that are sampled and exported."""
@@ -244,6 +257,7 @@ class Run:
         DistributedDataParallel goes first, while all processes are alive: destroyed after its
         process group, it waits for a thread that waits for the interpreter (torch 2.13, gloo).
         """
+        self._gather_base()  # for these exports
         self.prepared.clear()
         self.text.learning.clear()
         self.accelerator.free_memory()

@@ -73,4 +73,5 @@ def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
         files = export(run, step, place)
         run.emit(LoraSaved(step, files, export_words(run, step, place)))
 
-    on_main(run.accelerator, save)
+    with run.exportable():
+        on_main(run.accelerator, save)

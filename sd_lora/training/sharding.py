@@ -92,6 +92,20 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def gather(model: nn.Module) -> None:
+    """Give each process all of a sharded model, until `release`; all processes must call it."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.unshard()  # type: ignore[operator]
+
+
+def release(model: nn.Module) -> None:
+    """Leave each process its own part of a model again."""
+    for module in model.modules():
+        if is_sharded(module):
+            module.reshard()  # type: ignore[operator]
+
+
 def shard_bytes(model: nn.Module) -> tuple[int, int]:
     """Bytes of a model's sharded parameters on this process, and of all of them."""
     sharded = [p for p in model.parameters() if hasattr(p, "to_local")]
