@@ -20,7 +20,6 @@ from accelerate.utils import (
     ProjectConfiguration,
     broadcast_object_list,
     parse_flag_from_env,
-    patch_environment,
 )
 
 from sd_lora.config.schema import TrainConfig
@@ -29,6 +28,7 @@ from sd_lora.files import write_fault
 from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
+from sd_lora.training.sharding import without_fsdp
 
 DTYPES = {
     "no": torch.float32,
@@ -150,7 +150,7 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
         logging_dir=str(config.output_path / config.logging_dir),
     )
     try:
-        with patch_environment(accelerate_use_fsdp="false"):
+        with without_fsdp():
             return Accelerator(
                 mixed_precision=chosen_precision(config),
                 log_with=log_with,

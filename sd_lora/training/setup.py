@@ -59,7 +59,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
-from sd_lora.training.sharding import is_sharded, shard, shards
+from sd_lora.training.sharding import is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
 
 
@@ -128,9 +128,7 @@ def prepare(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Run:
         _preservation(resolved, images),
     )
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    draws = accelerator.is_main_process or is_sharded(models["unet"])
-    draws = draws and can_generate_images(parts.family)
-    _cache_embeddings(resolved, caches, text, stream, draws)
+    _cache_embeddings(resolved, caches, text, stream, _draws(accelerator, parts))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / "training_log.jsonl")
@@ -261,13 +259,20 @@ def _text_conditioning(
 
 def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
-    return base.load(
-        dtype=weight_dtype(accelerator),
-        vae_dtype=DTYPES[config.vae_precision],
-        tokenizer_name=config.tokenizer_name,
-        zero_terminal_snr=config.rescale_betas_zero_snr,
-        flow_shift=config.flow_shift,
-    )
+    with without_fsdp():
+        return base.load(
+            dtype=weight_dtype(accelerator),
+            vae_dtype=DTYPES[config.vae_precision],
+            tokenizer_name=config.tokenizer_name,
+            zero_terminal_snr=config.rescale_betas_zero_snr,
+            flow_shift=config.flow_shift,
+        )
+
+
+def _draws(accelerator: Accelerator, parts: Parts) -> bool:
+    """Whether this process draws sample images, or its part of the UNet is needed for them."""
+    needed = accelerator.is_main_process or is_sharded(parts.models["unet"])
+    return needed and can_generate_images(parts.family)
 
 
 def _cache_embeddings(
@@ -314,7 +319,7 @@ def _prepare_models(
     accelerator: Accelerator,
     models: dict[str, nn.Module],
     text: TextConditioning,
-    sharded: bool,
+    sharded: bool = False,
 ) -> dict[str, nn.Module]:
     """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate, or
     shard the UNet."""

@@ -7,10 +7,11 @@ whole on each process, so that optimiser, checkpoints and exports are those of o
 
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
@@ -69,6 +70,12 @@ _REFUSED = {
     ),
 }
 """Flag of the launcher's environment → the reason why it is refused, with the way to its end."""
+
+
+def without_fsdp() -> AbstractContextManager[None]:
+    """A context in which libraries do not know of FSDP: Accelerate would wrap models by itself, and
+    transformers would load weights on the main process alone (`fsdp_cpu_ram_efficient_loading`)."""
+    return patch_environment(accelerate_use_fsdp="false")
 
 
 def shard(unet: nn.Module, accelerator: Accelerator) -> None:

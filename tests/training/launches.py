@@ -1,6 +1,7 @@
 """Several processes of one run, forked from this one: its imports are theirs, which saves each of
 them 8 seconds."""
 
+import argparse
 import multiprocessing
 import os
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, get_args_parser
@@ -68,11 +71,21 @@ class Processes:
         return "".join(path.read_text() for path in sorted(self.said.iterdir()))
 
 
+def accelerate_launch(config: Path) -> tuple[argparse.Namespace, dict[str, str]]:
+    """How `accelerate launch` reads a configuration: its flags, and the variables that it sets."""
+    words = ["--config_file", str(config), "-m", "sd_lora", "train"]
+    flags = _validate_launch_command(launch_command_parser().parse_args(words))[0]
+    before = {**os.environ}
+    variables = prepare_multi_gpu_env(flags)
+    return flags, {name: text for name, text in variables.items() if before.get(name) != text}
+
+
 class Launch(Processes):
     """`sd-lora` as `number` processes with one command, and the store that torchrun gives them.
 
     said: folder of all that each process prints. script: a launch script whose flags the command
-    is. first: called in each process before the command, with its rank.
+    is. first: called in each process before the command, with its rank. environment: more
+    variables.
     """
 
     def __init__(
@@ -82,6 +95,7 @@ class Launch(Processes):
         said: Path,
         script: str | None = None,
         first: Callable[[int], None] = lambda rank: None,
+        **environment: str,
     ) -> None:
         self.said, self.script, self.first = said, script, first
         said.mkdir(parents=True, exist_ok=True)
@@ -89,7 +103,7 @@ class Launch(Processes):
         shared = {
             "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": "True",
-            "ACCELERATE_USE_CPU": "true",
+            "ACCELERATE_USE_CPU": "true", **environment,
         }  # fmt: skip
         # a server's threads are not forked, and to collect it without them would wait for ever
         self._store = FORK.Process(target=_serve, args=(port,), daemon=True)

@@ -19,8 +19,10 @@ import sd_lora.training.loop  # before the processes are forked, not in each of 
 from sd_lora.config.command_line import parse
 from sd_lora.formats import file_names
 from sd_lora.formats.lora_file import open_lora
-from tests.training.launches import Launch, Processes, TwoHosts, free_port
-from tests.training.runs import images
+from sd_lora.training.processes import chosen_precision
+from sd_lora.training.sharding import shards
+from tests.training.launches import Launch, Processes, TwoHosts, accelerate_launch, free_port
+from tests.training.runs import images, text_to_image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 IMAGES, STEPS = 18, 4  # 12 images and 6 in turn: with 4 processes parts of 3, then of 1 and 2
@@ -43,12 +45,13 @@ class Runs(NamedTuple):
             str(self.folder / name), "--data_cache_dir", str(self.folder / "cache"), *more,
         ]  # fmt: skip
 
-    def start(self, name: str, number: int, batch: int, *more: str) -> Launch:
+    def start(self, name: str, number: int, batch: int, *more: str, **environment: str) -> Launch:
         return Launch(
             number,
             self.command(name, batch, *more),
             self.folder / f"{name} said",
             first=self.count_reads,
+            **environment,
         )
 
     def count_reads(self, rank: int) -> None:
@@ -69,8 +72,8 @@ class Runs(NamedTuple):
             path.unlink()
         return counts
 
-    def done(self, name: str, number: int, batch: int, *more: str) -> Path:
-        launch = self.start(name, number, batch, *more)
+    def done(self, name: str, number: int, batch: int, *more: str, **environment: str) -> Path:
+        launch = self.start(name, number, batch, *more, **environment)
         assert launch.wait() == [0] * number, launch.text
         return self.folder / name
 
@@ -211,6 +214,63 @@ def assert_same(one: Path, two: Path) -> None:
     assert losses(one) == pytest.approx(losses(two), rel=1e-4)
 
 
+CONFIGS = Path("sample_data/configs")
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"),
+    [("several_gpus", 1, 4), ("two_hosts", 2, 8), ("fsdp2", 1, 2)],
+)
+def test_the_configurations_for_accelerate(
+    name: str, machines: int, processes: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate's own loader takes each that ships, and a run does not refuse its engine."""
+    flags, variables = accelerate_launch(root / CONFIGS / f"{name}.yaml")
+    assert (flags.num_machines, flags.num_processes) == (machines, processes)
+    for variable, text in variables.items():
+        monkeypatch.setenv(variable, text)
+    assert shards() == (name == "fsdp2")
+    assert chosen_precision(text_to_image(root, root, root)) == "bf16"
+
+
+def test_fsdp2_trains_as_ddp(runs: Runs, root: Path) -> None:
+    """Two processes of which each holds half of the UNet train as two that hold all of it: with
+    magnitudes, which are of whole weights, a text encoder, samples, and LoRA files in mid-run."""
+    _, variables = accelerate_launch(root / CONFIGS / "fsdp2.yaml")
+    more = (
+        "--use_dora --train_text_encoder --gradient_checkpointing --save_lora_every 2 "
+        "--mixed_precision no --num_validation_images 1 --validation_steps 2"
+    ).split()
+    ddp = runs.done("ddp", 2, 6, *more)
+    fsdp = runs.done("fsdp", 2, 6, *more, **variables)
+    assert_same(ddp, fsdp)
+    assert (fsdp / "before_after.png").is_file()
+    kept = re.search(r"sharded +([\d.]+) MiB of the UNet's ([\d.]+) MiB", text_of(runs, "fsdp"))
+    assert float(kept[1]) == pytest.approx(float(kept[2]) / 2, rel=0.1)
+
+
+def text_of(runs: Runs, name: str) -> str:
+    return (runs.folder / f"{name} said" / "0.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "asks for DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "asks for Megatron-LM"),
+        ("ACCELERATE_USE_FSDP", "true", "asks for FSDP 1"),
+        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params is not there"),
+    ],
+)
+def test_other_engines_are_refused(
+    variable: str, value: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that is not there ends a run before the model is read, with what to do."""
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(sd_lora.UsageError, match=message):
+        sd_lora.train(text_to_image(tmp_path, tmp_path, tmp_path / "out"))
+
+
 def test_two_processes_with_prior_preservation(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +285,7 @@ def test_two_processes_with_prior_preservation(
         "--with_prior_preservation", "--class_data_dir", str(class_dir), "--class_prompt",
         "a photo of a monster", "--num_class_images", "5", "--sample_batch_size", "2",
         "--resolution", "64", "--learning_rate", "1e-3", "--rank", "8", "--targets",
-        "attention+conv", "--train_text_encoder", "--seed", "0", "--max_train_steps", "10",
+        "attention+conv", "--train_text_encoder", "--seed", "0", "--max_train_steps", "4",
         "--num_validation_images", "0",
     ]  # fmt: skip
     two = [*common, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")]
