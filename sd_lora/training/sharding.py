@@ -74,7 +74,8 @@ _REFUSED = {
 
 def without_fsdp() -> AbstractContextManager[None]:
     """A context in which libraries do not know of FSDP: Accelerate would wrap models by itself, and
-    transformers would load weights on the main process alone (`fsdp_cpu_ram_efficient_loading`)."""
+    transformers leaves weights out (4) or buffers at zero (5) on all processes but one, for
+    Accelerate to send them (`fsdp_cpu_ram_efficient_loading`)."""
     return patch_environment(accelerate_use_fsdp="false")
 
 
