@@ -42,10 +42,12 @@ PROCESSES = 8
 
 @dataclass(frozen=True)
 class Row:
-    """A row of memory.md. trained: bytes, 16 a parameter. tflop: operations of a step, in 10¹²."""
+    """A row of memory.md. frozen, trained: bytes, the latter 16 a parameter. tflop: operations of a
+    step, in 10¹²."""
 
     model: str
     preset: str
+    frozen: float
     trained: float
     tflop: float
 
@@ -76,9 +78,9 @@ class Row:
 
 def rows(page: str) -> Iterator[Row]:
     """Yield the presets' rows of memory.md."""
-    pattern = r"^\| ([^|]+) \| `--preset (\w+)` \| \S+ \| (\S+) \| \S+ \| \S+ \| \d+ \| (\S+) \|$"
-    for model, name, trained, tflop in re.findall(pattern, page, re.M):
-        yield Row(model, name, float(trained) * 2**30, float(tflop))
+    pattern = r"^\| ([^|]+) \| `--preset (\w+)` \| (\S+) \| (\S+) \| \S+ \| \S+ \| \d+ \| (\S+) \|$"
+    for model, name, frozen, trained, tflop in re.findall(pattern, page, re.M):
+        yield Row(model, name, float(frozen) * 2**30, float(trained) * 2**30, float(tflop))
 
 
 def exchange_rows(found: list[Row]) -> list[str]:
@@ -88,6 +90,23 @@ def exchange_rows(found: list[Row]) -> list[str]:
         shares = [f"{row.efficiency('A100', link):.1%}" for link in LINKS]
         sizes = [f"{row.parameters / 1e6:.1f}", f"{row.gradients / 2**20:.0f}"]
         lines.append("| " + " | ".join([row.model, f"`{row.preset}`", *sizes, *shares]) + " |")
+    return lines
+
+
+def shard_rows(found: list[Row]) -> list[str]:
+    """Lines: GiB of the frozen UNet on each of n GPUs, GiB that 2 of them send in a step, and MiB
+    of the LoRA's gradients and AdamW's moments, of which ZeRO-2 would keep 1/n on each.
+
+    FSDP gathers the UNet for the forward pass, and again for the backward one: each process sends
+    (n - 1)/n of its bytes twice (Zhao et al. 2023, section 3.2).
+    """
+    lines = []
+    for row in found:
+        if row.preset == "style":  # which trains the UNet alone
+            unet = row.frozen / 2**30
+            cells = [f"{unet / n:.2f}" for n in (1, 2, 4, 8)]
+            cells += [f"{2 * unet / 2:.2f}", f"{12 * row.parameters / 2**20:.0f}"]
+            lines.append(f"| {row.model} | " + " | ".join(cells) + " |")
     return lines
 
 
@@ -127,6 +146,10 @@ def main() -> int:
     page = path.read_text(encoding="utf-8")
     head = "| model | preset | parameters, M | MiB a step | " + " | ".join(LINKS) + " |"
     page = replaced(page, "exchange", head, exchange_rows(found))
+    head = (
+        "| model | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs | GiB sent a step by each of 2 | ZeRO-2, MiB |"
+    )
+    page = replaced(page, "shards", head, shard_rows(found))
     head = "| preset | images | batch | steps on one GPU | GPUs at most |"
     page = replaced(page, "most", head, most_rows())
     head = "| model | steps | " + " | ".join(CARDS) + " |"

@@ -238,7 +238,11 @@ def guarded(work: Callable[[], None]) -> int:
             raise
     except (UsageError, RunError) as error:
         if not ended:  # libraries turn what is raised within them into errors of their own
-            print(f"error: {error}", file=sys.stderr)
+            told = error.told
+            if told is None:  # before the processes met: once a machine
+                told = os.environ.get("LOCAL_RANK", "0") != "0"
+            if not told:
+                print(f"error: {error}", file=sys.stderr)
             return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: ended at once; what was saved before is there", file=sys.stderr)

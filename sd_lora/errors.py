@@ -28,10 +28,12 @@ class Problem:
 class UsageError(ValueError):
     """A request that cannot work: a wrong flag, path or pattern, or a contradiction.
 
-    problems: the mistakes of a configuration, one a field; empty for other requests.
+    problems: the mistakes of a configuration, one a field; empty for other requests. told: whether
+    another process of the run says it; None: not known.
     """
 
     exit_code = 2
+    told: bool | None = None
 
     def __init__(self, message: str, problems: Sequence[Problem] = ()) -> None:
         super().__init__(message)
@@ -54,9 +56,13 @@ def named(field: str) -> Iterator[None]:
 
 
 class RunError(RuntimeError):
-    """A failure during the work: a broken image, a full disk, a diverged loss."""
+    """A failure during the work: a broken image, a full disk, a diverged loss.
+
+    told: as of a UsageError.
+    """
 
     exit_code = 1
+    told: bool | None = None
 
 
 class Interrupted(RunError):

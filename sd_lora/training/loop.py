@@ -37,6 +37,7 @@ from sd_lora.seeds import seed_for
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.failure import told_once
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
@@ -49,6 +50,7 @@ from sd_lora.training.output_folder import (
 from sd_lora.training.processes import determinism, start_trackers, tracker_errors
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
+    AFTER,
     draw_samples,
     samples_are_due,
     show_samples,
@@ -91,6 +93,7 @@ class Result:
     digest: Digest
 
 
+@told_once()
 def train(
     config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
 ) -> Result:
@@ -143,6 +146,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         digest = run.digest()
         with memory_for("checking the model", run.config):
             first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
+        after = draw_samples(run, AFTER) if finished and run.joint else None
         run.release_distributed()
         if not finished:
             run.accelerator.end_training()
@@ -153,7 +157,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
                 f"and {RESUME}"
             )
-        files, words, sheet = finish(run, before, digest) if run.main else ([], [], None)
+        files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE))
         with tracker_errors(run.accelerator):
@@ -314,13 +318,18 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
     try:
         yield
     except (ImageLost, StepOutOfMemory) as error:
-        if run.accelerator.num_processes > 1 or log.step == run.first_step:
-            raise  # other processes wait in their step, and would not help to save
-        log.flush()
-        save_checkpoint(run, log.step, batch_loss)
         remedy, end = "restore the image", ". "
         if isinstance(error, StepOutOfMemory):
             remedy, end = "give one of the flags", "\n"
+        if log.step == run.first_step:
+            raise
+        if run.accelerator.num_processes > 1:  # the others wait in their step, and cannot save
+            raise RunError(
+                f"{error}{end}{remedy.capitalize()}, and continue with the same command and "
+                f"{RESUME}"
+            ) from None
+        log.flush()
+        save_checkpoint(run, log.step, batch_loss)
         raise RunError(
             f"{error}{end}Step {log.step} is saved: {remedy}, and continue with the same command "
             f"and {RESUME}"
@@ -369,7 +378,7 @@ def open_output(run: Run) -> None:
 
 
 def finish(
-    run: Run, before: list[Image.Image], digest: Digest
+    run: Run, before: list[Image.Image], after: list[Image.Image] | None, digest: Digest
 ) -> tuple[list[Verified], list[Path], Path | None]:
     """Write the digest, the verified LoRA files, and the sheet of samples before and after.
 
@@ -380,6 +389,7 @@ def finish(
     with memory_for("writing files", run.config):
         files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
-    run.emit(Exported(files, usage(run, files, words), changes_of(run.models)))
+    changes = {} if run.joint else changes_of(run.models)  # a part of the base is elsewhere
+    run.emit(Exported(files, usage(run, files, words), changes))
     with memory_for("drawing sample images", run.config):
-        return files, words, write_before_after(run, before)
+        return files, words, write_before_after(run, before, after)

@@ -28,6 +28,7 @@ from sd_lora.files import write_fault
 from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
+from sd_lora.training.sharding import without_fsdp
 
 DTYPES = {
     "no": torch.float32,
@@ -147,30 +148,32 @@ def trackers(config: TrainConfig, summary: Summary) -> list[str]:
 
 
 def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
-    """The Accelerator of a run: device, processes, precision, trackers; not accumulation."""
+    """The Accelerator of a run: device, processes, precision, trackers; not accumulation, and not
+    FSDP2, which shards the base alone (`sharding`)."""
     log_with = trackers(config, summary) or None
     project = ProjectConfiguration(
         project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
     try:
-        return Accelerator(
-            mixed_precision=chosen_precision(config),
-            log_with=log_with,
-            project_config=project,
-            kwargs_handlers=[
-                # base and inputs have one dtype already, and a layer casts its factors itself;
-                # autocast would look at every operand of every operator once more
-                AutocastKwargs(enabled=False),
-                # all buffers are constants
-                DistributedDataParallelKwargs(
-                    broadcast_buffers=False,
-                    find_unused_parameters=config.has_idle_parameters,
-                ),
-                # processes wait while the main one draws samples: on a slow device, for hours
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-            ],
-        )
+        with without_fsdp():
+            return Accelerator(
+                mixed_precision=chosen_precision(config),
+                log_with=log_with,
+                project_config=project,
+                kwargs_handlers=[
+                    # base and inputs have one dtype already, and a layer casts its factors itself;
+                    # autocast would look at every operand of every operator once more
+                    AutocastKwargs(enabled=False),
+                    # all buffers are constants
+                    DistributedDataParallelKwargs(
+                        broadcast_buffers=False,
+                        find_unused_parameters=config.has_idle_parameters,
+                    ),
+                    # processes wait while the main one draws samples: on a slow device, for hours
+                    InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+                ],
+            )
     except ValueError as error:
         raise UsageError(f"mixed_precision {config.mixed_precision}: {error}") from None
 

@@ -46,6 +46,7 @@ from sd_lora.training.optimizers import (
 )
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device, tracker_runs
+from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
 
 
 class ImageLost(RunError):
@@ -109,6 +110,11 @@ class Run:
         """Whether this is the main process."""
         return self.accelerator.is_main_process
 
+    @cached_property
+    def joint(self) -> bool:
+        """Whether the UNet computes on all processes at once only, since each holds a part."""
+        return is_sharded(self.models["unet"])
+
     @property
     def prediction_type(self) -> str:
         """The prediction type by the base's scheduler; for EDM, its own sign convention."""
@@ -149,6 +155,19 @@ class Run:
     def averages(self) -> bool:
         """Whether other weights are sampled and exported than those that are trained."""
         return self.average is not None or averages(self.optimizer)
+
+    @contextlib.contextmanager
+    def exportable(self) -> Iterator[None]:
+        """A context in which the main process has all tensors that an export reads: magnitudes are
+        of whole base weights. All processes must enter it."""
+        self._gather_base()
+        yield
+        if self.joint:
+            release(self.models["unet"])
+
+    def _gather_base(self) -> None:
+        if self.joint and self.config.use_dora:
+            gather(self.models["unet"])
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """A context in which the weights are those that are sampled and exported."""
@@ -252,10 +271,18 @@ class Run:
         """A context: whether a backward pass in it averages gradients over processes. The last
         micro-batch of a step does; the others add up on their own process."""
         stack = contextlib.ExitStack()
-        if not enabled:
+        if self.joint:
+            if enabled:
+                stack.push(self._average)
+        elif not enabled:
             for model in self.prepared.values():
                 stack.enter_context(self.accelerator.no_sync(model))
         return stack
+
+    def _average(self, error: object, *_: object) -> None:
+        """Average the gradients after a backward pass, unless it failed."""
+        if error is None:
+            average_gradients(self.accelerator, self.parameters)
 
     def limit_norms(self, step: int) -> None:
         """Scale deltas down to `scale_weight_norms`, but for those that stopped learning."""
@@ -301,6 +328,7 @@ class Run:
         DistributedDataParallel goes first, while all processes are alive: destroyed after its
         process group, it waits for a thread that waits for the interpreter (torch 2.13, gloo).
         """
+        self._gather_base()  # for these exports
         self.prepared.clear()
         self.text.learning.clear()
         self.accelerator.free_memory()

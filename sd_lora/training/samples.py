@@ -20,6 +20,9 @@ from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, s
 from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
 
+AFTER = "samples after training"
+"""Label of the bar of the last samples."""
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -67,12 +70,12 @@ def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
 
 
 def draw_samples(run: Run, label: str) -> list[Image.Image]:
-    """Sample images of the model as it is now; none on other processes than the main one.
+    """Sample images of the model as it is now; none on processes that are not needed for them.
 
     label: of the progress bar.
     """
     prompts = [wanted.prompt for wanted in wanted_samples(run)]
-    if not prompts or not run.main or not can_generate_images(run.parts.family):
+    if not prompts or not (run.main or run.joint) or not can_generate_images(run.parts.family):
         return []
     steps, batch_size = run.config.validation_steps, min(4, run.config.train_batch_size)
     total = num_denoising_steps(len(prompts), batch_size, steps)
@@ -130,15 +133,17 @@ def _reference(run: Run, shown: Sample) -> Image.Image | None:
         return None
 
 
-def write_before_after(run: Run, before: list[Image.Image]) -> Path | None:
-    """Draw sample images after training, and write the sheet of both; None without samples.
+def write_before_after(
+    run: Run, before: list[Image.Image], after: list[Image.Image] | None
+) -> Path | None:
+    """Write the sheet of sample images before and after training; None without samples.
 
-    before: sample images of the base.
+    before: of the base. after: None: drawn now.
     """
     if not before:
         return None
     path, steps = run.output_dir / SHEET, run.plan.num_steps
-    after = draw_samples(run, "samples after training")
+    after = after or draw_samples(run, AFTER)
     sheet = sample_sheet(run, {"before": before, f"after {steps} steps": after}, steps)
     sheet.write(path)
     write_alone(run, after, steps)
@@ -168,9 +173,9 @@ def show_samples(
 
     drawing: a context that may be left early; then there is no sheet.
     """
-    with drawing():
+    with nullcontext() if run.joint else drawing():  # joint work is left by all or by none
         images = draw_samples(run, f"samples at step {step}")
-        if images:
+        if images and run.main:
             prompts = [wanted.prompt for wanted in wanted_samples(run)]
             path = run.output_dir / SAMPLES / f"step-{step:06}.png"
             sample_sheet(run, {f"step {step}": images}, step).write(path)

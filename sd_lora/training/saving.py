@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.formats.canonical import adapter_of
@@ -30,11 +31,10 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
     Raises:
         RunError: a failed write or a ruined model, on all processes.
     """
-    config = run.config
+    config, check = run.config, _check(run, step, batch_loss)
 
     def save() -> None:
-        with memory_for("checking the model", config):
-            refuse_ruined(run, step, batch_loss)
+        check()
         progress = dataclasses.replace(run.plan.progress(step), fit=run.fit.record())
         state = run.checkpoint_state()
         with memory_for("writing files", config), run.averaged():
@@ -46,6 +46,19 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
 
     on_main(run.accelerator, save)
     run.saved_steps.append(step)
+
+
+def _check(run: Run, step: int, batch_loss: BatchLoss) -> Callable[[], None]:
+    """The check of the model for the main process; done at once where all must do it."""
+
+    def check() -> None:
+        with memory_for("checking the model", run.config):
+            refuse_ruined(run, step, batch_loss)
+
+    if not run.joint:
+        return check
+    check()
+    return lambda: None
 
 
 def lora_is_due(run: Run, step: int) -> bool:
@@ -63,13 +76,13 @@ def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
     Raises:
         RunError: as `export` and `export_words`, or a ruined model, on all processes.
     """
-    place = run.output_dir / f"{LORA_PREFIX}{step}"
+    place, check = run.output_dir / f"{LORA_PREFIX}{step}", _check(run, step, batch_loss)
 
     def save() -> None:
-        with memory_for("checking the model", run.config):
-            refuse_ruined(run, step, batch_loss)
+        check()
         with memory_for("writing files", run.config):
             files, words = export(run, step, place), export_words(run, step, place)
         run.emit(LoraSaved(step, files, words))
 
-    on_main(run.accelerator, save)
+    with run.exportable():
+        on_main(run.accelerator, save)

@@ -62,6 +62,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
+from sd_lora.training.sharding import is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
 
 
@@ -69,7 +70,8 @@ from sd_lora.training.summary import summarise
 class CheckedRun:
     """A run whose flags, folders and images are checked, before weights are loaded.
 
-    device: facts about it. emit: tells events. saved_path: the checkpoint to resume.
+    device: facts about it. emit: tells events. saved_path: the checkpoint to resume. sharded:
+    whether processes share the base.
     """
 
     plan: Plan
@@ -81,6 +83,7 @@ class CheckedRun:
     summary: Summary
     emit: Listener
     saved_path: Path | None
+    sharded: bool
 
 
 def prepare(
@@ -112,14 +115,14 @@ def prepare(
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = prepare_models(resolved, accelerator, models, text)
+    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded)
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
         resolved.prior_loss_weight, _preservation(resolved, images),
     )  # fmt: skip
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    _cache_embeddings(resolved, caches, text, stream, can_generate_images(parts.family))
+    _cache_embeddings(resolved, caches, text, stream, _draws(accelerator, parts))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
@@ -157,6 +160,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     found = resumed or resumed_checkpoint(config)  # its hashes take seconds a gigabyte
     saved_path = found.path
     summary = Summary()
+    sharded = shards()
     accelerator = build_accelerator(config, summary)
     check_processes(accelerator)
     on_main(accelerator, partial(own, config.output_path))
@@ -191,7 +195,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     if warnings:
         emit(Warned(warnings))
     return CheckedRun(
-        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path
+        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded
     )
 
 
@@ -266,7 +270,7 @@ def _text_conditioning(
 
 def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
-    with memory_for("loading the base model", config):
+    with memory_for("loading the base model", config), without_fsdp():
         return base.load(
             dtype=weight_dtype(accelerator),
             vae_dtype=DTYPES[config.vae_precision],
@@ -290,6 +294,12 @@ def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning
     images.check_class_folder(wanted)
 
 
+def _draws(accelerator: Accelerator, parts: Parts) -> bool:
+    """Whether this process draws sample images, or its part of the UNet is needed for them."""
+    needed = accelerator.is_main_process or is_sharded(parts.models["unet"])
+    return needed and can_generate_images(parts.family)
+
+
 def _cache_embeddings(
     config: RunConfig,
     caches: Caches,
@@ -306,8 +316,7 @@ def _cache_embeddings(
         return
     with memory_for("encoding captions", config):
         caches.fill_embeddings(text)
-    samples = config.num_validation_images and draws_samples
-    if not (samples and caches.accelerator.is_main_process):
+    if not (config.num_validation_images and draws_samples):
         text.free_encoders()
 
 
@@ -342,8 +351,10 @@ def prepare_models(
     accelerator: Accelerator,
     models: dict[str, nn.Module],
     text: TextConditioning,
+    sharded: bool = False,
 ) -> dict[str, nn.Module]:
-    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate."""
+    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate, or
+    shard the UNet."""
     dtype = weight_dtype(accelerator)
     learning = models | (text.encoders if text.tokens else {})
     on_device = learning | (text.encoders if len(learning) > 1 else {})  # used in each step
@@ -361,4 +372,7 @@ def prepare_models(
     with memory_for("bringing the models to the device", config):
         for name in on_device.keys() - learning.keys():
             on_device[name].to(accelerator.device)
+        if sharded and accelerator.num_processes > 1:
+            shard(models["unet"], accelerator)
+            return {name: model.to(accelerator.device) for name, model in learning.items()}
         return {name: accelerator.prepare_model(model) for name, model in learning.items()}

@@ -45,7 +45,7 @@ BatchLoss = Callable[[Run, Batch, int], Tensor]
 
 
 def images_of(run: Run, step: int) -> str:
-    """The images of a step on this process, with captions and timesteps, for messages."""
+    """The images of a step on all processes, with captions and timesteps, for messages."""
     epochs, timesteps = run.plan.epochs, run.objective.timesteps
     named: list[str] = []
     number = 0

@@ -21,6 +21,7 @@ from sd_lora.training.output_folder import replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
+from sd_lora.training.sharding import shard_bytes
 
 
 def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
@@ -31,6 +32,9 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= data_rows(run.plan, run.images)
     planned = forecast_rows(run.plan, [*run.models], run.device)
     rows |= planned | caches.rows
+    if run.joint:
+        own, whole = shard_bytes(run.models["unet"])
+        rows["sharded"] = f"{mib(own)} of the UNet's {mib(whole)} on each process"
     given = {row: texts for row, texts in given_options(config).items() if row not in planned}
     rows["method"] = ", ".join([config.method_text, *given.pop("method", [])])
     objective = [run.objective.text, *given.pop("objective", [])]

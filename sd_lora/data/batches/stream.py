@@ -270,9 +270,9 @@ class Stream(Dataset):
         return self.preservation.captions(caption, rules)
 
     def items_of(self, number: int) -> list[BatchItem]:
-        """This process's items of a micro-batch, without their images."""
+        """The items of a micro-batch on all processes, without their images."""
         micro = self.epochs.micro_batch(number)
-        return self.items(micro, micro.part_of(self.process, self.num_processes))
+        return self.items(micro, range(len(micro.entries)))
 
     def sizes_of(self, number: int) -> list[list[Size]]:
         """The sizes of each process's items of a micro-batch; of items that are preserved where
