@@ -47,10 +47,17 @@ from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     draw_samples,
     samples_are_due,
+    show_missing_samples,
     show_samples,
     write_before_after,
 )
-from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
+from sd_lora.training.saving import (
+    lora_is_due,
+    minutes_are_over,
+    prune_earlier,
+    save_checkpoint,
+    save_lora,
+)
 from sd_lora.training.setup import prepare
 from sd_lora.training.soundness import overflow_is_divergence, tell_silent
 
@@ -115,6 +122,7 @@ def train(config: TrainConfig, listeners: Sequence[Listener] = ()) -> Result:
             open_output(run)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
+            show_missing_samples(run)
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
         if finished:
@@ -317,6 +325,7 @@ def open_output(run: Run) -> None:
         text = run.config.replace(seed=run.plan.seed).to_json()
         remove_unfinished(run.config)
         remove_earlier_steps(run.config, run.saved.path if run.saved else None)
+        prune_earlier(run)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()

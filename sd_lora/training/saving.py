@@ -7,7 +7,7 @@ from sd_lora.formats.canonical import adapter_of
 from sd_lora.report.events import CheckpointSaved, LoraSaved
 from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words, header_of
-from sd_lora.training.output_folder import LORA_PREFIX
+from sd_lora.training.output_folder import LORA_PREFIX, resumes_here
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import BatchLoss, refuse_ruined
@@ -38,6 +38,13 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)
+
+
+def prune_earlier(run: Run) -> None:
+    """Remove the checkpoints that a run needs no more whose process was killed before it did so."""
+    saved = run.saved.path if run.saved else None
+    if saved is not None and resumes_here(run.config, saved):
+        checkpoint.prune(saved, run.config.checkpoints_total_limit, run.config.keep_every)
 
 
 def lora_is_due(run: Run, step: int) -> bool:
