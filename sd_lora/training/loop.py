@@ -33,7 +33,7 @@ from sd_lora.report.events import (
 )
 from sd_lora.seeds import seed_for
 from sd_lora.training.checkpoint_folders import RESUME
-from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.optimizers import use_average
@@ -329,8 +329,9 @@ def open_output(run: Run) -> None:
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
-    plain = int | float | str | bool  # all that trackers take
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in run.config.as_dict().items()}
+    plain = int | float | str | bool  # all that trackers take, some of them on the web
+    told = shared_config(run.config).items()
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in told}
     with tracker_errors(run.accelerator):
         run.accelerator.init_trackers("sd_lora", config=values)
 
