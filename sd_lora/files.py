@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from sd_lora.errors import RunError, UsageError, near_path
 from sd_lora.folders import free_bytes
-from sd_lora.pickles import can_be_mapped, load_tensors_of, tensors_by_key
+from sd_lora.pickles import can_be_mapped, check_unpacked, load_tensors_of, tensors_by_key
 
 if TYPE_CHECKING:
     import torch
@@ -150,6 +150,7 @@ def _unpickle(path: Path, lists: bool) -> tuple[dict[str, Tensor], dict[str, str
     import torch
 
     left_out: list[str] = []
+    check_unpacked(path)
     try:
         try:
             mapped = can_be_mapped(path)
@@ -229,15 +230,29 @@ def _refuse_pointer(path: Path) -> None:
             )
 
 
-def utf8_text(path: Path) -> str:
+LARGEST_TEXT = 2**20
+"""Bytes of a text that people write: a configuration, a caption."""
+
+
+def utf8_text(path: Path, largest: int = LARGEST_TEXT) -> str:
     """Read a UTF-8 text without its byte order mark.
 
+    largest: bytes that are read.
+
     Raises:
-        UsageError: another encoding, NUL bytes, or a file that cannot be read; the text begins
-            with a verb, for the caller to put the file's name before it.
+        UsageError: a larger file, another encoding, NUL bytes, or a file that cannot be read; the
+            text begins with a verb, for the caller to put the file's name before it.
     """
     try:
-        data = path.read_bytes()
+        if (
+            path.exists() and not path.is_file()
+        ):  # a pipe would wait for its writer, and /dev/zero has no end
+            raise UsageError("cannot be read: it is not a file")
+        with open(path, "rb") as file:
+            data = file.read(largest + 1)
+        if len(data) > largest:
+            size = mib(path.stat().st_size)
+            raise UsageError(f"has {size}, and such a text has {mib(largest)} at most")
         if data.startswith((b"\xff\xfe", b"\xfe\xff")) or 3 * data.count(0) >= len(data) > 0:
             wrong = "is UTF-16, as Notepad's \"Unicode\" and PowerShell's > write it, and not UTF-8"
         elif b"\0" in data:

@@ -101,6 +101,24 @@ def can_be_mapped(path: Path) -> bool:
         return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
+MOST_UNPACKED = 50
+"""Bytes that a byte of a compressed file may become: trained weights shrink by less than a half."""
+
+
+def check_unpacked(path: Path) -> None:
+    """Raise UsageError for a zip whose records are far larger than the file: a bomb."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size, packed = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+    # no zip, or a broken one, of which the reader says more
+    except Exception:
+        return
+    if size > MOST_UNPACKED * packed + 2**20:
+        raise UsageError(
+            f"{path} was not opened: its {packed} bytes unpack to {size}, which no weights do"
+        )
+
+
 def tensors_by_key(
     path: Path, found: Any, lists: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -100,9 +100,9 @@ class Terminal:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
-        lines.append(f"  {event.digest.text}")
         if self._warned:
             lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
+        lines.append(f"  {event.digest.text}")
         return "\n".join(lines)
 
     @staticmethod

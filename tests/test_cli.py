@@ -81,6 +81,7 @@ def arguments(model: Path, data: Path, output: Path, *more: str) -> list[str]:
         (["--caption_column", "txet"], 2, "Did you mean text"),
         (["--resolution", "60"], 2, "resolution 60 is not a multiple of 32"),
         (["--conv_rank", "8"], 2, "--conv_rank and --conv_alpha are for convolutions"),
+        (["--output_dir", "/"], 2, "--output_dir / is the root of a disk: name a folder in it"),
         (["--report_to", "nobody"], 2, "error: --report_to is one of"),
         (
             ["--report_to", "comet_ml"],

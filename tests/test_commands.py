@@ -2,7 +2,10 @@
 
 import json
 import os
+import re
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sd_lora.cli import main
 from sd_lora.formats import adapter_files as files
 from tests.formats.trained import saved, trained
+from tests.training.runs import images
 
 
 @pytest.fixture
@@ -149,6 +153,61 @@ def test_an_interrupted_tool_leaves_nothing(lora: Path, tiny_sd1: Path, tmp_path
     process.terminate()
     assert process.wait(60) == 143
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def limited(limit: int, words: list[str]) -> tuple[int, str]:
+    """The exit code and standard error of a command whose writes fail from a file's `limit` bytes
+    on, by the system's own limit, in whatever library they are made."""
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        code = 99
+        try:
+            os.dup2(writing, 1)
+            sys.stdout = sys.stderr = os.fdopen(os.dup(writing), "w")
+            os.close(writing)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            code = main(words)
+        except BaseException as error:
+            sys.stderr.write(f"Traceback: {error!r}")
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(writing)
+    with os.fdopen(reading) as file:
+        said = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), said
+
+
+def test_a_full_disk_leaves_nothing(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Each tool, and the page of `check`, where a write fails at once or in the middle: exit code
+    1, one line with the path and the reason, no traceback, and no file but those of before."""
+    adapter = {"unet": {"conv_in": trained(tiny_sd1)["unet"]["conv_in"]}}
+    source = str(saved(tmp_path / "a.safetensors", files.KOHYA, adapter, tiny_sd1))
+    model, out = str(tiny_sd1), str(tmp_path / "new.safetensors")
+    tuned, data = str(shutil.copytree(tiny_sd1, tmp_path / "tuned")), images(tmp_path / "data", 2)
+    path = next(Path(tuned, "unet").glob("*.safetensors"))
+    tensors = load_file(path)
+    save_file(tensors | {"conv_in.weight": tensors["conv_in.weight"] + 1}, path)
+    commands = [
+        ["convert", source, "--to", "diffusers", "--out", out, "--model", model],
+        ["merge", source, source, "--rank", "2", "--out", out, "--model", model],
+        ["resize", source, "--rank", "2", "--out", out, "--model", model],
+        ["extract", model, tuned, "--rank", "2", "--out", out],
+        ["bake", model, source, "--out", str(tmp_path / "baked")],
+        ["check", str(data), "--model", model, "--page", str(tmp_path / "new.html")],
+        ["translate", "--out", str(tmp_path / "new.toml"), "python train_network.py --seed 3"],
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for words in commands:
+        for limit in (10, 1000) if words[0] != "translate" else (10,):
+            code, said = limited(limit, words)
+            assert code == 1, said
+            (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+            assert re.search(f"{tmp_path}/.*File too large", error), error
+            assert "Traceback" not in said
+            assert sorted(tmp_path.rglob("*")) == before, words
 
 
 def test_output_goes_anywhere(lora: Path, tiny_sd1: Path) -> None:

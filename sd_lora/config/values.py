@@ -53,8 +53,8 @@ def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
     except UsageError as error:
         raise UsageError(f"{path} {error}") from None
     try:
-        table = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        table = parsed(text, kind)
+    except ValueError as error:
         hint = f". {_REMEDY[kind]}" * bool(re.search("escape|hex value", str(error), re.I))
         raise UsageError(f"{path} is not {kind}: {error}{hint}") from None
     if not isinstance(table, dict):
@@ -62,6 +62,34 @@ def read_table(path: str, called: str, needs: str) -> dict[str, Any]:
     if broken := list(_broken_paths(table)):
         raise UsageError(f"{path}: {'; '.join(broken)}. {_REMEDY[kind]}")
     return table
+
+
+DEEPEST = 50
+"""Levels of a configuration's tables: ours and other trainers' have five at most."""
+
+_DOTTED = re.compile(rf"(?:[\w-]+\s*\.\s*){{{DEEPEST}}}")
+
+
+def parsed(text: str, kind: str) -> Any:
+    """The contents of a TOML or JSON text; raises ValueError, also for more than `DEEPEST` levels.
+
+    kind: "TOML" or "JSON".
+    """
+    nested = f"its tables are nested more than {DEEPEST} deep"
+    if kind == "TOML" and _DOTTED.search(text):  # tomllib takes memory by the square of it
+        raise ValueError(nested)
+    try:
+        found = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(nested) from None
+    level = [found]
+    for _ in range(DEEPEST + 1):
+        tables = [value for value in level if isinstance(value, dict | list)]
+        inner = [value.values() if isinstance(value, dict) else value for value in tables]
+        level = [value for values in inner for value in values]
+    if level:
+        raise ValueError(nested)
+    return found
 
 
 _PATH_KEY = re.compile(r"(.*_)?(dir|path|file|config|dataset|name)")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.errors import RunError, UsageError
-from sd_lora.files import Spec, write_tensors
+from sd_lora.files import PICKLES, Spec, mib, write_fault, write_tensors
 from sd_lora.formats.approximate import Loss, squared_norm
 from sd_lora.formats.canonical import each
 from sd_lora.formats.checkpoints import Checkpoint, Slot
@@ -31,6 +31,9 @@ TOLERATED = 0.05
 2 %."""
 
 _WEIGHTS = re.compile(r"\.(safetensors|bin|msgpack|h5|onnx|pt|ckpt)$|\.index(\.\w+)?\.json$")
+
+_ACTIVE = (*PICKLES, ".pkl", ".pickle", ".joblib", ".npy", ".py", ".pyc", ".so", ".dll", ".sh")
+"""Ends of names of pickles and code."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def bake(
     beside, aside = (out.with_name(f".{out.name}.{end}") for end in ("part", "before"))
     try:
         _remove(beside)
+        beside.mkdir(parents=True)  # it must be new: a link laid there is not followed
         notes = _copy_rest(base, beside)
         for name in base.files:
             baker.write(name, beside / _safetensors_name(name))
@@ -111,7 +115,11 @@ def bake(
         os.replace(beside, out)
         _remove(aside)
     except OSError as error:
-        raise RunError(f"{out} could not be written: {error.strerror or error}") from None
+        need, reason = (
+            sum(p.stat().st_size for p in _files_below(base.path)),
+            write_fault(error, out),
+        )
+        raise RunError(f"{out} ({mib(need)}) could not be written: {reason}") from None
     finally:
         with suppress(OSError):
             if aside.exists() and not out.exists():
@@ -282,8 +290,9 @@ def _safetensors_name(name: str) -> Path:
 
 
 def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
-    """Copy everything but the parts' weights; returns notes on files left out."""
-    left_out = []
+    """Copy everything but the parts' weights; returns notes on files left out, and on copied ones
+    that can run code."""
+    left_out, active = [], []
     for source in _files_below(base.path):
         name = source.relative_to(base.path)
         if str(name) in base.files:
@@ -292,14 +301,16 @@ def _copy_rest(base: Checkpoint, out: Path) -> list[str]:
         if adapted and _WEIGHTS.search(source.name) and str(name) not in base.indexes:
             left_out.append(str(name))
             continue
+        active += [str(name)] * (source.suffix.lower() in _ACTIVE)
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         with open(source, "rb") as old, open(out / name, "wb") as new:
             shutil.copyfileobj(old, new)
             os.fsync(new.fileno())
-    out.mkdir(parents=True, exist_ok=True)
-    if not left_out:
-        return []
-    return [f"left out, for they hold the unchanged weights: {', '.join(left_out)}"]
+    notes = {
+        "left out, for they hold the unchanged weights": left_out,
+        "copied from the base, and programs that load them may run code in them": active,
+    }
+    return [f"{note}: {', '.join(names)}" for note, names in notes.items() if names]
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

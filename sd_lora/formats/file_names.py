@@ -21,6 +21,11 @@ def lora_paths(folder: Path, name: str) -> list[Path]:
     return [folder / DIFFUSERS, *(folder / f"{name}{end}" for end in ends)]
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text, such as a name in a foreign header, names a file of a folder and no place."""
+    return name not in ("", ".", "..") and re.search(r"[/\\:\x00-\x1f]", name) is None
+
+
 def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]:
     """Paths of new words' files: `<folder>/<name>_<word>.safetensors`."""
     paths: list[Path] = []

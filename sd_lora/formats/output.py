@@ -17,6 +17,8 @@ from torch import Tensor
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.state import make_delta
 from sd_lora.errors import RunError, UsageError, did_you_mean
+from sd_lora.files import mib
+from sd_lora.folders import free_bytes
 from sd_lora.formats import comfyui, diffusers, kohya, metadata
 from sd_lora.formats.adapter_files import (
     COMFYUI,
@@ -264,7 +266,10 @@ class Spool:
         try:
             save_file(tensors, path)
         except (OSError, SafetensorError) as error:
-            raise RunError(f"{path} could not be written: {error}") from None
+            size, free = sum(t.nbytes for t in tensors.values()), free_bytes(path)
+            raise RunError(
+                f"{path} ({mib(size)}) could not be written: {error} ({mib(free)} free)"
+            ) from None
         self._paths.setdefault(component, {})[name] = path
 
     @property

@@ -1,6 +1,7 @@
 """`report.json`: a run's summary, warnings, time, files and changes, for its page."""
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,13 @@ class Record:
         write_whole(self.folder / RECORD, text.encode())
 
 
+_FOLDERS = re.compile(r"(?<![\w.~:/\\])(?:[A-Za-z]:)?(?:[\\/][^\\/\s'\"(),;:]+)+(?=[\\/])[\\/]")
+"""The folders of an absolute path, up to its last name."""
+
+
 def _private(text: str) -> str:
-    """A text without the name of the home folder: the page is passed on."""
-    return text.replace(str(Path.home()), "~")
+    """A text without this machine's folders: the page is passed on."""
+    return _FOLDERS.sub("", text.replace(str(Path.home()), "~"))
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -159,7 +159,10 @@ def prune(newest: Path, limit: int | None, keep_every: int | None) -> None:
 def read_progress(path: Path) -> Progress:
     """The position of a checkpoint's run; raises UsageError for a foreign file."""
     try:
-        return Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
+        found = Progress(**json.loads((path / PROGRESS).read_text(encoding="utf-8")))
+        if not (isinstance(found.step, int) and isinstance(found.settings, dict)):
+            raise TypeError("its step is no number, or its settings are no table")
+        return found
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{path} is not a checkpoint of this project: {error}") from None
 

@@ -11,7 +11,7 @@ from sd_lora.formats.adapter_files import COMFYUI, formats_of
 from sd_lora.formats.checkpoints import Checkpoint
 from sd_lora.formats.comfyui import Weights
 from sd_lora.formats.family_of_file import family_of
-from sd_lora.formats.file_names import lora_paths
+from sd_lora.formats.file_names import is_file_name, lora_paths
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.metadata import OWN_KEY
 from sd_lora.formats.verify import Verified, fitted, misfits
@@ -53,7 +53,9 @@ def export_checkpoint(
         raise UsageError(f"{path} is no whole checkpoint of a run: {found}")
     lora = open_lora(path)
     lora.check()
-    name, progress = lora.header["ss_output_name"], read_progress(path)
+    name, progress = lora.header.get("ss_output_name", ""), read_progress(path)
+    if not is_file_name(name):
+        raise UsageError(f"{path}: its header calls the run {name!r:.60}, which is no file's name")
     place = out or path.absolute().parent / f"{LORA_PREFIX}{progress.step}"
     settings = progress.settings
     there = [file.name for file in lora_paths(place, name) if file.exists()]

@@ -36,7 +36,7 @@ from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
-from sd_lora.training.export import export, export_words, usage
+from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.failure import told_once
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
@@ -53,11 +53,18 @@ from sd_lora.training.samples import (
     AFTER,
     draw_samples,
     samples_are_due,
+    show_missing_samples,
     show_samples,
     write_alone,
     write_before_after,
 )
-from sd_lora.training.saving import lora_is_due, minutes_are_over, save_checkpoint, save_lora
+from sd_lora.training.saving import (
+    lora_is_due,
+    minutes_are_over,
+    prune_earlier,
+    save_checkpoint,
+    save_lora,
+)
 from sd_lora.training.setup import prepare
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
@@ -139,6 +146,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 write_alone(run, before, 0)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
+            show_missing_samples(run)
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
         if finished:
@@ -370,11 +378,13 @@ def open_output(run: Run) -> None:
         text = run.config.replace(seed=run.plan.seed).to_json()
         remove_unfinished(run.config)
         remove_earlier_steps(run.config, run.saved.path if run.saved else None)
+        prune_earlier(run)
         write_whole(run.output_dir / "config.json", text.encode())
         run.log.cut(run.first_step)
     run.accelerator.wait_for_everyone()
     runs = run.saved.state["trackers"] if run.saved else {}
-    start_trackers(run.accelerator, run.config, run.first_step, runs)
+    # some of them on the web
+    start_trackers(run.accelerator, shared_config(run.config), run.first_step, runs)
 
 
 def finish(

@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,7 @@ def resumed_checkpoint(config: TrainConfig) -> Found:
     """
     name = config.resume_from_checkpoint
     found = find(config.output_path, name) if name else Found(None, {})
-    if config.overwrite_output_dir or _resumes_here(config, found.path):
+    if config.overwrite_output_dir or resumes_here(config, found.path):
         return found
     # a job that starts itself again has nothing to lose where no checkpoint is whole
     lost = name == LATEST_IF_ANY and found.path is None and not lora_files(config)
@@ -65,14 +66,22 @@ def earlier_work(config: TrainConfig) -> str:
     return f"{folder} has {names} of an earlier run: {resume}{remedy}" if names else ""
 
 
-def _resumes_here(config: TrainConfig, saved: Path | None) -> bool:
+def resumes_here(config: TrainConfig, saved: Path | None) -> bool:
+    """Whether the checkpoint that a run goes on from is one of its own folder."""
     return saved is not None and saved.resolve().parent == config.output_path.resolve()
 
 
-def refuse_finished(config: TrainConfig, saved: Path) -> None:
-    """Raise UsageError for a run that has done its steps and written its files."""
-    files = lora_files(config)
-    if files:
+def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
+    """Raise UsageError for a run that has done its steps and written all of its files.
+
+    One that died while its files took their places, one after another, writes them again. draws:
+    whether the run draws samples, and so writes a sheet.
+    """
+    files, folder = lora_files(config), config.output_path
+    owed = embedding_paths(config.new_words, folder, folder.resolve().name)
+    owed += [folder / SHEET] if draws else []
+    cut_off = any((folder / UNVERIFIED).glob("*")) or not all(path.exists() for path in owed)
+    if files and not cut_off:
         raise UsageError(
             f"{saved} has done all steps of this run, and {', '.join(p.name for p in files)} is "
             "there: give it more --steps to go on"
@@ -81,7 +90,7 @@ def refuse_finished(config: TrainConfig, saved: Path) -> None:
 
 def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
     """The note that names the earlier work to be replaced; empty without any."""
-    if not config.overwrite_output_dir or _resumes_here(config, saved):
+    if not config.overwrite_output_dir or resumes_here(config, saved):
         return []
     earlier = [*checkpoints(config.output_path), *lora_files(config)]
     names = ", ".join(path.name for path in earlier)
@@ -90,7 +99,7 @@ def replacement_note(config: RunConfig, saved: Path | None) -> list[str]:
 
 def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
     """Remove checkpoints, LoRA files and samples in mid-run of an earlier run that is replaced."""
-    if config.overwrite_output_dir and not _resumes_here(config, saved):
+    if config.overwrite_output_dir and not resumes_here(config, saved):
         of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
         for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
@@ -106,8 +115,10 @@ def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
 
 
 def remove_unfinished(config: RunConfig) -> None:
-    """Remove what a killed run was writing, in the output folder and its subfolders."""
-    for path in (*config.output_path.glob(".*.part"), *config.output_path.glob("*/.*.part")):
+    """Remove files and folders that a killed run was writing: in the output folder, its subfolders,
+    and those of LoRA files in mid-run."""
+    depths = (".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part")
+    for path in chain.from_iterable(map(config.output_path.glob, depths)):
         if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         elif UNFINISHED.fullmatch(path.name):

@@ -237,22 +237,23 @@ TRACKER_RUNS: dict[str, TrackerRun] = {
 
 
 def start_trackers(
-    accelerator: Accelerator, config: TrainConfig, step: int, runs: Mapping[str, str]
+    accelerator: Accelerator, options: Mapping[str, object], step: int, runs: Mapping[str, str]
 ) -> None:
     """Start the trackers, those of a resumed run where they ended.
 
-    step: number of steps done. runs: tracker → id of its run.
+    options: of the run, as others may see them. step: number of steps done. runs: tracker → id of
+    its run.
 
     Raises:
         RunError: a disk that refuses a tracker's files.
     """
     plain = int | float | str | bool  # all that trackers take
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in config.as_dict().items()}
-    options = {name: TRACKER_RUNS[name].going_on(id) for name, id in runs.items()}
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}
+    arguments = {name: TRACKER_RUNS[name].going_on(id) for name, id in runs.items()}
     # hides the later steps of a run that was killed, which are done again
-    options["tensorboard"] = {"purge_step": step + 1}
+    arguments["tensorboard"] = {"purge_step": step + 1}
     with tracker_errors(accelerator):
-        accelerator.init_trackers("sd_lora", config=values, init_kwargs=options)
+        accelerator.init_trackers("sd_lora", config=values, init_kwargs=arguments)
 
 
 def tracker_runs(accelerator: Accelerator) -> dict[str, str]:

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from sd_lora.data.batches.caption_rules import longest_form
@@ -176,9 +177,23 @@ def show_samples(
     with nullcontext() if run.joint else drawing():  # joint work is left by all or by none
         images = draw_samples(run, f"samples at step {step}")
         if images and run.main:
-            prompts = [wanted.prompt for wanted in wanted_samples(run)]
-            path = run.output_dir / SAMPLES / f"step-{step:06}.png"
+            prompts, path = [wanted.prompt for wanted in wanted_samples(run)], _sheet_of(run, step)
             sample_sheet(run, {f"step {step}": images}, step).write(path)
             write_alone(run, images, step)
             run.emit(SamplesDrawn(step, prompts, images, path))
     run.accelerator.wait_for_everyone()
+
+
+def show_missing_samples(run: Run) -> None:
+    """Draw the samples of the step that a run goes on from, if it ended between the checkpoint and
+    their sheet."""
+    step = run.first_step
+    missing = [run.saved is not None and samples_are_due(run, step)]
+    missing[0] &= not _sheet_of(run, step).exists()
+    if broadcast_object_list(missing)[0]:  # processes look at different times
+        with run.averaged():
+            show_samples(run, step)
+
+
+def _sheet_of(run: Run, step: int) -> Path:
+    return run.output_dir / SAMPLES / f"step-{step:06}.png"

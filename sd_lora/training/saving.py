@@ -10,7 +10,7 @@ from sd_lora.report.events import CheckpointSaved, LoraSaved
 from sd_lora.training import checkpoint
 from sd_lora.training.export import export, export_words, header_of
 from sd_lora.training.out_of_memory import memory_for
-from sd_lora.training.output_folder import LORA_PREFIX
+from sd_lora.training.output_folder import LORA_PREFIX, resumes_here
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import BatchLoss, refuse_ruined
@@ -59,6 +59,13 @@ def _check(run: Run, step: int, batch_loss: BatchLoss) -> Callable[[], None]:
         return check
     check()
     return lambda: None
+
+
+def prune_earlier(run: Run) -> None:
+    """Remove the checkpoints that a run needs no more whose process was killed before it did so."""
+    saved = run.saved.path if run.saved else None
+    if saved is not None and resumes_here(run.config, saved):
+        checkpoint.prune(saved, run.config.checkpoints_total_limit, run.config.keep_every)
 
 
 def lora_is_due(run: Run, step: int) -> bool:

@@ -186,7 +186,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
         if progress.step == plan.num_steps:
-            refuse_finished(resolved, saved_path)
+            draws = bool(resolved.num_validation_images) and can_generate_images(base.family)
+            refuse_finished(resolved, saved_path, draws)
     device = Device.of(accelerator.device, accelerator.mixed_precision)
     warnings = [
         Finding("damaged-checkpoint", str(path), fault) for path, fault in found.damaged.items()

@@ -1,6 +1,7 @@
 """Files of options as other systems write them: byte order marks, UTF-16, paths of Windows."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,37 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert table(tmp_path / "a.toml") == {"data": {"train_data_dir": "f3"}}
     assert table(tmp_path / "b.json") == {"rank": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.toml", "a = " + "[" * 50_000 + "]" * 50_000),
+        ("a.toml", "[" + ".".join(["a"] * 50_000) + "]"),
+        ("a.toml", ".".join(["a"] * 50_000) + " = 1"),
+        ("a.json", '{"a": ' * 50_000 + "1" + "}" * 50_000),
+        ("a.json", '{"a": ' + "[" * 60 + "]" * 60 + "}"),
+    ],
+)
+def test_depth_is_bounded(name: str, text: str, tmp_path: Path) -> None:
+    """Tables nested 50,000 deep, of each spelling, are told at once: tomllib would take gigabytes
+    for a dotted key of 100 KB."""
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UsageError, match="its tables are nested more than 50 deep"):
+        table(tmp_path / name)
+
+
+def test_size_is_bounded(tmp_path: Path) -> None:
+    """A file larger than people write is not read, and a pipe is not waited for."""
+    with open(tmp_path / "a.toml", "wb") as file:
+        file.truncate(100 * 2**20)
+    with pytest.raises(
+        UsageError, match=r"a\.toml has 100\.0 MiB, and such a text has 1\.0 MiB at"
+    ):
+        table(tmp_path / "a.toml")
+    os.mkfifo(tmp_path / "b.toml")
+    with pytest.raises(UsageError, match=r"b\.toml does not exist"):
+        table(tmp_path / "b.toml")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])

@@ -389,6 +389,23 @@ def test_links_are_followed_and_history_is_not(copy: Path, unet_lora: Path, tmp_
     assert everything(tmp_path / "baked") == there
 
 
+def test_pickles_and_code_of_a_base_are_told(copy: Path, unet_lora: Path, tmp_path: Path) -> None:
+    """What can run code is copied, since the pipeline may need it, and named; the folder that is
+    written beside the output is new: a link laid there is not followed."""
+    for name in ("safety_checker/pytorch_model.bin", "unet/my_unet.py", "notes.txt"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / ".baked.part").symlink_to(tmp_path / "precious")
+    (note,) = bake(Checkpoint(copy), [unet_lora], [1.0], tmp_path / "baked").notes
+    assert note == (
+        "copied from the base, and programs that load them may run code in them: "
+        "safety_checker/pytorch_model.bin, unet/my_unet.py"
+    )
+    assert everything(copy).keys() == everything(tmp_path / "baked").keys()
+    assert not [*(tmp_path / "precious").iterdir()]
+
+
 def test_the_header_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
     """Its licence and its own keys stay; the hash of the tensors that it had does not."""
     facts = {"format": "pt", "modelspec.license": "CreativeML", "mark": "kept"}

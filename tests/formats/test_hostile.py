@@ -749,6 +749,24 @@ def test_pickles_of_other_things(make: Callable[[], Any], message: str, tmp_path
     assert "file.bin" in str(refusal.value)
 
 
+def test_a_pickle_that_unpacks_to_far_more_is_not_opened(tmp_path: Path) -> None:
+    """A zip of 20 KB that would become 20 MB of zeros is refused by name; weights that somebody
+    zipped anew, with compression, are read."""
+    plain, path = tmp_path / "plain.pt", tmp_path / "file.pt"
+    for tensors in ({"a": torch.zeros(5 * 2**20)}, seed_of("kohya")):
+        torch.save(tensors, plain)
+        with (
+            zipfile.ZipFile(plain) as archive,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as again,
+        ):
+            for name in archive.namelist():
+                again.writestr(name, archive.read(name))
+        if "a" in tensors:
+            with pytest.raises(sd_lora.UsageError, match=r"file\.pt was not opened: its \d+ bytes"):
+                open_lora(path)
+    assert sorted(open_lora(path).file) == sorted(tensors)
+
+
 def zipped() -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:

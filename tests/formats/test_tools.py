@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sd_lora
-from sd_lora import files as tensors
+from sd_lora.files import TensorFile
 from sd_lora.formats import adapter_files as files
 from sd_lora.formats import approximate, bake, extract, merge, tools
 from sd_lora.formats.approximate import Cut
@@ -201,21 +201,6 @@ def test_outputs_are_kept_safe(tiny_sd1: Path, tmp_path: Path) -> None:
     assert source.read_bytes() == before
 
 
-def test_a_full_disk_leaves_nothing(
-    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The file under its name is the whole one or none; what was begun beside it is gone."""
-    source = saved(tmp_path / "a.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
-
-    def full(fd: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensors.os, "fsync", full)
-    with pytest.raises(sd_lora.RunError, match=r"out\.safetensors.*No space left"):
-        tools.convert(source, output(tmp_path / "out.safetensors", tiny_sd1, to="diffusers"))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]
-
-
 def test_the_header_says_what_is_in_the_file(tiny_sd1: Path, tmp_path: Path) -> None:
     """A source's facts stay, what described its tensors is replaced, and the hash is that of the
     body, so that the same work gives the same bytes."""
@@ -228,7 +213,7 @@ def test_the_header_says_what_is_in_the_file(tiny_sd1: Path, tmp_path: Path) -> 
     assert (tmp_path / "b/out.safetensors").read_bytes() == (
         tmp_path / "c/out.safetensors"
     ).read_bytes()
-    header = tensors.TensorFile(tmp_path / "b/out.safetensors").header
+    header = TensorFile(tmp_path / "b/out.safetensors").header
     assert header["ss_num_train_images"] == "17"
     assert header["ss_network_dim"] == "4"
     assert "lora_adapter_metadata" not in header

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import sd_lora
 from sd_lora.cli import main
 from sd_lora.errors import RunError, UsageError
-from sd_lora.files import TensorFile
+from sd_lora.files import HASH_KEY, TensorFile
 from sd_lora.report.events import Warned
 from sd_lora.training import checkpoint, checkpoint_folders, disk, loop
 from sd_lora.training.checkpoint_folders import checkpoints, fault, find, write_manifest
@@ -200,6 +200,37 @@ def test_the_files_of_a_checkpoint(
     (saved / "state.json").unlink()
     assert main(["export", str(saved), "--overwrite"]) == 2
     assert "is no whole checkpoint of a run: state.json is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [
+        ("../../evil", 2),
+        ("/tmp/evil", 2),
+        ("..", 2),
+        ("a\\b", 2),
+        ("", 2),
+        ("mine", "2/../../evil"),
+    ],
+)
+def test_a_strangers_checkpoint_names_no_place(
+    name: str, step: object, mine: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A whole checkpoint whose header or progress has a path where a name or number should be is
+    refused by `export`, and nothing is written."""
+    saved = mine / "checkpoint-2"
+    file = TensorFile(saved / "adapter.safetensors")
+    header = {k: v for k, v in file.header.items() if k != HASH_KEY} | {"ss_output_name": name}
+    save_file({key: file[key].clone() for key in file}, saved / "adapter.safetensors", header)
+    progress = json.loads((saved / "progress.json").read_text()) | {"step": step}
+    (saved / "progress.json").write_text(json.dumps(progress))
+    (saved / "manifest.json").unlink()
+    write_manifest(saved)
+    before = sorted(mine.parent.rglob("*"))
+    assert main(["export", str(saved)]) == 2
+    said = capsys.readouterr().err
+    assert "which is no file's name" in said or "its step is no number" in said
+    assert sorted(mine.parent.rglob("*")) == before
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import socket
 from datetime import datetime
 from pathlib import Path
 
@@ -197,8 +198,12 @@ def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
     and the images there and the date of SOURCE_DATE_EPOCH: their files are the same to the byte,
     and no path is in them; and so are their digests, of which the last line tells. With
     metadata_paths "full" the configuration is whole. Deterministic kernels are in use during a run
-    that asks for them, and not afterwards."""
+    that asks for them, and not afterwards. No file of the output folder holds a token or the host's
+    name, and none but the configuration and the record of a checkpoint, which a resumed run needs,
+    holds a path: trackers are on the web, and the page is passed on."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    monkeypatch.setenv("HF_TOKEN", "hf_ofAnn")
+    monkeypatch.setattr(socket, "gethostname", lambda: "host-of-ann")
     found = []
     for home in (tmp_path / "here", tmp_path / "there/deeper"):
         base = shutil.copytree(tiny_sd1, home / "tiny")
@@ -207,7 +212,7 @@ def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
             pretrained_model_name_or_path=str(base), output_dir=str(home / "mine"), rank=1,
             sources=sources, max_train_steps=1, seed=3, data_cache_dir=str(home / "cache"),
             pretrained_vae_model_name_or_path=str(base / "vae"), num_validation_images=0,
-            report_to="none", resolution=32, deterministic=True,
+            report_to="tensorboard", resolution=32, deterministic=True,
         )  # fmt: skip
         kernels: list[bool] = []
         listeners = [lambda _, k=kernels: k.append(torch.are_deterministic_algorithms_enabled())]
@@ -216,6 +221,10 @@ def test_equal_runs_give_equal_bytes_and_tell_of_no_machine(
         assert not torch.are_deterministic_algorithms_enabled()
         found.append([*(file.path for file in result.files), home / "mine" / "digest.json"])
         assert capsys.readouterr().out.endswith(f"  {result.digest.text}\n")
+        for path in (path for path in (home / "mine").rglob("*") if path.is_file()):
+            assert not any(word in path.read_bytes() for word in (b"hf_ofAnn", b"host-of-ann"))
+            if path.name not in ("config.json", "progress.json"):
+                assert str(tmp_path).encode() not in path.read_bytes(), path
     for here, there in zip(*found, strict=True):
         assert here.read_bytes() == there.read_bytes()
         if here.suffix == ".json":

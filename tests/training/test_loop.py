@@ -420,24 +420,6 @@ def test_a_longer_schedule_is_followed_at_once(tiny_sd1: Path, data: Path, tmp_p
         assert row["lr"] == pytest.approx(rate * factor)
 
 
-def test_a_run_that_died_while_exporting_writes_its_files(
-    tiny_sd1: Path, data: Path, tmp_path: Path
-) -> None:
-    """Resumed after its last step, a run without files writes those of an undisturbed one, to the
-    last bit; with them it is refused, and says how to go on."""
-    options = {"checkpointing_steps": 3, "max_train_steps": 3}
-    result = sd_lora.train(text_to_image(tiny_sd1, data, tmp_path, **options))
-    tensors = {file.path: load_file(file.path) for file in result.files}
-    for path in tensors:
-        path.unlink()
-    again = text_to_image(tiny_sd1, data, tmp_path, **options, resume_from_checkpoint="latest")
-    for file in sd_lora.train(again).files:
-        written = load_file(file.path)
-        assert all(torch.equal(written[k], t) for k, t in tensors[file.path].items())
-    with pytest.raises(sd_lora.UsageError, match=r"has done all steps .*more --steps"):
-        sd_lora.train(again)
-
-
 def test_before_is_the_base_also_on_resume(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """The row "before" of before_after.png is drawn by the base, not by the checkpoint."""
     options = {"num_validation_images": 1, "validation_steps": 2, "checkpointing_steps": 3}

@@ -1,6 +1,9 @@
 """Finished work in an output folder stays, or is replaced where that is asked for."""
 
 import os
+import shutil
+import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -10,6 +13,7 @@ from safetensors.torch import load_file
 import sd_lora
 from sd_lora.formats import verify
 from sd_lora.training import output_folder
+from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
 
 
@@ -111,3 +115,85 @@ def test_the_old_file_is_there_until_the_new_one_is_verified(
     assert {path.name: path.read_bytes() for path in out.glob("*.safetensors")} == before
     (kept,) = {path for path in (out / "unverified").iterdir() if str(path) in str(caught.value)}
     assert load_file(kept)
+
+
+SHORT = {"max_train_steps": 2, "checkpointing_steps": 1, "targets": "conv_in", "rank": 1}
+
+STARTS = {
+    "anew": {},
+    "resumed": {"resume_from_checkpoint": "latest-if-any"},
+    "replacing": {"overwrite_output_dir": True},
+}
+
+
+@pytest.fixture(scope="module")
+def cut_off(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images, and `mine`, with the first checkpoint of a run of two steps."""
+    folder = tmp_path_factory.mktemp("cut_off")
+    images(folder / "data", 4)
+    config = text_to_image(tiny_sd1, folder / "data", folder / "mine", **SHORT)
+    sd_lora.train(config)
+    for path in (*folder.glob("mine/*.safetensors"), *folder.glob("mine/checkpoint-2/*")):
+        path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("first", STARTS)
+def test_two_runs_in_one_folder(first: str, cut_off: Path, tiny_sd1: Path, tmp_path: Path) -> None:
+    """While a run lives, begun anew, resumed or replacing an earlier one, each second run into its
+    folder is refused, begun in any of these ways, and touches no file; when the first is killed,
+    its folder can be resumed."""
+    out = (
+        tmp_path / "mine"
+        if first == "anew"
+        else shutil.copytree(cut_off / "mine", tmp_path / "mine")
+    )
+    given = (tiny_sd1, cut_off / "data", out)
+    reading, writing = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            prepare(text_to_image(*given, **SHORT, **STARTS[first]))
+            os.write(writing, b"ready")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reading, 5) == b"ready"
+        before = contents(out)
+        for second in STARTS.values():
+            with pytest.raises(sd_lora.UsageError, match="another run works in|of an earlier run"):
+                sd_lora.train(text_to_image(*given, **SHORT, **second))
+        with pytest.raises(sd_lora.UsageError, match="another run works in"):
+            sd_lora.train(text_to_image(*given, **SHORT, overwrite_output_dir=True))
+        assert contents(out) == before
+    finally:
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        for handle in (reading, writing):
+            os.close(handle)
+    done = sd_lora.train(text_to_image(*given, **SHORT, **STARTS["resumed"]))
+    assert len(done.losses) == (2 if first == "anew" else 1)
+
+
+def test_a_run_that_died_at_the_end_writes_what_is_missing(
+    cut_off: Path, tiny_sd1: Path, tmp_path: Path
+) -> None:
+    """After its last step, a run with one of two files not in its place, or without its sheet or
+    the file of a new word, is not finished: the same command writes all of them."""
+    made = {**SHORT, "num_validation_images": 1, "validation_steps": 1,
+            "token_abstraction": "<thing>", "caption_prefix": "<thing> ",
+            "validation_prompt": "a <thing>"}  # fmt: skip
+    config = text_to_image(
+        tiny_sd1, cut_off / "data", tmp_path / "mine", **made, **STARTS["resumed"]
+    )
+    sd_lora.train(config)
+    whole = contents(tmp_path / "mine")
+    names = {name for name in whole if "/" not in name and name.endswith(("png", "safetensors"))}
+    assert len(names) == 4
+    for name in ("before_after.png", "mine_thing.safetensors"):
+        (tmp_path / "mine" / name).unlink()
+        sd_lora.train(config)
+        assert names <= contents(tmp_path / "mine").keys()
+    with pytest.raises(sd_lora.UsageError, match="has done all steps"):
+        sd_lora.train(config)

@@ -91,8 +91,13 @@ class RunOptions(Section):
         return self.mode == "dreambooth"
 
     def check_output(self) -> None:
-        """Raise UsageError for an output folder that cannot be written."""
+        """Raise UsageError for an output folder that cannot be written, or is a whole disk."""
         with named("output_dir"):
+            place = self.output_path.resolve()
+            if place == Path(place.anchor):  # the LoRA file would have no name either
+                raise UsageError(
+                    f"output_dir {self.output_dir} is the root of a disk: name a folder in it"
+                )
             check_writable(self.output_path, "output_dir")
 
     @property

@@ -27,6 +27,7 @@ from sd_lora.config.translate.rows import (
     truth,
     whole,
 )
+from sd_lora.errors import UsageError
 
 NOT_THERE = "is not there"
 FAMILIES = {"sd1": "sd1", "sd2": "sd2", "sdxl": "sdxl"}
@@ -363,9 +364,15 @@ PREFIXES = {
 
 
 def prepare(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a job's first process, with dots for inner tables."""
+    """The settings of a job's first process, with dots for inner tables.
+
+    Raises:
+        UsageError: no table of settings, or no list of processes.
+    """
     config = settings.get("config", settings)
-    processes = config.get("process") or [{}]
+    processes = config.get("process") or [{}] if isinstance(config, dict) else None
+    if not isinstance(processes, list) or not isinstance(processes[0], dict):
+        raise UsageError("config is no table with a list of tables as its process")
     found = {k: v for k, v in config.items() if k != "process"}
     found |= _flat(processes[0], "")
     if len(processes) > 1:

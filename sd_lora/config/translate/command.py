@@ -10,6 +10,7 @@ from sd_lora.config.translate.read import peer_of, read
 from sd_lora.config.translate.text import to_table, to_toml
 from sd_lora.config.translate.translation import translate
 from sd_lora.errors import UsageError
+from sd_lora.files import write_whole
 
 _ABOUT = (
     "Write the settings of another trainer as a configuration of sd-lora train, and say of each "
@@ -59,6 +60,7 @@ def run(argv: Sequence[str]) -> tuple[str, str]:
 
     Raises:
         UsageError: no settings, an unreadable file, or a file that is there already.
+        RunError: a file that cannot be written.
     """
     own = _num_own(argv)
     words = list(argv[own:])
@@ -76,8 +78,5 @@ def run(argv: Sequence[str]) -> tuple[str, str]:
         return toml, table
     if args.out.exists():
         raise UsageError(f"{args.out} is there already; give --out another name")
-    try:
-        args.out.write_text(toml, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"{args.out} cannot be written: {error.strerror}") from None
+    write_whole(args.out, toml.encode())
     return f"{table}\n\nsd-lora train --config {args.out}", ""

@@ -1,11 +1,11 @@
 """Other trainers' files: JSON, TOML and YAML, and the files that they name."""
 
-import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
+from sd_lora.config.values import parsed
 from sd_lora.errors import UsageError
+from sd_lora.files import utf8_text
 
 YAML = (".yaml", ".yml")
 TABLES = (".json", ".toml", *YAML)
@@ -19,18 +19,14 @@ def load(path: Path) -> Any:
         UsageError: no such file, no permission, or a file of another form.
     """
     suffix = path.suffix.lower()
+    kind = "TOML" if suffix == ".toml" else "YAML" if suffix in YAML else "JSON"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+        text = utf8_text(path)
+    except UsageError as error:
+        raise UsageError(f"{path} {error}") from None
     try:
-        if suffix in YAML:
-            return _yaml(text)
-        return tomllib.loads(text) if suffix == ".toml" else json.loads(text)
+        return _yaml(text) if kind == "YAML" else parsed(text, kind)
     except (ValueError, RecursionError) as error:
-        kind = "TOML" if suffix == ".toml" else "YAML" if suffix in YAML else "JSON"
         raise UsageError(f"{path} is not {kind}: {error}") from None
 
 

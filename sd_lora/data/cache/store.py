@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from sd_lora.errors import RunError
-from sd_lora.files import mib
+from sd_lora.files import mib, write_fault
 
 _HEAD = struct.Struct("<4sIQ")
 _MARK = b"sdl1"
@@ -234,7 +234,7 @@ class Store:
 
     def _why(self, error: OSError, size: int) -> str:
         todo = next((do for codes, do in _TO_DO.items() if error.errno in codes), "")
-        reason = error.strerror or str(error)
+        reason = write_fault(error, self.folder)
         return (
             f"the cache {self.folder} could not take {mib(size)}: {reason}. {todo}Another folder "
             "can be named by --data_cache_dir, or in the environment variable SD_LORA_CACHE"

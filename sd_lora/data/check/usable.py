@@ -21,6 +21,9 @@ from sd_lora.models.caption_encoder import PIECE, CaptionEncoder
 MAX_NAMED = 20
 """Findings that one error prints."""
 
+LONGEST_CAPTION = 100_000
+"""Characters of a caption, all of its lines together: tokens are counted at a million a second."""
+
 MAX_USEFUL_TOKENS = 300
 """Tokens of the longest caption that is advised to be read whole; a longer text is no caption."""
 
@@ -143,7 +146,8 @@ def _assign_buckets(
     scanned: ScanResult, crop_settings: CropSettings, alpha_mask: bool
 ) -> tuple[list[tuple[Sample, Size]], list[Finding]]:
     """Samples that fit a bucket, with it, and all findings."""
-    findings, samples = list(scanned.findings), scanned.samples
+    findings = list(scanned.findings)
+    samples = _with_short_captions(scanned.samples, findings)
     if alpha_mask:
         samples = _partly_opaque(samples, scanned.facts, findings)
     buckets = _buckets_of(samples, crop_settings)
@@ -160,6 +164,19 @@ def _assign_buckets(
     # other findings on an image that is left out are of no use
     left_out = {f.name for f in findings if f.level == "left out"}
     return usable, [f for f in findings if f.level == "left out" or f.name not in left_out]
+
+
+def _with_short_captions(samples: list[Sample], findings: list[Finding]) -> list[Sample]:
+    """Samples whose captions can be looked at in a blink; adds findings on the others."""
+    kept = []
+    for sample in samples:
+        length = max(map(len, sample.captions), default=0)
+        if length <= LONGEST_CAPTION:
+            kept.append(sample)
+            continue
+        details = f"its caption has {length} characters, and {LONGEST_CAPTION} are the most"
+        findings.append(Finding("unreadable-caption", sample.name, details))
+    return kept
 
 
 def _buckets_of(samples: list[Sample], crop_settings: CropSettings) -> list[Size | None]:

@@ -20,6 +20,7 @@ from sd_lora.data.sources.metadata_files import (
 )
 from sd_lora.data.sources.samples import fill_empty_captions, has_empty_caption, printable_path
 from sd_lora.errors import UsageError
+from sd_lora.files import LARGEST_TEXT
 from sd_lora.findings import Finding
 
 T = TypeVar("T")
@@ -281,7 +282,7 @@ def _read_sidecar(found: FolderCaptions, images: list[Path], files: list[Path]) 
         details = f"{same} share the caption in {printable_path(Path(first.name))}"
         found.add_finding("stem-clash", images[0], details)
     try:
-        caption = read_text(first).strip()
+        caption = read_text(first, LARGEST_TEXT).strip()
     except UsageError as error:
         for path in images:
             code = "non-utf8-caption" if "UTF-8" in str(error) else "unreadable-caption"

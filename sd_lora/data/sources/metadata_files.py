@@ -47,10 +47,14 @@ def is_metadata(path: Path) -> bool:
         return False
 
 
-def read_text(path: Path) -> str:
+LARGEST = 2**32
+"""Bytes of a metadata file: a million rows of four kilobytes."""
+
+
+def read_text(path: Path, largest: int = LARGEST) -> str:
     """Read a UTF-8 text file without its byte order mark; raises UsageError with its name."""
     try:
-        return utf8_text(path)
+        return utf8_text(path, largest)
     except UsageError as error:
         raise UsageError(f"{printable_path(path)} {error}") from None
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from sd_lora.config.translate.command import run
 from sd_lora.config.translate.read import Settings, read
 from sd_lora.errors import UsageError
 
@@ -141,3 +142,11 @@ def test_mistakes_in_files(name: str, text: str, message: str, tmp_path: Path) -
     (tmp_path / name).write_text(text)
     with pytest.raises(UsageError, match=message):
         read([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("config", [[1], {"process": 3}, {"process": [3]}])
+def test_a_job_without_a_process(config: object, tmp_path: Path) -> None:
+    """ai-toolkit's file with something else in place of its tables is an error, no traceback."""
+    (tmp_path / "a.json").write_text(json.dumps({"config": config}))
+    with pytest.raises(UsageError, match="config is no table with a list of tables"):
+        run(["--from", "ai-toolkit", str(tmp_path / "a.json")])

@@ -69,6 +69,15 @@ def test_transparent_images_are_left_out_with_a_mask_only() -> None:
     assert [s.name for s, _ in pickle.loads(pickle.dumps(masked)).usable] == ["0.png"]
 
 
+def test_an_endless_caption_is_left_out() -> None:
+    """Wherever a caption is from, one of more characters than are counted in a blink leaves its
+    image out; at the bound the image is trained."""
+    found = checked(OPAQUE, caption="a" * 100_001, required=False)
+    assert codes(found) == [("0.png", "left out", "unreadable-caption")]
+    assert "has 100001 characters, and 100000 are the most" in found.findings[0].text
+    assert len(checked(OPAQUE, caption="a" * 100_000).usable) == 1
+
+
 def test_no_usable_image_is_an_error_if_one_is_required() -> None:
     """The error has the findings; without `required` the result is empty."""
     with pytest.raises(NoUsableImages, match="none of the instance images") as error:

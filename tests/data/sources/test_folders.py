@@ -370,6 +370,23 @@ def test_texts_in_utf_16_and_nul_bytes_are_named(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_captions_that_are_no_texts(tmp_path: Path) -> None:
+    """A caption of 100 MiB is not read, nor is a pipe that nobody writes to, or a link to a device
+    without an end: each is told at once, and the image is left out."""
+    for name in "abcd":
+        image(tmp_path / f"{name}.png")
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(100 * 2**20)
+    os.mkfifo(tmp_path / "b.txt")
+    (tmp_path / "c.txt").symlink_to("/dev/zero")
+    (tmp_path / "d.txt").write_text("d")
+    source = opened(tmp_path)
+    assert captions(source) == {"d.png": ("d",)}
+    texts = {Path(f.name).name: f.text for f in source.findings if f.level == "left out"}
+    assert "has 100.0 MiB, and such a text has 1.0 MiB at most" in texts["a.png"]
+    assert {"b.png", "c.png"} <= texts.keys()
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
