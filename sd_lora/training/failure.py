@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from sd_lora.errors import RunError, UsageError
 from sd_lora.training.checkpoint_folders import RESUME
@@ -31,7 +30,7 @@ def told_once() -> Iterator[None]:
         error.told = _is_told(str(error))
         raise
     except (RuntimeError, ConnectionError) as error:
-        if not dist.is_initialized():
+        if not _has_joined():
             raise
         lost = "peer" in str(error) or isinstance(error, dist.DistError | ConnectionError)
         told = _is_told("a lost connection" if lost else f"a bug: {error}")
@@ -45,11 +44,18 @@ def told_once() -> Iterator[None]:
         raise ended from None
 
 
+def _has_joined() -> bool:
+    """Whether this process has met others; some builds of torch cannot."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def _is_told(error: str) -> bool | None:
     """Whether another process has left an error; else this one's is left. None: there is one
     process, or the launcher is gone."""
-    if not dist.is_initialized():
+    if not _has_joined():
         return None
+    from torch.distributed import distributed_c10d
+
     try:
         store = distributed_c10d._get_default_store()
         ours = f"{dist.get_rank()}: {error}"

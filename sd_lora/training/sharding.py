@@ -95,6 +95,8 @@ def shard(unet: nn.Module, accelerator: Accelerator) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model computes on all processes at once, or not at all."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False  # also in a build of torch that has no processes
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
