@@ -51,7 +51,8 @@ def try_largest(run: Run, accumulate: Accumulate) -> None:
     """
     automatic, parts = run.config.fit == "auto", Parts.of(run)
     take(run, Fit(**run.saved.progress.fit) if run.saved else Fit())
-    if run.accelerator.distributed_type in PLAIN and (automatic or parts.grow(run)):
+    alone = run.accelerator.distributed_type in PLAIN and not run.joint
+    if alone and (automatic or parts.grow(run)):
         refused: list[str] = []
         for fit in ways(run, parts.most) if automatic else [run.fit]:
             take(run, fit)
