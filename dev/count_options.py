@@ -54,7 +54,8 @@ def options_of(path: Path) -> set[str]:
     """Options that a file names."""
     named: set[str] = set()
     # the tools' own flags; other trainers' names
-    if path.name == "commands.py" or path.parent.name in ("formats", "translate"):
+    tools, others = ("commands.py", "tool_flags.py"), ("formats", "translate")
+    if path.name in tools or path.parent.name in others:
         return named
     own_class = path.name == "schema.py" or path.parent.name == "options"
     knows = path.relative_to(ROOT).parts[0] in KNOW_OPTIONS

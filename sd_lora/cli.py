@@ -177,14 +177,24 @@ def _sample(argv: Sequence[str]) -> None:
     if args.prompts:
         from sd_lora.files import utf8_text
 
-        lines = (line.strip() for line in utf8_text(args.prompts).splitlines())
+        try:
+            text = utf8_text(args.prompts)
+        except UsageError as error:
+            raise UsageError(f"{args.prompts} {error}") from None
+        lines = (line.strip() for line in text.splitlines())
         args.prompt += [line for line in lines if line]
     if not args.prompt:
         raise UsageError("give a prompt: --prompt 'a photo of a cat'")
     if args.out.exists() and not args.overwrite:
         raise UsageError(f"{args.out} is there already: --overwrite replaces it, or another --out")
+    if args.out.suffix.lower() != ".png" or args.out.is_dir():
+        raise UsageError(f"--out {args.out}: the grid is a file that ends in .png")
+    from sd_lora.folders import check_writable
     from sd_lora.hub import check_model_path
 
+    check_writable(args.out.absolute().parent, "--out")
+    if args.images:
+        check_writable(args.images, "--images")
     check_model_path(args.model)
     if absent := [str(path) for path in (*args.lora, *args.beside) if not path.exists()]:
         raise UsageError(f"there is no LoRA file {', '.join(absent)}")

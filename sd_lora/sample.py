@@ -17,6 +17,7 @@ from sd_lora.adapters.merging import set_strength
 from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats.adapter_files import load_adapter
+from sd_lora.formats.canonical import each
 from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import INPAINTING
@@ -38,14 +39,14 @@ class Mix:
     files: tuple[tuple[Path, float], ...] = ()
 
     @property
-    def strengths(self) -> dict[str, float]:
-        """Name of each file → its strength."""
-        return {name_of(path): strength for path, strength in self.files}
+    def strengths(self) -> tuple[tuple[str, float], ...]:
+        """Name and strength of each file."""
+        return tuple((name_of(path), strength) for path, strength in self.files)
 
     @property
     def label(self) -> str:
         """The files with their strengths: "my-style 0.5"; "the base" without any."""
-        return ", ".join(f"{n} {s:g}" for n, s in self.strengths.items()) or "the base"
+        return ", ".join(f"{n} {s:g}" for n, s in self.strengths) or "the base"
 
     def beside(self, other: "Mix") -> "Mix":
         """Both together."""
@@ -207,6 +208,9 @@ def check(request: Request, base: Base) -> None:
         except UsageError as error:
             faults.append(str(error))
             continue
+        several = any(mix.files for mix in request.beside) and any(m.files for m in request.rows)
+        if several and any(delta.magnitude is not None for _, _, delta in each(lora.adapter)):
+            faults.append(f"{path} has magnitudes (DoRA), which cannot be added to another file")
         if wrong:
             more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
             faults.append(f"{path} does not fit {request.model}: {wrong[0]}{more}")
@@ -237,7 +241,7 @@ def run(args: argparse.Namespace) -> str:
         args.low_memory,
     )
     check(request, base)
-    device = torch.device(args.device) if args.device else best_device()
+    device = known_device(args.device) if args.device else best_device()
     dtype = DTYPES[args.dtype] if args.dtype else best_dtype(device)
     drawn = []
     try:
@@ -247,17 +251,28 @@ def run(args: argparse.Namespace) -> str:
             for column, image in zip(request.columns, images, strict=True):
                 if args.images:
                     _write_alone(args.images, request.parameters(row, column), image)
+    except RunError as error:  # NaN pixels
+        if not drawn:
+            raise
+        label = request.rows[len(drawn)].label
+        note = f"{error}. It was drawing {label}; the rows before are in {args.out}"
+        _sheet(request, drawn).write(args.out)
+        raise RunError(note) from None
     except torch.OutOfMemoryError:
         smaller = f" --size {min(request.size) // 2}" if args.low_memory else " --low_memory"
         raise RunError(f"{device} has too little memory for {args.model}: add{smaller}") from None
-    columns = [request.parameters(request.rows[-1], column) for column in request.columns]
-    sheet = Sheet(
-        drawn, [row.label for row in request.rows], columns, min(512, max(256, *request.size))
-    )
-    sheet.write(args.out)
+    _sheet(request, drawn).write(args.out)
     lines = [f"done in {duration(time.monotonic() - started)}", f"  look at {args.out}"]
     lines += [f"  {sum(map(len, drawn))} images in {args.images}"] * bool(args.images)
     return "\n".join(lines)
+
+
+def _sheet(request: Request, drawn: list[list[Image.Image]]) -> Sheet:
+    """The grid of the rows that are drawn."""
+    rows = request.rows[: len(drawn)]
+    columns = [request.parameters(rows[-1], column) for column in request.columns]
+    labels = [row.label for row in rows]
+    return Sheet(drawn, labels, columns, min(512, max(256, *request.size)))
 
 
 def _write_alone(folder: Path, parameters: Parameters, image: Image.Image) -> None:
@@ -265,6 +280,16 @@ def _write_alone(folder: Path, parameters: Parameters, image: Image.Image) -> No
     folder.mkdir(parents=True, exist_ok=True)
     numbers = (int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal())
     write_image(folder / f"{max(numbers, default=-1) + 1:05}.png", image, [parameters])
+
+
+def known_device(name: str) -> torch.device:
+    """A device by its name; raises UsageError for one that computes nothing here."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {name} cannot be used here: {error}") from None
+    return device
 
 
 def best_device() -> torch.device:

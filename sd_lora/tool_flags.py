@@ -171,13 +171,13 @@ def sample_parser() -> ToolParser:
     add("--prompts", type=as_path, metavar="FILE", help="more prompts, one a line")
     add(
         "--strengths",
-        type=_weight,
+        type=_strength,
         nargs="+",
         default=[0.0, 1.0],
         metavar="S",
         help="a row each; 0 is the model alone (default: 0 1)",
     )
-    add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="(default: 0)")
+    add("--seeds", "--seed", type=_seed, nargs="+", default=[0], metavar="N", help="(default: 0)")
     add(
         "--beside",
         type=as_path,
@@ -186,7 +186,7 @@ def sample_parser() -> ToolParser:
         metavar="FILE",
         help="LoRA files that are added to those of each row: a group of columns each",
     )
-    add("--beside_strength", type=_weight, default=1.0, metavar="S", help="(default: 1)")
+    add("--beside_strength", type=_strength, default=1.0, metavar="S", help="(default: 1)")
     add("--negative", default="", metavar="TEXT", help="negative prompt (default: none)")
     add(
         "--size",
@@ -196,7 +196,7 @@ def sample_parser() -> ToolParser:
     )
     add("--steps", type=_count, default=25, help="of DPM-Solver++ (default: 25)")
     add("--guidance", type=_weight, default=7.5, help="classifier-free guidance (default: 7.5)")
-    add("--clip_skip", type=int, default=0, help="layers to skip, counted from 0 (default: 0)")
+    add("--clip_skip", type=_skip, default=0, help="layers to skip, counted from 0 (default: 0)")
     add("--out", type=as_path, default=Path("grid.png"), help="the grid (default: grid.png)")
     add("--images", type=as_path, metavar="FOLDER", help="write each image alone as well, numbered")
     add("--overwrite", action="store_true", help="replace the grid that is there")
@@ -221,6 +221,25 @@ def _size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"a size is 512 or 768x512, not {text!r}")
     return int(match[1]), int(match[2] or match[1])
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"a seed is from 0 to 2^63 - 1, not {text!r}")
+    return int(text)
+
+
+def _skip(text: str) -> int:
+    if text not in ("0", "1", "2", "3"):
+        raise argparse.ArgumentTypeError(f"clip_skip is from 0 to 3, not {text!r}")
+    return int(text)
+
+
+def _strength(text: str) -> float:
+    strength = _weight(text)
+    if abs(strength) > 100:
+        raise argparse.ArgumentTypeError(f"a strength is from -100 to 100, not {text!r}")
+    return strength
 
 
 def _count(text: str) -> int:

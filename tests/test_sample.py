@@ -73,5 +73,14 @@ def test_faults_come_at_once_and_before_the_model(
     assert "--size: 63 is no multiple of 8" in said
     assert main([*words, str(tmp_path / "grid.png")]) == 2
     assert "grid.png is there already" in capsys.readouterr().err
-    assert main(["sample", "--model", str(tiny_sd1)]) == 2
+    some = ["sample", "--model", str(tiny_sd1), "--out", str(tmp_path / "new.png")]
+    assert main(some) == 2
     assert "give a prompt" in capsys.readouterr().err
+    for wrong, message in (
+        (["--device", "foo"], "--device foo cannot be used here"), (["--seeds", "x"], "a seed is"),
+        (["--strengths", "1e39"], "a strength is from"), (["--clip_skip", "-3"], "clip_skip is"),
+        (["--out", str(tmp_path / "new.jpg")], "ends in .png"),
+        (["--images", str(tmp_path / "grid.png")], "is a file, not a folder"),
+    ):  # fmt: skip
+        assert main([*some, "--prompt", "a cat", *wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -7,9 +7,12 @@ images below `samples`. Curves are drawn by uPlot 1.6 (MIT), which stands in the
 import base64
 import io
 import json
+import math
+import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,9 +21,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.data.check.page import printable
-from sd_lora.errors import RunError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
+from sd_lora.folders import RUN_LOG
 from sd_lora.report.events import (
     CheckpointSaved,
     Event,
@@ -31,7 +36,7 @@ from sd_lora.report.events import (
     TrainingStarted,
 )
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.record import Record, read_record
+from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration
 
 PAGE, SAMPLES = "report.html", "samples"
@@ -41,7 +46,10 @@ MOST_POINTS = 2000
 """Points of a curve: a longer log is averaged over as many steps as needed."""
 
 MOST_BYTES = 9_000_000
-"""Bytes of all images of a page; beyond, they are made smaller."""
+"""Bytes of all images of a page; beyond, they are made smaller, and then fewer."""
+
+SIDES = {512: 60_000, 384: 36_000, 256: 18_000, 160: 8_000, 96: 4_000}
+"""Side of a sample on the page → about its bytes there."""
 
 REWRITE_EVERY = 30.0
 """Seconds between two writes of the page while a run goes on."""
@@ -50,24 +58,28 @@ REWRITE_EVERY = 30.0
 class RunPage:
     """Keeps a run's page, as a listener: after samples and checkpoints, else at most each 30 s."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.record = folder, Record(folder)
+    def __init__(self, config: TrainConfig) -> None:
+        self.folder, self.record = config.output_path, Record(config)
         self._written = -REWRITE_EVERY
 
     def __call__(self, event: Event) -> None:
-        """Take an event, and write the page where it is due; warns of a failed write."""
-        self.record(event)
-        now = time.monotonic()
-        if isinstance(event, StepsLogged) and now - self._written < REWRITE_EVERY:
-            return
-        seen = StepsLogged | TrainingStarted | SamplesDrawn | CheckpointSaved | LoraSaved | RunEnded
-        if isinstance(event, seen):
-            self._written = now
-            try:
+        """Take an event, and write the page where it is due; warns of a page that cannot be."""
+        try:
+            self.record(event)
+            if self._is_due(event):
                 self.record.write()
                 write_page([self.folder], self.folder / PAGE)
-            except RunError as error:  # a run does not end for want of its page
-                warnings.warn(str(error), stacklevel=2)
+                self._written = time.monotonic()
+        except (RunError, UsageError, OSError, ValueError) as error:
+            # a run does not end for want of its page
+            warnings.warn(f"{self.folder / PAGE} is not written: {error}", stacklevel=2)
+
+    def _is_due(self, event: Event) -> bool:
+        if isinstance(event, StepsLogged):
+            return time.monotonic() - self._written >= REWRITE_EVERY
+        return isinstance(
+            event, TrainingStarted | SamplesDrawn | CheckpointSaved | LoraSaved | RunEnded
+        )
 
 
 @dataclass(frozen=True)
@@ -82,18 +94,23 @@ class Drawn:
         return sorted(self.images)
 
 
-def samples_of(folder: Path) -> Drawn:
-    """The single images `samples/step-000100/00.png`, in their order, and their prompts."""
+def samples_of(folder: Path, last: int) -> Drawn:
+    """The single images `samples/step-000100/00.png`, in their order, and their prompts.
+
+    last: number of steps done; later images are of an earlier run.
+    """
     images: dict[int, list[Path]] = {}
     for place in sorted((folder / SAMPLES).glob("step-*")):
         number = place.name.removeprefix("step-")
-        if place.is_dir() and number.isdecimal():
+        if place.is_dir() and number.isdecimal() and int(number) <= last:
             files = sorted(place.glob("*.png"))
             images |= {int(number): files} if files else {}
     prompts: list[str] = []
     for path in images[max(images)] if images else []:
-        with Image.open(path) as image:
-            prompts.append(str(image.info.get("parameters", "")).partition("\nNegative")[0])
+        text = ""
+        with suppress(OSError), Image.open(path) as image:
+            text = str(image.info.get("parameters", ""))
+        prompts.append(text.partition("\nNegative")[0])
     return Drawn(prompts, images)
 
 
@@ -103,9 +120,7 @@ def curves_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | Non
     A log of more than `MOST_POINTS` rows is averaged over neighbours.
     """
     names = list(dict.fromkeys(name for row in rows for name in row))
-    curves: dict[str, list[float | None]] = {
-        name: [row.get(name) for row in rows] for name in names
-    }
+    curves = {name: [_finite(row.get(name)) for row in rows] for name in names}
     total, weight, smooth = 0.0, 0.0, []
     for value in curves.get("loss", []):
         if value is not None:
@@ -124,42 +139,67 @@ def _thinned(values: list[float | None], every: int) -> list[float | None]:
     return [float(f"{sum(part) / len(part):.6g}") if part else None for part in known]
 
 
+def _finite(value: object) -> float | None:
+    """A number of a log; None for one that no chart can show."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def data_uri(path: Path, side: int) -> str:
-    """An image as WebP in a data URI, at most `side` pixels; a small one without loss."""
-    return _encoded(path, path.stat().st_mtime_ns, side)
+    """An image as WebP in a data URI, at most `side` pixels, a small one without loss; grey for one
+    that cannot be read."""
+    try:
+        return _encoded(path, path.stat().st_mtime_ns, side)
+    except OSError:
+        return _uri(Image.new("RGB", (8, 8), "#888888"))
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _encoded(path: Path, written: int, side: int) -> str:
     with Image.open(path) as image:
         small = image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return _uri(small)
+
+
+def _uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
-    small.save(buffer, "WEBP", quality=88, method=4, lossless=max(small.size) <= 128)
+    image.save(buffer, "WEBP", quality=88, method=4, lossless=max(image.size) <= 128)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _pictures(drawn: Sequence[Drawn]) -> list[dict[int, list[str]]]:
-    """Step → images as data URIs, of each run, small enough for `MOST_BYTES` together."""
-    for side in (512, 384, 256, 160, 96):
-        found = [
-            {step: [data_uri(path, side) for path in files] for step, files in d.images.items()}
-            for d in drawn
-        ]
-        if sum(len(u) for run in found for uris in run.values() for u in uris) <= MOST_BYTES:
-            break
-    return found
+def _fitting(drawn: Sequence[Drawn]) -> tuple[list[Drawn], int]:
+    """The samples that a page holds, and the side of their images: smaller ones if there are many,
+    and of still more every second, third, … step, always with the first and the last."""
+    count = sum(len(files) for d in drawn for files in d.images.values())
+    side = next((side for side, size in SIDES.items() if count * size <= MOST_BYTES), min(SIDES))
+    every = -(-count * SIDES[side] // MOST_BYTES)
+    if every <= 1:
+        return [*drawn], side
+    return [
+        Drawn(d.prompts, {s: d.images[s] for s in {*d.steps[::every], *d.steps[-1:]}})
+        for d in drawn
+    ], side
 
 
 def differing_options(folders: Sequence[Path]) -> dict[str, list[str]]:
-    """Option → its value in each run, of those that differ."""
-    configs = []
-    for folder in folders:
-        path = folder / "config.json"
-        configs.append(json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {})
-    names = sorted({name for config in configs for name in config} - {"output_dir"})
-    values = {name: [json.dumps(c.get(name)).strip('"') for c in configs] for name in names}
+    """Option → its value in each run, of those that differ; of absolute paths the last name.
+
+    Raises:
+        UsageError: a config.json that cannot be read.
+    """
+    paths = [folder / "config.json" for folder in folders]
+    configs = [read_json(path) if path.is_file() else {} for path in paths]
+    names = sorted({name for config in configs for name in config})
+    values = {name: [_value(config.get(name)) for config in configs] for name in names}
     return {name: row for name, row in values.items() if len(set(row)) > 1}
+
+
+def _value(value: Any) -> str:
+    """An option's value on the page."""
+    text = json.dumps(value, ensure_ascii=False).strip('"')
+    for path in filter(os.path.isabs, texts_in(value)):
+        text = text.replace(path, Path(path).name)
+    return text
 
 
 @cache
@@ -183,28 +223,29 @@ def page_of(folders: Sequence[Path]) -> str:
         UsageError: a folder that is none of a run.
     """
     records = [read_record(folder) for folder in folders]
-    names = [folder.resolve().name for folder in folders]
-    drawn = [samples_of(folder) for folder in folders]
-    logs = [LogFile(folder / "training_log.jsonl").rows() for folder in folders]
-    runs: list[dict[str, Any]] = []
-    for number, record in enumerate(records):
-        curves = curves_of(logs[number])
-        runs.append(
-            {
-                "name": names[number],
-                "record": {"rows": {}, "notes": [], "findings": [], "changes": {}, "usage": []}
-                | {"files": [], "num_steps": 0, "step": 0, "replayed": None}
-                | record,
-                "curves": curves,
-                "rate": _rate(record, len(logs[number])),
-                "prompts": drawn[number].prompts,
-                "steps": drawn[number].steps,
-            }
-        )
-    pictures = _pictures(drawn)
+    names = _names(folders)
+    found = [samples_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
+    drawn, side = _fitting(found)
+    logs = [LogFile(folder / RUN_LOG).rows() for folder in folders]
+    runs = [
+        {
+            "number": number,
+            "name": names[number],
+            "record": record,
+            "curves": curves_of(logs[number]),
+            "rate": _rate(record, len(logs[number])),
+            "prompts": drawn[number].prompts,
+            "steps": drawn[number].steps,
+        }
+        for number, record in enumerate(records)
+    ]
+    pictures = [
+        {step: [data_uri(path, side) for path in files] for step, files in d.images.items()}
+        for d in drawn
+    ]
     data = [
-        {"name": run["name"], "curves": run["curves"], "steps": run["steps"], "images": found}
-        for run, found in zip(runs, pictures, strict=True)
+        {"name": run["name"], "curves": run["curves"], "steps": run["steps"], "images": images}
+        for run, images in zip(runs, pictures, strict=True)
     ]
     script = (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8")
     return _template().render(
@@ -217,6 +258,16 @@ def page_of(folders: Sequence[Path]) -> str:
     )
 
 
+def _names(folders: Sequence[Path]) -> list[str]:
+    """Names of runs, with their parents' where two are alike."""
+    paths = [folder.resolve() for folder in folders]
+    names = [path.name for path in paths]
+    return [
+        n if names.count(n) == 1 else f"{p.parent.name}/{n}"
+        for n, p in zip(names, paths, strict=True)
+    ]
+
+
 def _for_script(data: object) -> str:
     """JSON that may stand in a script element."""
     return json.dumps(data, ensure_ascii=False).replace("<", "\\u003c").replace("\u2028", "\\u2028")
@@ -224,7 +275,7 @@ def _for_script(data: object) -> str:
 
 def _rate(record: Mapping[str, Any], rows: int) -> str:
     """Steps a second over the whole run, in words."""
-    seconds = float(record.get("seconds") or 0)
+    seconds = record["seconds"]
     return f"{rows / seconds:.3g} steps/s" if seconds and rows else ""
 
 

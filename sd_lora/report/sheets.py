@@ -50,7 +50,7 @@ class Sheet:
         """The sheet as an RGB image, as high as its text needs."""
         count = max(len(cells) for cells in [*self.rows, self.columns])
         width = self._left(count)
-        font = font_for("".join([*self.labels, *(column.prompt for column in self.columns)]))
+        font = font_for("".join([*self.labels, *(column.caption for column in self.columns)]))
         texts: list[tuple[int, int, str, str]] = []  # left, top, colour, line
         cells: list[tuple[int, Sequence[Image.Image | None]]] = []  # top, images
         y = GAP
@@ -90,7 +90,7 @@ class Sheet:
     def _prompts(self) -> Iterator[tuple[int, int, str]]:
         """Yield first column, number of columns and prompt of neighbours with an equal prompt."""
         first = 0
-        for prompt, equal in groupby(parameters.prompt for parameters in self.columns):
+        for prompt, equal in groupby(parameters.caption for parameters in self.columns):
             number = len(list(equal))
             yield first, number, prompt
             first += number

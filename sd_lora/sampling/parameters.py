@@ -2,8 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 SAMPLER = "DPM++ 2M"
@@ -26,7 +25,7 @@ class Parameters:
     lora_steps: optimiser steps that the LoRA has learned.
     clip_skip: layers left out at the end of the text encoder.
     negative: the negative prompt.
-    strengths: name of a LoRA file → its strength, for A1111's tags behind the prompt.
+    strengths: name and strength of each LoRA file, for A1111's tags behind the prompt.
     beside: names of the LoRA files of this column alone, on a sheet of several columns.
     """
 
@@ -40,15 +39,18 @@ class Parameters:
     lora_steps: int = 0
     clip_skip: int = 0
     negative: str = ""
-    strengths: Mapping[str, float] = field(default_factory=dict)
+    strengths: tuple[tuple[str, float], ...] = ()
     beside: str = ""
 
     @property
     def place(self) -> str:
-        """Seed, size and LoRA of the column, in ASCII for a sheet's small font: "seed 3, 512 x 512,
-        with lcm"."""
-        beside = f", with {self.beside}" * bool(self.beside)
-        return f"seed {self.seed}, {self.size[0]} x {self.size[1]}{beside}"
+        """Seed and size, in ASCII for a sheet's small font: "seed 3, 512 x 512"."""
+        return f"seed {self.seed}, {self.size[0]} x {self.size[1]}"
+
+    @property
+    def caption(self) -> str:
+        """The words below a sheet's column: the prompt, and the LoRA files that it alone has."""
+        return self.prompt + f"  [with {self.beside}]" * bool(self.beside)
 
     def text(self) -> str:
         """The text that A1111 writes into a PNG and reads back: prompt, negative prompt, settings.
@@ -70,7 +72,7 @@ class Parameters:
         if self.lora:
             settings |= {"LoRA": self.lora, "LoRA steps": self.lora_steps}
         line = ", ".join(f"{key}: {_quoted(str(value))}" for key, value in settings.items())
-        tags = "".join(f" <lora:{name}:{value:g}>" for name, value in self.strengths.items())
+        tags = "".join(f" <lora:{name}:{value:g}>" for name, value in self.strengths)
         return f"{self.prompt}{tags}\n{f'Negative prompt: {self.negative}'.strip()}\n{line}"
 
 

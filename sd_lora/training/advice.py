@@ -10,6 +10,7 @@ from sd_lora.adapters.inject import lora_layers
 from sd_lora.config.rows import LOWER
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.data.batches.stream import Batch
+from sd_lora.errors import UsageError
 from sd_lora.files import mib
 from sd_lora.training.fit import Fit
 from sd_lora.training.memory import GIB, RESERVE, Shape, count_step, room_of
@@ -95,7 +96,10 @@ def _rungs(run: Run, step: Rung, resumes: bool) -> Iterator[Rung]:
         if (name, value) in free or not _is_of_use(run, name):
             continue
         if value != LOWER:
-            step = _with(run, step, name, value)
+            try:
+                step = _with(run, step, name, value)
+            except UsageError:  # it does not go with the run's other options
+                continue
             yield step
             continue
         for share in SMALLER:

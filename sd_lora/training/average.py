@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Power:
 
     length: float
 
-    @property
+    @cached_property
     def gamma(self) -> float:
         """γ of the length: σ_rel = √((γ + 1) / ((γ + 2)² (γ + 3))), equation 5 of the paper."""
         t = self.length**-2
@@ -59,7 +60,9 @@ class Power:
 
 def profiles_of(config: RunConfig) -> dict[str, Constant | Power]:
     """Name → course of β of a configuration's averages, the exported one last: a constant decay, or
-    `LENGTHS` and the run's own length."""
+    `LENGTHS` and the run's own length; none without averages."""
+    if not config.use_ema:
+        return {}
     if config.ema_decay is not None:
         return {CONSTANT: Constant(config.ema_decay)}
     own = config.ema_length or LENGTHS[-1]

@@ -227,6 +227,22 @@ class Saved:
             load_lora_state_dict(model, self.factors[component])
 
 
+STATE = ("optimizer", "schedule", "scaler", "average", "trained", "tokens", "losses",
+         "redrawn", "trackers")  # fmt: skip
+"""Names in a checkpoint's state."""
+
+
+def state_of(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint; raises UsageError for one of another version."""
+    state = read_state(path)
+    if missing := [name for name in STATE if name not in state]:
+        raise UsageError(
+            f"{path} is of another version, which alone can go on with it: it has no "
+            f"{', '.join(missing)}"
+        )
+    return dict(state)
+
+
 def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
     """Read a checkpoint for injected models, which stay as they are.
 
@@ -236,9 +252,11 @@ def read(path: Path, models: Mapping[str, nn.Module]) -> Saved:
     try:
         # whole, not mapped into memory: Windows would keep the file from being pruned
         tensors = load((path / FACTORS).read_bytes())
-        state = read_state(path)
+        state = state_of(path)
         if state["trained"]:  # the factors' file has an average
             tensors = state["trained"]["factors"]
+    except UsageError:
+        raise
     except Exception as error:  # a foreign parser over foreign bytes: any error is the file's fault
         raise UsageError(f"{path} cannot be read: {error}") from None
     factors: dict[str, dict[str, Tensor]] = {}

@@ -20,8 +20,9 @@ from sd_lora.training.processes import DTYPES
 def checkpoint_bytes(config: RunConfig, parameters: int) -> int:
     """Bytes of a checkpoint: float32 factors, those of moving averages, and the optimiser's
     state."""
-    trained = config.use_ema or config.optimizer_facts.averages  # beside what is exported
-    copies = 1 + trained + len(profiles_of(config)) * config.use_ema
+    averages = len(profiles_of(config))
+    # the trained ones beside those that are exported
+    copies = 1 + averages + (averages > 0 or config.optimizer_facts.averages)
     return round(parameters * (4 * copies + optimizer_of(config).state_bytes))
 
 

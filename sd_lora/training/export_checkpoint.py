@@ -18,13 +18,12 @@ from sd_lora.formats.verify import Verified, fitted, misfits
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.average import WORDS, reconstructed
-from sd_lora.training.checkpoint import read_progress
+from sd_lora.training.checkpoint import read_progress, state_of
 from sd_lora.training.checkpoint_folders import checkpoints, fault, step_of
 from sd_lora.training.conditioning import restored_words
 from sd_lora.training.data import base_of
 from sd_lora.training.export import file_dtype, write_verified, write_words
 from sd_lora.training.output_folder import LORA_PREFIX
-from sd_lora.training.state_files import read_state
 
 
 def export_checkpoint(
@@ -70,7 +69,7 @@ def export_checkpoint(
     meta_pipeline = _of_base(config.base_model, None if model else family_of(lora))
     for wrong in misfits(lora.adapter, meta_pipeline):
         raise UsageError(f"{path} does not fit {meta_pipeline.source}: {wrong}")
-    words = read_state(path)["tokens"] if ema_length is None else None
+    words = state_of(path)["tokens"] if ema_length is None else None
     tokens = restored_words(config, base_of(config), words) if words else None
     adapter, weight = fitted(lora.adapter, meta_pipeline), _weight_of(config.base_model)
     kinds = [kind for kind in formats_of(adapter)[0] if weight or kind is not COMFYUI]
@@ -93,7 +92,7 @@ def _averaged(lora: LoRAFile, path: Path, length: float) -> LoRAFile:
     """
     step = step_of(path)
     there = [p for p in checkpoints(path.parent) if step_of(p) <= step and not fault(p)]
-    snapshots = {step_of(p): read_state(p)["average"] for p in {path, *there}}
+    snapshots = {step_of(p): state_of(p)["average"] for p in {path, *there}}
     values = reconstructed(snapshots, length)
     if any(key.startswith(WORDS) for key in values):
         raise UsageError("--ema_length is for LoRAs without new words: leave it out")

@@ -1,7 +1,10 @@
 """The way in which a step goes through the device: the same samples and losses with less memory."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from sd_lora.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,16 @@ class Fit:
 
     checkpointing: bool = False
     at_once: int | None = None
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Fit":
+        """The means of a checkpoint; raises UsageError for those of another version."""
+        if unknown := [*record.keys() - asdict(cls()).keys()]:
+            raise UsageError(
+                f"the checkpoint's way to fit has {', '.join(unknown)}: it is of another version, "
+                "which alone can go on with it"
+            )
+        return cls(**record)
 
     @property
     def text(self) -> str:

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     """See `train`."""
     started = time.monotonic()
     try:
-        run = prepare(config, [*listeners, RunPage(config.output_path)], resumed)
+        run = prepare(config, [*listeners, RunPage(config)], resumed)
         try_largest(run, accumulate)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
@@ -146,15 +146,16 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 write_alone(run, before, 0)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
-            show_missing_samples(run)
+            with memory_for("drawing sample images", run.config):
+                show_missing_samples(run)
             done = train_steps(run, log, requests)
         finished = done == run.plan.num_steps
         if finished:
             run.use_average()
-        digest = run.digest()
         with memory_for("checking the model", run.config):
             first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
-        after = draw_samples(run, AFTER) if finished and run.joint else None
+        with memory_for("drawing sample images", run.config):
+            after = draw_samples(run, AFTER) if finished and run.joint else None
         run.release_distributed()
         if not finished:
             run.accelerator.end_training()
@@ -165,6 +166,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
                 f"and {RESUME}"
             )
+        digest = run.digest()
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE))
@@ -229,7 +231,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
         if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again
-            with run.averaged():
+            with memory_for("writing files", config), run.averaged():
                 save_lora(run, done, batch_loss)
         if saving:
             save_checkpoint(run, done, batch_loss)
@@ -237,7 +239,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         if stopping:
             break
         if samples_are_due(run, done):
-            with run.averaged(), memory_for("drawing sample images", config):
+            with memory_for("drawing sample images", config), run.averaged():
                 show_samples(run, done, requests.drawing)
     return done
 
@@ -360,12 +362,14 @@ def replay(run: Run) -> tuple[float, float]:
         model.eval()
     # no gradients, so nothing to exchange
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
-    try:
-        batches = map(run.stream.batch, range(run.plan.epochs.first_of_step(steps)))
+    batches: list[Batch] = []
+    with suppress(RunError):  # a lost image costs a number now, not the trained LoRA
+        batches += map(run.stream.batch, range(run.plan.epochs.first_of_step(steps)))
+    if run.anywhere(not batches):
+        mean = torch.tensor(math.nan, device=run.accelerator.device)
+    else:
         losses = [batch_loss(alone, b, run.plan.num_steps) / b.accumulation_steps for b in batches]
         mean = torch.stack(losses).sum() / steps
-    except RunError:  # a lost image costs a number now, not the trained LoRA
-        mean = torch.tensor(math.nan, device=run.accelerator.device)
     trained = float(run.accelerator.reduce(mean, "mean"))
     mean_first = sum(first) / steps if len(first) == steps else math.nan
     run.emit(Validated(steps, mean_first, trained))

@@ -26,6 +26,7 @@ from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.adapt import inject_all
+from sd_lora.training.average import profiles_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.processes import DTYPES, chosen_precision
 from sd_lora.training.setup import prepare_models
@@ -121,9 +122,9 @@ class Shape:
 class StepBytes:
     """A step, counted.
 
-    frozen: bytes of the frozen weights that it uses. trained: of the deltas, their gradients and
-    the optimiser's state. peak: of all, with everything that the backward pass needs. flop:
-    operations. text_learns: whether text encoders are trained.
+    frozen: bytes of the frozen weights that it uses. trained: of the deltas, their gradients, the
+    optimiser's state and moving averages. peak: of all, with everything that the backward pass
+    needs. flop: operations. text_learns: whether text encoders are trained.
     """
 
     frozen: int
@@ -163,7 +164,8 @@ def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBy
     layers = [p for model in adapted.values() for p in lora_layers(model)]
     trained = {id(p) for p in layers}
     frozen = [p for m in used for p in (*m.parameters(), *m.buffers()) if id(p) not in trained]
-    state = round(sum(p.numel() for p in layers) * optimizer_of(config).state_bytes)
+    averages = 4 * len(profiles_of(config))
+    state = round(sum(p.numel() for p in layers) * (optimizer_of(config).state_bytes + averages))
     moments = torch.empty(state, dtype=torch.uint8, device="meta")
     x, conditions = _inputs(config, family, unet, shape, DTYPES[precision])
     with HeldBytes([*frozen, *layers, moments, x, *tree_leaves(conditions)]) as counter:

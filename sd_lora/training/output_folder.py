@@ -103,8 +103,11 @@ def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
         of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
         for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (config.output_path / "samples").glob("step-*.png"):
-            path.unlink(missing_ok=True)
+        for path in (config.output_path / "samples").glob("step-*"):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
@@ -116,8 +119,8 @@ def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
 
 def remove_unfinished(config: RunConfig) -> None:
     """Remove files and folders that a killed run was writing: in the output folder, its subfolders,
-    and those of LoRA files in mid-run."""
-    depths = (".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part")
+    and those of LoRA files and samples in mid-run."""
+    depths = (".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part", "samples/*/.*.part")
     for path in chain.from_iterable(map(config.output_path.glob, depths)):
         if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

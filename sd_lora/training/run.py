@@ -156,6 +156,13 @@ class Run:
         """Whether other weights are sampled and exported than those that are trained."""
         return self.average is not None or averages(self.optimizer)
 
+    def anywhere(self, fact: bool) -> bool:
+        """Whether a fact holds on any process that does joint work; else on this one."""
+        if not self.joint:
+            return fact
+        flag = torch.tensor(float(fact), device=self.accelerator.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
     @contextlib.contextmanager
     def exportable(self) -> Iterator[None]:
         """A context in which the main process has all tensors that an export reads: magnitudes are
@@ -210,7 +217,7 @@ class Run:
         if self.average:
             self.average.load_state_dict(saved.state["average"])
         load_optimizer(self.optimizer, saved.state["optimizer"])
-        self.lr_scheduler.load_state_dict(saved.state["lr_scheduler"])
+        self.lr_scheduler.load_state_dict(saved.state["schedule"])
         schedule = self.lr_scheduler
         schedule.base_lrs = rates
         factors = [factor(schedule.last_epoch) for factor in schedule.lr_lambdas]
@@ -299,7 +306,7 @@ class Run:
         runs = self.saved.state["trackers"] if self.saved else {}
         return {
             "optimizer": self.optimizer.state_dict(),
-            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "schedule": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "average": self.average.state_dict() if self.average else None,
             "trained": trained,

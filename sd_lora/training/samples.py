@@ -146,8 +146,8 @@ def write_before_after(
     path, steps = run.output_dir / SHEET, run.plan.num_steps
     after = after or draw_samples(run, AFTER)
     sheet = sample_sheet(run, {"before": before, f"after {steps} steps": after}, steps)
-    sheet.write(path)
     write_alone(run, after, steps)
+    sheet.write(path)  # the last: where it is, nothing is drawn again
     return path
 
 
@@ -156,7 +156,6 @@ def write_alone(run: Run, images: Sequence[Image.Image], step: int) -> None:
     parameters = sample_sheet(run, {}, step).columns if images else []
     for number, (image, drawn) in enumerate(zip(images, parameters, strict=True)):
         folder = run.output_dir / SAMPLES / f"step-{step:06}"
-        folder.mkdir(parents=True, exist_ok=True)
         write_image(folder / f"{number:02}.png", image, [drawn])
 
 
@@ -178,8 +177,8 @@ def show_samples(
         images = draw_samples(run, f"samples at step {step}")
         if images and run.main:
             prompts, path = [wanted.prompt for wanted in wanted_samples(run)], _sheet_of(run, step)
-            sample_sheet(run, {f"step {step}": images}, step).write(path)
             write_alone(run, images, step)
+            sample_sheet(run, {f"step {step}": images}, step).write(path)
             run.emit(SamplesDrawn(step, prompts, images, path))
     run.accelerator.wait_for_everyone()
 

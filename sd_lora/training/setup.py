@@ -30,7 +30,7 @@ from sd_lora.report.summary import Summary
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all
-from sd_lora.training.average import WORDS, Average
+from sd_lora.training.average import WORDS, Average, profiles_of
 from sd_lora.training.caches import Caches, open_store
 from sd_lora.training.checkpoint_folders import Found
 from sd_lora.training.class_images import check_class_images, fill_class_folder
@@ -62,7 +62,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
-from sd_lora.training.sharding import is_sharded, shard, shards, without_fsdp
+from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
 
 
@@ -178,6 +178,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         resolved, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
     )
     images.check_sources()
+    if sharded and accelerator.num_processes > 1:
+        check_even(resolved, bool(crop_settings.step))
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
@@ -223,7 +225,7 @@ def _average(
     config: RunConfig, models: dict[str, nn.Module], text: TextConditioning
 ) -> Average | None:
     """The moving average that the configuration asks for, of all trained parameters."""
-    if not config.use_ema:
+    if not profiles_of(config):
         return None
     parameters: dict[str, Tensor] = {
         f"{component}/{name}.{key}": parameter  # the keys of a checkpoint's factors

@@ -15,7 +15,8 @@ from accelerate.utils import parse_flag_from_env, patch_environment
 from torch import nn
 
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.errors import UsageError
+from sd_lora.config.schema import RunConfig
+from sd_lora.errors import Problem, UsageError, refuse
 
 LEAST_TORCH = (2, 7)
 """torch whose `fully_shard` leaves parameters out (`ignored_params`)."""
@@ -70,6 +71,26 @@ _REFUSED = {
     ),
 }
 """Flag of the launcher's environment → the reason why it is refused, with the way to its end."""
+
+
+def check_even(config: RunConfig, has_buckets: bool) -> None:
+    """Refuse options with which processes make different numbers of forward passes: each is an
+    exchange of the sharded UNet, which all processes must make.
+
+    has_buckets: whether images are of several shapes.
+
+    Raises:
+        UsageError: all of these options at once, with the way out.
+    """
+    way = f"which FSDP2 cannot: leave it out, or launch with {INSTEAD}"
+    problems = []
+    if config.output_preservation:
+        text = "output_preservation computes some images twice, others not"
+        problems.append(Problem("output_preservation", f"{text}, {way}"))
+    if config.class_images and has_buckets:
+        text = "class images of several shapes take a pass each beside the others"
+        problems.append(Problem("with_prior_preservation", f"{text}, {way} (or without buckets)"))
+    refuse(problems)
 
 
 def without_fsdp() -> AbstractContextManager[None]:

@@ -99,10 +99,15 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
     try:
         batch = run.stream.batch(run.plan.epochs.first_of_step(step) - 1)
     except RunError:  # an image is lost, of which its own step tells
+        batch = None
+    if run.anywhere(batch is None):
         return
+    assert batch is not None
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
     with _evaluating([*run.models.values(), *run.text.encoders.values()]):
-        loss = float(batch_loss(alone, batch, step))
+        value = batch_loss(alone, batch, step)
+        # where all processes check, all find the same
+        loss = float(run.accelerator.reduce(value, "mean") if run.joint else value)
     if not math.isfinite(loss):
         found = f"after step {step} the loss on images of this step is {loss}"
         raise diverged(step, found, NOT_SAVED)

@@ -50,7 +50,12 @@ def try_largest(run: Run, accumulate: Accumulate) -> None:
         UsageError: out of memory, on any process, in each way that the run may go.
     """
     automatic, parts = run.config.fit == "auto", Parts.of(run)
-    take(run, Fit(**run.saved.progress.fit) if run.saved else Fit())
+    take(run, Fit.of(run.saved.progress.fit) if run.saved else Fit())
+    if run.joint and run.fit.at_once:
+        raise UsageError(
+            "the checkpoint is of a run with --fit auto that computes fewer images at once, and "
+            "the processes of FSDP2 must compute alike: go on without it"
+        )
     alone = run.accelerator.distributed_type in PLAIN and not run.joint
     if alone and (automatic or parts.grow(run)):
         refused: list[str] = []
@@ -130,7 +135,10 @@ def _refused(run: Run, number: int, error: BaseException) -> str:
 
 def _advice(run: Run, number: int, works: bool) -> str:
     """Flags that take less than a micro-batch does now. works: whether steps are done already."""
-    return step_advice(run, shape_of(run.stream.batch(number), run.fit), works)
+    try:
+        return step_advice(run, shape_of(run.stream.batch(number), run.fit), works)
+    except (UsageError, RunError) as error:  # the message and the steps done count for more
+        return f"(no flags can be counted here: {error})"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from PIL import Image
 from sd_lora.cli import main
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event
-from sd_lora.report.run_page import curves_of, page_of
+from sd_lora.report.run_page import MOST_BYTES, SIDES, Drawn, _fitting, curves_of, page_of
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.parameters import Parameters
 
@@ -56,8 +56,6 @@ def test_the_page_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.copytree(run, other)
     assert main(["report", str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
     assert [d["name"] for d in data_of((tmp_path / "both.html").read_text())] == ["out", "other"]
-    with pytest.raises(UsageError, match="no output folder of a run"):
-        page_of([tmp_path])
 
 
 def test_a_long_log_is_thinned_and_smoothed() -> None:
@@ -91,6 +89,43 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     assert scripts == ['<script type="application/json" id="data">', "<script>", "<script>"]
     assert "<img src=x" not in page
     assert "<script>alert" not in page
+
+
+def test_odd_folders_are_told_or_shown(run: Path, tmp_path: Path) -> None:
+    """A record with facts missing or of other types, an image that is cut short, samples of later
+    steps, and numbers that are none are shown as far as they go; a folder, a record or a
+    configuration that cannot be read is told."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "samples" / "step-000099").mkdir()
+    image = folder / "samples" / "step-000004" / "00.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with (folder / "training_log.jsonl").open("a") as file:
+        file.write('{"step": 7, "loss": NaN}\n')
+    (data,) = data_of(page_of([folder]))
+    assert data["steps"] == [0, 4, 6]
+    assert data["curves"]["loss"][-1] is None
+    (folder / "report.json").write_text('{"seconds": "x", "warnings": 3, "step": 6}')
+    page_of([folder])
+    (folder / "config.json").write_text("[1]")
+    for broken, message in (
+        ([folder, run], "config.json holds no table"), ([tmp_path / "none"], "no output folder"),
+        ([tmp_path], "has no report.json"),
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            page_of(broken)
+
+
+def test_many_samples_are_thinned() -> None:
+    """250 steps of 4 images are small, and of four such runs every second step is shown, the first
+    and the last among them."""
+    many = Drawn([""] * 4, {step: [Path()] * 4 for step in range(0, 2500, 10)})
+    (shown,), side = _fitting([many])
+    assert (side, shown.steps) == (160, many.steps)
+    more, side = _fitting([many] * 4)
+    assert side == 96
+    assert [more[0].steps[0], more[0].steps[-1]] == [0, 2490]
+    assert sum(len(f) for d in more for f in d.images.values()) * SIDES[96] < 1.1 * MOST_BYTES
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no Chromium here")

@@ -64,7 +64,7 @@ def config_of(mode: str, root: Path, **changes: object) -> TrainConfig:
         options |= {
             "train_text_encoder": True, "with_prior_preservation": True, "num_class_images": 2,
             "class_data_dir": str(place / "class"), "class_prompt": "a thing",
-            "sample_batch_size": 1,
+            "sample_batch_size": 1, "num_validation_images": 1, "validation_steps": 1,
         }  # fmt: skip
         return dreambooth(root / "model", root / "data", place / "out", **(options | changes))
     options |= {"bucket_step": 16, "random_flip": True, "caption_dropout": 0.2}
@@ -221,10 +221,12 @@ class Trial:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Path → bytes of a run's files. The cache is left out, whose keys are of a time, and images of
-    class that were begun: another run may write them."""
+    """Path → bytes of a run's files. Left out are the cache, whose keys are of a time, the run's
+    page and its record, which tell the time that it took, and class images that were begun: another
+    run may write them."""
     there = [*folder.glob("out/**/*"), *folder.glob("class/*.png")]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in there if p.is_file()}
+    kept = [path for path in there if path.is_file() and path.stem != "report"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in kept}
 
 
 def assert_same(whole: Path, other: Path) -> None:

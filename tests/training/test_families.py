@@ -359,7 +359,7 @@ def test_the_vae_is_not_run_under_autocast(tiny: Folder) -> None:
     parts = load_parts(str(tiny("sdxl")))
     loaded = []
     parts.vae.decoder.conv_in.register_forward_hook(lambda m, i, o: loaded.append(o.dtype))
-    options = {"resolution": 64, "device": torch.device("cpu"), "steps": 1}
+    options = {"size": (64, 64), "device": torch.device("cpu"), "steps": 1}
     with torch.autocast("cpu", torch.bfloat16):
         list(sample(parts, parts.caption_encoder(), ["a"], [0], **options))
     assert loaded == [torch.float32]

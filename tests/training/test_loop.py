@@ -108,7 +108,8 @@ def test_the_files_are_what_was_trained(
     names = {p.name for p in (tmp_path / "mine").iterdir() if p.is_file()}
     assert names == {
         "before_after.png", "config.json", "mine_kohya.safetensors",
-        "digest.json", "pytorch_lora_weights.safetensors", "training_log.jsonl",
+        "digest.json", "pytorch_lora_weights.safetensors", "training_log.jsonl", "report.html",
+        "report.json",
     }  # fmt: skip
     assert [f.modules for f in result.files] == [112, 112]
     for path in (tmp_path / "mine", tmp_path / "mine" / "mine_kohya.safetensors"):
@@ -546,6 +547,7 @@ def test_samples_during_training(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         )
     )  # fmt: skip
     names = sorted(p.name for p in (tmp_path / "watched" / "samples").iterdir())
-    assert names == ["step-000002.png", "step-000004.png"]
+    steps = [f"step-00000{step}" for step in (0, 2, 4, 6)]
+    assert names == sorted([*steps, "step-000002.png", "step-000004.png"])
     assert difference(tmp_path / "plain", tmp_path / "watched") == 0
     assert list((tmp_path / "watched" / "logs").rglob("events*"))

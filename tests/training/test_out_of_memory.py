@@ -193,7 +193,7 @@ def test_memory_that_ends_in_mid_run(
         RunError, match=r"(?s)^out of memory in step 3 of 3: .*Step 2 is saved"
     ) as e:
         sd_lora.train(wanted)
-    assert "--train_batch_size" not in str(e.value)  # it would change the order of the data
+    assert "--batch " not in str(e.value)  # it would change the order of the data
     on_card(lambda done: 1.5e6)
     result = sd_lora.train(wanted.replace(resume_from_checkpoint="latest", fit="auto"))
     assert len(result.losses) == 1
@@ -307,7 +307,7 @@ def test_processes_fit_together(tiny_sd1: Path, data: Path, tmp_path: Path) -> N
     refused = (
         "error: out of memory in the run's largest batch, tried before step 1: on process 1, 2 im"
     )
-    assert done.stderr.count(refused) == 2
+    assert done.stderr.count(refused) == 1  # told by the first to know it
     assert re.search(r"memory +gradient checkpointing, 1 image at once\n", done.stdout)
     lines = (out / "training_log.jsonl").read_text().splitlines()
     alone = steps(ready(config(tiny_sd1, data, tmp_path / "one", max_train_steps=3)))

@@ -20,9 +20,9 @@ from sd_lora.config.command_line import parse
 from sd_lora.formats import file_names
 from sd_lora.formats.lora_file import open_lora
 from sd_lora.training.processes import chosen_precision
-from sd_lora.training.sharding import shards
+from sd_lora.training.sharding import check_even, shards
 from tests.training.launches import Launch, Processes, TwoHosts, accelerate_launch, free_port
-from tests.training.runs import images, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 IMAGES, STEPS = 18, 4  # 12 images and 6 in turn: with 4 processes parts of 3, then of 1 and 2
@@ -230,7 +230,7 @@ def test_the_configurations_for_accelerate(
     for variable, text in variables.items():
         monkeypatch.setenv(variable, text)
     assert shards() == (name == "fsdp2")
-    assert chosen_precision(text_to_image(root, root, root)) == "bf16"
+    assert chosen_precision(text_to_image(root, root, root / "out")) == "bf16"
 
 
 def test_fsdp2_trains_as_ddp(runs: Runs, root: Path) -> None:
@@ -325,3 +325,16 @@ def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: 
     words = [load_file(f / f"{f.name}_thing.safetensors") for f in (one, two)]
     for key in ("clip_l", "clip_g"):
         torch.testing.assert_close(words[0][key], words[1][key], rtol=0, atol=1e-4)
+
+
+def test_unequal_work_is_refused_with_a_sharded_base(root: Path) -> None:
+    """Preserved outputs, and class images beside buckets, would let processes make different
+    numbers of forward passes, each an exchange: they are refused, and squares are not."""
+    of_class = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "a thing"}
+    plain = dreambooth(root, root, root / "out", **of_class)
+    check_even(plain.resolve("sd1", 64), has_buckets=False)
+    with pytest.raises(sd_lora.UsageError, match="class images of several shapes"):
+        check_even(plain.resolve("sd1", 64), has_buckets=True)
+    kept = text_to_image(root, root, root / "out", output_preservation="blank")
+    with pytest.raises(sd_lora.UsageError, match="output_preservation computes some images twice"):
+        check_even(kept.resolve("sd1", 64), has_buckets=False)

@@ -62,6 +62,11 @@ class SavingOptions(Section):
         main="a checkpoint, or latest")
     # fmt: on
 
+    @property
+    def resumes(self) -> bool:
+        """Whether the run may go on from a checkpoint."""
+        return self.resume_from_checkpoint is not None
+
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield two kinds of moving average, and one of an optimiser that averages itself."""

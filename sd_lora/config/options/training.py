@@ -219,11 +219,6 @@ class TrainingOptions(SavingOptions):
         return sum(n * unit for n, unit in zip(numbers, (3600, 60, 1), strict=False))
 
     @property
-    def resumes(self) -> bool:
-        """Whether the run may go on from a checkpoint."""
-        return self.resume_from_checkpoint is not None
-
-    @property
     def optimizer_facts(self) -> Optimizer:
         """Facts of the optimiser with its arguments."""
         return optimizer_facts(self.optimizer, self.optimizer_args)

@@ -34,6 +34,9 @@ def _yaml(text: str) -> Any:
     import yaml  # 30 ms: for ai-toolkit's files alone
 
     try:
+        # a value written once and named often grows without bound where it is read out
+        if any(isinstance(event, yaml.events.AliasEvent) for event in yaml.parse(text)):
+            raise ValueError("aliases (*name) are not read: write their values out")
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(str(error).replace("\n", " ")) from None
