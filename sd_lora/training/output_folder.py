@@ -82,6 +82,7 @@ def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
     owed += [folder / SHEET] if draws else []
     cut_off = any((folder / UNVERIFIED).glob("*")) or not all(path.exists() for path in owed)
     if files and not cut_off:
+        remove_unfinished(config)  # of its page, which is written last
         raise UsageError(
             f"{saved} has done all steps of this run, and {', '.join(p.name for p in files)} is "
             "there: give it more --steps to go on"
@@ -117,7 +118,7 @@ def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
             path.unlink(missing_ok=True)
 
 
-def remove_unfinished(config: RunConfig) -> None:
+def remove_unfinished(config: TrainConfig) -> None:
     """Remove files and folders that a killed run was writing: in the output folder, its subfolders,
     and those of LoRA files and samples in mid-run."""
     depths = (".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part", "samples/*/.*.part")
