@@ -4,7 +4,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -362,14 +362,14 @@ def replay(run: Run) -> tuple[float, float]:
         model.eval()
     # no gradients, so nothing to exchange
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
-    batches: list[Batch] = []
-    with suppress(RunError):  # a lost image costs a number now, not the trained LoRA
-        batches += map(run.stream.batch, range(run.plan.epochs.first_of_step(steps)))
-    if run.anywhere(not batches):
-        mean = torch.tensor(math.nan, device=run.accelerator.device)
-    else:
-        losses = [batch_loss(alone, b, run.plan.num_steps) / b.accumulation_steps for b in batches]
-        mean = torch.stack(losses).sum() / steps
+    losses = []
+    for number in range(run.plan.epochs.first_of_step(steps)):
+        batch = run.batch(number)
+        if batch is None:  # a lost image costs a number now, not the trained LoRA
+            losses = [torch.tensor(math.nan, device=run.accelerator.device)]
+            break
+        losses.append(batch_loss(alone, batch, run.plan.num_steps) / batch.accumulation_steps)
+    mean = torch.stack(losses).sum() / steps
     trained = float(run.accelerator.reduce(mean, "mean"))
     mean_first = sum(first) / steps if len(first) == steps else math.nan
     run.emit(Validated(steps, mean_first, trained))

@@ -163,6 +163,14 @@ class Run:
         flag = torch.tensor(float(fact), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
+    def batch(self, number: int) -> Batch | None:
+        """This process's part of a micro-batch; None where an image of it is lost, here or on a
+        process that does joint work."""
+        batch = None
+        with contextlib.suppress(RunError):
+            batch = self.stream.batch(number)
+        return None if self.anywhere(batch is None) else batch
+
     @contextlib.contextmanager
     def exportable(self) -> Iterator[None]:
         """A context in which the main process has all tensors that an export reads: magnitudes are

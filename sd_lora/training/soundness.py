@@ -96,13 +96,9 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
     if ruined:
         found = f"{len(ruined)} modules hold NaN or infinite values after step {step} ({ruined[0]}"
         raise diverged(step, f"{found} the first)", NOT_SAVED)
-    try:
-        batch = run.stream.batch(run.plan.epochs.first_of_step(step) - 1)
-    except RunError:  # an image is lost, of which its own step tells
-        batch = None
-    if run.anywhere(batch is None):
+    batch = run.batch(run.plan.epochs.first_of_step(step) - 1)
+    if batch is None:  # an image is lost, of which its own step tells
         return
-    assert batch is not None
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
     with _evaluating([*run.models.values(), *run.text.encoders.values()]):
         value = batch_loss(alone, batch, step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -419,6 +420,20 @@ def test_an_image_that_is_lost_in_mid_run_costs_no_step(
     latest = {"resume_from_checkpoint": "latest"}
     sd_lora.train(run_of(tiny_sd1, mixed, tmp_path / "cut", **options, **latest))
     assert_same_bits(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_image_that_is_lost_at_the_end_costs_one_number(
+    tiny_sd1: Path, mixed: Path, tmp_path: Path
+) -> None:
+    """Where an image of any of the first steps but the first is gone, the loss on the same images
+    is not told, and not that of the images that are left."""
+    run = prepare(run_of(tiny_sd1, mixed, tmp_path / "out", cache_latents="no", max_train_steps=4))
+    micros = range(run.plan.epochs.first_of_step(4))
+    used = [{item.index for item in run.stream.batch(number).items} for number in micros]
+    (lost, *_) = set().union(*used[1:]) - used[0]
+    assert math.isfinite(loop.replay(run)[1])
+    Path(run.images.instances.samples[lost].name).unlink()
+    assert math.isnan(loop.replay(run)[1])
 
 
 def test_an_image_that_changes_after_the_check_is_not_kept(
