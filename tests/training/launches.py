@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState
 from accelerate.utils.launch import prepare_multi_gpu_env
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import elastic_launch
@@ -80,6 +81,12 @@ def accelerate_launch(config: Path) -> tuple[argparse.Namespace, dict[str, str]]
     return flags, {name: text for name, text in variables.items() if before.get(name) != text}
 
 
+def _forget() -> None:
+    """Give a forked process the state of a new one: a test before, in the process that it was
+    forked from, may have left Accelerate's, of one process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 class Launch(Processes):
     """`sd-lora` as `number` processes with one command, and the store that torchrun gives them.
 
@@ -116,6 +123,7 @@ class Launch(Processes):
             self.processes.append(process)
 
     def _run(self, rank: int, command: Sequence[str], own: dict[str, str]) -> None:
+        _forget()
         os.environ |= own
         code = 70
         with (self.said / f"{rank}.txt").open("w") as file:
@@ -154,6 +162,7 @@ class TwoHosts(Processes):
             process.start()
 
     def _run(self, host: int, line: Sequence[str], command: Sequence[str]) -> None:
+        _forget()
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         with (self.said / f"launcher-{host}.txt").open("w") as file:
             os.dup2(file.fileno(), 1)
