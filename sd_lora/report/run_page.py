@@ -14,15 +14,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from PIL import Image
 
 from sd_lora.config.schema import TrainConfig
-from sd_lora.data.check.page import printable
+from sd_lora.data.check.page import template_at
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
 from sd_lora.folders import RUN_LOG
@@ -202,20 +201,6 @@ def _value(value: Any) -> str:
     return text
 
 
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,  # prompts, names and captions are not ours
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["printable"] = printable
-    environment.filters["duration"] = duration
-    return environment.get_template("run_page.html.j2")
-
-
 def page_of(folders: Sequence[Path]) -> str:
     """The page of a run, or of several.
 
@@ -248,7 +233,8 @@ def page_of(folders: Sequence[Path]) -> str:
         for run, images in zip(runs, pictures, strict=True)
     ]
     script = (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8")
-    return _template().render(
+    return template_at(HERE / "run_page.html.j2").render(
+        duration=duration,
         runs=runs,
         pictures=pictures,
         differing=differing_options(folders) if len(folders) > 1 else {},

@@ -3,8 +3,8 @@
 import errno
 import re
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -81,16 +81,25 @@ def flag(name: str, value: object) -> str:
 
 
 @contextmanager
-def memory_for(work: Work, config: RunConfig) -> Iterator[None]:
-    """Raise OutOfMemory, with remedies, where memory is used up in some work."""
+def told_by(error_of: Callable[[BaseException], OutOfMemory]) -> Iterator[None]:
+    """Raise an error for people where memory is used up. error_of: makes it of the allocator's."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         let_go(error)
+        raise error_of(error) from None
+
+
+def memory_for(work: Work, config: RunConfig) -> AbstractContextManager[None]:
+    """A context that raises OutOfMemory, with remedies, where memory is used up in some work."""
+
+    def error_of(error: BaseException) -> OutOfMemory:
         flags = [flag(name, value) for name, value in remedies(config, work)]
-        raise OutOfMemory(
+        return OutOfMemory(
             f"out of memory while {work}: {wanted(error)}. Less memory: "
             f"{'; '.join([*flags, 'close other programs that hold it'])}"
-        ) from None
+        )
+
+    return told_by(error_of)

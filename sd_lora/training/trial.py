@@ -8,7 +8,7 @@ on, so a run with it and a run without give the same bits.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from sd_lora.errors import RunError, UsageError
 from sd_lora.training.advice import shape_of, step_advice
 from sd_lora.training.fit import Fit
 from sd_lora.training.optimizers import optimizer_of
-from sd_lora.training.out_of_memory import OutOfMemory, is_out_of_memory, let_go, wanted
+from sd_lora.training.out_of_memory import OutOfMemory, is_out_of_memory, let_go, told_by, wanted
 from sd_lora.training.run import Run
 from sd_lora.training.setup import enable_checkpointing
 
@@ -106,22 +106,18 @@ def take(run: Run, fit: Fit) -> None:
     run.fit = fit
 
 
-@contextmanager
-def step_memory(run: Run, number: int, done: int) -> Iterator[None]:
-    """Raise StepOutOfMemory, with the flags that take less, where a micro-batch is too large.
+def step_memory(run: Run, number: int, done: int) -> AbstractContextManager[None]:
+    """A context that raises StepOutOfMemory, with the flags that take less, where a micro-batch is
+    too large.
 
     number: of the micro-batch. done: steps before.
     """
-    try:
-        yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        let_go(error)
-        raise StepOutOfMemory(
+    return told_by(
+        lambda error: StepOutOfMemory(
             f"out of memory in step {done + 1} of {run.plan.num_steps}: "
             f"{_refused(run, number, error)}\n{_advice(run, number, done > 0)}"
-        ) from None
+        )
+    )
 
 
 def _refused(run: Run, number: int, error: BaseException) -> str:

@@ -215,9 +215,10 @@ def alike_groups(images: Sequence[PageImage]) -> list[list[tuple[PageImage, str]
 
 
 @cache
-def _template() -> Template:
+def template_at(path: Path) -> Template:
+    """The template of a page, with the filters of all pages."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(path.parent),
         autoescape=True,  # names and captions are not ours
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -225,7 +226,7 @@ def _template() -> Template:
     )
     environment.filters["printable"] = printable
     environment.filters["curve"] = curve
-    return environment.get_template("page.html.j2")
+    return environment.get_template(path.name)
 
 
 def page(report: PageReport) -> str:
@@ -235,7 +236,7 @@ def page(report: PageReport) -> str:
         for mark in ("found", "cut", "larger", "of-class")
     }
     alike = alike_groups(report.images)
-    return _template().render(
+    return template_at(Path(__file__).with_name("page.html.j2")).render(
         report=report,
         groups=group_findings(report.findings),
         counts=counts,
