@@ -244,9 +244,8 @@ def utf8_text(path: Path, largest: int = LARGEST_TEXT) -> str:
             text begins with a verb, for the caller to put the file's name before it.
     """
     try:
-        if (
-            path.exists() and not path.is_file()
-        ):  # a pipe would wait for its writer, and /dev/zero has no end
+        # a pipe would wait for its writer, and /dev/zero has no end
+        if path.exists() and not path.is_file():
             raise UsageError("cannot be read: it is not a file")
         with open(path, "rb") as file:
             data = file.read(largest + 1)

@@ -5,6 +5,7 @@ import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.report.summary import duration
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.training.out_of_memory import OutOfMemory, told_by, wanted
 from sd_lora.training.processes import DTYPES
 
 State = Mapping[str, Mapping[str, Tensor]]
@@ -245,26 +247,32 @@ def run(args: argparse.Namespace) -> str:
     dtype = DTYPES[args.dtype] if args.dtype else best_dtype(device)
     drawn = []
     try:
-        parts = base.load(dtype=dtype)
-        for row, images in zip(request.rows, draw(parts, request, device), strict=True):
-            drawn.append(images)
-            for column, image in zip(request.columns, images, strict=True):
-                if args.images:
-                    _write_alone(args.images, request.parameters(row, column), image)
-    except RunError as error:  # NaN pixels
-        if not drawn:
+        with told_by(partial(_out_of_memory, request, device)):
+            parts = base.load(dtype=dtype)
+            for row, images in zip(request.rows, draw(parts, request, device), strict=True):
+                drawn.append(images)
+                for column, image in zip(request.columns, images, strict=True):
+                    if args.images:
+                        _write_alone(args.images, request.parameters(row, column), image)
+    except RunError as error:  # no memory, or NaN pixels
+        if not 0 < len(drawn) < len(request.rows):
             raise
         label = request.rows[len(drawn)].label
         note = f"{error}. It was drawing {label}; the rows before are in {args.out}"
         _sheet(request, drawn).write(args.out)
         raise RunError(note) from None
-    except torch.OutOfMemoryError:
-        smaller = f" --size {min(request.size) // 2}" if args.low_memory else " --low_memory"
-        raise RunError(f"{device} has too little memory for {args.model}: add{smaller}") from None
     _sheet(request, drawn).write(args.out)
     lines = [f"done in {duration(time.monotonic() - started)}", f"  look at {args.out}"]
     lines += [f"  {sum(map(len, drawn))} images in {args.images}"] * bool(args.images)
     return "\n".join(lines)
+
+
+def _out_of_memory(request: Request, device: torch.device, error: BaseException) -> OutOfMemory:
+    smaller = f"--size {min(request.size) // 2}" if request.low_memory else "--low_memory"
+    return OutOfMemory(
+        f"{device} has too little memory to draw with {request.model}, {wanted(error)}: add "
+        f"{smaller}"
+    )
 
 
 def _sheet(request: Request, drawn: list[list[Image.Image]]) -> Sheet:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from sd_lora.cli import main
@@ -84,3 +86,26 @@ def test_faults_come_at_once_and_before_the_model(
     ):  # fmt: skip
         assert main([*some, "--prompt", "a cat", *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_rows_that_are_drawn_are_kept(
+    tiny_sd1: Path, loras: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Where the device has no memory left in the second row, the error names the row and a flag,
+    and the grid has the first one. (The error is a stand-in for the device's own.)"""
+    forward, calls = UNet2DConditionModel.forward, []
+
+    def small_card(*args: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(*args, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", small_card)
+    words = ["sample", *HOW, "--model", tiny_sd1, "--lora", loras[0], "--prompt", "a cat"]
+    assert main([str(word) for word in [*words, "--out", tmp_path / "grid.png"]]) == 1
+    said = capsys.readouterr().err
+    assert "has too little memory to draw with" in said
+    assert "add --low_memory. It was drawing a 1; the rows before are in" in said
+    assert Image.open(tmp_path / "grid.png").size[1] < 400

@@ -201,8 +201,9 @@ def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
         pixels = torch.cat([vae.decode(z).sample.float() for z in x0.split(1)])
     if not torch.isfinite(pixels).all():
         raise RunError(
-            "the model generated NaN or infinite pixels: its precision is too low (set "
-            "--mixed_precision to bf16 or no), or its weights are broken"
+            "the model generated NaN or infinite pixels: its precision is too low (take bf16 or "
+            "float32: --mixed_precision of a run, --dtype of sd-lora sample), the strength of a "
+            "LoRA is too high, or its weights are broken"
         )
     array = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     return [Image.fromarray(a.permute(1, 2, 0).cpu().numpy()) for a in array]
