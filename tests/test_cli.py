@@ -33,8 +33,8 @@ def test_help_is_quick_and_complete() -> None:
 
 @pytest.mark.parametrize("command", _COMMANDS)
 def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """`help COMMAND` is `COMMAND --help`; that of check has the folder, model and prompt, its own
-    description and flags, and the pages of train's flags."""
+    """`help COMMAND` and `COMMAND help` are `COMMAND --help`; that of check has the folder, model
+    and prompt, its own description and flags, and the pages of train's flags."""
 
     def shown(*words: str) -> str:
         with suppress(SystemExit):  # argparse's way to end
@@ -42,7 +42,7 @@ def test_help_of_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> 
         return capsys.readouterr().out
 
     page = shown("help", command)
-    assert page == shown(command, "--help")
+    assert page == shown(command, "--help") == shown(command, "help")
     assert "usage: sd-lora " + command in page
     if command == "check":
         usage = "check FOLDER [--model MODEL] [--prompt PROMPT]"
