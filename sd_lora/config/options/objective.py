@@ -23,7 +23,7 @@ class ObjectiveOptions(Section):
     # fmt: off
     prediction_type: str | None = option(None,
         "prediction of the model; its scheduler's type if not given",
-        choices=("epsilon", "v_prediction", "flow_prediction"), scripts="AB",
+        choices=("epsilon", "v_prediction", "sample", "flow_prediction"), scripts="AB",
         kohya="v_parameterization", simpletuner=SAME, ai_toolkit="model.is_v_pred")
     rescale_betas_zero_snr: bool | None = option(None,
         "end the schedule in pure noise (zero terminal SNR), for v-prediction models trained "
