@@ -210,10 +210,12 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         if done == run.first_step:
             tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
-        if not skips(run, norm):
+        skipped = skips(run, norm)
+        if not skipped:
             with overflow_is_divergence(done + 1), memory_for("updating the weights", config):
                 run.optimizer.step()
             run.limit_norms(done)
+        run.learn_weights(skipped)
         if run.average:
             run.average.update(done + 1)
         run.optimizer.zero_grad()
@@ -299,6 +301,12 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
             mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
     losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
     weights = torch.tensor([item.weight for item in items], device=device)
+    if objective.uncertainty:
+        if torch.is_grad_enabled():
+            learned = [float(not item.preserves) for item in items]  # those start at a loss of 0
+            shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
+            objective.uncertainty.observe(losses, t, shares)
+        losses = objective.uncertainty.weighted(losses, t)
     return weighted_loss(losses, weights, batch.loss_scale)
 
 

@@ -19,6 +19,7 @@ from sd_lora.diffusion.noise import Noise
 from sd_lora.diffusion.objective import Objective
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.timesteps import Timesteps
+from sd_lora.diffusion.uncertainty import Uncertainty
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.folders import RUN_LOG, own
@@ -203,7 +204,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
 
 
 def _objective(config: RunConfig, parts: Parts) -> Objective:
-    """Noise levels, timesteps, noise and loss."""
+    """Noise levels, timesteps, noise, loss and its learned weights."""
     weighting, parameters = config.weighting
     schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
     first, last = _trained_timesteps(config, parts, schedule)
@@ -218,6 +219,7 @@ def _objective(config: RunConfig, parts: Parts) -> Objective:
         ),
         Noise(**config.noise),
         Loss.of(schedule, *config.loss),
+        Uncertainty(schedule, first, last) if config.edm2_loss_weighting else None,
     )
 
 

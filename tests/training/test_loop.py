@@ -127,8 +127,8 @@ def test_the_files_are_what_was_trained(
 @pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
 def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
-    random crops and flips, dropout, accumulation, a schedule, prior preservation, and every change
-    of noise, timesteps and loss."""
+    random crops and flips, dropout, accumulation, a schedule, prior preservation, learned weights,
+    and every change of noise, timesteps and loss."""
     wide = images(tmp_path / "wide", 5, (96, 64))
     options: dict = {
         "checkpointing_steps": 3,
@@ -155,6 +155,7 @@ def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path
             "class_data_dir": str(data),
             "class_prompt": "a photo of a thing",
             "num_class_images": 6,
+            "edm2_loss_weighting": True,
         }
     sd_lora.train(make(tiny_sd1, wide, tmp_path / "whole", **options))
     again = make(

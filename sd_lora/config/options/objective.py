@@ -89,6 +89,8 @@ class ObjectiveOptions(Section):
     loss_weights_file: str | None = option(None,
         "CSV file of loss weights by timestep: lines of timestep,weight, with straight lines "
         "between them")
+    edm2_loss_weighting: bool = option(False,
+        "learn the weight of each timestep beside the LoRA, so that all come to weigh alike (EDM2)")
     loss_type: str = option("l2",
         "loss of each element: squared, absolute, or squared for small errors and absolute for "
         "large ones (huber, smooth_l1)",
@@ -237,6 +239,7 @@ WEIGHTINGS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "loss_weights_file": (
         "table", lambda path: {"points": read_loss_weights(path), "file": Path(path).name}),
     "do_edm_style_training": ("edm_style", lambda on: {}),
+    "edm2_loss_weighting": ("uniform", lambda on: {}),  # `uncertainty.Uncertainty` learns its own
 }  # fmt: skip
 """Option that asks for a weighting → its row in `weightings.WEIGHTINGS`, and its parameters."""
 
