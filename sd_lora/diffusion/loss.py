@@ -18,9 +18,9 @@ TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
 }
 """Prediction type → target(x0, noise, alpha, sigma).
 
-epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. sample: x0 itself,
-by diffusers' name. flow_prediction: Esser et al. 2024, section 2, x_t's derivative by σ. edm: Karras
-et al. 2022, equation 8, with x0 in units of σ_data.
+epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. sample: x0
+itself, by diffusers' name. flow_prediction: Esser et al. 2024, section 2, x_t's derivative by σ.
+edm: Karras et al. 2022, equation 8, with x0 in units of σ_data.
 """
 
 

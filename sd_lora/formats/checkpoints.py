@@ -102,8 +102,8 @@ class Checkpoint:
 
     @property
     def prediction_type(self) -> str | None:
-        """A key of `SHORT_PREDICTIONS` by a folder's scheduler, "v_prediction" by a single file's key
-        `v_pred`, as ComfyUI reads it; None if the model does not say it."""
+        """A key of `SHORT_PREDICTIONS` by a folder's scheduler, "v_prediction" by a single file's
+        key `v_pred`, as ComfyUI reads it; None if the model does not say it."""
         if any(_V_PREDICTION in tensors for tensors in self.files.values()):
             return "v_prediction"
         said = self._scheduler.get("prediction_type")

@@ -288,7 +288,8 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     drawn = run.latents.latents(items, batch.loaded)
     x0 = drawn.x0  # (B, C, H, W)
     noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
-    t = objective.timesteps.draw(addresses, [item.stratum for item in items]).to(device)
+    strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
+    t = objective.timesteps.draw(addresses, strata, pixels).to(device)
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
     x_t = run.unet_input(noisy, batch)
     conditions = run.conditions(items, step)

@@ -275,8 +275,8 @@ def test_two_processes_with_prior_preservation(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes with half the batch each train as one, the text encoder of the embedded base
-    and learned weights of timesteps too. Together they draw each class image that is missing once, and exchange in memory the
-    latents that each has encoded; the one encodes as it goes."""
+    and weights learned by timestep too. Together they draw each class image that is missing once,
+    and exchange in memory the latents that each has encoded; the one encodes as it goes."""
     monkeypatch.chdir(root)
     script, class_dir = "train_dreambooth_lora.py", tmp_path / "class"
     common = [

@@ -69,6 +69,9 @@ class ObjectiveOptions(Section):
     timestep_shift: float = option(1.0,
         "move the timesteps to more noise by a factor above 1, to less by one below",
         gt=0)
+    resolution_shift: bool = option(False,
+        "move each image's timesteps to more noise by the root of its pixels over those of the "
+        "base's own resolution, and to less for smaller ones")
     stratified_timesteps: bool = option(False,
         "share the timesteps evenly among the images of a batch, so that its loss varies less")
     snr_gamma: float | None = option(None,
