@@ -55,7 +55,8 @@ class NoiseSchedule:
         Raises:
             UsageError: a prediction type other than epsilon, v_prediction, sample and
                 flow_prediction; sample with EDM's formulation; epsilon with a schedule that ends in
-                pure noise, where the last step teaches nothing; a weighting that EDM's formulation or flow matching excludes.
+                pure noise, where the last step teaches nothing; a weighting that EDM's formulation
+                or flow matching excludes.
         """
         kind = scheduler.config.prediction_type
         if kind == "flow_prediction" and not isinstance(scheduler, EDMEulerScheduler):

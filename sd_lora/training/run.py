@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.adapters.merging import limit_norms
+from sd_lora.adapters.merging import limit_norms, unmask_ranks
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
@@ -295,6 +295,15 @@ class Run:
             for model in self.prepared.values():
                 stack.enter_context(self.accelerator.no_sync(model))
         return stack
+
+    @contextlib.contextmanager
+    def unmasking(self) -> Iterator[None]:
+        """A context after which all ranks of the UNet's deltas are in use again (T-LoRA)."""
+        try:
+            yield
+        finally:
+            if self.config.tlora_min_rank:
+                unmask_ranks(self.models["unet"])
 
     def _average(self, error: object, *_: object) -> None:
         """Average the gradients after a backward pass, unless it failed."""

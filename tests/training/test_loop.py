@@ -199,8 +199,9 @@ def test_accumulation_is_a_larger_batch(tiny_sd1: Path, data: Path, tmp_path: Pa
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Recomputing activations gives the same weights, and really is switched on."""
-    options = {"train_text_encoder": True}
+    """Recomputing activations gives the same weights, with T-LoRA's masks too, and really is
+    switched on."""
+    options = {"train_text_encoder": True, "tlora_min_rank": 1}
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
     config = text_to_image(tiny_sd1, data, tmp_path / "b", gradient_checkpointing=True, **options)
     run = prepare(config)
