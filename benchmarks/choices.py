@@ -37,8 +37,8 @@ OPTIMIZERS: dict[str, Row] = {
     "muon": {"optimizer": "muon"},
     "muon, rate / 2": {"optimizer": "muon", **_rates(0.5)},
 }
-"""Name → options. The recipe is AdamW's; paged ones are the same numbers elsewhere. Bytes of state a
-parameter stand in `sd_lora.training.optimizer_rows.OPTIMIZERS`."""
+"""Name → options. The recipe is AdamW's; paged ones are the same numbers elsewhere. Bytes of state
+a parameter stand in `sd_lora.training.optimizer_rows.OPTIMIZERS`."""
 
 METHODS: dict[str, Row] = {
     "lora_fa": {"method": "lora_fa"},
