@@ -82,15 +82,31 @@ def dark(folder: Path, steps: int) -> None:
 HALVES = {"whole images": {}, "the upper half, by masks": {"mask_folder": "masks"}}
 
 
+GREEN, CYAN = images.COLOURS["green"], images.COLOURS["cyan"]
+
+
+def near(shown: np.ndarray, colour: images.RGB) -> float:
+    """Share of pixels (N, H, W, 3) within 70 of 255 of a colour, as a distance."""
+    return float((np.linalg.norm(shown - np.array(colour), axis=-1) < 70).mean())
+
+
+def row(name: str, shown: Sequence[Image.Image]) -> str:
+    """Share of the hat's green where hats are, and of the feet's cyan where feet are."""
+    pixels = np.asarray(shown, float)
+    hat, feet = near(pixels[:, :24, 20:44], GREEN), near(pixels[:, 40:], CYAN)
+    return f"| {name} | {hat:.3f} | {feet:.3f} |"
+
+
 def masked(folder: Path, steps: int) -> None:
-    """A subject, whole and with masks of its upper half: the change of the samples' halves from the
-    base's, with the same prompt and seeds."""
+    """A subject, whole and with masks of its upper half: its hat and its feet in the samples."""
     source, masks = find_sample_data() / "dreambooth" / "instance", folder / "masks"
     masks.mkdir(parents=True, exist_ok=True)
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[:32] = 255
     for path in source.glob("*.png"):
         Image.fromarray(mask).save(masks / path.name)
+    real = [Image.open(path).convert("RGB") for path in sorted(source.glob("*.png"))]
+    print(row("the subject", real))
     for name, options in HALVES.items():
         place = folder / name.split(",")[0].replace(" ", "-")
         after = run(
@@ -102,10 +118,8 @@ def masked(folder: Path, steps: int) -> None:
             **{key: str(folder / value) for key, value in options.items()},
         )  # fmt: skip
         paths = sorted((place / "samples/step-000000").glob("*.png"))
-        before = [Image.open(path).convert("RGB") for path in paths]
-        change = np.abs(np.asarray(after, float) - np.asarray(before, float)) / 255  # (N, H, W, 3)
-        upper, lower = float(change[:, :32].mean()), float(change[:, 32:].mean())
-        print(f"| {name} | {upper:.3f} | {lower:.3f} |", flush=True)
+        print(row(f"the base, before: {name}", [Image.open(p).convert("RGB") for p in paths]))
+        print(row(name, after), flush=True)
 
 
 TABLES = {"dark": dark, "masked": masked}
