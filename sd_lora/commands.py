@@ -223,8 +223,9 @@ def _merge(args: argparse.Namespace) -> None:
 def _resize(args: argparse.Namespace) -> None:
     from sd_lora.formats import tools
 
-    cut = _cut(args, required=True)
-    _say(tools.resize(args.file, _output(args), cut, args.family, _base(args), _bar), args)
+    mean_rank, output, base = args.mean_rank, _output(args), _base(args)
+    cut = _cut(args, required=mean_rank is None)
+    _say(tools.resize(args.file, output, cut, args.family, base, _bar, mean_rank), args)
 
 
 def _extract(args: argparse.Namespace) -> None:

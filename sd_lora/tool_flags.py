@@ -112,6 +112,12 @@ def _add_writing(parser: ToolParser, command: str) -> None:
         parser.add_argument("--conv_rank", type=int, help="the same for kernels above 1×1")
         parser.add_argument("--energy", type=float, help="keep this share of Σσ², such as 0.95")
         parser.add_argument("--ratio", type=float, help="keep σ of at least the largest / ratio")
+    if command == "resize":
+        parser.add_argument(
+            "--mean_rank",
+            type=int,
+            help="instead: as many parameters as of this rank, more ranks where they count more",
+        )
     if command == "bake":
         parser.add_argument("--dtype", default="keep", help="keep, float32, float16 or bfloat16")
         parser.add_argument(

@@ -61,6 +61,7 @@ class AdaptedLayer(nn.Module):
         self._has_bias_delta = "bias" in deltas
         self.dropout, self.neuron_dropout = dropout, neuron_dropout
         self.module_dropout, self.strength = module_dropout, 1.0
+        self.rank_mask: Tensor | None = None  # (batch, rank), see `merging.mask_ranks`
         self._originals: dict[str, nn.Parameter] = {}  # the base's own parameters while merged
         if dropout and not self.supports_input_dropout:
             raise ValueError(
@@ -229,8 +230,18 @@ class AdaptedLayer(nn.Module):
     def _drop_inputs(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
-    def _drop_neurons(self, h: Tensor) -> Tensor:
-        return F.dropout(h, self.neuron_dropout, self.training) if self.neuron_dropout else h
+    def _drop_neurons(self, h: Tensor, rank_dim: int = -1) -> Tensor:
+        """h = A x after the dropout of its elements, and without the ranks that are masked.
+
+        rank_dim: of h, whose first dimension is the batch.
+        """
+        h = F.dropout(h, self.neuron_dropout, self.training) if self.neuron_dropout else h
+        if self.rank_mask is None:
+            return h
+        shape = [1] * h.dim()
+        shape[0], shape[rank_dim] = len(h), h.shape[rank_dim]
+        repeats = h.shape[rank_dim] // self.rank_mask.shape[1]  # groups of a convolution
+        return h * self.rank_mask.to(h.dtype).repeat(1, repeats).view(shape)
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -82,13 +82,14 @@ class AdaptedLinear(AdaptedAffine):
     """`nn.Linear`, weight (out, in)."""
 
     def _can_fuse(self) -> bool:
-        """True if `low_rank_linear` gives the same: no dropout, a frozen base without hooks."""
+        """True if `low_rank_linear` gives the same: no dropout, no masked ranks, a frozen base
+        without hooks."""
         base = self.base
         # accelerate and diffusers hook a layer by a `forward` in the instance's own dictionary
         hooked = bool(base._forward_hooks or base._forward_pre_hooks or "forward" in vars(base))
         frozen = not any(p.requires_grad for p in base.parameters())
         drops = self.training and (self.dropout or self.neuron_dropout)
-        return frozen and not hooked and not drops
+        return frozen and not hooked and not drops and self.rank_mask is None
 
     def _forward_add(self, input: Tensor, A: Tensor, B: Tensor, s: float) -> Tensor:
         if not self._can_fuse():
@@ -141,7 +142,7 @@ class AdaptedConv(AdaptedAffine):
             A = A.repeat(groups, *(1,) * (A.dim() - 1))  # (r·groups, in/groups, k…)
         A = self.swap_layout(self.base, A)
         h = self._apply_weight(self._drop_inputs(input.to(dtype)), A)
-        return pointwise_conv(self._drop_neurons(h) * s, B, groups)
+        return pointwise_conv(self._drop_neurons(h, 1) * s, B, groups)
 
     def _apply_weight(self, input: Tensor, weight: Tensor) -> Tensor:
         return self.base._conv_forward(input, weight, None)

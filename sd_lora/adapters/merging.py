@@ -1,10 +1,10 @@
-"""Operations on all adapters of a model: merging, strength, bounds of norms."""
+"""Operations on all adapters of a model: merging, strength, masked ranks, bounds of norms."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sd_lora.adapters.inject import adapted_layers, deltas_of
 from sd_lora.adapters.layers import AdaptedLayer
@@ -81,6 +81,47 @@ def switched_off(model: nn.Module) -> Iterator[nn.Module]:
         finally:
             for layer, strength in strengths:
                 layer.strength = strength
+
+
+@contextmanager
+def whole_ranks(model: nn.Module) -> Iterator[None]:
+    """Use all ranks within a `with` block; the masks come back after it."""
+    masks = [(layer, layer.rank_mask) for layer in adapted_layers(model).values()]
+    unmask_ranks(model)
+    try:
+        yield
+    finally:
+        for layer, mask in masks:
+            layer.rank_mask = mask
+
+
+def unmask_ranks(model: nn.Module) -> None:
+    """Use all ranks again."""
+    for layer in adapted_layers(model).values():
+        layer.rank_mask = None
+
+
+def mask_ranks(model: nn.Module, shares: Tensor, least: int) -> None:
+    """Let every layer with factors A and B use the first ranks alone, of each item of a batch as
+    many as its share says, until the ranks are unmasked.
+
+    Soboleva et al. 2025, "T-LoRA", section 3.2: of r ranks least + ⌊share·(r − least)⌋. Masks
+    stay through the backward pass, for gradient checkpointing computes the layers once more there.
+
+    Args:
+        model: with adapters; its layers' inputs have the batch as first dimension.
+        shares: in [0, 1], (B,).
+        least: ranks of an item with share 0.
+    """
+    masks: dict[int, Tensor] = {}
+    for layer in adapted_layers(model).values():
+        rank = layer.delta.rank if "weight" in layer.deltas else None
+        if not rank or layer.delta.low_rank() is None:
+            continue
+        if rank not in masks:
+            kept = (shares * max(0, rank - least)).floor() + least
+            masks[rank] = torch.arange(rank, device=shares.device) < kept[:, None]
+        layer.rank_mask = masks[rank]
 
 
 def limit_norms(model: nn.Module, max_norm: float) -> int:

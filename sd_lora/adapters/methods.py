@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sd_lora.adapters.deltas import Delta, register_method, without_autocast
 from sd_lora.errors import UsageError
 
-INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "loftq")
+INITS = ("kaiming", "gaussian", "orthogonal", "svd", "pissa", "loftq")
 """How LoRA's tensors can start, see `LoRA.create`."""
 
 
@@ -66,11 +66,13 @@ class LoRA(Delta):
         Args:
             shape, rank, generator: see `Delta.create`.
             init: of A, with B = 0: "kaiming" (uniform, a = √5, as in loralib and peft), "gaussian"
-                (std 1/r), "orthogonal" (orthonormal rows). Of A and B: "pissa" (principal singular
-                vectors of W, Meng et al. 2024, section 3), "loftq" (principal singular vectors of
-                the quantisation error, Li et al. 2023, equation 6 with one step).
+                (std 1/r), "orthogonal" (orthonormal rows), "svd" (the principal right singular
+                vectors of W, so that the delta reads the inputs that W amplifies most). Of A and B:
+                "pissa" (principal singular vectors of W, Meng et al. 2024, section 3), "loftq"
+                (principal singular vectors of the quantisation error, Li et al. 2023, equation 6
+                with one step).
             tucker: give kernels above 1×1 a core.
-            weight: W, for the inits pissa and loftq.
+            weight: W, for the inits svd, pissa and loftq.
             reference: W before quantisation, for the init loftq.
             scale: s.
 
@@ -90,7 +92,7 @@ class LoRA(Delta):
             nn.init.normal_(A, std=1 / rank, generator=generator)
         elif init == "orthogonal":
             nn.init.orthogonal_(A, generator=generator)
-        elif init in ("pissa", "loftq"):
+        elif init in ("svd", "pissa", "loftq"):
             if tucker:
                 raise ValueError(f"the init {init} gives two factors, and tucker has three")
             tensors |= cls._principal_factors(init, weight, reference, rank, scale)
@@ -102,7 +104,7 @@ class LoRA(Delta):
     def _principal_factors(
         init: str, W: Tensor | None, reference: Tensor | None, rank: int, scale: float
     ) -> dict[str, Tensor]:
-        """Tensors of the inits pissa and loftq, from a singular value decomposition."""
+        """Tensors of the inits svd, pissa and loftq, from a singular value decomposition."""
         if W is None or W.is_meta:
             raise ValueError(
                 f"the init {init} is computed from the weight, which has no values on the meta "
@@ -125,6 +127,8 @@ class LoRA(Delta):
             raise ValueError(
                 f"rank {rank} is too high for the init {init}: W has {len(S)} singular vectors"
             )
+        if init == "svd":
+            return {"lora_A": Vh[:rank].reshape(rank, *W.shape[1:])}
         root = (S[:rank] / scale).sqrt()
         ones = (1,) * (W.dim() - 2)
         A = (root[:, None] * Vh[:rank]).reshape(rank, *W.shape[1:])

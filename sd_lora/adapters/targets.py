@@ -26,6 +26,7 @@ _CONV = (
     r"|(.*\.)?(downsamplers|upsamplers)\.\d+\.conv"
 )
 _ENDS = r"conv_in|conv_out|(time|add|class)_embedding\.linear_[12]"
+_BLORA = r"up_blocks\.0\.attentions\.{}\..*to_(q|k|v|out\.0)"
 _TEXT = r"(.*\.)?(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
 
 PRESETS: dict[str, str] = {
@@ -34,13 +35,17 @@ PRESETS: dict[str, str] = {
     "conv": _CONV,
     "all": "|".join((_TRANSFORMER, _CONV, _ENDS)),
     "text": _TEXT,
+    "blora_content": _BLORA.format(0),
+    "blora_style": _BLORA.format(1),
 }
 """Name → regular expression over a module's whole name.
 
 attention: to_q to_k to_v to_out.0. transformer: every Linear and 1×1 convolution of the
 Transformer2DModels (kohya's LoRA). conv: ResNet convolutions, shortcuts, time projections and
 samplers (with transformer: kohya's LoCon). all: these, conv_in, conv_out and the time and label
-embeddings. text: a CLIP text encoder's attention and MLP.
+embeddings. text: a CLIP text encoder's attention and MLP. blora_content, blora_style: the attention
+of the two of SDXL's blocks that hold the content and the style of an image (Frenkel et al. 2024,
+"Implicit Style-Content Separation using B-LoRA", section 4.1).
 """
 
 

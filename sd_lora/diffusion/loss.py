@@ -12,14 +12,15 @@ from sd_lora.diffusion.schedule import NoiseSchedule
 TARGETS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "epsilon": lambda x0, noise, alpha, sigma: noise,
     "v_prediction": lambda x0, noise, alpha, sigma: alpha * noise - sigma * x0,
+    "sample": lambda x0, noise, alpha, sigma: x0,
     "flow_prediction": lambda x0, noise, alpha, sigma: noise - x0,
     "edm": lambda x0, noise, alpha, sigma: sigma * x0 - alpha * noise,
 }
 """Prediction type → target(x0, noise, alpha, sigma).
 
-epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. flow_prediction:
-Esser et al. 2024, section 2, x_t's derivative by σ. edm: Karras et al. 2022, equation 8, with x0 in
-units of σ_data.
+epsilon: Ho et al. 2020, equation 14. v_prediction: Salimans & Ho 2022, appendix D. sample: x0
+itself, by diffusers' name. flow_prediction: Esser et al. 2024, section 2, x_t's derivative by σ.
+edm: Karras et al. 2022, equation 8, with x0 in units of σ_data.
 """
 
 

@@ -8,16 +8,21 @@ from sd_lora.diffusion.loss import Loss
 from sd_lora.diffusion.noise import Noise
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.timesteps import Timesteps
+from sd_lora.diffusion.uncertainty import Uncertainty
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What is learned: noise levels with their weights, the timesteps drawn, noise, and loss."""
+    """What is learned: noise levels with their weights, the timesteps drawn, noise, and loss.
+
+    uncertainty: the weights by timestep that are learned; None without.
+    """
 
     schedule: NoiseSchedule
     timesteps: Timesteps
     noise: Noise
     loss: Loss
+    uncertainty: Uncertainty | None = None
 
     def to(self, device: torch.device) -> "Objective":
         """The same objective with its tables on a device."""
@@ -30,6 +35,7 @@ class Objective:
         words = [schedule.prediction_type]
         words += ["zero terminal SNR"] if schedule.zero_terminal_snr else []
         words += [schedule.weighting] if schedule.weighting else []
+        words += ["weights learned by timestep"] if self.uncertainty else []
         if (timesteps.first, timesteps.last) != (0, schedule.num_timesteps):
             words.append(f"timesteps {timesteps.first} to {timesteps.last - 1}")
         words += [timesteps.label] if timesteps.label else []

@@ -53,18 +53,21 @@ class NoiseSchedule:
             parameters: of the weighting, e.g. gamma.
 
         Raises:
-            UsageError: a prediction type other than epsilon, v_prediction and flow_prediction;
-                epsilon with a schedule that ends in pure noise, where the last step teaches
-                nothing; a weighting that EDM's formulation or flow matching excludes.
+            UsageError: a prediction type other than epsilon, v_prediction, sample and
+                flow_prediction; sample with EDM's formulation; epsilon with a schedule that ends in
+                pure noise, where the last step teaches nothing; a weighting that EDM's formulation
+                or flow matching excludes.
         """
         kind = scheduler.config.prediction_type
         if kind == "flow_prediction" and not isinstance(scheduler, EDMEulerScheduler):
             return cls._of_flow(scheduler, weighting, **parameters)
-        if kind not in ("epsilon", "v_prediction"):
+        is_edm = isinstance(scheduler, EDMEulerScheduler)
+        known = ("epsilon", "v_prediction") if is_edm else ("epsilon", "v_prediction", "sample")
+        if kind not in known:
             raise UsageError(
-                f"the base model's scheduler has prediction_type {kind!r}; only epsilon, "
-                "v_prediction and flow_prediction can be trained. If the scheduler is wrong, give "
-                "the run the right prediction type"
+                f"the base model's scheduler is {type(scheduler).__name__} with prediction_type "
+                f"{kind!r}; only {', '.join(known)} and flow_prediction can be trained. If the "
+                "scheduler is wrong, give the run the right prediction type"
             )
         if isinstance(scheduler, EDMEulerScheduler):
             schedule = cls._of_edm(scheduler, kind)

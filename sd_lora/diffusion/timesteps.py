@@ -95,12 +95,24 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 """Name → distribution."""
 
 
-def shifted(x: Tensor, shift: float) -> Tensor:
+def shifted(x: Tensor, shift: float | Tensor) -> Tensor:
     """Shares moved to more noise by a factor above 1, to less by one below: s·x / (1 + (s − 1)·x).
 
-    Esser et al. 2024, equation 23, for higher resolutions.
+    Esser et al. 2024, equation 23, for higher resolutions. Of two shifts the factors multiply.
     """
     return shift * x / (1 + (shift - 1) * x)
+
+
+SizeShift = Callable[[int], float]
+"""Pixels of an image → the shift of its timesteps beside that of the others."""
+
+
+def root_shift(pixels: int, reference: int) -> float:
+    """The shift that gives an image the noise that one of `reference` pixels has: √(m / n).
+
+    Esser et al. 2024, section 5.3.2: the mean of an area's pixels keeps its noise.
+    """
+    return math.sqrt(pixels / reference)
 
 
 Stratum = tuple[int, int]
@@ -136,6 +148,7 @@ class Timesteps:
     first, last: the first trained timestep, and the one after the last.
     distribution: a name of `DISTRIBUTIONS`. parameters: of it. shift: see `shifted`.
     stratified: whether the samples of a step share the timesteps evenly, see `_stratified`.
+    size_shift: the shift of each image's size beside `shift`; None for 1.
     """
 
     first: int
@@ -144,30 +157,40 @@ class Timesteps:
     parameters: Mapping[str, float] = field(default_factory=dict)
     shift: float = 1.0
     stratified: bool = False
+    size_shift: SizeShift | None = None
 
     @property
     def label(self) -> str:
         """The distribution in words, for the summary; empty if uniform."""
         words = [DISTRIBUTIONS[self.distribution].label.format(**self.parameters)]
         words += [f"shift {self.shift:g}"] if self.shift != 1 else []
+        words += ["shifted by size"] if self.size_shift else []
         words += ["stratified"] if self.stratified else []
         words = [word for word in words if word]
         return f"timesteps {', '.join(words)}" if words else ""
 
     def draw(
-        self, addresses: Sequence[Address], strata: Sequence[Stratum | None] | None = None
+        self,
+        addresses: Sequence[Address],
+        strata: Sequence[Stratum | None] | None = None,
+        pixels: Sequence[int] = (),
     ) -> Tensor:
-        """Timesteps (B,), each a function of its address and stratum alone; without a stratum, as
-        for fillings, it is drawn independently."""
+        """Timesteps (B,), each a function of its address, stratum and number of pixels alone;
+        without a stratum, as for fillings, it is drawn independently."""
         count, draws = self.last - self.first, []
         for address, stratum in zip(addresses, strata or [None] * len(addresses), strict=True):
             spread = self.stratified and stratum
             draws.append(_stratified(address, spread) if spread else _independent(address, count))
-        return self.of(torch.tensor(draws, dtype=torch.float64))
+        shifts = [self.size_shift(n) for n in pixels] if self.size_shift else [1.0] * len(draws)
+        u, by_size = torch.tensor([draws, shifts], dtype=torch.float64)
+        return self.of(u, by_size)
 
-    def of(self, u: Tensor) -> Tensor:
-        """Timesteps (B,) of numbers u in [0, 1), (B,) float64: the distribution's quantiles."""
+    def of(self, u: Tensor, by_size: Tensor | float = 1.0) -> Tensor:
+        """Timesteps (B,) of numbers u in [0, 1), (B,) float64: the distribution's quantiles.
+
+        by_size: shifts beside `shift`, (B,).
+        """
         share = DISTRIBUTIONS[self.distribution].quantile(u, **self.parameters)
         count = self.last - self.first
-        within = (shifted(share, self.shift) * count).floor().clamp(0, count - 1)
+        within = (shifted(share, self.shift * by_size) * count).floor().clamp(0, count - 1)
         return within.long() + self.first

@@ -40,9 +40,12 @@ def _of_output(schedule: "NoiseSchedule", of_x0: Tensor, of_epsilon: Tensor) -> 
     of_x0, of_epsilon: (T,), related by of_x0 = SNR · of_epsilon; both finite at zero SNR, where
     one cannot be made of the other.
     """
-    if schedule.prediction_type == "v_prediction":
-        return of_x0 * schedule.sigma**2  # 1 / (SNR + 1) = σ²
-    return of_epsilon
+    of_output = {
+        "v_prediction": of_x0 * schedule.sigma**2,  # 1 / (SNR + 1) = σ²
+        "sample": of_x0,
+        "epsilon": of_epsilon,
+    }
+    return of_output[schedule.prediction_type]
 
 
 def min_snr(schedule: "NoiseSchedule", gamma: float) -> Tensor:
@@ -88,14 +91,13 @@ def p2(schedule: "NoiseSchedule", gamma: float) -> Tensor:
 
 
 def edm_style(schedule: "NoiseSchedule") -> Tensor:
-    """Weights (T,) for the error of x₀ over σ²: α² = SNR / (SNR + 1) for v, 1 for epsilon.
+    """Weights (T,) for the error of x₀ over σ²: α² = SNR / (SNR + 1) for v, SNR for x₀, 1 for
+    epsilon.
 
     diffusers' advanced SDXL DreamBooth script, `--do_edm_style_training`; σ is the noise of EDM's
     form, x₀ + σε.
     """
-    if schedule.prediction_type == "v_prediction":
-        return schedule.alpha**2
-    return torch.ones_like(schedule.alpha)
+    return _of_output(schedule, schedule.snr, torch.ones_like(schedule.alpha))
 
 
 def table(schedule: "NoiseSchedule", points: Sequence[tuple[float, float]], file: str) -> Tensor:

@@ -7,8 +7,9 @@ of ΔW, so the error is known exactly there too: ‖ΔW‖² − Σ σᵢ².
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -92,6 +93,53 @@ class Loss:
 def squared_norm(t: Tensor) -> float:
     """‖t‖², the squared Frobenius norm, summed in float64."""
     return float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular values of a ΔW (n,), descending, and the parameters of each rank of its LoRA."""
+
+    sigma: Tensor
+    cost: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, delta: Delta, change: Tensor | None = None) -> "Spectrum":
+        """The spectrum of a delta. change: its ΔW, where it is not its own alone (DoRA)."""
+        factors = delta.low_rank() if change is None else None
+        if factors is None:
+            matrix = delta.weight() if change is None else change
+            sigma, width = torch.linalg.svdvals(matrix.flatten(1)), sum(matrix.flatten(1).shape)
+            return cls(sigma.double(), width)
+        A, B = (f.flatten(1).double() for f in factors)
+        Ra, Rb = torch.linalg.qr(A.T).R, torch.linalg.qr(delta.scale * B).R
+        return cls(torch.linalg.svdvals(Rb @ Ra.T), A.shape[1] + len(B))
+
+
+Key = TypeVar("Key")
+
+
+def shared_ranks(spectra: Mapping[Key, Spectrum], mean_rank: int) -> dict[Key, int]:
+    """Ranks that differ, of as many parameters in all as `mean_rank` for each has, at most.
+
+    Each delta keeps one rank; then come the singular values that lower the joint squared error most
+    by parameter, σ² / cost, until the next one does not fit. No other choice of as many parameters
+    has a smaller error: a greedy one is best where each step has at most the gain by cost of those
+    before (Dantzig 1957, of the knapsack).
+    """
+    ranks = dict.fromkeys(spectra, 1)
+    left = sum((mean_rank - 1) * spectrum.cost for spectrum in spectra.values())
+    gains = [
+        (float(sigma) ** 2 / spectrum.cost, index, key)
+        for key, spectrum in spectra.items()
+        for index, sigma in enumerate(spectrum.sigma[1:])
+    ]
+    for gain, _, key in sorted(gains, key=lambda entry: (-entry[0], entry[1])):
+        left -= spectra[key].cost
+        if left < 0 or not gain:
+            break
+        ranks[key] += 1
+    return ranks
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from sd_lora.errors import UsageError, near_path
 from sd_lora.files import PICKLES, sha256_of
 from sd_lora.formats.canonical import canonical_name
 from sd_lora.models.checkpoint_file import CheckpointFile
-from sd_lora.models.families import FAMILIES, Family
+from sd_lora.models.families import FAMILIES, SHORT_PREDICTIONS, Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.original_names import Layout, open_clip_parameter, unet_from_original
 from sd_lora.models.single_file import SingleFile
@@ -102,12 +102,12 @@ class Checkpoint:
 
     @property
     def prediction_type(self) -> str | None:
-        """ "epsilon" or "v_prediction" by a folder's scheduler, or the latter by a single file's
+        """A key of `SHORT_PREDICTIONS` by a folder's scheduler, "v_prediction" by a single file's
         key `v_pred`, as ComfyUI reads it; None if the model does not say it."""
         if any(_V_PREDICTION in tensors for tensors in self.files.values()):
             return "v_prediction"
         said = self._scheduler.get("prediction_type")
-        return str(said) if said in ("epsilon", "v_prediction") else None
+        return str(said) if said in SHORT_PREDICTIONS else None
 
     @property
     def has_zero_terminal_snr(self) -> bool:

@@ -13,7 +13,14 @@ import torch
 from sd_lora.adapters.deltas import Delta
 from sd_lora.errors import UsageError
 from sd_lora.files import HASH_KEY
-from sd_lora.formats.approximate import Cut, Loss, nearest, nearest_to
+from sd_lora.formats.approximate import (
+    Cut,
+    Loss,
+    Spectrum,
+    nearest,
+    nearest_to,
+    shared_ranks,
+)
 from sd_lora.formats.canonical import Adapter, Lazy, count, each, is_plain, plain
 from sd_lora.formats.family_of_file import family_of, prediction_type
 from sd_lora.formats.lora_file import LoRAFile, open_lora
@@ -193,26 +200,45 @@ def whole_change(
 def resize(
     source: Path,
     output: Output,
-    cut: Cut,
+    cut: Cut | None,
     family: str | None = None,
     base: "Checkpoint | None" = None,
     progress: Progress = silently,
+    mean_rank: int | None = None,
 ) -> Result:
     """Write a LoRA cut to fewer ranks, each delta to its nearest one; the error is stated.
 
     Args:
         source: any LoRA file; biases and norms stay as they are.
         output: where and how.
-        cut: how many ranks to keep.
+        cut: how many ranks to keep; None with `mean_rank`.
         family: where the file does not say it.
         base: the base model, for weight-decomposed deltas.
         progress: shows the work.
+        mean_rank: the parameters of all deltas together are those of this rank, see `shared_ranks`.
 
     Raises:
         UsageError, RunError: see `convert`.
     """
+    if (cut is None) == (mean_rank is None) or (mean_rank is not None and mean_rank < 1):
+        raise UsageError(
+            "give mean_rank, at least 1, or what each delta keeps: rank, energy or ratio"
+        )
     lora, row = opened(source, output, family)
-    result = cut_to(lora.adapter, cut, base, output, row, origin_of(lora, row), progress)
+    ranks: dict[tuple[str, str], int] = {}
+    if mean_rank is not None:
+        spectra = {}
+        words = "comparing singular values"
+        for component, name, delta in progress(each(lora.adapter), count(lora.adapter), words):
+            if len(delta.shape) > 1:
+                own = delta.magnitude is None
+                change = None if own else whole_change(component, name, delta, base)
+                spectra[component, name] = Spectrum.of(delta, change)
+        ranks = shared_ranks(spectra, mean_rank)
+    origin = origin_of(lora, row)
+    result = cut_to(
+        lora.adapter, cut or Cut(rank=mean_rank), base, output, row, origin, progress, ranks=ranks
+    )
     result.notes += lora.notes()
     return result
 
@@ -226,24 +252,29 @@ def cut_to(
     origin: Origin,
     progress: Progress,
     only: Callable[[Delta], bool] = lambda delta: len(delta.shape) > 1,
+    ranks: Mapping[tuple[str, str], int] | None = None,
 ) -> Result:
-    """Cut the deltas that `only` names, once each, and writes the result."""
+    """Cut the deltas that `only` names, once each, and writes the result.
+
+    ranks: (component, delta name) → its rank, in place of the cut.
+    """
     losses: dict[tuple[str, str], Loss] = {}
-    ranks: dict[tuple[str, str], int] = {}
+    kept: dict[tuple[str, str], int] = {}
     with Spool(output.path.parent) as spool:
         for component, name, delta in progress(each(adapter), count(adapter), "cutting ranks"):
-            near = delta
+            near, own = delta, (ranks or {}).get((component, name))
+            mine = cut if own is None else Cut(rank=own)
             if only(delta):
                 if delta.magnitude is None:
-                    near, loss = nearest(delta, cut)
+                    near, loss = nearest(delta, mine)
                 else:
-                    near, loss = nearest_to(whole_change(component, name, delta, base), cut)
+                    near, loss = nearest_to(whole_change(component, name, delta, base), mine)
                 losses[component, name] = loss
-                ranks[component, name] = near.rank or 0
+                kept[component, name] = near.rank or 0
             spool.add(component, name, near)
         if losses:
             error = Loss.sum(losses.values()).error
             record = {**origin.record, "approximation_error": error}
             origin = dataclasses.replace(origin, record=record, computed=True)
         written = write(spool.adapter, output, family, origin)
-    return Result(written, losses, ranks)
+    return Result(written, losses, kept)

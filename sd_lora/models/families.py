@@ -6,8 +6,12 @@ from typing import Any
 
 from sd_lora.errors import UsageError
 
-SHORT_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "flow_prediction": "flow"}
+SHORT_PREDICTIONS = {
+    "epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow",
+}  # fmt: skip
 """Prediction type → its name in a LoRA file's header (ModelSpec knows the first two)."""
+
+_BY_BETAS = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
@@ -119,10 +123,11 @@ FAMILIES = {
         cross_attention_dim=768,
         kohya_prefixes=_ONE_ENCODER,
         original_names=False,
-        base_versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v"},
+        base_versions={"epsilon": "sd_v1", "v_prediction": "sd_v1_v", "sample": "sd_v1"},
         architectures={
             "epsilon": "stable-diffusion-v1",
             "v_prediction": "stable-diffusion-v1",
+            "sample": "stable-diffusion-v1",
         },
     ),
     "sd2": Family(
@@ -132,10 +137,11 @@ FAMILIES = {
         cross_attention_dim=1024,
         kohya_prefixes=_ONE_ENCODER,
         original_names=False,
-        base_versions={"epsilon": "sd_v2", "v_prediction": "sd_v2_v"},
+        base_versions={"epsilon": "sd_v2", "v_prediction": "sd_v2_v", "sample": "sd_v2"},
         architectures={
             "epsilon": "stable-diffusion-v2-512",
             "v_prediction": "stable-diffusion-v2-768-v",
+            "sample": "stable-diffusion-v2-512",
         },
     ),
     "sdxl": Family(
@@ -146,12 +152,8 @@ FAMILIES = {
         kohya_prefixes=_TWO_ENCODERS,
         original_names=True,
         text_encoders=("text_encoder", "text_encoder_2"),
-        base_versions=dict.fromkeys(
-            ("epsilon", "v_prediction", "flow_prediction"), "sdxl_base_v1-0"
-        ),
-        architectures=dict.fromkeys(
-            ("epsilon", "v_prediction", "flow_prediction"), "stable-diffusion-xl-v1-base"
-        ),
+        base_versions=dict.fromkeys(SHORT_PREDICTIONS, "sdxl_base_v1-0"),
+        architectures=dict.fromkeys(SHORT_PREDICTIONS, "stable-diffusion-xl-v1-base"),
         penultimate=True,
         time_ids=("original_size", "crop", "target_size"),
     ),
@@ -164,11 +166,8 @@ FAMILIES = {
         original_names=True,
         text_encoders=("text_encoder_2",),
         max_timestep=200,  # Podell et al. 2023, section 2.5: trained on the first 200 noise levels
-        base_versions={"epsilon": "sdxl_refiner_v1-0", "v_prediction": "sdxl_refiner_v1-0"},
-        architectures={
-            "epsilon": "stable-diffusion-xl-v1-refiner",
-            "v_prediction": "stable-diffusion-xl-v1-refiner",
-        },
+        base_versions=dict.fromkeys(_BY_BETAS, "sdxl_refiner_v1-0"),
+        architectures=dict.fromkeys(_BY_BETAS, "stable-diffusion-xl-v1-refiner"),
         penultimate=True,
         time_ids=("original_size", "crop", "aesthetic_score"),
     ),

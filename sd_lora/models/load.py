@@ -308,8 +308,9 @@ class Base:
             read = partial(DDPMScheduler.load_config, self.name, subfolder="scheduler", **hub)
             config = dict(read_part("scheduler", self.name, read))
         return build_scheduler(
-            self.name, self.family, config, prediction_type, zero_terminal_snr, flow_shift
-        )
+            self.name, self.family, config, prediction_type, zero_terminal_snr, flow_shift,
+            self.resolution,
+        )  # fmt: skip
 
 
 def find_base(

@@ -1,5 +1,6 @@
 """A base model's noise scheduler, from its configuration and the options that overrule it."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -20,6 +21,16 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return by_class or config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
 
 
+def dynamic_shift(config: Mapping[str, Any], pixels: int) -> float:
+    """The shift of the noise levels of an image of so many pixels, by a scheduler with
+    `use_dynamic_shifting`: diffusers' `calculate_shift` and FlowMatchEulerDiscreteScheduler, with a
+    position for 16 × 16 pixels, as SD3 and Flux count."""
+    least, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    mu = float(low + (high - low) * (pixels / 256 - least) / (most - least))
+    return mu if config.get("time_shift_type") == "linear" else math.exp(mu)
+
+
 def build_scheduler(
     name: str,
     family: Family,
@@ -27,6 +38,7 @@ def build_scheduler(
     prediction_type: str | None,
     zero_terminal_snr: bool | None,
     flow_shift: float | None,
+    resolution: int,
 ) -> DDPMScheduler | EDMEulerScheduler:
     """The scheduler of a model's configuration.
 
@@ -34,6 +46,7 @@ def build_scheduler(
         name, family: of the model.
         config: of its scheduler, with "_class_name".
         prediction_type, zero_terminal_snr, flow_shift: in place of its own; None keeps these.
+        resolution: side in pixels of the model's own images, for noise levels that depend on it.
 
     Raises:
         UsageError: a scheduler of another kind of model, or options that it excludes.
@@ -63,7 +76,10 @@ def build_scheduler(
             "leave out rescale_betas_zero_snr"
         )
     if flow:
-        shift = flow_shift or config.get("flow_shift") or config.get("shift") or 1.0
+        of_size = bool(config.get("use_dynamic_shifting")) and flow_shift is None
+        own = dynamic_shift(config, resolution**2) if of_size else config.get("shift")
+        shift = flow_shift or config.get("flow_shift") or own or 1.0
+        changes["use_dynamic_shifting"] = of_size
         changes |= {"prediction_type": FLOW, "use_flow_sigmas": True, "flow_shift": shift}
     elif flow_shift is not None:
         raise UsageError(

@@ -227,7 +227,7 @@ class Saved:
             load_lora_state_dict(model, self.factors[component])
 
 
-STATE = ("optimizer", "schedule", "scaler", "average", "trained", "tokens", "losses",
+STATE = ("optimizer", "schedule", "scaler", "average", "uncertainty", "trained", "tokens", "losses",
          "redrawn", "trackers")  # fmt: skip
 """Names in a checkpoint's state."""
 

@@ -13,10 +13,8 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
-from sd_lora.adapters.merging import switched_off
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
-from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
 from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import disown
@@ -34,6 +32,7 @@ from sd_lora.report.events import (
 )
 from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
+from sd_lora.training.batch_loss import batch_loss, sum_of
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, shared_config, usage
@@ -210,10 +209,12 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         if done == run.first_step:
             tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
-        if not skips(run, norm):
+        skipped = skips(run, norm)
+        if not skipped:
             with overflow_is_divergence(done + 1), memory_for("updating the weights", config):
                 run.optimizer.step()
             run.limit_norms(done)
+        run.learn_weights(skipped)
         if run.average:
             run.average.update(done + 1)
         run.optimizer.zero_grad()
@@ -251,11 +252,12 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
         draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
         again = ("draw", draw) if draw else ()
         torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process, *again))
-    parts = batch.by_size(run.fit.at_once) if run.fit.at_once else [batch]
+    apart = run.fit.at_once or run.config.tlora_min_rank  # masks are those of one part
+    parts = batch.by_size(run.fit.at_once) if apart else [batch]
     losses = []
     for part in parts:
-        with run.gradient_exchange(batch.last and part is parts[-1]):
-            loss = batch_loss(run, part, done) / batch.accumulation_steps
+        with run.gradient_exchange(batch.last and part is parts[-1]), run.unmasking():
+            loss = sum_of(run, part, done) / batch.accumulation_steps
             run.accelerator.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum()
@@ -267,51 +269,6 @@ def one_step(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]
         yield number, batch
         if batch.last:
             return
-
-
-def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
-    """A process's part of the loss of one micro-batch, a function of its items' addresses and the
-    model: the mean over processes and over the step's micro-batches is the step's loss.
-
-    step: number of steps done, since text encoders and new words may stop learning.
-    """
-    return torch.stack([_loss(run, part, step) for part in batch.by_size(run.fit.at_once)]).sum()
-
-
-def _loss(run: Run, batch: Batch, step: int) -> Tensor:
-    """Loss of items of one size."""
-    objective, device = run.objective, run.accelerator.device
-    schedule, items = objective.schedule, batch.items
-    addresses = [item.address for item in items]
-    drawn = run.latents.latents(items, batch.loaded)
-    x0 = drawn.x0  # (B, C, H, W)
-    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
-    t = objective.timesteps.draw(addresses, [item.stratum for item in items]).to(device)
-    noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
-    x_t = run.unet_input(noisy, batch)
-    conditions = run.conditions(items, step)
-    unet = run.prepared["unet"]
-    prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    target, mask = target_of(x0, noise, t, schedule), drawn.mask
-    if places := [i for i, item in enumerate(items) if item.preserves]:
-        target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
-        if mask is not None:
-            mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
-    losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
-    weights = torch.tensor([item.weight for item in items], device=device)
-    return weighted_loss(losses, weights, batch.loss_scale)
-
-
-@torch.no_grad()
-def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> Tensor:
-    """The base model's output for preserved items, float32: the adapter is switched off.
-
-    x_t: the UNet's input (B, C, H, W). t: timesteps (B,).
-    """
-    conditions = run.conditions(batch.items, step)
-    timesteps = run.objective.schedule.timesteps[t]
-    with switched_off(run.models["unet"]) as unet:
-        return unet(x_t, timesteps, **conditions.arguments()).sample.float()
 
 
 def agreed(run: Run, *wishes: bool) -> list[bool]:

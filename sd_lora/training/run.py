@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.adapters.merging import limit_norms
+from sd_lora.adapters.merging import limit_norms, unmask_ranks
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
@@ -224,6 +224,8 @@ class Run:
             self.text.tokens.load_state_dict(trained["tokens"])
         if self.average:
             self.average.load_state_dict(saved.state["average"])
+        if self.objective.uncertainty:
+            self.objective.uncertainty.load_state_dict(saved.state["uncertainty"])
         load_optimizer(self.optimizer, saved.state["optimizer"])
         self.lr_scheduler.load_state_dict(saved.state["schedule"])
         schedule = self.lr_scheduler
@@ -294,10 +296,29 @@ class Run:
                 stack.enter_context(self.accelerator.no_sync(model))
         return stack
 
+    @contextlib.contextmanager
+    def unmasking(self) -> Iterator[None]:
+        """A context after which all ranks of the UNet's deltas are in use again (T-LoRA)."""
+        try:
+            yield
+        finally:
+            if self.config.tlora_min_rank:
+                unmask_ranks(self.models["unet"])
+
     def _average(self, error: object, *_: object) -> None:
         """Average the gradients after a backward pass, unless it failed."""
         if error is None:
             average_gradients(self.accelerator, self.parameters)
+
+    def learn_weights(self, skipped: bool) -> None:
+        """Take a step of the learned loss weights, the same on all processes; none if skipped."""
+        uncertainty = self.objective.uncertainty
+        if uncertainty and skipped:
+            uncertainty.forget()
+        elif uncertainty:
+            seen = uncertainty.gradient.to(self.accelerator.device)
+            uncertainty.gradient.copy_(self.accelerator.reduce(seen, "mean"))
+            uncertainty.step()
 
     def limit_norms(self, step: int) -> None:
         """Scale deltas down to `scale_weight_norms`, but for those that stopped learning."""
@@ -312,11 +333,13 @@ class Run:
         if self.averages:
             trained = {"factors": checkpoint.factors_of(self.models), "tokens": self.words_state()}
         runs = self.saved.state["trackers"] if self.saved else {}
+        uncertainty = self.objective.uncertainty
         return {
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "average": self.average.state_dict() if self.average else None,
+            "uncertainty": uncertainty.state_dict() if uncertainty else None,
             "trained": trained,
             "tokens": self.words_state(),
             "losses": self.losses,

@@ -52,8 +52,8 @@ def images_of(run: Run, step: int) -> str:
     for micro in range(epochs.first_of_step(step - 1), epochs.first_of_step(step)):
         items = run.stream.items_of(micro)
         number += len(items)
-        strata = [item.stratum for item in items]
-        drawn = timesteps.draw([item.address for item in items], strata).tolist()
+        strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
+        drawn = timesteps.draw([item.address for item in items], strata, pixels).tolist()
         for item, t in list(zip(items, drawn, strict=True))[: MOST_NAMED - len(named)]:
             name = run.stream.sets[item.kind].samples[item.index].name
             named.append(f"{name} ({item.caption!r}, timestep {t})")

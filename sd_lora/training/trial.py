@@ -203,6 +203,8 @@ def _attempt(run: Run, number: int, accumulate: Accumulate) -> str:
     finally:
         for parameter in run.parameters:
             parameter.grad = None
+        if run.objective.uncertainty:
+            run.objective.uncertainty.forget()
     return ""
 
 

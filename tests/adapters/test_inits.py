@@ -1,4 +1,4 @@
-"""How a delta starts: the distributions of A, PiSSA's and LoftQ's principal factors.
+"""How a delta starts: the distributions of A, A from W, PiSSA's and LoftQ's principal factors.
 
 LoftQ on quantised layers is in test_quantized.py, LoHa's and LoKr's tensors in test_lycoris.py.
 """
@@ -44,6 +44,19 @@ def test_orthogonal_rows_are_orthonormal(shape: tuple[int, ...]) -> None:
     A = delta.lora_A.flatten(1)
     torch.testing.assert_close(A @ A.T, torch.eye(16), rtol=0, atol=1e-5)
     assert not delta.lora_B.any()
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d 3x3", "embedding"])
+def test_svd_reads_what_the_weight_amplifies_most(layer: str) -> None:
+    """svd: A has orthonormal rows, and W·Aᵀ the largest singular values of W, of no other r
+    directions; B is zero, so that the output is the base's to the bit."""
+    adapted, args = build(layer, dtype=torch.float64, trained=False, options={"init": "svd"})
+    A = adapted.delta.lora_A.detach().flatten(1)
+    W = adapted.weight_of(adapted.base, "weight").flatten(1)
+    torch.testing.assert_close(A @ A.T, torch.eye(3).double(), rtol=0, atol=1e-6)
+    found, wanted = torch.linalg.svdvals(W @ A.T), torch.linalg.svdvals(W)[:3]
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+    assert torch.equal(out(adapted, args), out(copy.deepcopy(adapted.base), args))
 
 
 PISSA = ["linear", "gpt2 conv1d", "conv2d 3x3", "conv2d groups", "conv1d", "conv3d", "embedding"]

@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
 
-from sd_lora.diffusion.loss import weighted_loss
+from sd_lora.diffusion.loss import target_of, weighted_loss
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
@@ -29,7 +29,8 @@ def predicting(
 
 
 def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
-    """x_t and the v target are those of DDPMScheduler.add_noise and get_velocity."""
+    """x_t and the v target are those of DDPMScheduler.add_noise and get_velocity; the target of a
+    model that predicts the sample is x₀, which DDPMScheduler.step gives back for it."""
     g = torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, len(T), 4, 8, 8, generator=g)
     schedule = NoiseSchedule.of(scheduler)
@@ -40,14 +41,20 @@ def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
     assert losses_of(v, x0, noise, T, schedule).max() < 1e-10
     schedule = predicting("epsilon", scheduler)
     assert torch.equal(losses_of(noise, x0, noise, T, schedule), torch.zeros(len(T)))
+    sample = DDPMScheduler.from_config(scheduler.config, prediction_type="sample")
+    target = target_of(x0, noise, T, NoiseSchedule.of(sample))
+    stepped = sample.step(target[2:3], 250, schedule.add_noise(x0, noise, T)[2:3])
+    torch.testing.assert_close(stepped.pred_original_sample, x0[2:3])
 
 
 def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
     """SD2's v-prediction is read from its scheduler."""
     assert NoiseSchedule.of(scheduler).prediction_type == scheduler.config.prediction_type
-    scheduler.register_to_config(prediction_type="sample")
-    with pytest.raises(UsageError, match="has prediction_type 'sample'"):
-        NoiseSchedule.of(scheduler)
+    for other in (EDMEulerScheduler(), scheduler):
+        kind = "sample" if isinstance(other, EDMEulerScheduler) else "score"
+        other.register_to_config(prediction_type=kind)
+        with pytest.raises(UsageError, match=f"Scheduler with prediction_type '{kind}'; only"):
+            NoiseSchedule.of(other)
 
 
 def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:
@@ -66,16 +73,17 @@ OTHERS = {
     "soft_min_snr": ({"gamma": 4.0}, lambda snr: 4 / (snr + 4)),
     "debiased": ({}, lambda snr: snr**-0.5),
     "p2": ({"gamma": 0.5}, lambda snr: (1 + snr) ** -0.5),
+    "edm_style": ({}, torch.ones_like),
 }
 
 
 @pytest.mark.parametrize("weighting", OTHERS)
-def test_weightings_are_one_objective_for_both_predictions(
+def test_weightings_are_one_objective_for_all_predictions(
     weighting: str, scheduler: DDPMScheduler
 ) -> None:
     """At the first, middle and last timestep the weights of epsilon are the paper's, to 1e-6, and
-    those of v weight the same error alike: of a guess of x₀, ‖ε − ε̂‖² and ‖v − v̂‖² times their
-    weights are equal."""
+    those of v and of x₀ weight the same error alike: of a guess of x₀, ‖ε − ε̂‖², ‖v − v̂‖² and
+    ‖x₀ − x̂₀‖² times their weights are equal."""
     parameters, of_epsilon = OTHERS[weighting]
     snr = compute_snr(scheduler, T).double()
     of_noise = predicting("epsilon", scheduler, weighting, **parameters)
@@ -87,18 +95,21 @@ def test_weightings_are_one_objective_for_both_predictions(
     x_t = alpha * x0 + sigma * noise
     epsilon = (x_t - alpha * guess) / sigma
     v = alpha * epsilon - sigma * guess
-    ours = losses_of(v, x0, noise, T, of_v)
-    torch.testing.assert_close(ours, losses_of(epsilon, x0, noise, T, of_noise), rtol=1e-3, atol=0)
+    wanted = losses_of(epsilon, x0, noise, T, of_noise)
+    torch.testing.assert_close(losses_of(v, x0, noise, T, of_v), wanted, rtol=1e-3, atol=0)
+    of_x0 = predicting("sample", scheduler, weighting, **parameters)
+    torch.testing.assert_close(losses_of(guess, x0, noise, T, of_x0), wanted, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("weighting", OTHERS)
 def test_weights_are_finite_at_zero_snr(weighting: str) -> None:
-    """With zero terminal SNR all weights of v are finite, and 0 in pure noise."""
+    """With zero terminal SNR all weights of v and x₀ are finite, and 0 in pure noise."""
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    scheduler = DDPMScheduler(**betas, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    weights = NoiseSchedule.of(scheduler, weighting, **OTHERS[weighting][0]).weights
-    assert torch.isfinite(weights).all()
-    assert weights[-1] == 0 < weights[:-1].min()
+    for kind in ("v_prediction", "sample"):
+        scheduler = DDPMScheduler(**betas, prediction_type=kind, rescale_betas_zero_snr=True)
+        weights = NoiseSchedule.of(scheduler, weighting, **OTHERS[weighting][0]).weights
+        assert torch.isfinite(weights).all()
+        assert weights[-1] == 0 < weights[:-1].min()
 
 
 def test_a_table_of_weights(scheduler: DDPMScheduler) -> None:

@@ -1,15 +1,18 @@
 """Distributions of timesteps against diffusers and closed forms; stratified draws."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.training_utils import compute_density_for_timestep_sampling
 from torch import Tensor
 
 from sd_lora.config.schema import OPTIONS
-from sd_lora.diffusion.timesteps import DISTRIBUTIONS, Timesteps, shifted
+from sd_lora.diffusion.timesteps import DISTRIBUTIONS, Timesteps, root_shift, shifted
+from sd_lora.models.noise_scheduler import dynamic_shift
 from sd_lora.seeds import seed_for
 
 PARAMETERS = {
@@ -99,6 +102,37 @@ def test_shift_is_the_flow_schedulers(shift: float) -> None:
     plain = torch.linspace(1, 1000, 1000, dtype=torch.float64).flip(0) / 1000
     ours = shifted(plain, shift)
     torch.testing.assert_close(ours.float(), scheduler.sigmas[:1000], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_shift_by_size_is_the_flow_schedulers(kind: str) -> None:
+    """An image of another size than the noise levels are made for has the levels of
+    FlowMatchEulerDiscreteScheduler for its size: the table's shift, and its own beside it."""
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        1000, use_dynamic_shifting=True, max_shift=2.0, time_shift_type=kind
+    )
+    of_table = dynamic_shift(scheduler.config, 1024 * 1024)
+    plain = torch.linspace(1, 1000, 1000, dtype=torch.float64).flip(0) / 1000
+    for pixels in (512 * 512, 1024 * 1024, 1216 * 832):
+        scheduler.set_timesteps(
+            sigmas=plain.tolist(), mu=calculate_shift(pixels / 256, 256, 4096, 0.5, 2.0)
+        )
+        of_image = shifted(plain, dynamic_shift(scheduler.config, pixels) / of_table)
+        ours = shifted(of_image, of_table).float()
+        torch.testing.assert_close(ours, scheduler.sigmas[:1000], rtol=0, atol=1e-6)
+
+
+def test_a_shift_by_the_root_of_the_pixels_keeps_the_noise_of_their_mean() -> None:
+    """Of constant images of m and n pixels, the noise of the mean at the shifted and at the plain
+    time is the same, t / (1 − t) / √pixels (Esser et al. 2024, section 5.3.2); timesteps are drawn
+    by each image's own size."""
+    plain = torch.tensor([0.01, 0.3, 0.9], dtype=torch.float64)
+    t = shifted(plain, root_shift(1024**2, 512**2))
+    torch.testing.assert_close(t / (1 - t) / 1024, plain / (1 - plain) / 512)
+    of_size = Timesteps(0, 1000, shift=1.5, size_shift=partial(root_shift, reference=512**2))
+    drawn = of_size.draw(addresses(3), pixels=[512**2, 1024**2, 256**2])
+    alone = [Timesteps(0, 1000, shift=shift).draw(addresses(3)) for shift in (1.5, 3.0, 0.75)]
+    assert drawn.tolist() == [int(alone[i][i]) for i in range(3)]
 
 
 def test_the_samples_of_a_step_share_the_timesteps() -> None:

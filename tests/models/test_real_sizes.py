@@ -23,7 +23,15 @@ RANK = 16
 UNETS = {
     "sd1": {"attention": 128, "transformer": 192, "transformer+conv": 278, "all": 282},
     "sd2": {"attention": 128, "transformer": 192, "transformer+conv": 278, "all": 282},
-    "sdxl": {"attention": 560, "transformer": 722, "transformer+conv": 788, "all": 794},
+    "sdxl": {
+        "attention": 560,
+        "transformer": 722,
+        "transformer+conv": 788,
+        "all": 794,
+        "blora_content": 80,
+        "blora_style": 80,
+        "blora_content+blora_style": 160,
+    },
     "sdxl_refiner": {"attention": 352, "transformer": 462, "transformer+conv": 548, "all": 554},
 }
 TEXT = {

@@ -20,6 +20,7 @@ from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
 from sd_lora.training import loop
+from sd_lora.training.data import base_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.setup import Run, prepare
 from tests.training.runs import dreambooth, images, text_to_image, trained_adapter
@@ -99,8 +100,9 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
 
 
 def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path: Path) -> None:
-    """An SDXL base is trained by flow matching where its scheduler says so, with its shift, or the
-    user does; other families are refused, and a shift without flow matching."""
+    """An SDXL base is trained by flow matching where its scheduler says so, with its shift, which
+    may depend on an image's size, or the user does; other families are refused, and a shift without
+    flow matching."""
     given = {"prediction_type": "flow_prediction", "flow_shift": 6.0}
     run = prepare(text_to_image(tiny("sdxl"), data, tmp_path, **given))
     half = 6 * 0.5 / (1 + 5 * 0.5)
@@ -112,14 +114,26 @@ def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path:
     told = prepare(text_to_image(folder, data, tmp_path))
     assert torch.equal(told.objective.schedule.sigma, run.objective.schedule.sigma)
     assert math.isfinite(loop.batch_loss(told, told.stream.batch(0), 0))
+    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(
+        folder / "scheduler"
+    )
+    told = prepare(text_to_image(folder, data, tmp_path))
+    own, size_shift = base_of(told.config).resolution, told.objective.timesteps.size_shift
+    of_own = math.exp(0.5 + 0.65 * (own**2 / 256 - 256) / 3840)
+    assert told.given_noise_settings["flow_shift"] == pytest.approx(of_own)
+    assert size_shift((2 * own) ** 2) == pytest.approx(math.exp(0.65 * 3 * own**2 / 256 / 3840))
+    assert "shifted by size" in told.summary.rows["objective"]
     for base, options, message in [
+        (folder, {"resolution_shift": True}, "use_dynamic_shifting.*Leave it out"),
         ("sd1", given, "only those of Stable Diffusion XL"),
         ("sdxl", {"flow_shift": 2.0}, "is no flow-matching model by its scheduler"),
         ("sdxl", given | {"rescale_betas_zero_snr": True}, "leave out rescale_betas_zero_snr"),
         ("sdxl", given | {"snr_gamma": 5.0}, "leave out --snr_gamma"),
     ]:
         with pytest.raises(sd_lora.UsageError, match=message):
-            prepare(text_to_image(tiny(base), data, tmp_path, **options))
+            prepare(
+                text_to_image(base if base == folder else tiny(base), data, tmp_path, **options)
+            )
 
 
 def test_text_encoders_learn_each_in_its_way(tiny: Folder, data: Path, tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_the_files_are_what_was_trained(
 @pytest.mark.parametrize("mode", ["text_to_image", "dreambooth"])
 def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Six steps equal three, a stop, and three more, to the last bit: weights and losses, with
-    random crops and flips, dropout, accumulation, a schedule, prior preservation, and every change
-    of noise, timesteps and loss."""
+    random crops and flips, dropout, accumulation, a schedule, prior preservation, learned weights,
+    and every change of noise, timesteps and loss."""
     wide = images(tmp_path / "wide", 5, (96, 64))
     options: dict = {
         "checkpointing_steps": 3,
@@ -155,6 +155,7 @@ def test_resuming_is_exact(mode: str, tiny_sd1: Path, data: Path, tmp_path: Path
             "class_data_dir": str(data),
             "class_prompt": "a photo of a thing",
             "num_class_images": 6,
+            "edm2_loss_weighting": True,
         }
     sd_lora.train(make(tiny_sd1, wide, tmp_path / "whole", **options))
     again = make(
@@ -198,8 +199,9 @@ def test_accumulation_is_a_larger_batch(tiny_sd1: Path, data: Path, tmp_path: Pa
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """Recomputing activations gives the same weights, and really is switched on."""
-    options = {"train_text_encoder": True}
+    """Recomputing activations gives the same weights, with T-LoRA's masks too, and really is
+    switched on."""
+    options = {"train_text_encoder": True, "tlora_min_rank": 1}
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "a", **options))
     config = text_to_image(tiny_sd1, data, tmp_path / "b", gradient_checkpointing=True, **options)
     run = prepare(config)

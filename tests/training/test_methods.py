@@ -27,8 +27,8 @@ COMFYUI = "mine_comfyui.safetensors"
 BOTH = ["mine_kohya.safetensors", "pytorch_lora_weights.safetensors"]
 RUNS: dict[str, tuple[dict, list[str]]] = {
     "lora": ({}, BOTH),
-    "lora_fa": ({"method": "lora_fa"}, BOTH),
-    "pissa": ({"init_lora_weights": "pissa"}, BOTH),
+    "lora_fa, svd": ({"method": "lora_fa", "init_lora_weights": "svd"}, BOTH),
+    "pissa, t-lora": ({"init_lora_weights": "pissa", "tlora_min_rank": 2}, BOTH),
     "tucker, rslora": ({"use_tucker": True, "use_rslora": True}, BOTH),
     "dora": ({"use_dora": True}, [COMFYUI, "pytorch_lora_weights.safetensors"]),
     "loha": ({"method": "loha", "use_tucker": True}, LYCORIS),

@@ -275,8 +275,8 @@ def test_two_processes_with_prior_preservation(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes with half the batch each train as one, the text encoder of the embedded base
-    too. Together they draw each class image that is missing once, and exchange in memory the
-    latents that each has encoded; the one encodes as it goes."""
+    and weights learned by timestep too. Together they draw each class image that is missing once,
+    and exchange in memory the latents that each has encoded; the one encodes as it goes."""
     monkeypatch.chdir(root)
     script, class_dir = "train_dreambooth_lora.py", tmp_path / "class"
     common = [
@@ -286,7 +286,7 @@ def test_two_processes_with_prior_preservation(
         "a photo of a monster", "--num_class_images", "5", "--sample_batch_size", "2",
         "--resolution", "64", "--learning_rate", "1e-3", "--rank", "8", "--targets",
         "attention+conv", "--train_text_encoder", "--seed", "0", "--max_train_steps", "4",
-        "--num_validation_images", "0",
+        "--num_validation_images", "0", "--edm2_loss_weighting",
     ]  # fmt: skip
     two = [*common, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")]
     two += ["--cache_latents", "memory", "--data_cache_dir", str(tmp_path / "cache")]

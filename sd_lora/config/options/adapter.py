@@ -26,8 +26,9 @@ class AdapterOptions(Section):
 
     # fmt: off
     targets: str | None = option("attention",
-        "target modules in the UNet: attention, transformer, conv, all, or regular "
-        "expressions, joined by +; with init_lora those of its file if not given",
+        "target modules in the UNet: attention, transformer, conv, all, for SDXL blora_content and "
+        "blora_style, or regular expressions, joined by +; with init_lora those of its file if not "
+        "given",
         onetrainer="layer_filter_preset",
         main="attention, transformer, conv, all, or patterns")
     rank: int | None = option(4,
@@ -65,9 +66,9 @@ class AdapterOptions(Section):
         "scale by alpha / sqrt(rank) instead of alpha / rank",
         requires={"method": RANKED}, summary=("method", "scaled by alpha / sqrt(rank)"))
     init_lora_weights: str | None = option(None,
-        "initial factors of lora; kaiming if not given; pissa: the base's principal singular "
-        "vectors",
-        choices=("kaiming", "gaussian", "orthogonal", "pissa"),
+        "initial factors of lora; kaiming if not given; svd: A of the base's principal singular "
+        "vectors; pissa: A and B of them",
+        choices=("kaiming", "gaussian", "orthogonal", "svd", "pissa"),
         requires={"method": PLAIN_LORA}, summary=("method", "started by {}"),
         simpletuner="lora_init_type")
     init_lora: str | None = option(None,
@@ -75,6 +76,11 @@ class AdapterOptions(Section):
         "and alphas where these are not given; given ranks are at least its own",
         kohya="network_weights", onetrainer="lora_model_name", simpletuner=SAME,
         ai_toolkit="network.pretrained_lora_path", in_record="name")
+    tlora_min_rank: int | None = option(None,
+        "T-LoRA: train the first ranks alone where there is noise, this many in pure noise and all "
+        "in clean images; half the rank is usual; off if not given",
+        ge=1, requires={"method": PLAIN_LORA, "use_dora": (False,)},
+        summary=("method", "from rank {} in noise (T-LoRA)"))
     use_tucker: bool = option(False,
         "give convolutions larger than 1x1 a small core instead of a large factor (lora, "
         "loha, lokr)",
@@ -204,7 +210,8 @@ class AdapterOptions(Section):
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield ranks without effect, new words without a word, and exclusions of PiSSA."""
+    """Yield ranks without effect, new words without a word, exclusions of PiSSA, and
+    masks of no rank."""
     left_out = config.text_encoder_rank == 0 and not config.text_encoder_2_rank
     if config.train_text_encoder and left_out:
         text = "train_text_encoder with text_encoder_rank 0 trains no text encoder"
@@ -214,7 +221,12 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
             yield Problem(name, f"{name} has no effect with method {config.method}", "Leave it out")
     if config.token_abstraction is not None and not config.new_words:
         yield Problem("token_abstraction", "token_abstraction names no word")
-    excluded = [n for n in ("use_tucker", "scale_weight_norms", "init_lora") if getattr(config, n)]
+    least = config.tlora_min_rank
+    if least is not None and config.rank is not None and least >= config.rank:
+        text = f"tlora_min_rank {least} has no effect with rank {config.rank}"
+        yield Problem("tlora_min_rank", text, f"Half the rank is usual: {max(1, config.rank // 2)}")
+    names = ("use_tucker", "scale_weight_norms", "init_lora")
+    excluded = [name for name in names if getattr(config, name)]
     if config.init_lora_weights == "pissa" and excluded:
         text = f"init_lora_weights pissa excludes {' and '.join(excluded)}"
         yield Problem("init_lora_weights", text)

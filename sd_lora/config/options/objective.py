@@ -23,7 +23,7 @@ class ObjectiveOptions(Section):
     # fmt: off
     prediction_type: str | None = option(None,
         "prediction of the model; its scheduler's type if not given",
-        choices=("epsilon", "v_prediction", "flow_prediction"), scripts="AB",
+        choices=("epsilon", "v_prediction", "sample", "flow_prediction"), scripts="AB",
         kohya="v_parameterization", simpletuner=SAME, ai_toolkit="model.is_v_pred")
     rescale_betas_zero_snr: bool | None = option(None,
         "end the schedule in pure noise (zero terminal SNR), for v-prediction models trained "
@@ -69,6 +69,9 @@ class ObjectiveOptions(Section):
     timestep_shift: float = option(1.0,
         "move the timesteps to more noise by a factor above 1, to less by one below",
         gt=0)
+    resolution_shift: bool = option(False,
+        "move each image's timesteps to more noise by the root of its pixels over those of the "
+        "base's own resolution, and to less for smaller ones")
     stratified_timesteps: bool = option(False,
         "share the timesteps evenly among the images of a batch, so that its loss varies less")
     snr_gamma: float | None = option(None,
@@ -89,6 +92,8 @@ class ObjectiveOptions(Section):
     loss_weights_file: str | None = option(None,
         "CSV file of loss weights by timestep: lines of timestep,weight, with straight lines "
         "between them")
+    edm2_loss_weighting: bool = option(False,
+        "learn the weight of each timestep beside the LoRA, so that all come to weigh alike (EDM2)")
     loss_type: str = option("l2",
         "loss of each element: squared, absolute, or squared for small errors and absolute for "
         "large ones (huber, smooth_l1)",
@@ -237,6 +242,7 @@ WEIGHTINGS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     "loss_weights_file": (
         "table", lambda path: {"points": read_loss_weights(path), "file": Path(path).name}),
     "do_edm_style_training": ("edm_style", lambda on: {}),
+    "edm2_loss_weighting": ("uniform", lambda on: {}),  # `uncertainty.Uncertainty` learns its own
 }  # fmt: skip
 """Option that asks for a weighting → its row in `weightings.WEIGHTINGS`, and its parameters."""
 

@@ -73,8 +73,10 @@ DIFFUSERS: dict[str, Row] = {
         "", "is not needed: give the new words with --token_abstraction", _new_words
     ),
     "train_text_encoder_ti_frac": absent(f"{_STEPS} --embedding_stop_step"),
-    "use_blora": absent(
-        "is --targets here: the two blocks of B-LoRA are up_blocks.0.attentions.0 and .1"
+    "use_blora": switch(
+        "--targets blora_content+blora_style",
+        "is a preset of targets",
+        targets="blora_content+blora_style",
     ),
 }
 """Flag → row."""

@@ -32,6 +32,11 @@ class Crop:
     size: Size
 
     @property
+    def pixels(self) -> int:
+        """Pixels of the crop."""
+        return math.prod(self.size)
+
+    @property
     def crop_loss(self) -> float:
         """The part of the image that is cut away."""
         return 1 - math.prod(self.size) / math.prod(self.resized)

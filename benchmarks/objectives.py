@@ -1,0 +1,140 @@
+"""What two objectives do to images, trained on the embedded base.
+
+    python benchmarks/objectives.py dark     # zero terminal SNR on dark images
+    python benchmarks/objectives.py masked   # a subject of which masks leave out a half
+
+Each prints a table for README.md, and leaves its runs with their sheets in --folder. All runs of a
+table have the same images, steps and seeds.
+"""
+
+import argparse
+import random
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dev import images
+from sd_lora.config.schema import TrainConfig
+from sd_lora.data.images.buckets import pixels_of
+from sd_lora.demo import find_sample_data
+from sd_lora.models.load import load_parts
+from sd_lora.training.loop import train
+
+SHARED: dict[str, Any] = {
+    "pretrained_model_name_or_path": str(find_sample_data() / "tiny-sd"),
+    "seed": 0, "report_to": "none", "mixed_precision": "no",
+    "lr_scheduler": "constant", "targets": "all", "checkpointing_steps": 100_000,
+    "validation_epochs": 100_000,
+}  # fmt: skip
+
+
+def run(folder: Path, **options: Any) -> list[Image.Image]:
+    """Train in a folder, anew; returns the last sample images."""
+    shutil.rmtree(folder, ignore_errors=True)
+    train(TrainConfig(**SHARED | options, output_dir=str(folder)))
+    last = max(folder.glob("samples/step-*"))
+    return [Image.open(path).convert("RGB") for path in sorted(last.glob("*.png"))]
+
+
+def brightness(shown: Sequence[Image.Image]) -> float:
+    """Mean of all pixels, from 0, black, to 1, white."""
+    return float(np.mean([np.asarray(image) for image in shown]) / 255)
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "v, the same schedule": {"prediction_type": "v_prediction"},
+    "v, zero terminal SNR": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+}
+
+
+def dark(folder: Path, steps: int) -> None:
+    """Whole UNets, trained on nearly black and nearly white images, by noise schedule: brightness
+    of black ones, as the VAE gives them back and as drawn."""
+    data, base = folder / "data", load_parts(SHARED["pretrained_model_name_or_path"])
+    data.mkdir(parents=True, exist_ok=True)
+    black = []
+    for seed in range(32):
+        scene = images.random_scene(random.Random(seed))  # noqa: S311
+        pixels = np.asarray(images.draw(scene)).astype(float) / 16 + 239 * (seed % 2)
+        image = Image.fromarray(pixels.round().astype(np.uint8))
+        image.save(data / f"{seed}.png")
+        (data / f"{seed}.txt").write_text("by day" if seed % 2 else "at night")
+        black += [] if seed % 2 else [pixels_of(image, False)]
+    with torch.no_grad():
+        back = base.vae(torch.stack(black)).sample.clamp(-1, 1)
+    print(f"| the VAE's own | {float(back.mean()) / 2 + 0.5:.3f} |", flush=True)
+    for name, options in SCHEDULES.items():
+        drawn = run(
+            folder / name.replace(" ", "-").replace(",", ""), mode="text_to_image",
+            train_data_dir=str(data), resolution=48, method="full", learning_rate=1e-3,
+            train_batch_size=8, max_train_steps=steps, validation_prompt="at night",
+            validation_guidance_scale=1.0, num_validation_images=8, **options,
+        )  # fmt: skip
+        print(f"| {name} | {brightness(drawn):.3f} |", flush=True)
+
+
+HALVES = {"whole images": {}, "the upper half, by masks": {"mask_folder": "masks"}}
+
+
+GREEN, CYAN = images.COLOURS["green"], images.COLOURS["cyan"]
+
+
+def near(shown: np.ndarray, colour: images.RGB) -> float:
+    """Share of pixels (N, H, W, 3) within 70 of 255 of a colour, as a distance."""
+    return float((np.linalg.norm(shown - np.array(colour), axis=-1) < 70).mean())
+
+
+def row(name: str, shown: Sequence[Image.Image]) -> str:
+    """Share of the hat's green where hats are, and of the feet's cyan where feet are."""
+    pixels = np.asarray(shown, float)
+    hat, feet = near(pixels[:, :24, 20:44], GREEN), near(pixels[:, 40:], CYAN)
+    return f"| {name} | {hat:.3f} | {feet:.3f} |"
+
+
+def masked(folder: Path, steps: int) -> None:
+    """A subject, whole and with masks of its upper half: its hat and its feet in the samples."""
+    source, masks = find_sample_data() / "dreambooth" / "instance", folder / "masks"
+    masks.mkdir(parents=True, exist_ok=True)
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:32] = 255
+    for path in source.glob("*.png"):
+        Image.fromarray(mask).save(masks / path.name)
+    real = [Image.open(path).convert("RGB") for path in sorted(source.glob("*.png"))]
+    print(row("the subject", real))
+    for name, options in HALVES.items():
+        place = folder / name.split(",")[0].replace(" ", "-")
+        after = run(
+            place, mode="dreambooth", instance_data_dir=str(source), resolution=64,
+            instance_prompt="a photo of a sks monster", learning_rate=2e-3, rank=16,
+            targets="attention+conv", train_batch_size=4, max_train_steps=steps,
+            validation_prompt="a photo of a sks monster", num_validation_images=8,
+            validation_guidance_scale=4.0,
+            **{key: str(folder / value) for key, value in options.items()},
+        )  # fmt: skip
+        paths = sorted((place / "samples/step-000000").glob("*.png"))
+        print(row(f"the base, before: {name}", [Image.open(p).convert("RGB") for p in paths]))
+        print(row(name, after), flush=True)
+
+
+TABLES = {"dark": dark, "masked": masked}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "objectives")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    TABLES[args.table](args.folder, args.steps)
+
+
+if __name__ == "__main__":
+    main()

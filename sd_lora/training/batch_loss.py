@@ -1,0 +1,69 @@
+"""The loss of a micro-batch: noise, timesteps and conditions of items, the UNet, the objective."""
+
+import torch
+from torch import Tensor
+
+from sd_lora.adapters.merging import mask_ranks, switched_off, whole_ranks
+from sd_lora.data.batches.stream import Batch
+from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
+from sd_lora.training.run import Run
+
+
+def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
+    """A process's part of the loss of one micro-batch, a function of its items' addresses and the
+    model: the mean over processes and over the step's micro-batches is the step's loss.
+
+    step: number of steps done, since text encoders and new words may stop learning.
+    """
+    with run.unmasking():
+        return sum_of(run, batch, step)
+
+
+def sum_of(run: Run, batch: Batch, step: int) -> Tensor:
+    """`batch_loss` before a backward pass, within `run.unmasking`: for it T-LoRA's masks stay."""
+    return torch.stack([_loss(run, part, step) for part in batch.by_size(run.fit.at_once)]).sum()
+
+
+def _loss(run: Run, batch: Batch, step: int) -> Tensor:
+    """Loss of items of one size."""
+    objective, device = run.objective, run.accelerator.device
+    schedule, items = objective.schedule, batch.items
+    addresses = [item.address for item in items]
+    drawn = run.latents.latents(items, batch.loaded)
+    x0 = drawn.x0  # (B, C, H, W)
+    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
+    strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
+    t = objective.timesteps.draw(addresses, strata, pixels).to(device)
+    noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
+    x_t = run.unet_input(noisy, batch)
+    conditions = run.conditions(items, step)
+    unet = run.prepared["unet"]
+    if run.config.tlora_min_rank:
+        mask_ranks(run.models["unet"], 1 - t / schedule.num_timesteps, run.config.tlora_min_rank)
+    prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
+    target, mask = target_of(x0, noise, t, schedule), drawn.mask
+    if places := [i for i, item in enumerate(items) if item.preserves]:
+        target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
+        if mask is not None:
+            mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
+    losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
+    weights = torch.tensor([item.weight for item in items], device=device)
+    if objective.uncertainty:
+        if torch.is_grad_enabled():
+            learned = [float(not item.preserves) for item in items]  # those start at a loss of 0
+            shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
+            objective.uncertainty.observe(losses, t, shares)
+        losses = objective.uncertainty.weighted(losses, t)
+    return weighted_loss(losses, weights, batch.loss_scale)
+
+
+@torch.no_grad()
+def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> Tensor:
+    """The base model's output for preserved items, float32: the adapter is switched off.
+
+    x_t: the UNet's input (B, C, H, W). t: timesteps (B,).
+    """
+    conditions = run.conditions(batch.items, step)
+    timesteps = run.objective.schedule.timesteps[t]
+    with switched_off(run.models["unet"]) as unet, whole_ranks(unet):
+        return unet(x_t, timesteps, **conditions.arguments()).sample.float()
