@@ -1,0 +1,136 @@
+"""The verdict on a run in words, with its numbers: has it learned, too little, enough, too much?
+
+It is a function of `report.json`: validation, ledger, changes of the weights. `THRESHOLDS` is the
+table of its numbers; `benchmarks/verdict.py` measures how often it is right.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+UNDER, GOOD, OVER = "undertrained", "trained", "overtrained"
+
+THRESHOLDS = {
+    "least_gain": 0.02,
+    "still_falling": 0.10,
+    "most_gain": 0.45,
+    "most_apart": 0.10,
+    "most_change": 0.35,
+}
+"""Name → number. With 1 as the base model's validation loss:
+
+least_gain: fall of the loss on trained images below which too little is learned.
+still_falling: share of the whole fall that came after three quarters of the steps, above which more
+steps would help.
+most_gain: fall of the loss on trained images above which they are learned by heart.
+most_apart: fall on trained images beyond that on images held out, above which the same is said.
+most_change: ‖ΔW‖ / ‖W‖ of a component above which the LoRA overrides the base.
+"""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """state: UNDER, GOOD or OVER. text: a paragraph. numbers: those that it was made of."""
+
+    state: str
+    text: str
+    numbers: Mapping[str, float]
+
+
+def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a verdict, of a run's record; none where it was not validated after its start,
+    or has another form.
+
+    gain, held_out_gain: fall of the loss since the base. late: share of the gain after three
+    quarters of the steps. rise, rise_doubt: of the judged loss since the best step, and its
+    interval. best, last: steps. change: largest ‖ΔW‖ / ‖W‖ of a part.
+    """
+    with suppress(LookupError, TypeError, ZeroDivisionError, ValueError, AttributeError):
+        measured = record["validation"]
+        rows, base = measured["rows"], measured["base"]
+        if len(rows) < 2:
+            return {}
+        last, judged = rows[-1], measured["judged_by"]
+        gain = 1 - last["trained"]["loss"] / base["trained"]["loss"]
+        three_quarters = next(r for r in reversed(rows) if r["step"] <= 0.75 * last["step"])
+        before = 1 - three_quarters["trained"]["loss"] / base["trained"]["loss"]
+        rise, doubt = measured["since_best"]
+        found = {
+            "gain": gain,
+            "late": (gain - before) / gain if gain > 0 else 0.0,
+            "best": measured["best"],
+            "last": last["step"],
+            "rise": rise / base[judged]["loss"],
+            "rise_doubt": doubt / base[judged]["loss"],
+        }
+        if judged != "trained":
+            found["held_out_gain"] = 1 - last[judged]["loss"] / base[judged]["loss"]
+        if parts := [c for part in record["changes"].values() for c in part.values()]:
+            found["change"] = max(parts)
+        return {name: float(value) for name, value in found.items()}
+    return {}
+
+
+def verdict_of(
+    record: Mapping[str, Any], thresholds: Mapping[str, float] = THRESHOLDS
+) -> Verdict | None:
+    """The verdict on a run; None where its record has too little to judge by."""
+    n = numbers_of(record)
+    if not n:
+        return None
+    t, over, under = thresholds, [], []
+    if n["rise"] > n["rise_doubt"]:
+        over.append(
+            f"the validation loss has risen by {_percent(n['rise'])} ± {_percent(n['rise_doubt'])} "
+            f"since step {n['best']:.0f}"
+        )
+    if "held_out_gain" in n and n["gain"] - n["held_out_gain"] > t["most_apart"]:
+        over.append(
+            f"it fell by {_percent(n['gain'])} on the trained images and by "
+            f"{_percent(n['held_out_gain'])} on those held out: they are learned by heart"
+        )
+    if n["gain"] > t["most_gain"]:
+        over.append(
+            f"on noise that was never trained the loss of the trained images fell by "
+            f"{_percent(n['gain'])}, as far as it falls when images are learned by heart"
+        )
+    if n.get("change", 0.0) > t["most_change"]:
+        over.append(f"‖ΔW‖ is {_percent(n['change'])} of ‖W‖ in one part of the model")
+    if n["gain"] < t["least_gain"]:
+        under.append(f"the validation loss fell by {_percent(n['gain'])} only")
+    elif n["late"] > t["still_falling"]:
+        under.append(
+            f"{_percent(n['late'])} of the fall of the validation loss came in the last quarter of "
+            "the steps, and it goes on"
+        )
+    state = OVER if over else UNDER if under else GOOD
+    settled = f"the validation loss fell by {_percent(n['gain'])} and has settled"
+    reasons = "; ".join(over or under or [settled])
+    return Verdict(state, f"{_HEADS[state]}: {reasons}. {_advice(state, n)}", n)
+
+
+_HEADS = {
+    UNDER: "Undertrained, by these numbers",
+    GOOD: "Trained, by these numbers",
+    OVER: "Overtrained, by these numbers",
+}
+
+
+def _advice(state: str, n: Mapping[str, float]) -> str:
+    """The file to take, its strength, and the remedy."""
+    best, last = round(n["best"]), round(n["last"])
+    if state == UNDER:
+        return "Go on with more --steps, or raise --learning_rate."
+    less = "try the last file at less strength (sd-lora sample --strengths 0.4 0.6 0.8 1)"
+    if state == OVER and 0 < best < last:
+        return f"Take the step {best} (--keep_best keeps it), or {less}."
+    if state == OVER:
+        return f"Take an earlier step or a lower --learning_rate, or {less}."
+    if 0 < best < last:
+        return f"The steps {best} and {last} differ by nothing that matters: take the last file."
+    return "Take the last file at strength 1."
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
