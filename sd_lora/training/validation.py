@@ -182,13 +182,23 @@ class Validation:
         self.rows = kept
         self.base = state["base"] if kept else None
 
-    def _since_best(self) -> list[float | None]:
-        """Change of the judged loss since the best step, and its interval."""
+    def _changes(self) -> dict[str, list[float | None]]:
+        """Mean change of the last measurement, and its interval: of the trained images since the
+        base and since three quarters of the steps, and of the judged ones since the best step."""
         if not self.rows:
-            return [None, None]
-        last, best = self.rows[max(self.rows)], self.rows[self.best or 0]
-        found = interval(last[self.judged_by], best[self.judged_by])
-        return [value if math.isfinite(value) else None for value in found]
+            return {}
+        last = max(self.rows)
+        late = max(step for step in self.rows if step <= 0.75 * last)
+        before = {
+            "since_base": (TRAINED, self.base or self.rows[last]),
+            "since_three_quarters": (TRAINED, self.rows[late]),
+            "since_best": (self.judged_by, self.rows[self.best or 0]),
+        }
+        found = {}
+        for name, (group, losses) in before.items():
+            values = interval(self.rows[last][group], losses[group])
+            found[name] = [value if math.isfinite(value) else None for value in values]
+        return found
 
     def record(self) -> dict[str, Any]:
         """The measurements for report.json: means of each group and of its timesteps' parts."""
@@ -204,7 +214,7 @@ class Validation:
             ],
             "base": _means(self.base),
             "best": self.best,
-            "since_best": self._since_best(),
+            **self._changes(),
             "rows": [{"step": step, **_means(losses)} for step, losses in self.rows.items()],
         }
 
