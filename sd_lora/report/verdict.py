@@ -48,12 +48,16 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     quarters of the steps. rise: of the judged loss since the best step. …_doubt: half the interval
     of each. best, last: steps. change: largest ‖ΔW‖ / ‖W‖ of a part.
     """
-    with suppress(LookupError, TypeError, ZeroDivisionError, ValueError, AttributeError):
+    with suppress(
+        LookupError, TypeError, ZeroDivisionError, ValueError, AttributeError, StopIteration
+    ):
         measured = record["validation"]
         rows, base = measured["rows"], measured["base"]
         if len(rows) < 2:
             return {}
-        last, judged = rows[-1], measured["judged_by"]
+        end = measured.get("exported", rows[-1]["step"])  # earlier in a run that ended early
+        last = {row["step"]: row for row in rows}[end]
+        judged = measured["judged_by"]
         found = {"best": measured["best"], "last": last["step"]}
         for name, since, group, sign in (
             ("gain", "since_base", "trained", -1),

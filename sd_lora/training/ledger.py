@@ -178,17 +178,20 @@ class Ledger:
         limit = NormalDist().inv_cdf(1 - DOUBT / (2 * len(rows)))
         found: list[dict[str, Any]] = [
             {
+                "index": index,
                 "name": self.names[index],
                 "seen": int(self.seen[index]),
                 "loss": math.exp(end),
                 "change": math.exp(change - middle),
-                "windows": [_ratio(table, index) for table in self.tables],
                 "finding": _finding(change - middle, limit * error),
             }
             for index, change, end, error in rows
         ]
         found.sort(key=lambda row: -abs(math.log(row["change"])))
-        return sorted(found[:MOST_SHOWN], key=lambda row: -row["change"])
+        shown = sorted(found[:MOST_SHOWN], key=lambda row: -row["change"])
+        for row in shown:
+            row["windows"] = [_ratio(table, row["index"]) for table in self.tables]
+        return shown
 
 
 def _counts(item: BatchItem) -> bool:

@@ -9,7 +9,7 @@ from statistics import fmean
 from sd_lora.config.schema import RunConfig
 from sd_lora.files import write_whole
 from sd_lora.formats.canonical import adapter_of
-from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved
+from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved, ValidationDone
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import BEST_FILE, PREFIX, fault
 from sd_lora.training.export import export, export_words, header_of
@@ -47,7 +47,8 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
             path = checkpoint.save(run.output_dir, progress, run.models, state, header)
         write_best(run)
         checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every, _kept(run))
-        run.emit(LedgerRead(run.ledger.record()))
+        if images := run.ledger.record():
+            run.emit(LedgerRead(images))
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)
@@ -103,10 +104,12 @@ def end_at_best(run: Run) -> int:
     """
     best = run.validation.best
     path = run.output_dir / f"{PREFIX}{best}"
-    steps = max(run.validation.rows)
+    steps, rows = max(run.validation.rows), run.validation.record()["rows"]
     if best and on_main(run.accelerator, lambda: path.is_dir() and not fault(path)):
         run.load(checkpoint.read(path, run.models))
         steps = best
+        record = {**run.validation.record(), "rows": rows, "exported": best}
+        run.emit(ValidationDone(best, run.validation.rows[best], record))
     run.plan = dataclasses.replace(run.plan, num_steps=steps)
     return steps
 

@@ -252,7 +252,7 @@ def _validation(plan: Plan, images: RunImages, timesteps: Timesteps) -> Validati
     config, size = plan.config, plan.samples_per_step
     return Validation.of(
         images.instances, held_out, timesteps, config.validate_every, size, plan.num_steps,
-        config.early_stopping_patience,
+        config.keeps_best, config.early_stopping_patience,
     )  # fmt: skip
 
 

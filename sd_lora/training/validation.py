@@ -113,15 +113,16 @@ class Validation:
         asked: int | None,
         samples_per_step: int,
         num_steps: int,
-        patience: int | None = None,
+        wanted: bool,
+        patience: int | None,
     ) -> "Validation":
-        """The measurements to come of a run. asked: steps between two, None: of small cost.
-        patience: see the class."""
+        """The measurements to come of a run. asked: steps between two, None: of small cost. wanted:
+        whether something rests on them, also in a short run. patience: see the class."""
         groups = {TRAINED: trained} | ({HELD_OUT: held_out} if held_out else {})
         every = math.ceil(COST * NUM_ITEMS * len(groups) / samples_per_step)
         if asked is not None:
             every = asked
-        elif every > num_steps and not held_out:
+        elif every > num_steps and not (held_out or wanted):
             every = 0  # it would take more than a tenth of the time of so short a run
         places = (torch.arange(NUM_ITEMS, dtype=torch.float64) + 0.5) / NUM_ITEMS
         return cls(groups, every, timesteps.of(places).tolist(), patience)

@@ -156,8 +156,9 @@ def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path
     result = sd_lora.train(config)
     best = json.loads((folder / "best.json").read_text())["step"]
     assert 1 <= best <= 3
-    rows = json.loads((folder / "report.json").read_text())["validation"]["rows"]
-    assert rows[-1]["step"] == best + 2
+    measured = json.loads((folder / "report.json").read_text())["validation"]
+    assert measured["rows"][-1]["step"] == best + 2
+    assert measured["exported"] == best
     kept = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert kept == sorted(f"checkpoint-{step}" for step in (best, best + 2))
     assert find(folder, "best").path == folder / f"checkpoint-{best}"
