@@ -263,15 +263,17 @@ class RunImages:
                 thumbnails=self.thumbnails, required=required,
             )
         )  # fmt: skip
-        usable = checked.usable
+        usable, findings = checked.usable, checked.findings
         if kind == "instance":
             different = len({sample.digest for sample, _ in usable})
             count = num_held_out(self.config.holdout, different)
             usable, held_out = hold_out(usable, count)
             if images := self._set(held_out, kind):
                 self.held_out = UsableImages(sources, images, [], checked.facts)
+                names = dict.fromkeys(sample.name for sample in images.samples)
+                findings = [*findings, *(Finding("held-out", name) for name in names)]
         if images := self._set(usable, kind):
-            self.by_kind[kind] = UsableImages(sources, images, checked.findings, checked.facts)
+            self.by_kind[kind] = UsableImages(sources, images, findings, checked.facts)
 
     def _set(self, usable: Sequence[tuple[Sample, Size]], kind: Kind) -> ImageSet | None:
         """The set of usable images; None without any."""

@@ -73,6 +73,8 @@ def test_held_out_images_are_chosen_by_content(tiny_sd1: Path, data: Path, tmp_p
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "out", holdout=1))
     assert run.images.held_out is not None
     (held,) = run.images.held_out.set.samples
+    told = [finding.name for finding in run.images.findings if finding.code == "held-out"]
+    assert told == [held.name]
     samples = run.images.instances.samples
     assert len(samples) == 4
     assert held.digest not in {sample.digest for sample in samples}
