@@ -234,8 +234,7 @@ class Saved:
 
 
 STATE = ("optimizer", "schedule", "scaler", "average", "trained", "tokens", "losses",
-         "redrawn", "validation", "ledger",
-         "trackers")  # fmt: skip
+         "redrawn", "validation", "ledger", "trackers")  # fmt: skip
 """Names in a checkpoint's state."""
 
 

@@ -167,8 +167,10 @@ class Validation:
     @property
     def ended(self) -> bool:
         """Whether as many validations as the patience says have passed since the best one."""
-        later = [step for step in self.rows if step > (self.best or 0)]
-        return self.patience is not None and len(later) >= self.patience
+        if self.patience is None:
+            return False
+        best = self.best or 0
+        return sum(step > best for step in self.rows) >= self.patience
 
     def state(self) -> dict[str, Any]:
         """The measurements, as a checkpoint holds them."""
