@@ -118,9 +118,9 @@ def verdict_of(
 
 
 _HEADS = {
-    UNDER: "Undertrained, by these numbers",
-    GOOD: "Trained, by these numbers",
-    OVER: "Overtrained, by these numbers",
+    UNDER: "By the loss alone (not calibrated yet), undertrained",
+    GOOD: "By the loss alone (not calibrated yet), trained",
+    OVER: "By the loss alone (not calibrated yet), overtrained",
 }
 
 
