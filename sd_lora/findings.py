@@ -161,6 +161,8 @@ FINDINGS: dict[str, FindingKind] = {
     "same-shape": FindingKind(
         "note", "the image is smaller than either, and bucket_no_upscale leaves it so"
     ),
+    # images that are measured
+    "held-out": FindingKind("note", "validated and not trained: --holdout 0 trains all"),
     # conversions
     "near-duplicate": FindingKind(
         "note", "repeated images are learned by heart: keep the better one"

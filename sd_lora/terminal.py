@@ -15,9 +15,11 @@ from sd_lora.report.events import (
     StepsLogged,
     TrainingStarted,
     Validated,
+    ValidationDone,
     Warned,
 )
 from sd_lora.report.summary import duration, verified_files
+from sd_lora.report.verdict import verdict_of
 from sd_lora.streams import encode_everything
 
 
@@ -37,6 +39,7 @@ class Terminal:
         self._beside: tqdm | None = None  # of work before, between and after them
         self._warned: list[str] = []
         self._validated: Validated | None = None
+        self._measured: ValidationDone | None = None
         self._exported: Exported | None = None
 
     def __call__(self, event: Event) -> None:
@@ -60,6 +63,8 @@ class Terminal:
             case Validated():
                 self._close()
                 self._validated = event
+            case ValidationDone():
+                self._measured = event
             case Exported():
                 self._exported = event
             case RunEnded():
@@ -98,6 +103,10 @@ class Terminal:
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
+        if self._measured and self._exported:
+            facts = {"validation": self._measured.record, "changes": self._exported.changes}
+            if verdict := verdict_of(facts):
+                lines.append(f"  {verdict.text}")
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
         if self._warned:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -147,6 +147,26 @@ class Validated:
 
 
 @dataclass(frozen=True)
+class ValidationDone:
+    """The model is measured on images and noise that are not trained.
+
+    step: number of steps done. losses: group of images → loss of each item. record: all
+    measurements so far, for `report.json`.
+    """
+
+    step: int
+    losses: Mapping[str, Sequence[float]]
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LedgerRead:
+    """The loss of each training image against that of all. images: see `Ledger.record`."""
+
+    images: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
 class Exported:
     """The files of a finished run. files: verified LoRA files. usage: lines on how to load them.
     changes: component → part of the model → ‖ΔW‖ / ‖W‖ of its adapted modules."""
@@ -179,6 +199,8 @@ Event = (
     | CheckpointSaved
     | LoraSaved
     | Validated
+    | ValidationDone
+    | LedgerRead
     | Exported
     | RunEnded
 )

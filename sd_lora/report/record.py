@@ -15,11 +15,13 @@ from sd_lora.files import write_whole
 from sd_lora.report.events import (
     Event,
     Exported,
+    LedgerRead,
     RunEnded,
     RunPlanned,
     StepDone,
     TrainingStarted,
     Validated,
+    ValidationDone,
     Warned,
 )
 
@@ -28,6 +30,7 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
+    "validation": {}, "ledger": [],
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -67,6 +70,12 @@ class Record:
                 numbers = {"first": event.first, "trained": event.trained}
                 known = {name: n for name, n in numbers.items() if math.isfinite(n)}
                 facts["replayed"] = known
+            case ValidationDone():
+                facts["validation"] = event.record
+            case LedgerRead():
+                facts["ledger"] = [
+                    {**image, "name": self._shown(image["name"])} for image in event.images
+                ]
             case Exported():
                 facts["files"] = [file.path.name for file in event.files]
                 facts["usage"] = [self._shown(line) for line in event.usage]
@@ -80,6 +89,8 @@ class Record:
         if first_step and (self.folder / RECORD).is_file():
             earlier = read_record(self.folder)
             self._before = earlier["seconds"]
+            for name in ("validation", "ledger"):
+                self.facts.setdefault(name, earlier[name])
             warnings = [*earlier["warnings"], *self.facts["warnings"]]
             self.facts["warnings"] = list(dict.fromkeys(map(str, warnings)))
 

@@ -35,8 +35,10 @@ from sd_lora.report.events import (
     TrainingStarted,
 )
 from sd_lora.report.log_file import LogFile
+from sd_lora.report.measured import by_step, by_timestep, images_of
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration
+from sd_lora.report.verdict import verdict_of
 
 PAGE, SAMPLES = "report.html", "samples"
 HERE = Path(__file__).parent
@@ -218,6 +220,10 @@ def page_of(folders: Sequence[Path]) -> str:
             "name": names[number],
             "record": record,
             "curves": curves_of(logs[number]),
+            "measured": by_step(record["validation"]),
+            "verdict": verdict_of(record),
+            "images": images_of(record["ledger"]),
+            "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
             "prompts": drawn[number].prompts,
             "steps": drawn[number].steps,
@@ -229,7 +235,8 @@ def page_of(folders: Sequence[Path]) -> str:
         for d in drawn
     ]
     data = [
-        {"name": run["name"], "curves": run["curves"], "steps": run["steps"], "images": images}
+        {name: run[name] for name in ("name", "curves", "measured", "by_timestep", "steps")}
+        | {"images": images}
         for run, images in zip(runs, pictures, strict=True)
     ]
     script = (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8")

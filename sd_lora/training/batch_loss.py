@@ -47,6 +47,7 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
         if mask is not None:
             mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
     losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
+    run.ledger.add(step, items, losses, t)
     weights = torch.tensor([item.weight for item in items], device=device)
     if objective.uncertainty:
         if torch.is_grad_enabled():

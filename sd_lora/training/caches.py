@@ -58,7 +58,7 @@ class Caches:
             RunError: an image that cannot be read any more, or a latent that is not finite.
         """
         vae, device = parts.vae, self.accelerator.device
-        sets = images.by_kind.values()
+        sets = images.all
         size = (vae.config.latent_channels, pixel_settings.pixels_per_latent, vae.dtype.itemsize)
         needed = sum(latent_bytes(found.set, *size) for found in sets)
         asked = self.config.cache_latents
@@ -178,7 +178,7 @@ class Caches:
         store = self.store
 
         def evict() -> str:
-            jobs = [job for found in images.by_kind.values() for job in latents.jobs(found.set)]
+            jobs = [job for found in images.all for job in latents.jobs(found.set)]
             keep = {job.key for job in jobs} | {f"facts/{job.sample.digest}" for job in jobs}
             if text.table:
                 keep |= {text.table.key(caption) for caption in text.captions or ()}
@@ -204,7 +204,7 @@ def _refuse_streams(images: RunImages, mode: str, reason: str, inpaints: bool) -
     """Raise UsageError for a stream whose images a later step would need again."""
     streamed = [
         (found.set, index)
-        for found in images.by_kind.values()
+        for found in images.all
         for index, sample in enumerate(found.set.samples)
         if sample.source.streaming
     ]

@@ -138,20 +138,26 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(gone, ignore_errors=True)
 
 
-def prune(newest: Path, limit: int | None, keep_every: int | None) -> None:
+def prune(newest: Path, limit: int | None, keep_every: int | None, best: int | None = None) -> None:
     """Remove the oldest checkpoints that a run needs no more.
 
     Args:
         newest: the last one, which verifies. Those of later steps stay.
         limit: number of checkpoints to keep; None for all.
         keep_every: steps, whose multiples stay beside these.
+        best: a step whose checkpoint stays.
     """
     last = step_of(newest)
     earlier = [path for path in checkpoints(newest.parent) if step_of(path) <= last]
     for path in earlier:
         if path.name.endswith(REPLACED) and path.with_name(f"{PREFIX}{step_of(path)}").exists():
             remove(path)
-    rolling = [path for path in earlier if not (keep_every and step_of(path) % keep_every == 0)]
+    steps = {step_of(path) for path in earlier} - {best}
+    rolling = [
+        path
+        for path in earlier
+        if step_of(path) in steps and not (keep_every and step_of(path) % keep_every == 0)
+    ]
     for path in rolling[:-limit] if limit else []:
         remove(path)
 
@@ -228,7 +234,7 @@ class Saved:
 
 
 STATE = ("optimizer", "schedule", "scaler", "average", "uncertainty", "trained", "tokens", "losses",
-         "redrawn", "trackers")  # fmt: skip
+         "redrawn", "validation", "ledger", "trackers")  # fmt: skip
 """Names in a checkpoint's state."""
 
 

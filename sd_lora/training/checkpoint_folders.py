@@ -29,6 +29,9 @@ EARLIER_VERSION = "it was written by an earlier version, which alone can finish 
 RESUME = "--resume_from_checkpoint latest"
 """The flag that goes on with a run, for messages."""
 
+BEST, BEST_FILE = "best", "best.json"
+"""Name for the checkpoint of the best validation, and the file that names it."""
+
 LATEST, LATEST_IF_ANY = "latest", "latest-if-any"
 """Names for the newest checkpoint that verifies; with the second, a run without any starts anew."""
 
@@ -63,6 +66,8 @@ def find(output_dir: Path, name: str) -> Found:
         UsageError: no such checkpoint, with the names of the existing ones, or a damaged one.
     """
     there = checkpoints(output_dir)
+    if name == BEST:
+        name = _best(output_dir)
     if name not in (LATEST, LATEST_IF_ANY):
         return Found(_named(output_dir, name, there), {})
     damaged: dict[Path, str] = {}
@@ -80,6 +85,17 @@ def find(output_dir: Path, name: str) -> Found:
             "Start anew in another folder"
         )
     raise UsageError(f"resume_from_checkpoint {name}: no such checkpoint; {output_dir} has none")
+
+
+def _best(output_dir: Path) -> str:
+    """The name of the best checkpoint; raises UsageError where none is kept."""
+    try:
+        return str(json.loads((output_dir / BEST_FILE).read_bytes())["checkpoint"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(
+            f"resume_from_checkpoint best: {output_dir} names none in {BEST_FILE}: runs with "
+            "--keep_best or --early_stopping_patience do"
+        ) from None
 
 
 def _named(output_dir: Path, name: str, there: list[Path]) -> Path:

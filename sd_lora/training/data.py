@@ -2,12 +2,13 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import ClassImages
 from sd_lora.config.options.sources import source_specs
+from sd_lora.config.options.validation import num_held_out
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.config.sources import Kind
 from sd_lora.data.batches.stream import ImageSet
@@ -15,7 +16,7 @@ from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.scan import Thumbnails
 from sd_lora.data.check.usable import UsableImages, check_images
-from sd_lora.data.images.buckets import CropSettings
+from sd_lora.data.images.buckets import CropSettings, Size
 from sd_lora.data.images.decode import colour
 from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample, Source
@@ -27,6 +28,7 @@ from sd_lora.models.published import PublishedBase
 from sd_lora.report.events import Listener, tracked
 from sd_lora.seeds import shuffled
 from sd_lora.training.class_images import has_class_images
+from sd_lora.training.validation import hold_out
 
 
 def base_of(config: TrainConfig) -> Base:
@@ -178,6 +180,7 @@ class RunImages:
     """The images of a run, checked.
 
     by_kind: "instance", and "class" for prior preservation → usable images with their findings.
+    held_out: instance images that are validated and not trained; None without any.
 
     Args:
         config, seed: of the run.
@@ -204,11 +207,17 @@ class RunImages:
         self.store, self.caption_encoder, self.emit = store, caption_encoder, emit
         self.once, self.thumbnails = once, thumbnails
         self.by_kind: dict[str, UsableImages] = {}
+        self.held_out: UsableImages | None = None
 
     @property
     def instances(self) -> ImageSet:
         """The images to learn."""
         return self.by_kind["instance"].set
+
+    @property
+    def all(self) -> list[UsableImages]:
+        """All usable images, those held out too."""
+        return [*self.by_kind.values(), *([self.held_out] if self.held_out else [])]
 
     @property
     def classes(self) -> ImageSet | None:
@@ -254,7 +263,21 @@ class RunImages:
                 thumbnails=self.thumbnails, required=required,
             )
         )  # fmt: skip
-        if checked.usable:
-            samples, buckets = map(list, zip(*checked.usable, strict=True))
-            images = ImageSet(samples, buckets, self.crop_settings, kind, self.seed)
-            self.by_kind[kind] = UsableImages(sources, images, checked.findings, checked.facts)
+        usable, findings = checked.usable, checked.findings
+        if kind == "instance":
+            different = len({sample.digest for sample, _ in usable})
+            count = num_held_out(self.config.holdout, different)
+            usable, held_out = hold_out(usable, count)
+            if images := self._set(held_out, kind):
+                self.held_out = UsableImages(sources, images, [], checked.facts)
+                names = dict.fromkeys(sample.name for sample in images.samples)
+                findings = [*findings, *(Finding("held-out", name) for name in names)]
+        if images := self._set(usable, kind):
+            self.by_kind[kind] = UsableImages(sources, images, findings, checked.facts)
+
+    def _set(self, usable: Sequence[tuple[Sample, Size]], kind: Kind) -> ImageSet | None:
+        """The set of usable images; None without any."""
+        if not usable:
+            return None
+        samples, buckets = map(list, zip(*usable, strict=True))
+        return ImageSet(samples, buckets, self.crop_settings, kind, self.seed)

@@ -40,6 +40,7 @@ from sd_lora.training.failure import told_once
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
+from sd_lora.training.measure import validated
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
     remove_earlier_results,
@@ -58,6 +59,7 @@ from sd_lora.training.samples import (
     write_before_after,
 )
 from sd_lora.training.saving import (
+    end_at_best,
     lora_is_due,
     minutes_are_over,
     prune_earlier,
@@ -147,7 +149,10 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
             with memory_for("drawing sample images", run.config):
                 show_missing_samples(run)
+            validated(run, run.first_step)
             done = train_steps(run, log, requests)
+        if run.validation.ended:
+            done = end_at_best(run)
         finished = done == run.plan.num_steps
         if finished:
             run.use_average()
@@ -198,7 +203,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
     """Do the steps after the first `done` ones; returns how many are done in all."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches, saved_at = run.batches(done), time.monotonic()
-    while done < num_steps:
+    while done < num_steps and not run.validation.ended:
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):
@@ -229,6 +234,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         wishes = requests.take_save() or minutes_are_over(config, saved_at)
         stopping, is_time = agreed(run, bool(requests.reason), wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
+        saving |= validated(run, done)  # before the checkpoint, which has its losses
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
         if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again

@@ -54,6 +54,7 @@ class LossLog:
         """
         if not self.waiting:
             return
+        self.run.ledger.flush(self.run.accelerator, self.step)
         values = torch.stack([torch.stack([loss, norm]) for *_, loss, norm in self.waiting])
         values = self.run.accelerator.reduce(values, "mean").tolist()
         steps = [(step, rates) for step, rates, _, _ in self.waiting]

@@ -17,7 +17,14 @@ from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import UNFINISHED
 from sd_lora.formats.file_names import embedding_paths, lora_paths
-from sd_lora.training.checkpoint_folders import LATEST_IF_ANY, RESUME, Found, checkpoints, find
+from sd_lora.training.checkpoint_folders import (
+    BEST_FILE,
+    LATEST_IF_ANY,
+    RESUME,
+    Found,
+    checkpoints,
+    find,
+)
 
 if TYPE_CHECKING:  # torch is not imported here: earlier work is told of before it is
     from sd_lora.formats.verify import Verified
@@ -104,6 +111,7 @@ def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
         of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
         for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
+        (config.output_path / BEST_FILE).unlink(missing_ok=True)
         for path in (config.output_path / "samples").glob("step-*"):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)

@@ -25,7 +25,7 @@ from accelerate.utils import (
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError, install_line
 from sd_lora.files import write_fault
-from sd_lora.report.events import Event, SamplesDrawn, StepsLogged
+from sd_lora.report.events import Event, SamplesDrawn, StepsLogged, ValidationDone
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.sharding import without_fsdp
@@ -265,13 +265,14 @@ def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
 
 
 class Trackers:
-    """Accelerate's trackers as a listener: losses, and sample images where a tracker takes them."""
+    """Accelerate's trackers as a listener: losses, validation, and sample images where a tracker
+    takes them."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
     def __call__(self, event: Event) -> None:
-        """Log steps and samples; raises RunError if the disk refuses them."""
+        """Log steps, validations and samples; raises RunError if the disk refuses them."""
         with tracker_errors(self.accelerator):
             self._log(event)
 
@@ -280,6 +281,12 @@ class Trackers:
             case StepsLogged():
                 for record in event.records:
                     self.accelerator.log(record.numbers(), step=record.step)
+            case ValidationDone():
+                means = {
+                    f"validation/{group.replace(' ', '_')}": sum(losses) / len(losses)
+                    for group, losses in event.losses.items()
+                }
+                self.accelerator.log(means, step=event.step)
             case SamplesDrawn():
                 array = np.stack([np.asarray(image) for image in event.images])  # (N, H, W, 3)
                 for tracker in self.accelerator.trackers:

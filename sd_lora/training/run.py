@@ -37,6 +37,7 @@ from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
 from sd_lora.training.fit import Fit
 from sd_lora.training.init_lora import Start
+from sd_lora.training.ledger import Ledger
 from sd_lora.training.optimizers import (
     averaged,
     averages,
@@ -47,6 +48,7 @@ from sd_lora.training.optimizers import (
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device, tracker_runs
 from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
+from sd_lora.training.validation import Validation
 
 
 class ImageLost(RunError):
@@ -61,10 +63,11 @@ class Run:
     log: the file of losses. device: facts about it. models: component → injected model. prepared:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
     meta_pipeline: the modules that the LoRA is for. fit: the way of a step through the device.
-    average: of the steps, which is exported; None for the last step, or the optimiser's own
-    average. saved: the checkpoint to resume. start: the LoRA file to start from. losses: hash of
-    those so far. redrawn: steps done before and at the end of each part that was done once more.
-    saved_steps: those of this process's checkpoints.
+    validation: the images and noise by which the run is measured. ledger: of its images. average:
+    of the steps, which is exported; None for the last step, or the optimiser's own average. saved:
+    the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
+    redrawn: steps done before and at the end of each part that was done once more. saved_steps:
+    those of this process's checkpoints.
     """
 
     plan: Plan
@@ -84,6 +87,8 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR
     summary: Summary
+    validation: Validation
+    ledger: Ledger
     average: Average | None = None
     fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
@@ -208,6 +213,7 @@ class Run:
     def restore(self) -> None:
         """Load the LoRA file to start from, or the checkpoint to resume, with this run's learning
         rates."""
+        self.ledger.waiting.clear()  # of trials of the batch
         if self.start is not None:
             self.start.apply()
         if self.saved is not None:
@@ -216,6 +222,8 @@ class Run:
     def load(self, saved: checkpoint.Saved) -> None:
         """Take the state of a checkpoint, with this run's learning rates."""
         self.losses = saved.state["losses"]
+        self.validation.load(saved.state["validation"])
+        self.ledger.load(saved.state["ledger"])
         self.redraw([(first, last) for first, last in saved.state["redrawn"]])
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         saved.load_factors(self.models)
@@ -344,6 +352,8 @@ class Run:
             "tokens": self.words_state(),
             "losses": self.losses,
             "redrawn": self.redrawn,
+            "validation": self.validation.state(),
+            "ledger": self.ledger.state(),
             "trackers": runs | tracker_runs(self.accelerator),
         }
 

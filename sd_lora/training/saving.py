@@ -1,13 +1,17 @@
 """Saving in mid-run: checkpoints, and LoRA files of a step."""
 
 import dataclasses
+import json
 import time
 from collections.abc import Callable
+from statistics import fmean
 
 from sd_lora.config.schema import RunConfig
+from sd_lora.files import write_whole
 from sd_lora.formats.canonical import adapter_of
-from sd_lora.report.events import CheckpointSaved, LoraSaved
+from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved, ValidationDone
 from sd_lora.training import checkpoint
+from sd_lora.training.checkpoint_folders import BEST_FILE, PREFIX, fault
 from sd_lora.training.export import export, export_words, header_of
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import LORA_PREFIX, resumes_here
@@ -41,7 +45,10 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
             state["tokens"] = run.words_state()
             header = header_of(run, adapter_of(run.models), step)
             path = checkpoint.save(run.output_dir, progress, run.models, state, header)
-        checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every)
+        write_best(run)
+        checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every, _kept(run))
+        if images := run.ledger.record():
+            run.emit(LedgerRead(images))
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)
@@ -65,7 +72,46 @@ def prune_earlier(run: Run) -> None:
     """Remove the checkpoints that a run needs no more whose process was killed before it did so."""
     saved = run.saved.path if run.saved else None
     if saved is not None and resumes_here(run.config, saved):
-        checkpoint.prune(saved, run.config.checkpoints_total_limit, run.config.keep_every)
+        limit, every = run.config.checkpoints_total_limit, run.config.keep_every
+        checkpoint.prune(saved, limit, every, _kept(run))
+
+
+def _kept(run: Run) -> int | None:
+    """The step whose checkpoint is kept as the best one."""
+    return run.validation.best if run.config.keeps_best else None
+
+
+def write_best(run: Run) -> None:
+    """Write the name of the best checkpoint, its loss and the base model's, if it is kept and
+    there."""
+    best, validation = _kept(run), run.validation
+    path = run.output_dir / f"{PREFIX}{best}"
+    if best and path.is_dir() and validation.base:
+        group = validation.judged_by
+        facts = {
+            "checkpoint": path.name,
+            "step": best,
+            "images": group,
+            "loss": fmean(validation.rows[best][group]),
+            "loss_of_base": fmean(validation.base[group]),
+        }
+        write_whole(run.output_dir / BEST_FILE, json.dumps(facts, indent=1).encode())
+
+
+def end_at_best(run: Run) -> int:
+    """Give a run that ends early the state of its best validation, as if that were its last step,
+    on all processes; returns the step. The last step stays where none was better than the start.
+    """
+    best = run.validation.best
+    path = run.output_dir / f"{PREFIX}{best}"
+    steps, rows = max(run.validation.rows), run.validation.record()["rows"]
+    if best and on_main(run.accelerator, lambda: path.is_dir() and not fault(path)):
+        run.load(checkpoint.read(path, run.models))
+        steps = best
+        record = {**run.validation.record(), "rows": rows, "exported": best}
+        run.emit(ValidationDone(best, run.validation.rows[best], record))
+    run.plan = dataclasses.replace(run.plan, num_steps=steps)
+    return steps
 
 
 def lora_is_due(run: Run, step: int) -> bool:

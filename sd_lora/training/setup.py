@@ -24,6 +24,7 @@ from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.folders import RUN_LOG, own
 from sd_lora.formats.metadata import date
+from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.load import Base, Parts
 from sd_lora.models.noise_scheduler import dynamic_shift
 from sd_lora.report.events import Listener, Warned, to_all
@@ -48,6 +49,7 @@ from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_se
 from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.init_lora import start_from
+from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.optimizers import build_optimizer, check_optimizer
 from sd_lora.training.out_of_memory import memory_for
@@ -66,6 +68,7 @@ from sd_lora.training.processes import (
 from sd_lora.training.run import Run
 from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
+from sd_lora.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def prepare(
         resolved.prior_loss_weight, _preservation(resolved, images),
     )  # fmt: skip
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
-    _cache_embeddings(resolved, caches, text, stream, _draws(accelerator, parts))
+    validation = _validation(plan, images, objective.timesteps)
+    captions = validation.captions
+    _cache_embeddings(resolved, caches, text, stream, captions, _draws(accelerator, parts))
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
@@ -147,6 +152,8 @@ def prepare(
         optimizer=accelerator.prepare_optimizer(optimizer),
         lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
+        validation=validation,
+        ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
         saved=saved,
         start=start,
@@ -263,6 +270,16 @@ def _average(
     return Average.of(parameters, config)
 
 
+def _validation(plan: Plan, images: RunImages, timesteps: Timesteps) -> Validation:
+    """The images, noise and timesteps by which the run is measured."""
+    held_out = images.held_out.set if images.held_out else None
+    config, size = plan.config, plan.samples_per_step
+    return Validation.of(
+        images.instances, held_out, timesteps, config.validate_every, size, plan.num_steps,
+        config.keeps_best, config.early_stopping_patience,
+    )  # fmt: skip
+
+
 def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:
     """The captions that are preserved beside the instances; None without.
 
@@ -332,11 +349,16 @@ def _cache_embeddings(
     caches: Caches,
     text: TextConditioning,
     stream: Stream,
+    validated: Sequence[Caption],
     draws_samples: bool,
 ) -> None:
-    """Encode the captions where nothing learns, and free the text encoders that nothing uses."""
+    """Encode the captions where nothing learns, and free the text encoders that nothing uses.
+
+    validated: captions of the validation's images.
+    """
     if text.will_freeze:
-        text.captions = used_captions(stream)
+        used = used_captions(stream)
+        text.captions = None if used is None else [*dict.fromkeys([*used, *validated])]
         if text.learning and not caches.can_hold(text):
             text.captions = None  # encoded in each step, also after the encoders stopped
     if text.learning:

@@ -100,7 +100,7 @@ def refuse_ruined(run: Run, step: int, batch_loss: BatchLoss) -> None:
     if batch is None:  # an image is lost, of which its own step tells
         return
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
-    with _evaluating([*run.models.values(), *run.text.encoders.values()]):
+    with evaluating([*run.models.values(), *run.text.encoders.values()]):
         value = batch_loss(alone, batch, step)
         # where all processes check, all find the same
         loss = float(run.accelerator.reduce(value, "mean") if run.joint else value)
@@ -119,7 +119,7 @@ def _largest(model: nn.Module) -> dict[str, float]:
 
 
 @contextmanager
-def _evaluating(models: list[nn.Module]) -> Iterator[None]:
+def evaluating(models: list[nn.Module]) -> Iterator[None]:
     """Models without dropout for a while; each module has its own mode afterwards."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:

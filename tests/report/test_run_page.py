@@ -81,7 +81,9 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     write_image(place / "00.png", Image.new("RGB", (8, 8)), [drawn])
     facts = {"warnings": [HOSTILE], "rows": {"model": HOSTILE}, "notes": [HOSTILE], "seconds": 1,
              "findings": [HOSTILE], "usage": [HOSTILE], "files": [HOSTILE], "ended": False,
-             "changes": {"unet": {HOSTILE: 0.1}}, "step": 1, "num_steps": 2}  # fmt: skip
+             "changes": {"unet": {HOSTILE: 0.1}}, "step": 1, "validation": {"rows": [HOSTILE]},
+             "ledger": [{"name": HOSTILE, "seen": 1, "loss": 1, "change": 1, "finding": HOSTILE}],
+             "num_steps": 2}  # fmt: skip
     (folder / "report.json").write_text(json.dumps(facts))
     page = page_of([folder])
     assert "alert(1)" in page

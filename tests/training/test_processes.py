@@ -198,6 +198,12 @@ def test_an_image_lost_by_one_process_ends_all(runs: Runs, tmp_path: Path) -> No
     assert_said_once(launch, f"{data / '3.png'}")
 
 
+def rows(measured: dict) -> list[list[float]]:
+    """The validation losses by timestep of each measurement, the base's first."""
+    found = [measured["base"], *measured["rows"]]
+    return [row["trained"]["levels"] for row in found]
+
+
 def assert_same(one: Path, two: Path) -> None:
     """The LoRAs and the losses of two runs agree within 1e-4. (A factor's entry whose gradient is
     rounding noise may differ more: AdamW's first steps are the sign of the gradient times the
@@ -235,15 +241,22 @@ def test_the_configurations_for_accelerate(
 
 def test_fsdp2_trains_as_ddp(runs: Runs, root: Path) -> None:
     """Two processes of which each holds half of the UNet train as two that hold all of it: with
-    magnitudes, which are of whole weights, a text encoder, samples, and LoRA files in mid-run."""
+    magnitudes, which are of whole weights, a text encoder, samples, LoRA files in mid-run, and the
+    same validation, of which two processes measure a half each, and with FSDP2 all."""
     _, variables = accelerate_launch(root / CONFIGS / "fsdp2.yaml")
     more = (
         "--use_dora --train_text_encoder --gradient_checkpointing --save_lora_every 2 "
-        "--mixed_precision no --num_validation_images 1 --validation_steps 2"
+        "--mixed_precision no --num_validation_images 1 --validation_steps 2 --validate_every 2"
     ).split()
     ddp = runs.done("ddp", 2, 6, *more)
     fsdp = runs.done("fsdp", 2, 6, *more, **variables)
     assert_same(ddp, fsdp)
+    measured = [json.loads((f / "report.json").read_text())["validation"] for f in (ddp, fsdp)]
+    for a, b in zip(*(rows(m) for m in measured), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert (
+        len({tuple(row) for row in rows(measured[0])}) == 3
+    )  # the base, after 2 steps, and after 4
     assert (fsdp / "before_after.png").is_file()
     kept = re.search(r"sharded +([\d.]+) MiB of the UNet's ([\d.]+) MiB", text_of(runs, "fsdp"))
     assert float(kept[1]) == pytest.approx(float(kept[2]) / 2, rel=0.1)

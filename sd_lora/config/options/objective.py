@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sd_lora.config.options.validation import ValidationLossOptions
 from sd_lora.config.rows import SAME, Section, by_mode, section
 from sd_lora.errors import Problem
 
@@ -250,8 +251,8 @@ WEIGHTINGS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
 option = section("validation")
 
 
-class ValidationOptions(Section):
-    """Sample images."""
+class ValidationOptions(ValidationLossOptions):
+    """Sample images, and the validation loss."""
 
     # fmt: off
     validation_prompt: str | None = option(None,

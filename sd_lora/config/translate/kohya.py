@@ -182,7 +182,10 @@ _FLOAT32 = "is not there: the LoRA is float32 always; the base is as mixed_preci
 _UPLOAD = "is not there: upload the files by hand"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
-_VALIDATION = "is not there: samples and their score show what is learned"
+_VALIDATION = (
+    "is not there: a number of images is held out, chosen by content (--holdout), and validated "
+    "after steps (--validate_every)"
+)
 _SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
 _DEVICES = "is not needed: accelerate's configuration says it"
 
@@ -345,8 +348,8 @@ KOHYA: dict[str, Row] = NETWORK | {
     "sample_at_first": needless("is always so here"),
     "sample_sampler": absent(_SAMPLES, idle=("dpmsolver++",)),
     **dict.fromkeys(
-        ("validation_split", "validation_seed", "validate_every_n_steps",
-         "validate_every_n_epochs", "max_validation_steps"), absent(_VALIDATION)),
+        ("validation_split", "validation_seed", "validate_every_n_epochs",
+         "max_validation_steps"), absent(_VALIDATION)),
 }  # fmt: skip
 """Name → row."""
 

@@ -1,0 +1,184 @@
+"""How often the verdict is right, on runs that are made to under- and overfit.
+
+    python benchmarks/verdict.py run ROWS.jsonl [--seeds 5] [--images 4 8 30] [--kinds subject]
+    python benchmarks/verdict.py fit ROWS.jsonl
+
+`run` trains the embedded base on a drawn subject or style for each case: of each kind, number of
+images and seed, one run that is far too short, one of usual length, and one far too long, with a
+rate and a rank that are too high. A row is written when its run ends; the same command goes on
+where it was stopped. `fit` searches the thresholds of `sd_lora.report.verdict` on the even seeds,
+and counts right verdicts by them, and by those of the table, on the odd ones, whose subjects were
+not seen. The truth is the way in which a run was made. 8 images are held out of each: verdicts are
+counted with their losses, and without, as small sets have them.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
+
+from images import BACKGROUNDS, COLOURS, Scene, caption, draw, random_scene
+from PIL import Image, ImageOps
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.report.verdict import GOOD, OVER, THRESHOLDS, UNDER, verdict_of
+from sd_lora.training.loop import train
+
+BASE = Path(__file__).parent.parent / "sample_data" / "tiny-sd"
+
+WITNESSES = 8
+"""Images held out of each run."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    UNDER: {"max_train_steps": 24, "learning_rate": 5e-4, "rank": 8},
+    GOOD: {"max_train_steps": 300, "learning_rate": 1e-3, "rank": 8},
+    OVER: {"max_train_steps": 1500, "learning_rate": 4e-3, "rank": 64},
+}
+"""Truth → options of the run that is made so."""
+
+
+def subject(rng: random.Random) -> Scene:
+    """A look that the base has not seen under its name; place and size vary from image to image."""
+    return replace(random_scene(rng), position="centre")
+
+
+def images_of(kind: str, seed: int, count: int) -> list[tuple[Image.Image, str]]:
+    """Images of a drawn subject or style, with captions."""
+    rng = random.Random(f"{kind} {seed}")  # noqa: S311
+    look, found = subject(rng), []
+    dark, light = rng.sample(sorted(COLOURS), 2)
+    for number in range(count):
+        if kind == "subject":
+            places = [b for b in BACKGROUNDS if b != look.colour]
+            scene = replace(
+                look, background=places[number % len(places)], size=rng.choice(("medium", "big")),
+                seed=number,
+            )  # fmt: skip
+            found.append((draw(scene), caption(scene, name=f"sks {scene.thing}")))
+            continue
+        scene = random_scene(rng)
+        grey = draw(scene).convert("L")
+        drawn = ImageOps.colorize(grey, COLOURS[dark], COLOURS[light])
+        found.append((drawn, f"{caption(scene)} in sks style"))
+    return found
+
+
+def record_of(kind: str, seed: int, count: int, truth: str, folder: Path) -> dict[str, Any]:
+    """The record of a run that is made so."""
+    data = folder / "data"
+    data.mkdir(parents=True)
+    rows = []
+    for number, (image, text) in enumerate(images_of(kind, seed, count + WITNESSES)):
+        image.save(data / f"{number:02}.png")
+        rows.append(json.dumps({"file_name": f"{number:02}.png", "text": text}))
+    (data / "metadata.jsonl").write_text("\n".join(rows))
+    options = SETTINGS[truth]
+    config = TrainConfig(
+        mode="text_to_image", pretrained_model_name_or_path=str(BASE), train_data_dir=str(data),
+        output_dir=str(folder / "out"), data_cache_dir=str(folder / "cache"), resolution=64,
+        train_batch_size=4, targets="transformer+conv", seed=seed, holdout=WITNESSES,
+        validate_every=max(4, options["max_train_steps"] // 12), num_validation_images=0,
+        report_to="none", checkpointing_steps=100_000, **options,
+    )  # fmt: skip
+    train(config)
+    record: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    return {name: record[name] for name in ("validation", "ledger", "changes")}
+
+
+def unwitnessed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as it is without images held out."""
+    found = copy.deepcopy(record)
+    measured = found["validation"]
+    measured["judged_by"] = "trained"
+    measured["best"] = measured["rows"][-1]["step"]
+    measured["since_best"] = [0.0, 0.0]  # the trained images' loss hardly ever rises
+    return found
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do the cases that the file does not have."""
+    path = Path(args.rows)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = {(r["kind"], r["images"], r["seed"], r["truth"]) for r in done}
+    cases = itertools.product(range(args.seeds), args.kinds, args.images, SETTINGS)
+    for seed, kind, count, truth in cases:
+        if (kind, count, seed, truth) in known:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="verdict-"))
+        try:
+            record = record_of(kind, seed, count, truth, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        row = {"kind": kind, "images": count, "seed": seed, "truth": truth, "record": record}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        found = verdict_of(unwitnessed(record))
+        print(f"{kind} of {count} images, seed {seed}: {truth}; {found and found.text}", flush=True)
+
+
+GRID = {
+    "still_falling": (0.1, 0.2, 0.3, 0.5),
+    "most_gain": (math.inf, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
+    "most_apart": (math.inf, 0.05, 0.1, 0.2, 0.3),
+    "most_change": (math.inf, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2),
+}
+
+
+def rights(rows: list[dict[str, Any]], thresholds: dict[str, float], witnessed: bool) -> list[bool]:
+    """Whether each verdict is the way in which its run was made."""
+    found = []
+    for row in rows:
+        record = row["record"] if witnessed else unwitnessed(row["record"])
+        verdict = verdict_of(record, thresholds)
+        found.append(verdict is not None and verdict.state == row["truth"])
+    return found
+
+
+def fit(args: argparse.Namespace) -> None:
+    """Search thresholds on the even seeds, and count right verdicts on the odd ones."""
+    rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
+    parts = [[row for row in rows if row["seed"] % 2 == part] for part in (0, 1)]
+    best = dict(THRESHOLDS)
+    for _ in range(2):  # one threshold at a time
+        for name, values in GRID.items():
+            choices = [best | {name: value} for value in values]
+            best = max(
+                choices, key=lambda t: sum(rights(parts[0], t, True) + rights(parts[0], t, False))
+            )
+    print("found:", best)
+    for label, thresholds in (("table", THRESHOLDS), ("found", best)):
+        for witnessed in (True, False):
+            counts = [rights(part, thresholds, witnessed) for part in parts]
+            words = ", ".join(
+                f"{name} seeds {sum(c)} of {len(c)}"
+                for name, c in zip(("even", "odd"), counts, strict=True)
+            )
+            held = "with" if witnessed else "without"
+            print(f"{label}, {held} images held out: right in {words}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    runs = commands.add_parser("run")
+    runs.add_argument("rows")
+    runs.add_argument("--seeds", type=int, default=5)
+    runs.add_argument("--images", type=int, nargs="+", default=[4, 8, 30])
+    runs.add_argument("--kinds", nargs="+", default=["subject", "style"])
+    commands.add_parser("fit").add_argument("rows")
+    args = parser.parse_args()
+    {"run": run, "fit": fit}[args.command](args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Options of the validation loss: its images, and the steps between two measurements."""
+
+from sd_lora.config.rows import Section, section
+
+option = section("validation")
+
+
+class ValidationLossOptions(Section):
+    """Validation loss."""
+
+    # fmt: off
+    validate_every: int | None = option(None,
+        "optimiser steps between validations, whose loss is on fixed noise that is never trained; "
+        "0 for none; after 384 images seen (768 with images held out) if not given",
+        ge=0, may_change=True, kohya="validate_every_n_steps")
+    holdout: int | None = option(None,
+        "images that are validated and not trained; if not given, none of fewer than 40, of more "
+        "a tenth, at most 8",
+        ge=0, unless={"validate_every": (0,)})
+    keep_best: bool = option(False,
+        "save a checkpoint, and keep it, at each validation whose loss is the best so far; "
+        "best.json names it, and a run resumes it by the name best",
+        unless={"validate_every": (0,)}, may_change=True)
+    early_stopping_patience: int | None = option(None,
+        "validations in a row without a better loss after which the run ends; its files are then "
+        "those of the best one",
+        ge=1, unless={"validate_every": (0,)}, may_change=True)
+    # fmt: on
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether checkpoints of the best validation are saved and kept."""
+        return self.keep_best or self.early_stopping_patience is not None
+
+
+FEWEST = 40
+"""Images from which on some are held out if `holdout` is not given: a subject of 5 to 15 images
+would lose more by each image than the run learns from its loss."""
+
+
+def num_held_out(holdout: int | None, images: int) -> int:
+    """Number of images held out. holdout: the option. images: usable ones, different by content."""
+    if holdout is not None:
+        return holdout
+    return min(8, images // 10) if images >= FEWEST else 0

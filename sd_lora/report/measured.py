@@ -1,0 +1,70 @@
+"""The curves of a run's validation on its page: loss by step and by timestep, and the base's."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+Curves = dict[str, list[float | None]]
+"""Name → numbers, the horizontal axis first."""
+
+NAMES = {"trained": "trained images", "held out": "images held out"}
+"""Group of images → its words."""
+
+
+def by_step(record: Mapping[str, Any]) -> Curves:
+    """The validation loss of each group by step, and the base model's line.
+
+    record: "validation" of `report.json`; nothing for one of another form.
+    """
+    with suppress(LookupError, TypeError, AttributeError):
+        rows = record["rows"]
+        curves = {"step": [_number(row["step"]) for row in rows]}
+        for group in record["base"]:
+            curves[NAMES[group]] = [_number(row[group]["loss"]) for row in rows]
+            curves[f"base model, {NAMES[group]}"] = [_number(record["base"][group]["loss"])] * len(
+                rows
+            )
+        return curves if rows else {}
+    return {}
+
+
+def by_timestep(record: Mapping[str, Any]) -> Curves:
+    """The last validation loss of the group that is compared, by timestep, and the base model's.
+
+    record: as of `by_step`.
+    """
+    with suppress(LookupError, TypeError, AttributeError):
+        group, last = record["judged_by"], record["rows"][-1]
+        return {
+            "timestep": [(first + end) / 2 for first, end in record["timesteps"]],
+            f"after {_number(last['step']):g} steps": [*map(_number, last[group]["levels"])],
+            "base model": [*map(_number, record["base"][group]["levels"])],
+        }
+    return {}
+
+
+def _number(value: object) -> float | None:
+    """A number of a record, also one that was not finite; raises TypeError for anything else."""
+    if value is None or isinstance(value, int | float):
+        return value
+    raise TypeError(value)
+
+
+def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
+    """The rows of the table of images: name, times seen, loss against the rest and its change, in
+    words, and the finding.
+
+    ledger: of `report.json`; nothing for one of another form.
+    """
+    with suppress(LookupError, TypeError, ValueError):
+        return [
+            {
+                "name": str(image["name"]),
+                "seen": int(image["seen"]),
+                "loss": f"{image['loss']:.2f}",
+                "change": f"{image['change']:.2f}",
+                "finding": str(image["finding"]),
+            }
+            for image in ledger
+        ]
+    return []

@@ -1,0 +1,69 @@
+"""The verdict: each of its rules alone, in words with its numbers, and silence where too little is
+known."""
+
+from typing import Any
+
+import pytest
+
+from sd_lora.report.verdict import GOOD, OVER, THRESHOLDS, UNDER, numbers_of, verdict_of
+
+
+def record(
+    losses: list[float],
+    best: int,
+    rise: tuple[float, float] = (0.0, 0.01),
+    held_out: list[float] | None = None,
+    change: float = 0.05,
+) -> dict[str, Any]:
+    """A run of validations at the steps 0, 100, 200, …, the base's loss first."""
+    groups = {"trained": losses} | ({"held out": held_out} if held_out else {})
+    rows = [
+        {"step": 100 * i, **{g: {"loss": values[i]} for g, values in groups.items()}}
+        for i in range(len(losses))
+    ]
+    return {
+        "validation": {
+            "base": {g: {"loss": values[0]} for g, values in groups.items()}, "rows": rows,
+            "judged_by": [*groups][-1], "best": best, "since_best": [*rise],
+            "since_base": [losses[-1] - losses[0], 0.02],
+            "since_three_quarters": [losses[-1] - losses[3 * len(losses) // 4], 0.01],
+        },
+        "changes": {"unet": {"down_blocks.0": change}},
+    }  # fmt: skip
+
+
+SETTLED = [1.0, 0.85, 0.82, 0.81, 0.81]
+
+
+@pytest.mark.parametrize(
+    ("run", "state", "words"),
+    [
+        (record(SETTLED, 400), GOOD, "fell by 19 % and has settled. Take the last file at"),
+        (record(SETTLED, 200), GOOD, "The steps 200 and 400 differ by nothing that matters"),
+        (record([1.0, 0.995, 0.99, 0.99, 0.99], 0), UNDER, "fell by 1.0 % ± 2.0 %, which may be"),
+        (record([1.0, 0.95, 0.9, 0.85, 0.8], 400), UNDER, "25 % of the fall of the validation"),
+        (record(SETTLED, 100, (0.05, 0.01)), OVER, "risen by 5.0 % ± 1.0 % since step 100. Take"),
+        (record(SETTLED, 100, (0.05, 0.06)), GOOD, "differ by nothing that matters"),
+        (record(SETTLED, 400, held_out=[1.0] * 5), OVER, "by 0.0 % on those held out"),
+        (record([1.0, 0.3, 0.2, 0.2, 0.2], 400), OVER, "fell by 80 %, as far as it falls when"),
+        (record(SETTLED, 400, change=0.9), OVER, "‖ΔW‖ is 90 % of ‖W‖ in one part of the model"),
+    ],
+)  # fmt: skip
+def test_each_rule_alone(run: dict[str, Any], state: str, words: str) -> None:
+    """A run that breaks one rule has its state, and the sentence with its number; a rise within
+    chance is none."""
+    thresholds = THRESHOLDS | {"most_gain": 0.5, "most_apart": 0.15, "most_change": 0.5}
+    verdict = verdict_of(run, thresholds)
+    assert verdict is not None
+    assert verdict.state == state
+    assert words in verdict.text
+
+
+def test_too_little_is_no_verdict() -> None:
+    """Records without a validation after the start, and records of another form, have no verdict
+    and raise nothing."""
+    odd: list[Any] = [{}, {"rows": "x"}, {"rows": [{}, {}], "base": 3}]
+    short = record([1.0], 0)["validation"]
+    found = [verdict_of({"validation": value, "changes": {}}) for value in (*odd, short)]
+    assert found == [None] * 4
+    assert numbers_of({}) == {}

@@ -1,0 +1,172 @@
+"""Validation and ledger: they compare, choose their images by content, and change nothing."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import sd_lora
+from sd_lora.data.batches.stream import BatchItem
+from sd_lora.data.images.buckets import Crop
+from sd_lora.errors import UsageError
+from sd_lora.training.checkpoint_folders import find
+from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
+from sd_lora.training.setup import prepare
+from sd_lora.training.state_files import read_state
+from sd_lora.training.validation import HELD_OUT, NUM_ITEMS, TRAINED, hold_out, interval
+from tests.training.runs import images, text_to_image
+
+SHORT = {
+    "targets": "attention", "rank": 2, "max_train_steps": 4, "lora_dropout": 0.3, "use_ema": True,
+    "train_text_encoder": True, "checkpointing_steps": 2, "train_batch_size": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("data") / "images", 5)
+
+
+def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """With and without validation, log, digest and LoRA files are the same bytes, dropout, average
+    and a trained text encoder included; the base's line is that of step 0, and the trained model's
+    another. A run resumed in its middle ends with the validation and ledger of the undisturbed one.
+    """
+    for name, every in (("without", 0), ("with", 1), ("again", 1)):
+        folder = tmp_path / name / "same"
+        more = {"resume_from_checkpoint": str(tmp_path / "with/same/checkpoint-2")}
+        changes = SHORT | {"validate_every": every} | (more if name == "again" else {})
+        sd_lora.train(text_to_image(tiny_sd1, data, folder, **changes))
+    with_it, without, again = (tmp_path / name / "same" for name in ("with", "without", "again"))
+    log = (with_it / "training_log.jsonl").read_bytes()
+    assert log == (without / "training_log.jsonl").read_bytes()
+    digests = {(folder / "digest.json").read_bytes() for folder in (with_it, without, again)}
+    assert len(digests) == 1
+    for name in ("pytorch_lora_weights.safetensors", "same_kohya.safetensors"):
+        tensors = [(folder / name).read_bytes()[-20_000:] for folder in (with_it, without)]
+        assert tensors[0] == tensors[1]
+    states = [read_state(folder / "checkpoint-4") for folder in (with_it, again)]
+    assert states[0]["validation"] == states[1]["validation"]
+    ledgers = [state["ledger"] for state in states]
+    assert torch.equal(*(ledger["seen"] for ledger in ledgers))
+    assert all(map(torch.equal, *(ledger["tables"] for ledger in ledgers)))
+    assert sum(ledgers[0]["seen"].tolist()) == 2 + 2 + 1 + 2
+    records = [json.loads((f / "report.json").read_text()) for f in (with_it, without, again)]
+    record = records[0]["validation"]
+    assert record == records[2]["validation"]
+    assert not records[1].get("validation")
+    assert [row["step"] for row in record["rows"]] == [0, 1, 2, 3, 4]
+    assert record["rows"][0][TRAINED] == record["base"][TRAINED]
+    assert record["rows"][-1][TRAINED]["loss"] != record["base"][TRAINED]["loss"]
+    levels = record["base"][TRAINED]["levels"]
+    assert sum(levels) / len(levels) == pytest.approx(record["base"][TRAINED]["loss"])
+    assert "base model, trained images" in (with_it / "report.html").read_text()
+
+
+def test_held_out_images_are_chosen_by_content(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """One of five images is measured at each part of the timesteps and not trained; in any order
+    of the files the same one, with all its copies. None left to train is an error."""
+    run = prepare(text_to_image(tiny_sd1, data, tmp_path / "out", holdout=1))
+    assert run.images.held_out is not None
+    (held,) = run.images.held_out.set.samples
+    told = [finding.name for finding in run.images.findings if finding.code == "held-out"]
+    assert told == [held.name]
+    samples = run.images.instances.samples
+    assert len(samples) == 4
+    assert held.digest not in {sample.digest for sample in samples}
+    items = run.validation.items
+    assert [len(items[group]) for group in (TRAINED, HELD_OUT)] == [NUM_ITEMS] * 2
+    timesteps = run.validation.timesteps
+    assert [t * NUM_ITEMS // 1000 for t in timesteps] == [*range(NUM_ITEMS)]
+    pairs = [(sample, (64, 64)) for sample in (*samples, held, held)]
+    for seed in range(5):
+        random.Random(seed).shuffle(pairs)
+        assert [sample.digest for sample, _ in hold_out(pairs, 1)[1]] == [held.digest] * 2
+    with pytest.raises(UsageError, match="holdout 5 leaves none of 5 different images"):
+        hold_out(pairs, 5)
+    run.accelerator.free_memory()
+
+
+def test_the_interval_is_of_pairs() -> None:
+    """Losses of a tenfold spread that all fall by 1 % ± 0.1 %: the interval is that of the paired
+    differences, by hand."""
+    before = [10.0**i for i in range(-2, 2)]
+    now = [b - 0.01 - 0.001 * (-1) ** i for i, b in enumerate(before)]
+    mean, half = interval(now, before)
+    assert mean == pytest.approx(-0.01)
+    assert half == pytest.approx(1.96 * 0.001 * math.sqrt(4 / 3) / 2)
+
+
+def losses_of(steps: int) -> list[tuple[list[BatchItem], torch.Tensor, torch.Tensor]]:
+    """Steps of two of ten images whose losses span a hundredfold by timestep and halve over the
+    run; image 3 keeps its loss, image 7 falls to a quarter."""
+    rng = random.Random(0)
+    crop = Crop((8, 8), (8, 8), (0, 0), (8, 8))
+    found = []
+    for step in range(steps):
+        drawn = [rng.randrange(1000) for _ in range(2)]
+        chosen = [rng.randrange(10) for _ in range(2)]
+        items = [BatchItem((0,), "instance", i, None, False, crop, 1.0, (0, 2)) for i in chosen]
+        halvings = [{3: 0.0, 7: 2.0}.get(i, 1.0) * step / steps for i in chosen]
+        losses = [
+            (1 + i) * 10 ** (-2 * t / 1000) * 0.5**h * math.exp(rng.gauss(0, 0.3))
+            for i, t, h in zip(chosen, drawn, halvings, strict=True)
+        ]
+        values = torch.tensor(losses, requires_grad=True)
+        found.append((items, values, torch.tensor(drawn)))
+    return found
+
+
+def test_the_ledger_names_the_odd_images() -> None:
+    """Of ten images of other levels whose losses fall alike, the one that does not fall and the one
+    that falls twice as far are named, and no other; reading each step alone or 100 at once gives
+    the same numbers to the bit, and losses without a gradient are no training."""
+    found = []
+    for every in (1, 100):
+        ledger = Ledger([f"{i}.png" for i in range(10)], (0, 1000), 5)
+        for step, (items, losses, t) in enumerate(losses_of(3000)):
+            ledger.add(step, items, losses, t)
+            ledger.add(step, items, losses.detach(), t)
+            if (step + 1) % every == 0:
+                ledger.flush(Accelerator(), step + 1)
+        assert len(ledger.tables) <= 16
+        found.append(ledger)
+    assert all(map(torch.equal, *(ledger.tables for ledger in found)))
+    assert found[0].means == found[1].means
+    assert sum(found[0].seen.tolist()) == 6000
+    named = {row["name"]: row["finding"] for row in found[0].record()}
+    assert len(named) == 10
+    odd = {name: finding for name, finding in named.items() if finding}
+    assert odd == {"3.png": FIGHTS, "7.png": BY_HEART}
+
+
+def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """A run whose rate ruins it after two good steps ends by its patience, and its LoRA file and
+    digest are those of a run of its best step; the best checkpoint outlives a limit of one, and is
+    named for resuming. Started again, it writes the same file, and trains no step."""
+    rules = {
+        "learning_rate": 1e-3, "lr_scheduler": "piecewise_constant",
+        "lr_step_rules": "1:2,1000:6,1", "validate_every": 1, "targets": "attention", "rank": 2,
+    }  # fmt: skip
+    folder = tmp_path / "early" / "same"
+    patient = {"early_stopping_patience": 2, "checkpoints_total_limit": 1}
+    config = text_to_image(tiny_sd1, data, folder, **rules, **patient, max_train_steps=12)
+    result = sd_lora.train(config)
+    best = json.loads((folder / "best.json").read_text())["step"]
+    assert 1 <= best <= 3
+    measured = json.loads((folder / "report.json").read_text())["validation"]
+    assert measured["rows"][-1]["step"] == best + 2
+    assert measured["exported"] == best
+    kept = sorted(path.name for path in folder.glob("checkpoint-*"))
+    assert kept == sorted(f"checkpoint-{step}" for step in (best, best + 2))
+    assert find(folder, "best").path == folder / f"checkpoint-{best}"
+    short = tmp_path / "short" / "same"
+    whole = sd_lora.train(text_to_image(tiny_sd1, data, short, **rules, max_train_steps=best))
+    assert result.digest == whole.digest
+    again = sd_lora.train(config.replace(resume_from_checkpoint="latest"))
+    assert again.digest == whole.digest
+    assert again.losses == []
