@@ -52,7 +52,7 @@ class ImageSet:
     def tags(self, most: int) -> list[tuple[str, int]]:
         """The most frequent tags, with the number of images that have each."""
         counts = Counter(tag for entry in self.entries.values() for tag in {*entry.tags})
-        return counts.most_common(most)
+        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
 
 
 def read_set(folder: Path) -> ImageSet:

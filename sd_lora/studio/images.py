@@ -97,8 +97,8 @@ def block(request: Request) -> Response:
     facts = _facts(studio, _check_of(studio, folder))
     first = int(request.query_params.get("first", "0"))
     entries = _wanted(request, found, facts)[first : first + BLOCK]
-    shown = [(entry, facts.get(_key(entry), {})) for entry in entries]
-    return render(request, "image_block.html.j2", folder=folder, shown=shown, bucket_of=_bucket)
+    cards = [(entry, facts.get(_key(entry), {})) for entry in entries]
+    return render(request, "image_block.html.j2", folder=folder, cards=cards, bucket_of=_bucket)
 
 
 @page
@@ -193,7 +193,8 @@ def check_of(request: Request) -> Response:
 def _check_of(studio: Studio, folder: Path) -> Job | None:
     """The newest check of a folder."""
     jobs = studio.store.jobs("kind = 'check' AND title = 'images' AND folder = ?", str(folder))
-    return jobs[-1] if jobs else None
+    over = [job for job in jobs if job.is_over]
+    return (over or jobs or [None])[-1]
 
 
 def _report(studio: Studio, check: Job | None) -> dict[str, Any]:

@@ -31,10 +31,17 @@ on("click", e => {
     field.value = data.fill;
     field.focus();
   }
+  if (data.add) {
+    const field = document.getElementById(data.into);
+    const lines = field.value.split("\n").map(l => l.trim()).filter(Boolean);
+    if (!lines.includes(data.add)) lines.push(data.add);
+    field.value = lines.join("\n");
+  }
   if (data.choose) {
     const field = document.getElementById(data.into);
-    field.value = data.choose;
     document.getElementById("chooser").close();
+    if (!field) { location.reload(); return; }
+    field.value = data.choose;
     field.focus();
     field.dispatchEvent(new Event("change", {bubbles: true}));
   }
