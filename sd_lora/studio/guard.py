@@ -35,7 +35,7 @@ HEADERS = {
     "base-uri 'none'",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, forms of our own come from "null"
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
 }

@@ -9,6 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +24,9 @@ FRESH = 20.0
 """Seconds for which a listed folder is taken as it was, but for the studio's own edits."""
 
 SEPARATOR = ","
+
+AT_ONCE = 16
+"""Files that are written at once."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +117,12 @@ class Sets:
                 raise UsageError(f"there is no image {absent[0]} in {folder}: look again")
             changed = {name: text for name, text in captions.items() if text != _now(found, name)}
             before = {name: _now(found, name) for name in changed}
-            for place, names in _by_place(found, changed).items():
-                _write_place(place, {found.entries[name]: changed[name] for name in names})
+            places = {
+                place: {found.entries[name]: changed[name] for name in names}
+                for place, names in _by_place(found, changed).items()
+            }
+            with ThreadPoolExecutor(AT_ONCE) as threads:  # a disk takes its time for each file
+                list(threads.map(_write_place, places.keys(), places.values()))
             for name, text in changed.items():
                 found.entries[name] = replace(found.entries[name], caption=text)
             found.listed = time.monotonic()

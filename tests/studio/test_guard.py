@@ -62,6 +62,7 @@ def test_answers_forbid_other_origins(studio: Served) -> None:
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy
         assert "unsafe" not in policy
+        assert headers["referrer-policy"] == "same-origin"  # else our forms come from "null"
         assert "frame-ancestors 'none'" in policy
         assert 'style="' not in text
         assert "://" not in text.replace("http://www.w3.org", "") or path != "/new"

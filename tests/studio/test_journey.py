@@ -14,6 +14,7 @@ from tests.studio.conftest import start
 
 pytestmark = [
     pytest.mark.launch,
+    pytest.mark.slow,
     pytest.mark.skipif(
         not (shutil.which("chromium") and shutil.which("chromedriver")),
         reason="no Chromium with its driver here",
@@ -83,8 +84,11 @@ def person() -> Iterator[Person]:
 
 
 def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny_sd1: Path) -> None:
-    """From an empty page to verified files, over a mistake, a killed studio, a pause and a resume,
-    with nothing in the console and no request to elsewhere."""
+    """From an empty page to verified files and a grid at three strengths, over a mistake, a killed
+    studio, a pause and a resume, with nothing in the console and no request to elsewhere.
+
+    Three processes that import torch and diffusers take most of its time.
+    """
     work, state = tmp_path / "work", tmp_path / "state"
     shutil.copytree(root / "sample_data/dreambooth/instance", work / "photos")
     served = start(work, state)
@@ -102,7 +106,7 @@ def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny
     person.sees("#at-rank .problem", "rank must be at least 1, not 0")
     person.writes("#f-rank", "2")
     person.sees("#at-rank .changed", "usually 16")
-    for field, text in {"max_train_steps": "60", "num_validation_images": "1"}.items():
+    for field, text in {"max_train_steps": "30", "num_validation_images": "1"}.items():
         person.writes("#find", field)
         person.writes(f"#f-{field}", text)
     person.clicks("#start")
@@ -120,9 +124,17 @@ def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny
     assert not (work / "photos-lora" / "pytorch_lora_weights.safetensors").exists()
     person.clicks("#acts button", "Resume after step")
     person.sees(".state.done")
-    person.sees("#state", "step 60 of 60")
+    person.sees("#state", "step 30 of 30")
     person.sees("#state", "pytorch_lora_weights.safetensors")
     person.waits(lambda: len(person.browser.find_elements("css selector", "#charts canvas")) == 3)
+
+    person.clicks("#state a", "Try it")
+    person.writes("#f-steps", "2")
+    person.clicks("button", "Draw")  # at strengths 0, 0.5 and 1
+    person.sees("img.sheet")
+    kept = f"return fetch('{person.sees('.tried a', 'Keep').get_attribute('href')}')"
+    kind = person.browser.execute_script(f"{kept}.then(a => a.headers.get('content-disposition'))")
+    assert kind.startswith("attachment")
     assert person.complaints() == []
     served.process.terminate()
     assert served.process.wait(timeout=30) in (0, 143)
