@@ -6,6 +6,7 @@ Takes about two minutes of one core.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,8 @@ FILL = """for (const [id, text] of Object.entries(arguments[0])) {
   field.dispatchEvent(new Event("change", {bubbles: true}));
 }"""
 
+SEEN = "return document.body.innerText"
+
 
 def browser() -> webdriver.Chrome:
     """Chromium without a window."""
@@ -67,11 +70,8 @@ def draw(out: Path) -> None:
             page.execute_script(FILL, OPTIONS)
             time.sleep(2)
             page.find_element("id", "start").click()
-            while "step 1" not in (text := page.find_element("tag name", "main").text):
+            while not re.search(r"step 1\d\d of 200", page.execute_script(SEEN)):
                 time.sleep(1)
-            while not any(f"step {step}" in text for step in range(100, 201)):
-                time.sleep(1)
-                text = page.find_element("tag name", "main").text
             time.sleep(6)
             page.save_screenshot(str(out))
         finally:

@@ -31,6 +31,7 @@ from sd_lora.data.check.places import check_places
 from sd_lora.data.sources.open import has_captions
 from sd_lora.errors import Problem, UsageError
 from sd_lora.files import write_whole
+from sd_lora.training.output_folder import resumed_checkpoint
 
 FOLDER = "folder"
 
@@ -220,7 +221,7 @@ def request_of(given: Given, folder: Path, places: bool = False) -> Request:
     try:
         config = parse(words, None, "sd-lora train", has_captions)
         if places and not problems:
-            check_places(config)
+            check_places(config, resumed_checkpoint)
     except UsageError as error:
         problems += error.problems or [Problem("", str(error))]
     told: dict[str, str] = {}

@@ -95,7 +95,8 @@ def block(request: Request) -> Response:
     folder = inside(studio.store, request.query_params.get(FOLDER, ""))
     found = studio.sets.of(folder)
     facts = _facts(studio, _check_of(studio, folder))
-    first = int(request.query_params.get("first", "0"))
+    number = request.query_params.get("first", "")
+    first = int(number) if number.isdecimal() else 0
     entries = _wanted(request, found, facts)[first : first + BLOCK]
     cards = [(entry, facts.get(_key(entry), {})) for entry in entries]
     return render(request, "image_block.html.j2", folder=folder, cards=cards, bucket_of=_bucket)
@@ -194,7 +195,8 @@ def _check_of(studio: Studio, folder: Path) -> Job | None:
     """The newest check of a folder."""
     jobs = studio.store.jobs("kind = 'check' AND title = 'images' AND folder = ?", str(folder))
     over = [job for job in jobs if job.is_over]
-    return (over or jobs or [None])[-1]
+    found = over or jobs
+    return found[-1] if found else None
 
 
 def _report(studio: Studio, check: Job | None) -> dict[str, Any]:

@@ -6,6 +6,7 @@ and the time at which that process began.
 """
 
 import os
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -65,7 +66,8 @@ class Keeper:
 
     def _run(self) -> None:
         while not self._over:
-            self.tick()
+            with suppress(OSError, sqlite3.Error):  # a full disk, a busy file: the next time
+                self.tick()
             self._wake.wait(LOOK_EVERY)
             self._wake.clear()
 
@@ -122,7 +124,7 @@ class Keeper:
         child = self._children.pop(job.id, None)
         code = child.poll() if child is not None else None
         state = state_after(job, code, self.log_of(job))
-        if state in (PAUSED, "stopped") and job.folder:
+        if state in (PAUSED, "stopped") and job.kind == "train":
             (Path(job.folder) / STOP_FILE).unlink(missing_ok=True)  # asked for once more
         self.store.change(job.id, state=state, ended=time.time(), code=code, wish="", pid=None)
 
@@ -157,10 +159,9 @@ def _started(words: Sequence[str], cwd: str, log: IO[bytes]) -> subprocess.Popen
 def ask_to_stop(job: Job) -> None:
     """Put the file that ends a run after its step; again and again, for a run that begins forgets
     the one that is there."""
-    folder = Path(job.folder) if job.folder else None
-    if folder is not None and folder.is_dir():
+    if job.kind == "train" and Path(job.folder).is_dir():
         with suppress(OSError):
-            (folder / STOP_FILE).touch()
+            (Path(job.folder) / STOP_FILE).touch()
 
 
 def state_after(job: Job, code: int | None, log: Path) -> str:

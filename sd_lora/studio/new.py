@@ -3,7 +3,6 @@
 import re
 import shutil
 import zipfile
-from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -22,7 +21,7 @@ from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
 from sd_lora.studio.chooser import models_in
 from sd_lora.studio.form import FOLDER, TRAINERS, imported, request_of, sections
-from sd_lora.studio.opened import open_folder
+from sd_lora.studio.opened import open_result
 from sd_lora.studio.page import action, gone, page, problem, render, see, studio_of
 
 DRAFT = "draft"
@@ -92,10 +91,9 @@ def start(request: Request, form: dict[str, str]) -> Response:
     asked = about["asked"]
     if asked.config is None:
         return render(request, "look.html.j2", **about)
-    for place in (given.get(FOLDER), str(asked.config.output_path)):
-        with suppress(UsageError):
-            open_folder(studio.store, place or "")
     folder = asked.config.output_path.absolute()
+    for place in (Path(given.get(FOLDER, folder)), folder):
+        open_result(studio.store, place.expanduser().absolute())
     number = studio.store.add("train", folder.name, asked.words, given=given, folder=str(folder))
     studio.keeper.look()
     return gone(request, f"/runs/{number}")

@@ -5,6 +5,9 @@ from pathlib import Path
 from sd_lora.errors import UsageError, near_path
 from sd_lora.studio.store import Store
 
+OWN = ("images", "tries")
+"""Folders of the studio's own that pages may read: images that were taken in, and grids."""
+
 
 class NotOpened(UsageError):
     """A path outside of the folders that the user opened."""
@@ -20,7 +23,8 @@ def inside(store: Store, path: str | Path) -> Path:
         real = Path(path).expanduser().resolve()
     except (OSError, RuntimeError, ValueError):  # links in a circle, a NUL character
         raise NotOpened("no such path is opened") from None
-    if any(real.is_relative_to(folder) for folder in (*store.opened(), store.folder.resolve())):
+    own = [store.folder.resolve() / name for name in OWN]
+    if any(real.is_relative_to(folder) for folder in (*store.opened(), *own)):
         return real
     raise NotOpened(f"{path} is in no folder that is opened here")
 
@@ -43,6 +47,14 @@ def open_folder(store: Store, path: str) -> Path:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from None
     store.open(folder)
     return folder.resolve()
+
+
+def open_result(store: Store, folder: Path) -> None:
+    """Open a folder that a run of the user's will write, if it lies in no opened one."""
+    try:
+        inside(store, folder)
+    except NotOpened:
+        store.open(folder)
 
 
 def relative(store: Store, path: Path) -> str:

@@ -93,6 +93,10 @@ Page = Callable[[Request], Response]
 Action = Callable[[Request, dict[str, str]], Response]
 
 
+ERRORS = (UsageError, RunError, OSError)
+"""Errors for people; a file may go or change while a page is made."""
+
+
 def page(work: Page) -> Page:
     """A page whose errors for people are answers. It runs in a thread beside the others."""
 
@@ -100,7 +104,7 @@ def page(work: Page) -> Page:
     def answering(request: Request) -> Response:
         try:
             return work(request)
-        except (UsageError, RunError) as error:
+        except ERRORS as error:
             return _refused(error)
 
     return answering
@@ -114,7 +118,7 @@ def action(work: Action) -> Callable[[Request], Awaitable[Response]]:
         try:
             async with request.form() as form:
                 return await run_in_threadpool(work, request, _texts(form))
-        except (UsageError, RunError) as error:
+        except ERRORS as error:
             return _refused(error)
 
     return answering

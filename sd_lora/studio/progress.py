@@ -1,5 +1,6 @@
 """A run as it stands: from the files of its output folder and the output of its process."""
 
+import math
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from sd_lora.errors import UsageError
 from sd_lora.files import mib
 from sd_lora.folders import RUN_LOG
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.record import EMPTY, read_record
+from sd_lora.report.record import EMPTY, RECORD, read_record
 from sd_lora.report.run_page import Drawn, curves_of, samples_of
 from sd_lora.report.summary import duration
 from sd_lora.studio.keeper import Keeper, last_lines
@@ -80,7 +81,7 @@ class Watch:
         fresh = _is_of(job, folder / RUN_LOG)
         rows = LogFile(folder / RUN_LOG).rows() if fresh else []
         record: Mapping[str, Any] = EMPTY
-        if _is_of(job, folder / "report.json"):
+        if _is_of(job, folder / RECORD):
             with suppress(UsageError):
                 record = read_record(folder)
         step = max(int(rows[-1]["step"]) if rows else 0, int(record["step"]))
@@ -116,6 +117,14 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
     with suppress(psutil.Error):
         return list(process.children(recursive=True))
     return []
+
+
+def has_begun(job: Job) -> bool:
+    """Whether a job's process has come to its steps, and listens to requests: it writes its record
+    then, over that of an earlier process."""
+    with suppress(OSError):
+        return (Path(job.folder) / RECORD).stat().st_mtime >= (job.started or math.inf)
+    return False
 
 
 def _is_of(job: Job, path: Path) -> bool:

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from hashlib import sha256
+from http import HTTPStatus
 from pathlib import Path
 
 import psutil
@@ -17,6 +18,7 @@ from sd_lora.studio.form import request_of
 from sd_lora.studio.keeper import ask_to_stop
 from sd_lora.studio.new import DRAFT
 from sd_lora.studio.page import action, gone, page, problem, render, studio_of
+from sd_lora.studio.progress import has_begun
 from sd_lora.studio.store import PAUSED, RUNNING, WAITING, Job
 from sd_lora.training.checkpoint_folders import checkpoints, step_of
 
@@ -126,10 +128,9 @@ def sample(request: Request) -> Response:
     name = request.path_params["name"]
     path = Path(job.folder) / SAMPLES / f"step-{step:06}" / name
     real = path.resolve()
-    if not real.is_relative_to(Path(job.folder).resolve()) or not real.is_file():
-        return problem("there is no such image", 404)  # type: ignore[arg-type]
-    if real.suffix != ".png":
-        return problem("there is no such image", 404)  # type: ignore[arg-type]
+    inner = real.is_relative_to(Path(job.folder).resolve()) and real.suffix == ".png"
+    if not inner or not real.is_file():
+        return problem("there is no such image", HTTPStatus.NOT_FOUND)
     return FileResponse(real, media_type="image/png")
 
 
@@ -163,7 +164,7 @@ def _save(request: Request, job: Job, form: dict[str, str]) -> None:
     number = getattr(signal, "SIGUSR1", None)
     if process is None or number is None:
         raise UsageError("this run takes no request to save now")
-    if not (Path(job.folder) / "report.json").is_file():  # it would end the process
+    if not has_begun(job):  # the signal would end the process
         raise UsageError("its first step is not begun: there is nothing to save yet")
     with suppress(psutil.Error):
         process.send_signal(number)

@@ -66,7 +66,7 @@ def enter(served: Served) -> Served:
     return served
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A studio with one opened folder, `work`, and a secret beside it."""
     place = tmp_path_factory.mktemp("studio")
