@@ -6,7 +6,6 @@ Takes about two minutes of one core.
 """
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,12 +22,14 @@ OPTIONS = {
     "f-folder": "my_monster",
     "f-pretrained_model_name_or_path": str(ROOT / "sample_data/tiny-sd"),
     "f-instance_prompt": "a photo of a sks monster",
-    "f-max_train_steps": "200",
-    "f-train_batch_size": "4",
+    "f-max_train_steps": "120",
+    "f-train_batch_size": "2",
     "f-learning_rate": "2e-3",
     "f-text_encoder_lr": "4e-4",
     "f-validation_prompt": "a photo of a sks monster on the grass",
-    "f-validation_steps": "50",
+    "f-num_validation_images": "5",
+    "f-validation_steps": "12",
+    "f-validation_epochs": "10",
     "f-seed": "0",
 }
 """Field → its text."""
@@ -39,7 +40,8 @@ FILL = """for (const [id, text] of Object.entries(arguments[0])) {
   field.dispatchEvent(new Event("change", {bubbles: true}));
 }"""
 
-SEEN = "return document.body.innerText"
+SEEN = "return document.querySelector('#step') && document.querySelectorAll('canvas').length > 2"
+"""Whether there are samples of two steps, and curves."""
 
 
 def browser() -> webdriver.Chrome:
@@ -70,7 +72,7 @@ def draw(out: Path) -> None:
             page.execute_script(FILL, OPTIONS)
             time.sleep(2)
             page.find_element("id", "start").click()
-            while not re.search(r"step 1\d\d of 200", page.execute_script(SEEN)):
+            while not page.execute_script(SEEN):
                 time.sleep(1)
             time.sleep(6)
             page.save_screenshot(str(out))

@@ -187,7 +187,7 @@ function draw(place, curves) {
     const faint = n => n === "loss" && names.length > 1;
     const series = [{label: "step"}, ...names.map((n, k) => ({label: n, spanGaps: true,
       stroke: css(TONES[k % TONES.length]) + (faint(n) ? "66" : ""), width: faint(n) ? 1 : 2,
-      points: {show: curves.step.length < 40}}))];
+      points: {show: u => u.data[0].length < 40}}))];
     const written = (u, values) => values.map(v =>
       v && Math.abs(v) < .01 ? v.toExponential(1).replace(".0", "") : String(+v.toPrecision(3)));
     const u = new uPlot({title, width: boxes[i].clientWidth - 20, height: 220, series, scales: {x: {time: false}},
