@@ -56,7 +56,7 @@ def browser() -> webdriver.Chrome:
 
 
 def draw(out: Path) -> None:
-    """Start a studio in a new folder, start a run, and take its picture half way."""
+    """Start a studio in a new folder, start a run, and take its picture after its first samples."""
     with tempfile.TemporaryDirectory() as place:
         work = Path(place, "work")
         shutil.copytree(ROOT / "sample_data/dreambooth/instance", work / "my_monster")

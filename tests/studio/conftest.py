@@ -5,8 +5,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,6 @@ class Served:
     process: subprocess.Popen[str]
     address: str
     cookie: str = ""
-    seen: list[str] = field(default_factory=list)
 
     @property
     def port(self) -> int:
@@ -64,6 +63,21 @@ def enter(served: Served) -> Served:
     assert status == 303
     served.cookie = headers["set-cookie"].partition(";")[0]
     return served
+
+
+@pytest.fixture
+def starts() -> Iterator[Callable[..., Served]]:
+    """`start`, whose studios end with the test."""
+    started: list[Served] = []
+
+    def starting(folder: Path, state: Path) -> Served:
+        started.append(start(folder, state))
+        return started[-1]
+
+    yield starting
+    for served in started:
+        served.process.kill()
+        served.process.wait()
 
 
 @pytest.fixture(scope="session")

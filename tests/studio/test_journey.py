@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.studio.conftest import start
+from tests.studio.conftest import Served
 
 pytestmark = [
     pytest.mark.launch,
@@ -83,7 +83,9 @@ def person() -> Iterator[Person]:
     found.browser.quit()
 
 
-def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny_sd1: Path) -> None:
+def test_a_person_trains_a_lora(
+    person: Person, starts: Callable[..., Served], root: Path, tmp_path: Path, tiny_sd1: Path
+) -> None:
     """From an empty page to verified files and a grid at three strengths, over a mistake, a killed
     studio, a pause and a resume, with nothing in the console and no request to elsewhere.
 
@@ -91,7 +93,7 @@ def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny
     """
     work, state = tmp_path / "work", tmp_path / "state"
     shutil.copytree(root / "sample_data/dreambooth/instance", work / "photos")
-    served = start(work, state)
+    served = starts(work, state)
     person.browser.get(served.address)
     person.sees("h1", "New training")
 
@@ -114,7 +116,7 @@ def test_a_person_trains_a_lora(person: Person, root: Path, tmp_path: Path, tiny
     person.sees("#samples img")  # of the base, before the first step
     served.process.send_signal(signal.SIGKILL)
     served.process.wait()
-    served = start(work, state)
+    served = starts(work, state)
     person.browser.get(served.address)
     person.sees("a.run-row", "photos-lora")
     person.complaints()  # of the page whose studio was away
