@@ -19,6 +19,7 @@ from sd_lora.report.run_page import Drawn, curves_of, samples_of
 from sd_lora.report.summary import duration
 from sd_lora.studio.keeper import Keeper, last_lines
 from sd_lora.studio.store import RUNNING, Job
+from sd_lora.training.checkpoint_folders import RESUME
 
 
 @dataclass(frozen=True)
@@ -133,5 +134,5 @@ def _is_of(job: Job, path: Path) -> bool:
         return False
     with suppress(OSError):
         written = path.stat().st_mtime
-        return "--resume_from_checkpoint" in job.words or written >= job.started
+        return RESUME.split()[0] in job.words or written >= job.started
     return False

@@ -22,7 +22,7 @@ pytestmark = [
 ]
 webdriver = pytest.importorskip("selenium.webdriver")
 
-PATIENCE = 150.0
+PATIENCE = 300.0
 
 
 class Person:
@@ -108,7 +108,8 @@ def test_a_person_trains_a_lora(
     person.sees("#at-rank .problem", "rank must be at least 1, not 0")
     person.writes("#f-rank", "2")
     person.sees("#at-rank .changed", "usually 16")
-    for field, text in {"max_train_steps": "30", "num_validation_images": "1"}.items():
+    few = {"max_train_steps": "30", "num_validation_images": "1", "validation_steps": "2"}
+    for field, text in few.items():
         person.writes("#find", field)
         person.writes(f"#f-{field}", text)
     person.clicks("#start")
