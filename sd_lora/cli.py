@@ -24,6 +24,7 @@ commands:
   demo       teach the embedded base model a subject in a few minutes on a CPU
   translate  another trainer's file or command as a configuration: sd-scripts, OneTrainer, …
 
+  studio     all of this on a web page of your own machine
   report     a page of a run, or of several side by side
   sample     images of a model with LoRA files: strength by prompt, file by file
   export     the LoRA files of a run's checkpoint
@@ -170,6 +171,39 @@ _REPORT = (
 )
 
 
+def _studio(argv: Sequence[str]) -> None:
+    from pathlib import Path
+
+    from sd_lora.errors import install_line
+    from sd_lora.tool_flags import ToolParser, as_path
+
+    parser = ToolParser(prog="sd-lora studio", description=_STUDIO)
+    parser.add_argument(
+        "folders", type=as_path, nargs="*", help="folders to open (default: the one you are in)"
+    )
+    parser.add_argument("--port", type=int, help="(default: 8470, or a free one)")
+    local = "address to listen on; another one opens the page to your network (default: 127.0.0.1)"
+    parser.add_argument("--host", default="127.0.0.1", help=local)
+    parser.add_argument("--no_open", action="store_true", help="open no browser")
+    args = parser.parse(argv)
+    try:
+        from sd_lora.studio.app import serve
+    except ImportError as error:
+        raise UsageError(f"the studio needs {error.name}: {install_line('studio')}") from None
+    if absent := [str(path) for path in args.folders if not path.is_dir()]:
+        raise UsageError(f"there is no folder {', '.join(absent)}")
+    if args.port is not None and not 0 <= args.port < 2**16:
+        raise UsageError(f"a port is from 0 to 65535, not {args.port}")
+    folders = args.folders or [Path.cwd()]
+    serve(args.host, args.port, not args.no_open, lambda text: print(text, flush=True), folders)
+
+
+_STUDIO = (
+    "Serve a web page on this machine alone, which trains, looks after runs and shows them. Runs "
+    "are processes of their own: they go on when the page or the studio ends."
+)
+
+
 def _sample(argv: Sequence[str]) -> None:
     from sd_lora.tool_flags import sample_parser
 
@@ -221,6 +255,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "schema": _schema,
     "demo": _demo,
     "translate": _translate,
+    "studio": _studio,
     "report": _report,
     "sample": _sample,
     "export": _export,

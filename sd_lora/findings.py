@@ -227,5 +227,6 @@ class Finding:
         return f"{self.name}: {self.text}"
 
     def as_dict(self) -> dict[str, str]:
-        """Level, code, name and text, for JSON."""
-        return {"level": self.level, "code": self.code, "name": self.name, "text": self.text}
+        """Level, code, name and text, for JSON; and the name of the image that it repeats."""
+        row = {"level": self.level, "code": self.code, "name": self.name, "text": self.text}
+        return row | ({"other": self.other} if self.other else {})

@@ -109,9 +109,10 @@ def test_public_callables_have_docstrings() -> None:
 
 
 def test_importing_is_cheap() -> None:
-    """`import sd_lora` and parsing flags load neither torch nor diffusers nor transformers."""
+    """`import sd_lora`, parsing flags and the studio load neither torch nor diffusers nor
+    transformers."""
     code = (
-        "import sys, sd_lora; from sd_lora.config import command_line; "
+        "import sys, sd_lora; from sd_lora.config import command_line; import sd_lora.studio.app; "
         "print([m for m in ('torch', 'diffusers', 'transformers', 'peft') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
 from sd_lora.findings import Finding
-from sd_lora.formats.verify import Verified
 from sd_lora.report.digest import Digest
 from sd_lora.report.summary import Summary
+
+if TYPE_CHECKING:  # pages of runs are read without torch
+    from sd_lora.formats.verify import Verified
 
 T = TypeVar("T")
 
@@ -130,7 +132,7 @@ class LoraSaved:
     """LoRA files in mid-run. files: verified ones. words: files of new words."""
 
     step: int
-    files: Sequence[Verified]
+    files: "Sequence[Verified]"
     words: Sequence[Path]
 
 
@@ -171,7 +173,7 @@ class Exported:
     """The files of a finished run. files: verified LoRA files. usage: lines on how to load them.
     changes: component → part of the model → ‖ΔW‖ / ‖W‖ of its adapted modules."""
 
-    files: Sequence[Verified]
+    files: "Sequence[Verified]"
     usage: Sequence[str]
     changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sd_lora.data.check.page import report_lines
 from sd_lora.errors import counted
 from sd_lora.files import mib
 from sd_lora.findings import Finding
-from sd_lora.formats.verify import Verified
+
+if TYPE_CHECKING:  # pages of runs are read without torch
+    from sd_lora.formats.verify import Verified
 
 
 @dataclass
@@ -48,7 +51,7 @@ def adapted_modules(names: Mapping[str, Sequence[str]], parameters: Mapping[str,
     )
 
 
-def verified_files(files: Sequence[Verified]) -> str:
+def verified_files(files: "Sequence[Verified]") -> str:
     """A line for each verified file: path, size, modules, worst error."""
     return "\n".join(
         f"  {f.path}  {mib(f.path.stat().st_size)}, verified: {f.modules} modules load as trained "

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from sd_lora.config.schema import OPTIONS, SECTIONS
@@ -29,17 +29,23 @@ def to_toml(translation: Translation, source: str) -> str:
     lost = [line.name for line in translation.lines if line.taken.kind == "absent"]
     lines += [f"# not there: {', '.join(lost)}"] * bool(lost)
     lines += [f"# still to give: {problem.line()}" for problem in translation.problems]
+    return "\n".join(lines) + "\n" + options_toml(translation.values)
+
+
+def options_toml(values: Mapping[str, Any]) -> str:
+    """Options as TOML, in tables of their sections. values: option → value."""
+    lines: list[str] = []
     for section in SECTIONS:
-        rows = {n: v for n, v in translation.values.items() if OPTIONS[n].section == section}
+        rows = {n: v for n, v in values.items() if OPTIONS[n].section == section}
         plain = {name: value for name, value in rows.items() if OPTIONS[name].kind != "list"}
         if plain:
             ordered = [name for name in OPTIONS if name in plain]
             lines += ["", f"[{section}]"]
             lines += [f"{name} = {toml_value(plain[name])}" for name in ordered]
-    for table in translation.values.get("sources") or []:
+    for table in values.get("sources") or []:
         lines += ["", "[[sources]]"]
         lines += [f"{name} = {toml_value(value)}" for name, value in table.items()]
-    return "\n".join(lines) + "\n"
+    return "".join(f"{line}\n" for line in lines)
 
 
 def toml_value(value: Any) -> str:

@@ -45,6 +45,11 @@ def printable(text: str) -> str:
     )
 
 
+def printable_lines(text: str) -> str:
+    """The same for a text of several lines, which keeps its line ends and tabs."""
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+
+
 def data_uri(image: Image.Image) -> str:
     """An image as a JPEG data URI, for the `src` of an <img>."""
     buffer = io.BytesIO()
@@ -225,6 +230,7 @@ def template_at(path: Path) -> Template:
         lstrip_blocks=True,
     )
     environment.filters["printable"] = printable
+    environment.filters["printable_lines"] = printable_lines
     environment.filters["curve"] = curve
     return environment.get_template(path.name)
 

@@ -1,0 +1,216 @@
+// The studio's pages beside htmx: messages, choosing, copying, search, dropped files, curves.
+"use strict";
+const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+const on = (name, work) => document.addEventListener(name, work);
+
+// messages: a refusal of the studio, or that it is gone
+function tell(text) {
+  const told = document.getElementById("told");
+  told.textContent = text;
+  told.hidden = !text;
+  clearTimeout(tell.timer);
+  if (text) tell.timer = setTimeout(() => tell(""), 12000);
+}
+on("htmx:responseError", e => tell(e.detail.xhr.responseText || "The studio refused this."));
+on("htmx:sendError", () => tell("The studio does not answer: is it running? Runs go on without it."));
+on("htmx:afterRequest", e => {
+  if (e.detail.successful && document.getElementById("told").textContent.startsWith("The studio does not")) tell("");
+});
+
+// Enter in a field starts nothing
+on("submit", e => { if (e.target.id === "new") e.preventDefault(); });
+
+on("click", e => {
+  const button = e.target.closest("button");
+  if (!button) return;
+  const data = button.dataset;
+  if (data.opens) document.getElementById(data.opens).showModal();
+  if (data.closes) document.getElementById(data.closes).close();
+  if (data.fill) {
+    const field = button.closest("form").elements.find;
+    field.value = data.fill;
+    field.focus();
+  }
+  if (data.add) {
+    const field = document.getElementById(data.into);
+    const lines = field.value.split("\n").map(l => l.trim()).filter(Boolean);
+    if (!lines.includes(data.add)) lines.push(data.add);
+    field.value = lines.join("\n");
+  }
+  if (data.choose) {
+    const field = document.getElementById(data.into);
+    document.getElementById("chooser").close();
+    if (!field) { location.reload(); return; }
+    field.value = data.choose;
+    field.focus();
+    field.dispatchEvent(new Event("change", {bubbles: true}));
+  }
+  const text = data.copyFrom ? document.querySelector(data.copyFrom).textContent : data.copy;
+  if (text) {
+    navigator.clipboard.writeText(text).then(() => {
+      const before = button.textContent;
+      button.textContent = "Copied";
+      setTimeout(() => { button.textContent = before; }, 1500);
+    }, () => tell("The browser did not allow to copy: mark the text by hand."));
+  }
+});
+
+// usual values change with the purpose
+on("htmx:afterSettle", () => {
+  for (const at of all("[data-usual]")) {
+    const field = document.getElementById("f-" + at.id.slice(3)), usual = at.dataset.usual;
+    if (!field) continue;
+    if (field.options) field.options[0].textContent = usual ? usual + " (usual)" : "not given";
+    else if (field.placeholder !== usual && (usual || field.list === null)) field.placeholder = usual;
+  }
+});
+
+// search of options
+function search() {
+  const field = document.getElementById("find");
+  if (!field) return;
+  const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const given = document.querySelector("[data-changed]").checked;
+  let count = 0;
+  for (const row of all("#more .field")) {
+    const input = row.querySelector("input, select, textarea");
+    const fits = words.every(w => row.dataset.words.includes(w)) && (!given || input.value !== "");
+    row.hidden = !fits;
+    count += fits;
+  }
+  for (const part of all("#more details.section")) {
+    part.hidden = !part.querySelector(".field:not([hidden])");
+    if (words.length || given) part.open = !part.hidden;
+  }
+  document.getElementById("found").textContent = words.length || given ? count + " found" : "";
+}
+on("input", e => { if (e.target.matches("[data-find], [data-changed]")) search(); });
+
+// files from the browser
+async function takeIn(files) {
+  const place = document.getElementById("drop"), said = place.querySelector("[role=status]");
+  const wanted = files.filter(f => /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl|txt|caption|jsonl|csv|zip)$/i.test(f.path));
+  if (!wanted.length) { said.textContent = "no images, captions or zip among them"; return; }
+  const top = wanted[0].path.includes("/") ? wanted[0].path.split("/")[0] : wanted[0].path.replace(/\.zip$/i, "");
+  const name = (wanted.length === 1 && !/\.zip$/i.test(wanted[0].path) || !wanted[0].path.includes("/") && wanted.length > 1
+    ? "images" : top).replace(/[^\w .-]/g, "_").replace(/^\.+/, "").slice(0, 60) + "-" + Date.now().toString(36);
+  let folder = "";
+  for (const [i, file] of wanted.entries()) {
+    said.textContent = (i + 1) + " of " + wanted.length + ": " + file.path;
+    const body = new FormData();
+    body.append("set", name);
+    body.append("path", file.path.includes("/") ? file.path.split("/").slice(1).join("/") : file.path);
+    body.append("file", file.file);
+    const answer = await fetch("/new/upload", {method: "POST", body});
+    const text = await answer.text();
+    if (!answer.ok) { tell(text); continue; }
+    folder = text;
+  }
+  said.textContent = folder ? wanted.length + " files are in " + folder : "nothing was taken in";
+  if (!folder) return;
+  const field = document.getElementById("f-folder");
+  field.value = folder;
+  field.dispatchEvent(new Event("change", {bubbles: true}));
+}
+async function entries(item, path) {
+  if (item.isFile) return [{path: path + item.name, file: await new Promise((yes, no) => item.file(yes, no))}];
+  const reader = item.createReader(), found = [];
+  for (;;) {
+    const some = await new Promise((yes, no) => reader.readEntries(yes, no));
+    if (!some.length) return found;
+    for (const one of some) found.push(...await entries(one, path + item.name + "/"));
+  }
+}
+on("change", e => {
+  if (e.target.id !== "files") return;
+  e.stopPropagation();
+  takeIn([...e.target.files].map(file => ({path: file.name, file})));
+});
+on("dragover", e => { if (e.target.closest("#drop")) { e.preventDefault(); e.target.closest("#drop").classList.add("over"); } });
+on("dragleave", e => { const drop = e.target.closest && e.target.closest("#drop"); if (drop) drop.classList.remove("over"); });
+on("drop", async e => {
+  const drop = e.target.closest("#drop");
+  if (!drop) return;
+  e.preventDefault();
+  drop.classList.remove("over");
+  const items = [...e.dataTransfer.items].map(i => i.webkitGetAsEntry()).filter(Boolean);
+  const found = [];
+  for (const item of items) found.push(...await entries(item, ""));
+  takeIn(found);
+});
+
+// the output shows its end, unless one has scrolled back
+let atEnd = true;
+on("htmx:beforeSwap", e => {
+  const log = e.detail.target;
+  if (log.id === "log") atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+});
+const toEnd = () => { const log = document.getElementById("log"); if (log && atEnd) log.scrollTop = log.scrollHeight; };
+on("htmx:afterSettle", toEnd);
+on("DOMContentLoaded", toEnd);
+
+// samples by step
+on("input", e => {
+  const steps = e.target.dataset && e.target.dataset.steps;
+  if (!steps) return;
+  const step = steps.split(" ")[e.target.value];
+  e.target.parentElement.querySelector("output").textContent = step === "0" ? "0 steps: the base" : step + " steps";
+  for (const image of all("#samples img")) image.src = "/runs/" + image.dataset.run + "/sample/" + step + "/" + image.dataset.name;
+});
+
+// curves
+const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+const CHARTS = [["Loss", n => n === "loss" || n === "loss, smoothed"],
+  ["Learning rate", n => n === "lr" || n.startsWith("lr/")], ["Gradient norm", n => n === "grad_norm"],
+  ["Validation", n => n.startsWith("val")]];
+const TONES = ["--accent", "--warn", "--good", "--out"];
+let drawn = {}, latest = null;
+function draw(place, curves) {
+  latest = curves;
+  const some = CHARTS.map(([title, wanted]) => {
+    let names = Object.keys(curves).filter(wanted);
+    if (names.length > 1) names = names.filter(n => n !== "lr");
+    return [title, names];
+  }).filter(([, names]) => names.length);
+  const key = JSON.stringify(some) + innerWidth + matchMedia("(prefers-color-scheme: dark)").matches;
+  if (drawn.key === key) {
+    some.forEach(([, names], i) => drawn.charts[i].setData([curves.step, ...names.map(n => curves[n])]));
+    return;
+  }
+  if (drawn.charts) drawn.charts.forEach(u => u.destroy());
+  drawn = {key, charts: []};
+  const boxes = some.map(() => document.createElement("div"));
+  boxes.forEach(box => { box.className = "chart"; });
+  place.replaceChildren(...boxes);
+  some.forEach(([title, names], i) => {
+    const grid = {stroke: css("--line"), width: 1}, axis = {stroke: css("--soft"), grid, ticks: grid};
+    const faint = n => n === "loss" && names.length > 1;
+    const series = [{label: "step"}, ...names.map((n, k) => ({label: n, spanGaps: true,
+      stroke: css(TONES[k % TONES.length]) + (faint(n) ? "66" : ""), width: faint(n) ? 1 : 2,
+      points: {show: u => u.data[0].length < 40}}))];
+    const written = (u, values) => values.map(v =>
+      v && Math.abs(v) < .01 ? v.toExponential(1).replace(".0", "") : String(+v.toPrecision(3)));
+    const u = new uPlot({title, width: boxes[i].clientWidth - 20, height: 220, series, scales: {x: {time: false}},
+      axes: [axis, {...axis, size: 64, values: written}], cursor: {drag: {x: true, y: false}}},
+      [curves.step, ...names.map(n => curves[n])], boxes[i]);
+    u.root.setAttribute("role", "img");
+    u.root.setAttribute("aria-label", title + " by step");
+    drawn.charts.push(u);
+  });
+}
+async function follow(place) {
+  let over = false;
+  try {
+    const answer = await fetch(place.dataset.curves);
+    const found = await answer.json();
+    over = found.over;
+    if (found.curves.step) draw(place, found.curves);
+  } catch (error) { /* the studio is away for a moment */ }
+  if (!over) setTimeout(() => follow(place), 3000);
+}
+on("DOMContentLoaded", () => {
+  const place = document.getElementById("charts");
+  if (place) follow(place);
+  addEventListener("resize", () => { if (place && latest) draw(place, latest); });
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { if (place && latest) draw(place, latest); });
+});
