@@ -46,10 +46,13 @@ def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
     check_places(config)
     for note in config.downloads:
         print(note, file=sys.stderr, flush=True)
-    from sd_lora import check as data_check
-    from sd_lora.data.check.page import findings_as_json
-    from sd_lora.data.check.usable import NoUsableImages, refuse_problems
-    from sd_lora.terminal import Terminal
+    from sd_lora.streams import quick_imports
+
+    with quick_imports():
+        from sd_lora import check as data_check
+        from sd_lora.data.check.page import findings_as_json
+        from sd_lora.data.check.usable import NoUsableImages, refuse_problems
+        from sd_lora.terminal import Terminal
 
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
     try:
