@@ -123,8 +123,8 @@ def test_importing_is_cheap() -> None:
 
 def test_tools_load_no_pipeline_library(tmp_path: Path) -> None:
     """`inspect` and `convert` read, check and write a LoRA file without diffusers, transformers,
-    peft and accelerate, which take three times as long to import as all the rest; diffusers verifies
-    a written file, as the option says."""
+    peft and accelerate, which take three times as long to import as all the rest. diffusers is
+    needed where it verifies a written file."""
     file, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
     factors = {f"{name}A.weight": torch.ones(2, 1280), f"{name}B.weight": torch.ones(1280, 2)}
