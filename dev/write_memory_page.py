@@ -21,6 +21,7 @@ from sd_lora.config.rows import PRESETS
 from sd_lora.data.cache.encode import AREA_AT_ONCE
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
+from sd_lora.training import cards
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step, count_vae
 
 PAGE = Path(__file__).parent.parent / "docs" / "memory.md"
@@ -34,8 +35,13 @@ VAE = {
 }
 """Configuration of the VAE of all three families."""
 
-CARDS = {"RTX 3090": 71, "RTX 4090": 165, "A100": 312, "H100 SXM": 989}
-"""Card → TFLOP/s of dense bf16 products with float32 sums, by NVIDIA's papers."""
+CARDS = {
+    "RTX 3090": cards.CARDS["RTX 3090 24GB"].half,
+    "RTX 4090": cards.CARDS["RTX 4090 24GB"].half,
+    "A100": cards.CARDS["A100 80GB"].half,
+    "H100 SXM": cards.CARDS["H100 80GB"].half,
+}
+"""Card → TFLOP/s of dense bf16 products with float32 sums."""
 
 
 SIZES = (4, 6, 8, 10, 12, 16, 24, 32, 48, 80)

@@ -30,10 +30,11 @@ from sd_lora.errors import counted
 from sd_lora.files import mib
 from sd_lora.findings import Finding
 from sd_lora.models.load import Base
-from sd_lora.report.events import Listener, to_all
+from sd_lora.report.events import Listener, counting, to_all
 from sd_lora.report.summary import Summary
 from sd_lora.training.adapt import components_of, inject_all
 from sd_lora.training.caches import open_store
+from sd_lora.training.cards import Card
 from sd_lora.training.class_images import check_class_images
 from sd_lora.training.conditioning import (
     MAX_CAPTIONS,
@@ -46,6 +47,7 @@ from sd_lora.training.forecast import forecast_rows, warnings_of
 from sd_lora.training.lr_schedules import factor_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
+from sd_lora.training.prediction import Prediction, counted_buckets, predict
 from sd_lora.training.processes import DTYPES, Device
 from sd_lora.training.summary import data_rows
 
@@ -58,7 +60,7 @@ class Checked:
     """The result of a check.
 
     rows: label → text of the summary. thumbnails: name of an image → data URI. warnings: on
-    settings.
+    settings. prediction: on the card that was named.
     """
 
     plan: Plan
@@ -66,6 +68,7 @@ class Checked:
     rows: dict[str, str]
     thumbnails: dict[str, str]
     warnings: list[Finding]
+    prediction: Prediction | None = None
 
     @property
     def findings(self) -> list[Finding]:
@@ -94,6 +97,7 @@ def check(
     num_processes: int = 1,
     page: bool = True,
     listeners: Sequence[Listener] = (),
+    card: Card | None = None,
 ) -> Checked:
     """Check all images and captions of a run, without loading a model or training.
 
@@ -102,6 +106,7 @@ def check(
         num_processes: number of processes that will train.
         page: whether thumbnails are made.
         listeners: functions of one event, for progress.
+        card: predict memory and time of the steps on it.
 
     Raises:
         UsageError, RunError: the errors of the run, but for findings of a strict run:
@@ -144,7 +149,13 @@ def check(
     rows["cut away"] = _cut_away(images.instances)
     rows["disk"] = disk(config, base, plan, images, DTYPES[device.precision])
     warnings = [*warnings_of(plan, device, base.width), *_earlier(config)]
-    return Checked(plan, images, rows, thumbnails, warnings)
+    prediction = None
+    if card:
+        emit, label = to_all(listeners), f"a step on {card.name}"
+        with counting(emit, label, len(counted_buckets(plan)), "bucket") as advance:
+            prediction = predict(plan, base, card, bool(wanted), advance)
+        rows["card"] = prediction.answer
+    return Checked(plan, images, rows, thumbnails, warnings, prediction)
 
 
 def _model(config: RunConfig, base: Base) -> str:
@@ -209,6 +220,8 @@ def disk(
 def lines(checked: Checked) -> str:
     """The lines for a terminal: summary, buckets, findings."""
     table = [f"  {row}" for row in _bucket_lines(checked)]
+    if checked.prediction:
+        table += ["", *(f"  {row}" for row in _in_columns(checked.prediction.table))]
     findings = [f"  {line}" for line in report_lines(checked.findings)]
     summary = Summary(checked.rows).text()
     return "\n".join([summary, "", *table, "", *findings, *([""] * bool(findings))])
@@ -223,10 +236,15 @@ def _bucket_lines(checked: Checked) -> list[str]:
         for b, mean, worst in _buckets(checked)
     ]  # fmt: skip
     head = ("bucket", "images", "an epoch", "batches", "left over", "cut away", "at most")
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    return _in_columns([head, *rows])
+
+
+def _in_columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in (head, *rows)
+        for row in rows
     ]
 
 
@@ -277,6 +295,8 @@ def as_json(checked: Checked) -> str:
     }
     found = findings_as_json(checked.findings)
     everything = {"verdict": checked.verdict, "summary": checked.rows, **numbers}
+    if checked.prediction:
+        everything["prediction"] = checked.prediction.numbers()
     everything |= {"buckets": buckets, **found, "images": images}
     return json.dumps(everything, indent=2)
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
-from sd_lora.streams import encode_everything, quiet_imports
+from sd_lora.streams import encode_everything, quick_imports, quiet_imports
 
 _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load everywhere, exactly.
 
@@ -61,8 +61,9 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
         for note in config.downloads:
             print(note, file=sys.stderr, flush=True)
         print(LOADING, file=sys.stderr, flush=True)
-        from sd_lora.terminal import Terminal  # seconds of import: flags and paths are known good
-        from sd_lora.training.loop import train
+        with quick_imports():  # seconds, once flags and paths are known to be good
+            from sd_lora.terminal import Terminal
+            from sd_lora.training.loop import train
 
         with Terminal() as terminal:
             train(config, [terminal], *found)
@@ -233,7 +234,8 @@ def _sample(argv: Sequence[str]) -> None:
     if absent := [str(path) for path in (*args.lora, *args.beside) if not path.exists()]:
         raise UsageError(f"there is no LoRA file {', '.join(absent)}")
     print(LOADING, file=sys.stderr, flush=True)
-    from sd_lora.sample import run
+    with quick_imports():
+        from sd_lora.sample import run
 
     print(run(args))
 

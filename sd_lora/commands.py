@@ -46,15 +46,22 @@ def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
     check_places(config)
     for note in config.downloads:
         print(note, file=sys.stderr, flush=True)
-    from sd_lora import check as data_check
-    from sd_lora.data.check.page import findings_as_json
-    from sd_lora.data.check.usable import NoUsableImages, refuse_problems
-    from sd_lora.terminal import Terminal
+    from sd_lora.streams import quick_imports
 
+    with quick_imports():
+        from sd_lora import check as data_check
+        from sd_lora.data.check.page import findings_as_json
+        from sd_lora.data.check.usable import NoUsableImages, refuse_problems
+        from sd_lora.terminal import Terminal
+        from sd_lora.training.cards import card_named
+
+    card = card_named(args.card) if args.card else None
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
     try:
         with Terminal() as terminal:
-            checked = data_check.check(config, args.num_processes, page is not None, [terminal])
+            checked = data_check.check(
+                config, args.num_processes, page is not None, [terminal], card
+            )
     except NoUsableImages as error:
         if args.json:
             verdict = {"verdict": "no image can be trained", "images": []}
@@ -87,6 +94,11 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
     page = "the page (default: check.html)"
     group.add_argument("--page", type=as_path, metavar="FILE", help=page)
     group.add_argument("--no_page", action="store_true", help="no page")
+    card = (
+        'predict memory and time of a step on this card, such as "RTX 3060 12GB", 8GB for any of '
+        "this size, or here for the one of this machine; and the flags with which it fits"
+    )
+    group.add_argument("--card", metavar="NAME", help=card)
     processes = "that will train (default: 1)"
     group.add_argument("--num_processes", type=int, default=1, metavar="N", help=processes)
 

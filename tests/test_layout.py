@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 import sd_lora
 
 FILES = sorted(Path(sd_lora.__file__).parent.rglob("*.py"))
@@ -117,6 +120,27 @@ def test_importing_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_tools_load_no_pipeline_library(tmp_path: Path) -> None:
+    """`inspect` and `convert` read, check and write a LoRA file without diffusers, transformers,
+    peft and accelerate, which take three times as long to import as all the rest. diffusers is
+    needed where it verifies a written file."""
+    file, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    name = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_"
+    factors = {f"{name}A.weight": torch.ones(2, 1280), f"{name}B.weight": torch.ones(1280, 2)}
+    save_file(factors, file)
+    code = (
+        "import sys; from sd_lora.cli import main\n"
+        f"assert main(['inspect', {str(file)!r}]) == 0\n"
+        f"assert main(['convert', {str(file)!r}, '--family', 'sd1', '--to', 'kohya',"
+        f" '--no_verify', '--out', {str(out)!r}]) == 0\n"
+        "heavy = ('diffusers', 'transformers', 'peft', 'accelerate')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(load_file(out)) == 3
 
 
 def test_changelog_knows_the_version(root: Path) -> None:

@@ -1,6 +1,7 @@
-"""Flags that make a step fit, by counted bytes, for the message of a run that is out of memory."""
+"""Flags that make a step fit, by counted bytes: for a run that is out of memory, and for one that
+is only planned."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from sd_lora.files import mib
 from sd_lora.training.fit import Fit
 from sd_lora.training.memory import GIB, RESERVE, Shape, count_step, room_of
 from sd_lora.training.out_of_memory import flag, remedies
+from sd_lora.training.plan import Plan
 from sd_lora.training.run import Run
 
 SMALLER = (0.75, 0.5)
@@ -30,6 +32,21 @@ class Rung:
     config: RunConfig
     shape: Shape
     beside: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """The run and the device that a step belongs to.
+
+    at_once: see `Fit`. device: "cuda", "cpu", …. beside: option that keeps frozen models off the
+    device → their bytes on it. resumes: whether steps are done, with options that may not change.
+    """
+
+    plan: Plan
+    device: str
+    beside: Mapping[str, int]
+    at_once: int | None = None
+    resumes: bool = False
 
 
 def shape_of(batch: Batch, fit: Fit) -> Shape:
@@ -51,7 +68,9 @@ def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
     config, device = run.config, run.accelerator.device
     if run.fit.checkpointing:
         config = config.replace(gradient_checkpointing=True)
-    now = Rung("", config, shape, _on_device(run, _beside(run)))
+    beside = {name: _on_device(run, {name: held}) for name, held in _beside(run).items()}
+    place = Place(run.plan, device.type, beside, run.fit.at_once, resumes)
+    now = Rung("", config, shape, sum(beside.values()))
     count = count_step(config, run.meta_pipeline, shape)
     total, room = (
         count.peak + now.beside,
@@ -65,7 +84,7 @@ def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
         if total + reserve <= room:
             lines[0] += ": other programs, or fragments between tensors, take the rest"
     lines.append("With less memory, each flag beside those before it:")
-    for rung in _rungs(run, now, resumes):
+    for rung in rungs(place, now):
         needed = count_step(rung.config, run.meta_pipeline, rung.shape).peak + rung.beside
         fits = room is not None and needed + reserve <= room and needed < total
         lines.append(f"  {rung.words}: {size(needed)}" + ", which fits" * fits)
@@ -79,25 +98,25 @@ def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
     return "\n".join(lines)
 
 
-def _rungs(run: Run, step: Rung, resumes: bool) -> Iterator[Rung]:
+def rungs(place: Place, step: Rung) -> Iterator[Rung]:
     """Yield flags that take less memory, each with those before it, in order of least cost."""
     found = remedies(step.config, "a step")
     free = [(n, v) for n, v in found if OPTIONS[n].may_change]
     for name, value in free:
-        step = _with(run, step, name, value)
+        step = _with(place, step, name, value)
         yield step
-    if resumes:  # with other options it would be another run
+    if place.resumes:  # with other options it would be another run
         return
-    if run.fit.at_once is None:
-        batches = [*_smaller_batches(run, step)]
+    if place.at_once is None:
+        batches = [*_smaller_batches(place.plan, step)]
         yield from batches
         step = batches[-1] if batches else step
     for name, value in found:
-        if (name, value) in free or not _is_of_use(run, name):
+        if (name, value) in free or not _is_of_use(place, name):
             continue
         if value != LOWER:
             try:
-                step = _with(run, step, name, value)
+                step = _with(place, step, name, value)
             except UsageError:  # it does not go with the run's other options
                 continue
             yield step
@@ -108,19 +127,18 @@ def _rungs(run: Run, step: Rung, resumes: bool) -> Iterator[Rung]:
             yield replace(step, words=words, shape=_scaled(step.shape, share))
 
 
-def _with(run: Run, step: Rung, name: str, value: object) -> Rung:
+def _with(place: Place, step: Rung, name: str, value: object) -> Rung:
     """A step with one flag more."""
-    held = _beside(run)
-    gone = _on_device(run, {name: held[name]}) if name in held else 0
     words = flag(name, value) + " (a third slower)" * (value is True)
     config = step.config.replace(**{name: value})
-    return replace(step, words=words, config=config, beside=step.beside - gone)
+    beside = step.beside - place.beside.get(name, 0)
+    return replace(step, words=words, config=config, beside=beside)
 
 
-def _smaller_batches(run: Run, step: Rung) -> Iterator[Rung]:
+def _smaller_batches(plan: Plan, step: Rung) -> Iterator[Rung]:
     """Yield the same number of images a step, fewer and fewer at once, down to one."""
-    batch = run.plan.epochs.batch // run.plan.num_processes
-    accumulation, part = run.plan.epochs.accumulation, batch
+    batch = plan.epochs.batch // plan.num_processes
+    accumulation, part = plan.epochs.accumulation, batch
     while part > 1:
         part = next(n for n in range(part // 2, 0, -1) if part % n == 0)
         steps = accumulation * batch // part
@@ -129,10 +147,9 @@ def _smaller_batches(run: Run, step: Rung) -> Iterator[Rung]:
         yield replace(step, words=words, shape=Shape(number, step.shape.size))
 
 
-def _is_of_use(run: Run, name: str) -> bool:
-    """Whether a flag takes less memory on this run's device."""
-    row, on_gpu = OPTIONS[name], run.accelerator.device.type == "cuda"
-    return on_gpu or not row.without_gpu
+def _is_of_use(place: Place, name: str) -> bool:
+    """Whether a flag takes less memory on this device."""
+    return place.device == "cuda" or not OPTIONS[name].without_gpu
 
 
 def _scaled(shape: Shape, factor: float) -> Shape:

@@ -5,7 +5,7 @@ until nothing holds it any more.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -37,16 +37,21 @@ RESERVE = GIB
 """Bytes assumed for all that is not counted: CUDA itself, workspaces of its kernels, fragments."""
 
 
+Kernel = tuple[int, int]
+"""Operations of a product, 0 for a kernel that is none, and the bytes that it reads and writes."""
+
+
 class HeldBytes(TorchDispatchMode):
-    """Bytes of all tensors that are held while the mode is on, their peak, and operations of
-    products.
+    """Bytes of all tensors that are held while the mode is on, their peak, and the kernels: of each
+    the operations of its product, and the bytes that it reads and writes.
 
     held: tensors that exist already.
     """
 
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.now = self.peak = self.flop = 0
+        self.now = self.peak = 0
+        self.kernels: list[Kernel] = []
         self._counted: set[int] = set()
         for tensor in held:
             self.add(tensor)
@@ -69,13 +74,25 @@ class HeldBytes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        out = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.flop += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self.add(leaf)
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        for tensor in made:
+            self.add(tensor)
+        places = {tensor.untyped_storage()._cdata for tensor in read}
+        new = [t for t in made if t.untyped_storage()._cdata not in places]
+        if new or func._schema.is_mutable:  # others are views, which compute nothing
+            count = flop_registry.get(func._overloadpacket)
+            flop = count(*args, **kwargs, out_val=out) if count else 0
+            written = new or made
+            self.kernels.append((flop, sum(t.nbytes for t in (*read, *written))))
         return out
+
+    @property
+    def flop(self) -> int:
+        """Operations of all products."""
+        return sum(flop for flop, _ in self.kernels)
 
 
 def _flash(
@@ -124,14 +141,20 @@ class StepBytes:
 
     frozen: bytes of the frozen weights that it uses. trained: of the deltas, their gradients, the
     optimiser's state and moving averages. peak: of all, with everything that the backward pass
-    needs. flop: operations. text_learns: whether text encoders are trained.
+    needs. kernels: of the forward and the backward pass. text_learns: whether text encoders are
+    trained.
     """
 
     frozen: int
     trained: int
     peak: int
-    flop: float
+    kernels: Sequence[Kernel]
     text_learns: bool
+
+    @property
+    def flop(self) -> int:
+        """Operations of all products."""
+        return sum(flop for flop, _ in self.kernels)
 
     @property
     def rest(self) -> int:
@@ -179,7 +202,7 @@ def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBy
         frozen=sum(p.nbytes for p in frozen),
         trained=sum(p.nbytes for p in layers) * 2 + state,
         peak=counter.peak,
-        flop=counter.flop,
+        kernels=counter.kernels,
         text_learns=learns,
     )
 

@@ -4,9 +4,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from sd_lora.check import check
+from sd_lora.config.command_line import parse
+from sd_lora.errors import UsageError
+from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training import loop
-from sd_lora.training.memory import HeldBytes, Shape, count_step
+from sd_lora.training.cards import CARDS, Card, card_named
+from sd_lora.training.data import base_of
+from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
 
@@ -43,3 +51,62 @@ def test_a_step_is_counted_as_it_goes(
     layers = sum(p.nbytes for p in run.parameters)
     assert count.trained == 4 * layers
     assert count.rest + layers == pytest.approx(held.peak, rel=0.1)
+
+
+def test_operations_are_those_of_torch() -> None:
+    """A step of SD 1.5 in a wide bucket, everything adapted, with activations recomputed, has as
+    many operations as torch's own counter finds in it."""
+    flags = "--targets all --gradient_checkpointing --no-train_text_encoder".split()
+    config = parse(["data", "--model", "m", "--prompt", "p", *flags]).resolve("sd1", 512)
+    with FlopCounterMode(display=False) as counter:
+        count = count_step(config, MetaPipeline.of_family(FAMILIES["sd1"]), Shape(1, (640, 384)))
+    assert count.flop == counter.get_total_flops() > 2e12
+
+
+def test_least_time_is_the_roofline() -> None:
+    """Closed form: 2 TFLOP at 10 TFLOP/s, beside fewer bytes, take 0.2 s; 100 GB at 400 GB/s,
+    beside few operations, 0.25 s; and the optimiser's 20 GB, read and written, 0.1 s. In float32
+    the product takes 2 s."""
+    card = Card("one", 8, half=10, full=1, bandwidth=400)
+    step = StepBytes(0, 20 * 10**9, 0, [(2 * 10**12, 10**9), (10**9, 100 * 10**9)], False)
+    assert card.least_seconds(step, "bf16") == pytest.approx(0.2 + 0.25 + 0.1)
+    assert card.least_seconds(step, "no") == pytest.approx(2 + 0.25 + 0.1)
+
+
+def test_names_of_cards() -> None:
+    """Case, spaces and maker do not matter; a size alone is its slowest card; a name of several
+    cards, and one that is near, are answered with names."""
+    for name in ("rtx3060", "NVIDIA GeForce RTX 3060", "RTX 3060 12 GB"):
+        assert card_named(name) is CARDS["RTX 3060 12GB"]
+    assert (card_named("8 GB").memory, card_named("8gb").half) == (8, CARDS["RTX 3050 8GB"].half)
+    with pytest.raises(UsageError, match="several .* A100 40GB, A100 80GB"):
+        card_named("A100")
+    with pytest.raises(UsageError, match="RTX 4090 24GB"):
+        card_named("RTX 4099")
+
+
+def test_a_run_is_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None:
+    """A card with room for the largest step fits it as it is; one with room for that step with
+    checkpointing alone is told the flag; for one with less than the reserve no flag is enough. The
+    counts are those of `count_step`, and each bucket's time counts by its share of samples."""
+    data = images(tmp_path / "data", 6, (128, 64))
+    config = text_to_image(tiny_sd1, data, tmp_path / "o", resolution=128)
+
+    def predicted(memory: float) -> str:
+        checked = check(config, page=False, card=Card("one", memory, 10, 10, 400))
+        assert checked.prediction
+        found.append(checked.prediction)
+        return checked.rows["card"]
+
+    found: list = []
+    assert predicted(24).startswith("fits one: a step takes 1.")
+    prediction = found[0]
+    ((plain, spared),) = prediction.steps.values()
+    assert prediction.seconds == plain.seconds < spared.seconds
+    count = count_step(
+        prediction.config, prepare(config).meta_pipeline, Shape(4, *prediction.steps)
+    )
+    assert plain.peak - GIB == count.peak
+    assert "with --gradient_checkpointing (a third slower) it takes" in predicted(spared.peak / GIB)
+    assert predicted(1).endswith("no flags here are enough")
+    assert [p.numbers()["fits"] for p in found] == [True, False, False]

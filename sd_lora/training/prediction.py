@@ -1,0 +1,197 @@
+"""A planned run on a card: whether its steps fit, and their least time, by count."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from sd_lora.config.schema import RunConfig
+from sd_lora.data.images.buckets import Size
+from sd_lora.models.load import Base
+from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
+from sd_lora.report.summary import duration
+from sd_lora.training.advice import Place, Rung, rungs, size
+from sd_lora.training.cards import Card
+from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step
+from sd_lora.training.plan import Plan
+from sd_lora.training.processes import DTYPES, chosen_precision
+
+MOST_COUNTED = 3
+"""Buckets whose steps are counted: the largest, and those with most samples. A count takes a second
+for SD 1.5 and four for SDXL, once with and once without checkpointing; a run may have 30 buckets,
+nearly alike in area."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a bucket on a card. peak: bytes on it, the reserve included. seconds: at least."""
+
+    peak: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Memory and time of a run's steps on a card.
+
+    config: of the run there, its precision chosen. steps: bucket → step without and step with
+    gradient checkpointing. flags: that are needed, "" if it fits as it is, None if none are enough.
+    needed: bytes with them.
+    """
+
+    card: Card
+    config: RunConfig
+    num_images: int
+    num_steps: int
+    shares: Mapping[Size, float]
+    steps: Mapping[Size, tuple[Step, Step]]
+    flags: str | None
+    needed: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of any step, as the run is."""
+        return max(pair[self.config.gradient_checkpointing].peak for pair in self.steps.values())
+
+    @property
+    def seconds(self) -> float:
+        """Least seconds of a step, on average over the buckets, as the run is."""
+        chosen = self.config.gradient_checkpointing
+        return sum(share * self.steps[b][chosen].seconds for b, share in self.shares.items())
+
+    @property
+    def answer(self) -> str:
+        """One line: whether it fits, with which flags, and the time that it takes at least."""
+        room = f"{self.card.memory:.0f} GiB"
+        took = f"a step takes {size(self.peak)} of {room}"
+        if self.flags == "":
+            total = duration(self.num_steps * self.seconds)
+            return (
+                f"fits {self.card.name}: {took}, and at least {self.seconds:.2g} s; the run "
+                f"({self.num_steps} steps) at least {total}"
+            )
+        if self.flags is None:
+            return f"does not fit {self.card.name}: {took}, and no flags here are enough"
+        return (
+            f"does not fit {self.card.name}: {took}; with {self.flags} it takes "
+            f"{size(self.needed)}, which fits"
+        )
+
+    @property
+    def table(self) -> list[tuple[str, ...]]:
+        """Rows of cells: bucket, memory and time of a step, without and with checkpointing."""
+        head = ("bucket", "memory", "s a step", "checkpointed", "s a step")
+        rows = [
+            (f"{w}×{h}", *(c for s in pair for c in (size(s.peak), f"{s.seconds:.2g}")))
+            for (w, h), pair in sorted(self.steps.items(), key=lambda item: -_area(item[0]))
+        ]
+        return [head, *rows]
+
+    def numbers(self) -> dict[str, object]:
+        """Everything for scripts; bytes and seconds."""
+        buckets = [
+            {"bucket": bucket, "checkpointing": on, "bytes": step.peak, "seconds": step.seconds}
+            for bucket, pair in self.steps.items()
+            for on, step in zip((False, True), pair, strict=True)
+        ]
+        fits = {"fits": self.flags == "", "flags": self.flags, "bytes_with_flags": self.needed}
+        return {"card": self.card.name, "bytes": int(self.card.memory * GIB), **fits} | {
+            "seconds_a_step": self.seconds, "buckets": buckets,
+        }  # fmt: skip
+
+
+def predict(
+    plan: Plan, base: Base, card: Card, classes: bool, advance: Callable[[], object] = lambda: None
+) -> Prediction:
+    """Predict a planned run on a card.
+
+    Args:
+        classes: whether as many class images go through each step.
+        advance: called after both counts of each of the `counted_buckets`.
+    """
+    config = plan.config
+    if config.mixed_precision == "auto":
+        config = config.replace(mixed_precision=card.precision)
+    number = plan.epochs.batch // plan.num_processes * (1 + classes)
+    configs, beside = base.meta_pipeline, beside_of(config, base)
+    held = sum(beside.values())
+    counted: dict[Size, tuple[StepBytes, StepBytes]] = {}
+    for bucket in counted_buckets(plan):
+        pair = []
+        for on in (False, True):
+            shape = Shape(number, bucket)
+            pair.append(count_step(config.replace(gradient_checkpointing=on), configs, shape))
+        counted[bucket] = (pair[0], pair[1])
+        advance()
+    precision = chosen_precision(config)
+
+    def step(count: StepBytes) -> Step:
+        seconds = plan.epochs.accumulation * card.least_seconds(count, precision)
+        return Step(count.peak + held + RESERVE, seconds)
+
+    steps: dict[Size, tuple[Step, Step]] = {}
+    for bucket in plan.epochs.buckets:
+        # no smaller one: what is not counted takes less than this says
+        like = min((b for b in counted if _area(b) >= _area(bucket)), key=_area)
+        steps[bucket] = (step(counted[like][0]), step(counted[like][1]))
+    total = sum(plan.epochs.buckets.values())
+    shares = {bucket: samples / total for bucket, samples in plan.epochs.buckets.items()}
+    largest = max(counted, key=_area)
+    first = Rung("", config, Shape(number, largest), held)
+    place = Place(plan, "cuda", beside)
+    flags, needed = _flags(place, first, configs, card, counted[largest])
+    return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed)
+
+
+def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
+    """Option that keeps frozen models off the device → their bytes on it beside a step; see
+    `Place`."""
+    beside = {}
+    if config.cache_latents == "no":
+        vae = build_on_meta("vae", base.vae_config)
+        width = DTYPES[config.vae_precision].itemsize
+        beside["cache_latents"] = width * sum(p.numel() for p in vae.parameters())
+    if config.cache_text_embeddings == "no" and not config.trains_text:
+        models = base.meta_pipeline.models
+        encoders = [models[name] for name in base.family.text_encoders if name in models]
+        beside["cache_text_embeddings"] = sum(p.nbytes for e in encoders for p in e.parameters())
+    return beside
+
+
+def counted_buckets(plan: Plan) -> list[Size]:
+    """Buckets whose steps are counted: the largest one first."""
+    buckets = plan.epochs.buckets
+    largest = max(buckets, key=_area)
+    most = sorted(buckets, key=lambda bucket: (bucket != largest, -buckets[bucket]))
+    return most[:MOST_COUNTED]
+
+
+def _flags(
+    place: Place, step: Rung, configs: MetaPipeline, card: Card, pair: tuple[StepBytes, StepBytes]
+) -> tuple[str | None, int]:
+    """Flags with which a step fits a card, and its bytes; see `Prediction`.
+
+    pair: the step's counts without and with checkpointing.
+    """
+    room, words = card.memory * GIB, list[str]()
+    known = [
+        (step.config.replace(gradient_checkpointing=on), pair[on].peak) for on in (False, True)
+    ]
+
+    def bytes_of(rung: Rung) -> int:
+        same = [peak for config, peak in known if (config, step.shape) == (rung.config, rung.shape)]
+        peak = same[0] if same else count_step(rung.config, configs, rung.shape).peak
+        return peak + rung.beside + RESERVE
+
+    needed = bytes_of(step)
+    if needed <= room:
+        return "", needed
+    for rung in rungs(place, step):
+        needed, name = bytes_of(rung), rung.words.split()[0]
+        # a later value of a flag replaces the one before
+        words = [w for w in words if w.split()[0] != name] + [rung.words]
+        if needed <= room:
+            return ", ".join(words), needed
+    return None, needed
+
+
+def _area(bucket: Size) -> int:
+    return bucket[0] * bucket[1]
