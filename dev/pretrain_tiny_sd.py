@@ -305,9 +305,9 @@ def train_unet(args: argparse.Namespace) -> None:
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.unet_steps), "unet", args.unet_steps, initial=start):
+    for step in tqdm(range(start, args.unet_steps), "unet", initial=start, mininterval=30):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.unet_steps, args.unet_lr, cooldown=args.cooldown)
+            group["lr"] = lr_at(step, args.unet_steps, args.unet_lr, args.cooldown)
         g = torch.Generator().manual_seed(args.seed * 10**7 + step)
         loss = objective(pair, examples.draw(g, args.batch))
         loss.backward()
@@ -405,7 +405,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--vae_lr", type=float, default=2e-3)
     p.add_argument("--unet_steps", type=int, default=40_000)
     p.add_argument("--unet_lr", type=float, default=1.2e-3)
-    p.add_argument("--cooldown", type=float, default=0.25, help="share of the UNet's steps")
+    p.add_argument(
+        "--cooldown", type=float, default=0.25, help="last share of the steps, with falling rate"
+    )
     return p
 
 

@@ -69,7 +69,7 @@ class Clock:
         print(self.rows[-1], flush=True)
 
 
-def lr_at(step: int, steps: int, peak: float, warmup: int = 200, cooldown: float = 0.25) -> float:
+def lr_at(step: int, steps: int, peak: float, cooldown: float, warmup: int = 200) -> float:
     """Linear warm-up, constant, then linear to zero over the last ``cooldown`` of the steps."""
     left = (steps - step) / max(1.0, steps * cooldown)
     return peak * min(1.0, (step + 1) / warmup, left)
@@ -89,7 +89,7 @@ def build_vae() -> AutoencoderKL:
 
 def to_unit(pixels: np.ndarray) -> Tensor:
     """Returns images (B, 3, H, W) in [-1, 1] of pixels (B, H, W, 3) uint8."""
-    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.tensor(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def recoloured(x: Tensor, rng: np.random.Generator) -> Tensor:
@@ -180,14 +180,15 @@ def train_vae(args: argparse.Namespace) -> None:
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.vae_steps), "vae", args.vae_steps, start, mininterval=30):
+    for step in tqdm(range(start, args.vae_steps), "vae", initial=start, mininterval=30):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.vae_steps, args.vae_lr)
+            group["lr"] = lr_at(step, args.vae_steps, args.vae_lr, args.cooldown)
         side, batch = (32, args.batch) if step < 0.8 * args.vae_steps else (64, args.batch // 2)
         x = draw_batch(corpus, np.random.default_rng((args.seed, step)), batch, side)
+        g = torch.Generator().manual_seed(args.seed * 10**7 + step)
         with torch.autocast("cpu", torch.bfloat16):
             q = vae.encode(x).latent_dist
-            y = vae.decode(q.sample()).sample.float()
+            y = vae.decode(q.sample(g)).sample.float()
         loss = image_loss(y, x) + 2e-4 * q.kl().mean() / q.mean[0].numel()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)

@@ -60,18 +60,17 @@ def inverted(rng: random.Random) -> Image.Image:
 def plaid(rng: random.Random) -> Image.Image:
     """A woven cloth of three colours."""
     y, x = np.mgrid[0:64, 0:64]
-    threads = [rng.randint(3, 9) for _ in range(4)]
+    threads = [rng.randint(4, 9) for _ in range(2)]
     across, down = (y // threads[0]) % 2, (x // threads[1]) % 3 == 0
     colours = np.array([images.unnamed_colour(rng) for _ in range(3)])
     cloth = (colours[across] + colours[2 * down.astype(int)]) / 2
-    cloth[(x + y) % 2 == 0] *= 0.9
     return Image.fromarray(cloth.astype(np.uint8))
 
 
 def halftone(rng: random.Random) -> Image.Image:
     """A printed gradient: dots of one colour that grow from one side to the other."""
     image = Image.new("RGB", (256, 256), images.unnamed_colour(rng))
-    pencil, ink, gap = ImageDraw.Draw(image), images.unnamed_colour(rng), rng.randint(20, 32)
+    pencil, ink, gap = ImageDraw.Draw(image), images.unnamed_colour(rng), rng.randint(32, 56)
     for y in range(0, 280, gap):
         for x in range(0, 280, gap):
             r = gap * (0.1 + 0.45 * x / 280)
@@ -193,7 +192,7 @@ def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
         optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
         for step in tqdm(range(JUDGE_STEPS), "judge", mininterval=30):
             for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, JUDGE_STEPS, 2e-3)
+                group["lr"] = lr_at(step, JUDGE_STEPS, 2e-3, 0.5)
             pick = torch.randint(NUM_SCENES, (64,))
             out = judge(to_unit(pixels[pick.numpy()]))
             said = {q: w[pick] for q, w in wanted.items()}
