@@ -6,10 +6,11 @@
 
 The stages, in their order: ``corpus`` (images for the VAE: scenes, patterns and crops of the
 photographs in PHOTOS), ``vae`` (images <-> latents), ``scenes`` (images with captions),
-``latents``, ``unet`` (latents and captions -> noise) and ``export`` (the pipeline folder). Each
-saves its state as it goes, and the same command takes it up again. More steps than at first go on
-where the last ones ended. Everything random depends on the seed and the step alone. The curves are
-in WORK/*.pt and in training.json; WORK/vae.png and WORK/samples.png are pages of samples.
+``latents``, ``unet`` (latents and captions -> noise), ``decoder`` (latents -> sharper images; it
+may run beside ``unet``) and ``export`` (the pipeline folder). Each saves its state as it goes, and
+the same command takes it up again. More steps than at first go on where the last ones ended.
+Everything random depends on the seed and the step alone. The curves are in WORK/*.pt and in
+training.json; WORK/vae.png and WORK/samples.png are pages of samples.
 
 PHOTOS is a folder of .png and .jpg files. The base was trained on those that scikit-image 0.26 and
 scikit-learn ship (skimage/data, sklearn/datasets/images), all but chelsea.png, kept for the score.
@@ -46,6 +47,7 @@ from pretrain_vae import (
     Clock,
     build_vae,
     draw_corpus,
+    fit,
     lr_at,
     save_whole,
     to_unit,
@@ -59,6 +61,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 NUM_SCENES = 48_000
 OUT = Path(__file__).parent.parent / "sample_data" / "tiny-sd"
+#: The VAE's scaling_factor: its latents, times this, have deviation 1.
+SCALING = 0.5
 GUIDANCE = 4.0
 
 
@@ -165,7 +169,7 @@ def build_scheduler() -> DDPMScheduler:
 
 
 @torch.no_grad()
-def normalised(vae: AutoencoderKL, latents: Tensor, scale: float = 2.0) -> None:
+def normalised(vae: AutoencoderKL, latents: Tensor, scale: float = 1 / SCALING) -> None:
     """Gives every latent channel the mean 0 and the deviation ``scale``, in place.
 
     quant_conv and post_quant_conv are linear in each pixel, so an affine map of the latents goes
@@ -183,17 +187,26 @@ def normalised(vae: AutoencoderKL, latents: Tensor, scale: float = 2.0) -> None:
 
 
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    """Returns the trained VAE, its latents normalised on 2,048 scenes."""
-    vae = build_vae().eval().requires_grad_(False)
+    """Returns the trained VAE, its latents normalised on 2,048 scenes, with the newest decoder."""
+    vae, further = build_vae().eval().requires_grad_(False), args.work / "decoder.pt"
     kept = args.work / "vae_normalised.pt"
     if not kept.is_file():
         vae.load_state_dict(torch.load(args.work / "vae.pt")["average"])
         x = to_unit(draw_scenes(args)[0][:2048])
         normalised(vae, torch.cat([vae.encode(c).latent_dist.mean for c in x.split(64)]))
         save_whole(vae.state_dict(), kept)
-    vae.load_state_dict(torch.load(kept))
-    vae.register_to_config(scaling_factor=0.5)
+    vae.load_state_dict(torch.load(further)["average"] if further.is_file() else torch.load(kept))
+    vae.register_to_config(scaling_factor=SCALING)
     return vae
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Trains the decoder further, on whole images, for latents that stay as they are: it can go on
+    beside the UNet's training. Its state is in <work>/decoder.pt."""
+    vae = load_vae(args).train()
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+    fit(args, vae, "decoder", args.decoder_steps, args.decoder_lr, whole_from=0.0)
 
 
 @torch.no_grad()
@@ -205,7 +218,7 @@ def encode_scenes(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
         vae, parts = load_vae(args), []
         for start in tqdm(range(0, len(pixels), 64), "latents", mininterval=30):
             q = vae.encode(to_unit(pixels[start : start + 64])).latent_dist
-            parts.append(((q.mean * 0.5).half(), (q.std * 0.5).half()))
+            parts.append(((q.mean * SCALING).half(), (q.std * SCALING).half()))
         mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
         save_whole({"mean": mean, "std": std}, kept)
     saved = torch.load(kept)
@@ -375,9 +388,11 @@ def export(args: argparse.Namespace) -> None:
     record: dict[str, Any] = {"seed": args.seed, "batch": args.batch}
     record["images"] = {"vae": NUM_CORPUS, "unet": NUM_SCENES}
     record["versions"] = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    logs = {"vae": torch.load(args.work / "vae.pt")["log"], "unet": saved["log"]}
-    rates = {"vae": args.vae_lr, "unet": args.unet_lr}
-    for name, log in logs.items():
+    rates = {"vae": args.vae_lr, "decoder": args.decoder_lr, "unet": args.unet_lr}
+    for name in rates:
+        if not (args.work / f"{name}.pt").is_file():
+            continue
+        log = torch.load(args.work / f"{name}.pt")["log"]
         thinned = [*log[: -1 : max(1, len(log) // 8)], log[-1]]
         record[name] = {"steps": log[-1]["step"], "lr": rates[name], "log": thinned}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -389,6 +404,7 @@ STAGES = {
     "scenes": draw_scenes,
     "latents": encode_scenes,
     "unet": train_unet,
+    "decoder": train_decoder,
     "export": export,
 }
 
@@ -403,6 +419,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=int, default=16)
     p.add_argument("--vae_steps", type=int, default=10_000)
     p.add_argument("--vae_lr", type=float, default=2e-3)
+    p.add_argument("--decoder_steps", type=int, default=4000)
+    p.add_argument("--decoder_lr", type=float, default=1e-3)
     p.add_argument("--unet_steps", type=int, default=40_000)
     p.add_argument("--unet_lr", type=float, default=1.2e-3)
     p.add_argument(

@@ -3,6 +3,7 @@
 import argparse
 import random
 import time
+from copy import deepcopy
 from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
@@ -167,23 +168,35 @@ def train_vae(args: argparse.Namespace) -> None:
     The first four fifths on crops of 32 pixels, four for the price of one image; then on whole
     images, because group normalisation sees the whole image.
     """
+    torch.manual_seed(args.seed)
+    fit(args, build_vae(), "vae", args.vae_steps, args.vae_lr, whole_from=0.8)
+
+
+def fit(
+    args: argparse.Namespace,
+    vae: AutoencoderKL,
+    name: str,
+    steps: int,
+    rate: float,
+    whole_from: float,
+) -> None:
+    """Trains those parameters of a VAE that require it, on the corpus; the state is in
+    <work>/<name>.pt. From the share ``whole_from`` of the steps on, images are whole."""
     corpus = draw_corpus(args)
     unseen = to_unit(corpus[-NUM_UNSEEN:])
-    torch.manual_seed(args.seed)
-    vae, average = build_vae(), build_vae()
-    average.load_state_dict(vae.state_dict())
-    optimizer = torch.optim.AdamW(vae.parameters(), args.vae_lr, weight_decay=1e-4, fused=True)
-    state, clock, start = args.work / "vae.pt", Clock([]), 0
+    trained, average = [p for p in vae.parameters() if p.requires_grad], deepcopy(vae)
+    optimizer = torch.optim.AdamW(trained, rate, weight_decay=1e-4, fused=True)
+    state, clock, start = args.work / f"{name}.pt", Clock([]), 0
     if state.is_file():
         saved = torch.load(state)
         vae.load_state_dict(saved["vae"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.vae_steps), "vae", initial=start, mininterval=30):
+    for step in tqdm(range(start, steps), name, initial=start, mininterval=30):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.vae_steps, args.vae_lr, args.cooldown)
-        side, batch = (32, args.batch) if step < 0.8 * args.vae_steps else (64, args.batch // 2)
+            group["lr"] = lr_at(step, steps, rate, args.cooldown)
+        side, batch = (32, args.batch) if step < whole_from * steps else (64, args.batch // 2)
         x = draw_batch(corpus, np.random.default_rng((args.seed, step)), batch, side)
         g = torch.Generator().manual_seed(args.seed * 10**7 + step)
         with torch.autocast("cpu", torch.bfloat16):
@@ -191,16 +204,16 @@ def train_vae(args: argparse.Namespace) -> None:
             y = vae.decode(q.sample(g)).sample.float()
         loss = image_loss(y, x) + 2e-4 * q.kl().mean() / q.mean[0].numel()
         loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         update_average(average, vae, step)
         clock.add(loss)
-        if (step + 1) % 500 == 0 or step + 1 == args.vae_steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             clock.row(step + 1, pixel_error=pixel_error(average, unseen))
             saved = {"vae": vae.state_dict(), "average": average.state_dict(), "step": step + 1}
             save_whole(saved | {"optimizer": optimizer.state_dict(), "log": clock.rows}, state)
-            write_pairs(average, unseen[:64], args.work / "vae.png")
+            write_pairs(average, unseen[:64], args.work / f"{name}.png")
 
 
 @torch.no_grad()
