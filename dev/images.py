@@ -532,6 +532,11 @@ def _placed(scene: Scene, radius: float, rng: random.Random) -> list[tuple[Scene
 
 def draw(scene: Scene) -> Image.Image:
     """Paint a scene: an RGB image of ``scene.width`` x ``scene.height`` pixels."""
+    return draw_large(scene).reduce(OVERSAMPLING)
+
+
+def draw_large(scene: Scene) -> Image.Image:
+    """Paint a scene OVERSAMPLING times as large."""
     rng = random.Random(scene.seed)
     size = (scene.width * OVERSAMPLING, scene.height * OVERSAMPLING)
     canvas = _background(scene.background, size, rng)
@@ -547,7 +552,7 @@ def draw(scene: Scene) -> Image.Image:
         _paint(canvas, one, centre, radius * OVERSAMPLING, rng)
     if scene.style:
         canvas = PAINTERS[scene.style](canvas, rng)
-    return canvas.reduce(OVERSAMPLING)
+    return canvas
 
 
 # ---------------------------------------------------------------------------------------------
