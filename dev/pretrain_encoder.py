@@ -33,7 +33,7 @@ from tqdm import tqdm
 from sd_lora.sampling.drawing_encoder import DrawingEncoder, save_encoder
 
 OUT = Path(__file__).parent.parent / "sample_data" / "encoder"
-NUM_SUBJECTS, NUM_STYLES, NUM_SCENES, NUM_UNSEEN = 4000, 1500, 8000, 128
+NUM_SUBJECTS, NUM_STYLES, NUM_SCENES, NUM_UNSEEN = 1500, 500, 3000, 128
 KINDS = ("pose", "other pose", "hybrid", "repainted", "doubled", "lacking")
 IN_STYLE = 3
 OTHERS = 0.1
@@ -178,7 +178,7 @@ def likeness_loss(embedded: Tensor, like: Tensor) -> Tensor:
     foreign = cosines[:, :2]
     mask = (own[:, None] != own[None, :])[:, None, :, None]
     above = (foreign - OTHERS).clamp(min=0).square() * mask
-    return 2 * same + graded.mean() + 4 * above.sum() / (mask.sum() * 2 * kinds)
+    return 2 * same + graded.mean() + 4 * above.sum() / (mask.sum() * 2 * kinds).clamp(min=1)
 
 
 def loss_of(
@@ -194,14 +194,18 @@ def loss_of(
     if rng.random() < 0.5:
         scenes = scenes[:, :, ::-1]
     n, m = len(pixels), len(styled)
-    x = to_unit(np.concatenate([pixels, styled, scenes])).contiguous(memory_format=torch.channels_last)
+    x = to_unit(np.concatenate([pixels, styled, scenes])).contiguous(
+        memory_format=torch.channels_last
+    )
     with torch.autocast("cpu", torch.bfloat16):
         subject, style, said = encoder(x)
     total = likeness_loss(subject[:n], like) + 0.5 * likeness_loss(style[n : n + m], style_like)
     wanted = torch.from_numpy(pool["answers"][picked])
-    for i, name in enumerate(QUESTIONS):
-        total = total + 0.05 * F.cross_entropy(said[name][n + m :].float(), wanted[:, i])
-    return total + 0.05 * F.cross_entropy(said["background"][:n].float(), grounds)
+    asked = [(said[q][n + m :], wanted[:, i]) for i, q in enumerate(QUESTIONS)]
+    for logits, right in [*asked, (said["background"][:n], grounds)]:
+        error = F.cross_entropy(logits.float(), right, reduction="sum")  # of those with an answer
+        total = total + 0.05 * error / len(right)
+    return total
 
 
 @torch.no_grad()
@@ -213,7 +217,9 @@ def figures(encoder: DrawingEncoder, pool: dict[str, np.ndarray]) -> dict[str, f
     out = {k: float((e[:, 0] * e[:, i]).sum(-1).mean()) for i, k in enumerate(KINDS) if i}
     out["other subject"] = float((e[:, 0] * e[:, 1].roll(1, 0)).sum(-1).mean())
     for damage in subjects.DAMAGES:
-        spoilt = [damage(Image.fromarray(p), rng)[0] for p in pixels.reshape(-1, 8, 64, 64, 3)[:, 1]]
+        spoilt = [
+            damage(Image.fromarray(p), rng)[0] for p in pixels.reshape(-1, 8, 64, 64, 3)[:, 1]
+        ]
         f = encoder(to_unit(np.stack([np.asarray(i) for i in spoilt])))[0]
         out[damage.__name__.strip("_")] = float((e[:, 0] * f).sum(-1).mean())
     styled, _ = style_batch(pool, list(range(NUM_STYLES, NUM_STYLES + NUM_UNSEEN)), rng)

@@ -397,7 +397,8 @@ def lightly(image: Image.Image, rng: random.Random) -> Image.Image:
     if rng.random() < 0.6:
         gains = [rng.uniform(0.93, 1.07) for _ in range(3)]
         image = Image.merge(
-            "RGB", [c.point(lambda v, g=g: v * g) for c, g in zip(image.split(), gains, strict=True)]
+            "RGB",
+            [c.point(lambda v, g=g: v * g) for c, g in zip(image.split(), gains, strict=True)],
         )
     if rng.random() < 0.3:
         draw = np.random.default_rng(rng.getrandbits(32))

@@ -85,16 +85,22 @@ def test_normalising_the_latents_keeps_the_images() -> None:
     torch.testing.assert_close(vae.decode(after.mean).sample, images, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["vae", "encoder"])
 def test_a_training_that_was_stopped_goes_on_exactly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two steps, then two more by the same command, give bit for bit the weights, the average and
     the optimiser's state of four steps."""
     import patterns
+    import pretrain_encoder
     import pretrain_vae
 
-    monkeypatch.setattr(pretrain_vae, "NUM_CORPUS", 32)
-    monkeypatch.setattr(pretrain_vae, "NUM_UNSEEN", 16)
+    sizes = {"NUM_CORPUS": 32, "NUM_SUBJECTS": 4, "NUM_STYLES": 4, "NUM_SCENES": 4}
+    for module in (pretrain_vae, pretrain_encoder):
+        monkeypatch.setattr(module, "NUM_UNSEEN", 16)
+        for size in sizes.keys() & vars(module):
+            monkeypatch.setattr(module, size, sizes[size])
+    train = {"vae": pretrain_vae.train_vae, "encoder": pretrain_encoder.train}[name]
     (tmp_path / "photos").mkdir()
     patterns.pattern(random.Random(0)).resize((96, 96)).save(tmp_path / "photos" / "a.png")
 
@@ -103,12 +109,50 @@ def test_a_training_that_was_stopped_goes_on_exactly(
         for steps in totals:
             options = {"photos": tmp_path / "photos", "seed": 0, "threads": 1, "batch": 2}
             rates = {"vae_steps": steps, "vae_lr": 1e-3, "cooldown": 0.0}
-            pretrain_vae.train_vae(Namespace(work=tmp_path / work, **options, **rates))
-        saved = torch.load(tmp_path / work / "vae.pt")
+            rates |= {"steps": steps, "lr": 1e-3, "every": 2}
+            options["out"] = tmp_path / work / "out"
+            train(Namespace(work=tmp_path / work, **options, **rates))
+        saved = torch.load(tmp_path / work / f"{name}.pt")
         moments = saved["optimizer"]["state"].items()
         flat = {f"{i}.{k}": v for i, group in moments for k, v in group.items()}
-        return saved["vae"] | {f"average.{k}": v for k, v in saved["average"].items()} | flat
+        return saved[name] | {f"average.{k}": v for k, v in saved["average"].items()} | flat
 
     stopped, whole = state("stopped", 2, 4), state("whole", 4)
     assert stopped.keys() == whole.keys()
     assert all(torch.equal(stopped[name], whole[name]) for name in whole)
+
+
+def test_likeness_falls_with_the_part_that_is_shared() -> None:
+    """A pose is like itself by 1; without half of its pixels by 1/4, since above three quarters
+    each percent counts twice; and not at all like another colour."""
+    import subjects
+    from PIL import Image
+
+    def sticker(*colours: tuple[int, int, int]) -> Image.Image:
+        image = Image.new("RGBA", (72, 72))
+        for i, colour in enumerate(colours):
+            image.paste((*colour, 255), (10 + 20 * i, 10, 30 + 20 * i, 30))
+        return image
+
+    red, blue = (255, 0, 0), (0, 0, 255)
+    assert subjects.likeness(sticker(red, blue), sticker(red, blue)) == 1
+    assert subjects.likeness(sticker(red, blue), sticker(red, red)) == pytest.approx(0.25)
+    assert subjects.likeness(sticker(red), sticker(blue)) == 0
+
+
+def test_the_loss_of_likeness_in_closed_form() -> None:
+    """Two subjects in the plane, three images each: 0 where every cosine is as wanted, and the
+    squared errors where it is not."""
+    import pretrain_encoder
+
+    like = torch.tensor([[1.0, 1.0, 0.5]] * 2)
+    half = [0.5, 0.75**0.5, 0.0, 0.0]
+    embedded = torch.tensor([[1.0, 0, 0, 0]] * 2 + [half] + [[0, 0, 1.0, 0]] * 2 + [half])
+    embedded[5] = torch.tensor([0, 0, 0.5, 0.75**0.5])
+    assert float(pretrain_encoder.likeness_loss(embedded, like)) == pytest.approx(0, abs=1e-6)
+    embedded[3:5] = torch.tensor([0.6, 0, 0.8, 0])  # 0.6 to the other subject, 0.4 to its third
+    error = 2 * (0.4 - 0.5) ** 2 / 2  # of two anchors; the mean over 2 subjects and 1 kind
+    # cosines with the other subject: 0.6 of 4 pairs in each direction, 0.3 with the one's third
+    foreign = (8 * (0.6 - 0.1) ** 2 + 2 * (0.3 - 0.1) ** 2) / (2 * 2 * 3)
+    total = float(pretrain_encoder.likeness_loss(embedded, like))
+    assert total == pytest.approx(error + 4 * foreign, rel=1e-4)

@@ -92,7 +92,7 @@ class DrawingEncoder(nn.Module):
 def save_encoder(encoder: DrawingEncoder, folder: Path) -> None:
     """Write config.json and model.safetensors, in half precision."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_type": "sd_lora_drawing_encoder", "questions": encoder.questions}
+    config = {"model_type": "drawing_encoder", "questions": encoder.questions}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     save_file(
         {name: v.half().contiguous() for name, v in encoder.state_dict().items()},
