@@ -57,10 +57,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sample_data = find_sample_data()
-    images, features = (
-        taught(demo_config(sample_data, ""), sample_data),
-        load_features(sample_data / "encoder"),
-    )
+    images = taught(demo_config(sample_data, "unused"), sample_data)
+    features = load_features(sample_data / "encoder")
     before = draw_sets(load_parts(str(sample_data / "tiny-sd")), 64, 4.0)
     shown = len(SUBJECT)
     rows = [images.training[:shown], before[0].subject]

@@ -50,8 +50,8 @@ class DrawingFeatures:
 
     name = "encoder of drawings"
     blind = (
-        "details of less than three pixels, mirrored images, and of prompts anything but one thing, "
-        "its colour, the background and the number of things"
+        "details below three pixels, mirrored images, and of a prompt all but the thing, its "
+        "colour, the background and the number"
     )
 
     def __init__(self, encoder: DrawingEncoder) -> None:

@@ -70,7 +70,11 @@ class Interval:
 
     def text(self) -> str:
         """Percent: "87 % ± 4"."""
-        return "not told" if math.isnan(self.mean) else f"{self.mean:.0%} ± {100 * self.half:.0f}"
+        return (
+            "not told"
+            if math.isnan(self.mean)
+            else f"{100 * self.mean:.0f} % ± {100 * self.half:.0f}"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,11 +146,12 @@ class Score:
             f"  fidelity: {self.fidelity.text()} (0 % the base's images, 100 % real ones)",
             f"{copies}; their fidelity says nothing" if self.copies.mean > 0 else f"{copies}",
             f"  prompts: background and number as asked, {self.followed.text()}",
-            f"  leak: class {self.class_leak.text()}, unrelated {self.unrelated_leak.text()} of the "
-            f"way to the subject (the base's own images: {self.base_leak.text()})",
+            f"  leak: class {self.class_leak.text()}, unrelated {self.unrelated_leak.text()} of "
+            f"the way to the subject (the base's own images: {self.base_leak.text()})",
             f"  harm: other prompts followed {self.harm.text()} less than by the base "
             f"({self.followed_before.text()})",
-            f"  each over {sets} sets of seeds, ± half of the 95 % interval. Not seen: {self.blind}",
+            f"  each over {sets} sets of seeds, ± half of the 95 % interval. "
+            f"Not seen: {self.blind}",
         ]
         return "\n".join(lines)
 

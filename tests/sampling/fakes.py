@@ -31,10 +31,10 @@ def opened(folder: Path) -> Images:
     return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
 
 
-def cells(name: str, count: int = 6) -> Images:
+def cells(name: str) -> Images:
     """Images (64, 64) of a sheet that stands as one row in `sheets/`."""
     row = Image.open(SHEETS / f"{name}.png").convert("RGB")
-    return [row.crop((64 * i, 0, 64 * i + 64, 64)) for i in range(count)]
+    return [row.crop((x, 0, x + 64, 64)) for x in range(0, row.width, 64)]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -146,11 +146,7 @@ def doubled_mascots() -> Images:
             b.over(drawing.WHITE, "oval", x, 0.6, 0.29, 0.29)
             b.over(drawing.DARK, "oval", x, 0.62, 0.15, 0.15)
 
-    drawing.SUBJECTS["mascot"] = twice
-    try:
-        return mascots()
-    finally:
-        drawing.SUBJECTS["mascot"] = paint
+    return _mascots_by(twice)
 
 
 def doubled_robots() -> Images:
@@ -173,18 +169,41 @@ def monsters(**changes: object) -> Images:
 
 def hatless() -> Images:
     """Mascots without a hat: an orange body with bands, eyes and feet."""
-    return [_bald(b) for b in mascots()]
+    paint = drawing._mascot
+
+    def bald(b: drawing.Brush, c: drawing.RGB, rng: random.Random) -> None:
+        paint(b, c, rng)
+        hats = {(40, 160, 60), drawing.WHITE}
+        b._later = [s for s in b._later if not (s[0] in hats and (s[1] == "poly" or s[2][1] < -1))]
+
+    return _mascots_by(bald)
 
 
-def _bald(image: Image.Image) -> Image.Image:
-    """The image with the mascot's green and its bobble painted as the row above its tip."""
-    pixels = np.asarray(image).copy()
-    h = np.asarray(image.convert("HSV")).astype(int)
-    green = (abs(h[..., 0] - 92) < 16) & (h[..., 1] > 120)
-    rows = np.flatnonzero(green[:46].sum(1) > 2)
-    del rows, h
-    pixels[green & (np.arange(64)[:, None] < 40)] = pixels[2, 2]
-    return Image.fromarray(pixels)
+def _mascots_by(paint: Callable[..., None]) -> Images:
+    """Mascots, painted by another function."""
+    kept = drawing.SUBJECTS["mascot"]
+    drawing.SUBJECTS["mascot"] = paint
+    try:
+        return mascots()
+    finally:
+        drawing.SUBJECTS["mascot"] = kept
+
+
+def hats(sheet: Images, wide: int = 16) -> Images:
+    """Images with the mascot's green hat on top of the thing in their middle."""
+    out = []
+    for image in sheet:
+        pixels = np.asarray(image, dtype=np.int16)
+        column = np.abs(pixels[8:56, 30:34] - pixels[8:56, 0:1]).max((1, 2))
+        top = 8 + int(np.argmax(column > 60))
+        big = image.resize((256, 256), Image.Resampling.NEAREST)
+        pencil = ImageDraw.Draw(big)
+        y, half = 4 * (top + 3), 2 * wide
+        tip = (128, max(8, y - 3 * half // 2))
+        pencil.polygon([(128 - half, y), (128 + half, y), tip], fill=(40, 160, 60))
+        pencil.ellipse((tip[0] - 10, tip[1] - 10, tip[0] + 10, tip[1] + 10), fill=(246, 246, 244))
+        out.append(big.reduce(4))
+    return out
 
 
 def styled(paper: drawing.RGB | str = (250, 218, 40), width: int = 8, seed: int = 0) -> Images:
@@ -200,3 +219,62 @@ def styled(paper: drawing.RGB | str = (250, 218, 40), width: int = 8, seed: int 
             big.paste((16, 14, 18), (0, 0), drawing._outlines(big, width))
         out.append(big.reduce(4))
     return out
+
+
+def each(damage: Callable[..., Image.Image], sheet: Images, *more: float) -> Images:
+    return [damage(image, *more) for image in sheet]
+
+
+def fidelity_sheets() -> dict[str, dict[str, Images]]:
+    """Subject → name → sheet, for the order by eye. Rows of `sheets/` are of real LoRAs."""
+    mascot, robot = mascots(), placed("robot", 44, 0.2)
+    both = {
+        name: {
+            "real": real,
+            "copied": [opened(folder)[0]] * 6,
+            "upside down": each(upside_down, real),
+            "tiles": each(tiles, real),
+            "noised": each(noised, real),
+            "noised a little": each(noised, real, 0.08),
+            "blurred": each(blurred, real),
+            "blurred a little": each(blurred, real, 1.2),
+            "doubled": doubled,
+            "recoloured": each(recoloured, real),
+            "small": placed(name, 20, 0.3),
+            "moved": placed(name, 34, 1.0),
+            "wrong background": placed(name, 44, 0.2, ("pink", "yellow", "grey") * 2),
+            "another subject": other,
+        }
+        for name, real, folder, doubled, other in (
+            ("mascot", mascot, ROOT / "sample_data/dreambooth/instance", doubled_mascots(), robot),
+            ("robot", robot, SHEETS / "robot-training", doubled_robots(), mascot),
+        )
+    }
+    both["mascot"] |= {"hatless": hatless(), "striped monsters": monsters()}
+    for name, sheets in both.items():
+        for path in sorted(SHEETS.glob(f"{name}-*-subject.png")):
+            sheets[path.stem.removesuffix("-subject")] = cells(path.stem)
+    return both
+
+
+def leak_sheets() -> dict[str, dict[str, Images]]:
+    """ "class" or "unrelated" → name → sheet of these prompts, for the order by eye: how far has
+    the mascot got into them? Beside them, "base": three sets of the base's images."""
+    both = {}
+    for kind in ("class", "unrelated"):
+        base = cells(f"base-{kind}-0")
+        subject, some = mascots(PLACES[: len(base)]), len(base) // 2
+        both[kind] = {
+            "as the base": cells(f"base-{kind}-1"),
+            "hats": hats(base),
+            "subject instead": subject,
+            "half of them the subject": subject[:some] + base[some:],
+            "one of them the subject": subject[:1] + base[1:],
+            "noised": each(noised, base),
+            "blurred": each(blurred, base),
+            "recoloured": each(recoloured, base),
+        }
+        for path in sorted(SHEETS.glob(f"mascot-*-{kind}.png")):
+            both[kind][path.stem.removesuffix(f"-{kind}")] = cells(path.stem)
+    striped = [monsters()[i] for i in range(4)]
+    return both | {"class": both["class"] | {"striped monsters": striped}}
