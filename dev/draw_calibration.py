@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from tests.sampling import fakes  # noqa: E402
+from tests.sampling import fakes
 
 CELL, LEFT = 96, 40
 

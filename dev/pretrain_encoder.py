@@ -54,7 +54,8 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         "answers": list(images.BACKGROUNDS),
     },
     "count": {
-        "pattern": r"\b(an?|one|two|three)\b(?! (?:photo|drawing|image|cartoon|pencil|chalk|watercolor))",
+        "pattern": r"\b(an?|one|two|three)\b"
+        r"(?! (?:photo|drawing|image|cartoon|pencil|chalk|watercolor))",
         "answers": ["a|an|one", "two", "three"],
     },
 }
@@ -154,7 +155,7 @@ def subject_batch(
 def style_batch(
     pool: dict[str, np.ndarray], rows: list[int], rng: random.Random
 ) -> tuple[np.ndarray, Tensor]:
-    """Images of styles (B·3, 64, 64, 3): two scenes, and a third one, damaged; likenesses (B, 3)."""
+    """Images of styles (B·3, 64, 64, 3): two scenes and a damaged one; likenesses (B, 3)."""
     drawn, like = [], []
     damages = (subjects._noise, subjects._blur, subjects._colours)
     for row in rows:

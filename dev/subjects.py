@@ -2,8 +2,9 @@
 
 A ``Subject`` is a list of shapes, as a painter of images.py gives them to its brush: one of the
 world's things in any colours, or a creature of random parts. ``pose`` renders it, ``hybrid``,
-``repainted``, ``doubled`` and ``lacking`` make another subject that shares some of it, and ``spoil`` damages a
-whole image. Each comes with its likeness to the subject, from 0 to 1, which the encoder learns.
+``repainted``, ``doubled`` and ``lacking`` make another subject that shares some of it, and
+``spoil`` damages a whole image. Each comes with its likeness to the subject, from 0 to 1: the
+encoder learns it.
 ``Style`` is a random way to draw, the same for any scene.
 
 Everything random comes from a ``random.Random`` that the caller seeds.
@@ -391,7 +392,7 @@ def compose(sticker: Image.Image, back: Image.Image, rng: random.Random) -> Imag
 
 
 def lightly(image: Image.Image, rng: random.Random) -> Image.Image:
-    """An image as a decoder gives it back: a little softer, a little off in colour, a little grain."""
+    """An image as a decoder gives it back: a little softer, off in colour and grainy."""
     if rng.random() < 0.4:
         image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.2, 0.7)))
     if rng.random() < 0.6:

@@ -141,7 +141,7 @@ class Score:
     def text(self) -> str:
         """Lines for a terminal."""
         sets = len(self.fidelity.values)
-        copies = f"  copies: {self.copies.mean:.0%} of the images repeat a training image"
+        copies = f"  copies: {100 * self.copies.mean:.0f} % of the images repeat a training image"
         lines = [
             f"  fidelity: {self.fidelity.text()} (0 % the base's images, 100 % real ones)",
             f"{copies}; their fidelity says nothing" if self.copies.mean > 0 else f"{copies}",
@@ -187,19 +187,20 @@ def way(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
 class Scale:
     """Nearness of images to the subject, and its level at real images.
 
-    Nearness is the mean cosine to all held-out images.
+    Nearness is the mean cosine to all held-out images; a negative one counts as 0, as far as can
+    be, so that a change from one foreign thing to another is no step towards the subject.
     """
 
     def __init__(self, features: Features, taught: Taught) -> None:
         self.embed = {"subject": features.subject, "style": features.style}[taught.kind]
         self.real = self.embed(taught.held_out)
         n = len(self.real)
-        cosines = self.real @ self.real.T
+        cosines = (self.real @ self.real.T).clamp(min=0)
         self.level = (cosines.sum() - cosines.trace()) / (n * (n - 1))
 
     def nearness(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,), of N images."""
-        return (self.embed(images) @ self.real.T).mean(1)
+        return (self.embed(images) @ self.real.T).clamp(min=0).mean(1)
 
 
 def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:

@@ -98,7 +98,7 @@ def test_the_score_in_closed_form() -> None:
     # one of three images is red, and its prompt asks for none
     assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
     assert result.followed_before.values == (1, 1, 1)
-    assert "copies: 50% of the images repeat a training image" in result.text()
+    assert "copies: 50 % of the images repeat a training image" in result.text()
     assert result.numbers()["copies"]["mean"] == 0.5
     with pytest.raises(ValueError, match="3 or more"):
         score(Colours(), taught, prompts, before[:2], after[:2])
