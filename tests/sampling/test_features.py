@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+)
 
 from sd_lora.errors import UsageError
 from sd_lora.sampling.features import DrawingFeatures, ModelFeatures, load_features
@@ -66,19 +74,21 @@ def test_a_prompt_asks_for_answers(drawings: DrawingFeatures, prompt: str, asked
 def save_processor(folder: Path, name: str, side: int) -> None:
     """The file that says how a model's images are resized and normalised."""
     size, square = {"shortest_edge": side}, {"height": side, "width": side}
-    config = {"image_processor_type": name, "size": size, "crop_size": square}
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    made = {"image_processor_type": name, "size": size, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps(made))
 
 
-def save_clip(folder: Path) -> None:
-    """A tiny CLIP with the embedded base's tokenizer."""
+def save_two_towers(folder: Path, model: type, config: type) -> None:
+    """A tiny CLIP or SigLIP with the embedded base's tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(ROOT / "sample_data" / "tiny-sd" / "tokenizer")
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
              "num_attention_heads": 2}  # fmt: skip
     words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     vision = {"image_size": 32, "patch_size": 8}
-    config = CLIPConfig(text_config=small | words, vision_config=small | vision)
-    for part in (CLIPModel(config), tokenizer):
+    made = config(
+        text_config=small | words | {"max_position_embeddings": 77}, vision_config=small | vision
+    )
+    for part in (model(made), tokenizer):
         part.save_pretrained(folder)
     save_processor(folder, "CLIPImageProcessor", 32)
 
@@ -92,11 +102,16 @@ def save_dino(folder: Path) -> None:
     save_processor(folder, "BitImageProcessor", 28)
 
 
-def test_clip_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
-    """Embeddings are CLIP's own; an image follows its prompt with the probability that CLIP gives
-    to this prompt among those of the call, by its own forward pass."""
+@pytest.mark.parametrize(
+    ("model", "config"), [(CLIPModel, CLIPConfig), (SiglipModel, SiglipConfig)]
+)
+def test_clip_and_siglip_from_disk(
+    model: type, config: type, tmp_path: Path, some: list[Image.Image]
+) -> None:
+    """Embeddings are the model's own; an image follows its prompt with the probability that the
+    model's forward pass gives to this prompt among those of the call."""
     torch.manual_seed(0)
-    save_clip(tmp_path)
+    save_two_towers(tmp_path, model, config)
     features = load_features(tmp_path)
     assert isinstance(features, ModelFeatures)
     prompts = ["a red car", "a cat", "a red car"]
