@@ -176,10 +176,9 @@ def likeness_loss(embedded: Tensor, like: Tensor) -> Tensor:
     first, second = cosines[own, 0, own], cosines[own, 1, own]  # (B, K)
     same = (first[:, 1] - 1).square().mean()
     graded = (first[:, 2:] - like[:, 2:]).square() + (second[:, 2:] - like[:, 2:]).square()
-    foreign = cosines[:, :2]
-    mask = (own[:, None] != own[None, :])[:, None, :, None]
-    above = (foreign - OTHERS).clamp(min=0).square() * mask
-    return 2 * same + graded.mean() + 4 * above.sum() / (mask.sum() * 2 * kinds).clamp(min=1)
+    foreign = (own[:, None] != own[None, :])[:, None, :, None]
+    above = (cosines[:, :2] - OTHERS).clamp(min=0).square() * foreign
+    return 2 * same + graded.mean() + 4 * above.sum() / (foreign.sum() * 2 * kinds).clamp(min=1)
 
 
 def loss_of(

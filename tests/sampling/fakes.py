@@ -258,8 +258,8 @@ def fidelity_sheets() -> dict[str, dict[str, Images]]:
 
 
 def leak_sheets() -> dict[str, dict[str, Images]]:
-    """ "class" or "unrelated" → name → sheet of these prompts, for the order by eye: how far has
-    the mascot got into them? Beside them, "base": three sets of the base's images."""
+    """Kind of prompts ("class", "unrelated") → name → sheet, for the order by eye: how far has the
+    mascot got into these images? Three sets of the base's own stand in `base-<kind>-<set>.png`."""
     both = {}
     for kind in ("class", "unrelated"):
         base = cells(f"base-{kind}-0")
