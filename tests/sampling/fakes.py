@@ -253,7 +253,7 @@ def fidelity_sheets() -> dict[str, dict[str, Images]]:
     both["mascot"] |= {"hatless": hatless(), "striped monsters": monsters()}
     for name, sheets in both.items():
         for path in sorted(SHEETS.glob(f"{name}-*-subject.png")):
-            sheets[path.stem.removesuffix("-subject")] = cells(path.stem)
+            sheets[path.stem.removeprefix(f"{name}-").removesuffix("-subject")] = cells(path.stem)
     return both
 
 
@@ -275,6 +275,8 @@ def leak_sheets() -> dict[str, dict[str, Images]]:
             "recoloured": each(recoloured, base),
         }
         for path in sorted(SHEETS.glob(f"mascot-*-{kind}.png")):
-            both[kind][path.stem.removesuffix(f"-{kind}")] = cells(path.stem)
+            both[kind][path.stem.removeprefix("mascot-").removesuffix(f"-{kind}")] = cells(
+                path.stem
+            )
     striped = [monsters()[i] for i in range(4)]
     return both | {"class": both["class"] | {"striped monsters": striped}}
