@@ -3,7 +3,7 @@
     python dev/draw_calibration.py OUT
 
 Each page has the real subject above, then numbered rows in a random order; OUT/names.json says
-which row is which sheet, and is opened after the marks are written. The marks stand in
+which sheet a row is, and is opened after the marks are written. The marks stand in
 tests/sampling/sheets/marks.json.
 """
 
@@ -19,18 +19,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.sampling import fakes
 
 CELL, LEFT = 96, 40
+ROWS = 9
+"""Rows a page at most: a page is seen whole."""
 
 
-def page(
-    real: list[Image.Image], sheets: dict[str, list[Image.Image]], order: list[str]
-) -> Image.Image:
-    """Real images, then numbered rows."""
-    rows = [real, *(sheets[name] for name in order)]
+def page(real: list[Image.Image], sheets: list[list[Image.Image]], first: int) -> Image.Image:
+    """Real images, then rows numbered from `first`."""
+    rows = [real, *sheets]
     wide = max(len(row) for row in rows)
     out = Image.new("RGB", (LEFT + wide * (CELL + 4), len(rows) * (CELL + 8)), "white")
     for y, row in enumerate(rows):
         top = y * (CELL + 8)
-        ImageDraw.Draw(out).text((4, top + 40), str(y or "real"), "black", font_size=18)
+        number = str(first + y - 1) if y else "real"
+        ImageDraw.Draw(out).text((4, top + 40), number, "black", font_size=18)
         for x, image in enumerate(row):
             big = image.resize((CELL, CELL), Image.Resampling.NEAREST)
             out.paste(big, (LEFT + x * (CELL + 4), top))
@@ -50,7 +51,9 @@ def main() -> None:
         order = sorted(sheets)
         random.Random(name).shuffle(order)
         names[name] = order
-        page(above[:6], sheets, order).save(out / f"{name}.png")
+        for i in range(0, len(order), ROWS):
+            rows = [sheets[row] for row in order[i : i + ROWS]]
+            page(above[:6], rows, i + 1).save(out / f"{name}-{i // ROWS + 1}.png")
     (out / "names.json").write_text(json.dumps(names, indent=1) + "\n")
 
 

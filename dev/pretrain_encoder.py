@@ -2,21 +2,29 @@
 
     python dev/pretrain_encoder.py --work WORK
 
-It draws subjects, styles and scenes (subjects.py, images.py) into WORK, trains on one thread, saves
-its state in WORK/encoder.pt as it goes, and the same command takes it up again; then it writes the
-encoder, and its curve and figures as training.json beside it. Everything random depends on the seed
-and the step alone.
+It draws subjects, styles and scenes (subjects.py, images.py), trains on one thread in three stages,
+saves its state in WORK/<stage>.pt as it goes, and the same command takes it up again; then it
+writes the encoder, and its curves and figures as training.json beside it. Everything random depends
+on the seed, the stage and the step alone.
 
-The loss is the error of cosines: 1 for two poses of one subject on two backgrounds, at two scales
-and places; the likeness that subjects.py gives for a subject that shares some of it and for a
-damaged image; at most OTHERS for another subject. The same for styles. The answers to questions
-about captions are learned by cross entropy.
+1. trunk: maps of the whole image, styles, and the answers to questions about captions (cross
+   entropy). Subjects are learned along with them by a head that is thrown away.
+2. outline: the subject's mask, by cross entropy of every pixel.
+3. subject: the network of subjects cut out by this mask.
+
+The loss of subjects and styles is the error of cosines: 1 for two poses of one subject on two
+backgrounds, at two scales and places; the likeness that subjects.py gives for a subject that shares
+some of it and for a damaged image; at most OTHERS for another subject, where the nearest of the
+others count most.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +33,38 @@ import numpy as np
 import subjects
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from pretrain_vae import Clock, lr_at, save_whole, to_unit, update_average
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sd_lora.sampling.drawing_encoder import DrawingEncoder, save_encoder
+from sd_lora.sampling.drawing_encoder import (
+    SUBJECT,
+    WIDTHS,
+    DrawingEncoder,
+    cut_out,
+    save_encoder,
+)
 
 OUT = Path(__file__).parent.parent / "sample_data" / "encoder"
-NUM_SUBJECTS, NUM_STYLES, NUM_SCENES, NUM_UNSEEN = 1500, 500, 3000, 128
-KINDS = ("pose", "other pose", "hybrid", "repainted", "doubled", "lacking")
+NUM_STYLES, NUM_SCENES, NUM_UNSEEN = 500, 3000, 128
+STAGES = {"trunk": 3000, "outline": 400, "subject": 2000}
+"""Steps of each stage."""
+
+RATES = {"trunk": 2e-3, "outline": 2e-3, "subject": 2e-3}
+KINDS = (
+    "first", "other pose", "hybrid", "repainted", "doubled", "lacking", "mixed", "spoilt sticker",
+    "spoilt", "spoilt more", "spoilt most",
+)  # fmt: skip
+"""Images of a subject in a batch. The last three are damaged after they were drawn."""
+
+SPOILT = 3
+TRIES = 4
+"""Backgrounds tried until one shows the subject."""
+
+RECENT, NEW = 192, 4
+"""A step takes its subjects from the last RECENT ones; every step there are NEW more."""
+
 IN_STYLE = 3
 OTHERS = 0.1
 """Cosine of two subjects, or two styles, that costs nothing."""
@@ -78,9 +108,11 @@ def answers(scene: images.Scene) -> list[int]:
     return numbers
 
 
-def draw_subject(seed: int) -> tuple[np.ndarray, list[float]]:
-    """One subject in all KINDS (6, 72, 72, 4), and the likeness of each to the first."""
-    rng = random.Random(seed)
+@lru_cache(2 * RECENT)
+def draw_subject(name: str) -> tuple[list[Image.Image], list[float]]:
+    """Stickers of one subject in all KINDS but the spoilt images, and the likeness of each to the
+    first. The name settles everything random."""
+    rng = random.Random(name)
     a, b = subjects.subject(rng), subjects.subject(rng)
     same = rng.getrandbits(32)
     kinds = [
@@ -89,22 +121,29 @@ def draw_subject(seed: int) -> tuple[np.ndarray, list[float]]:
         subjects.repainted(a, b, rng),
         subjects.doubled(a, rng),
         subjects.lacking(a, rng),
+        b,
     ]
-    drawn = [subjects.pose(kind, random.Random(same)) for kind in kinds]
-    like = [subjects.likeness(drawn[0], other) for other in drawn[1:]]
+    *drawn, foreign = [subjects.pose(kind, random.Random(same)) for kind in kinds]
+    like = [subjects.likeness(drawn[0], other) for other in drawn]
     # a second face is a defect, however much of the subject is there
-    like = [like[0], min(like[1], 0.25), 0.65 * like[2], like[3]]
+    like[2], like[3] = min(like[2], 0.25), 0.65 * like[3]
+    if rng.random() < 0.3:  # the subject itself in other colours
+        foreign = subjects._colours(drawn[0], rng)[0]
+    for image, level in (
+        subjects.mixed(drawn[0], foreign, rng),
+        subjects.spoilt_sticker(drawn[0], rng),
+    ):
+        drawn.append(image)
+        like.append(level)
     drawn.insert(1, subjects.pose(a, rng))
-    return np.stack([np.asarray(d) for d in drawn]), [1.0, 1.0, *like]
+    return drawn, [1.0, *like]
 
 
 def draw_pool(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """Subjects, their likenesses, styles, scenes and their answers, drawn once and kept."""
+    """Styles, scenes and their answers, drawn once and kept."""
     kept = args.work / "encoder_pool.npz"
     if not kept.is_file():
         first = args.seed * 10**7
-        count = NUM_SUBJECTS + NUM_UNSEEN
-        drawn = [draw_subject(first + i) for i in tqdm(range(count), "subjects", mininterval=30)]
         styles = np.empty((NUM_STYLES + NUM_UNSEEN, IN_STYLE, 64, 64, 3), np.uint8)
         for i in tqdm(range(len(styles)), "styles", mininterval=30):
             rng = random.Random(first + 2 * 10**6 + i)
@@ -116,8 +155,6 @@ def draw_pool(args: argparse.Namespace) -> dict[str, np.ndarray]:
             for i in range(NUM_SCENES + 4 * NUM_UNSEEN)
         ]
         pool = {
-            "subjects": np.stack([d[0] for d in drawn]),
-            "likeness": np.array([d[1] for d in drawn], np.float32),
             "styles": styles,
             "scenes": np.stack([np.asarray(images.draw(s)) for s in tqdm(scenes, "scenes")]),
             "answers": np.array([answers(s) for s in scenes]),
@@ -129,27 +166,56 @@ def draw_pool(args: argparse.Namespace) -> dict[str, np.ndarray]:
         return dict(pool)
 
 
-def subject_batch(
-    pool: dict[str, np.ndarray], rows: list[int], rng: random.Random
-) -> tuple[np.ndarray, Tensor, Tensor]:
-    """Images of subjects (B·8, 64, 64, 3): KINDS, then two damaged ones; their likenesses (B, 8);
-    numbers of their backgrounds (B·8,)."""
-    drawn, like, grounds = [], [], []
-    backs = [subjects.ground(rng) for _ in range(len(rows))]  # shared: they tell nothing
-    for row in rows:
-        faces = [Image.fromarray(s) for s in pool["subjects"][row]]
-        for face, level in zip([*faces, *faces[:2]], [*pool["likeness"][row], -1, -1], strict=True):
-            back, number = rng.choice(backs)
-            image = subjects.compose(face, back, rng)
-            if level < 0:
-                image, level = subjects.spoil(image, rng)
-                number = -100
-            else:
+@dataclass
+class Subjects:
+    """Images of B subjects in K KINDS: pixels (B·K, 64, 64, 3), masks (B·K, 64, 64), likenesses
+    (B, K), and numbers of their backgrounds (B·K,)."""
+
+    pixels: np.ndarray
+    masks: np.ndarray
+    like: Tensor
+    grounds: Tensor
+
+
+def visible(image: Image.Image, back: Image.Image, mask: Image.Image) -> bool:
+    """Do most of the subject's pixels differ from the background?"""
+    there = np.asarray(mask) > 127
+    change = np.abs(np.asarray(image, np.int16) - np.asarray(back, np.int16)).max(2)
+    return float((change[there] > 40).mean()) > 0.7 if there.any() else False
+
+
+def subject_batch(names: list[str], rng: random.Random) -> Subjects:
+    """Images of the subjects of these names."""
+    count = len(names)
+    drawn, masks, like, grounds = [], [], [], []
+    backs = [subjects.ground(rng) for _ in range(count)]  # shared: they tell nothing
+    for name in names:
+        faces, levels = draw_subject(name)
+        mirrored = rng.random() < 0.5
+        for k in range(len(KINDS)):
+            spoilt = k - len(faces)
+            face = faces[k] if spoilt < 0 else faces[spoilt % 2]
+            level = levels[k] if spoilt < 0 else -1
+            if mirrored != (rng.random() < 0.15):
+                face = ImageOps.mirror(face)
+            for back in rng.sample(backs, min(count, TRIES)):
+                image, mask = subjects.compose(face, back[0], rng)
+                if visible(image, back[0], mask):
+                    break
+            number = back[1]
+            if spoilt < 0:
                 image = subjects.lightly(image, rng)
+            else:
+                image, level = subjects.spoilt(image, rng)
+                number = -100
             drawn.append(np.asarray(image))
-            like.append(float(level))
+            masks.append(np.asarray(mask))
+            like.append(level)
             grounds.append(number)
-    return np.stack(drawn), torch.tensor(like).view(len(rows), -1), torch.tensor(grounds)
+    shape = (count, len(KINDS))
+    return Subjects(
+        np.stack(drawn), np.stack(masks), torch.tensor(like).view(shape), torch.tensor(grounds)
+    )
 
 
 def style_batch(
@@ -176,52 +242,128 @@ def likeness_loss(embedded: Tensor, like: Tensor) -> Tensor:
     first, second = cosines[own, 0, own], cosines[own, 1, own]  # (B, K)
     same = (first[:, 1] - 1).square().mean()
     graded = (first[:, 2:] - like[:, 2:]).square() + (second[:, 2:] - like[:, 2:]).square()
-    foreign = (own[:, None] != own[None, :])[:, None, :, None]
-    above = (cosines[:, :2] - OTHERS).clamp(min=0).square() * foreign
-    return 2 * same + graded.mean() + 4 * above.sum() / (foreign.sum() * 2 * kinds).clamp(min=1)
+    foreign = (own[:, None] != own[None, :])[:, None, :, None].expand(-1, 2, -1, kinds)
+    above = (cosines[:, :2] - OTHERS).clamp(min=0).square()[foreign].view(2 * count, -1)
+    hardest = above.topk(max(1, above.shape[1] // 20)).values
+    return 2 * same + 4 * graded.mean() + 2 * above.mean() + hardest.mean()
 
 
-def loss_of(
-    encoder: DrawingEncoder, pool: dict[str, np.ndarray], args: argparse.Namespace, step: int
-) -> Tensor:
-    """Loss of one step, drawn by seed and step."""
-    rng = random.Random(args.seed * 10**8 + step)
-    rows = rng.sample(range(NUM_SUBJECTS), args.batch)
-    pixels, like, grounds = subject_batch(pool, rows, rng)
-    styled, style_like = style_batch(pool, rng.sample(range(NUM_STYLES), args.batch // 2), rng)
-    picked = rng.sample(range(NUM_SCENES), args.batch)
+@dataclass(frozen=True)
+class Step:
+    """The number of a step, its random numbers, subjects a batch, and the pool."""
+
+    number: int
+    rng: random.Random
+    batch: int
+    pool: dict[str, np.ndarray]
+
+    def subjects(self) -> Subjects:
+        """Of names that no other step than the next RECENT / NEW can take."""
+        first = NEW * self.number
+        picked = self.rng.sample(range(first, first + RECENT), self.batch)
+        return subject_batch([str(i) for i in picked], self.rng)
+
+
+Loss = Callable[[nn.ModuleDict, Step], Tensor]
+
+
+def channels_last(*parts: np.ndarray) -> Tensor:
+    return to_unit(np.concatenate(parts)).contiguous(memory_format=torch.channels_last)
+
+
+def trunk_loss(net: nn.ModuleDict, step: Step) -> Tensor:
+    """Loss of styles, answers and, by the head thrown away, subjects."""
+    encoder, pool, rng, batch = net["encoder"], step.pool, step.rng, step.batch
+    seen = step.subjects()
+    styled, style_like = style_batch(pool, rng.sample(range(NUM_STYLES), batch // 2), rng)
+    picked = rng.sample(range(NUM_SCENES), batch)
     scenes = pool["scenes"][picked]
     if rng.random() < 0.5:
         scenes = scenes[:, :, ::-1]
-    n, m = len(pixels), len(styled)
-    x = to_unit(np.concatenate([pixels, styled, scenes])).contiguous(
-        memory_format=torch.channels_last
-    )
+    n, m = len(seen.pixels), len(styled)
     with torch.autocast("cpu", torch.bfloat16):
-        subject, style, said = encoder(x)
-    total = likeness_loss(subject[:n], like) + 0.5 * likeness_loss(style[n : n + m], style_like)
+        fine, middle, coarse = encoder.maps(channels_last(seen.pixels, styled, scenes))
+        pooled = torch.cat([coarse.mean((2, 3)), coarse.amax((2, 3))], 1)
+        subject = net["pooled"](pooled[:n])
+        style = encoder.styled(fine[n : n + m], middle[n : n + m])
+        said = encoder.answered(coarse)
+    total = likeness_loss(F.normalize(subject.float()), seen.like)
+    total = total + 0.5 * likeness_loss(style, style_like)
     wanted = torch.from_numpy(pool["answers"][picked])
     asked = [(said[q][n + m :], wanted[:, i]) for i, q in enumerate(QUESTIONS)]
-    for logits, right in [*asked, (said["background"][:n], grounds)]:
+    for logits, right in [*asked, (said["background"][:n], seen.grounds)]:
         error = F.cross_entropy(logits.float(), right, reduction="sum")  # of those with an answer
         total = total + 0.05 * error / len(right)
     return total
 
 
+def outline_loss(net: nn.ModuleDict, step: Step) -> Tensor:
+    """Cross entropy of the subject's pixels, the background turned over in some images."""
+    encoder = net["encoder"]
+    seen = step.subjects()
+    whole = np.arange(len(seen.masks)) % len(KINDS) < len(KINDS) - SPOILT
+    pixels, masks = seen.pixels[whole], seen.masks[whole] / np.float32(255)
+    for i in range(0, len(pixels), 2):
+        image = Image.fromarray(pixels[i])
+        if i % 4:
+            pixels[i], masks[i] = pixels[i, ::-1], masks[i, ::-1]
+        else:
+            damage = step.rng.choice((subjects._noise, subjects._blur, subjects._colours))
+            pixels[i] = damage(image, step.rng)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fine, middle, _ = encoder.maps(channels_last(pixels))
+    with torch.autocast("cpu", torch.bfloat16):
+        said = encoder.outlined(fine, middle)
+    return F.binary_cross_entropy_with_logits(said[:, 0], torch.from_numpy(masks))
+
+
+def subject_loss(net: nn.ModuleDict, step: Step) -> Tensor:
+    """Loss of subjects, cut out."""
+    encoder = net["encoder"]
+    seen = step.subjects()
+    x = channels_last(seen.pixels)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        alone = encoder.alone(x).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        subject = encoder.subject(alone)
+    return likeness_loss(F.normalize(subject.float()), seen.like)
+
+
+LOSSES: dict[str, tuple[Loss, tuple[str, ...]]] = {
+    "trunk": (
+        trunk_loss,
+        ("pooled", "encoder.fine", "encoder.middle", "encoder.coarse", "encoder.style",
+         "encoder.answers"),
+    ),
+    "outline": (outline_loss, ("encoder.outline",)),
+    "subject": (subject_loss, ("encoder.subject",)),
+}  # fmt: skip
+"""Stage → its loss, and the modules that it trains."""
+
+
 @torch.no_grad()
 def figures(encoder: DrawingEncoder, pool: dict[str, np.ndarray]) -> dict[str, float]:
     """Cosines of unseen subjects, by kind, and shares of right answers about unseen scenes."""
-    rng, rows = random.Random(1), range(NUM_SUBJECTS, NUM_SUBJECTS + NUM_UNSEEN)
-    pixels, _, _ = subject_batch(pool, list(rows), rng)
-    e = torch.cat([encoder(to_unit(p))[0] for p in np.split(pixels, 8)]).view(NUM_UNSEEN, 8, -1)
-    out = {k: float((e[:, 0] * e[:, i]).sum(-1).mean()) for i, k in enumerate(KINDS) if i}
-    out["other subject"] = float((e[:, 0] * e[:, 1].roll(1, 0)).sum(-1).mean())
-    for damage in subjects.DAMAGES:
-        spoilt = [
-            damage(Image.fromarray(p), rng)[0] for p in pixels.reshape(-1, 8, 64, 64, 3)[:, 1]
-        ]
-        f = encoder(to_unit(np.stack([np.asarray(i) for i in spoilt])))[0]
-        out[damage.__name__.strip("_")] = float((e[:, 0] * f).sum(-1).mean())
+    rng, kinds, count = random.Random(-1), len(KINDS), NUM_UNSEEN // 2
+    seen = subject_batch([f"unseen {i}" for i in range(count)], rng)
+    vectors, outlines = [], []
+    for part in to_unit(seen.pixels).chunk(kinds):
+        fine = encoder.fine(part)
+        outlines.append(encoder.outlined(fine, encoder.middle(fine)))
+        vectors.append(encoder.subject(cut_out(part, outlines[-1].sigmoid())))
+    e = F.normalize(torch.cat(vectors)).view(count, kinds, -1)
+    cosines = (e[:, :1] * e).sum(-1)
+    error = (cosines - seen.like).abs().mean(0)
+    out = {f"error {k}": float(error[i]) for i, k in enumerate(KINDS) if i}
+    out["other pose"] = float(cosines[:, 1].mean())
+    foreign = (e[:, 0] @ e[:, 1].T)[~torch.eye(count, dtype=torch.bool)].view(count, -1)
+    out["other subject"] = float(foreign.mean())
+    out["nearest other subject"] = float(foreign.amax(1).mean())
+    out["nearest is the subject"] = float((cosines[:, 1] > foreign.amax(1)).float().mean())
+    whole = torch.arange(count * kinds) % kinds < kinds - SPOILT
+    mask, wanted = torch.cat(outlines)[:, 0] > 0, torch.from_numpy(seen.masks) > 127
+    shared = (mask & wanted).sum((1, 2)) / (mask | wanted).sum((1, 2)).clamp(min=1)
+    out["outline, intersection over union"] = float(shared[whole].mean())
     styled, _ = style_batch(pool, list(range(NUM_STYLES, NUM_STYLES + NUM_UNSEEN)), rng)
     s = encoder(to_unit(styled))[1].view(NUM_UNSEEN, 3, -1)
     out["same style"] = float((s[:, 0] * s[:, 1]).sum(-1).mean())
@@ -235,38 +377,54 @@ def figures(encoder: DrawingEncoder, pool: dict[str, np.ndarray]) -> dict[str, f
     return {name: round(value, 3) for name, value in out.items()}
 
 
-def train(args: argparse.Namespace) -> None:
-    """Train, and write the encoder with the moving average of the weights."""
-    pool = draw_pool(args)
-    torch.manual_seed(args.seed)
-    encoder = DrawingEncoder(QUESTIONS).to(memory_format=torch.channels_last)
-    average = deepcopy(encoder).eval()
-    optimizer = torch.optim.AdamW(encoder.parameters(), args.lr, weight_decay=0.02, fused=True)
-    state, clock, start = args.work / "encoder.pt", Clock([]), 0
+def train(stage: str, net: nn.ModuleDict, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train a stage's modules; `net` holds the moving average of their weights then. The curve."""
+    pool, (loss_of, names) = draw_pool(args), LOSSES[stage]
+    steps, rate = args.steps.get(stage, STAGES[stage]), RATES[stage]
+    torch.manual_seed(args.seed + len(stage))
+    average = net.requires_grad_(False)
+    trained = deepcopy(net)
+    parameters = [p for name in names for p in trained.get_submodule(name).parameters()]
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.02, fused=True)
+    state, clock, start = args.work / f"{stage}.pt", Clock([]), 0
     if state.is_file():
         saved = torch.load(state)
-        encoder.load_state_dict(saved["encoder"])
+        trained.load_state_dict(saved["net"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.steps), "encoder", initial=start, mininterval=30):
+    for step in tqdm(range(start, steps), stage, initial=start, mininterval=30):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.steps, args.lr, args.cooldown)
-        loss = loss_of(encoder, pool, args, step)
+            group["lr"] = lr_at(step, steps, rate, args.cooldown)
+        rng = random.Random(f"{args.seed} {stage} {step}")
+        loss = loss_of(trained, Step(step, rng, args.batch, pool))
         loss.backward()
-        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        update_average(average, encoder, step)
+        update_average(average, trained, step)
         clock.add(loss)
-        if (step + 1) % args.every == 0 or step + 1 == args.steps:
-            clock.row(step + 1, **figures(average, pool))
-            saved = {"encoder": encoder.state_dict(), "average": average.state_dict()}
+        if (step + 1) % args.every == 0 or step + 1 == steps:
+            clock.row(step + 1, **figures(average["encoder"], pool))
+            saved = {"net": trained.state_dict(), "average": average.state_dict()}
             saved |= {"optimizer": optimizer.state_dict(), "log": clock.rows, "step": step + 1}
             save_whole(saved, state)
-    save_encoder(average, args.out)
-    record = {"seed": args.seed, "batch": args.batch, "steps": args.steps, "lr": args.lr}
-    record |= {"versions": {"torch": torch.__version__}, "log": clock.rows}
+    return clock.rows
+
+
+def train_all(args: argparse.Namespace) -> None:
+    """Train all stages, and write the encoder."""
+    torch.manual_seed(args.seed)
+    wide = 2 * WIDTHS[-1]
+    pooled = nn.Sequential(nn.Linear(wide, 192), nn.SiLU(), nn.Linear(192, SUBJECT))
+    net = nn.ModuleDict({"encoder": DrawingEncoder(QUESTIONS), "pooled": pooled})
+    net = net.to(memory_format=torch.channels_last)
+    curves = {stage: train(stage, net, args) for stage in STAGES}
+    save_encoder(net["encoder"], args.out)
+    record = {"seed": args.seed, "batch": args.batch, "steps": STAGES | args.steps, "lr": RATES}
+    record |= {"versions": {"torch": torch.__version__}, "curves": curves}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -274,16 +432,15 @@ def main() -> None:
     p = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     p.add_argument("--work", type=Path, required=True, help="folder for the pool and the state")
     p.add_argument("--out", type=Path, default=OUT)
-    p.add_argument("--steps", type=int, default=2400)
-    p.add_argument("--batch", type=int, default=20, help="subjects a step, 8 images each")
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--steps", type=json.loads, default={}, help='other steps: {"outline": 300}')
+    p.add_argument("--batch", type=int, default=16, help="subjects a step")
     p.add_argument("--cooldown", type=float, default=0.4, help="last share of steps, rate to 0")
     p.add_argument("--every", type=int, default=200, help="steps from one record to the next")
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    train(args)
+    train_all(args)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 A ``Subject`` is a list of shapes, as a painter of images.py gives them to its brush: one of the
 world's things in any colours, or a creature of random parts. ``pose`` renders it, ``hybrid``,
 ``repainted``, ``doubled`` and ``lacking`` make another subject that shares some of it, and
-``spoil`` damages a whole image. Each comes with its likeness to the subject, from 0 to 1: the
+``spoilt`` damages a whole image. Each comes with its likeness to the subject, from 0 to 1: the
 encoder learns it.
 ``Style`` is a random way to draw, the same for any scene.
 
@@ -231,6 +231,21 @@ def lacking(a: Subject, rng: random.Random) -> Subject:
     return replace(a, shapes=tuple(s for s in a.shapes if s[0] != layer) or a.shapes[:1])
 
 
+def mixed(a: Image.Image, b: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+    """Two stickers, mixed as a half-learned subject is: each pixel is of one of them, by soft
+    patches, or all of it is between the two. And its likeness to the first."""
+    if rng.random() < 0.4:
+        part = rng.uniform(0.2, 0.8)
+        return Image.blend(a, b, part), max(0.1, 0.95 - 1.2 * part)
+    side = rng.choice((2, 3, 4, 6))
+    patches = Image.frombytes("L", (side, side), rng.randbytes(side * side))
+    level = rng.uniform(60, 195)
+    patches = patches.resize(a.size, Image.Resampling.BICUBIC)
+    patches = patches.point(lambda v: min(255, max(0, round(128 + 4 * (v - level)))))
+    out = Image.composite(a, b, patches)
+    return out, likeness(a, out)
+
+
 def _skin(a: Subject, side: int) -> Image.Image:
     skin = Image.new("RGB", (side, side), a.colour)
     if a.texture == "plain":
@@ -286,18 +301,37 @@ def likeness(a: Image.Image, b: Image.Image) -> float:
 
 
 # ---------------------------------------------------------------------------------------------
-# Damages of a whole image: a function of image and random numbers returns image and likeness.
+# Damages: a function of a sticker, or of a whole image, and random numbers returns it with its
+# likeness to the subject. The levels are those that a reader gave to damages of these kinds.
 # ---------------------------------------------------------------------------------------------
 
 
 def _upside_down(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
     turns = (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.ROTATE_180)
-    return image.transpose(rng.choice(turns)), 0.2
+    return image.transpose(rng.choice(turns)), 0.3
 
 
 def _quarter_turn(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
     turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_270)
-    return image.transpose(rng.choice(turns)), 0.25
+    return image.transpose(rng.choice(turns)), 0.3
+
+
+def _colours(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+    kind, rgb = rng.random(), image.convert("RGB")
+    if kind < 0.55:
+        angle = rng.uniform(40, 215)
+        h, s, v = rgb.convert("HSV").split()
+        h = h.point(lambda value: (value + round(angle)) % 256)
+        out, level = Image.merge("HSV", (h, s, v)).convert("RGB"), 0.35
+    elif kind < 0.75:
+        out, level = Image.merge("RGB", rng.sample(rgb.split(), 3)), 0.35
+    elif kind < 0.9:
+        out, level = ImageOps.grayscale(rgb).convert("RGB"), 0.35
+    else:
+        out, level = ImageChops.invert(rgb), 0.2
+    if image.mode == "RGBA":
+        out.putalpha(image.getchannel("A"))
+    return out, level
 
 
 def _tiles(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
@@ -306,7 +340,7 @@ def _tiles(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
     out = image.copy()
     for (x, y), (u, v) in zip(corners, rng.sample(corners, len(corners)), strict=True):
         out.paste(image.crop((u, v, u + side, v + side)), (x, y))
-    return out, {8: 0.0, 16: 0.1, 32: 0.25}[side]
+    return out, {8: 0.0, 16: 0.1, 32: 0.2}[side]
 
 
 def _noise(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
@@ -317,7 +351,7 @@ def _noise(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
         pixels = np.where(hit[..., None], draw.choice([0.0, 255.0], hit.shape)[..., None], pixels)
     else:
         pixels = pixels + 255 * sigma * draw.standard_normal(pixels.shape)
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), max(0.1, 0.8 - 2.5 * sigma)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), max(0.05, 0.85 - 1.7 * sigma)
 
 
 def _blur(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
@@ -325,26 +359,17 @@ def _blur(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
     return image.filter(ImageFilter.GaussianBlur(radius)), max(0.1, 0.9 - 0.2 * radius)
 
 
-def _colours(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
-    kind = rng.random()
-    if kind < 0.55:
-        angle = rng.uniform(30, 225)
-        h, s, v = image.convert("HSV").split()
-        h = h.point(lambda value: (value + round(angle)) % 256)
-        return Image.merge("HSV", (h, s, v)).convert("RGB"), 0.3
-    if kind < 0.75:
-        return Image.merge("RGB", rng.sample(image.split(), 3)), 0.35
-    if kind < 0.9:
-        return ImageOps.grayscale(image).convert("RGB"), 0.35
-    return ImageChops.invert(image), 0.15
-
-
-def _copied_part(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
-    w, h = rng.randint(12, 30), rng.randint(12, 30)
-    (x, u), (y, v) = ([rng.randint(4, 60 - side) for _ in range(2)] for side in (w, h))
-    out = image.copy()
-    out.paste(image.crop((x, y, x + w, y + h)), (u, v))
-    return out, 0.5
+def _smeared(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+    side, far = rng.choice((4, 6, 8)), rng.uniform(1.5, 8)  # pixels
+    draw = np.random.default_rng(rng.getrandbits(32))
+    moves = []
+    for _ in range(2):
+        coarse = Image.fromarray(draw.standard_normal((side, side)).astype(np.float32))
+        moves.append(far * np.asarray(coarse.resize((64, 64), Image.Resampling.BICUBIC)))
+    y, x = np.mgrid[0:64, 0:64] + np.round(moves).astype(int)
+    pixels = np.asarray(image)[y.clip(0, 63), x.clip(0, 63)]
+    soft = Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7))
+    return soft, max(0.1, 0.9 - 0.09 * far)
 
 
 def _stretched(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
@@ -355,15 +380,30 @@ def _stretched(image: Image.Image, rng: random.Random) -> tuple[Image.Image, flo
     return image.resize((64, 64), Image.Resampling.BILINEAR, box), 0.5
 
 
-DAMAGES: dict[Callable[..., tuple[Image.Image, float]], int] = {
-    _upside_down: 4, _quarter_turn: 1, _tiles: 4, _noise: 4, _blur: 3, _colours: 4, _stretched: 1,
-    _copied_part: 1,
-}  # fmt: skip
+def _copied_part(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+    w, h = rng.randint(12, 30), rng.randint(12, 30)
+    (x, u), (y, v) = ([rng.randint(4, 60 - side) for _ in range(2)] for side in (w, h))
+    out = image.copy()
+    out.paste(image.crop((x, y, x + w, y + h)), (u, v))
+    return out, 0.5
 
 
-def spoil(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+OF_STICKERS = {_upside_down: 3, _quarter_turn: 1, _colours: 3}
+"""Damages that may change a subject little, a ball turned or a grey thing: its sticker is damaged,
+and its likeness is at least that of the two stickers."""
+
+OF_IMAGES = {_tiles: 3, _noise: 3, _blur: 2, _smeared: 3, _stretched: 1, _copied_part: 1}
+
+
+def spoilt_sticker(sticker: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
+    """A sticker damaged in one way, and its likeness to the subject."""
+    out, level = rng.choices(list(OF_STICKERS), list(OF_STICKERS.values()))[0](sticker, rng)
+    return out, max(level, likeness(sticker, out))
+
+
+def spoilt(image: Image.Image, rng: random.Random) -> tuple[Image.Image, float]:
     """An image (64, 64), damaged in one way, and its likeness to the subject that it showed."""
-    return rng.choices(list(DAMAGES), list(DAMAGES.values()))[0](image, rng)
+    return rng.choices(list(OF_IMAGES), list(OF_IMAGES.values()))[0](image, rng)
 
 
 def ground(rng: random.Random) -> tuple[Image.Image, int]:
@@ -372,13 +412,16 @@ def ground(rng: random.Random) -> tuple[Image.Image, int]:
     if kind < 0.6:
         name = images.BACKGROUNDS[number]
         return images._background(name, (256, 256), rng).reduce(4), number
-    if kind < 0.75:
+    if kind < 0.88:
         return Image.new("RGB", (64, 64), patterns.any_colour(rng)), -100
     return patterns.ground(rng).reduce(4), -100
 
 
-def compose(sticker: Image.Image, back: Image.Image, rng: random.Random) -> Image.Image:
-    """A sticker on a background, at any place, 16 to 64 pixels long, and seldom cut off."""
+def compose(
+    sticker: Image.Image, back: Image.Image, rng: random.Random
+) -> tuple[Image.Image, Image.Image]:
+    """A sticker on a background, at any place, 16 to 64 pixels long, and seldom cut off; and its
+    mask, L."""
     box = sticker.getchannel("A").point(lambda v: 255 * (v > 60)).getbbox() or (0, 0, 8, 8)
     longest = max(box[2] - box[0], box[3] - box[1])
     wanted = rng.uniform(16, 64)
@@ -386,9 +429,10 @@ def compose(sticker: Image.Image, back: Image.Image, rng: random.Random) -> Imag
     small = sticker.resize((size[0], size[1]), Image.Resampling.HAMMING, box)
     slack = 0.12 * wanted if rng.random() < 0.15 else 0
     place = [round(rng.uniform(-slack, 64 - edge + slack)) for edge in size]
-    out = back.copy()
-    out.paste(small, (place[0], place[1]), small)
-    return out
+    out, mask = back.copy(), Image.new("L", back.size)
+    for canvas, ink in ((out, small), (mask, small.getchannel("A"))):
+        canvas.paste(ink, (place[0], place[1]), small)
+    return out, mask
 
 
 def lightly(image: Image.Image, rng: random.Random) -> Image.Image:

@@ -95,27 +95,30 @@ def test_a_training_that_was_stopped_goes_on_exactly(
     import pretrain_encoder
     import pretrain_vae
 
-    sizes = {"NUM_CORPUS": 32, "NUM_SUBJECTS": 4, "NUM_STYLES": 4, "NUM_SCENES": 4}
+    sizes = {"NUM_CORPUS": 32, "NUM_STYLES": 4, "NUM_SCENES": 4}
     for module in (pretrain_vae, pretrain_encoder):
         monkeypatch.setattr(module, "NUM_UNSEEN", 16)
         for size in sizes.keys() & vars(module):
             monkeypatch.setattr(module, size, sizes[size])
-    train = {"vae": pretrain_vae.train_vae, "encoder": pretrain_encoder.train}[name]
+    train, last, net = {
+        "vae": (pretrain_vae.train_vae, "vae", "vae"),
+        "encoder": (pretrain_encoder.train_all, "subject", "net"),
+    }[name]
     (tmp_path / "photos").mkdir()
     patterns.pattern(random.Random(0)).resize((96, 96)).save(tmp_path / "photos" / "a.png")
 
     def state(work: str, *totals: int) -> dict[str, torch.Tensor]:
         (tmp_path / work).mkdir()
         for steps in totals:
-            options = {"photos": tmp_path / "photos", "seed": 0, "threads": 1, "batch": 2}
+            options = {"photos": tmp_path / "photos", "seed": 0, "threads": 1, "batch": 4}
             rates = {"vae_steps": steps, "vae_lr": 1e-3, "cooldown": 0.0}
-            rates |= {"steps": steps, "lr": 1e-3, "every": 2}
+            rates |= {"steps": {"trunk": 1, "outline": 1, "subject": steps}, "every": 2}
             options["out"] = tmp_path / work / "out"
             train(Namespace(work=tmp_path / work, **options, **rates))
-        saved = torch.load(tmp_path / work / f"{name}.pt")
+        saved = torch.load(tmp_path / work / f"{last}.pt")
         moments = saved["optimizer"]["state"].items()
         flat = {f"{i}.{k}": v for i, group in moments for k, v in group.items()}
-        return saved[name] | {f"average.{k}": v for k, v in saved["average"].items()} | flat
+        return saved[net] | {f"average.{k}": v for k, v in saved["average"].items()} | flat
 
     stopped, whole = state("stopped", 2, 4), state("whole", 4)
     assert stopped.keys() == whole.keys()
@@ -154,5 +157,6 @@ def test_the_loss_of_likeness_in_closed_form() -> None:
     error = 2 * (0.4 - 0.5) ** 2 / 2  # of two anchors; the mean over 2 subjects and 1 kind
     # cosines with the other subject: 0.6 of 4 pairs in each direction, 0.3 with the one's third
     foreign = (8 * (0.6 - 0.1) ** 2 + 2 * (0.3 - 0.1) ** 2) / (2 * 2 * 3)
+    hardest = (0.6 - 0.1) ** 2  # the nearest of the others, of every anchor
     total = float(pretrain_encoder.likeness_loss(embedded, like))
-    assert total == pytest.approx(error + 4 * foreign, rel=1e-4)
+    assert total == pytest.approx(4 * error + 2 * foreign + hardest, rel=1e-4)
