@@ -10,7 +10,8 @@ on the seed, the stage and the step alone.
 1. trunk: maps of the whole image, styles, and the answers to questions about captions (cross
    entropy). Subjects are learned along with them by a head that is thrown away.
 2. outline: the subject's mask, by cross entropy of every pixel.
-3. subject: the network of subjects cut out by this mask.
+3. subject: the network of subjects cut out by this mask, from layouts computed once, mirrored and
+   with their three colours in any order.
 
 The loss of subjects and styles is the error of cosines: 1 for two poses of one subject on two
 backgrounds, at two scales and places; the likeness that subjects.py gives for a subject that shares
@@ -21,10 +22,11 @@ others count most.
 import argparse
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +41,27 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sd_lora.sampling.drawing_encoder import (
+    LAYOUT,
     SUBJECT,
     WIDTHS,
     DrawingEncoder,
     cut_out,
+    layout,
     save_encoder,
 )
 
 OUT = Path(__file__).parent.parent / "sample_data" / "encoder"
 NUM_STYLES, NUM_SCENES, NUM_UNSEEN = 500, 3000, 128
-STAGES = {"trunk": 3000, "outline": 400, "subject": 2000}
+NUM_SUBJECTS = 3360
+"""Subjects whose layouts the last stage learns from."""
+
+STAGES = {"trunk": 3000, "outline": 400, "subject": 1000}
 """Steps of each stage."""
 
-RATES = {"trunk": 2e-3, "outline": 2e-3, "subject": 2e-3}
+BATCHES = {"trunk": 16, "outline": 16, "subject": 32}
+"""Subjects a step."""
+
+RATES = {"trunk": 2e-3, "outline": 2e-3, "subject": 3e-3}
 KINDS = (
     "first", "other pose", "hybrid", "repainted", "doubled", "lacking", "mixed", "spoilt sticker",
     "spoilt", "spoilt more", "spoilt most",
@@ -218,6 +228,40 @@ def subject_batch(names: list[str], rng: random.Random) -> Subjects:
     )
 
 
+def channels_last(*parts: np.ndarray) -> Tensor:
+    return to_unit(np.concatenate(parts)).contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def layouts_of(encoder: DrawingEncoder, names: Sequence[str], seed: str) -> dict[str, Tensor]:
+    """Layouts of subjects in all KINDS (N, K, LAYOUT, 11, 11), in half precision, and likenesses
+    (N, K)."""
+    layouts, like, few = [], [], 16
+    for i in tqdm(range(0, len(names), few), "layouts", mininterval=30):
+        seen = subject_batch(list(names[i : i + few]), random.Random(f"{seed} {i}"))
+        with torch.autocast("cpu", torch.bfloat16):
+            alone = encoder.alone(channels_last(seen.pixels))
+        shape = (len(seen.like), len(KINDS), LAYOUT, 11, 11)
+        layouts.append(layout(alone.float()).half().view(shape))
+        like.append(seen.like)
+    return {"layouts": torch.cat(layouts), "like": torch.cat(like)}
+
+
+def turned(layouts: Tensor, rng: random.Random) -> Tensor:
+    """Layouts of other subjects, (B, K, LAYOUT, 11, 11): all mirrored or none (about a line 1.5
+    pixels from the middle), and each subject with red, green and blue in another order."""
+    rest = list(range(27, LAYOUT))
+    if rng.random() < 0.5:
+        edges = [27 + (-i) % 8 for i in range(8)]
+        layouts = layouts.flip(-1)[:, :, [*range(27), *edges, *rest[8:]]]
+    out = []
+    for one in layouts:
+        order = rng.choice(list(permutations(range(3))))
+        colours = torch.arange(27).view(3, 3, 3).permute(order).flatten().tolist()
+        out.append(one[:, colours + rest])
+    return torch.stack(out)
+
+
 def style_batch(
     pool: dict[str, np.ndarray], rows: list[int], rng: random.Random
 ) -> tuple[np.ndarray, Tensor]:
@@ -255,7 +299,7 @@ class Step:
     number: int
     rng: random.Random
     batch: int
-    pool: dict[str, np.ndarray]
+    pool: dict[str, Any]
 
     def subjects(self) -> Subjects:
         """Of names that no other step than the next RECENT / NEW can take."""
@@ -265,10 +309,6 @@ class Step:
 
 
 Loss = Callable[[nn.ModuleDict, Step], Tensor]
-
-
-def channels_last(*parts: np.ndarray) -> Tensor:
-    return to_unit(np.concatenate(parts)).contiguous(memory_format=torch.channels_last)
 
 
 def trunk_loss(net: nn.ModuleDict, step: Step) -> Tensor:
@@ -318,15 +358,13 @@ def outline_loss(net: nn.ModuleDict, step: Step) -> Tensor:
 
 
 def subject_loss(net: nn.ModuleDict, step: Step) -> Tensor:
-    """Loss of subjects, cut out."""
-    encoder = net["encoder"]
-    seen = step.subjects()
-    x = channels_last(seen.pixels)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        alone = encoder.alone(x).contiguous(memory_format=torch.channels_last)
+    """Loss of subjects, by their layouts."""
+    layouts, like = step.pool["layouts"], step.pool["like"]
+    rows = step.rng.sample(range(len(like)), step.batch)
+    x = turned(layouts[rows].float(), step.rng)
     with torch.autocast("cpu", torch.bfloat16):
-        subject = encoder.subject(alone)
-    return likeness_loss(F.normalize(subject.float()), seen.like)
+        subject = net["encoder"].subject(x.flatten(0, 1))
+    return likeness_loss(F.normalize(subject.float()), like[rows])
 
 
 LOSSES: dict[str, tuple[Loss, tuple[str, ...]]] = {
@@ -350,8 +388,9 @@ def figures(encoder: DrawingEncoder, pool: dict[str, np.ndarray]) -> dict[str, f
     for part in to_unit(seen.pixels).chunk(kinds):
         fine = encoder.fine(part)
         outlines.append(encoder.outlined(fine, encoder.middle(fine)))
-        vectors.append(encoder.subject(cut_out(part, outlines[-1].sigmoid())))
-    e = F.normalize(torch.cat(vectors)).view(count, kinds, -1)
+        alone = cut_out(part, outlines[-1].sigmoid())
+        vectors.append(encoder.embedded(alone))
+    e = torch.cat(vectors).view(count, kinds, -1)
     cosines = (e[:, :1] * e).sum(-1)
     error = (cosines - seen.like).abs().mean(0)
     out = {f"error {k}": float(error[i]) for i, k in enumerate(KINDS) if i}
@@ -379,7 +418,14 @@ def figures(encoder: DrawingEncoder, pool: dict[str, np.ndarray]) -> dict[str, f
 
 def train(stage: str, net: nn.ModuleDict, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Train a stage's modules; `net` holds the moving average of their weights then. The curve."""
-    pool, (loss_of, names) = draw_pool(args), LOSSES[stage]
+    pool: dict[str, Any] = draw_pool(args)
+    loss_of, names = LOSSES[stage]
+    if stage == "subject":
+        kept = args.work / "layouts.pt"
+        if not kept.is_file():
+            these = [f"train {i}" for i in range(NUM_SUBJECTS)]
+            save_whole(layouts_of(net["encoder"], these, "train "), kept)
+        pool |= torch.load(kept)
     steps, rate = args.steps.get(stage, STAGES[stage]), RATES[stage]
     torch.manual_seed(args.seed + len(stage))
     average = net.requires_grad_(False)
@@ -399,7 +445,7 @@ def train(stage: str, net: nn.ModuleDict, args: argparse.Namespace) -> list[dict
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, rate, args.cooldown)
         rng = random.Random(f"{args.seed} {stage} {step}")
-        loss = loss_of(trained, Step(step, rng, args.batch, pool))
+        loss = loss_of(trained, Step(step, rng, BATCHES[stage], pool))
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -423,7 +469,7 @@ def train_all(args: argparse.Namespace) -> None:
     net = net.to(memory_format=torch.channels_last)
     curves = {stage: train(stage, net, args) for stage in STAGES}
     save_encoder(net["encoder"], args.out)
-    record = {"seed": args.seed, "batch": args.batch, "steps": STAGES | args.steps, "lr": RATES}
+    record = {"seed": args.seed, "batch": BATCHES, "steps": STAGES | args.steps, "lr": RATES}
     record |= {"versions": {"torch": torch.__version__}, "curves": curves}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -433,7 +479,6 @@ def main() -> None:
     p.add_argument("--work", type=Path, required=True, help="folder for the pool and the state")
     p.add_argument("--out", type=Path, default=OUT)
     p.add_argument("--steps", type=json.loads, default={}, help='other steps: {"outline": 300}')
-    p.add_argument("--batch", type=int, default=16, help="subjects a step")
     p.add_argument("--cooldown", type=float, default=0.4, help="last share of steps, rate to 0")
     p.add_argument("--every", type=int, default=200, help="steps from one record to the next")
     p.add_argument("--seed", type=int, default=0)

@@ -95,7 +95,9 @@ def test_a_training_that_was_stopped_goes_on_exactly(
     import pretrain_encoder
     import pretrain_vae
 
-    sizes = {"NUM_CORPUS": 32, "NUM_STYLES": 4, "NUM_SCENES": 4}
+    sizes = {"NUM_CORPUS": 32, "NUM_STYLES": 4, "NUM_SCENES": 4, "NUM_SUBJECTS": 8}
+    few = dict.fromkeys(pretrain_encoder.BATCHES, 4)
+    monkeypatch.setattr(pretrain_encoder, "BATCHES", few)
     for module in (pretrain_vae, pretrain_encoder):
         monkeypatch.setattr(module, "NUM_UNSEEN", 16)
         for size in sizes.keys() & vars(module):

@@ -7,6 +7,7 @@ the less near the less of the subject it shows. Images of one style are near at 
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -19,8 +20,8 @@ SIDE = 64
 WIDTHS = (48, 96, 136)
 """Channels at 16×16, 8×8 and 4×4 pixels."""
 
-CUT_WIDTHS = (32, 64, 96)
-"""Channels of the subject's own network, at 16×16, 8×8 and 4×4 pixels of the square cut out."""
+LAYOUT = 27 + 8 + 2
+"""Channels of a subject's layout: colours, directions of edges, the mask and its enlargement."""
 
 REACH = 3.8
 """Side of the square cut out, in root mean squares of distance: a disc fills 0.74 of it."""
@@ -56,12 +57,17 @@ def cut_out(x: Tensor, chance: Tensor) -> Tensor:
     """
     mask = (2 * chance / chance.amax((2, 3), keepdim=True).clamp(min=0.2) - 0.6).clamp(0, 1)
     at = (torch.arange(SIDE, dtype=torch.float32) + 0.5) * 2 / SIDE - 1
-    weight = mask[:, 0] + 1e-6
-    share = weight / weight.sum((1, 2), keepdim=True)
-    across, down = share.sum(1), share.sum(2)  # (B, 64), of columns and of rows
-    x0, y0 = across @ at, down @ at
-    spread = (across @ at.square() - x0.square() + down @ at.square() - y0.square()).sqrt()
-    half = (REACH / 2 * spread).clamp(0.1, 1.5)
+    inside = torch.ones_like(mask[:, 0])
+    for _ in range(3):  # what lies beyond the square is no part of the subject
+        weight = mask[:, 0] * inside + 1e-6
+        share = weight / weight.sum((1, 2), keepdim=True)
+        across, down = share.sum(1), share.sum(2)  # (B, 64), of columns and of rows
+        x0, y0 = across @ at, down @ at
+        spread = (across @ at.square() - x0.square() + down @ at.square() - y0.square()).sqrt()
+        half = (REACH / 2 * spread).clamp(0.1, 1.5)
+        dx, dy = at - x0[:, None], at - y0[:, None]
+        far = dx.square()[:, None] + dy.square()[:, :, None]
+        inside = (far < half.square()[:, None, None]).float()
     zero = torch.zeros_like(half)
     rows = torch.stack([half, zero, x0, zero, half, y0], 1).view(-1, 2, 3)
     grid = F.affine_grid(rows, [len(x), 4, SIDE, SIDE], align_corners=False)
@@ -69,21 +75,47 @@ def cut_out(x: Tensor, chance: Tensor) -> Tensor:
     return torch.cat([cut, -half.log().view(-1, 1, 1, 1) * cut[:, 3:]], 1)
 
 
+def layout(alone: Tensor) -> Tensor:
+    """Where the colours and edges of a subject cut out (B, 5, 64, 64) lie: (B, LAYOUT, 11, 11).
+
+    Square roots of sums around 11 × 11 points, weighted by a Gaussian three pixels wide: of pixels
+    near to each of 27 colours, of edges in 8 directions (Dalal and Triggs 2005, "Histograms of
+    oriented gradients"), of the mask and of its enlargement.
+    """
+    mask, rgb = alone[:, 3:4], alone[:, :3]
+    levels = torch.linspace(-1, 1, 3).view(1, 1, 3, 1, 1)
+    near = torch.softmax(-2 * ((rgb / mask.clamp(min=0.05))[:, :, None] - levels).square(), 2)
+    r, g, b = near[:, 0, :, None, None], near[:, 1, None, :, None], near[:, 2, None, None, :]
+    colours = (r * g * (b * mask[:, None, None])).flatten(1, 3)
+    dx = (rgb[:, :, 1:-1, 2:] - rgb[:, :, 1:-1, :-2]) / 2
+    dy = (rgb[:, :, 2:, 1:-1] - rgb[:, :, :-2, 1:-1]) / 2
+    steepest = (dx.square() + dy.square()).argmax(1, keepdim=True)
+    dx, dy = dx.gather(1, steepest), dy.gather(1, steepest)
+    square = dx.square() + dy.square() + 1e-8
+    turns = (torch.arange(8) * math.pi / 4).view(1, 8, 1, 1)
+    along = (dx.square() - dy.square()) * turns.cos() + 2 * dx * dy * turns.sin()
+    edges = F.pad((along / square).clamp(min=0).square() * square.sqrt(), (1, 1, 1, 1))
+    points, pixels = torch.arange(3.0, SIDE, 6.0), torch.arange(float(SIDE))
+    weights = torch.exp(-(pixels - points[:, None]).square() / 18) / 7.52
+    maps = torch.cat([colours, edges, alone[:, 3:].clamp(min=0)], 1)
+    return (weights @ (maps @ weights.T)).clamp(min=0).sqrt()
+
+
 class SubjectNet(nn.Module):
-    """Subjects cut out (B, 5, 64, 64) → (B, SUBJECT). It sees where every part is."""
+    """Layouts of subjects (B, LAYOUT, 11, 11) → (B, SUBJECT)."""
 
     def __init__(self) -> None:
         super().__init__()
-        a, b, c = CUT_WIDTHS
-        self.maps = nn.Sequential(
-            nn.Conv2d(5, a, 3, 2, 1), nn.SiLU(), nn.Conv2d(a, a, 3, 2, 1), Block(a), nn.SiLU(),
-            nn.Conv2d(a, b, 3, 2, 1), Block(b), Block(b), nn.SiLU(),
-            nn.Conv2d(b, c, 3, 2, 1), Block(c), nn.GroupNorm(8, c), nn.SiLU(), nn.Conv2d(c, 24, 1),
+        self.mixed, self.near = nn.Conv2d(LAYOUT, 64, 1), nn.Conv2d(64, 64, 3, 1, 1)
+        self.coarse = nn.Sequential(
+            nn.SiLU(), nn.Conv2d(64, 80, 3, 2, 1), Block(80), nn.SiLU(), nn.Conv2d(80, 32, 1),
+            nn.SiLU(),
         )  # fmt: skip
-        self.head = nn.Linear(16 * 24, SUBJECT)
+        self.head = nn.Linear(36 * 32, SUBJECT)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.maps(x).flatten(1))
+        x = self.mixed(2 * x)
+        return self.head(self.coarse(x + self.near(F.silu(x))).flatten(1))
 
 
 class DrawingEncoder(nn.Module):
@@ -130,6 +162,11 @@ class DrawingEncoder(nn.Module):
         fine = self.fine(x)
         return cut_out(x, self.outlined(fine, self.middle(fine)).sigmoid())
 
+    def embedded(self, alone: Tensor) -> Tensor:
+        """Unit vectors (B, SUBJECT) of subjects cut out: of them and their mirror images."""
+        both = [F.normalize(self.subject(layout(a)).float()) for a in (alone, alone.flip(-1))]
+        return F.normalize(both[0] + both[1])
+
     def styled(self, fine: Tensor, middle: Tensor) -> Tensor:
         """Unit vectors (B, STYLE)."""
         style = self.style(torch.cat([statistics(fine), statistics(middle)], 1))
@@ -143,8 +180,7 @@ class DrawingEncoder(nn.Module):
         """Unit vectors (B, SUBJECT) and (B, STYLE), and question → logits (B, answers)."""
         fine, middle, coarse = self.maps(x)
         alone = cut_out(x, self.outlined(fine, middle).sigmoid())
-        subject = F.normalize(self.subject(alone).float())
-        return subject, self.styled(fine, middle), self.answered(coarse)
+        return self.embedded(alone), self.styled(fine, middle), self.answered(coarse)
 
     def asked(self, prompt: str) -> dict[str, int]:
         """Question → class of the answer that a prompt names; questions without one are left out.
