@@ -63,8 +63,8 @@ def cut_out(x: Tensor, chance: Tensor) -> Tensor:
         share = weight / weight.sum((1, 2), keepdim=True)
         across, down = share.sum(1), share.sum(2)  # (B, 64), of columns and of rows
         x0, y0 = across @ at, down @ at
-        spread = (across @ at.square() - x0.square() + down @ at.square() - y0.square()).sqrt()
-        half = (REACH / 2 * spread).clamp(0.1, 1.5)
+        spread = across @ at.square() - x0.square() + down @ at.square() - y0.square()
+        half = (REACH / 2 * spread.clamp(min=0).sqrt()).clamp(0.1, 1.5)  # rounding: below 0
         dx, dy = at - x0[:, None], at - y0[:, None]
         far = dx.square()[:, None] + dy.square()[:, :, None]
         inside = (far < half.square()[:, None, None]).float()
