@@ -11,7 +11,8 @@
   that keeps to the prompt is no harm.
 
 Every number is computed for several sets of images, each drawn from seeds of its own, and has an
-interval over the sets.
+interval over the sets. A `Judge` embeds what stays the same from one LoRA, or checkpoint, to the
+next: the real images and the base model's.
 """
 
 import math
@@ -34,7 +35,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 """Student's t for a two-sided interval of 95 %, of 1 to 10 degrees of freedom."""
 
 SETS = 3
-"""Sets of images that a score needs at least."""
+"""Sets of images whose interval is narrow enough to tell anything; one set has no interval."""
 
 ABOUT_SUBJECT = ("background", "count")
 """Questions about the subject's images: its thing and colours are learned, not asked for."""
@@ -69,12 +70,11 @@ class Interval:
         return self.mean + self.half
 
     def text(self) -> str:
-        """Percent: "87 % ± 4"."""
-        return (
-            "not told"
-            if math.isnan(self.mean)
-            else f"{100 * self.mean:.0f} % ± {100 * self.half:.0f}"
-        )
+        """Percent: "87 % ± 4"; "87 %" of one value."""
+        if math.isnan(self.mean):
+            return "not told"
+        around = f" ± {100 * self.half:.0f}" if math.isfinite(self.half) else ""
+        return f"{100 * self.mean:.0f} %{around}"
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class PromptImages:
     """Images of one model, for three sets of prompts, drawn from one set of seeds.
 
     subject: prompts with the subject, or in the style.
-    of_class: prompts with the subject's class, or without the style's word.
-    unrelated: prompts of other things.
+    of_class: prompts with the subject's class, or without the style's word; there may be none.
+    unrelated: prompts of other things; there may be none.
     """
 
     subject: Sequence[Image.Image]
@@ -105,13 +105,18 @@ class Taught:
     """What a LoRA was to learn, as images.
 
     training: the images that it was trained on.
-    held_out: two or more real images that it was not trained on, on different backgrounds.
+    held_out: real images that it was not trained on, on different backgrounds.
     kind: "subject" or "style".
     """
 
     training: Sequence[Image.Image]
-    held_out: Sequence[Image.Image]
+    held_out: Sequence[Image.Image] = ()
     kind: str = "subject"
+
+    @property
+    def real(self) -> Sequence[Image.Image]:
+        """The held-out images; the training images where there are none."""
+        return self.held_out or self.training
 
 
 @dataclass(frozen=True)
@@ -141,6 +146,9 @@ class Score:
     def text(self) -> str:
         """Lines for a terminal."""
         sets = len(self.fidelity.values)
+        over = f"each over {sets} sets of seeds, ± half of the 95 % interval"
+        if sets == 1:
+            over = "one set of seeds: no interval"
         copies = f"  copies: {100 * self.copies.mean:.0f} % of the images repeat a training image"
         lines = [
             f"  fidelity: {self.fidelity.text()} (0 % the base's images, 100 % real ones)",
@@ -150,15 +158,23 @@ class Score:
             f"the way to the subject (the base's own images: {self.base_leak.text()})",
             f"  harm: other prompts followed {self.harm.text()} less than by the base "
             f"({self.followed_before.text()})",
-            f"  each over {sets} sets of seeds, ± half of the 95 % interval. "
-            f"Not seen: {self.blind}",
+            f"  {over}. Not seen: {self.blind}",
         ]
         return "\n".join(lines)
 
-    def numbers(self) -> dict[str, dict[str, float | tuple[float, ...]]]:
-        """Name → mean, low, high and the values of all sets, for a file."""
+    def numbers(self) -> dict[str, dict[str, float | None | tuple[float | None, ...]]]:
+        """Name → mean, low, high and the values of all sets, for a file; None where not known."""
+
+        def known(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
         return {
-            name: {"mean": i.mean, "low": i.low, "high": i.high, "values": i.values}
+            name: {
+                "mean": known(i.mean),
+                "low": known(i.low),
+                "high": known(i.high),
+                "values": tuple(map(known, i.values)),
+            }
             for name, i in vars(self).items()
             if isinstance(i, Interval)
         }
@@ -187,19 +203,22 @@ def way(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
 class Scale:
     """Nearness of images to the subject, and its level at real images.
 
-    Nearness is the mean cosine to all held-out images; a negative one counts as 0, as far as can
-    be, so that a change from one foreign thing to another is no step towards the subject.
+    Nearness is the mean cosine to all real images; a negative one counts as 0, as far as can be, so
+    that a change from one foreign thing to another is no step towards the subject.
     """
 
     def __init__(self, features: Features, taught: Taught) -> None:
         self.embed = {"subject": features.subject, "style": features.style}[taught.kind]
-        self.real = self.embed(taught.held_out)
+        self.real = self.embed(taught.real)
         n = len(self.real)
         cosines = (self.real @ self.real.T).clamp(min=0)
-        self.level = (cosines.sum() - cosines.trace()) / (n * (n - 1))
+        # a single image's level is its likeness to itself
+        self.level = (cosines.sum() - cosines.trace()) / (n * (n - 1)) if n > 1 else cosines[0, 0]
 
     def nearness(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,), of N images."""
+        if not images:
+            return torch.empty(0)
         return (self.embed(images) @ self.real.T).clamp(min=0).mean(1)
 
 
@@ -210,10 +229,88 @@ def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:
 
 
 def base_leak(scale: Scale, base: Tensor) -> list[float]:
-    """The same of each set of the base's own images, measured from its other sets."""
+    """The same of each set of the base's own images, measured from its other sets; NaN of one
+    set."""
     sets = range(len(base))
     others = [base[[j for j in sets if j != i]].mean(0) for i in sets]
     return [float(way(o, b, scale.level).mean()) for o, b in zip(others, base, strict=True)]
+
+
+class Judge:
+    """Scores LoRAs, or checkpoints of one, by the same prompts and seeds.
+
+    Args:
+        features: of `load_features`.
+        taught: training and held-out images.
+        prompts: of the images, in their order.
+        before: sets of the base model's images, SETS or more for a useful interval.
+
+    Raises:
+        ValueError: no set of images, no real image, or a set that has not one image a prompt.
+    """
+
+    def __init__(
+        self, features: Features, taught: Taught, prompts: Prompts, before: Sequence[PromptImages]
+    ) -> None:
+        self.features, self.taught, self.prompts = features, taught, prompts
+        if not taught.real:
+            raise ValueError("no image of what was taught: give training or held-out images")
+        self._check(before)
+        self.scale = scale = Scale(features, taught)
+        self.start = torch.stack([scale.nearness(s.subject) for s in before]).mean()
+        self.near_class = torch.stack([scale.nearness(s.of_class) for s in before])
+        self.near_unrelated = torch.stack([scale.nearness(s.unrelated) for s in before])
+        self.followed_before = [self._others_followed(s) for s in before]
+
+    def _check(self, sets: Sequence[PromptImages]) -> None:
+        if not sets:
+            raise ValueError("no set of images: one or more is needed, each from its own seeds")
+        for i, one in enumerate(sets):
+            for kind, asked in vars(self.prompts).items():
+                found = len(getattr(one, kind))
+                if found != len(asked):
+                    raise ValueError(
+                        f"set {i + 1} has {found} images for {len(asked)} prompts of "
+                        f"`{kind}`: one a prompt is needed"
+                    )
+
+    def _others_followed(self, s: PromptImages) -> float:
+        others = [*self.prompts.of_class, *self.prompts.unrelated]
+        images = [*s.of_class, *s.unrelated]
+        return float(self.features.follows(images, others).nanmean()) if others else math.nan
+
+    def fidelity(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N,): fidelity of each of N images of the subject."""
+        return way(self.start, self.scale.nearness(images), self.scale.level)
+
+    def _followed(self, s: PromptImages) -> float:
+        asked = self.features.follows(s.subject, self.prompts.subject, ABOUT_SUBJECT)
+        return float(asked.nanmean())
+
+    def _copies(self, s: PromptImages) -> float:
+        return sum(copied(image, self.taught.training) for image in s.subject) / len(s.subject)
+
+    def score(self, after: Sequence[PromptImages]) -> Score:
+        """Score of a LoRA's images, one prompt and seed at one place of `before` and `after`."""
+        self._check(after)
+        was, scale = self.followed_before, self.scale
+        if len(after) != len(was):
+            raise ValueError(f"{len(was)} sets of images before and {len(after)} after: as many")
+        now = map(self._others_followed, after)
+        own = [base_leak(scale, base) for base in (self.near_class, self.near_unrelated)]
+        return Score(
+            fidelity=Interval(tuple(float(self.fidelity(s.subject).mean()) for s in after)),
+            copies=Interval(tuple(map(self._copies, after))),
+            followed=Interval(tuple(map(self._followed, after))),
+            class_leak=Interval(tuple(leaks(scale, self.near_class, s.of_class) for s in after)),
+            unrelated_leak=Interval(
+                tuple(leaks(scale, self.near_unrelated, s.unrelated) for s in after)
+            ),
+            base_leak=Interval(tuple(torch.tensor(own).nanmean(0).tolist())),
+            harm=Interval(tuple(w - n for w, n in zip(was, now, strict=True))),
+            followed_before=Interval(tuple(was)),
+            blind=self.features.blind,
+        )
 
 
 def score(
@@ -223,46 +320,5 @@ def score(
     before: Sequence[PromptImages],
     after: Sequence[PromptImages],
 ) -> Score:
-    """Score of a LoRA.
-
-    Args:
-        features: of `load_features`.
-        taught: training and held-out images.
-        prompts: of the images, in their order.
-        before, after: SETS or more sets of the base model's and of the LoRA's images, one prompt
-            and seed at one place of both.
-    """
-    if min(len(before), len(after)) < SETS or len(before) != len(after):
-        raise ValueError(f"{len(before)} and {len(after)} sets of images: {SETS} or more of each")
-    scale = Scale(features, taught)
-    start = torch.stack([scale.nearness(s.subject) for s in before]).mean()
-    near_class = torch.stack([scale.nearness(s.of_class) for s in before])
-    near_unrelated = torch.stack([scale.nearness(s.unrelated) for s in before])
-    others = [*prompts.of_class, *prompts.unrelated]
-
-    def others_followed(s: PromptImages) -> float:
-        return float(features.follows([*s.of_class, *s.unrelated], others).mean())
-
-    was, now = ([others_followed(s) for s in sets] for sets in (before, after))
-    own = [base_leak(scale, base) for base in (near_class, near_unrelated)]
-
-    def fidelity(s: PromptImages) -> float:
-        return float(way(start, scale.nearness(s.subject), scale.level).mean())
-
-    def followed(s: PromptImages) -> float:
-        return float(features.follows(s.subject, prompts.subject, ABOUT_SUBJECT).nanmean())
-
-    def copies(s: PromptImages) -> float:
-        return sum(copied(image, taught.training) for image in s.subject) / len(s.subject)
-
-    return Score(
-        fidelity=Interval(tuple(map(fidelity, after))),
-        copies=Interval(tuple(map(copies, after))),
-        followed=Interval(tuple(map(followed, after))),
-        class_leak=Interval(tuple(leaks(scale, near_class, s.of_class) for s in after)),
-        unrelated_leak=Interval(tuple(leaks(scale, near_unrelated, s.unrelated) for s in after)),
-        base_leak=Interval(tuple((a + b) / 2 for a, b in zip(*own, strict=True))),
-        harm=Interval(tuple(w - n for w, n in zip(was, now, strict=True))),
-        followed_before=Interval(tuple(was)),
-        blind=features.blind,
-    )
+    """Score of one LoRA: see `Judge`."""
+    return Judge(features, taught, prompts, before).score(after)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import Interval, PromptImages, Prompts, Taught, copied, score
+from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, copied, score
 from tests.tiny import pipeline_of
 
 CPU = torch.device("cpu")
@@ -54,6 +54,7 @@ def test_an_interval_is_students() -> None:
     assert interval.low + interval.high == pytest.approx(1.8)
     assert interval.text() == "90 % ± 25"
     assert Interval((0.5,)).half == math.inf
+    assert (Interval((0.5,)).text(), Interval((math.nan,)).text()) == ("50 %", "not told")
     assert Interval(tuple(range(31))).half == pytest.approx(
         2.042 * math.sqrt(31 * 32 / 12) / math.sqrt(31), rel=3e-3
     )
@@ -100,8 +101,36 @@ def test_the_score_in_closed_form() -> None:
     assert result.followed_before.values == (1, 1, 1)
     assert "copies: 50 % of the images repeat a training image" in result.text()
     assert result.numbers()["copies"]["mean"] == 0.5
-    with pytest.raises(ValueError, match="3 or more"):
-        score(Colours(), taught, prompts, before[:2], after[:2])
+
+
+def test_a_judge_of_one_set_and_of_the_subject_alone() -> None:
+    """Without held-out images the training images are the reference, one image's level being its
+    likeness to itself; without other prompts leak and harm are not told; one set has no interval.
+    The same judge scores one checkpoint after the other."""
+    judge = Judge(
+        Colours(), Taught([RED]), Prompts(["255"], [], []), [PromptImages([GREEN], [], [])]
+    )
+    first, second = (judge.score([PromptImages([image], [], [])]) for image in (YELLOW, RED))
+    assert first.fidelity.values == pytest.approx((1 / math.sqrt(2),))
+    assert (second.fidelity.values, second.copies.values) == ((1,), (1,))
+    assert math.isnan(first.class_leak.mean + first.harm.mean)
+    assert "leak: class not told" in first.text()
+    assert "no interval" in first.text()
+    assert first.numbers()["harm"]["mean"] is first.numbers()["fidelity"]["high"] is None
+    assert judge.fidelity([YELLOW, RED, GREEN]).tolist() == pytest.approx([1 / math.sqrt(2), 1, 0])
+
+
+def test_sets_that_do_not_fit_are_refused() -> None:
+    """The message says which set, how many images and how many prompts."""
+    prompts, one = Prompts(["255"], ["0"], []), PromptImages([RED], [GREEN], [])
+    with pytest.raises(ValueError, match="no set of images"):
+        Judge(Colours(), Taught([RED]), prompts, [])
+    with pytest.raises(ValueError, match="no image of what was taught"):
+        Judge(Colours(), Taught([]), prompts, [one])
+    with pytest.raises(ValueError, match="set 2 has 0 images for 1 prompts of `of_class`"):
+        Judge(Colours(), Taught([RED]), prompts, [one, PromptImages([RED], [], [])])
+    with pytest.raises(ValueError, match="1 sets of images before and 2 after"):
+        score(Colours(), Taught([RED]), prompts, [one], [one, one])
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:
