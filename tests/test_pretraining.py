@@ -95,7 +95,13 @@ def test_a_training_that_was_stopped_goes_on_exactly(
     import pretrain_encoder
     import pretrain_vae
 
-    sizes = {"NUM_CORPUS": 32, "NUM_STYLES": 4, "NUM_SCENES": 4, "NUM_SUBJECTS": 8}
+    sizes = {
+        "NUM_CORPUS": 32,
+        "NUM_STYLES": 4,
+        "NUM_SCENES": 4,
+        "NUM_SUBJECTS": 8,
+        "NUM_COMPARED": 8,
+    }
     few = dict.fromkeys(pretrain_encoder.BATCHES, 4)
     monkeypatch.setattr(pretrain_encoder, "BATCHES", few)
     for module in (pretrain_vae, pretrain_encoder):
@@ -104,7 +110,7 @@ def test_a_training_that_was_stopped_goes_on_exactly(
             monkeypatch.setattr(module, size, sizes[size])
     train, last, net = {
         "vae": (pretrain_vae.train_vae, "vae", "vae"),
-        "encoder": (pretrain_encoder.train_all, "subject", "net"),
+        "encoder": (pretrain_encoder.train_all, "comparison", "net"),
     }[name]
     (tmp_path / "photos").mkdir()
     patterns.pattern(random.Random(0)).resize((96, 96)).save(tmp_path / "photos" / "a.png")
@@ -114,7 +120,8 @@ def test_a_training_that_was_stopped_goes_on_exactly(
         for steps in totals:
             options = {"photos": tmp_path / "photos", "seed": 0, "threads": 1, "batch": 4}
             rates = {"vae_steps": steps, "vae_lr": 1e-3, "cooldown": 0.0}
-            rates |= {"steps": {"trunk": 1, "outline": 1, "subject": steps}, "every": 2}
+            stages = dict.fromkeys(pretrain_encoder.STAGES, 1) | {"comparison": steps}
+            rates |= {"steps": stages, "every": 2}
             options["out"] = tmp_path / work / "out"
             train(Namespace(work=tmp_path / work, **options, **rates))
         saved = torch.load(tmp_path / work / f"{last}.pt")

@@ -3,7 +3,8 @@
 It ships with the embedded base and is trained by ``dev/pretrain_encoder.py``. It finds the subject,
 cuts it out and brings it to one size, so that images of one subject have near embeddings at any
 scale and place and on any background; an image that is damaged, or shares a part of the subject, is
-the less near the less of the subject it shows. Images of one style are near at any content.
+the less near the less of the subject it shows. Two subjects cut out are also compared part by part
+(comparison.py). Images of one style are near at any content.
 """
 
 import json
@@ -16,18 +17,20 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from sd_lora.sampling.comparison import LAYOUT, Comparison, mirrored
+
 SIDE = 64
 WIDTHS = (48, 96, 136)
 """Channels at 16×16, 8×8 and 4×4 pixels."""
-
-LAYOUT = 27 + 8 + 2
-"""Channels of a subject's layout: colours, directions of edges, the mask and its enlargement."""
 
 REACH = 3.8
 """Side of the square cut out, in root mean squares of distance: a disc fills 0.74 of it."""
 
 SUBJECT, STYLE = 128, 64
 """Sizes of the embeddings."""
+
+OTHERS = 0.1
+"""Cosine of two subjects, or two styles, that costs nothing in training, and so means nothing."""
 
 
 class Block(nn.Module):
@@ -141,6 +144,7 @@ class DrawingEncoder(nn.Module):
             nn.Conv2d(48, 16, 1), nn.PixelShuffle(4),
         )  # fmt: skip
         self.subject = SubjectNet()
+        self.comparison = Comparison()
         self.style = nn.Linear(2 * (a + b), STYLE)
         self.answers = nn.ModuleDict(
             {name: nn.Linear(16 * c, len(q["answers"])) for name, q in questions.items()}
@@ -162,9 +166,9 @@ class DrawingEncoder(nn.Module):
         fine = self.fine(x)
         return cut_out(x, self.outlined(fine, self.middle(fine)).sigmoid())
 
-    def embedded(self, alone: Tensor) -> Tensor:
-        """Unit vectors (B, SUBJECT) of subjects cut out: of them and their mirror images."""
-        both = [F.normalize(self.subject(layout(a)).float()) for a in (alone, alone.flip(-1))]
+    def embedded(self, layouts: Tensor) -> Tensor:
+        """Unit vectors (B, SUBJECT) of layouts: of them and their mirror images."""
+        both = [F.normalize(self.subject(x).float()) for x in (layouts, mirrored(layouts))]
         return F.normalize(both[0] + both[1])
 
     def styled(self, fine: Tensor, middle: Tensor) -> Tensor:
@@ -177,10 +181,11 @@ class DrawingEncoder(nn.Module):
         return {name: head(coarse.flatten(1)) for name, head in self.answers.items()}
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Unit vectors (B, SUBJECT) and (B, STYLE), and question → logits (B, answers)."""
+        """Layouts (B, LAYOUT, 11, 11), unit vectors (B, STYLE), and question → logits
+        (B, answers)."""
         fine, middle, coarse = self.maps(x)
         alone = cut_out(x, self.outlined(fine, middle).sigmoid())
-        return self.embedded(alone), self.styled(fine, middle), self.answered(coarse)
+        return layout(alone), self.styled(fine, middle), self.answered(coarse)
 
     def asked(self, prompt: str) -> dict[str, int]:
         """Question → class of the answer that a prompt names; questions without one are left out.

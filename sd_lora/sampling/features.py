@@ -6,6 +6,7 @@ CLIP, SigLIP or another vision model of transformers, for photographs and real b
 
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,14 +16,51 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd_lora.errors import UsageError
-from sd_lora.sampling.drawing_encoder import SIDE, DrawingEncoder, load_encoder
+from sd_lora.sampling.comparison import Comparison
+from sd_lora.sampling.drawing_encoder import OTHERS, SIDE, DrawingEncoder, load_encoder
 
 BATCH = 64
 """Images a forward pass."""
 
 
+class Looks(Protocol):
+    """The look of N images, as features see it."""
+
+    def likeness(self, other: Any) -> Tensor:
+        """Likeness of each of these images to each of M others, (N, M), at most 1."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Unit vectors (N, D), whose likeness is their cosine."""
+
+    of: Tensor
+
+    def likeness(self, other: "Vectors") -> Tensor:
+        return self.of @ other.of.T
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Subjects of drawings: embeddings (N, D), and layouts (N, LAYOUT, 11, 11).
+
+    The likeness is the mean of two opinions, the embeddings' cosine above OTHERS and the comparison
+    of layouts: the first ranks subjects that share little, the second sees a part too many.
+    """
+
+    vectors: Tensor
+    layouts: Tensor
+    comparison: Comparison
+
+    @torch.no_grad()
+    def likeness(self, other: "Drawn") -> Tensor:
+        cosine = self.vectors @ other.vectors.T
+        above = (cosine - OTHERS).clamp(min=0) / (1 - OTHERS)
+        return (above + self.comparison.likeness(self.layouts, other.layouts)) / 2
+
+
 class Features(Protocol):
-    """Embeddings of images, and how well images follow their prompts.
+    """The look of images, and how well images follow their prompts.
 
     name: of the model. blind: differences that it does not see, as a sentence's end.
     """
@@ -30,11 +68,11 @@ class Features(Protocol):
     name: str
     blind: str
 
-    def subject(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors (N, D), near for images of one subject."""
+    def subject(self, images: Sequence[Image.Image]) -> Looks:
+        """Looks that are alike for images of one subject."""
 
-    def style(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit vectors (N, D), near for images of one style."""
+    def style(self, images: Sequence[Image.Image]) -> Looks:
+        """Looks that are alike for images of one style."""
 
     def follows(
         self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
@@ -64,11 +102,13 @@ class DrawingFeatures:
         x = torch.stack([pixels(image, SIDE) for image in images])
         return [self.encoder(part) for part in x.split(BATCH)]
 
-    def subject(self, images: Sequence[Image.Image]) -> Tensor:
-        return torch.cat([subject for subject, _, _ in self._encoded(images)])
+    @torch.no_grad()
+    def subject(self, images: Sequence[Image.Image]) -> Drawn:
+        layouts = torch.cat([layouts for layouts, _, _ in self._encoded(images)])
+        return Drawn(self.encoder.embedded(layouts), layouts, self.encoder.comparison)
 
-    def style(self, images: Sequence[Image.Image]) -> Tensor:
-        return torch.cat([style for _, style, _ in self._encoded(images)])
+    def style(self, images: Sequence[Image.Image]) -> Vectors:
+        return Vectors(torch.cat([style for _, style, _ in self._encoded(images)]))
 
     def follows(
         self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
@@ -94,22 +134,23 @@ class ModelFeatures:
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any | None, name: str) -> None:
         self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
-        self.name = name
+        self.name, self.device = name, model.device
         unseen = "" if tokenizer else "whether prompts are followed (the model reads no text), "
         self.blind = f"{unseen}where things stand, and differences that {name} was not trained on"
 
     @torch.no_grad()
-    def subject(self, images: Sequence[Image.Image]) -> Tensor:
+    def subject(self, images: Sequence[Image.Image]) -> Vectors:
         parts = []
         rgb = [image.convert("RGB") for image in images]
         for start in range(0, len(rgb), BATCH):
             x = self.processor(images=rgb[start : start + BATCH], return_tensors="pt").pixel_values
+            x = x.to(self.device)
             if hasattr(self.model, "get_image_features"):
                 out = self.model.get_image_features(pixel_values=x)
             else:
                 out = self.model(pixel_values=x)
-            parts.append(F.normalize(pooled(out).float(), dim=1))
-        return torch.cat(parts)
+            parts.append(F.normalize(pooled(out).float().cpu(), dim=1))
+        return Vectors(torch.cat(parts))
 
     style = subject
 
@@ -117,13 +158,14 @@ class ModelFeatures:
     def follows(
         self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
     ) -> Tensor:
-        if self.tokenizer is None:
-            return torch.full((len(images),), torch.nan)
         known = list(dict.fromkeys(prompts))
+        if self.tokenizer is None or len(known) == 1:  # there is no other prompt to tell it from
+            return torch.full((len(images),), torch.nan)
         words = self.tokenizer(known, padding="max_length", truncation=True, return_tensors="pt")
+        words = words.to(self.device)
         inputs = {"input_ids": words.input_ids, "attention_mask": words.get("attention_mask")}
-        text = F.normalize(pooled(self.model.get_text_features(**inputs)).float(), dim=1)
-        logits = self.model.logit_scale.exp() * self.subject(images) @ text.T
+        text = F.normalize(pooled(self.model.get_text_features(**inputs)).float().cpu(), dim=1)
+        logits = self.model.logit_scale.exp().cpu() * self.subject(images).of @ text.T
         own = torch.tensor([known.index(prompt) for prompt in prompts])
         return logits.softmax(1)[torch.arange(len(images)), own]
 
@@ -143,8 +185,10 @@ def pixels(image: Image.Image, side: int) -> Tensor:
     return x.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def load_features(folder: Path) -> Features:
+def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
     """Features of the model in a folder: the encoder of drawings, or a model of transformers.
+
+    device: of a model of transformers; the encoder of drawings is small and stays on the CPU.
 
     Raises:
         UsageError: the folder holds neither.
@@ -164,4 +208,4 @@ def load_features(folder: Path) -> Features:
     tokenizer = None
     if hasattr(model, "get_text_features"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return ModelFeatures(model, processor, tokenizer, model.config.model_type)
+    return ModelFeatures(model.to(device), processor, tokenizer, model.config.model_type)

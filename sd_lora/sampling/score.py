@@ -1,8 +1,8 @@
 """The score of learning: fidelity, copies, prompts followed, leak and harm, each with an interval.
 
-- *Fidelity*: how near the LoRA's images are to real, held-out images of the subject: the mean
-  cosine of their embeddings (Ruiz et al. 2023, "DreamBooth", section 4.1), 0 at the base model's
-  images and 1 at real ones. The embeddings see shape, colours and arrangement.
+- *Fidelity*: how near the LoRA's images are to real, held-out images of the subject: their mean
+  likeness, for a model from disk the cosine of embeddings (Ruiz et al. 2023, "DreamBooth", section
+  4.1), 0 at the base model's images and 1 at real ones. It sees shape, colours and arrangement.
 - *Copies*: images that repeat a training image pixel by pixel, whatever was asked. They are near to
   the subject, so fidelity alone cannot tell them.
 - *Prompts followed* by the subject's images: background and number.
@@ -126,8 +126,8 @@ class Score:
     fidelity: 0 at the base model's images, 1 at real ones.
     copies: share of the subject's images that copy a training image.
     followed: how well the subject's images show the background and number asked for.
-    class_leak, unrelated_leak: way of these images towards the subject; base_leak: the same among
-        the base model's own images of the same prompts.
+    class_leak, unrelated_leak: way of these images towards the subject, below 0 where they moved
+        away; base_leak: the same among the base model's own images of the same prompts.
     harm: what the images of other prompts show less of their prompts than the base model's;
         followed_before: what the base model's show.
     blind: differences that the features do not see.
@@ -195,37 +195,44 @@ def copied(image: Image.Image, training: Sequence[Image.Image]) -> bool:
     )
 
 
+def moved(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
+    """Part of the way from `start` to `end` at `now`, elementwise; below 0 if it moved away."""
+    return (now - start) / (end - start).clamp(min=1e-6)
+
+
 def way(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
-    """Part of the way from `start` to `end` at `now`, elementwise, kept within 0 and 1."""
-    return ((now - start) / (end - start).clamp(min=1e-6)).clamp(0, 1)
+    """The same, kept within 0 and 1."""
+    return moved(start, now, end).clamp(0, 1)
 
 
 class Scale:
     """Nearness of images to the subject, and its level at real images.
 
-    Nearness is the mean cosine to all real images; a negative one counts as 0, as far as can be, so
-    that a change from one foreign thing to another is no step towards the subject.
+    Nearness is the mean likeness to all real images; a negative one counts as 0, as far as can be,
+    so that a change from one foreign thing to another is no step towards the subject.
     """
 
     def __init__(self, features: Features, taught: Taught) -> None:
         self.embed = {"subject": features.subject, "style": features.style}[taught.kind]
         self.real = self.embed(taught.real)
-        n = len(self.real)
-        cosines = (self.real @ self.real.T).clamp(min=0)
+        n = len(taught.real)
+        like = self.real.likeness(self.real).clamp(min=0)
         # a single image's level is its likeness to itself
-        self.level = (cosines.sum() - cosines.trace()) / (n * (n - 1)) if n > 1 else cosines[0, 0]
+        self.level = (like.sum() - like.trace()) / (n * (n - 1)) if n > 1 else like[0, 0]
 
     def nearness(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,), of N images."""
         if not images:
             return torch.empty(0)
-        return (self.embed(images) @ self.real.T).clamp(min=0).mean(1)
+        return self.embed(images).likeness(self.real).clamp(min=0).mean(1)
 
 
 def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:
-    """Mean way of images towards the subject; `base`: nearness of the base's images (sets, N)."""
-    start = base.mean(0)
-    return float(way(start, scale.nearness(images), scale.level).mean())
+    """Mean way of images towards the subject; `base`: nearness of the base's images (sets, N).
+
+    An image that moved away counts against the others, so that noise does not add up to a leak.
+    """
+    return float(moved(base.mean(0), scale.nearness(images), scale.level).clamp(max=1).mean())
 
 
 def base_leak(scale: Scale, base: Tensor) -> list[float]:
@@ -233,7 +240,10 @@ def base_leak(scale: Scale, base: Tensor) -> list[float]:
     set."""
     sets = range(len(base))
     others = [base[[j for j in sets if j != i]].mean(0) for i in sets]
-    return [float(way(o, b, scale.level).mean()) for o, b in zip(others, base, strict=True)]
+    return [
+        float(moved(o, b, scale.level).clamp(max=1).mean())
+        for o, b in zip(others, base, strict=True)
+    ]
 
 
 class Judge:
@@ -246,7 +256,8 @@ class Judge:
         before: sets of the base model's images, SETS or more for a useful interval.
 
     Raises:
-        ValueError: no set of images, no real image, or a set that has not one image a prompt.
+        ValueError: no set of images, no real image, no prompt with the subject, or a set that has
+            not one image a prompt.
     """
 
     def __init__(
@@ -255,6 +266,8 @@ class Judge:
         self.features, self.taught, self.prompts = features, taught, prompts
         if not taught.real:
             raise ValueError("no image of what was taught: give training or held-out images")
+        if not prompts.subject:
+            raise ValueError("no prompt with the subject: fidelity is measured by their images")
         self._check(before)
         self.scale = scale = Scale(features, taught)
         self.start = torch.stack([scale.nearness(s.subject) for s in before]).mean()

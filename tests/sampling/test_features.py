@@ -42,18 +42,23 @@ def some() -> list[Image.Image]:
 def test_drawings_have_unit_vectors_each_for_itself(
     drawings: DrawingFeatures, some: list[Image.Image]
 ) -> None:
-    """Embeddings have length 1 and do not depend on the other images of the call."""
-    for embed in (drawings.subject, drawings.style):
+    """Embeddings have length 1; likeness does not depend on the other images of the call, and is
+    the same for a mirrored image and the other way round."""
+    for embed in (lambda i: drawings.subject(i).vectors, lambda i: drawings.style(i).of):
         together = embed(some)
         torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
         alone = torch.cat([embed([image]) for image in some])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    seen, one = drawings.subject(some), drawings.subject(some[1:2])
+    whole = seen.likeness(seen)
+    torch.testing.assert_close(whole, whole.T)
+    torch.testing.assert_close(whole[:, 1:2], seen.likeness(one), atol=1e-5, rtol=1e-4)
 
 
 def test_a_subject_of_few_pixels_is_cut_out_in_numbers() -> None:
     """Wherever a mask of nine pixels is, and where there is none, the cut is finite, in bfloat16 as
-    the encoder is trained: there the variance of so few places, a difference of two means, is below 0
-    at some places."""
+    the encoder is trained: there the variance of so few places, a difference of two means, is below
+    0 at some places."""
     chance = F.max_pool2d(torch.eye(64 * 64).view(-1, 1, 64, 64)[::61], 3, 1, 1)
     x = torch.ones(len(chance), 3, 64, 64)
     with torch.autocast("cpu", torch.bfloat16):
@@ -131,7 +136,7 @@ def test_clip_and_siglip_from_disk(
     words = features.tokenizer(prompts[:2], padding="max_length", return_tensors="pt")
     with torch.no_grad():
         out = features.model(pixel_values=x, **words)
-    torch.testing.assert_close(features.subject(some), F.normalize(out.image_embeds))
+    torch.testing.assert_close(features.subject(some).of, F.normalize(out.image_embeds))
     own = out.logits_per_image.softmax(1)[torch.arange(3), torch.tensor([0, 1, 0])]
     torch.testing.assert_close(features.follows(some, prompts), own)
 
@@ -144,7 +149,7 @@ def test_dino_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
     x = features.processor(images=some, return_tensors="pt").pixel_values
     with torch.no_grad():
         out = features.model(pixel_values=x).pooler_output
-    torch.testing.assert_close(features.subject(some), F.normalize(out))
+    torch.testing.assert_close(features.subject(some).of, F.normalize(out))
     assert features.follows(some, ["a"] * 3).isnan().all()
     assert "reads no text" in features.blind
 

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sd_lora.models.load import load_parts
+from sd_lora.sampling.features import Vectors
 from sd_lora.sampling.sampler import sample
 from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, copied, score
 from tests.tiny import pipeline_of
@@ -26,9 +27,9 @@ class Colours:
 
     name, blind = "colours", "shapes"
 
-    def subject(self, images: Sequence[Image.Image]) -> Tensor:
+    def subject(self, images: Sequence[Image.Image]) -> Vectors:
         means = [np.asarray(i, dtype=np.float32).mean((0, 1)) for i in images]
-        return F.normalize(torch.from_numpy(np.stack(means)))
+        return Vectors(F.normalize(torch.from_numpy(np.stack(means))))
 
     style = subject
 
@@ -125,6 +126,8 @@ def test_sets_that_do_not_fit_are_refused() -> None:
     prompts, one = Prompts(["255"], ["0"], []), PromptImages([RED], [GREEN], [])
     with pytest.raises(ValueError, match="no set of images"):
         Judge(Colours(), Taught([RED]), prompts, [])
+    with pytest.raises(ValueError, match="no prompt with the subject"):
+        Judge(Colours(), Taught([RED]), Prompts([], ["0"], []), [one])
     with pytest.raises(ValueError, match="no image of what was taught"):
         Judge(Colours(), Taught([]), prompts, [one])
     with pytest.raises(ValueError, match="set 2 has 0 images for 1 prompts of `of_class`"):
