@@ -115,8 +115,8 @@ def test_fidelity_agrees_with_the_eye(features: Features) -> None:
 
 def test_leak_agrees_with_the_eye(features: Features) -> None:
     """Rank correlation of leak and the two readers' mean marks, of images of the class and of other
-    things: above 0.78. 0.787 was reached where 0.8 was wanted: most sheets are within the noise, and
-    images that a run has ruined count for 5 % where the readers give 0."""
+    things: above 0.78. 0.787 was reached where 0.8 was wanted: most sheets are near 0, and those
+    that a run has ruined count for 5 % where the readers give 0."""
     scale = Scale(features, taught("mascot"))
     scores, marks = [], []
     for kind, sheets in fakes.leak_sheets().items():
