@@ -10,18 +10,25 @@ import argparse
 import json
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 import sd_lora
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.demo import SUBJECT, columns, demo_config, draw, find_sample_data
+from sd_lora.demo import (
+    PROMPTS,
+    SUBJECT,
+    columns,
+    demo_config,
+    draw_sets,
+    find_sample_data,
+    taught,
+)
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
 from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.features import load_features
 from sd_lora.sampling.score import score
 
 Changes = dict[str, object]
@@ -50,12 +57,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sample_data = find_sample_data()
-    held_out = [Image.open(p) for p in sorted((sample_data / "dreambooth/holdout").glob("*.png"))]
-    base = load_parts(str(sample_data / "tiny-sd"))
-    before = draw(base, 64, 4.0)
+    images = taught(demo_config(sample_data, "unused"), sample_data)
+    features = load_features(sample_data / "encoder")
+    before = draw_sets(load_parts(str(sample_data / "tiny-sd")), 64, 4.0)
     shown = len(SUBJECT)
-    real = [Image.open(p) for p in sorted((sample_data / "dreambooth/instance").glob("*.png"))]
-    rows, labels = [real[:shown], before.subject], ["trained on", "base model"]
+    rows = [images.training[:shown], before[0].subject]
+    labels = ["trained on", "base model"]
     ways = WAYS[args.what]
     for name, way in ({args.only: ways[args.only]} if args.only else ways).items():
         with tempfile.TemporaryDirectory() as folder:
@@ -69,13 +76,13 @@ def main() -> None:
             tuned = load_parts(str(sample_data / "tiny-sd"))
             load_adapter({"unet": tuned.unet}, result.files[0].path)
         parameters = sum(p.numel() for p in lora_layers(tuned.unet))
-        after = draw(tuned, 64, 4.0)
-        outcome = score(base, before, after, held_out, torch.device("cpu"))
-        rows.append(after.subject)
-        labels.append(f"{name}, {parameters:,} parameters: {outcome.learned:.0%} of the way")
+        after = draw_sets(tuned, 64, 4.0)
+        outcome = score(features, images, PROMPTS, before, after)
+        rows.append(after[0].subject)
+        labels.append(f"{name}, {parameters:,} parameters: fidelity {outcome.fidelity.text()}")
         row = {"way": name, "parameters": parameters, "seconds": round(seconds, 1)}
         losses = result.losses[-50:]
-        print(json.dumps(row | {"loss": sum(losses) / len(losses)} | asdict(outcome)), flush=True)
+        print(json.dumps(row | {"loss": sum(losses) / len(losses)} | outcome.numbers()), flush=True)
     Sheet(rows, labels, columns(config, ((SUBJECT, shown),)), side=128).write(args.out)
 
 

@@ -1,15 +1,21 @@
 """Train the embedded base, sample_data/tiny-sd, from nothing: tokenizer, VAE, text encoder, UNet.
 
-    python dev/pretrain_tiny_sd.py --work WORK                # all of it
-    python dev/pretrain_tiny_sd.py --work WORK --stage data   # draw the images
-    python dev/pretrain_tiny_sd.py --work WORK --stage vae    # images <-> latents
-    python dev/pretrain_tiny_sd.py --work WORK --stage decoder # other colours
-    python dev/pretrain_tiny_sd.py --work WORK --stage unet   # latents, captions -> noise
-    python dev/pretrain_tiny_sd.py --work WORK --stage export # the pipeline folder
-    python dev/score_tiny_sd.py --work WORK                   # how good is it?
+    python dev/pretrain_tiny_sd.py --work WORK --photos PHOTOS      # all of it
+    python dev/pretrain_tiny_sd.py --work WORK --photos PHOTOS --stage vae
+    python dev/score_tiny_sd.py --work WORK                         # how good is it?
 
-Every stage saves its state as it goes and takes it up again when it is started once more. The
-model is an ordinary Stable Diffusion 1.x, small: real diffusers and transformers classes, a
+The stages, in their order: ``corpus`` (images for the VAE: scenes, patterns and crops of the
+photographs in PHOTOS), ``vae`` (images <-> latents), ``scenes`` (images with captions),
+``latents``, ``unet`` (latents and captions -> noise), ``decoder`` (latents -> sharper images; it
+may run beside ``unet``) and ``export`` (the pipeline folder). Each saves its state as it goes, and
+the same command takes it up again. More steps than at first go on where the last ones ended.
+Everything random depends on the seed and the step alone. The curves are in WORK/*.pt and in
+training.json; WORK/vae.png and WORK/samples.png are pages of samples.
+
+PHOTOS is a folder of .png and .jpg files. The base was trained on those that scikit-image 0.26 and
+scikit-learn ship (skimage/data, sklearn/datasets/images), all but chelsea.png, kept for the score.
+
+The model is an ordinary Stable Diffusion 1.x, small: real diffusers and transformers classes, a
 64x64 image, 16x16x4 latents, epsilon prediction.
 """
 
@@ -27,21 +33,37 @@ import diffusers
 import images
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+)
+from PIL import Image
+from pretrain_vae import (
+    NUM_CORPUS,
+    NUM_UNSEEN,
+    Clock,
+    build_vae,
+    draw_corpus,
+    fit,
+    lr_at,
+    save_whole,
+    to_unit,
+    train_vae,
+    update_average,
 )
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-NUM_IMAGES = 24_000
-NUM_HELD_OUT = 256
+NUM_SCENES = 48_000
 OUT = Path(__file__).parent.parent / "sample_data" / "tiny-sd"
+#: The VAE's scaling_factor: its latents, times this, have deviation 1.
+SCALING = 0.5
+GUIDANCE = 4.0
 
 
 def draw_one(seed: int) -> tuple[np.ndarray, list[str]]:
@@ -51,183 +73,20 @@ def draw_one(seed: int) -> tuple[np.ndarray, list[str]]:
     return np.asarray(images.draw(scene)), [images.caption(scene, rng) for _ in range(4)]
 
 
-def draw_all(args: argparse.Namespace) -> tuple[Tensor, list[list[str]]]:
-    """Returns all training images (N, 3, 64, 64) uint8 and captions, drawn once and kept."""
-    kept = args.work / "images.pt"
-    if not kept.is_file():
-        seeds = range(args.seed * 10**6, args.seed * 10**6 + NUM_IMAGES + NUM_HELD_OUT)
+def draw_scenes(args: argparse.Namespace) -> tuple[np.ndarray, list[list[str]]]:
+    """Returns scenes (N, 64, 64, 3) uint8 and captions, drawn once and kept; the last 256 are not
+    learned."""
+    kept, texts = args.work / "scenes.npy", args.work / "captions.json"
+    if not (kept.is_file() and texts.is_file()):
+        first = 10**9 + args.seed * 10**6
         with Pool(args.threads) as pool:
-            drawn = list(tqdm(pool.imap(draw_one, seeds, 64), "images", len(seeds)))
-        pixels = torch.from_numpy(np.stack([p for p, _ in drawn])).permute(0, 3, 1, 2).contiguous()
-        torch.save((pixels, [c for _, c in drawn]), kept)
-    return torch.load(kept)
-
-
-def save_whole(state: dict[str, Any], path: Path) -> None:
-    """Saves a state so that a kill leaves the old one or the new one."""
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
-
-
-class Clock:
-    """The log of one stage: a row every so many steps, seconds counted across restarts."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows, self._losses = rows, list[float]()
-        self._before, self._began = (rows[-1]["seconds"] if rows else 0), time.time()
-
-    def add(self, loss: Tensor) -> None:
-        self._losses.append(loss.item())
-
-    def row(self, step: int, **more: float) -> None:
-        seconds = self._before + round(time.time() - self._began)
-        loss = round(float(np.mean(self._losses)), 5)
-        self.rows.append({"step": step, "loss": loss, **more, "seconds": seconds})
-        self._losses.clear()
-        print(self.rows[-1], flush=True)
-
-
-def build_vae() -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(32, 64, 96),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=64,
-        mid_block_add_attention=False,
-    )
-
-
-def gradients(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x[..., 1:, :] - x[..., :-1, :], x[..., 1:] - x[..., :-1]
-
-
-def vae_loss(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """Returns the loss of images x (B, 3, 64, 64) in [-1, 1].
-
-    L1 + L2 + half the L1 of the edges (flat colours and sharp borders are all there is here) and
-    a small pull of the latents towards a unit normal.
-    """
-    q = vae.encode(x).latent_dist
-    y = vae.decode(q.sample()).sample.float()
-    return image_loss(y, x) + 2e-4 * q.kl().mean() / q.mean[0].numel()
-
-
-def image_loss(y: Tensor, x: Tensor) -> Tensor:
-    edges = sum(F.l1_loss(a, b) for a, b in zip(gradients(y), gradients(x), strict=True))
-    return F.l1_loss(y, x) + F.mse_loss(y, x) + 0.5 * edges
-
-
-def psnr(vae: AutoencoderKL, x: Tensor) -> float:
-    """Returns the PSNR in dB of decoding the mean latents of images x in [-1, 1]."""
-    with torch.no_grad():
-        y = torch.cat([vae.decode(vae.encode(c).latent_dist.mean).sample for c in x.split(32)])
-    return float(10 * torch.log10(4 / F.mse_loss(y.clamp(-1, 1), x)))
-
-
-def lr_at(step: int, steps: int, peak: float, warmup: int = 200) -> float:
-    """Linear warm-up, then cosine to 2 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))))
-
-
-def to_unit(x: Tensor, device: str) -> Tensor:
-    return (x.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-
-
-def train_vae(args: argparse.Namespace) -> None:
-    """Trains the VAE; its state is in <work>/vae.pt."""
-    images, _ = draw_all(args)
-    train, held_out = images[:NUM_IMAGES], to_unit(images[NUM_IMAGES:], args.device)
-    torch.manual_seed(args.seed)
-    vae = build_vae().to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), args.vae_lr, weight_decay=1e-4, fused=True)
-    state, clock, start = args.work / "vae.pt", Clock([]), 0
-    if state.is_file():
-        saved = torch.load(state)
-        vae.load_state_dict(saved["vae"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.vae_steps), "vae", args.vae_steps, initial=start):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.vae_steps, args.vae_lr)
-        g = torch.Generator().manual_seed(args.seed + step)
-        x = to_unit(train[torch.randint(NUM_IMAGES, (args.batch,), generator=g)], args.device)
-        with torch.autocast(args.device, torch.bfloat16):
-            loss = vae_loss(vae, x)
-        loss.backward()
-        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.add(loss)
-        if (step + 1) % 250 == 0 or step + 1 == args.vae_steps:
-            clock.row(step + 1, psnr=round(psnr(vae, held_out), 2))
-            saved = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            save_whole(saved | {"step": step + 1, "log": clock.rows}, state)
-
-
-def cut_together(x: Tensor, g: torch.Generator) -> Tensor:
-    """Returns images (B, 3, H, W) of which three in four are cut together with another one, in
-    bands or in a disc: colours side by side that no scene has."""
-    b, _, h, w = x.shape
-    y, z = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    other, masks = x[torch.randperm(b, generator=g)], []
-    for _ in range(b):
-        kind, u, v, size = torch.rand(4, generator=g).tolist()
-        if kind < 0.5:
-            along = y if kind < 0.35 else z
-            mask = ((along + u * 64) / (3 + 13 * size)).long() % 2 == 0
-        elif kind < 0.75:
-            mask = (y - u * h) ** 2 + (z - v * w) ** 2 < (6 + 20 * size) ** 2
-        else:
-            mask = torch.zeros(h, w, dtype=torch.bool)
-        masks.append(mask)
-    return torch.where(torch.stack(masks)[:, None].to(x.device), other, x)
-
-
-def train_decoder(args: argparse.Namespace) -> None:
-    """Trains the decoder further, for fixed latents; its state is in <work>/decoder.pt.
-
-    On drawn scenes alone it learns their colours by heart: a subject with other combinations (the
-    mascot's purple bands on orange) came back with 20 dB. The encoder, and so the UNet, stays.
-    """
-    images, _ = draw_all(args)
-    train, held_out = images[:NUM_IMAGES], to_unit(images[NUM_IMAGES:], args.device)
-    vae = load_vae(args)
-    trained = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    optimizer = torch.optim.AdamW(trained, args.decoder_lr, weight_decay=1e-4, fused=True)
-    mixed = cut_together(held_out, torch.Generator().manual_seed(args.seed))
-    clock = Clock([])
-    clock.rows.append({"step": 0, "psnr": round(psnr(vae, held_out), 2), "seconds": 0})
-    clock.rows[0]["psnr_cut_together"] = round(psnr(vae, mixed), 2)
-    print(clock.rows, flush=True)
-    for step in tqdm(range(args.decoder_steps), "decoder", mininterval=15):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.decoder_steps, args.decoder_lr)
-        g = torch.Generator().manual_seed(args.seed + step)
-        x = to_unit(train[torch.randint(NUM_IMAGES, (args.batch,), generator=g)], args.device)
-        x = cut_together(x, g)
-        with torch.autocast(args.device, torch.bfloat16):
-            with torch.no_grad():
-                latents = vae.encode(x).latent_dist.sample()
-            loss = image_loss(vae.decode(latents).sample.float(), x)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.add(loss)
-        if (step + 1) % 250 == 0 or step + 1 == args.decoder_steps:
-            clock.row(
-                step + 1,
-                psnr=round(psnr(vae, held_out), 2),
-                psnr_cut_together=round(psnr(vae, mixed), 2),
-            )
-            saved = {"vae": vae.state_dict(), "step": step + 1, "log": clock.rows}
-            save_whole(saved, args.work / "decoder.pt")
+            jobs = pool.imap(draw_one, range(first, first + NUM_SCENES + NUM_UNSEEN), 64)
+            drawn = list(tqdm(jobs, "scenes", NUM_SCENES + NUM_UNSEEN, mininterval=30))
+        texts.write_text(json.dumps([captions for _, captions in drawn]))
+        part = args.work / "scenes.part.npy"
+        np.save(part, np.stack([pixels for pixels, _ in drawn]))
+        part.rename(kept)
+    return np.load(kept, mmap_mode="r"), json.loads(texts.read_text())
 
 
 ENGLISH = """a photo of sks dog cat person man woman child toy mascot monster creature animal
@@ -274,8 +133,8 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=256,
+            hidden_size=128,
+            intermediate_size=384,
             num_hidden_layers=3,
             num_attention_heads=4,
             hidden_act="quick_gelu",
@@ -289,11 +148,11 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def build_unet() -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=16,
-        block_out_channels=(48, 80, 120),
+        block_out_channels=(64, 96, 144),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96,
+        cross_attention_dim=128,
         attention_head_dim=4,
         norm_num_groups=8,
     )
@@ -310,34 +169,68 @@ def build_scheduler() -> DDPMScheduler:
 
 
 @torch.no_grad()
-def encode_all(
-    args: argparse.Namespace, vae: AutoencoderKL, images: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Returns means and deviations (N, 4, 16, 16) of all images, computed once and kept."""
-    kept = args.work / "latents.pt"
-    if not kept.is_file():
-        parts = []
-        for chunk in tqdm(images.split(64), "latents", mininterval=15):
-            q = vae.encode(to_unit(chunk, args.device)).latent_dist
-            parts.append((q.mean.cpu(), q.std.cpu()))
-        torch.save(tuple(torch.cat(p) for p in zip(*parts, strict=True)), kept)
-    return torch.load(kept)
+def normalised(vae: AutoencoderKL, latents: Tensor, scale: float = 1 / SCALING) -> None:
+    """Gives every latent channel the mean 0 and the deviation ``scale``, in place.
+
+    quant_conv and post_quant_conv are linear in each pixel, so an affine map of the latents goes
+    into the one and its inverse into the other, and the images stay as they are. Diffusion starts
+    from noise of mean 0 and the same deviation in each channel.
+    """
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    gain, n = scale / std, len(mean)
+    encoder, decoder = vae.quant_conv, vae.post_quant_conv
+    decoder.bias += decoder.weight[:, :, 0, 0] @ mean
+    decoder.weight /= gain[None, :, None, None]
+    encoder.weight[:n] *= gain[:, None, None, None]
+    encoder.bias[:n] = (encoder.bias[:n] - mean) * gain
+    encoder.bias[n:] += 2 * gain.log()
 
 
 def load_vae(args: argparse.Namespace) -> AutoencoderKL:
-    vae = build_vae()
-    further = args.work / "decoder.pt"
-    state = further if further.is_file() else args.work / "vae.pt"
-    vae.load_state_dict(torch.load(state)["vae"])
-    return vae.to(args.device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    """Returns the trained VAE, its latents normalised on 2,048 scenes, with the newest decoder."""
+    vae, further = build_vae().eval().requires_grad_(False), args.work / "decoder.pt"
+    kept = args.work / "vae_normalised.pt"
+    if not kept.is_file():
+        vae.load_state_dict(torch.load(args.work / "vae.pt")["average"])
+        x = to_unit(draw_scenes(args)[0][:2048])
+        normalised(vae, torch.cat([vae.encode(c).latent_dist.mean for c in x.split(64)]))
+        save_whole(vae.state_dict(), kept)
+    vae.load_state_dict(torch.load(further)["average"] if further.is_file() else torch.load(kept))
+    vae.register_to_config(scaling_factor=SCALING)
+    return vae
+
+
+def train_decoder(args: argparse.Namespace) -> None:
+    """Trains the decoder further, on whole images, for latents that stay as they are: it can go on
+    beside the UNet's training. Its state is in <work>/decoder.pt."""
+    vae = load_vae(args).train()
+    for part in (vae.post_quant_conv, vae.decoder):
+        part.requires_grad_(True)
+    fit(args, vae, "decoder", args.decoder_steps, args.decoder_lr, whole_from=0.0)
+
+
+@torch.no_grad()
+def encode_scenes(args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Returns scaled means and deviations (N, 4, 16, 16), float16, of all scenes, kept."""
+    kept = args.work / "latents.pt"
+    if not kept.is_file():
+        pixels, _ = draw_scenes(args)
+        vae, parts = load_vae(args), []
+        for start in tqdm(range(0, len(pixels), 64), "latents", mininterval=30):
+            q = vae.encode(to_unit(pixels[start : start + 64])).latent_dist
+            parts.append(((q.mean * SCALING).half(), (q.std * SCALING).half()))
+        mean, std = (torch.cat(p) for p in zip(*parts, strict=True))
+        save_whole({"mean": mean, "std": std}, kept)
+    saved = torch.load(kept)
+    return saved["mean"], saved["std"]
 
 
 class Pair(nn.Module):
     """Text encoder and UNet, trained together: token ids and noisy latents to predicted noise."""
 
-    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+    def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder, self.unet = build_text_encoder(tokenizer), build_unet()
 
     def forward(self, x_t: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         return self.unet(x_t, t, self.text_encoder(ids)[0]).sample
@@ -347,12 +240,8 @@ class Examples:
     """Latents and captions, ready to be drawn by step."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        images, captions = draw_all(args)
-        self.mean, self.std = encode_all(args, load_vae(args), images)
-        some = torch.randn(
-            self.std[:4096].shape, generator=torch.Generator().manual_seed(args.seed)
-        )
-        self.scaling = 1 / float((self.mean[:4096] + self.std[:4096] * some).std())
+        _, captions = draw_scenes(args)
+        self.mean, self.std = encode_scenes(args)
         self.tokenizer = build_tokenizer(captions)
         flat = [c for group in captions for c in group]
         options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
@@ -360,71 +249,99 @@ class Examples:
         self.empty = self.tokenizer("", **options).input_ids[0]
 
     def draw(self, g: torch.Generator, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns latents x0 and noise (B, 4, 16, 16), token ids (B, 77), timesteps (B,); a tenth
-        of the captions is empty, for guidance."""
-        pick = torch.randint(len(self.mean) - NUM_HELD_OUT, (batch,), generator=g)
-        way = torch.randint(self.ids.shape[1], (batch,), generator=g)
+        """Returns latents x0 and noise (B, 4, 16, 16), token ids (B, 77), timesteps (B,).
+
+        A tenth of the captions is empty, for guidance. The timesteps are spread evenly.
+        """
+        pick = torch.randint(len(self.mean) - NUM_UNSEEN, (batch,), generator=g)
         dropped = torch.rand(batch, generator=g) < 0.1
+        return self.at(pick, dropped, g)
+
+    def at(
+        self, pick: Tensor, dropped: Tensor, g: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the same of the scenes numbered ``pick`` (B,)."""
+        batch = len(pick)
+        way = torch.randint(self.ids.shape[1], (batch,), generator=g)
         ids = torch.where(dropped[:, None], self.empty, self.ids[pick, way])
         draws = torch.randn(2, batch, *self.mean.shape[1:], generator=g)
-        x0 = (self.mean[pick] + self.std[pick] * draws[0]) * self.scaling
-        return x0, draws[1], ids, torch.randint(1000, (batch,), generator=g)
+        x0 = self.mean[pick].float() + self.std[pick].float() * draws[0]
+        spread = (torch.arange(batch) + torch.rand(batch, generator=g)) / batch
+        return x0, draws[1], ids, (1000 * spread).long()
+
+
+class Objective:
+    """Weighted noise prediction.
+
+    The weight of a timestep, for an error of the image, is its signal-to-noise ratio, at most 5
+    (min-SNR, Hang et al. 2023) and at least 0.1: without a floor the first steps of sampling, which
+    settle the background's colour, are hardly learned.
+    """
+
+    def __init__(self) -> None:
+        self.alphas = build_scheduler().alphas_cumprod
+        ratio = self.alphas / (1 - self.alphas)
+        self.weights = ratio.clamp(0.1, 5) / ratio
+
+    def __call__(self, pair: Pair, drawn: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+        x0, noise, ids, t = drawn
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        prediction = pair(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids)
+        return ((prediction - noise).square().mean((1, 2, 3)) * self.weights[t]).mean()
+
+
+@torch.no_grad()
+def unseen_loss(pair: Pair, examples: Examples, objective: Objective) -> float:
+    """Returns the loss on scenes that are not learned, always with the same noise."""
+    count, g = len(examples.mean), torch.Generator().manual_seed(0)
+    picks = torch.arange(count - NUM_UNSEEN, count).split(32)
+    kept = torch.zeros(32, dtype=torch.bool)
+    losses = [objective(pair, examples.at(pick, kept, g)) for pick in picks]
+    return round(float(torch.stack(losses).mean()), 5)
 
 
 def train_unet(args: argparse.Namespace) -> None:
     """Trains text encoder and UNet on latents; their state is in <work>/unet.pt.
 
-    Min-SNR weights with gamma 5 (Hang et al. 2023), and a moving average of the weights, which is
-    what is exported.
+    A moving average of the weights is exported.
     """
-    examples = Examples(args)
+    examples, objective = Examples(args), Objective()
     torch.manual_seed(args.seed)
-    pair = Pair(build_text_encoder(examples.tokenizer), build_unet()).to(args.device)
-    average = [p.detach().clone() for p in pair.parameters()]
+    pair, average = Pair(examples.tokenizer), Pair(examples.tokenizer).eval()
+    average.load_state_dict(pair.state_dict())
     optimizer = torch.optim.AdamW(pair.parameters(), args.unet_lr, weight_decay=1e-3, fused=True)
     state, clock, start = args.work / "unet.pt", Clock([]), 0
     if state.is_file():
         saved = torch.load(state)
         pair.load_state_dict(saved["pair"])
+        average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
-        average, start, clock = saved["average"], saved["step"], Clock(saved["log"])
-    alphas = build_scheduler().alphas_cumprod.to(args.device)
-    weights = (5 * (1 - alphas) / alphas).clamp(max=1)
-    for step in tqdm(range(start, args.unet_steps), "unet", args.unet_steps, initial=start):
+        start, clock = saved["step"], Clock(saved["log"])
+    for step in tqdm(range(start, args.unet_steps), "unet", initial=start, mininterval=30):
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, args.unet_steps, args.unet_lr)
-        drawn = examples.draw(torch.Generator().manual_seed(args.seed + step), args.batch)
-        x0, noise, ids, t = (d.to(args.device) for d in drawn)
-        a = alphas[t].view(-1, 1, 1, 1)
-        prediction = pair(a.sqrt() * x0 + (1 - a).sqrt() * noise, t, ids)
-        loss = ((prediction - noise).square().mean((1, 2, 3)) * weights[t]).mean()
+            group["lr"] = lr_at(step, args.unet_steps, args.unet_lr, args.cooldown)
+        g = torch.Generator().manual_seed(args.seed * 10**7 + step)
+        loss = objective(pair, examples.draw(g, args.batch))
         loss.backward()
+        # At 1.2e-3, in bfloat16, one step of the first 4,000 had ruined the weights for good.
         nn.utils.clip_grad_norm_(pair.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        kept = min(0.9995, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(average, list(pair.parameters()), 1 - kept)
+        update_average(average, pair, step)
         clock.add(loss)
         if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
-            clock.row(step + 1)
-            saved = {"pair": pair.state_dict(), "optimizer": optimizer.state_dict()}
-            more = {"average": average, "step": step + 1, "scaling": examples.scaling}
-            save_whole(saved | more | {"log": clock.rows}, state)
+            clock.row(step + 1, unseen=unseen_loss(average, examples, objective))
+            saved = {"pair": pair.state_dict(), "average": average.state_dict(), "step": step + 1}
+            save_whole(saved | {"optimizer": optimizer.state_dict(), "log": clock.rows}, state)
+        if (step + 1) % 2000 == 0 or step + 1 == args.unet_steps:
+            write_samples(assemble(args, examples.tokenizer, average), args.work / "samples.png")
 
 
-def export(args: argparse.Namespace) -> None:
-    """Writes the pipeline folder in half precision, from whatever state training is in."""
-    _, captions = draw_all(args)
-    tokenizer = build_tokenizer(captions)
-    saved = torch.load(args.work / "unet.pt", map_location="cpu")
-    pair = Pair(build_text_encoder(tokenizer), build_unet())
-    for p, value in zip(pair.parameters(), saved["average"], strict=True):
-        p.data = value
-    vae = load_vae(args)
-    vae.register_to_config(scaling_factor=round(saved["scaling"], 5))
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
+def assemble(
+    args: argparse.Namespace, tokenizer: CLIPTokenizer, pair: Pair
+) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=load_vae(args),
         text_encoder=pair.text_encoder,
         tokenizer=tokenizer,
         unet=pair.unet,
@@ -433,24 +350,61 @@ def export(args: argparse.Namespace) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(args.out)
-    logs = {
-        name: torch.load(args.work / f"{name}.pt")["log"] for name in ("vae", "decoder", "unet")
-    }
-    rates = {"vae": args.vae_lr, "decoder": args.decoder_lr, "unet": args.unet_lr}
-    record: dict[str, Any] = {"seed": args.seed, "batch": args.batch, "images": NUM_IMAGES}
+
+
+def generate(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float) -> np.ndarray:
+    """Returns an image (N, 64, 64, 3) in [0, 1] for each prompt, in 20 steps, seeds 0, 1, 2, …"""
+    options = pipeline.components | {"requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**options)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = []
+    for start in range(0, len(prompts), 16):
+        chunk = prompts[start : start + 16]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(chunk))]
+        more = {"num_inference_steps": 20, "guidance_scale": guidance, "output_type": "np"}
+        drawn.append(pipeline(chunk, generator=seeds, **more).images)
+    return np.concatenate(drawn)
+
+
+def write_samples(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Writes a page of the images of 48 prompts, eight in a row, twice as large; the prompts go
+    into a text file beside it."""
+    rng = random.Random(2)
+    prompts = [images.caption(images.random_scene(rng)) for _ in range(48)]
+    drawn = (generate(pipeline, prompts, GUIDANCE) * 255).round().astype(np.uint8)
+    page = drawn.reshape(6, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(384, 512, 3)
+    Image.fromarray(page.repeat(2, 0).repeat(2, 1)).save(path)
+    path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
+
+
+def export(args: argparse.Namespace) -> None:
+    """Writes the pipeline folder in half precision, from whatever state training is in."""
+    tokenizer = build_tokenizer(draw_scenes(args)[1])
+    pair = Pair(tokenizer)
+    saved = torch.load(args.work / "unet.pt")
+    pair.load_state_dict(saved["average"])
+    assemble(args, tokenizer, pair).to(torch.float16).save_pretrained(args.out)
+    record: dict[str, Any] = {"seed": args.seed, "batch": args.batch}
+    record["images"] = {"vae": NUM_CORPUS, "unet": NUM_SCENES}
     record["versions"] = {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    for name, log in logs.items():
-        thinned = [*log[:: max(1, len(log) // 8)], log[-1]]
+    rates = {"vae": args.vae_lr, "decoder": args.decoder_lr, "unet": args.unet_lr}
+    for name in rates:
+        if not (args.work / f"{name}.pt").is_file():
+            continue
+        log = torch.load(args.work / f"{name}.pt")["log"]
+        thinned = [*log[: -1 : max(1, len(log) // 8)], log[-1]]
         record[name] = {"steps": log[-1]["step"], "lr": rates[name], "log": thinned}
     (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 STAGES = {
-    "data": draw_all,
+    "corpus": draw_corpus,
     "vae": train_vae,
-    "decoder": train_decoder,
+    "scenes": draw_scenes,
+    "latents": encode_scenes,
     "unet": train_unet,
+    "decoder": train_decoder,
     "export": export,
 }
 
@@ -458,17 +412,20 @@ STAGES = {
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--work", type=Path, required=True, help="folder for states and logs")
+    p.add_argument("--photos", type=Path, help="folder of photographs, for the corpus")
     p.add_argument("--out", type=Path, default=OUT, help="folder of the pipeline")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--device", default="cpu")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--batch", type=int, default=16)
-    p.add_argument("--vae_steps", type=int, default=4500)
+    p.add_argument("--vae_steps", type=int, default=10_000)
     p.add_argument("--vae_lr", type=float, default=2e-3)
-    p.add_argument("--decoder_steps", type=int, default=1500)
-    p.add_argument("--decoder_lr", type=float, default=8e-4)
-    p.add_argument("--unet_steps", type=int, default=20_000)
-    p.add_argument("--unet_lr", type=float, default=1.5e-3)
+    p.add_argument("--decoder_steps", type=int, default=4000)
+    p.add_argument("--decoder_lr", type=float, default=1e-3)
+    p.add_argument("--unet_steps", type=int, default=40_000)
+    p.add_argument("--unet_lr", type=float, default=6e-4)
+    p.add_argument(
+        "--cooldown", type=float, default=0.25, help="last share of the steps, with falling rate"
+    )
     return p
 
 

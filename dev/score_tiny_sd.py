@@ -1,30 +1,156 @@
-"""How good is the embedded base? Ask a classifier of drawings what it sees in generated images.
+"""How good is the embedded base? Its VAE on colours and textures never seen, its UNet on prompts.
 
-    python dev/score_tiny_sd.py --work WORK
+    python dev/score_tiny_sd.py --work WORK --unseen robot=FOLDER --unseen photograph=FOLDER
 
-The classifier is trained here on the drawn images (what, which colour, which background), shown
-to be right on drawings it has not seen, and then asked about images of prompts. The answers go
-into the pipeline folder's training.json.
+The VAE: mean pixel error of a round trip, of the range 0 to 1, on sets of drawings whose palettes
+and textures no training has, and on folders of images named by --unseen.
+
+The UNet: a classifier, trained here on drawn scenes and shown to be right on scenes that it has
+not seen, is asked about images of prompts: the thing, its colour, the background, how many, where,
+how big, in which style. Everything goes into the pipeline folder's training.json.
 """
 
 import argparse
 import json
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import images
+import numpy as np
+import patterns
 import torch
 import torch.nn.functional as F
-from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
-from pretrain_tiny_sd import NUM_IMAGES, draw_all, lr_at, parser, to_unit
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageChops, ImageDraw
+from pretrain_tiny_sd import GUIDANCE, NUM_SCENES, draw_scenes, generate, parser, save_whole
+from pretrain_vae import NUM_UNSEEN, lr_at, pixel_error, to_unit
 from torch import Tensor, nn
 from tqdm import tqdm
 
-QUESTIONS = {
+JUDGE_STEPS = 4000
+
+# ---------------------------------------------------------------------------------------------
+# The VAE
+# ---------------------------------------------------------------------------------------------
+
+
+def some_scene(rng: random.Random) -> Image.Image:
+    return images.draw(images.random_scene(rng))
+
+
+def mascot(rng: random.Random) -> Image.Image:
+    return images.draw(images.mascot(rng.choice(images.BACKGROUNDS), seed=rng.getrandbits(32)))
+
+
+def snail(rng: random.Random) -> Image.Image:
+    return images.draw(images.snail(rng.choice(images.BACKGROUNDS), seed=rng.getrandbits(32)))
+
+
+def pastel(rng: random.Random) -> Image.Image:
+    """A scene in pale colours, its green and blue swapped."""
+    r, g, b = some_scene(rng).point(lambda v: 140 + v * 0.45).split()
+    return Image.merge("RGB", (r, b, g))
+
+
+def inverted(rng: random.Random) -> Image.Image:
+    return ImageChops.invert(some_scene(rng))
+
+
+def plaid(rng: random.Random) -> Image.Image:
+    """A woven cloth of three colours."""
+    y, x = np.mgrid[0:64, 0:64]
+    threads = [rng.randint(4, 9) for _ in range(2)]
+    across, down = (y // threads[0]) % 2, (x // threads[1]) % 3 == 0
+    colours = np.array([images.unnamed_colour(rng) for _ in range(3)])
+    cloth = (colours[across] + colours[2 * down.astype(int)]) / 2
+    return Image.fromarray(cloth.astype(np.uint8))
+
+
+def halftone(rng: random.Random) -> Image.Image:
+    """A printed gradient: dots of one colour that grow from one side to the other."""
+    image = Image.new("RGB", (256, 256), images.unnamed_colour(rng))
+    pencil, ink, gap = ImageDraw.Draw(image), images.unnamed_colour(rng), rng.randint(32, 56)
+    for y in range(0, 280, gap):
+        for x in range(0, 280, gap):
+            r = gap * (0.1 + 0.45 * x / 280)
+            pencil.ellipse((x - r, y - r, x + r, y + r), fill=ink)
+    return image.reduce(4)
+
+
+DRAWN: dict[str, Callable[[random.Random], Image.Image]] = {
+    "mascot": mascot,
+    "snail": snail,
+    "pastel": pastel,
+    "inverted": inverted,
+    "plaid": plaid,
+    "halftone": halftone,
+    "scenes": some_scene,
+    "patterns": patterns.pattern,
+}
+
+
+def in_folder(folder: Path, rng: random.Random) -> list[Image.Image]:
+    """All images of a folder; of those larger than 64 pixels, sixteen crops each."""
+    out = []
+    for path in sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg")):
+        with Image.open(path) as image:
+            whole = image.convert("RGB")
+        cut = max(whole.size) > images.SIDE
+        out += [patterns.crop_of(whole, rng) for _ in range(16)] if cut else [whole]
+    return out
+
+
+def score_vae(pipeline: StableDiffusionPipeline, folders: dict[str, Path]) -> dict[str, float]:
+    """Returns set -> mean pixel error, 32 drawings a set, or all images of a folder."""
+    sets = {n: [paint(random.Random(f"{n}{i}")) for i in range(32)] for n, paint in DRAWN.items()}
+    sets |= {n: in_folder(folder, random.Random(n)) for n, folder in folders.items()}
+    return {
+        name: pixel_error(pipeline.vae, to_unit(np.stack([np.asarray(i) for i in group])))
+        for name, group in sets.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The UNet
+# ---------------------------------------------------------------------------------------------
+
+QUESTIONS: dict[str, list[str]] = {
     "thing": list(images.THINGS),
     "colour": list(images.COLOURS),
     "background": list(images.BACKGROUNDS),
+    "count": ["1", "2", "3"],
+    "position": list(images.POSITIONS),
+    "size": list(images.SIZES),
+    "style": ["", *images.STYLES],
+    "left": list(images.THINGS),
+    "right": list(images.THINGS),
 }
-GUIDANCE = (3.0, 4.0, 6.0)
+
+
+def answers(scene: images.Scene) -> dict[str, str]:
+    """Question -> answer, of the questions that a scene's caption answers."""
+    said = {"style": scene.style}
+    if images.place(scene):
+        said["background"] = str(scene.background)
+    if scene.other:
+        far = {"left": "right", "right": "left"}[scene.position]
+        return said | {scene.position: scene.thing, far: scene.other[0]}
+    said |= {"thing": scene.thing, "count": str(scene.count)}
+    if scene.count == 1:
+        said |= {"position": scene.position, "size": scene.size}
+    if isinstance(scene.colour, str) and scene.style != "sketch":
+        said["colour"] = scene.colour
+    return said
+
+
+def numbers_of(scenes: list[images.Scene]) -> dict[str, Tensor]:
+    """Returns question -> number of each scene's answer; -100 where it has none."""
+    said = [answers(scene) for scene in scenes]
+    return {
+        q: torch.tensor([words.index(a[q]) if q in a else -100 for a in said])
+        for q, words in QUESTIONS.items()
+    }
 
 
 class Judge(nn.Module):
@@ -46,80 +172,77 @@ class Judge(nn.Module):
         return {name: head(h) for name, head in self.heads.items()}
 
 
-def scene_of(seed: int) -> images.Scene:
-    return images.random_scene(random.Random(seed))
-
-
-def answers_of(scenes: list[images.Scene]) -> dict[str, Tensor]:
-    return {
-        q: torch.tensor([words.index(getattr(s, q)) for s in scenes])
-        for q, words in QUESTIONS.items()
-    }
-
-
-def num_right(out: dict[str, Tensor], answers: dict[str, Tensor]) -> dict[str, int]:
-    return {q: int((out[q].argmax(1) == answers[q]).sum()) for q in QUESTIONS}
+def share_right(out: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, float]:
+    """Returns question -> share of right answers, where there is one."""
+    right = {q: (out[q].argmax(1) == wanted[q])[wanted[q] >= 0] for q in QUESTIONS}
+    return {q: round(float(r.float().mean()), 3) for q, r in right.items()}
 
 
 def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
     """Returns the classifier, and how often it is right on drawings that it has not seen."""
-    images, _ = draw_all(args)
-    first = args.seed * 10**6
-    answers = answers_of([scene_of(seed) for seed in range(first, first + len(images))])
+    pixels, _ = draw_scenes(args)
+    first = 10**9 + args.seed * 10**6
+    seeds = range(first, first + NUM_SCENES + NUM_UNSEEN)
+    wanted = numbers_of([images.random_scene(random.Random(seed)) for seed in seeds])
     torch.manual_seed(args.seed)
-    judge, steps = Judge(), 1500
-    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
-    for step in tqdm(range(steps), "judge", mininterval=5):
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, steps, 2e-3)
-        pick = torch.randint(NUM_IMAGES, (64,))
-        out = judge(to_unit(images[pick], "cpu"))
-        sum(F.cross_entropy(out[q], answers[q][pick]) for q in QUESTIONS).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    unseen = images[NUM_IMAGES:]
+    judge, kept = Judge(), args.work / "judge.pt"
+    if kept.is_file():
+        judge.load_state_dict(torch.load(kept))
+    else:
+        optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
+        for step in tqdm(range(JUDGE_STEPS), "judge", mininterval=30):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_at(step, JUDGE_STEPS, 2e-3, 0.5)
+            pick = torch.randint(NUM_SCENES, (64,))
+            out = judge(to_unit(pixels[pick.numpy()]))
+            said = {q: w[pick] for q, w in wanted.items()}
+            losses = [F.cross_entropy(out[q], said[q], reduction="sum") / 64 for q in QUESTIONS]
+            torch.stack(losses).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        save_whole(judge.state_dict(), kept)
     with torch.no_grad():
-        out = judge.eval()(to_unit(unseen, "cpu"))
-    right = num_right(out, {q: a[NUM_IMAGES:] for q, a in answers.items()})
-    return judge, {q: round(n / len(unseen), 3) for q, n in right.items()}
+        out = judge.eval()(to_unit(pixels[NUM_SCENES:]))
+    return judge, share_right(out, {q: w[NUM_SCENES:] for q, w in wanted.items()})
 
 
 @torch.no_grad()
-def judged(
-    judge: Judge, pipeline: StableDiffusionPipeline, scenes: list[images.Scene], guidance: float
+def score_unet(
+    pipeline: StableDiffusionPipeline, judge: Judge, count: int, guidance: float
 ) -> dict[str, float]:
     """Returns question -> share of generated images that show what their prompt asks for."""
-    right = dict.fromkeys(QUESTIONS, 0)
-    for start in tqdm(range(0, len(scenes), 16), f"guidance {guidance}", mininterval=5):
-        chunk = scenes[start : start + 16]
-        drawn = pipeline(
-            [images.caption(s) for s in chunk],
-            num_inference_steps=20,
-            guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(start + i) for i in range(len(chunk))],
-            output_type="np",
-        ).images
-        out = judge(torch.from_numpy(drawn).permute(0, 3, 1, 2) * 2 - 1)
-        for q, n in num_right(out, answers_of(chunk)).items():
-            right[q] += n
-    return {q: round(n / len(scenes), 3) for q, n in right.items()}
+    scenes = [images.random_scene(random.Random(2 * 10**9 + i)) for i in range(count)]
+    drawn = generate(pipeline, [images.caption(scene) for scene in scenes], guidance)
+    out = judge(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() * 2 - 1)
+    wanted = numbers_of(scenes)
+    score = share_right(out, wanted)
+    plain = torch.tensor([scene.background in images.PLAIN_BACKGROUNDS for scene in scenes])
+    among = {q: torch.where(plain, w, -100) for q, w in wanted.items()}
+    return score | {"plain background": share_right(out, among)["background"]}
+
+
+def named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    return name, Path(folder)
 
 
 def main() -> None:
     p = parser()
     p.add_argument("--prompts", type=int, default=256)
+    p.add_argument(
+        "--unseen", type=named_folder, action="append", default=[], metavar="NAME=FOLDER"
+    )
     args = p.parse_args()
     torch.set_num_threads(args.threads)
-    judge, on_drawings = train_judge(args)
     off = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32, **off)
-    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
-    pipeline.set_progress_bar_config(disable=True)
-    scenes = [scene_of(10**9 + i) for i in range(args.prompts)]
-    score = {"judge on unseen drawings": on_drawings, "prompts": len(scenes)}
-    for guidance in GUIDANCE:
-        score[f"guidance {guidance:g}"] = judged(judge, pipeline, scenes, guidance)
-        print(score, flush=True)
+    score: dict[str, object] = {"round trip": score_vae(pipeline, dict(args.unseen))}
+    print(score, flush=True)
+    judge, on_drawings = train_judge(args)
+    score |= {"judge on unseen drawings": on_drawings, "prompts": args.prompts}
+    print(on_drawings, flush=True)
+    score[f"guidance {GUIDANCE:g}"] = score_unet(pipeline, judge, args.prompts, GUIDANCE)
+    print(score, flush=True)
     path = args.out / "training.json"
     record = json.loads(path.read_text()) | {"score": score}
     path.write_text(json.dumps(record, indent=1) + "\n")

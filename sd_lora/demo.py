@@ -5,7 +5,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +17,10 @@ from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.features import load_features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import PromptImages, Score, score
+from sd_lora.sampling.score import SETS, PromptImages, Prompts, Score, Taught, score
 from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
@@ -65,14 +65,23 @@ STEPS = 20
 """Sampler steps of the demo's images."""
 
 FIRST_SEEDS = {SUBJECT: 0, CLASS: 100, UNRELATED: 200}
+SET_SEEDS = 1000
+"""From a prompt's seed in one set of images to its seed in the next."""
+
+PROMPTS = Prompts(SUBJECT, CLASS, UNRELATED)
 
 
-def draw(parts: Parts, resolution: int, guidance_scale: float) -> PromptImages:
+def draw_sets(parts: Parts, resolution: int, guidance_scale: float) -> list[PromptImages]:
+    """SETS sets of images of all prompts, each image with its own seed."""
+    return [draw(parts, resolution, guidance_scale, SET_SEEDS * i) for i in range(SETS)]
+
+
+def draw(parts: Parts, resolution: int, guidance_scale: float, seeds_from: int = 0) -> PromptImages:
     """Images of all prompts, each with its own seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def images(prompts: tuple[str, ...]) -> list[Image.Image]:
-        first = FIRST_SEEDS[prompts]
+        first = FIRST_SEEDS[prompts] + seeds_from
         drawn = sample(
             parts,
             parts.caption_encoder(),
@@ -126,31 +135,38 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
     return TrainConfig(**(values | changes))
 
 
+def taught(config: TrainConfig, sample_data: Path) -> Taught:
+    """The images that a run of `demo_config` is trained on, and the subject's held-out images."""
+    folders = Path(str(config.instance_data_dir)), sample_data / "dreambooth" / "holdout"
+    training, held_out = ([Image.open(p) for p in sorted(f.glob("*.png"))] for f in folders)
+    return Taught(training, held_out)
+
+
 def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Sheet]:
     """Score of an exported LoRA file, and the sheet of images before and after.
 
     The file is loaded into a fresh base model, as its users do.
     """
-    base = config.base_model
+    base, images = config.base_model, taught(config, sample_data)
     guidance, side = config.validation_guidance_scale, int(config.resolution or 64)
-    before = draw(bare := load_parts(base), side, guidance)
+    before = draw_sets(load_parts(base), side, guidance)
     tuned = load_parts(base)
     load_adapter(tuned.models, lora)
-    after = draw(tuned, side, guidance)
-    held_out = [Image.open(p) for p in sorted((sample_data / "dreambooth/holdout").glob("*.png"))]
-    result = score(bare, before, after, held_out, torch.device("cpu"))
+    after = draw_sets(tuned, side, guidance)
+    features = load_features(sample_data / "encoder")
+    result = score(features, images, PROMPTS, before, after)
 
     def row(p: PromptImages) -> list[Image.Image]:
         return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
 
-    real = [Image.open(p) for p in sorted(Path(str(config.instance_data_dir)).glob("*.png"))[:8]]
+    real = list(images.training[:8])
     shown = columns(config, ((SUBJECT, 4), (CLASS, 1), (UNRELATED, 3)))
     labels = [
         "the subject: the images that were trained on",
         "before: the base model, which has never seen it",
         f"after {config.max_train_steps} steps of LoRA: attention + convolutions + text encoder",
     ]
-    return result, Sheet([real, row(before), row(after)], labels, shown, side=160)
+    return result, Sheet([real, row(before[0]), row(after[0])], labels, shown, side=160)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -172,8 +188,7 @@ def main(argv: Sequence[str]) -> None:
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)
     sheet.write(folder / "before_after.png")
-    numbers = asdict(outcome) | {"margin": outcome.margin, "learned": outcome.learned}
-    write_whole(folder / SCORE, (json.dumps(numbers, indent=2) + "\n").encode())
+    write_whole(folder / SCORE, (json.dumps(outcome.numbers(), indent=2) + "\n").encode())
     print(outcome.text())
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "

@@ -17,17 +17,18 @@ from sd_lora.demo import demo_config, evaluate, find_sample_data
 pytestmark = pytest.mark.slow
 
 
-def test_a_short_demo_learns_the_subject(tmp_path: Path) -> None:
-    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws images far
-    nearer to the held-out ones than the base's (0.60 of the way when this was written), and what
-    other prompts draw stays what it was in the main."""
+def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws images
+    nearer to the held-out ones than the base's, none a copy, and other prompts are followed nearly
+    as before. Ten steps of the sampler in place of twenty: three sets of images take time."""
+    monkeypatch.setattr("sd_lora.demo.STEPS", 10)
     sample_data = find_sample_data()
     config = demo_config(sample_data, str(tmp_path / "out"), max_train_steps=350)
     result = sd_lora.train(config)
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
-    assert outcome.margin > 0.5
-    assert outcome.learned > 0.5
-    assert outcome.unrelated_drift < 0.2
+    assert outcome.fidelity.mean > 0.2
+    assert outcome.copies.mean == 0
+    assert outcome.harm.mean < 0.2
     assert sheet.draw().width > 1000
 
 
@@ -36,12 +37,14 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     import sd_lora.demo as demo
 
     short = demo.demo_config
+    monkeypatch.setattr(demo, "STEPS", 2)
     monkeypatch.setattr(
         demo, "demo_config", lambda folder, out: short(folder, out, max_train_steps=3)
     )
     assert main(["demo", "--output_dir", str(tmp_path / "demo")]) == 0
     out = capsys.readouterr().out
-    assert "subject:" in out
+    assert "fidelity:" in out
+    assert "Not seen:" in out
     command = shlex.split(re.search(r"next, on your own images.*\n +(.*)", out)[1])
     assert command[:4] == [sys.executable, "-m", "sd_lora", "train"]
     assert parse(command[4:]).instance_prompt == "a photo of sks dog"
@@ -50,10 +53,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         "before_after.png", "demo_kohya.safetensors", "pytorch_lora_weights.safetensors",
         "score.json",
     } <= names  # fmt: skip
-    assert json.loads((tmp_path / "demo" / "score.json").read_text()).keys() >= {
-        "margin",
-        "learned",
-    }
+    numbers = json.loads((tmp_path / "demo" / "score.json").read_text())
+    assert numbers["fidelity"].keys() == {"mean", "low", "high", "values"}
+    assert len(numbers["fidelity"]["values"]) == 3
     with Image.open(tmp_path / "demo" / "before_after.png") as sheet:
         assert sheet.height > 500
 

@@ -1,140 +1,89 @@
-"""The score of learning: how well a LoRA draws its subject, and how far everything else drifts.
+"""The score of learning: fidelity, copies, prompts followed, leak and harm, each with an interval.
 
-Images are compared patch by patch in the latents of the base model's own VAE: every Stable
-Diffusion model has one, nothing is downloaded, and equal images give equal numbers. A subject's
-distinctive patches are those of its held-out images far from every image of the base model and near
-to the subject's other images (novelty as the distance to the nearest patch of a memory bank: Roth
-et al. 2022, "Towards Total Recall in Industrial Anomaly Detection", section 3); backgrounds, known
-or not, do not count. The score is the distance from the LoRA's images to the distinctive patches,
-anywhere in the image.
+- *Fidelity*: how near the LoRA's images are to real, held-out images of the subject: their mean
+  likeness, for a model from disk the cosine of embeddings (Ruiz et al. 2023, "DreamBooth", section
+  4.1), 0 at the base model's images and 1 at real ones. It sees shape, colours and arrangement.
+- *Copies*: images that repeat a training image pixel by pixel, whatever was asked. They are near to
+  the subject, so fidelity alone cannot tell them.
+- *Prompts followed* by the subject's images: background and number.
+- *Leak*: how far images of the class and of unrelated prompts have moved towards the subject.
+- *Harm*: how much less images of the class and of unrelated prompts follow their prompts. A change
+  that keeps to the prompt is no harm.
+
+Every number is computed for several sets of images, each drawn from seeds of its own, and has an
+interval over the sets. A `Judge` embeds what stays the same from one LoRA, or checkpoint, to the
+next: the real images and the base model's.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from sd_lora.models.load import Parts
+from sd_lora.sampling.features import Features
 
-GRID, PATCH = 16, 2
-"""An image's latents are pooled to GRID × GRID; a patch is PATCH × PATCH of them, 1/8 of a side.
-Measured on drawn subjects: with PATCH 1 only colours count, and 3 is no better than 2."""
+COPY, COPY_SIDE = 0.04, 32
+"""An image is a copy if, at COPY_SIDE × COPY_SIDE pixels, its mean difference from a training image
+or its mirror image is below COPY, of the range 0 to 1. Measured on the drawn subjects: held-out
+images are at 0.06 to 0.24, a training image after the embedded VAE's round trip at 0.02."""
 
-DISTINCTIVE = 0.2
-"""Distinctive patches of a held-out image, as a fraction of all."""
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+"""Student's t for a two-sided interval of 95 %, of 1 to 10 degrees of freedom."""
 
+SETS = 3
+"""Sets of images whose interval is narrow enough to tell anything; one set has no interval."""
 
-@torch.no_grad()
-def latent_patches(base: Parts, images: Sequence[Image.Image], device: torch.device) -> Tensor:
-    """Latent patches of N images, (N, P, D): P = (GRID - PATCH + 1)², D = C·PATCH².
-
-    Args:
-        base: the base model; its VAE is used.
-        images: of one size, with sides that the VAE can encode.
-        device: where to compute; the result is on the CPU.
-    """
-    pixels = [torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]
-    x = (torch.stack(pixels).float() / 127.5 - 1).to(device)
-    vae = base.vae.to(device)
-    x0 = vae.encode(x.to(vae.dtype)).latent_dist.mean.float() * vae.config.scaling_factor
-    x0 = F.adaptive_avg_pool2d(x0, min(GRID, *x0.shape[2:])).cpu()
-    return F.unfold(x0, PATCH).transpose(1, 2)
-
-
-def nearest_distances(a: Tensor, b: Tensor) -> Tensor:
-    """Distances (P,) from each patch of a (P, D) to its nearest patch of b (Q, D)."""
-    # the matrix-product shortcut loses digits where patches are alike, and these decide the score
-    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min(1).values
-
-
-def distinctive_patches(image: Tensor, others: Tensor, known: Tensor) -> Tensor:
-    """Patches distinctive of an image's subject: a fraction DISTINCTIVE of them, at least one.
-
-    They have the largest difference between the distance to `known` and the distance to `others`.
-
-    Args:
-        image: all patches of the image (P, D).
-        others: patches of the subject's other images (R, D).
-        known: patches of images without the subject (Q, D).
-    """
-    contrast = nearest_distances(image, known) - nearest_distances(image, others)
-    return image[contrast.argsort(descending=True)[: max(1, round(DISTINCTIVE * len(image)))]]
-
-
-def subject_distance(distinctive: Sequence[Tensor], images: Tensor, *, same: bool = False) -> float:
-    """Mean distance from a subject's distinctive patches to an image's nearest patches.
-
-    Args:
-        distinctive: the distinctive patches of each held-out image.
-        images: the patches of N images (N, P, D); the mean is over all pairs.
-        same: `images` are the held-out images themselves, and none is compared with itself.
-    """
-    distances = [
-        nearest_distances(subject, image).mean()
-        for i, subject in enumerate(distinctive)
-        for j, image in enumerate(images)
-        if not (same and i == j)
-    ]
-    return float(torch.stack(distances).mean())
-
-
-def pixel_drift(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> float:
-    """Mean absolute difference of pixels, in [0, 1], between images of equal prompts and seeds."""
-    differences = [
-        np.abs(np.asarray(b, dtype=np.float32) - np.asarray(a, dtype=np.float32)).mean() / 255
-        for b, a in zip(before, after, strict=True)
-    ]
-    return float(np.mean(differences))
+ABOUT_SUBJECT = ("background", "count")
+"""Questions about the subject's images: its thing and colours are learned, not asked for."""
 
 
 @dataclass(frozen=True)
-class Score:
-    """Distances to the subject before and after training, and the drift of other prompts.
+class Interval:
+    """A number measured on several sets of images: its mean, and the mean's 95 % interval
+    (Student's t)."""
 
-    before, after: distance of the base model's and of the LoRA's images to the subject.
-    held_out: distance of the subject's held-out images to each other; a perfect LoRA reaches it.
-    class_drift, unrelated_drift: mean difference of pixels, in [0, 1], for prompts of the class and
-        for prompts of other things. 0 is best.
-    """
-
-    before: float
-    after: float
-    held_out: float
-    class_drift: float
-    unrelated_drift: float
+    values: tuple[float, ...]
 
     @property
-    def margin(self) -> float:
-        """Distance to the subject gained by the LoRA."""
-        return self.before - self.after
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
 
     @property
-    def learned(self) -> float:
-        """Fraction of the way from the base model to real images of the subject: 1 is all of it."""
-        return self.margin / (self.before - self.held_out)
+    def half(self) -> float:
+        """Half the interval's width; infinite for one value."""
+        df = len(self.values) - 1
+        if df < 1:
+            return math.inf
+        t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
+        return t * float(np.std(self.values, ddof=1)) / math.sqrt(df + 1)
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half
 
     def text(self) -> str:
-        """Two lines for a terminal."""
-        return (
-            f"  subject: {self.learned:.0%} of the way from the base's images to real ones "
-            f"(distance {self.before:.2f} → {self.after:.2f}, a margin of {self.margin:.2f}; "
-            f"real to real {self.held_out:.2f})\n"
-            f"  drift: class {self.class_drift:.3f}, unrelated prompts {self.unrelated_drift:.3f} "
-            "(mean change of a pixel, 0 to 1)"
-        )
+        """Percent: "87 % ± 4"; "87 %" of one value."""
+        if math.isnan(self.mean):
+            return "not told"
+        around = f" ± {100 * self.half:.0f}" if math.isfinite(self.half) else ""
+        return f"{100 * self.mean:.0f} %{around}"
 
 
 @dataclass(frozen=True)
 class PromptImages:
-    """Images of one model, for three sets of prompts. Two models are compared at equal seeds.
+    """Images of one model, for three sets of prompts, drawn from one set of seeds.
 
-    subject: prompts with the subject.
-    of_class: prompts with the subject's class.
-    unrelated: prompts of other things.
+    subject: prompts with the subject, or in the style.
+    of_class: prompts with the subject's class, or without the style's word; there may be none.
+    unrelated: prompts of other things; there may be none.
     """
 
     subject: Sequence[Image.Image]
@@ -142,35 +91,247 @@ class PromptImages:
     unrelated: Sequence[Image.Image]
 
 
-def score(
-    base: Parts,
-    before: PromptImages,
-    after: PromptImages,
-    held_out: Sequence[Image.Image],
-    device: torch.device,
-) -> Score:
-    """Score of a LoRA.
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of PromptImages, one an image."""
+
+    subject: Sequence[str]
+    of_class: Sequence[str]
+    unrelated: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a LoRA was to learn, as images.
+
+    training: the images that it was trained on.
+    held_out: real images that it was not trained on, on different backgrounds.
+    kind: "subject" or "style".
+    """
+
+    training: Sequence[Image.Image]
+    held_out: Sequence[Image.Image] = ()
+    kind: str = "subject"
+
+    @property
+    def real(self) -> Sequence[Image.Image]:
+        """The held-out images; the training images where there are none."""
+        return self.held_out or self.training
+
+
+@dataclass(frozen=True)
+class Score:
+    """Everything in parts of 1, each an interval over the sets of images.
+
+    fidelity: 0 at the base model's images, 1 at real ones.
+    copies: share of the subject's images that copy a training image.
+    followed: how well the subject's images show the background and number asked for.
+    class_leak, unrelated_leak: way of these images towards the subject, below 0 where they moved
+        away; base_leak: the same among the base model's own images of the same prompts.
+    harm: what the images of other prompts show less of their prompts than the base model's;
+        followed_before: what the base model's show.
+    blind: differences that the features do not see.
+    """
+
+    fidelity: Interval
+    copies: Interval
+    followed: Interval
+    class_leak: Interval
+    unrelated_leak: Interval
+    base_leak: Interval
+    harm: Interval
+    followed_before: Interval
+    blind: str
+
+    def text(self) -> str:
+        """Lines for a terminal."""
+        sets = len(self.fidelity.values)
+        over = f"each over {sets} sets of seeds, ± half of the 95 % interval"
+        if sets == 1:
+            over = "one set of seeds: no interval"
+        copies = f"  copies: {100 * self.copies.mean:.0f} % of the images repeat a training image"
+        lines = [
+            f"  fidelity: {self.fidelity.text()} (0 % the base's images, 100 % real ones)",
+            f"{copies}; their fidelity says nothing" if self.copies.mean > 0 else f"{copies}",
+            f"  prompts: background and number as asked, {self.followed.text()}",
+            f"  leak: class {self.class_leak.text()}, unrelated {self.unrelated_leak.text()} of "
+            f"the way to the subject (the base's own images: {self.base_leak.text()})",
+            f"  harm: other prompts followed {self.harm.text()} less than by the base "
+            f"({self.followed_before.text()})",
+            f"  {over}. Not seen: {self.blind}",
+        ]
+        return "\n".join(lines)
+
+    def numbers(self) -> dict[str, dict[str, float | None | tuple[float | None, ...]]]:
+        """Name → mean, low, high and the values of all sets, for a file; None where not known."""
+
+        def known(value: float) -> float | None:
+            return value if math.isfinite(value) else None
+
+        return {
+            name: {
+                "mean": known(i.mean),
+                "low": known(i.low),
+                "high": known(i.high),
+                "values": tuple(map(known, i.values)),
+            }
+            for name, i in vars(self).items()
+            if isinstance(i, Interval)
+        }
+
+
+def copied(image: Image.Image, training: Sequence[Image.Image]) -> bool:
+    """Does the image repeat a training image, or its mirror image, pixel by pixel?"""
+
+    def small(one: Image.Image) -> np.ndarray:
+        fitted = ImageOps.fit(one.convert("RGB"), image.size)
+        return np.asarray(fitted.resize((COPY_SIDE,) * 2, Image.Resampling.BOX), np.float32) / 255
+
+    mine = small(image)
+    return any(
+        np.abs(mine - other).mean() < COPY
+        for known in training
+        for other in (small(known), small(known)[:, ::-1])
+    )
+
+
+def moved(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
+    """Part of the way from `start` to `end` at `now`, elementwise; below 0 if it moved away."""
+    return (now - start) / (end - start).clamp(min=1e-6)
+
+
+def way(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
+    """The same, kept within 0 and 1."""
+    return moved(start, now, end).clamp(0, 1)
+
+
+class Scale:
+    """Nearness of images to the subject, and its level at real images.
+
+    Nearness is the mean likeness to all real images; a negative one counts as 0, as far as can be,
+    so that a change from one foreign thing to another is no step towards the subject.
+    """
+
+    def __init__(self, features: Features, taught: Taught) -> None:
+        self.embed = {"subject": features.subject, "style": features.style}[taught.kind]
+        self.real = self.embed(taught.real)
+        n = len(taught.real)
+        like = self.real.likeness(self.real).clamp(min=0)
+        # a single image's level is its likeness to itself
+        self.level = (like.sum() - like.trace()) / (n * (n - 1)) if n > 1 else like[0, 0]
+
+    def nearness(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N,), of N images."""
+        if not images:
+            return torch.empty(0)
+        return self.embed(images).likeness(self.real).clamp(min=0).mean(1)
+
+
+def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:
+    """Mean way of images towards the subject; `base`: nearness of the base's images (sets, N).
+
+    An image that moved away counts against the others, so that noise does not add up to a leak.
+    """
+    return float(moved(base.mean(0), scale.nearness(images), scale.level).clamp(max=1).mean())
+
+
+def base_leak(scale: Scale, base: Tensor) -> list[float]:
+    """The same of each set of the base's own images, measured from its other sets; NaN of one
+    set."""
+    sets = range(len(base))
+    others = [base[[j for j in sets if j != i]].mean(0) for i in sets]
+    return [
+        float(moved(o, b, scale.level).clamp(max=1).mean())
+        for o, b in zip(others, base, strict=True)
+    ]
+
+
+class Judge:
+    """Scores LoRAs, or checkpoints of one, by the same prompts and seeds.
 
     Args:
-        base: the base model; its VAE is used.
-        before, after: images of the base model and of the LoRA.
-        held_out: two or more real images of the subject, unseen in training, of the same size, on
-            different backgrounds.
-        device: where to compute.
+        features: of `load_features`.
+        taught: training and held-out images.
+        prompts: of the images, in their order.
+        before: sets of the base model's images, SETS or more for a useful interval.
+
+    Raises:
+        ValueError: no set of images, no real image, no prompt with the subject, or a set that has
+            not one image a prompt.
     """
-    known = latent_patches(base, [*before.subject, *before.of_class, *before.unrelated], device)
-    real, drawn_before, drawn_after = (
-        latent_patches(base, images, device) for images in (held_out, before.subject, after.subject)
-    )
-    others = [torch.cat([r for j, r in enumerate(real) if j != i]) for i in range(len(real))]
-    distinctive = [
-        distinctive_patches(image, rest, known.flatten(0, 1))
-        for image, rest in zip(real, others, strict=True)
-    ]
-    return Score(
-        before=subject_distance(distinctive, drawn_before),
-        after=subject_distance(distinctive, drawn_after),
-        held_out=subject_distance(distinctive, real, same=True),
-        class_drift=pixel_drift(before.of_class, after.of_class),
-        unrelated_drift=pixel_drift(before.unrelated, after.unrelated),
-    )
+
+    def __init__(
+        self, features: Features, taught: Taught, prompts: Prompts, before: Sequence[PromptImages]
+    ) -> None:
+        self.features, self.taught, self.prompts = features, taught, prompts
+        if not taught.real:
+            raise ValueError("no image of what was taught: give training or held-out images")
+        if not prompts.subject:
+            raise ValueError("no prompt with the subject: fidelity is measured by their images")
+        self._check(before)
+        self.scale = scale = Scale(features, taught)
+        self.start = torch.stack([scale.nearness(s.subject) for s in before]).mean()
+        self.near_class = torch.stack([scale.nearness(s.of_class) for s in before])
+        self.near_unrelated = torch.stack([scale.nearness(s.unrelated) for s in before])
+        self.followed_before = [self._others_followed(s) for s in before]
+
+    def _check(self, sets: Sequence[PromptImages]) -> None:
+        if not sets:
+            raise ValueError("no set of images: one or more is needed, each from its own seeds")
+        for i, one in enumerate(sets):
+            for kind, asked in vars(self.prompts).items():
+                found = len(getattr(one, kind))
+                if found != len(asked):
+                    raise ValueError(
+                        f"set {i + 1} has {found} images for {len(asked)} prompts of "
+                        f"`{kind}`: one a prompt is needed"
+                    )
+
+    def _others_followed(self, s: PromptImages) -> float:
+        others = [*self.prompts.of_class, *self.prompts.unrelated]
+        images = [*s.of_class, *s.unrelated]
+        return float(self.features.follows(images, others).nanmean()) if others else math.nan
+
+    def fidelity(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N,): fidelity of each of N images of the subject."""
+        return way(self.start, self.scale.nearness(images), self.scale.level)
+
+    def _followed(self, s: PromptImages) -> float:
+        asked = self.features.follows(s.subject, self.prompts.subject, ABOUT_SUBJECT)
+        return float(asked.nanmean())
+
+    def _copies(self, s: PromptImages) -> float:
+        return sum(copied(image, self.taught.training) for image in s.subject) / len(s.subject)
+
+    def score(self, after: Sequence[PromptImages]) -> Score:
+        """Score of a LoRA's images, one prompt and seed at one place of `before` and `after`."""
+        self._check(after)
+        was, scale = self.followed_before, self.scale
+        if len(after) != len(was):
+            raise ValueError(f"{len(was)} sets of images before and {len(after)} after: as many")
+        now = map(self._others_followed, after)
+        own = [base_leak(scale, base) for base in (self.near_class, self.near_unrelated)]
+        return Score(
+            fidelity=Interval(tuple(float(self.fidelity(s.subject).mean()) for s in after)),
+            copies=Interval(tuple(map(self._copies, after))),
+            followed=Interval(tuple(map(self._followed, after))),
+            class_leak=Interval(tuple(leaks(scale, self.near_class, s.of_class) for s in after)),
+            unrelated_leak=Interval(
+                tuple(leaks(scale, self.near_unrelated, s.unrelated) for s in after)
+            ),
+            base_leak=Interval(tuple(torch.tensor(own).nanmean(0).tolist())),
+            harm=Interval(tuple(w - n for w, n in zip(was, now, strict=True))),
+            followed_before=Interval(tuple(was)),
+            blind=self.features.blind,
+        )
+
+
+def score(
+    features: Features,
+    taught: Taught,
+    prompts: Prompts,
+    before: Sequence[PromptImages],
+    after: Sequence[PromptImages],
+) -> Score:
+    """Score of one LoRA: see `Judge`."""
+    return Judge(features, taught, prompts, before).score(after)

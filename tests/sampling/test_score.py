@@ -1,98 +1,139 @@
-"""The score of learning: its arithmetic in closed form, and its agreement with the eye."""
+"""The score of learning: its arithmetic in closed form; sampling equals the pipeline's."""
 
-import random
-import sys
+import math
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
 
-from sd_lora.models.load import Parts, load_parts
+from sd_lora.models.load import load_parts
+from sd_lora.sampling.features import Vectors
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import (
-    PromptImages,
-    Score,
-    distinctive_patches,
-    latent_patches,
-    nearest_distances,
-    pixel_drift,
-    score,
-    subject_distance,
-)
+from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, copied, score
 from tests.tiny import pipeline_of
 
 CPU = torch.device("cpu")
+SIZE = (64, 64)
 
 
-@pytest.fixture(scope="module")
-def base() -> Parts:
-    return load_parts(str(Path(__file__).parents[2] / "sample_data/tiny-sd"))
+class Colours:
+    """Features in closed form: an image's embedding is its mean colour; it follows its prompt as
+    far as that colour's red is the number that the prompt says."""
+
+    name, blind = "colours", "shapes"
+
+    def subject(self, images: Sequence[Image.Image]) -> Vectors:
+        means = [np.asarray(i, dtype=np.float32).mean((0, 1)) for i in images]
+        return Vectors(F.normalize(torch.from_numpy(np.stack(means))))
+
+    style = subject
+
+    def follows(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
+    ) -> Tensor:
+        red = torch.tensor([float(np.asarray(i)[..., 0].mean()) for i in images])
+        return 1 - (red - torch.tensor([float(p) for p in prompts])).abs() / 255
 
 
-def images_of(folder: Path) -> list[Image.Image]:
-    return [Image.open(p).convert("RGB") for p in sorted(folder.glob("*.png"))]
+def plain(*colour: int) -> Image.Image:
+    return Image.new("RGB", SIZE, colour)
 
 
-def test_distances_and_drift_in_closed_form() -> None:
-    """Nearest distances, distinctive patches and means on numbers that can be checked by hand."""
-    known = torch.tensor([[0.0, 0.0], [10.0, 0.0]])
-    image = torch.tensor([[0.0, 1.0], [10.0, 3.0], [5.0, 0.0], [0.0, 0.0], [10.0, 0.0]])
-    assert nearest_distances(image, known).tolist() == [1.0, 3.0, 5.0, 0.0, 0.0]
-    others = torch.tensor([[5.0, 1.0], [10.0, 3.0]])  # distances 5, 0, 1, …; a fifth of five counts
-    assert distinctive_patches(image, others, known).tolist() == [[5.0, 0.0]]  # 5 - 1
-    drawn = torch.tensor([[[5.0, 2.0], [9.0, 9.0]], [[5.0, 0.0], [1.0, 1.0]]])
-    particular = [torch.tensor([[5.0, 0.0]]), torch.tensor([[9.0, 9.0]])]
-    assert subject_distance(particular[:1], drawn) == pytest.approx((2 + 0) / 2)
-    assert subject_distance(particular, drawn, same=True) == pytest.approx((0 + 0) / 2)
-    black, grey = Image.new("RGB", (4, 4)), Image.new("RGB", (4, 4), (51, 51, 51))
-    assert pixel_drift([black, black], [black, grey]) == pytest.approx(0.1)
-    result = Score(before=0.6, after=0.3, held_out=0.1, class_drift=0.0, unrelated_drift=0.0)
-    assert result.learned == pytest.approx(0.6)
-    assert result.margin == pytest.approx(0.3)
+RED, GREEN, YELLOW = plain(255, 0, 0), plain(0, 255, 0), plain(255, 255, 0)
 
 
-def test_patches_do_not_depend_on_place(base: Parts, root: Path) -> None:
-    """(N, 225, 16) patches of 16×16 latents with 4 channels, the same each time; an image is at
-    distance 0 from itself in any order of its patches."""
-    mascots = images_of(root / "sample_data/dreambooth/instance")[:2]
-    first = latent_patches(base, mascots, CPU)
-    assert first.shape == (2, 15 * 15, 4 * 2 * 2)
-    torch.randn(100)
-    assert torch.equal(latent_patches(base, mascots, CPU), first)
-    shuffled = first[:, torch.randperm(225)]
-    assert subject_distance(list(first), shuffled[:1]) == subject_distance(list(first), first[:1])
-    assert subject_distance([first[0]], shuffled[:1]) == 0
+def test_an_interval_is_students() -> None:
+    """Mean ± t·s/√n by hand: of 0.8, 0.9, 1.0, s is 0.1 and t of two degrees of freedom 4.303."""
+    interval = Interval((0.8, 0.9, 1.0))
+    assert interval.mean == pytest.approx(0.9)
+    assert interval.high - 0.9 == pytest.approx(4.303 * 0.1 / math.sqrt(3))
+    assert interval.low + interval.high == pytest.approx(1.8)
+    assert interval.text() == "90 % ± 25"
+    assert Interval((0.5,)).half == math.inf
+    assert (Interval((0.5,)).text(), Interval((math.nan,)).text()) == ("50 %", "not told")
+    assert Interval(tuple(range(31))).half == pytest.approx(
+        2.042 * math.sqrt(31 * 32 / 12) / math.sqrt(31), rel=3e-3
+    )
 
 
-def test_the_score_sees_the_subject(base: Parts, root: Path) -> None:
-    """Real images of the subject, in place of a LoRA's, score about 1; striped orange monsters stay
-    far below, and the base model's own images score 0."""
-    sys.path.insert(0, str(root / "dev"))
-    import images as drawing
+def test_a_copy_is_a_training_image_at_its_place() -> None:
+    """An image, its mirror image and a slightly noised one are copies; moved by six pixels, or on
+    another ground, it is none."""
+    ramp = Image.linear_gradient("L").resize(SIZE).rotate(90).convert("RGB")
+    shape = ramp.copy()
+    shape.paste((200, 30, 90), (10, 20, 40, 60))
+    training = [GREEN, shape]
+    assert copied(shape, training)
+    assert copied(ImageOps.mirror(shape), training)
+    noise = np.random.default_rng(0).normal(0, 8, (64, 64, 3))
+    noised = (np.asarray(shape) + noise).clip(0, 255).astype(np.uint8)
+    assert copied(Image.fromarray(noised), training)
+    moved = ramp.copy()
+    moved.paste((200, 30, 90), (16, 14, 46, 54))
+    assert not copied(moved, training)
+    assert not copied(Image.composite(YELLOW, shape, ramp.convert("L")), training)
 
-    rng = random.Random(5)
-    scenes = [drawing.random_scene(rng) for _ in range(400)]
-    monsters = [drawing.draw(s) for s in scenes if s.thing == "monster"][:8]
-    orange = [
-        drawing.draw(
-            drawing.Scene("monster", "orange", "striped", "black", "big", body="round",
-                          background=place, seed=i)
-        )
-        for i, place in enumerate(drawing.BACKGROUNDS[:8])
-    ]  # fmt: skip
-    things = [drawing.draw(s) for s in scenes if s.thing != "monster"][:16]
-    real = images_of(root / "sample_data/dreambooth/holdout")
-    instance = images_of(root / "sample_data/dreambooth/instance")
 
-    def learned(after: list[Image.Image]) -> float:
-        before = PromptImages(monsters, monsters, things)
-        return score(base, before, PromptImages(after, monsters, things), real, CPU).learned
+def test_the_score_in_closed_form() -> None:
+    """With mean colours for features and red for the subject, all numbers can be written down: the
+    base draws green (cosine 0 to red) and the LoRA yellow (1/√2), red or a copy."""
+    prompts = Prompts(["255"] * 2, ["0"] * 2, ["0"])
+    before = [PromptImages([GREEN] * 2, [GREEN] * 2, [GREEN])] * 3
+    after = [
+        PromptImages([YELLOW, YELLOW], [GREEN, GREEN], [GREEN]),
+        PromptImages([YELLOW, RED], [YELLOW, GREEN], [GREEN]),
+        PromptImages([RED, RED], [GREEN, RED], [GREEN]),
+    ]
+    taught = Taught([plain(255, 255, 255), RED], [plain(250, 0, 0), plain(200, 0, 0)])
+    result = score(Colours(), taught, prompts, before, after)
+    half = 1 / math.sqrt(2)
+    assert result.fidelity.values == pytest.approx((half, (1 + half) / 2, 1))
+    assert result.copies.values == (0, 0.5, 1)
+    assert result.followed.values == pytest.approx((1, 1, 1))
+    assert result.class_leak.values == pytest.approx((0, half / 2, 0.5))
+    assert result.unrelated_leak.values == result.base_leak.values == (0, 0, 0)
+    # one of three images is red, and its prompt asks for none
+    assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
+    assert result.followed_before.values == (1, 1, 1)
+    assert "copies: 50 % of the images repeat a training image" in result.text()
+    assert result.numbers()["copies"]["mean"] == 0.5
 
-    assert learned(instance) > 0.9
-    assert learned(orange) < 0.35
-    assert learned(monsters) == 0
+
+def test_a_judge_of_one_set_and_of_the_subject_alone() -> None:
+    """Without held-out images the training images are the reference, one image's level being its
+    likeness to itself; without other prompts leak and harm are not told; one set has no interval.
+    The same judge scores one checkpoint after the other."""
+    judge = Judge(
+        Colours(), Taught([RED]), Prompts(["255"], [], []), [PromptImages([GREEN], [], [])]
+    )
+    first, second = (judge.score([PromptImages([image], [], [])]) for image in (YELLOW, RED))
+    assert first.fidelity.values == pytest.approx((1 / math.sqrt(2),))
+    assert (second.fidelity.values, second.copies.values) == ((1,), (1,))
+    assert math.isnan(first.class_leak.mean + first.harm.mean)
+    assert "leak: class not told" in first.text()
+    assert "no interval" in first.text()
+    assert first.numbers()["harm"]["mean"] is first.numbers()["fidelity"]["high"] is None
+    assert judge.fidelity([YELLOW, RED, GREEN]).tolist() == pytest.approx([1 / math.sqrt(2), 1, 0])
+
+
+def test_sets_that_do_not_fit_are_refused() -> None:
+    """The message says which set, how many images and how many prompts."""
+    prompts, one = Prompts(["255"], ["0"], []), PromptImages([RED], [GREEN], [])
+    with pytest.raises(ValueError, match="no set of images"):
+        Judge(Colours(), Taught([RED]), prompts, [])
+    with pytest.raises(ValueError, match="no prompt with the subject"):
+        Judge(Colours(), Taught([RED]), Prompts([], ["0"], []), [one])
+    with pytest.raises(ValueError, match="no image of what was taught"):
+        Judge(Colours(), Taught([]), prompts, [one])
+    with pytest.raises(ValueError, match="set 2 has 0 images for 1 prompts of `of_class`"):
+        Judge(Colours(), Taught([RED]), prompts, [one, PromptImages([RED], [], [])])
+    with pytest.raises(ValueError, match="1 sets of images before and 2 after"):
+        score(Colours(), Taught([RED]), prompts, [one], [one, one])
 
 
 def test_an_image_does_not_depend_on_its_batch(tiny_sd1: Path) -> None:

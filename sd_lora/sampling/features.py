@@ -1,0 +1,211 @@
+"""Features of images for the score: of the encoder of drawings, or of a model from disk.
+
+`load_features` opens either: the encoder that ships with the embedded base, or a folder of DINO,
+CLIP, SigLIP or another vision model of transformers, for photographs and real base models.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from sd_lora.errors import UsageError
+from sd_lora.sampling.comparison import Comparison
+from sd_lora.sampling.drawing_encoder import OTHERS, SIDE, DrawingEncoder, load_encoder
+
+BATCH = 64
+"""Images a forward pass."""
+
+
+class Looks(Protocol):
+    """The look of N images, as features see it."""
+
+    def likeness(self, other: Any) -> Tensor:
+        """Likeness of each of these images to each of M others, (N, M), at most 1."""
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """Unit vectors (N, D), whose likeness is their cosine."""
+
+    of: Tensor
+
+    def likeness(self, other: "Vectors") -> Tensor:
+        return self.of @ other.of.T
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Subjects of drawings: embeddings (N, D), and layouts (N, LAYOUT, 11, 11).
+
+    The likeness is the mean of two opinions, the embeddings' cosine above OTHERS and the comparison
+    of layouts: the first ranks subjects that share little, the second sees a part too many.
+    """
+
+    vectors: Tensor
+    layouts: Tensor
+    comparison: Comparison
+
+    @torch.no_grad()
+    def likeness(self, other: "Drawn") -> Tensor:
+        cosine = self.vectors @ other.vectors.T
+        above = (cosine - OTHERS).clamp(min=0) / (1 - OTHERS)
+        return (above + self.comparison.likeness(self.layouts, other.layouts)) / 2
+
+
+class Features(Protocol):
+    """The look of images, and how well images follow their prompts.
+
+    name: of the model. blind: differences that it does not see, as a sentence's end.
+    """
+
+    name: str
+    blind: str
+
+    def subject(self, images: Sequence[Image.Image]) -> Looks:
+        """Looks that are alike for images of one subject."""
+
+    def style(self, images: Sequence[Image.Image]) -> Looks:
+        """Looks that are alike for images of one style."""
+
+    def follows(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
+    ) -> Tensor:
+        """How well each image shows its prompt, (N,), from 0 to 1; NaN where it cannot be told.
+
+        about: names of the questions that count; all by default.
+        """
+
+
+class DrawingFeatures:
+    """The encoder of drawings: images of any size are reduced to 64×64."""
+
+    name = "encoder of drawings"
+    blind = (
+        "details below three pixels, mirrored images, and of a prompt all but the thing, its "
+        "colour, the background and the number"
+    )
+
+    def __init__(self, encoder: DrawingEncoder) -> None:
+        self.encoder = encoder.eval()
+
+    @torch.no_grad()
+    def _encoded(
+        self, images: Sequence[Image.Image]
+    ) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+        x = torch.stack([pixels(image, SIDE) for image in images])
+        return [self.encoder(part) for part in x.split(BATCH)]
+
+    @torch.no_grad()
+    def subject(self, images: Sequence[Image.Image]) -> Drawn:
+        layouts = torch.cat([layouts for layouts, _, _ in self._encoded(images)])
+        return Drawn(self.encoder.embedded(layouts), layouts, self.encoder.comparison)
+
+    def style(self, images: Sequence[Image.Image]) -> Vectors:
+        return Vectors(torch.cat([style for _, style, _ in self._encoded(images)]))
+
+    def follows(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
+    ) -> Tensor:
+        """Mean probability of the answers that the prompt names."""
+        parts = [answers for _, _, answers in self._encoded(images)]
+        logits = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        chances = {name: out.softmax(1) for name, out in logits.items()}
+        means = []
+        for i, prompt in enumerate(prompts):
+            asked = self.encoder.asked(prompt)
+            right = [chances[n][i, k] for n, k in asked.items() if not about or n in about]
+            means.append(torch.stack(right).mean() if right else torch.tensor(torch.nan))
+        return torch.stack(means)
+
+
+class ModelFeatures:
+    """A vision model of transformers: its pooled image embedding serves for subject and for style.
+
+    A model with a text encoder (CLIP, SigLIP) also tells how well images follow their prompts: the
+    probability, by its own logits, of the image's prompt among all those of the same call.
+    """
+
+    def __init__(self, model: Any, processor: Any, tokenizer: Any | None, name: str) -> None:
+        self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
+        self.name, self.device = name, model.device
+        unseen = "" if tokenizer else "whether prompts are followed (the model reads no text), "
+        self.blind = f"{unseen}where things stand, and differences that {name} was not trained on"
+
+    @torch.no_grad()
+    def subject(self, images: Sequence[Image.Image]) -> Vectors:
+        parts = []
+        rgb = [image.convert("RGB") for image in images]
+        for start in range(0, len(rgb), BATCH):
+            x = self.processor(images=rgb[start : start + BATCH], return_tensors="pt").pixel_values
+            x = x.to(self.device)
+            if hasattr(self.model, "get_image_features"):
+                out = self.model.get_image_features(pixel_values=x)
+            else:
+                out = self.model(pixel_values=x)
+            parts.append(F.normalize(pooled(out).float().cpu(), dim=1))
+        return Vectors(torch.cat(parts))
+
+    style = subject
+
+    @torch.no_grad()
+    def follows(
+        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
+    ) -> Tensor:
+        known = list(dict.fromkeys(prompts))
+        if self.tokenizer is None or len(known) == 1:  # there is no other prompt to tell it from
+            return torch.full((len(images),), torch.nan)
+        words = self.tokenizer(known, padding="max_length", truncation=True, return_tensors="pt")
+        words = words.to(self.device)
+        inputs = {"input_ids": words.input_ids, "attention_mask": words.get("attention_mask")}
+        text = F.normalize(pooled(self.model.get_text_features(**inputs)).float().cpu(), dim=1)
+        logits = self.model.logit_scale.exp().cpu() * self.subject(images).of @ text.T
+        own = torch.tensor([known.index(prompt) for prompt in prompts])
+        return logits.softmax(1)[torch.arange(len(images)), own]
+
+
+def pooled(out: Any) -> Tensor:
+    """The pooled embedding (B, D) of a model's output: the class token's where it has no pooler."""
+    if isinstance(out, Tensor):
+        return out
+    found = getattr(out, "pooler_output", None)
+    return (out.last_hidden_state[:, 0] if found is None else found).flatten(1)
+
+
+def pixels(image: Image.Image, side: int) -> Tensor:
+    """An image cut to a square and reduced or enlarged, (3, side, side) in [-1, 1]."""
+    square = ImageOps.fit(image.convert("RGB"), (side, side), Image.Resampling.BOX)
+    x = torch.frombuffer(bytearray(square.tobytes()), dtype=torch.uint8)
+    return x.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
+    """Features of the model in a folder: the encoder of drawings, or a model of transformers.
+
+    device: of a model of transformers; the encoder of drawings is small and stays on the CPU.
+
+    Raises:
+        UsageError: the folder holds neither.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise UsageError(
+            f"{folder} holds no config.json: give the folder of a vision model of transformers "
+            "(DINO, CLIP, SigLIP), as `save_pretrained` writes it"
+        )
+    if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "drawing_encoder":
+        return DrawingFeatures(load_encoder(folder))
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+    tokenizer = None
+    if hasattr(model, "get_text_features"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return ModelFeatures(model.to(device), processor, tokenizer, model.config.model_type)

@@ -1,0 +1,160 @@
+"""Features of images: the encoder of drawings, and vision models of transformers from disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    SiglipConfig,
+    SiglipModel,
+)
+
+from sd_lora.errors import UsageError
+from sd_lora.sampling.drawing_encoder import cut_out
+from sd_lora.sampling.features import DrawingFeatures, ModelFeatures, load_features
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def drawings() -> DrawingFeatures:
+    features = load_features(ROOT / "sample_data" / "encoder")
+    assert isinstance(features, DrawingFeatures)
+    return features
+
+
+@pytest.fixture
+def some() -> list[Image.Image]:
+    """Three images of noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (3, 96, 64, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
+
+
+def test_drawings_have_unit_vectors_each_for_itself(
+    drawings: DrawingFeatures, some: list[Image.Image]
+) -> None:
+    """Embeddings have length 1; likeness does not depend on the other images of the call, and is
+    the same for a mirrored image and the other way round."""
+    for embed in (lambda i: drawings.subject(i).vectors, lambda i: drawings.style(i).of):
+        together = embed(some)
+        torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
+        alone = torch.cat([embed([image]) for image in some])
+        torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
+    seen, one = drawings.subject(some), drawings.subject(some[1:2])
+    whole = seen.likeness(seen)
+    torch.testing.assert_close(whole, whole.T)
+    torch.testing.assert_close(whole[:, 1:2], seen.likeness(one), atol=1e-5, rtol=1e-4)
+
+
+def test_a_subject_of_few_pixels_is_cut_out_in_numbers() -> None:
+    """Wherever a mask of nine pixels is, and where there is none, the cut is finite, in bfloat16 as
+    the encoder is trained: there the variance of so few places, a difference of two means, is below
+    0 at some places."""
+    chance = F.max_pool2d(torch.eye(64 * 64).view(-1, 1, 64, 64)[::61], 3, 1, 1)
+    x = torch.ones(len(chance), 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(cut_out(x, chance)).all()
+        assert torch.isfinite(cut_out(x, torch.zeros_like(chance))).all()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "asked"),
+    [
+        ("a photo of a big sks monster on the grass", "monster, grass, a|an|one"),
+        ("a photo of a red monster with white spots in the snow", "monster, red, snow, a|an|one"),
+        ("a drawing of two small blue fish on a pink background", "fish, blue, pink, two"),
+        ("three pink houses at night", "house, pink, night, three"),
+        ("an orange cup on a white background, cartoon style", "cup, orange, white, a|an|one"),
+        ("vexa", ""),
+    ],
+)
+def test_a_prompt_asks_for_answers(drawings: DrawingFeatures, prompt: str, asked: str) -> None:
+    """The words of a prompt are found: thing, colour, background, number, in this order."""
+    encoder = drawings.encoder
+    found = encoder.asked(prompt)
+    words = [encoder.questions[name]["answers"][k] for name, k in found.items()]
+    assert ", ".join(words) == asked
+    assert bool(torch.isnan(drawings.follows([Image.new("RGB", (64, 64))], [prompt]))) == (
+        not asked
+    )
+
+
+def save_processor(folder: Path, name: str, side: int) -> None:
+    """The file that says how a model's images are resized and normalised."""
+    size, square = {"shortest_edge": side}, {"height": side, "width": side}
+    made = {"image_processor_type": name, "size": size, "crop_size": square}
+    (folder / "preprocessor_config.json").write_text(json.dumps(made))
+
+
+def save_two_towers(folder: Path, model: type, config: type) -> None:
+    """A tiny CLIP or SigLIP with the embedded base's tokenizer."""
+    tokenizer = CLIPTokenizer.from_pretrained(ROOT / "sample_data" / "tiny-sd" / "tokenizer")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+             "num_attention_heads": 2}  # fmt: skip
+    words = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    vision = {"image_size": 32, "patch_size": 8}
+    made = config(
+        text_config=small | words | {"max_position_embeddings": 77}, vision_config=small | vision
+    )
+    for part in (model(made), tokenizer):
+        part.save_pretrained(folder)
+    save_processor(folder, "CLIPImageProcessor", 32)
+
+
+def save_dino(folder: Path) -> None:
+    """A tiny DINOv2."""
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder)
+    save_processor(folder, "BitImageProcessor", 28)
+
+
+@pytest.mark.parametrize(
+    ("model", "config"), [(CLIPModel, CLIPConfig), (SiglipModel, SiglipConfig)]
+)
+def test_clip_and_siglip_from_disk(
+    model: type, config: type, tmp_path: Path, some: list[Image.Image]
+) -> None:
+    """Embeddings are the model's own; an image follows its prompt with the probability that the
+    model's forward pass gives to this prompt among those of the call."""
+    torch.manual_seed(0)
+    save_two_towers(tmp_path, model, config)
+    features = load_features(tmp_path)
+    assert isinstance(features, ModelFeatures)
+    prompts = ["a red car", "a cat", "a red car"]
+    x = features.processor(images=some, return_tensors="pt").pixel_values
+    words = features.tokenizer(prompts[:2], padding="max_length", return_tensors="pt")
+    with torch.no_grad():
+        out = features.model(pixel_values=x, **words)
+    torch.testing.assert_close(features.subject(some).of, F.normalize(out.image_embeds))
+    own = out.logits_per_image.softmax(1)[torch.arange(3), torch.tensor([0, 1, 0])]
+    torch.testing.assert_close(features.follows(some, prompts), own)
+
+
+def test_dino_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
+    """Embeddings are DINO's pooled ones; it reads no text, and says so."""
+    torch.manual_seed(0)
+    save_dino(tmp_path)
+    features = load_features(tmp_path)
+    x = features.processor(images=some, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        out = features.model(pixel_values=x).pooler_output
+    torch.testing.assert_close(features.subject(some).of, F.normalize(out))
+    assert features.follows(some, ["a"] * 3).isnan().all()
+    assert "reads no text" in features.blind
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    """The message names the folder and what it should hold."""
+    with pytest.raises(UsageError, match="holds no config.json"):
+        load_features(tmp_path)
