@@ -1,13 +1,16 @@
 """The bench of learning: how well settings teach the embedded base four subjects and two styles.
 
     python benchmarks/learning.py run --out FOLDER [--rows ROW…] [--lessons NAME…] [--images 8]
+    python benchmarks/learning.py rescore --out FOLDER
     python benchmarks/learning.py table --out FOLDER
 
 A cell is one training: a row of settings, a lesson (taught.py), a number of images and a seed. Its
-score (sd_lora/sampling/score.py) is a line of FOLDER/cells.jsonl, its images a sheet in
-FOLDER/sheets. Started again, it goes on with the cells that are missing; several may run side by
-side with one --out and other rows, lessons or seeds. `table` prints means over lessons and seeds
-with 95 % intervals over the trainings, and the difference from the first row, pair by pair.
+score (sd_lora/sampling/score.py) is a line of FOLDER/cells.jsonl, its images are in FOLDER/images
+and, with their prompts, a sheet in FOLDER/sheets. Started again, it goes on with the cells that are
+missing; several may run side by side with one --out and other rows, lessons or seeds. `rescore`
+scores the images of all cells anew, after a change of the score or its encoder. `table` prints
+means over lessons and seeds with 95 % intervals over the trainings, and the difference from the
+first row, pair by pair.
 """
 
 import argparse
@@ -27,6 +30,7 @@ from taught import LESSONS, Lesson
 from tqdm import tqdm
 
 from sd_lora.config.schema import TrainConfig
+from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import Sheet
@@ -39,6 +43,8 @@ from sd_lora.training.loop import train
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 BASE = SAMPLE_DATA / "tiny-sd"
 GUIDANCE, SAMPLER_STEPS, SETS = 4.0, 20, 3
+SIDE = 64
+"""Pixels of an image's side."""
 
 COMMON = {
     "resolution": 64,
@@ -60,23 +66,29 @@ OF_SUBJECT = COMMON | {
 }
 OF_STYLE = COMMON | {"preset": "style", "lr_warmup_steps": 20}
 
+EQUAL_RANK = {"subject": 79, "style": 158}
+"""Ranks at which attention alone has the parameters of the presets' targets: 1,097,152 for
+1,094,912 (subjects), 2,194,304 for 2,189,824 (styles)."""
+ATTENTION = {"targets": "attention", "rank": EQUAL_RANK, "lora_alpha": EQUAL_RANK}
+
 ROWS: dict[str, dict[str, Any]] = {
     "recipe": {},
     "constant, 600 steps": {
         "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 600,
     },
     "cosine, 600 steps": {"max_train_steps": 600},
+    "constant, 1200 steps": {"lr_scheduler": "constant", "lr_warmup_steps": 0},
+    "cosine, 2400 steps": {"max_train_steps": 2400},
     "rate 1e-3": {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
-    "no class images": {"with_prior_preservation": False},
+    "attention": ATTENTION,
+    "attention, rate 1e-3": ATTENTION | {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+    "attention, rate 4e-3": ATTENTION | {"learning_rate": 4e-3},
     "no text encoder": {"train_text_encoder": False},
-    "no flips": {"random_flip": False},
     "ema": {"use_ema": True},
-    "attention": {"targets": "attention", "rank": 32, "lora_alpha": 32},
-    "attention, rate 4e-3": {
-        "targets": "attention", "rank": 32, "lora_alpha": 32, "learning_rate": 4e-3,
-    },
+    "no class images": {"with_prior_preservation": False},
+    "no flips": {"random_flip": False},
 }  # fmt: skip
-"""Name → options that differ from the recipe of subjects or styles."""
+"""Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
 
 NEEDED_BY = {
     "with_prior_preservation": ("num_class_images", "class_data_dir", "class_prompt"),
@@ -138,7 +150,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
         }
     else:
         values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}
-    values |= {k: v for k, v in ROWS[cell.row].items() if k in known_options(lesson)}
+    values |= changes(cell.row, lesson)
     for option, others in NEEDED_BY.items():
         if values.get(option) is False:
             values = {k: v for k, v in values.items() if k not in others}
@@ -147,13 +159,18 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
     return TrainConfig(**values)
 
 
-def known_options(lesson: Lesson) -> set[str]:
-    """Options of rows that mean something for a lesson: class images and flips are for subjects,
-    and a style's recipe trains no text encoder."""
-    every = {name for row in ROWS.values() for name in row}
-    if lesson.kind == "subject":
-        return every
-    return every - {"with_prior_preservation", "num_class_images", "random_flip", "text_encoder_lr"}
+OF_SUBJECTS_ALONE = {
+    "with_prior_preservation", "random_flip", "train_text_encoder", "text_encoder_lr",
+}  # fmt: skip
+"""Class images and flips are for subjects, and a style's recipe trains no text encoder."""
+
+
+def changes(row: str, lesson: Lesson) -> dict[str, Any]:
+    """The options of a row that mean something for a lesson."""
+    options = {k: v[lesson.kind] if isinstance(v, dict) else v for k, v in ROWS[row].items()}
+    if lesson.kind == "style":
+        options = {k: v for k, v in options.items() if k not in OF_SUBJECTS_ALONE}
+    return options
 
 
 def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptImages]:
@@ -162,7 +179,7 @@ def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptIm
     def images(texts: Sequence[str], first: int) -> list[Image.Image]:
         drawn = sample(
             parts, parts.caption_encoder(), texts, range(first, first + len(texts)),
-            size=(64, 64), device=torch.device("cpu"), steps=SAMPLER_STEPS,
+            size=(SIDE, SIDE), device=torch.device("cpu"), steps=SAMPLER_STEPS,
             guidance_scale=GUIDANCE,
         )  # fmt: skip
         return list(drawn)
@@ -179,24 +196,36 @@ def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptIm
 
 def stored_sets(out: Path, lesson: Lesson) -> list[PromptImages]:
     """The base's own images of a lesson's prompts, drawn once."""
-    folder, kinds = out / "base" / lesson.name, ("subject", "of_class", "unrelated")
-    if not folder.is_dir():
-        part = folder.with_suffix(f".{time.time_ns()}")
-        part.mkdir(parents=True)
-        for i, drawn in enumerate(draw_sets(load_parts(str(BASE)), lesson.prompts)):
-            for kind in kinds:
-                for j, image in enumerate(getattr(drawn, kind)):
-                    image.save(part / f"{i}-{kind}-{j}.png")
-        try:
-            part.rename(folder)
-        except OSError:  # another process was first, with the same images
-            shutil.rmtree(part)
+    path = out / "base" / f"{lesson.name}.png"
+    if not path.is_file():
+        keep_images(path, draw_sets(load_parts(str(BASE)), lesson.prompts))
+    return kept_images(path, lesson.prompts)
 
-    def opened(i: int, kind: str) -> list[Image.Image]:
-        paths = [folder / f"{i}-{kind}-{j}.png" for j in range(len(getattr(lesson.prompts, kind)))]
-        return [Image.open(path).convert("RGB") for path in paths]
 
-    return [PromptImages(*(opened(i, kind) for kind in kinds)) for i in range(SETS)]
+def keep_images(path: Path, sets: Sequence[PromptImages]) -> None:
+    """Write the images of all sets side by side into one file, a set a line."""
+    rows = [[*one.subject, *one.of_class, *one.unrelated] for one in sets]
+    whole = Image.new("RGB", (SIDE * len(rows[0]), SIDE * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            whole.paste(image, (SIDE * x, SIDE * y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # several processes may write the same images; none reads half a file
+    part = path.with_suffix(f".{time.time_ns()}.png")
+    whole.save(part)
+    part.replace(path)
+
+
+def kept_images(path: Path, prompts: Prompts) -> list[PromptImages]:
+    """The images that `keep_images` wrote."""
+    with Image.open(path) as file:
+        whole = file.convert("RGB")
+    a, b = len(prompts.subject), len(prompts.subject) + len(prompts.of_class)
+    sets = []
+    for y in range(0, whole.height, SIDE):
+        row = [whole.crop((x, y, x + SIDE, y + SIDE)) for x in range(0, whole.width, SIDE)]
+        sets.append(PromptImages(row[:a], row[a:b], row[b:]))
+    return sets
 
 
 def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None) -> dict[str, Any]:
@@ -211,16 +240,32 @@ def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None
     tuned = load_parts(str(BASE))
     load_adapter(tuned.models, result.files[0].path)
     after = draw_sets(tuned, lesson.prompts)
+    keep_images(out / "images" / f"{cell.name}.png", after)
     trained = [image for image, _ in lesson.images(cell.images)]
-    outcome = score(
-        features, Taught(trained, lesson.held_out, lesson.kind), lesson.prompts, before, after
-    )
     write_sheet(out / "sheets" / f"{cell.name}.png", lesson, trained, before[0], after)
-    line = vars(cell) | {"seconds": seconds, "cpu_seconds": cpu, "score": outcome.numbers()}
+    outcome = score_of(cell, out, features)
+    line = vars(cell) | {"seconds": seconds, "cpu_seconds": cpu, "score": outcome}
     with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     shutil.rmtree(work)
     return line
+
+
+def score_of(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
+    """The score of a cell's images, with intervals over the sets."""
+    lesson = LESSONS[cell.lesson]
+    taught = Taught([i for i, _ in lesson.images(cell.images)], lesson.held_out, lesson.kind)
+    after = kept_images(out / "images" / f"{cell.name}.png", lesson.prompts)
+    return score(features, taught, lesson.prompts, stored_sets(out, lesson), after).numbers()
+
+
+def rescore(out: Path, features: Features) -> None:
+    """Score all cells anew, from their images."""
+    lines = done_cells(out)
+    for line in tqdm(lines, "cells"):
+        cell = Cell(*(line[name] for name in Cell.__dataclass_fields__))
+        line["score"] = score_of(cell, out, features)
+    write_whole(out / "cells.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def write_sheet(
@@ -238,7 +283,7 @@ def write_sheet(
     prompts = lesson.prompts
     shown = (*prompts.subject, *prompts.of_class[:3], *prompts.unrelated[:3])
     columns = [
-        Parameters(text, i, SAMPLER_STEPS, GUIDANCE, (64, 64), str(BASE), lesson.name, 0)
+        Parameters(text, i, SAMPLER_STEPS, GUIDANCE, (SIDE, SIDE), str(BASE), lesson.name, 0)
         for i, text in enumerate(shown)
     ]
     real: list[Image.Image | None] = [*trained[: len(shown)]]
@@ -250,14 +295,15 @@ def write_sheet(
 
 
 def missing(args: argparse.Namespace) -> Iterator[Cell]:
-    """The cells that were asked for and are not done."""
+    """The cells that were asked for and are not done; none where a row changes nothing."""
     done = {(d["row"], d["lesson"], d["images"], d["seed"]) for d in done_cells(args.out)}
     for seed in args.seeds:
         for images in args.images:
             for lesson in args.lessons:
                 for row in args.rows:
                     cell = Cell(row, lesson, images, seed)
-                    if tuple(vars(cell).values()) not in done:
+                    same = bool(ROWS[row]) and not changes(row, LESSONS[lesson])
+                    if not same and tuple(vars(cell).values()) not in done:
                         yield cell
 
 
@@ -317,15 +363,17 @@ def mean(cell: dict[str, Any], measure: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "table"))
+    parser.add_argument("command", choices=("run", "rescore", "table"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
     parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command == "rescore":
+        rescore(args.out, load_features(SAMPLE_DATA / "encoder"))
     if args.command == "run":
-        torch.set_num_threads(1)
         features = load_features(SAMPLE_DATA / "encoder")
         for cell in tqdm(list(missing(args)), "cells"):
             line = run_cell(cell, args.out, features)

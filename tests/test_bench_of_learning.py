@@ -15,11 +15,11 @@ def test_every_cell_is_a_run_that_can_be_trained(tmp_path: Path) -> None:
     something for the lesson, and the images are in its folder."""
     import learning
 
-    for row, changes in learning.ROWS.items():
+    for row in learning.ROWS:
         for name, lesson in learning.LESSONS.items():
             work = tmp_path / row / name
             config = learning.config_of(learning.Cell(row, name, 4, 1), tmp_path, work)
-            kept = {k: v for k, v in changes.items() if k in learning.known_options(lesson)}
+            kept = learning.changes(row, lesson)
             assert {k: getattr(config, k) for k in kept} == kept
             assert config.seed == 1
             assert len([*(work / "images").glob("*.png")]) == 4
@@ -39,6 +39,33 @@ def test_lessons_hold_nothing_out_that_is_trained() -> None:
         assert (len(prompts.subject), len(prompts.of_class), len(prompts.unrelated)) == (6, 4, 6)
         assert all(lesson.word in text for text in prompts.subject)
         assert not any("sks" in t or "ohwx" in t for t in (*prompts.of_class, *prompts.unrelated))
+
+
+def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch) -> None:
+    """Two steps and one sampler step of one cell: its line, sheet and images are there, nothing is
+    missing then, and a score from the images on disk is that of the run, to the last digit."""
+    import argparse
+
+    import learning
+
+    from sd_lora.sampling.features import load_features
+
+    monkeypatch.setattr(learning, "SAMPLER_STEPS", 1)
+    monkeypatch.setitem(learning.OF_SUBJECT, "num_class_images", 4)
+    cell = learning.Cell("recipe", "mascot", 4, 0)
+    features = load_features(learning.SAMPLE_DATA / "encoder")
+    line = learning.run_cell(cell, tmp_path, features, steps=2)
+    assert (tmp_path / "sheets" / f"{cell.name}.png").is_file()
+    assert not (tmp_path / "work" / cell.name).exists()
+    args = argparse.Namespace(
+        out=tmp_path, rows=["recipe"], lessons=["mascot"], images=[4], seeds=[0]
+    )
+    assert [*learning.missing(args)] == []
+    damaged = line | {"score": {}}
+    (tmp_path / "cells.jsonl").write_text(json.dumps(damaged) + "\n")
+    learning.rescore(tmp_path, features)
+    (again,) = learning.done_cells(tmp_path)
+    assert again == json.loads(json.dumps(line))
 
 
 def test_the_bench_goes_on_and_the_table_counts(tmp_path: Path) -> None:
