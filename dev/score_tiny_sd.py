@@ -179,6 +179,11 @@ def share_right(out: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
     return {q: round(float(r.float().mean()), 3) for q, r in right.items()}
 
 
+def only(wanted: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Returns the answers of the scenes that a mask (N,) holds."""
+    return {q: torch.where(mask, w, -100) for q, w in wanted.items()}
+
+
 def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
     """Returns the classifier, and how often it is right on drawings that it has not seen."""
     pixels, _ = draw_scenes(args)
@@ -243,8 +248,11 @@ def score_unet(
     score = share_right(out, wanted)
     write_wrong(drawn, scenes, out, wanted, page)
     plain = torch.tensor([scene.background in images.PLAIN_BACKGROUNDS for scene in scenes])
-    among = {q: torch.where(plain, w, -100) for q, w in wanted.items()}
-    return score | {"plain background": share_right(out, among)["background"]}
+    score["plain background"] = share_right(out, only(wanted, plain))["background"]
+    # a striped thing shows two colours, and either may seem to be its own
+    plain = torch.tensor([scene.texture == "plain" for scene in scenes])
+    score["colour of plain things"] = share_right(out, only(wanted, plain))["colour"]
+    return score
 
 
 def named_folder(text: str) -> tuple[str, Path]:
