@@ -6,9 +6,10 @@ Images are painted four times too large and reduced with a box filter, which smo
 
 ``random_scene`` draws from the base model's world: eighteen objects and one kind of creature, the
 monster, alone, two or three of a kind, or two different things side by side, in one of five styles
-or in none. Two subjects stay out of that world, for a LoRA to learn: the ``mascot`` (an orange
-monster with purple bands, a green hat and cyan feet) and the ``snail`` (blue, with a yellow spiral
-shell).
+or in none. Four subjects stay out of that world, for a LoRA to learn: the ``mascot`` (an orange
+monster with purple bands, a green hat and cyan feet), the ``snail`` (blue, with a yellow spiral
+shell), the ``automaton`` (a robot of lime and magenta, colours that no word names) and the
+``teapot`` (a shape that the world lacks, its spout on one side).
 """
 
 from __future__ import annotations
@@ -402,6 +403,34 @@ def _snail(b: Brush, c: RGB, rng: random.Random) -> None:
     b.over(brown, "oval", 0.22, 0.05, 0.2, 0.2)
 
 
+def _automaton(b: Brush, c: RGB, rng: random.Random) -> None:
+    """A robot in lime and magenta, colours that no caption names: one eye, and a wheel."""
+    magenta, lean = (226, 30, 140), rng.uniform(-0.12, 0.12)
+    b.under((70, 74, 84), "oval", 0, 0.92, 0.34, 0.34)
+    for side in (-1, 1):
+        b.under(
+            magenta, "poly", side * 0.7, 0.0, side * 1.02, 0.1, side * 1.02, 0.55, side * 0.7, 0.4
+        )
+    b.body("poly", -0.74, -0.08, 0.74, -0.08, 0.5, 0.78, -0.5, 0.78)
+    b.body("oval", lean, -0.55, 0.62, 0.46)
+    b.over(magenta, "poly", -0.62, 0.24, 0.62, 0.24, 0.58, 0.48, -0.58, 0.48)
+    b.over(magenta, "oval", lean, -0.99, 0.16, 0.2)
+    b.over(WHITE, "oval", lean, -0.55, 0.34, 0.28)
+    b.over(DARK, "oval", lean + rng.uniform(-0.1, 0.1), -0.54, 0.16, 0.16)
+
+
+def _teapot(b: Brush, c: RGB, rng: random.Random) -> None:
+    """A white teapot with a red band: its spout on the right, its handle on the left."""
+    red, tilt = (196, 30, 46), rng.uniform(-0.08, 0.08)
+    b.under((60, 92, 190), "oval", -0.86, 0.18, 0.34, 0.44)
+    b.under((235, 232, 226), "oval", -0.84, 0.18, 0.16, 0.25)
+    b.body("poly", 0.5, 0.1, 1.0, -0.5 + tilt, 1.16, -0.4 + tilt, 0.7, 0.6)
+    b.body("oval", 0, 0.3, 0.82, 0.66)
+    b.over(red, "poly", -0.8, 0.18, 0.8, 0.18, 0.8, 0.46, -0.8, 0.46)
+    b.over((60, 92, 190), "oval", 0, -0.34, 0.46, 0.14)
+    b.over(red, "oval", 0, -0.56, 0.15, 0.17)
+
+
 OBJECTS: dict[str, Callable[..., None]] = {
     "circle": _circle,
     "square": _square,
@@ -423,7 +452,12 @@ OBJECTS: dict[str, Callable[..., None]] = {
     "cup": _cup,
 }
 THINGS: dict[str, Callable[..., None]] = {**OBJECTS, "monster": _monster}
-SUBJECTS: dict[str, Callable[..., None]] = {"mascot": _mascot, "snail": _snail}
+SUBJECTS: dict[str, Callable[..., None]] = {
+    "mascot": _mascot,
+    "snail": _snail,
+    "automaton": _automaton,
+    "teapot": _teapot,
+}
 
 
 # ---------------------------------------------------------------------------------------------

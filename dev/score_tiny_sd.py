@@ -7,7 +7,8 @@ and textures no training has, and on folders of images named by --unseen.
 
 The UNet: a classifier, trained here on drawn scenes and shown to be right on scenes that it has
 not seen, is asked about images of prompts: the thing, its colour, the background, how many, where,
-how big, in which style. Everything goes into the pipeline folder's training.json.
+how big, in which style. Everything goes into the pipeline folder's training.json; WORK/wrong.png
+shows the images whose thing or colour is judged wrong.
 """
 
 import argparse
@@ -178,6 +179,11 @@ def share_right(out: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, 
     return {q: round(float(r.float().mean()), 3) for q, r in right.items()}
 
 
+def only(wanted: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Returns the answers of the scenes that a mask (N,) holds."""
+    return {q: torch.where(mask, w, -100) for q, w in wanted.items()}
+
+
 def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
     """Returns the classifier, and how often it is right on drawings that it has not seen."""
     pixels, _ = draw_scenes(args)
@@ -206,19 +212,47 @@ def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
     return judge, share_right(out, {q: w[NUM_SCENES:] for q, w in wanted.items()})
 
 
+def write_wrong(
+    drawn: np.ndarray,
+    scenes: list[images.Scene],
+    out: dict[str, Tensor],
+    wanted: dict[str, Tensor],
+    path: Path,
+) -> None:
+    """Writes a page of the images whose thing or colour is judged wrong, eight in a row, twice as
+    large; their prompts and the judge's answers go into a text file beside it."""
+    lines, tiles = [], []
+    for i, scene in enumerate(scenes):
+        for q in ("thing", "colour", "left", "right"):
+            answer = int(out[q][i].argmax())
+            if wanted[q][i] not in (-100, answer):
+                lines.append(f"{images.caption(scene)}: {q} judged {QUESTIONS[q][answer]}")
+                tiles.append((drawn[i] * 255).round().astype(np.uint8).repeat(2, 0).repeat(2, 1))
+    page = Image.new("RGB", (8 * 128, max(1, -(-len(tiles) // 8)) * 128), "white")
+    for i, tile in enumerate(tiles):
+        page.paste(Image.fromarray(tile), (i % 8 * 128, i // 8 * 128))
+    page.save(path)
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+
+
 @torch.no_grad()
 def score_unet(
-    pipeline: StableDiffusionPipeline, judge: Judge, count: int, guidance: float
+    pipeline: StableDiffusionPipeline, judge: Judge, count: int, guidance: float, page: Path
 ) -> dict[str, float]:
-    """Returns question -> share of generated images that show what their prompt asks for."""
+    """Returns question -> share of generated images that show what their prompt asks for; the
+    others are drawn on a page."""
     scenes = [images.random_scene(random.Random(2 * 10**9 + i)) for i in range(count)]
     drawn = generate(pipeline, [images.caption(scene) for scene in scenes], guidance)
     out = judge(torch.from_numpy(drawn).permute(0, 3, 1, 2).float() * 2 - 1)
     wanted = numbers_of(scenes)
     score = share_right(out, wanted)
+    write_wrong(drawn, scenes, out, wanted, page)
     plain = torch.tensor([scene.background in images.PLAIN_BACKGROUNDS for scene in scenes])
-    among = {q: torch.where(plain, w, -100) for q, w in wanted.items()}
-    return score | {"plain background": share_right(out, among)["background"]}
+    score["plain background"] = share_right(out, only(wanted, plain))["background"]
+    # a striped thing shows two colours, and either may seem to be its own
+    plain = torch.tensor([scene.texture == "plain" for scene in scenes])
+    score["colour of plain things"] = share_right(out, only(wanted, plain))["colour"]
+    return score
 
 
 def named_folder(text: str) -> tuple[str, Path]:
@@ -241,7 +275,9 @@ def main() -> None:
     judge, on_drawings = train_judge(args)
     score |= {"judge on unseen drawings": on_drawings, "prompts": args.prompts}
     print(on_drawings, flush=True)
-    score[f"guidance {GUIDANCE:g}"] = score_unet(pipeline, judge, args.prompts, GUIDANCE)
+    score[f"guidance {GUIDANCE:g}"] = score_unet(
+        pipeline, judge, args.prompts, GUIDANCE, args.work / "wrong.png"
+    )
     print(score, flush=True)
     path = args.out / "training.json"
     record = json.loads(path.read_text()) | {"score": score}

@@ -4,9 +4,7 @@ import json
 import random
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,9 +18,6 @@ from sd_lora.data.images.decode import decode_with_mask
 from sd_lora.data.sources.open import open_source
 from sd_lora.formats.verify import captured_complaints
 from sd_lora.models.load import Parts, load_parts
-
-if TYPE_CHECKING:
-    from images import Scene
 
 ROOT = Path(__file__).parent.parent
 SAMPLE_DATA = ROOT / "sample_data"
@@ -39,10 +34,10 @@ def size_of(folder: Path) -> int:
 
 
 def test_sizes() -> None:
-    """The model is at most 14 MB, the score's encoder 2 MB, everything else at most 2 MB: a clone
+    """The model is at most 18 MB, the score's encoder 2 MB, everything else at most 2 MB: a clone
     stays quick."""
     model, encoder = (size_of(SAMPLE_DATA / name) for name in ("tiny-sd", "encoder"))
-    assert model <= 14e6
+    assert model <= 18e6
     assert encoder <= 2e6
     assert size_of(SAMPLE_DATA) - model - encoder <= 2e6
 
@@ -131,43 +126,21 @@ def test_any_text_tokenises(text: str, base: Parts) -> None:
 
 
 @torch.no_grad()
-def of_the_bases_world(scene: "Scene") -> "Scene":
-    """The scene without what images.py draws only since the base was trained: styles, several
-    things, odd faces, unnamed colours, four things and a few backgrounds."""
-    import images
-
-    newer = ("boat", "mushroom", "bird", "cup")
-    thing = "monster" if scene.thing in newer else scene.thing
-    known = ("white", "grey", "black", "yellow", "blue", "pink", *images.SCENERY)
-    return replace(
-        scene,
-        style="",
-        count=1,
-        other=None,
-        face="plain",
-        thing=thing,
-        body=scene.body or ("round" if thing == "monster" else ""),
-        colour=scene.colour if scene.colour in images.COLOURS else "red",
-        texture_colour="black" if scene.texture_colour != "white" else "white",
-        background=scene.background if scene.background in known else "white",
-    )
-
-
 def test_the_vae_is_as_good_as_recorded(base: Parts) -> None:
-    """Images that no training saw come back from their latents with 28 dB at least, the mascot
-    with 22 dB; the latents have unit scale."""
+    """Drawings that no training saw come back from their latents: mean pixel error below 0.02 for
+    scenes, 0.035 for the mascot, whose palette and bands are in no scene; the latents have unit
+    scale."""
     import images
 
     rng = random.Random(12345)
-    scenes = [of_the_bases_world(images.random_scene(rng)) for _ in range(32)]
+    scenes = [images.random_scene(rng) for _ in range(32)]
     mascots = [images.mascot(place) for place in images.BACKGROUNDS]
-    for group, least in ((scenes, 28.0), (mascots, 22.0)):
+    for group, most in ((scenes, 0.02), (mascots, 0.035)):
         arrays = np.stack([np.asarray(images.draw(scene)) for scene in group])
         x = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
         latents = base.vae.encode(x).latent_dist.mean
         y = base.vae.decode(latents).sample.clamp(-1, 1)
-        psnr = 10 * torch.log10(4 / (y - x).square().mean())
-        assert psnr > least
+        assert float((y - x).abs().mean()) / 2 < most
         assert 0.8 < float(latents.std() * base.vae.config.scaling_factor) < 1.25
 
 
@@ -175,8 +148,8 @@ def test_the_record_of_training() -> None:
     """training.json says with what seed, steps and losses the base was trained, and its score."""
     record = json.loads((SAMPLE_DATA / "tiny-sd" / "training.json").read_text())
     assert record.keys() >= {"seed", "batch", "images", "versions", "vae", "unet", "score"}
-    assert record["vae"]["log"][-1]["psnr"] > 28
-    assert record["unet"]["log"][-1]["loss"] < record["unet"]["log"][0]["loss"]
+    assert record["vae"]["log"][-1]["pixel_error"] < 0.035
+    assert record["unet"]["log"][-1]["unseen"] < record["unet"]["log"][0]["unseen"]
     judge = record["score"]["judge on unseen drawings"]
     assert min(judge.values()) > 0.95
 

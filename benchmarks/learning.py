@@ -1,0 +1,385 @@
+"""The bench of learning: how well settings teach the embedded base four subjects and two styles.
+
+    python benchmarks/learning.py run --out FOLDER [--rows ROW…] [--lessons NAME…] [--images 8]
+    python benchmarks/learning.py rescore --out FOLDER
+    python benchmarks/learning.py table --out FOLDER
+
+A cell is one training: a row of settings, a lesson (taught.py), a number of images and a seed. Its
+score (sd_lora/sampling/score.py) is a line of FOLDER/cells.jsonl, its images are in FOLDER/images
+and, with their prompts, a sheet in FOLDER/sheets. Started again, it goes on with the cells that are
+missing; several may run side by side with one --out and other rows, lessons or seeds. `rescore`
+scores the images of all cells anew, after a change of the score or its encoder. `table` prints
+means over lessons and seeds with 95 % intervals over the trainings, and the difference from the
+first row, pair by pair.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from taught import LESSONS, Lesson
+from tqdm import tqdm
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.files import write_whole
+from sd_lora.formats.adapter_files import load_adapter
+from sd_lora.models.load import Parts, load_parts
+from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.features import Features, load_features
+from sd_lora.sampling.parameters import Parameters
+from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.score import STUDENT, PromptImages, Prompts, Taught, score
+from sd_lora.training.loop import train
+
+SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
+BASE = SAMPLE_DATA / "tiny-sd"
+GUIDANCE, SAMPLER_STEPS, SETS = 4.0, 20, 3
+SIDE = 64
+"""Pixels of an image's side."""
+
+COMMON = {
+    "resolution": 64,
+    "train_batch_size": 4,
+    "gradient_checkpointing": False,
+    "mixed_precision": "no",
+    "num_validation_images": 0,
+    "checkpointing_steps": 10**6,
+    "max_train_steps": 1200,
+    "learning_rate": 2e-3,
+}
+OF_SUBJECT = COMMON | {
+    "preset": "subject",
+    "text_encoder_lr": 4e-4,
+    "lr_warmup_steps": 20,
+    "with_prior_preservation": True,
+    "num_class_images": 24,
+    "random_flip": True,
+}
+OF_STYLE = COMMON | {"preset": "style", "lr_warmup_steps": 20}
+
+EQUAL_RANK = {"subject": 79, "style": 158}
+"""Ranks at which attention alone has the parameters of the presets' targets: 1,097,152 for
+1,094,912 (subjects), 2,194,304 for 2,189,824 (styles)."""
+ATTENTION = {"targets": "attention", "rank": EQUAL_RANK, "lora_alpha": EQUAL_RANK}
+
+ROWS: dict[str, dict[str, Any]] = {
+    "recipe": {},
+    "constant, 600 steps": {
+        "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 600,
+    },
+    "cosine, 600 steps": {"max_train_steps": 600},
+    "constant, 1200 steps": {"lr_scheduler": "constant", "lr_warmup_steps": 0},
+    "cosine, 2400 steps": {"max_train_steps": 2400},
+    "rate 1e-3": {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+    "attention": ATTENTION,
+    "attention, rate 1e-3": ATTENTION | {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+    "attention, rate 4e-3": ATTENTION | {"learning_rate": 4e-3},
+    "no text encoder": {"train_text_encoder": False},
+    "ema": {"use_ema": True},
+    "no class images": {"with_prior_preservation": False},
+    "no flips": {"random_flip": False},
+}  # fmt: skip
+"""Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
+
+NEEDED_BY = {
+    "with_prior_preservation": ("num_class_images", "class_data_dir", "class_prompt"),
+    "train_text_encoder": ("text_encoder_lr",),
+}
+"""Option → options that mean nothing where it is off."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training."""
+
+    row: str
+    lesson: str
+    images: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.row}, {self.lesson}, {self.images} images, seed {self.seed}"
+
+
+def done_cells(out: Path) -> list[dict[str, Any]]:
+    """The lines of finished cells; the last one may be torn by a kill."""
+    path = out / "cells.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> TrainConfig:
+    """The training of a cell, its images written into `work`. steps: instead of the row's."""
+    lesson = LESSONS[cell.lesson]
+    folder = work / "images"
+    folder.mkdir(parents=True)
+    for i, (image, caption) in enumerate(lesson.images(cell.images)):
+        image.save(folder / f"{i:02}.png")
+        if lesson.kind == "style":
+            (folder / f"{i:02}.txt").write_text(caption, encoding="utf-8")
+    values: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(BASE),
+        "output_dir": str(work / "lora"),
+        "data_cache_dir": str(work / "cache"),
+        "seed": cell.seed,
+    }
+    if lesson.kind == "subject":
+        word = lesson.word.removeprefix("sks ")
+        values |= OF_SUBJECT | {
+            "mode": "dreambooth",
+            "instance_data_dir": str(folder),
+            "instance_prompt": f"a photo of a {lesson.word}",
+            "class_prompt": f"a photo of a {word}",
+            "class_data_dir": str(out / "class" / lesson.name),  # shared by all cells
+        }
+    else:
+        values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}
+    values |= changes(cell.row, lesson)
+    for option, others in NEEDED_BY.items():
+        if values.get(option) is False:
+            values = {k: v for k, v in values.items() if k not in others}
+    if steps:
+        values["max_train_steps"] = steps
+    return TrainConfig(**values)
+
+
+OF_SUBJECTS_ALONE = {
+    "with_prior_preservation", "random_flip", "train_text_encoder", "text_encoder_lr",
+}  # fmt: skip
+"""Class images and flips are for subjects, and a style's recipe trains no text encoder."""
+
+
+def changes(row: str, lesson: Lesson) -> dict[str, Any]:
+    """The options of a row that mean something for a lesson."""
+    options = {k: v[lesson.kind] if isinstance(v, dict) else v for k, v in ROWS[row].items()}
+    if lesson.kind == "style":
+        options = {k: v for k, v in options.items() if k not in OF_SUBJECTS_ALONE}
+    return options
+
+
+def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptImages]:
+    """Sets of images of all prompts, each image with a seed of its own."""
+
+    def images(texts: Sequence[str], first: int) -> list[Image.Image]:
+        drawn = sample(
+            parts, parts.caption_encoder(), texts, range(first, first + len(texts)),
+            size=(SIDE, SIDE), device=torch.device("cpu"), steps=SAMPLER_STEPS,
+            guidance_scale=GUIDANCE,
+        )  # fmt: skip
+        return list(drawn)
+
+    return [
+        PromptImages(
+            images(prompts.subject, 1000 * i),
+            images(prompts.of_class, 1000 * i + 100),
+            images(prompts.unrelated, 1000 * i + 200),
+        )
+        for i in range(sets)
+    ]
+
+
+def stored_sets(out: Path, lesson: Lesson) -> list[PromptImages]:
+    """The base's own images of a lesson's prompts, drawn once."""
+    path = out / "base" / f"{lesson.name}.png"
+    if not path.is_file():
+        keep_images(path, draw_sets(load_parts(str(BASE)), lesson.prompts))
+    return kept_images(path, lesson.prompts)
+
+
+def keep_images(path: Path, sets: Sequence[PromptImages]) -> None:
+    """Write the images of all sets side by side into one file, a set a line."""
+    rows = [[*one.subject, *one.of_class, *one.unrelated] for one in sets]
+    whole = Image.new("RGB", (SIDE * len(rows[0]), SIDE * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            whole.paste(image, (SIDE * x, SIDE * y))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # several processes may write the same images; none reads half a file
+    part = path.with_suffix(f".{time.time_ns()}.png")
+    whole.save(part)
+    part.replace(path)
+
+
+def kept_images(path: Path, prompts: Prompts) -> list[PromptImages]:
+    """The images that `keep_images` wrote."""
+    with Image.open(path) as file:
+        whole = file.convert("RGB")
+    a, b = len(prompts.subject), len(prompts.subject) + len(prompts.of_class)
+    sets = []
+    for y in range(0, whole.height, SIDE):
+        row = [whole.crop((x, y, x + SIDE, y + SIDE)) for x in range(0, whole.width, SIDE)]
+        sets.append(PromptImages(row[:a], row[a:b], row[b:]))
+    return sets
+
+
+def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None) -> dict[str, Any]:
+    """Train, draw, score; the cell's line."""
+    lesson = LESSONS[cell.lesson]
+    work = out / "work" / f"{cell.name}"
+    shutil.rmtree(work, ignore_errors=True)
+    before = stored_sets(out, lesson)
+    started, cpu = time.monotonic(), time.process_time()
+    result = train(config_of(cell, out, work, steps), [])
+    seconds, cpu = time.monotonic() - started, time.process_time() - cpu
+    tuned = load_parts(str(BASE))
+    load_adapter(tuned.models, result.files[0].path)
+    after = draw_sets(tuned, lesson.prompts)
+    keep_images(out / "images" / f"{cell.name}.png", after)
+    trained = [image for image, _ in lesson.images(cell.images)]
+    write_sheet(out / "sheets" / f"{cell.name}.png", lesson, trained, before[0], after)
+    outcome = score_of(cell, out, features)
+    line = vars(cell) | {"seconds": seconds, "cpu_seconds": cpu, "score": outcome}
+    with (out / "cells.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+    shutil.rmtree(work)
+    return line
+
+
+def score_of(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
+    """The score of a cell's images, with intervals over the sets."""
+    lesson = LESSONS[cell.lesson]
+    taught = Taught([i for i, _ in lesson.images(cell.images)], lesson.held_out, lesson.kind)
+    after = kept_images(out / "images" / f"{cell.name}.png", lesson.prompts)
+    return score(features, taught, lesson.prompts, stored_sets(out, lesson), after).numbers()
+
+
+def rescore(out: Path, features: Features) -> None:
+    """Score all cells anew, from their images."""
+    lines = done_cells(out)
+    for line in tqdm(lines, "cells"):
+        cell = Cell(*(line[name] for name in Cell.__dataclass_fields__))
+        line["score"] = score_of(cell, out, features)
+    write_whole(out / "cells.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+
+
+def write_sheet(
+    path: Path,
+    lesson: Lesson,
+    trained: Sequence[Image.Image],
+    before: PromptImages,
+    after: Sequence[PromptImages],
+) -> None:
+    """Training images; the base's images; the LoRA's of each set of seeds."""
+
+    def row(images: PromptImages) -> list[Image.Image]:
+        return [*images.subject, *images.of_class[:3], *images.unrelated[:3]]
+
+    prompts = lesson.prompts
+    shown = (*prompts.subject, *prompts.of_class[:3], *prompts.unrelated[:3])
+    columns = [
+        Parameters(text, i, SAMPLER_STEPS, GUIDANCE, (SIDE, SIDE), str(BASE), lesson.name, 0)
+        for i, text in enumerate(shown)
+    ]
+    real: list[Image.Image | None] = [*trained[: len(shown)]]
+    real += [None] * (len(shown) - len(real))
+    rows = [real, row(before), *(row(images) for images in after)]
+    labels = ["trained on", "the base", *(f"LoRA, seeds {1000 * i} …" for i in range(len(after)))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Sheet(rows, labels, columns, side=96).write(path)
+
+
+def missing(args: argparse.Namespace) -> Iterator[Cell]:
+    """The cells that were asked for and are not done; none where a row changes nothing."""
+    done = {(d["row"], d["lesson"], d["images"], d["seed"]) for d in done_cells(args.out)}
+    for seed in args.seeds:
+        for images in args.images:
+            for lesson in args.lessons:
+                for row in args.rows:
+                    cell = Cell(row, lesson, images, seed)
+                    same = bool(ROWS[row]) and not changes(row, LESSONS[lesson])
+                    if not same and tuple(vars(cell).values()) not in done:
+                        yield cell
+
+
+def interval(values: Sequence[float]) -> str:
+    """Mean ± half of Student's 95 % interval, in percent."""
+    values = [v for v in values if not math.isnan(v)]
+    if len(values) < 2:
+        return f"{100 * values[0]:.0f}" if values else "-"
+    df = len(values) - 1
+    t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    return f"{100 * statistics.fmean(values):.0f} ± {100 * half:.0f}"
+
+
+MEASURES = ("fidelity", "followed", "class_leak", "unrelated_leak", "harm")
+
+
+def table(cells: Iterable[dict[str, Any]]) -> str:
+    """Markdown: a line a row and kind of lesson; the difference of fidelity from the first row over
+    the trainings that both have."""
+    cells = list(cells)
+    lines = [
+        "| row | lessons | trainings | fidelity | against the first row | prompts | class leak | "
+        "unrelated leak | harm | copies | CPU s |",
+        "|" + "---|" * 11,
+    ]
+    for kind in ("subject", "style"):
+        among = [c for c in cells if LESSONS[c["lesson"]].kind == kind]
+        known = {
+            (c["row"], c["lesson"], c["images"], c["seed"]): mean(c, "fidelity") for c in among
+        }
+        first = next(iter(ROWS))
+        for row in ROWS:
+            mine = [c for c in among if c["row"] == row]
+            if not mine:
+                continue
+            pairs = [
+                value - known[first, *key[1:]]
+                for key, value in known.items()
+                if key[0] == row and (first, *key[1:]) in known
+            ]
+            names = dict.fromkeys(c["lesson"] for c in mine)
+            shown = [interval([mean(c, m) for c in mine]) for m in MEASURES]
+            copies = statistics.fmean(mean(c, "copies") for c in mine)
+            seconds = statistics.median(c["cpu_seconds"] for c in mine)
+            lines.append(
+                f"| {row} | {', '.join(names)} | {len(mine)} | {shown[0]} | "
+                f"{'' if row == first else interval(pairs)} | {' | '.join(shown[1:])} | "
+                f"{100 * copies:.0f} | {seconds:.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def mean(cell: dict[str, Any], measure: str) -> float:
+    return float(cell["score"][measure]["mean"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("command", choices=("run", "rescore", "table"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
+    parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.command == "rescore":
+        rescore(args.out, load_features(SAMPLE_DATA / "encoder"))
+    if args.command == "run":
+        features = load_features(SAMPLE_DATA / "encoder")
+        for cell in tqdm(list(missing(args)), "cells"):
+            line = run_cell(cell, args.out, features)
+            tqdm.write(f"{cell.name}: fidelity {100 * mean(line, 'fidelity'):.0f} %")
+    print(table(done_cells(args.out)))
+
+
+if __name__ == "__main__":
+    main()
