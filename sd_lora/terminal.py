@@ -96,6 +96,9 @@ class Terminal:
             known = v.first == v.first  # else NaN
             before = f"{v.first:.4f} in the first steps, " * known
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
+        if event.drawing:
+            share = round(100 * event.drawing / max(event.seconds, event.drawing))
+            lines[0] += f"; {share} % of the time in samples"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if seen := [str(path) for path in (event.sheet, event.page) if path]:

@@ -55,7 +55,7 @@ from sd_lora.training.samples import (
     samples_are_due,
     show_missing_samples,
     show_samples,
-    write_alone,
+    tell_samples,
     write_before_after,
 )
 from sd_lora.training.saving import (
@@ -142,10 +142,10 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         requests = Requests(run.output_dir, end, config.max_train_time)
         with listening(requests), rescued(run, log):
             open_output(run)
-            if run.main:
-                write_alone(run, before, 0)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
+            if run.main:
+                tell_samples(run, 0, before)
             with memory_for("drawing sample images", run.config):
                 show_missing_samples(run)
             done = train_steps(run, log, requests)
@@ -169,7 +169,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         digest = run.digest()
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE))
+        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.seconds_drawing))
         with tracker_errors(run.accelerator):
             run.accelerator.end_training()
         return Result(
@@ -225,8 +225,8 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        wishes = requests.take_save() or minutes_are_over(config, saved_at)
-        stopping, is_time = agreed(run, bool(requests.reason), wishes)
+        wishes = requests.take_save() or minutes_are_over(config, saved_at), requests.wants_sample
+        stopping, is_time, drawing = agreed(run, bool(requests.reason), *wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
@@ -238,9 +238,9 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
             saved_at = time.monotonic()
         if stopping:
             break
-        if samples_are_due(run, done):
+        if drawing or samples_are_due(run, done):
             with memory_for("drawing sample images", config), run.averaged():
-                show_samples(run, done, requests.drawing)
+                show_samples(run, done, requests)
     return done
 
 

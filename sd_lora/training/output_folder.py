@@ -104,7 +104,8 @@ def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
         of_steps = config.output_path.glob(f"{LORA_PREFIX}[0-9]*")
         for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (config.output_path / "samples").glob("step-*"):
+        samples = config.output_path / "samples"
+        for path in chain(samples.glob("step-*"), samples.glob("now-*")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

@@ -62,6 +62,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
+from sd_lora.training.samples import check_sample_sizes, schedule_of
 from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
 
@@ -149,6 +150,7 @@ def prepare(
         saved=saved,
         start=start,
     )
+    run.schedule = schedule_of(run)
     summarise(run, caches, checked.base.notes())
     return run
 
@@ -180,6 +182,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     images.check_sources()
     if sharded and accelerator.num_processes > 1:
         check_even(resolved, bool(crop_settings.step))
+    check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)

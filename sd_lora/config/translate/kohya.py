@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
-from sd_lora.config.translate.prompts import first_prompt
+from sd_lora.config.translate.prompts import of_file
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
@@ -117,6 +117,14 @@ def _steps(value: Any, given: Given) -> Taken:
     }, "is not given" if is_off(value) else "")  # fmt: skip
 
 
+def _sample_steps(value: Any, given: Given) -> Taken:
+    if not is_off(given.get("sample_every_n_epochs")):
+        return Taken("needless", reason="counts for nothing: there, epochs go before steps")
+    if is_off(value):
+        return Taken("needless", reason="is not given")
+    return Taken("same", {"sample_every": value})
+
+
 def _clip_skip(value: Any, given: Given) -> Taken:
     if is_off(value) or whole(value) == 1:
         return Taken("needless", reason="is the last layer, as here without it")
@@ -183,7 +191,7 @@ _UPLOAD = "is not there: upload the files by hand"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
 _VALIDATION = "is not there: samples and their score show what is learned"
-_SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
+_SAMPLES = "is not there: samples are drawn by DPM-Solver++"
 _DEVICES = "is not needed: accelerate's configuration says it"
 
 KOHYA: dict[str, Row] = NETWORK | {
@@ -339,9 +347,8 @@ KOHYA: dict[str, Row] = NETWORK | {
         "--config, of a file that sd-lora translate writes", "", needless("is read").take),
     "output_config": needless("is sd-lora translate here"),
     # samples
-    "sample_prompts": taking("--validation_prompt", "is one prompt here", first_prompt),
-    "sample_every_n_steps": absent(
-        "is not there: samples come by epochs", here="--validation_epochs, in epochs"),
+    "sample_prompts": taking("--sample_prompts", "is one image a prompt", of_file),
+    "sample_every_n_steps": taking("--sample_every", "", _sample_steps),
     "sample_at_first": needless("is always so here"),
     "sample_sampler": absent(_SAMPLES, idle=("dpmsolver++",)),
     **dict.fromkeys(

@@ -243,7 +243,7 @@ def _table(row: dict[str, Any], given: Given) -> dict[str, Any]:
 
 
 _UPLOAD = "is not there: upload the files by hand"
-_SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
+_SAMPLES = "is not there: samples are --sample_prompts or --num_validation_images of one prompt"
 _TRACKER = "is not there: runs are named by their folder"
 _EMA = "is not needed: the average is taken after each step, on the device"
 _OFFLOAD = "is not there: --gradient_checkpointing saves memory"
@@ -326,8 +326,7 @@ SIMPLETUNER: dict[str, Row] = {
         "is not there: --checkpointing_steps is", idle=(1,))),
     "num_validation_images": Row("--num_validation_images", "", lambda value, given: Taken(
         "same", {"num_validation_images": value})),
-    "validation_step_interval": absent("is in epochs here: --validation_epochs"),
-    "validation_steps": absent("is in epochs here: --validation_epochs"),
+    "validation_steps": otherwise("sample_every", "is called so", whole),
     "validation_disable": Row("--num_validation_images 0", "", lambda value, given: Taken(
         "needless", reason="is off") if is_off(value) else Taken(
         "otherwise", {"num_validation_images": 0}, "is a number of samples")),
