@@ -9,6 +9,7 @@ from sd_lora.report.events import (
     Event,
     Exported,
     Progress,
+    Pushed,
     RunEnded,
     RunPlanned,
     StepDone,
@@ -38,6 +39,7 @@ class Terminal:
         self._warned: list[str] = []
         self._validated: Validated | None = None
         self._exported: Exported | None = None
+        self._pushed: Pushed | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event. Findings and samples are in the summary and in files already."""
@@ -62,6 +64,8 @@ class Terminal:
                 self._validated = event
             case Exported():
                 self._exported = event
+            case Pushed():
+                self._pushed = event
             case RunEnded():
                 self._close()
                 self._say(self._result(event))
@@ -103,6 +107,8 @@ class Terminal:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
+        if self._pushed:
+            lines.append(f"  on the hub: {self._pushed.address}")
         if self._warned:
             lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
         lines.append(f"  {event.digest.text}")

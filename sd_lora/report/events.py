@@ -157,6 +157,13 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """The files are on the hub. address: of the repository."""
+
+    address: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """A run that did all its steps. seconds: of this process. sheet: samples before and after.
     page: the run on one page. drawing: seconds of it in sample images."""
@@ -181,6 +188,7 @@ Event = (
     | LoraSaved
     | Validated
     | Exported
+    | Pushed
     | RunEnded
 )
 Listener = Callable[[Event], None]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import (
@@ -196,7 +197,7 @@ tiles lose a little where they meet."""
 
 
 @contextmanager
-def _tiling(vae: nn.Module, latents: Tensor) -> Iterator[None]:
+def _tiling(vae: Any, latents: Tensor) -> Iterator[None]:
     """Decode large latents (B, C, h, w) in tiles in a block, where the VAE can."""
     before = getattr(vae, "use_tiling", None)
     large = latents.shape[2] * latents.shape[3] > LARGEST_WHOLE

@@ -39,8 +39,10 @@ from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.failure import told_once
 from sd_lora.training.going_back import go_back, start_of
+from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
+from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
     remove_earlier_results,
@@ -394,7 +396,8 @@ def open_output(run: Run) -> None:
 def finish(
     run: Run, before: list[Image.Image], after: list[Image.Image] | None, digest: Digest
 ) -> tuple[list[Verified], list[Path], Path | None]:
-    """Write the digest, the verified LoRA files, and the sheet of samples before and after.
+    """Write the digest, the verified LoRA files, the sheet of samples before and after and the
+    model card, and upload them where that is asked for.
 
     Returns the files, those of new words, and the sheet's path.
     """
@@ -404,6 +407,11 @@ def finish(
         files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     changes = {} if run.joint else changes_of(run.models)  # a part of the base is elsewhere
-    run.emit(Exported(files, usage(run, files, words), changes))
+    lines = usage(run, files, words)
+    run.emit(Exported(files, lines, changes))
     with memory_for("drawing sample images", run.config):
-        return files, words, write_before_after(run, before, after)
+        sheet = write_before_after(run, before, after)
+    shared = write_card(run, [*(file.path for file in files), *words], lines)
+    if run.repo:
+        push(run, shared)
+    return files, words, sheet

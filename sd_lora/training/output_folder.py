@@ -27,6 +27,9 @@ UNVERIFIED = "unverified"
 
 SHEET = "before_after.png"
 
+CARD = "README.md"
+"""The model card."""
+
 LORA_PREFIX = "lora-"
 """Folders of LoRA files in mid-run are of this name and their step."""
 
@@ -79,7 +82,7 @@ def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
     """
     files, folder = lora_files(config), config.output_path
     owed = embedding_paths(config.new_words, folder, folder.resolve().name)
-    owed += [folder / SHEET] if draws else []
+    owed += [folder / CARD, *([folder / SHEET] if draws else [])]
     cut_off = any((folder / UNVERIFIED).glob("*")) or not all(path.exists() for path in owed)
     if files and not cut_off:
         remove_unfinished(config)  # of its page, which is written last

@@ -67,7 +67,7 @@ class Run:
     average. saved: the checkpoint to resume. start: the LoRA file to start from. losses: hash of
     those so far. redrawn: steps done before and at the end of each part that was done once more.
     saved_steps: those of this process's checkpoints. schedule: of the sample images.
-    seconds_drawing: spent on them.
+    seconds_drawing: spent on them. repo: of the hub, for the files; "" for none.
     """
 
     plan: Plan
@@ -95,6 +95,7 @@ class Run:
     redrawn: list[tuple[int, int]] = field(default_factory=list)
     saved_steps: list[int] = field(default_factory=list)
     seconds_drawing: float = 0.0
+    repo: str = ""
 
     def __post_init__(self) -> None:
         self.schedule = SampleSchedule(self.plan, 0)

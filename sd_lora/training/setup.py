@@ -45,6 +45,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
+from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.optimizers import build_optimizer, check_optimizer
@@ -85,6 +86,7 @@ class CheckedRun:
     emit: Listener
     saved_path: Path | None
     sharded: bool
+    repo: str
 
 
 def prepare(
@@ -149,6 +151,7 @@ def prepare(
         average=_average(resolved, models, text),
         saved=saved,
         start=start,
+        repo=checked.repo,
     )
     run.schedule = schedule_of(run)
     summarise(run, caches, checked.base.notes())
@@ -200,9 +203,12 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     warnings += warnings_of(plan, device, base.width)
     if warnings:
         emit(Warned(warnings))
+    # the last check, for it may make a repository
+    repo = on_main(accelerator, partial(check_hub, config)) if config.push_to_hub else ""
     return CheckedRun(
-        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded
-    )
+        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
+        repo,
+    )  # fmt: skip
 
 
 def _objective(config: RunConfig, parts: Parts) -> Objective:

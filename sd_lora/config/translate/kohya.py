@@ -187,7 +187,7 @@ SCHEDULERS = {
 """Schedule there, of those that need no file or rules → here."""
 
 _FLOAT32 = "is not there: the LoRA is float32 always; the base is as mixed_precision says"
-_UPLOAD = "is not there: upload the files by hand"
+_UPLOAD = "is not there: --push_to_hub uploads the LoRA files at the end"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
 _VALIDATION = "is not there: samples and their score show what is learned"
@@ -334,9 +334,14 @@ KOHYA: dict[str, Row] = NETWORK | {
         "is not needed: a resumed run goes on at the same image")),
     "no_metadata": absent("is not there: the files say how they were trained"),
     "training_comment": absent(NOT_THERE),
+    "huggingface_repo_id": Row("--push_to_hub --hub_model_id", "", lambda value, given:
+        Taken("needless", reason="is not given") if is_off(value) else
+        Taken("same", {"push_to_hub": True, "hub_model_id": value})),
+    "huggingface_token": absent("is not read from a configuration: hf auth login"),
+    "huggingface_repo_visibility": absent(
+        "is --hub_private_repo here; a new repository is public without it", idle=("public",)),
     **dict.fromkeys(
-        ("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo",
-         "huggingface_token", "huggingface_repo_visibility", "save_state_to_huggingface",
+        ("huggingface_repo_type", "huggingface_path_in_repo", "save_state_to_huggingface",
          "resume_from_huggingface", "async_upload"), absent(_UPLOAD)),
     **dict.fromkeys(
         ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name"),

@@ -30,7 +30,11 @@ def to_toml(translation: Translation, source: str) -> str:
     lines += [f"# not there: {', '.join(lost)}"] * bool(lost)
     lines += [f"# still to give: {problem.line()}" for problem in translation.problems]
     for section in SECTIONS:
-        rows = {n: v for n, v in translation.values.items() if OPTIONS[n].section == section}
+        rows = {
+            n: v
+            for n, v in translation.values.items()
+            if OPTIONS[n].section == section and not SECRETS.search(n)
+        }
         plain = {name: value for name, value in rows.items() if OPTIONS[name].kind != "list"}
         if plain:
             ordered = [name for name in OPTIONS if name in plain]
