@@ -41,7 +41,6 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
     config, family, name = run.config, run.parts.family, run.output_dir.resolve().name
     base = config.base_model if is_hub_id(config.base_model) else None
     words = _trigger_words(run)
-    dora = ["dora"] if config.use_dora else []
     xl = "stable-diffusion-xl" if family.name.startswith("sdxl") else "stable-diffusion"
     prompts = [wanted.asked.prompt for wanted in wanted_samples(run)] if shown else []
     places = [path.relative_to(run.output_dir).as_posix() for path in shown]
@@ -50,8 +49,8 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
         base_model=base,
         library_name="diffusers",
         license=LICENSES.get(family.name, OPENRAIL),
-        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", *dora, "sd_lora"],
-        instance_prompt=config.instance_prompt or ", ".join(words) or None,
+        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", "sd_lora"],
+        instance_prompt=config.subject_prompt or ", ".join(words) or None,
         widget=[{"text": text, "output": {"url": place}} for text, place in images] or None,
     )
     model = f"[{base}](https://huggingface.co/{base})" if base else Path(config.base_model).name
@@ -71,7 +70,7 @@ def _trigger_words(run: Run) -> list[str]:
     rules = (sample.source.rules.trigger_word for sample in instances)
     tokens = run.text.tokens
     new = [concept.word for concept in tokens.concepts] if tokens else []
-    found = [run.config.instance_prompt, *rules, *new]
+    found = [run.config.subject_prompt, *rules, *new]
     return list(dict.fromkeys(word for word in found if word))
 
 

@@ -90,7 +90,7 @@ def _of_subject(run: Run) -> list[Wanted]:
     """Training images, at most one a sample image and at least one, each with the prompt of the
     run, else with its caption."""
     config, instances = run.config, run.images.instances.samples
-    prompt = config.validation_prompt or config.instance_prompt
+    prompt = config.validation_prompt or config.subject_prompt
     given = SamplePrompt(prompt or "")
     each = (Wanted(given, s) for s in instances) if prompt else _one_a_caption(instances)
     number = max(1, config.num_validation_images, len(run.asked_prompts))
