@@ -88,6 +88,6 @@ def _without_place(run: Run, line: str) -> str:
     out, base = run.output_dir, Path(run.config.base_model).expanduser()
     for place in (f"{out.resolve()}{os.sep}", f"{out}{os.sep}"):
         line = line.replace(place, "")
-    for place in (out.resolve(), out):
-        line = line.replace(str(place), ".")
+    for folder in (out.resolve(), out):
+        line = line.replace(str(folder), ".")
     return line.replace(run.config.base_model, base.name) if base.exists() else line
