@@ -60,7 +60,7 @@ def dark(folder: Path, steps: int) -> None:
     data.mkdir(parents=True, exist_ok=True)
     black = []
     for seed in range(32):
-        scene = images.random_scene(random.Random(seed))  # noqa: S311
+        scene = images.random_scene(random.Random(seed))
         pixels = np.asarray(images.draw(scene)).astype(float) / 16 + 239 * (seed % 2)
         image = Image.fromarray(pixels.round().astype(np.uint8))
         image.save(data / f"{seed}.png")

@@ -54,7 +54,7 @@ def subject(rng: random.Random) -> Scene:
 
 def images_of(kind: str, seed: int, count: int) -> list[tuple[Image.Image, str]]:
     """Images of a drawn subject or style, with captions."""
-    rng = random.Random(f"{kind} {seed}")  # noqa: S311
+    rng = random.Random(f"{kind} {seed}")
     look, found = subject(rng), []
     dark, light = rng.sample(sorted(COLOURS), 2)
     for number in range(count):

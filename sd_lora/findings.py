@@ -151,6 +151,10 @@ FINDINGS: dict[str, FindingKind] = {
     "little-room": FindingKind(
         "warning", "make room, or lower --checkpoints_total_limit: a full disk ends the run"
     ),
+    "sample-request": FindingKind(
+        "warning", "nothing of it is drawn, and the run goes on: write the file once more"
+    ),
+    "not-pushed": FindingKind("warning"),
     # the machine
     "fp16-on-cpu": FindingKind(
         "warning", "--mixed_precision no is float32; bf16 is as fast on some CPUs"

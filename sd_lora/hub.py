@@ -5,7 +5,7 @@ from pathlib import Path
 from sd_lora.errors import UsageError, near_path
 
 
-def _is_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
     """Whether a name has the form of a hub id, owner/model."""
     return name.count("/") == 1 and not name.startswith((".", "/", "~")) and "\\" not in name
 
@@ -25,7 +25,7 @@ def check_model_path(name: str) -> None:
             f"{path} is not a diffusers folder: it has no model_index.json (found "
             f"{', '.join(names[:6]) or 'nothing'}){hint}"
         )
-    if not path.exists() and not _is_id(name):
+    if not path.exists() and not is_hub_id(name):
         raise UsageError(
             f"model {name} does not exist: there is no such folder or file{near_path(path)}"
         )
@@ -42,7 +42,7 @@ def check_hub_id(name: str, files: tuple[str, ...], cache_dir: str | None = None
             the cache while HF_HUB_OFFLINE is set.
     """
     path = Path(name).expanduser()
-    if path.exists() or not _is_id(name):
+    if path.exists() or not is_hub_id(name):
         return ""
     from huggingface_hub import constants, try_to_load_from_cache  # 0.1 s
 

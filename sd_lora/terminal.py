@@ -9,6 +9,7 @@ from sd_lora.report.events import (
     Event,
     Exported,
     Progress,
+    Pushed,
     RunEnded,
     RunPlanned,
     StepDone,
@@ -41,6 +42,7 @@ class Terminal:
         self._validated: Validated | None = None
         self._measured: ValidationDone | None = None
         self._exported: Exported | None = None
+        self._pushed: Pushed | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event. Findings and samples are in the summary and in files already."""
@@ -67,6 +69,8 @@ class Terminal:
                 self._measured = event
             case Exported():
                 self._exported = event
+            case Pushed():
+                self._pushed = event
             case RunEnded():
                 self._close()
                 self._say(self._result(event))
@@ -101,6 +105,9 @@ class Terminal:
             known = v.first == v.first  # else NaN
             before = f"{v.first:.4f} in the first steps, " * known
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
+        if event.drawing:
+            share = round(100 * event.drawing / max(event.seconds, event.drawing))
+            lines[0] += f"; {share} % of the time in samples"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if self._measured and self._exported:
@@ -109,6 +116,8 @@ class Terminal:
                 lines.append(f"  {verdict.text}")
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
+        if self._pushed:
+            lines.append(f"  on the hub: {self._pushed.address}")
         if self._warned:
             lines.append(f"  warnings, above: {', '.join(dict.fromkeys(self._warned))}")
         lines.append(f"  {event.digest.text}")

@@ -16,6 +16,7 @@ from sd_lora.adapters.targets import plan
 from sd_lora.config import schema as config
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import PRESETS
+from sd_lora.config.sample_prompts import NAMES
 from sd_lora.config.schema import SHORT_NAMES
 from sd_lora.findings import FINDINGS
 from sd_lora.models.families import FAMILIES
@@ -162,11 +163,12 @@ def test_every_link_leads_somewhere(root: Path) -> None:
 
 
 def test_flags_in_guides_exist(root: Path) -> None:
-    """Each flag in the pages that begin is an option of a run, one of its short names, or a flag of
-    a tool."""
+    """Each flag in the pages that begin is an option of a run, one of its short names, a flag of a
+    tool, or a mark in a line of sample prompts."""
     known = {f"--{name}" for name in (*config.OPTIONS, *SHORT_NAMES)}
     known |= {f"--no-{name}" for name, option in config.OPTIONS.items() if option.kind == "bool"}
     known |= {"--config", "--help", "--out", "--python", "--torch-backend", "--index-url"}
+    known |= {f"--{marks[0]}" for marks in NAMES.values()}
     known |= {flag for action in sample_parser()._actions for flag in action.option_strings}
     for page in GUIDES:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (root / page).read_text("utf-8")))

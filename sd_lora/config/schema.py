@@ -48,10 +48,14 @@ class TrainConfig(
     """
 
     _notes: tuple[str, ...] = PrivateAttr(default=())
+    _token: str | None = PrivateAttr(default=None)
     _spelling: Spelling = PrivateAttr(default_factory=Spelling)
 
     def __init__(self, **values: Any) -> None:
         values, notes = with_present_names(values)
+        token = values.get("hub_token")
+        if isinstance(token, str):  # no field: those are written, compared and shown
+            del values["hub_token"]
         for note in notes:
             warnings.warn(note, DeprecationWarning, stacklevel=2)
         values = with_optimizer(with_preset(values), values)
@@ -75,12 +79,19 @@ class TrainConfig(
         sound = {k: v for k, v in values.items() if k in OPTIONS and k not in wrong}
         problems += contradictions(type(self).model_construct(**sound), OPTIONS, wrong)
         refuse(problems)
+        self._token = token
         if self.sources is not None:  # before anything is read
             source_specs(self)
 
     def replace(self: T, **changes: Any) -> T:
         """The same configuration with other values, checked like a new one."""
-        return type(self)(**(self.as_dict() | changes)).with_notes(self._notes)
+        values = self.as_dict() | {"hub_token": self._token} | changes
+        return type(self)(**values).with_notes(self._notes)
+
+    @property
+    def token(self) -> str | None:
+        """The token of `hub_token`, which is in no field, so that nothing writes it."""
+        return self._token
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -125,7 +136,7 @@ class TrainConfig(
         second = [n for n in OPTIONS if n.startswith("text_encoder_2_") and values[n] is not None]
         if second and family != "sdxl":
             raise UsageError(f"{min(second)} needs two text encoders, and {family} has one")
-        return RunConfig(**values).with_notes(self._notes)
+        return RunConfig(**(values | {"hub_token": self._token})).with_notes(self._notes)
 
     def as_dict(self) -> dict[str, Any]:
         """Option → value."""

@@ -111,12 +111,12 @@ class StepsLogged:
 
 @dataclass(frozen=True)
 class SamplesDrawn:
-    """Sample images of the model after `step` steps, one a prompt. sheet: their file."""
+    """Sample images of the model after `step` steps, 0 for the base, one a prompt. They stand in
+    their files."""
 
     step: int
     prompts: Sequence[str]
     images: Sequence[Image.Image]
-    sheet: Path
 
 
 @dataclass(frozen=True)
@@ -179,14 +179,22 @@ class Exported:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """The files are on the hub. address: of the repository."""
+
+    address: str
+
+
+@dataclass(frozen=True)
 class RunEnded:
     """A run that did all its steps. seconds: of this process. sheet: samples before and after.
-    page: the run on one page."""
+    page: the run on one page. drawing: seconds of it in sample images."""
 
     seconds: float
     sheet: Path | None
     digest: Digest
     page: Path | None = None
+    drawing: float = 0.0
 
 
 Event = (
@@ -204,6 +212,7 @@ Event = (
     | ValidationDone
     | LedgerRead
     | Exported
+    | Pushed
     | RunEnded
 )
 Listener = Callable[[Event], None]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import (
@@ -190,6 +191,25 @@ def _inpainting_channels(parts: Parts, size: tuple[int, int], device: torch.devi
     return torch.cat([torch.ones_like(masked[:, :1]), masked], dim=1)
 
 
+LARGEST_WHOLE = 160 * 160
+"""Latents of an image that is decoded in one piece: 1280 × 1280 pixels. SDXL's own sizes are below;
+tiles lose a little where they meet."""
+
+
+@contextmanager
+def _tiling(vae: Any, latents: Tensor) -> Iterator[None]:
+    """Decode large latents (B, C, h, w) in tiles in a block, where the VAE can."""
+    before = getattr(vae, "use_tiling", None)
+    large = latents.shape[2] * latents.shape[3] > LARGEST_WHOLE
+    if large and before is False:
+        vae.use_tiling = True
+    try:
+        yield
+    finally:
+        if before is not None:
+            vae.use_tiling = before
+
+
 @torch.no_grad()
 def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
     """RGB images of latents (B, C, h, w)."""
@@ -197,7 +217,7 @@ def _decode(parts: Parts, latents: Tensor) -> list[Image.Image]:
     x0 = Scaling.of(vae).unscaled(latents).to(vae.dtype)
     # no autocast: SDXL's decoder overflows in float16, also with float32 weights
     # one by one: at 1024 pixels an activation of a float32 decoder is up to 1 GiB an image
-    with torch.autocast(x0.device.type, enabled=False):
+    with torch.autocast(x0.device.type, enabled=False), _tiling(vae, x0):
         pixels = torch.cat([vae.decode(z).sample.float() for z in x0.split(1)])
     if not torch.isfinite(pixels).all():
         raise RunError(

@@ -1,4 +1,4 @@
-"""Requests to end or to save a run: signals, the clock, and a file named `stop`."""
+"""Requests to a run, to end, save or draw: signals, the clock, files named `stop` and `sample`."""
 
 import os
 import signal
@@ -11,13 +11,16 @@ from typing import Any
 STOP_FILE = "stop"
 """A file of this name in the output folder ends a run, where no signal reaches it."""
 
+SAMPLE_FILE = "sample"
+"""A file of this name in the output folder asks for samples now; it may hold prompts."""
+
 ENDING = (
     b"\nending after this step, with a checkpoint; the same signal again ends at once, without\n"
 )
 """The answer to a signal that asks to end: a step may take seconds."""
 
 LOOK_EVERY = 1.0
-"""Seconds between two looks for the stop file: on a network's disk each takes milliseconds."""
+"""Seconds between two looks for these files: on a network's disk each takes milliseconds."""
 
 
 class _Drawing(BaseException):
@@ -38,7 +41,7 @@ class Requests:
         self.signals: list[str] = []
         self.wants_save = False
         self._drawing = False
-        self._looked = -LOOK_EVERY
+        self._looked: dict[str, float] = {}
 
     @property
     def reason(self) -> str:
@@ -47,12 +50,33 @@ class Requests:
             return f"interrupted by {self.signals[0]}"
         if self.end is not None and time.monotonic() >= self.end:
             return f"ended by --max_train_time {self.limit}"
-        if time.monotonic() - self._looked >= LOOK_EVERY:
-            self._looked = time.monotonic()
-            if (self.folder / STOP_FILE).exists():
-                self._looked = -LOOK_EVERY  # it stays there, until the run has ended
-                return f"ended by the file {self.folder / STOP_FILE}"
+        if self._sees(STOP_FILE):
+            self._looked.pop(STOP_FILE)  # it stays there, until the run has ended
+            return f"ended by the file {self.folder / STOP_FILE}"
         return ""
+
+    def _sees(self, name: str) -> bool:
+        """Whether a file is there; between two looks it is not."""
+        now = time.monotonic()
+        if now - self._looked.get(name, -LOOK_EVERY) < LOOK_EVERY:
+            return False
+        self._looked[name] = now
+        return (self.folder / name).exists()
+
+    @property
+    def wants_sample(self) -> bool:
+        """Whether a file asks for samples now."""
+        return self._sees(SAMPLE_FILE)
+
+    def take_sample(self) -> str | None:
+        """The text of the file that asks for samples, which is removed; None without one."""
+        path = self.folder / SAMPLE_FILE
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+            path.unlink()
+        except OSError:
+            return None
+        return text
 
     def take_save(self) -> bool:
         """Whether SIGUSR1 has asked for a checkpoint since the last call."""

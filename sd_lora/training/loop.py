@@ -38,9 +38,11 @@ from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.failure import told_once
 from sd_lora.training.going_back import go_back, start_of
+from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.measure import validated
+from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
     remove_earlier_results,
@@ -55,7 +57,7 @@ from sd_lora.training.samples import (
     samples_are_due,
     show_missing_samples,
     show_samples,
-    write_alone,
+    tell_samples,
     write_before_after,
 )
 from sd_lora.training.saving import (
@@ -143,10 +145,10 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         requests = Requests(run.output_dir, end, config.max_train_time)
         with listening(requests), rescued(run, log):
             open_output(run)
-            if run.main:
-                write_alone(run, before, 0)
             requests.forget_file()
             run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
+            if run.main:
+                tell_samples(run, 0, before)
             with memory_for("drawing sample images", run.config):
                 show_missing_samples(run)
             validated(run, run.first_step)
@@ -173,7 +175,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         digest = run.digest()
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE))
+        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.seconds_drawing))
         with tracker_errors(run.accelerator):
             run.accelerator.end_training()
         return Result(
@@ -231,8 +233,8 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        wishes = requests.take_save() or minutes_are_over(config, saved_at)
-        stopping, is_time = agreed(run, bool(requests.reason), wishes)
+        wishes = requests.take_save() or minutes_are_over(config, saved_at), requests.wants_sample
+        stopping, is_time, drawing = agreed(run, bool(requests.reason), *wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
         saving |= validated(run, done)  # before the checkpoint, which has its losses
         if saving or lora_is_due(run, done):
@@ -245,9 +247,9 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
             saved_at = time.monotonic()
         if stopping:
             break
-        if samples_are_due(run, done):
+        if drawing or samples_are_due(run, done):
             with memory_for("drawing sample images", config), run.averaged():
-                show_samples(run, done, requests.drawing)
+                show_samples(run, done, requests)
     return done
 
 
@@ -357,7 +359,8 @@ def open_output(run: Run) -> None:
 def finish(
     run: Run, before: list[Image.Image], after: list[Image.Image] | None, digest: Digest
 ) -> tuple[list[Verified], list[Path], Path | None]:
-    """Write the digest, the verified LoRA files, and the sheet of samples before and after.
+    """Write the digest, the verified LoRA files, the sheet of samples before and after and the
+    model card, and upload them where that is asked for.
 
     Returns the files, those of new words, and the sheet's path.
     """
@@ -367,6 +370,11 @@ def finish(
         files, words = export(run, steps, place), export_words(run, steps, place)
     remove_earlier_results(run.config, [*(file.path for file in files), *words])
     changes = {} if run.joint else changes_of(run.models)  # a part of the base is elsewhere
-    run.emit(Exported(files, usage(run, files, words), changes))
+    lines = usage(run, files, words)
+    run.emit(Exported(files, lines, changes))
     with memory_for("drawing sample images", run.config):
-        return files, words, write_before_after(run, before, after)
+        sheet = write_before_after(run, before, after)
+    shared = write_card(run, [*(file.path for file in files), *words], lines)
+    if run.repo:
+        push(run, shared)
+    return files, words, sheet

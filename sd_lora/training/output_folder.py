@@ -34,6 +34,9 @@ UNVERIFIED = "unverified"
 
 SHEET = "before_after.png"
 
+CARD = "README.md"
+"""The model card."""
+
 LORA_PREFIX = "lora-"
 """Folders of LoRA files in mid-run are of this name and their step."""
 
@@ -86,7 +89,7 @@ def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
     """
     files, folder = lora_files(config), config.output_path
     owed = embedding_paths(config.new_words, folder, folder.resolve().name)
-    owed += [folder / SHEET] if draws else []
+    owed += [folder / CARD, *([folder / SHEET] if draws else [])]
     cut_off = any((folder / UNVERIFIED).glob("*")) or not all(path.exists() for path in owed)
     if files and not cut_off:
         remove_unfinished(config)  # of its page, which is written last
@@ -112,7 +115,8 @@ def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
         for path in (*checkpoints(config.output_path), *of_steps):
             shutil.rmtree(path, ignore_errors=True)
         (config.output_path / BEST_FILE).unlink(missing_ok=True)
-        for path in (config.output_path / "samples").glob("step-*"):
+        samples = config.output_path / "samples"
+        for path in chain(samples.glob("step-*"), samples.glob("now-*")):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

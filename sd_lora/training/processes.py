@@ -288,11 +288,13 @@ class Trackers:
                 }
                 self.accelerator.log(means, step=event.step)
             case SamplesDrawn():
-                array = np.stack([np.asarray(image) for image in event.images])  # (N, H, W, 3)
-                for tracker in self.accelerator.trackers:
-                    if tracker.name in IMAGE_TRACKERS:
-                        options = IMAGE_TRACKERS[tracker.name]
-                        tracker.log_images({"validation": array}, step=event.step, **options)
+                for size in dict.fromkeys(image.size for image in event.images):
+                    alike = [np.asarray(i) for i in event.images if i.size == size]
+                    name, array = f"samples/{size[0]}x{size[1]}", np.stack(alike)  # (N, H, W, 3)
+                    for tracker in self.accelerator.trackers:
+                        if tracker.name in IMAGE_TRACKERS:
+                            options = IMAGE_TRACKERS[tracker.name]
+                            tracker.log_images({name: array}, step=event.step, **options)
 
 
 IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers
 from sd_lora.adapters.merging import limit_norms, unmask_ranks
+from sd_lora.config.sample_prompts import SamplePrompt
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
 from sd_lora.data.cache.encode import Latents
@@ -47,6 +48,7 @@ from sd_lora.training.optimizers import (
 )
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device, tracker_runs
+from sd_lora.training.sample_schedule import SampleSchedule
 from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
 from sd_lora.training.validation import Validation
 
@@ -67,7 +69,8 @@ class Run:
     of the steps, which is exported; None for the last step, or the optimiser's own average. saved:
     the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
     redrawn: steps done before and at the end of each part that was done once more. saved_steps:
-    those of this process's checkpoints.
+    those of this process's checkpoints. schedule: of the sample images. seconds_drawing: spent on
+    them. repo: of the hub, for the files; "" for none.
     """
 
     plan: Plan
@@ -96,6 +99,11 @@ class Run:
     losses: str = ""
     redrawn: list[tuple[int, int]] = field(default_factory=list)
     saved_steps: list[int] = field(default_factory=list)
+    seconds_drawing: float = 0.0
+    repo: str = ""
+
+    def __post_init__(self) -> None:
+        self.schedule = SampleSchedule(self.plan, 0)
 
     @property
     def config(self) -> RunConfig:
@@ -104,6 +112,11 @@ class Run:
     @property
     def output_dir(self) -> Path:
         return self.config.output_path
+
+    @cached_property
+    def asked_prompts(self) -> list[SamplePrompt]:
+        """The prompts of sample images that the configuration names, read once."""
+        return self.config.asked_prompts
 
     @cached_property
     def base_hash(self) -> str | None:

@@ -1,25 +1,32 @@
 """Sample images that a run draws: before, during and after training."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
+from sd_lora.adapters.merging import set_strength
+from sd_lora.config.sample_prompts import SamplePrompt, read_prompts
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.images.decode import colour, decode_with_mask
 from sd_lora.data.sources.samples import Sample
-from sd_lora.errors import RunError
-from sd_lora.report.events import SamplesDrawn, counting
+from sd_lora.errors import Problem, RunError, UsageError
+from sd_lora.findings import Finding
+from sd_lora.report.events import SamplesDrawn, Warned, counting
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.training.interruption import SAMPLE_FILE, Requests
 from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
+from sd_lora.training.sample_schedule import DECODE_FORWARDS, SampleSchedule
 
 AFTER = "samples after training"
 """Label of the bar of the last samples."""
@@ -27,37 +34,67 @@ AFTER = "samples after training"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A sample image to draw. reference: the training image shown above it."""
+    """A sample image to draw. asked: with its seed. reference: the training image above it."""
 
-    prompt: str
+    asked: SamplePrompt
     reference: Sample
 
+    def parameters(self, run: Run, step: int) -> Parameters:
+        """How the run draws it after a step."""
+        asked, config, name = self.asked, run.config, run.output_dir.resolve().name
+        side = run.images.crop_settings.resolution
+        return Parameters(
+            asked.prompt,
+            asked.seed or 0,
+            asked.steps or config.validation_steps,
+            config.validation_guidance_scale if asked.guidance is None else asked.guidance,
+            (asked.width or side, asked.height or side),
+            config.base_model,
+            name,
+            step,
+            run.text.caption_encoder.clip_skip,
+            asked.negative,
+            () if asked.strength == 1 else ((name, asked.strength),),
+        )
 
-def wanted_samples(run: Run) -> list[Wanted]:
-    """The sample images of a run, drawn with the seeds 0, 1, 2, …
+    def with_seed(self, seed: int) -> "Wanted":
+        """The same with another seed."""
+        return replace(self, asked=replace(self.asked, seed=seed))
 
-    `num_validation_images` of the subject, and where class images are trained, one more by a class
-    prompt, to show what the class has become.
+
+def wanted_samples(run: Run, now: Sequence[SamplePrompt] = ()) -> list[Wanted]:
+    """The sample images of a run, with the seeds 0, 1, 2, … where no other is asked for.
+
+    One a prompt of `sample_prompts`; else `num_validation_images` of the subject, and where class
+    images are trained, one more by a class prompt, to show what the class has become. now: other
+    prompts, in place of the run's.
     """
     count, classes, pairs = run.config.num_validation_images, run.images.classes, _of_subject(run)
-    wanted = [pairs[i % len(pairs)] for i in range(count)]
-    if count and classes:
-        wanted += itertools.islice(_one_a_caption(classes.samples), 1)
-    return wanted
+    if not count:
+        return []
+    if asked := now or run.asked_prompts:
+        wanted = [Wanted(prompt, pairs[i % len(pairs)].reference) for i, prompt in enumerate(asked)]
+    else:
+        wanted = [pairs[i % len(pairs)] for i in range(count)]
+        wanted += itertools.islice(_one_a_caption(classes.samples), 1) if classes else []
+    return [w if w.asked.seed is not None else w.with_seed(i) for i, w in enumerate(wanted)]
 
 
 def prompts_of(run: Run) -> list[str]:
-    """Distinct prompts to draw samples of: the one given, or captions, at least one."""
-    return list(dict.fromkeys(wanted.prompt for wanted in _of_subject(run)))
+    """Distinct prompts to draw samples of: those given, or captions, at least one."""
+    asked = run.asked_prompts or [wanted.asked for wanted in _of_subject(run)]
+    return list(dict.fromkeys(prompt.prompt for prompt in asked))
 
 
 def _of_subject(run: Run) -> list[Wanted]:
     """Training images, at most one a sample image and at least one, each with the prompt of the
     run, else with its caption."""
     config, instances = run.config, run.images.instances.samples
-    prompt = config.validation_prompt or config.instance_prompt
-    each = (Wanted(prompt, s) for s in instances) if prompt else _one_a_caption(instances)
-    return list(itertools.islice(each, max(1, config.num_validation_images)))
+    prompt = config.validation_prompt or config.subject_prompt
+    given = SamplePrompt(prompt or "")
+    each = (Wanted(given, s) for s in instances) if prompt else _one_a_caption(instances)
+    number = max(1, config.num_validation_images, len(run.asked_prompts))
+    return list(itertools.islice(each, number))
 
 
 def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
@@ -67,62 +104,106 @@ def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
         caption = longest_form(shown.captions, shown.source.rules)[0]
         if caption not in seen:
             seen.add(caption)
-            yield Wanted(caption, shown)
+            yield Wanted(SamplePrompt(caption), shown)
 
 
-def draw_samples(run: Run, label: str) -> list[Image.Image]:
+def check_sample_sizes(prompts: Sequence[SamplePrompt], pixels_per_latent: int) -> None:
+    """Raise UsageError, with all places, for sizes that a model cannot draw."""
+    faults = [
+        f"{prompt.place}: {side} pixels are no multiple of {pixels_per_latent}, the model's latents"
+        for prompt in prompts
+        for side in (prompt.width, prompt.height)
+        if side and side % pixels_per_latent
+    ]
+    if faults:
+        text = "\n".join(faults)
+        raise UsageError(text, [Problem("sample_prompts", text)])
+
+
+def schedule_of(run: Run) -> SampleSchedule:
+    """The schedule of a run's samples."""
+    if not can_generate_images(run.parts.family):
+        return SampleSchedule(run.plan, 0)
+    area = run.images.crop_settings.resolution**2
+    drawn = [wanted.parameters(run, 0) for wanted in wanted_samples(run)]
+    cost = ((2 * p.steps + DECODE_FORWARDS) * p.size[0] * p.size[1] / area for p in drawn)
+    return SampleSchedule(run.plan, round(sum(cost)))
+
+
+def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list[Image.Image]:
     """Sample images of the model as it is now; none on processes that are not needed for them.
 
-    label: of the progress bar.
+    label: of the progress bar. now: prompts in place of the run's.
     """
-    prompts = [wanted.prompt for wanted in wanted_samples(run)]
-    if not prompts or not (run.main or run.joint) or not can_generate_images(run.parts.family):
+    drawn = [
+        (wanted.parameters(run, 0), wanted.asked.strength) for wanted in wanted_samples(run, now)
+    ]
+    if not drawn or not (run.main or run.joint) or not can_generate_images(run.parts.family):
         return []
-    steps, batch_size = run.config.validation_steps, min(4, run.config.train_batch_size)
-    total = num_denoising_steps(len(prompts), batch_size, steps)
+    side, started = run.images.crop_settings.resolution, time.monotonic()
+    groups = []
+    for like, of_group in itertools.groupby(drawn, _alike):
+        fits = like[0][0] * like[0][1] <= side**2  # training has room for so many
+        group = [parameters for parameters, _ in of_group]
+        groups.append((like, group, min(4, run.config.train_batch_size) if fits else 1))
+    total = sum(
+        num_denoising_steps(len(group), at_once, like[1]) for like, group, at_once in groups
+    )
+    images: list[Image.Image] = []
     with counting(run.emit, label, total, "denoising step") as advance:
-        images = sample(
-            run.parts,
-            run.text.caption_encoder,
-            prompts,
-            range(len(prompts)),
-            size=(run.images.crop_settings.resolution,) * 2,
-            device=run.accelerator.device,
-            steps=steps,
-            guidance_scale=run.config.validation_guidance_scale,
-            batch_size=batch_size,  # training has room for it
-            on_step=advance,
-        )
-        return list(images)
+        for (size, steps, guidance, negative, strength), group, at_once in groups:
+            with _strength(run, strength):
+                images += sample(
+                    run.parts,
+                    run.text.caption_encoder,
+                    [p.prompt for p in group],
+                    [p.seed for p in group],
+                    size=size,
+                    device=run.accelerator.device,
+                    negative=negative or None,
+                    steps=steps,
+                    guidance_scale=guidance,
+                    batch_size=at_once,
+                    on_step=advance,
+                )
+    run.seconds_drawing += time.monotonic() - started
+    return images
 
 
-def sample_sheet(run: Run, rows: dict[str, list[Image.Image]], step: int) -> Sheet:
+def _alike(drawn: tuple[Parameters, float]) -> tuple[tuple[int, int], int, float, str, float]:
+    """Settings that images of one call of the sampler share: size, steps, guidance scale, negative
+    prompt, and strength of the adapter."""
+    p, strength = drawn
+    return p.size, p.steps, p.guidance_scale, p.negative, strength
+
+
+@contextmanager
+def _strength(run: Run, strength: float) -> Iterator[None]:
+    """Another strength of the adapter in a block; 1 is that of training."""
+    for model in run.models.values() if strength != 1 else ():
+        set_strength(model, strength)
+    try:
+        yield
+    finally:
+        for model in run.models.values() if strength != 1 else ():
+            set_strength(model, 1.0)
+
+
+def sample_sheet(
+    run: Run, rows: dict[str, list[Image.Image]], step: int, now: Sequence[SamplePrompt] = ()
+) -> Sheet:
     """The sheet of sample images, below the training images.
 
-    rows: label → sample images; the last ones are drawn after `step` steps.
+    rows: label → sample images; the last ones are drawn after `step` steps. now: their prompts, in
+    place of the run's.
     """
-    config, resolution = run.config, run.images.crop_settings.resolution
-    wanted = wanted_samples(run)
-    columns = [
-        Parameters(
-            w.prompt,
-            seed,
-            config.validation_steps,
-            config.validation_guidance_scale,
-            (resolution, resolution),
-            config.base_model,
-            run.output_dir.resolve().name,
-            step,
-            run.text.caption_encoder.clip_skip,
-        )
-        for seed, w in enumerate(wanted)
-    ]
+    wanted = wanted_samples(run, now)
     references = [_reference(run, w.reference) for w in wanted]
     shown: dict[str, list[Image.Image | None]] = {}
     if any(references):
         shown["trained on"] = references
     shown |= {label: [*images] for label, images in rows.items()}
-    return Sheet(list(shown.values()), list(shown), columns)
+    return Sheet([*shown.values()], [*shown], [w.parameters(run, step) for w in wanted])
 
 
 def _reference(run: Run, shown: Sample) -> Image.Image | None:
@@ -146,41 +227,91 @@ def write_before_after(
     path, steps = run.output_dir / SHEET, run.plan.num_steps
     after = after or draw_samples(run, AFTER)
     sheet = sample_sheet(run, {"before": before, f"after {steps} steps": after}, steps)
-    write_alone(run, after, steps)
+    tell_samples(run, steps, after)
     sheet.write(path)  # the last: where it is, nothing is drawn again
     return path
 
 
-def write_alone(run: Run, images: Sequence[Image.Image], step: int) -> None:
-    """Write each sample image of a step, 0 for the base, with its parameters, for the page."""
-    parameters = sample_sheet(run, {}, step).columns if images else []
-    for number, (image, drawn) in enumerate(zip(images, parameters, strict=True)):
-        folder = run.output_dir / SAMPLES / f"step-{step:06}"
-        write_image(folder / f"{number:02}.png", image, [drawn])
+def tell_samples(run: Run, step: int, images: Sequence[Image.Image]) -> None:
+    """Write the sample images of a step, 0 for the base, alone for the page, and tell of them."""
+    if images:
+        _write_alone(run, images, _name(step), step)
+        prompts = [wanted.asked.prompt for wanted in wanted_samples(run)]
+        run.emit(SamplesDrawn(step, prompts, images))
+
+
+def _write_alone(
+    run: Run,
+    images: Sequence[Image.Image],
+    name: str,
+    step: int,
+    now: Sequence[SamplePrompt] = (),
+) -> None:
+    """Write each sample image, with its parameters, into a folder of `samples`."""
+    for number, (image, drawn) in enumerate(zip(images, wanted_samples(run, now), strict=True)):
+        path = run.output_dir / SAMPLES / name / f"{number:02}.png"
+        write_image(path, image, [drawn.parameters(run, step)])
 
 
 def samples_are_due(run: Run, step: int) -> bool:
-    """Whether an epoch that asks for samples ends with this step; never at the run's end."""
-    every = run.config.validation_epochs * run.plan.epochs.num_steps
-    crossed = int(step / every) > int((step - 1) / every)
-    return bool(run.config.validation_prompt) and crossed and step < run.plan.num_steps
+    """Whether samples are drawn after a step; the run's end has its own."""
+    return step in run.schedule.steps
 
 
-def show_samples(
-    run: Run, step: int, drawing: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> None:
-    """Draw sample images in mid-run, and write their sheet.
+def show_samples(run: Run, step: int, requests: Requests | None = None) -> None:
+    """Draw the samples that are due after a step, and those of a request, and write their sheets.
 
-    drawing: a context that may be left early; then there is no sheet.
+    requests: their file may ask for samples; a signal among them ends the drawing at once, and then
+    there is no sheet.
     """
-    with nullcontext() if run.joint else drawing():  # joint work is left by all or by none
-        images = draw_samples(run, f"samples at step {step}")
-        if images and run.main:
-            prompts, path = [wanted.prompt for wanted in wanted_samples(run)], _sheet_of(run, step)
-            write_alone(run, images, step)
-            sample_sheet(run, {f"step {step}": images}, step).write(path)
-            run.emit(SamplesDrawn(step, prompts, images, path))
+    text = [requests.take_sample() if requests and run.main else None]
+    if requests and run.accelerator.num_processes > 1:
+        broadcast_object_list(text)
+    # joint work is left by all or by none
+    with requests.drawing() if requests and not run.joint else nullcontext():
+        if samples_are_due(run, step) or (text[0] is not None and not text[0].strip()):
+            _show(run, step, _name(step))
+        if text[0] and text[0].strip():
+            _show_requested(run, step, text[0])
     run.accelerator.wait_for_everyone()
+
+
+def _show_requested(run: Run, step: int, text: str) -> None:
+    """Draw the prompts of a request. A mistake in them, or too little memory for them, costs a
+    warning and not the run."""
+    try:
+        prompts = read_prompts(text)
+        check_sample_sizes(prompts, run.parts.pixels_per_latent)
+        _show(run, step, f"now-{step:06}", prompts)
+    except (UsageError, RunError, torch.OutOfMemoryError) as error:
+        if run.joint and not isinstance(error, UsageError):
+            raise
+        run.emit(Warned([Finding("sample-request", f"the file {SAMPLE_FILE}", str(error))]))
+
+
+def _show(run: Run, step: int, name: str, now: Sequence[SamplePrompt] = ()) -> None:
+    """Draw samples, and write them and their sheet. name: of the sheet, and of the images' folder.
+    now: prompts in place of the run's."""
+    images = draw_samples(run, f"samples at step {step}", now)
+    if not images or not run.main:
+        return
+    rows = {} if now else {"before": _base_answer(run, len(images))}
+    rows = {label: row for label, row in rows.items() if row} | {f"step {step}": images}
+    if now:
+        _write_alone(run, images, name, step, now)
+    else:
+        tell_samples(run, step, images)
+    sample_sheet(run, rows, step, now).write(run.output_dir / SAMPLES / f"{name}.png")
+
+
+def _base_answer(run: Run, count: int) -> list[Image.Image]:
+    """The samples of the base, as they were written; none where they are of other prompts."""
+    found = []
+    with suppress(OSError):
+        for path in sorted((run.output_dir / SAMPLES / _name(0)).glob("*.png")):
+            with Image.open(path) as image:
+                found.append(image.convert("RGB"))
+    return found if len(found) == count else []
 
 
 def show_missing_samples(run: Run) -> None:
@@ -188,11 +319,12 @@ def show_missing_samples(run: Run) -> None:
     their sheet."""
     step = run.first_step
     missing = [run.saved is not None and samples_are_due(run, step)]
-    missing[0] &= not _sheet_of(run, step).exists()
+    missing[0] &= not (run.output_dir / SAMPLES / f"{_name(step)}.png").exists()
     if broadcast_object_list(missing)[0]:  # processes look at different times
         with run.averaged():
             show_samples(run, step)
 
 
-def _sheet_of(run: Run, step: int) -> Path:
-    return run.output_dir / SAMPLES / f"step-{step:06}.png"
+def _name(step: int) -> str:
+    """The name of a step's samples."""
+    return f"step-{step:06}"

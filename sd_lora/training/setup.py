@@ -48,6 +48,7 @@ from sd_lora.training.conditioning import (
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
 from sd_lora.training.forecast import warnings_of
+from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
 from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
@@ -66,6 +67,7 @@ from sd_lora.training.processes import (
     weight_dtype,
 )
 from sd_lora.training.run import Run
+from sd_lora.training.samples import check_sample_sizes, schedule_of
 from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
 from sd_lora.training.validation import Validation
@@ -89,6 +91,7 @@ class CheckedRun:
     emit: Listener
     saved_path: Path | None
     sharded: bool
+    repo: str
 
 
 def prepare(
@@ -157,7 +160,9 @@ def prepare(
         average=_average(resolved, models, text),
         saved=saved,
         start=start,
+        repo=checked.repo,
     )
+    run.schedule = schedule_of(run)
     summarise(run, caches, checked.base.notes())
     return run
 
@@ -189,6 +194,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     images.check_sources()
     if sharded and accelerator.num_processes > 1:
         check_even(resolved, bool(crop_settings.step))
+    check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
@@ -206,9 +212,12 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     warnings += warnings_of(plan, device, base.width)
     if warnings:
         emit(Warned(warnings))
+    # the last check, for it may make a repository
+    repo = on_main(accelerator, partial(check_hub, config)) if config.push_to_hub else ""
     return CheckedRun(
-        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded
-    )
+        plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
+        repo,
+    )  # fmt: skip
 
 
 def _objective(config: RunConfig, parts: Parts, resolution: int) -> Objective:

@@ -52,6 +52,8 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["objective"] = ", ".join(objective)
     if run.validation.every:
         rows["validation"] = run.validation.text
+    if run.schedule.forwards:
+        rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)
     notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
     run.summary.notes += [*replacement_note(config, run.saved.path if run.saved else None), *notes]

@@ -24,7 +24,8 @@ THEIRS: dict[str, tuple[object, ...]] = {
     "mixed_precision": (None,) * 4, "center_crop": (None,) * 4,
     "gradient_checkpointing": (False,) * 4, "scale_lr": (False,) * 4,
     "allow_tf32": (False,) * 4, "num_validation_images": (4,) * 4,
-    "validation_epochs": (1, 1, 50, 50),
+    "validation_epochs": (1, 1, 50, 50), "push_to_hub": (False,) * 4, "hub_token": (None,) * 4,
+    "hub_model_id": (None,) * 4,
     "output_dir": ("sd-model-finetuned-lora",) * 2 + ("lora-dreambooth-model",) * 2,
     "resolution": (512, 1024, 512, 1024), "train_batch_size": (16, 16, 4, 4),
     "num_train_epochs": (100, 100, 1, 1), "checkpointing_steps": (500,) * 4,
@@ -55,7 +56,7 @@ THEIRS: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 # those that are refused, or accepted without effect; report_to is the tracker that is installed
 ALSO_THEIRS = (
-    "push_to_hub hub_token hub_model_id enable_xformers_memory_efficient_attention report_to "
+    "enable_xformers_memory_efficient_attention report_to "
     "tokenizer_max_length class_labels_conditioning validation_images pre_compute_text_embeddings "
     "text_encoder_use_attention_mask use_8bit_adam prodigy_beta3 prodigy_decouple "
     "prodigy_use_bias_correction prodigy_safeguard_warmup output_kohya_format "
@@ -379,7 +380,7 @@ def test_toml_sections_defaults_and_flags(tmp_path: Path) -> None:
         ("rnak = 3", "'rnak' is not an option. Did you mean rank?"),
         ("[adapter]\nrnak = 3", "'rnak' is not an option. Did you mean rank?"),
         ("rank = 3\n[adapter]\nrank = 4", "rank is given twice"),
-        ("push_to_hub = true", "push_to_hub is not supported yet"),
+        ("debug_loss = true", "debug_loss is not supported yet"),
         ("rank = ", "is not TOML"),
         ('rank = "4"', "rank must be a whole number, not '4'"),
         ("rank = 4.5", "rank must be a whole number, not 4.5"),

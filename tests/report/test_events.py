@@ -45,16 +45,18 @@ def test_events_come_in_the_order_of_the_run(told: tuple[list[Event], Path, str]
         "Warned",
         "RunPlanned",
         "TrainingStarted",
+        "SamplesDrawn",
         *step * 3, "StepsLogged", "CheckpointSaved",
         *step, "SamplesDrawn",
         *step * 2, "StepsLogged", "CheckpointSaved",
         "Validated",
         "Exported",
+        "SamplesDrawn",
         "RunEnded",
     ]  # fmt: skip
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4, 5, 6]
     assert [e.step for e in events if isinstance(e, CheckpointSaved)] == [3, 6]
-    assert [e.step for e in events if isinstance(e, SamplesDrawn)] == [4]
+    assert [e.step for e in events if isinstance(e, SamplesDrawn)] == [0, 4, 6]
     assert TrainingStarted(0, STEPS) in events
 
 
@@ -75,7 +77,8 @@ def test_events_hold_the_numbers_and_files(told: tuple[list[Event], Path, str]) 
     assert planned.summary.rows["images"] == "6"
     paths = [f.path for f in exported.files]
     paths += [e.path for e in events if isinstance(e, CheckpointSaved)]
-    paths += [e.sheet for e in events if isinstance(e, SamplesDrawn | RunEnded) and e.sheet]
+    paths += [e.sheet for e in events if isinstance(e, RunEnded) and e.sheet]
+    paths.append(out / "samples" / "step-000004.png")
     assert len(paths) == 6
     assert ended.sheet in paths
     assert all(path.exists() for path in paths)

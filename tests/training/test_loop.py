@@ -534,22 +534,3 @@ def test_epochs_become_steps(tiny_sd1: Path, data: Path, tmp_path: Path) -> None
     assert prepare(text_to_image(tiny_sd1, data, tmp_path, **options)).plan.num_steps == 3  # 18 / 8
     options |= {"repeats": 4, "train_batch_size": 1}
     assert prepare(dreambooth(tiny_sd1, data, tmp_path, **options)).plan.num_steps == 36  # 72 / 2
-
-
-def test_samples_during_training(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
-    """With a validation prompt, sample sheets are drawn every so many epochs, and do not change
-    what is trained."""
-    options = {"max_train_steps": 6, "train_batch_size": 3}
-    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "plain", **options))
-    sd_lora.train(
-        text_to_image(
-            tiny_sd1, data, tmp_path / "watched", **options, validation_prompt="a photo",
-            num_validation_images=1, validation_steps=2, validation_epochs=1,
-            report_to="tensorboard",
-        )
-    )  # fmt: skip
-    names = sorted(p.name for p in (tmp_path / "watched" / "samples").iterdir())
-    steps = [f"step-00000{step}" for step in (0, 2, 4, 6)]
-    assert names == sorted([*steps, "step-000002.png", "step-000004.png"])
-    assert difference(tmp_path / "plain", tmp_path / "watched") == 0
-    assert list((tmp_path / "watched" / "logs").rglob("events*"))

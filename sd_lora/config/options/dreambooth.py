@@ -108,6 +108,11 @@ class DreamBoothOptions(Section):
     # fmt: on
 
     @property
+    def subject_prompt(self) -> str | None:
+        """The prompt of the one subject, with its word; None for captions of their own."""
+        return self.instance_prompt
+
+    @property
     def lacks_prompt(self) -> bool:
         """Whether the images are checked without a prompt."""
         return self.instance_prompt == NO_PROMPT

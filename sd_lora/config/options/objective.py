@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from sd_lora.config.options.validation import ValidationLossOptions
 from sd_lora.config.rows import SAME, Section, by_mode, section
-from sd_lora.errors import Problem
+from sd_lora.config.sample_prompts import MOST_SAMPLER_STEPS, SamplePrompt, read_prompts
+from sd_lora.errors import Problem, UsageError
 
 if TYPE_CHECKING:
     from sd_lora.config.schema import TrainConfig
@@ -257,17 +258,28 @@ class ValidationOptions(ValidationLossOptions):
     # fmt: off
     validation_prompt: str | None = option(None,
         "prompt of the sample images; the training prompts if not given",
-        may_change=True, scripts="ABCD", kohya="sample_prompts", onetrainer="samples",
-        simpletuner=SAME, ai_toolkit="sample.prompts",
+        may_change=True, scripts="ABCD", simpletuner=SAME,
         main="prompt of the sample images")
+    sample_prompts: str | None = option(None,
+        "prompts of the sample images, one image each: a .txt, .toml or .json file, or the lines "
+        "themselves, such as a dog on a beach (docs/training.md#samples)",
+        may_change=True, kohya=SAME, onetrainer="samples", ai_toolkit="sample.prompts",
+        main="file of prompts with their size, seed, …", in_record="name")
     num_validation_images: int = option(4,
         "sample images before, during and after training, and with class images one more of the "
         "class; 0 for none",
         less_memory={"drawing sample images": (1, 0)},
         ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
-    validation_epochs: int = option(None,
-        "epochs between samples during training, if validation_prompt is given",
-        ge=1, modes=by_mode(1, 50), may_change=True, scripts="ABCD",
+    sample_every: int | None = option(None,
+        "steps between samples during training, 0 for none; if not given, as many as keep samples "
+        "below 10 % of the time. Now: a file named sample in the output "
+        "folder",
+        ge=0, may_change=True, kohya="sample_every_n_steps",
+        simpletuner="validation_step_interval", ai_toolkit="sample.sample_every",
+        main="steps between sample images")
+    validation_epochs: int | None = option(None,
+        "the same in epochs, if validation_prompt or sample_prompts is given",
+        ge=1, of_scripts=by_mode(1, 50), may_change=True, scripts="ABCD",
         kohya="sample_every_n_epochs", simpletuner="validation_epoch_interval")
     validation_steps: int = option(25,
         "sampler steps of the sample images (DPM-Solver++)",
@@ -278,14 +290,20 @@ class ValidationOptions(ValidationLossOptions):
         may_change=True, simpletuner="validation_guidance", ai_toolkit="sample.guidance_scale")
     # fmt: on
 
+    @property
+    def asked_prompts(self) -> list[SamplePrompt]:
+        """The prompts of `sample_prompts`; none without. Raises UsageError for mistakes in them."""
+        return read_prompts(self.sample_prompts) if self.sample_prompts else []
 
-MOST_SAMPLER_STEPS = 200
-"""DPM-Solver++ needs 20 to 50; above, other trainers' steps between samples are meant."""
+    @property
+    def names_prompts(self) -> bool:
+        """Whether samples have prompts of their own."""
+        return bool(self.validation_prompt or self.sample_prompts)
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield an empty range of timesteps, two weightings, a preservation that cannot be, a file of
-    weights that has none, and a prompt of no sample images."""
+    weights that has none, and samples that cannot be drawn."""
     if config.max_timestep is not None and config.max_timestep <= config.min_timestep:
         yield Problem("max_timestep", "max_timestep must be above min_timestep")
     given = [option for option in WEIGHTINGS if getattr(config, option)]
@@ -305,10 +323,23 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
             f"validation_steps {config.validation_steps} is a number of sampler steps, of each "
             f"sample image, and more than {MOST_SAMPLER_STEPS} add nothing"
         )
-        yield Problem("validation_steps", text, "The time between samples: validation_epochs")
-    if config.validation_prompt and not config.num_validation_images:
-        text = "validation_prompt has no effect with num_validation_images 0"
-        yield Problem("validation_prompt", text, "Leave it out")
+        yield Problem("validation_steps", text, "The time between samples: sample_every")
+    yield from _samples(config)
+
+
+def _samples(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield prompts of no sample images, two of their kinds, and mistakes in a file of them."""
+    for name in ("validation_prompt", "sample_prompts"):
+        if getattr(config, name) and not config.num_validation_images:
+            text = f"{name} has no effect with num_validation_images 0"
+            yield Problem(name, text, "Leave it out")
+    if config.sample_prompts and config.validation_prompt:
+        text = "sample_prompts excludes validation_prompt: each says what the samples show"
+        yield Problem("sample_prompts", text, "Give one of them")
+    try:
+        _ = config.asked_prompts
+    except UsageError as error:
+        yield Problem("sample_prompts", str(error))
 
 
 def _preservation(config: "TrainConfig") -> Iterator[Problem]:

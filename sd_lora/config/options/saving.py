@@ -60,6 +60,22 @@ class SavingOptions(Section):
         may_change=True, scripts="ABCD", kohya="resume", onetrainer="continue_last_backup",
         simpletuner=SAME, in_record="no",
         main="a checkpoint, or latest")
+    push_to_hub: bool = option(False,
+        "upload the LoRA files with a model card and sample images to the hub at the end; that the "
+        "token may write there is proved before anything is loaded",
+        may_change=True, scripts="ABCD", simpletuner=SAME, ai_toolkit="save.push_to_hub")
+    hub_model_id: str | None = option(None,
+        "repository of the upload, owner/name; the token's owner and the output folder's name if "
+        "not given",
+        requires={"push_to_hub": None}, may_change=True, scripts="ABCD",
+        kohya="huggingface_repo_id", simpletuner=SAME, ai_toolkit="save.hf_repo_id")
+    hub_private_repo: bool = option(False,
+        "make that repository, if it is new, a private one",
+        requires={"push_to_hub": None}, may_change=True, ai_toolkit="save.hf_private")
+    hub_token: str | None = option(None,
+        "token of the upload, which stands in no file of the run; that of HF_TOKEN or of `hf auth "
+        "login` if not given",
+        may_change=True, scripts="ABCD", in_record="no")
     # fmt: on
 
     @property

@@ -4,10 +4,11 @@ Keys of a job's process, with dots for inner tables: `train.lr`, `network.linear
 config_modules; a key that is not given has its default there (alpha 1, rate 1e-6).
 """
 
+from dataclasses import replace
 from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
-from sd_lora.config.translate.prompts import of_list
+from sd_lora.config.translate.prompts import of_list, of_row
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
@@ -18,6 +19,7 @@ from sd_lora.config.translate.rows import (
     is_off,
     needless,
     number,
+    of_push,
     of_steps,
     other_model,
     otherwise,
@@ -220,6 +222,19 @@ def _disabled(value: Any, given: Given) -> Taken:
     return Taken("otherwise", {"num_validation_images": 0}, "is a number of samples")
 
 
+SHARED = ("neg", "width", "height", "seed", "network_multiplier")
+"""Settings of all samples, which stand in each prompt's line here."""
+
+
+def _prompts(value: Any, given: Given) -> Taken:
+    shared = {n: given.get(f"sample.{n}") for n in SHARED}
+    rows = [of_row(row, {}) for row in value or []]
+    if shared["seed"] is not None and not is_off(given.get("sample.walk_seed")):
+        first = whole(shared["seed"])
+        rows = [replace(r, seed=first + i) if r.seed is None else r for i, r in enumerate(rows)]
+    return of_list([row.line for row in rows if row.prompt], shared)
+
+
 def _denoising(option: str, default: int, shift: int) -> Row:
     def take(value: Any, given: Given) -> Taken:
         if whole(value) >= default - 1 if shift else whole(value) == default:
@@ -231,7 +246,6 @@ def _denoising(option: str, default: int, shift: int) -> Row:
 
 _ONE = "is not there: the loss is to the noise"
 _QUANT = "is not there: the base is float32, fp16 or bf16"
-_SAMPLES = "is not there: samples are --num_validation_images of one prompt"
 
 AI_TOOLKIT: dict[str, Row] = {
     "name": read_with("training_folder"),
@@ -328,17 +342,13 @@ AI_TOOLKIT: dict[str, Row] = {
     "save.save_every": of_steps(
         "is whole states to resume from as well", "save_lora_every", "checkpointing_steps"),
     "save.save_format": needless("is diffusers' and kohya's file here, both"),
-    "save.push_to_hub": absent("is not there: upload the files by hand"),
-    "save.hf_repo_id": needless("belongs to push_to_hub"),
-    "save.hf_private": needless("belongs to push_to_hub"),
-    "sample.prompts": taking("--validation_prompt", "", lambda value, given: of_list(value or [])),
-    "sample.samples": taking("--validation_prompt", "", lambda value, given: of_list(value or [])),
-    "sample.sample_every": absent("is in epochs here: --validation_epochs"),
+    "save.hf_repo_id": of_push("hub_model_id", "save.push_to_hub"),
+    "save.hf_private": of_push("hub_private_repo", "save.push_to_hub"),
+    "sample.prompts": taking("--sample_prompts", "", _prompts),
+    "sample.samples": taking("--sample_prompts", "", _prompts),
     "sample.sampler": needless("is DPM-Solver++ always"),
-    "sample.neg": absent(_SAMPLES),
-    "sample.network_multiplier": absent(_SAMPLES, idle=(1, 1.0)),
-    **dict.fromkeys(("sample.width", "sample.height"), needless("is the training resolution")),
-    **dict.fromkeys(("sample.seed", "sample.walk_seed"), needless("is 0, 1, 2, … here")),
+    **{f"sample.{name}": read_with("sample.prompts", "--sample_prompts") for name in SHARED},
+    "sample.walk_seed": read_with("sample.prompts", "--sample_prompts"),
     **dict.fromkeys(("sample.sample_start_step", "sample.num_frames", "sample.fps",
         "sample.format", "sample.ext"), needless("is about the program itself")),
     **dict.fromkeys(("device", "sqlite_db_path", "performance_log_every", "log_dir",

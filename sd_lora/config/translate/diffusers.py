@@ -45,8 +45,6 @@ DIFFUSERS: dict[str, Row] = {
     "enable_xformers_memory_efficient_attention": needless(
         "is not needed: PyTorch's own memory-efficient attention is always used"
     ),
-    "hub_model_id": absent(f"{_NOT_YET}; upload the files by hand"),
-    "hub_token": absent(f"{_NOT_YET}; log in with `hf auth login`"),
     "output_kohya_format": needless(
         "is not needed: kohya's file is always written where it can be exact"
     ),
@@ -57,7 +55,6 @@ DIFFUSERS: dict[str, Row] = {
     "prodigy_use_bias_correction": absent(
         f"{_PRODIGY} use_bias_correction=false", idle=("True", True)
     ),
-    "push_to_hub": absent(f"{_NOT_YET}; upload the files by hand"),
     "text_encoder_use_attention_mask": absent(_IF),
     "tokenizer_max_length": absent(
         "has another meaning here: --max_token_length, a multiple of 75", idle=(77, "77")
@@ -82,15 +79,14 @@ DIFFUSERS: dict[str, Row] = {
 """Flag → row."""
 
 SWITCHES = frozenset(
-    "class_labels_conditioning debug_loss enable_npu_flash_attention push_to_hub "
+    "class_labels_conditioning debug_loss enable_npu_flash_attention "
     "enable_xformers_memory_efficient_attention output_kohya_format pre_compute_text_embeddings "
     "text_encoder_use_attention_mask train_text_encoder_ti use_8bit_adam use_blora".split()
 )
 """Flags among them that stand without a value."""
 
 BESIDE_OPTIONS: dict[str, str] = {
-    "ABCD": "enable_xformers_memory_efficient_attention hub_model_id hub_token push_to_hub "
-    "use_8bit_adam",
+    "ABCD": "enable_xformers_memory_efficient_attention use_8bit_adam",
     "B": "debug_loss enable_npu_flash_attention",
     "C": "class_labels_conditioning pre_compute_text_embeddings text_encoder_use_attention_mask "
     "tokenizer_max_length validation_images",

@@ -9,7 +9,7 @@ from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
-from sd_lora.config.translate.prompts import first_prompt
+from sd_lora.config.translate.prompts import of_file
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
@@ -117,6 +117,14 @@ def _steps(value: Any, given: Given) -> Taken:
     }, "is not given" if is_off(value) else "")  # fmt: skip
 
 
+def _sample_steps(value: Any, given: Given) -> Taken:
+    if not is_off(given.get("sample_every_n_epochs")):
+        return Taken("needless", reason="counts for nothing: there, epochs go before steps")
+    if is_off(value):
+        return Taken("needless", reason="is not given")
+    return Taken("same", {"sample_every": value})
+
+
 def _clip_skip(value: Any, given: Given) -> Taken:
     if is_off(value) or whole(value) == 1:
         return Taken("needless", reason="is the last layer, as here without it")
@@ -179,14 +187,14 @@ SCHEDULERS = {
 """Schedule there, of those that need no file or rules → here."""
 
 _FLOAT32 = "is not there: the LoRA is float32 always; the base is as mixed_precision says"
-_UPLOAD = "is not there: upload the files by hand"
+_UPLOAD = "is not there: --push_to_hub uploads the LoRA files at the end"
 _SDPA = "is not needed: PyTorch's own memory-efficient attention is always used"
 _BY_EPOCHS = "is not there: checkpoints come by steps, --checkpointing_steps"
 _VALIDATION = (
     "is not there: a number of images is held out, chosen by content (--holdout), and validated "
     "after steps (--validate_every)"
 )
-_SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
+_SAMPLES = "is not there: samples are drawn by DPM-Solver++"
 _DEVICES = "is not needed: accelerate's configuration says it"
 
 KOHYA: dict[str, Row] = NETWORK | {
@@ -329,9 +337,14 @@ KOHYA: dict[str, Row] = NETWORK | {
         "is not needed: a resumed run goes on at the same image")),
     "no_metadata": absent("is not there: the files say how they were trained"),
     "training_comment": absent(NOT_THERE),
+    "huggingface_repo_id": Row("--push_to_hub --hub_model_id", "", lambda value, given:
+        Taken("needless", reason="is not given") if is_off(value) else
+        Taken("same", {"push_to_hub": True, "hub_model_id": value})),
+    "huggingface_token": absent("is not read from a configuration: hf auth login"),
+    "huggingface_repo_visibility": absent(
+        "is --hub_private_repo here; a new repository is public without it", idle=("public",)),
     **dict.fromkeys(
-        ("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo",
-         "huggingface_token", "huggingface_repo_visibility", "save_state_to_huggingface",
+        ("huggingface_repo_type", "huggingface_path_in_repo", "save_state_to_huggingface",
          "resume_from_huggingface", "async_upload"), absent(_UPLOAD)),
     **dict.fromkeys(
         ("log_prefix", "log_tracker_name", "log_tracker_config", "wandb_run_name"),
@@ -342,9 +355,8 @@ KOHYA: dict[str, Row] = NETWORK | {
         "--config, of a file that sd-lora translate writes", "", needless("is read").take),
     "output_config": needless("is sd-lora translate here"),
     # samples
-    "sample_prompts": taking("--validation_prompt", "is one prompt here", first_prompt),
-    "sample_every_n_steps": absent(
-        "is not there: samples come by epochs", here="--validation_epochs, in epochs"),
+    "sample_prompts": taking("--sample_prompts", "is one image a prompt", of_file),
+    "sample_every_n_steps": taking("--sample_every", "", _sample_steps),
     "sample_at_first": needless("is always so here"),
     "sample_sampler": absent(_SAMPLES, idle=("dpmsolver++",)),
     **dict.fromkeys(

@@ -194,6 +194,17 @@ _PARTS = ("prior", "transformer", "unconditional_transformer", "text_encoder_3",
 PREFIXES = {"optimizer.": needless("belongs to other optimisers, or is a way of computing")}
 """Beginning of a key → row."""
 
+
+def _sample_after(value: Any, given: Given) -> Taken:
+    option = {"EPOCH": "validation_epochs", "STEP": "sample_every"}
+    unit = str(given.get("sample_after_unit")).upper()
+    if is_off(value) or unit == "NEVER":
+        return Taken("needless", reason="is off")
+    if unit not in option:
+        return Taken("absent", reason="is in steps or epochs here: --sample_every")
+    return Taken("same", {option[unit]: value})
+
+
 ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     **dict.fromkeys(_PARTS, needless("belongs to other models or to the program")),
     "training_method": taking("", "", _method),
@@ -292,13 +303,10 @@ ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     "custom_conditioning_image": absent(NOT_THERE),
     "force_circular_padding": absent(NOT_THERE),
     "compile": absent(NOT_THERE),
-    "samples": taking("--validation_prompt", "", lambda value, given: of_list(
+    "samples": taking("--sample_prompts", "", lambda value, given: of_list(
         [row for row in value or [] if not isinstance(row, dict) or row.get("enabled", True)])),
-    "sample_definition_file_name": taking("--validation_prompt", "", sample_file),
-    "sample_after": Row("--validation_epochs, in epochs", "", lambda value, given: Taken(
-        "same", {"validation_epochs": value})
-        if str(given.get("sample_after_unit")).upper() == "EPOCH" and not is_off(value)
-        else Taken("absent", reason="is in epochs here: --validation_epochs")),
+    "sample_definition_file_name": taking("--sample_prompts", "", sample_file),
+    "sample_after": taking("--validation_epochs or --sample_every", "", _sample_after),
     "sample_after_unit": read_with("sample_after"),
     "backup_after": unit_steps(
         "backup_after", "checkpointing_steps", "--checkpointing_steps is in steps"),

@@ -86,7 +86,7 @@ def sample_file(value: Any, given: Given) -> Taken:
         return Taken("needless", reason="counts for nothing: samples are given")
     rows = _rows_of(str(value), given)
     if rows is None:
-        reason = "is a file that cannot be read here; give --validation_prompt"
+        reason = "is a file that cannot be read here; give --sample_prompts"
         return Taken("absent", reason=reason)
     return of_list([row for row in rows if row.get("enabled", True)])
 

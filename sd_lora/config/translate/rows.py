@@ -148,6 +148,17 @@ def taking(here: str, reason: str, take: Callable[[Any, Given], Taken]) -> Row:
     return Row(here, reason, take)
 
 
+def of_push(option: str, push: str) -> Row:
+    """A setting of the upload to the hub, which counts with another one, `push`, alone."""
+
+    def take(value: Any, given: Given) -> Taken:
+        if is_off(value) or is_off(given.get(push)):
+            return Taken("needless", reason="counts for nothing: nothing is uploaded")
+        return Taken("same", {option: value})
+
+    return Row(f"--{option}", "", take)
+
+
 def other_model(name: str, value: Any) -> UsageError:
     """The error of settings for a model, or a kind of training, that is not there."""
     text = "LoRAs of Stable Diffusion 1, 2 and XL are trained here"

@@ -20,6 +20,7 @@ from sd_lora.config.translate.rows import (
     is_off,
     needless,
     number,
+    of_push,
     other_model,
     otherwise,
     read_with,
@@ -242,8 +243,8 @@ def _table(row: dict[str, Any], given: Given) -> dict[str, Any]:
     return table
 
 
-_UPLOAD = "is not there: upload the files by hand"
-_SAMPLES = "is not there: samples are --num_validation_images of one prompt, by DPM-Solver++"
+_UPLOAD = "is about the upload, --push_to_hub"
+_SAMPLES = "is not there: samples are --sample_prompts or --num_validation_images of one prompt"
 _TRACKER = "is not there: runs are named by their folder"
 _EMA = "is not needed: the average is taken after each step, on the device"
 _OFFLOAD = "is not there: --gradient_checkpointing saves memory"
@@ -326,8 +327,7 @@ SIMPLETUNER: dict[str, Row] = {
         "is not there: --checkpointing_steps is", idle=(1,))),
     "num_validation_images": Row("--num_validation_images", "", lambda value, given: Taken(
         "same", {"num_validation_images": value})),
-    "validation_step_interval": absent("is in epochs here: --validation_epochs"),
-    "validation_steps": absent("is in epochs here: --validation_epochs"),
+    "validation_steps": otherwise("sample_every", "is called so", whole),
     "validation_disable": Row("--num_validation_images 0", "", lambda value, given: Taken(
         "needless", reason="is off") if is_off(value) else Taken(
         "otherwise", {"num_validation_images": 0}, "is a number of samples")),
@@ -340,9 +340,11 @@ SIMPLETUNER: dict[str, Row] = {
         "validation_preview_steps", "validation_seed_source"), needless(
         "is the training resolution, seeds 0, 1, 2, …, and a first sheet of the base")),
     "evaluation_type": absent("is not there: each run has a score", idle=("none",)),
-    **dict.fromkeys(("push_to_hub", "push_checkpoints_to_hub"), absent(_UPLOAD)),
-    **dict.fromkeys(("hub_model_id", "push_to_hub_background", "model_card_private",
-        "model_card_safe_for_work", "model_card_note", "modelspec_comment"), needless(_UPLOAD)),
+    "push_checkpoints_to_hub": absent("is at the end alone: --push_to_hub"),
+    "model_card_private": of_push("hub_private_repo", "push_to_hub"),
+    "hub_model_id": of_push("hub_model_id", "push_to_hub"),
+    **dict.fromkeys(("push_to_hub_background", "model_card_safe_for_work", "model_card_note",
+        "modelspec_comment"), needless(_UPLOAD)),
     **dict.fromkeys(("tracker_run_name", "tracker_project_name"), absent(_TRACKER)),
     **dict.fromkeys(("aspect_bucket_rounding", "vae_batch_size", "write_batch_size",
         "read_batch_size", "cache_dir_vae", "cache_dir_text", "compress_disk_cache",

@@ -36,7 +36,11 @@ def options_toml(values: Mapping[str, Any]) -> str:
     """Options as TOML, in tables of their sections. values: option → value."""
     lines: list[str] = []
     for section in SECTIONS:
-        rows = {n: v for n, v in values.items() if OPTIONS[n].section == section}
+        rows = {
+            n: v
+            for n, v in values.items()
+            if OPTIONS[n].section == section and not SECRETS.search(n)
+        }
         plain = {name: value for name, value in rows.items() if OPTIONS[name].kind != "list"}
         if plain:
             ordered = [name for name in OPTIONS if name in plain]

@@ -81,7 +81,13 @@ def placed(found: Translation, name: str, model: Path, data: Path, out: Path) ->
     # trackers and 8-bit optimisers are packages of extras
     words += ["--report_to", "none", "--no-use_8bit_adam", "--num_validation_images", "0"]
     words += ["--max_train_steps", "1", "--data_cache_dir", str(out / "cache")]
-    for option in ("pretrained_vae_model_name_or_path", "validation_prompt"):
+    for option in (
+        "pretrained_vae_model_name_or_path",
+        "validation_prompt",
+        "sample_prompts",
+        "push_to_hub",
+        "hub_model_id",
+    ):
         toml = re.sub(rf"^{option} = .*\n", "", toml, flags=re.MULTILINE)
     file = out / "my.toml"
     file.write_text(toml, encoding="utf-8")

@@ -26,7 +26,7 @@ persistent_data_loader_workers full_fp16 full_bf16 fp8_base ddp_timeout ddp_grad
 ddp_static_graph log_with log_prefix log_tracker_name wandb_run_name log_tracker_config
 wandb_api_key log_config ip_noise_gamma ip_noise_gamma_random_strength zero_terminal_snr lowram
 highvram sample_every_n_steps sample_at_first
-sample_every_n_epochs sample_prompts sample_sampler config_file output_config conditioning_data_dir
+sample_every_n_epochs sample_sampler config_file output_config conditioning_data_dir
 masked_loss cache_text_encoder_outputs cache_text_encoder_outputs_to_disk text_encoder_batch_size
 disable_mmap_load_safetensors cache_info caption_extention secondary_separator enable_wildcard
 color_aug flip_aug face_crop_aug_range random_crop debug_dataset vae_batch_size
@@ -113,7 +113,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("kohya", "clip_skip"): ("2", 1, {}),
     ("kohya", "optimizer_type"): ("AdamW8bit", "adamw8bit", {}),
     ("kohya", "optimizer_args"): ("d_coef=2", None, {}),
-    ("kohya", "sample_prompts"): ("a dog --s 20", "a dog", {}),
+    ("kohya", "sample_prompts"): ("a dog --s 20", "a dog --s 20", {}),
     ("kohya", "save_precision"): ("float", "fp32", {}),
     ("kohya", "unet_lr"): ("1e-4", 1e-4, {}),
     ("kohya", "text_encoder_lr"): (["5e-5", "5e-5"], 5e-5, {}),
@@ -166,6 +166,9 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("ai_toolkit", "train.max_denoising_steps"): (899, 900, {}),
     ("ai_toolkit", "train.lr_scheduler"): ("cosine", "cosine", {}),
     ("ai_toolkit", "sample.prompts"): (["a dog"], "a dog", {}),
+    ("ai_toolkit", "save.hf_repo_id"): ("me/robot", "me/robot", {"save.push_to_hub": True}),
+    ("ai_toolkit", "save.hf_private"): (True, True, {"save.push_to_hub": True}),
+    ("simpletuner", "hub_model_id"): ("me/robot", "me/robot", {"push_to_hub": True}),
     ("ai_toolkit", "logging.use_wandb"): (True, "wandb", {}),
     ("simpletuner", "lr_warmup_steps"): (100, 100, {"lr_scheduler": "linear"}),
     ("simpletuner", "noise_offset"): (0.1, 0.1, {"offset_noise": True}),

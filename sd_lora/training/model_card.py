@@ -1,0 +1,93 @@
+"""The model card: README.md beside the LoRA files, with the header that the hub's page reads."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from sd_lora.files import write_whole
+from sd_lora.hub import is_hub_id
+from sd_lora.report.run_page import SAMPLES
+from sd_lora.training.output_folder import CARD
+from sd_lora.training.run import Run
+from sd_lora.training.samples import wanted_samples
+
+LICENSES = {"sd1": "creativeml-openrail-m"}
+"""Family → licence of its published base, as diffusers' scripts say it; of others `OPENRAIL`."""
+
+OPENRAIL = "openrail++"
+
+
+def write_card(run: Run, files: Sequence[Path], usage: Sequence[str]) -> list[Path]:
+    """Write the model card; returns the files of a repository: the card, the LoRA files, and the
+    last sample images, which it shows.
+
+    files: of the LoRA, and of new words. usage: lines on how to load them.
+    """
+    folder = run.output_dir / SAMPLES / f"step-{run.plan.num_steps:06}"
+    shown = sorted(folder.glob("*.png")) if wanted_samples(run) else []
+    path = run.output_dir / CARD
+    write_whole(path, card_of(run, shown, usage).encode())
+    return [path, *files, *shown]
+
+
+def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
+    """The text of the card: no path of this machine stands in it.
+
+    shown: sample images, in the order of their prompts.
+    """
+    config, family, name = run.config, run.parts.family, run.output_dir.resolve().name
+    base = config.base_model if is_hub_id(config.base_model) else None
+    words = _trigger_words(run)
+    xl = "stable-diffusion-xl" if family.name.startswith("sdxl") else "stable-diffusion"
+    prompts = [wanted.asked.prompt for wanted in wanted_samples(run)] if shown else []
+    places = [path.relative_to(run.output_dir).as_posix() for path in shown]
+    images = [*zip(prompts, places, strict=True)]
+    header = ModelCardData(
+        base_model=base,
+        library_name="diffusers",
+        license=LICENSES.get(family.name, OPENRAIL),
+        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", "sd_lora"],
+        instance_prompt=config.subject_prompt or ", ".join(words) or None,
+        widget=[{"text": text, "output": {"url": place}} for text, place in images] or None,
+    )
+    model = f"[{base}](https://huggingface.co/{base})" if base else Path(config.base_model).name
+    lines = ["---", header.to_yaml().strip(), "---", "", f"# {name}", ""]
+    lines += [f"A LoRA for {model} ({family.label}), trained {run.plan.num_steps} steps.", ""]
+    lines += ["<Gallery />", ""] if images else []
+    if words:
+        lines += ["## Trigger words", "", *(f"- `{word}`" for word in words), ""]
+    lines += ["## How to use it", "", "```", *(_without_place(run, u) for u in usage), "```", ""]
+    lines += ["## Training", "", *(f"- {k}: {v}" for k, v in _facts(run).items()), ""]
+    return "\n".join(lines)
+
+
+def _trigger_words(run: Run) -> list[str]:
+    """Words that ask for the subject: of the sources, the instance prompt, and new words."""
+    instances = run.images.instances.samples
+    rules = (sample.source.rules.trigger_word for sample in instances)
+    tokens = run.text.tokens
+    new = [concept.word for concept in tokens.concepts] if tokens else []
+    found = [run.config.subject_prompt, *rules, *new]
+    return list(dict.fromkeys(word for word in found if word))
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """Rows of the card on the training."""
+    config, rows = run.config, run.summary.rows
+    names = ("images", "batch", "method", "objective", "seed")
+    return {name: _without_place(run, rows[name]) for name in names if name in rows} | {
+        "learning rate": f"{config.learning_rate_of('unet'):g}",
+    }
+
+
+def _without_place(run: Run, line: str) -> str:
+    """A line without the folders of this machine: of the output, and of the base model."""
+    out, base = run.output_dir, Path(run.config.base_model).expanduser()
+    for place in (f"{out.resolve()}{os.sep}", f"{out}{os.sep}"):
+        line = line.replace(place, "")
+    for folder in (out.resolve(), out):
+        line = line.replace(str(folder), ".")
+    return line.replace(run.config.base_model, base.name) if base.exists() else line

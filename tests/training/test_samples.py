@@ -1,0 +1,109 @@
+"""Sample images are drawn when they are due or asked for, and change nothing."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sd_lora
+from sd_lora.report.events import Event, StepDone, Warned
+from sd_lora.training import interruption
+from sd_lora.training.sample_schedule import (
+    DECODE_FORWARDS,
+    SHARE,
+    STEP_FORWARDS,
+    SampleSchedule,
+)
+from sd_lora.training.setup import prepare
+from tests.training.runs import images, text_to_image
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("images"))
+
+
+def test_samples_change_nothing(
+    tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Samples every second step, each prompt in its own size, steps, seed and strength, of a moving
+    average and with dropout, and others that a file asks for at step 3, leave losses and LoRA files
+    as they are without, bit for bit. At strength 0 each sample is the base's. A mistake in the
+    second such file is a warning, and the run goes on."""
+    monkeypatch.setattr(interruption, "LOOK_EVERY", 0.0)
+    options = {"max_train_steps": 6, "train_batch_size": 3, "use_ema": True, "lora_dropout": 0.2}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "1" / "out", **options))
+    (tmp_path / "prompts.txt").write_text("a photo --w 32 --h 64 --s 2 --d 5\na photo --s 1\n"
+                                          "a cat --s 1 --m 0 --n bad --l 2")  # fmt: skip
+    out = tmp_path / "2" / "out"
+    warned: list[Warned] = []
+
+    def ask(event: Event) -> None:
+        if event == StepDone(3):
+            (out / "sample").write_text("a dog --w 32 --h 32 --s 1")
+        if event == StepDone(5):
+            (out / "sample").write_text("a dog --w 32 --h 32 --s 0")
+        warned.extend([event] if isinstance(event, Warned) else [])
+
+    sd_lora.train(
+        text_to_image(
+            tiny_sd1, data, out, **options, num_validation_images=1, sample_every=2,
+            sample_prompts=str(tmp_path / "prompts.txt"), report_to="tensorboard",
+        ),
+        [ask],
+    )  # fmt: skip
+    steps = [f"step-00000{step}" for step in (0, 2, 4, 6)]
+    sheets = ["step-000002.png", "step-000004.png", "now-000003.png"]
+    assert {p.name for p in (out / "samples").iterdir()} == {*steps, *sheets, "now-000003"}
+    plain = tmp_path / "1" / "out"
+    log = "training_log.jsonl"
+    assert (out / log).read_bytes() == (plain / log).read_bytes()
+    lora = "pytorch_lora_weights.safetensors"  # its header has the options, which differ
+    tensors, others = load_file(out / lora), load_file(plain / lora)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in tensors)
+    drawn = {
+        step: [Image.open(path) for path in sorted((out / "samples" / step).iterdir())]
+        for step in steps
+    }
+    assert [image.size for image in drawn[steps[1]]] == [(32, 64), (64, 64), (64, 64)]
+    pixels = {step: [image.tobytes() for image in images] for step, images in drawn.items()}
+    for step in steps[1:]:
+        same = [a == b for a, b in zip(pixels[steps[0]], pixels[step], strict=True)]
+        assert same == [False, False, True]
+    text = drawn[steps[3]][2].info["parameters"]
+    assert text.startswith("a cat <lora:out:0>\nNegative prompt: bad\nSteps: 1,")
+    assert "Seed: 5, Size: 32x64" in drawn[steps[3]][0].info["parameters"]
+    (finding,) = warned[-1].findings
+    assert finding.line().startswith("the file sample: line 1: --s is a whole number from 1 to 200")
+    assert not (out / "sample").exists()
+    assert list((out / "logs").rglob("events*"))
+
+
+def test_samples_are_drawn_where_the_work_allows_it(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """By themselves, sets of samples, those before and after among them, are at most a tenth of the
+    forward passes of the steps, evenly over the run; steps and epochs, if given, are kept."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, train_batch_size=3, max_train_steps=200, num_validation_images=2,
+        validation_steps=3,
+    )  # fmt: skip
+    run = prepare(config)
+    assert run.schedule.forwards == 2 * (2 * 3 + DECODE_FORWARDS)
+    assert run.schedule.steps == [40, 80, 120, 160]
+    work = 200 * 3 * STEP_FORWARDS
+    assert (len(run.schedule.steps) + 2) * run.schedule.forwards <= SHARE * work
+    assert (len(run.schedule.steps) + 3) * run.schedule.forwards > SHARE * work
+    assert run.summary.rows["samples"] == run.schedule.text
+    for changes, steps in (
+        ({"sample_every": 80}, [80, 160]),
+        ({"sample_every": 0}, []),
+        ({"validation_prompt": "a photo", "validation_epochs": 40}, [80, 160]),
+    ):
+        plan = replace(run.plan, config=run.config.replace(**changes))
+        assert SampleSchedule(plan, run.schedule.forwards).steps == steps
+    assert SampleSchedule(run.plan, 0).steps == []
