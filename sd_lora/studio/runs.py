@@ -21,9 +21,7 @@ from sd_lora.studio.page import action, gone, page, problem, render, studio_of
 from sd_lora.studio.progress import has_begun
 from sd_lora.studio.store import PAUSED, RUNNING, WAITING, Job
 from sd_lora.training.checkpoint_folders import checkpoints, step_of
-
-SAMPLE_FILE = "sample"
-"""A file of this name in the output folder asks a run for sample images."""
+from sd_lora.training.interruption import SAMPLE_FILE
 
 
 def _job(request: Request) -> Job:

@@ -14,19 +14,13 @@ from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.latents import PixelSettings
-from sd_lora.diffusion.loss import Loss
-from sd_lora.diffusion.noise import Noise
-from sd_lora.diffusion.objective import Objective
-from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.diffusion.timesteps import SizeShift, Timesteps, root_shift
-from sd_lora.diffusion.uncertainty import Uncertainty
+from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.folders import RUN_LOG, own
 from sd_lora.formats.metadata import date
 from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.load import Base, Parts
-from sd_lora.models.noise_scheduler import dynamic_shift
 from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
@@ -52,6 +46,7 @@ from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
 from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
+from sd_lora.training.objective import objective_of
 from sd_lora.training.optimizers import build_optimizer, check_optimizer
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
@@ -111,7 +106,7 @@ def prepare(
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
     parts = _load(checked.base, resolved, accelerator)
-    objective = _objective(resolved, parts, checked.base.resolution)
+    objective = objective_of(resolved, parts, checked.base.resolution)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
     models = inject_all(resolved, parts.family, parts.models, seed, checked.saved_path)
@@ -218,47 +213,6 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
         repo,
     )  # fmt: skip
-
-
-def _objective(config: RunConfig, parts: Parts, resolution: int) -> Objective:
-    """Noise levels, timesteps, noise, loss and its learned weights.
-
-    resolution: side in pixels of the base's own training images.
-    """
-    weighting, parameters = config.weighting
-    schedule = NoiseSchedule.of(parts.scheduler, weighting, **parameters)
-    first, last = _trained_timesteps(config, parts, schedule)
-    return Objective(
-        schedule,
-        Timesteps(
-            first,
-            last,
-            *config.timestep_distribution,
-            config.timestep_shift,
-            config.stratified_timesteps,
-            _size_shift(config, parts, resolution),
-        ),
-        Noise(**config.noise),
-        Loss.of(schedule, *config.loss),
-        Uncertainty(schedule, first, last) if config.edm2_loss_weighting else None,
-    )
-
-
-def _size_shift(config: RunConfig, parts: Parts, resolution: int) -> SizeShift | None:
-    """The shift of timesteps by an image's size: of the base's scheduler, or as asked for.
-
-    Raises:
-        UsageError: both.
-    """
-    of_base = parts.scheduler.config
-    if not of_base.get("use_dynamic_shifting"):
-        return partial(root_shift, reference=resolution**2) if config.resolution_shift else None
-    if config.resolution_shift:
-        raise UsageError(
-            "resolution_shift: the base's scheduler shifts its noise levels by an image's size by "
-            "itself (use_dynamic_shifting). Leave it out, or give a flow_shift, the same for all"
-        )
-    return lambda pixels: dynamic_shift(of_base, pixels) / of_base["flow_shift"]
 
 
 def _average(
@@ -376,18 +330,6 @@ def _cache_embeddings(
         caches.fill_embeddings(text)
     if not (config.num_validation_images and draws_samples):
         text.free_encoders()
-
-
-def _trained_timesteps(config: RunConfig, parts: Parts, schedule: NoiseSchedule) -> tuple[int, int]:
-    """The first timestep that is trained, and the one after the last."""
-    num = schedule.num_timesteps
-    last = config.max_timestep or min(num, parts.family.max_timestep or num)
-    if not config.min_timestep < last <= num:
-        raise UsageError(
-            f"timesteps from min_timestep {config.min_timestep} to max_timestep {last}: the model "
-            f"has {num}, and max_timestep must be above min_timestep"
-        )
-    return config.min_timestep, last
 
 
 CHECKPOINTING = (
