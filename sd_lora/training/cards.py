@@ -1,4 +1,4 @@
-"""Cards: their memory and rates, by their makers' papers, for the prediction of a run.
+"""Cards: their memory and nominal rates, for the prediction of a run: bounds, none measured here.
 
 Rates are those of dense products with float32 sums, without sparsity: GeForce cards have twice as
 much with fp16 sums, which PyTorch does not use.
@@ -101,7 +101,8 @@ def card_named(name: str) -> Card:
     found = found or [card for card in CARDS.values() if card.kind == wanted]
     if memory := re.fullmatch(r"(\d+)gb", wanted):
         same = [c for c in CARDS.values() if c.memory == int(memory[1]) and c.precision == "bf16"]
-        found = [replace(min(same, key=lambda c: c.half), name=name)] if same else []
+        slowest = sorted(same, key=lambda c: c.half)[:1]
+        found = [replace(c, name=f"{name} (rates of {c.name})") for c in slowest]
     if len(found) == 1:
         return found[0]
     names = ", ".join(card.name for card in found or CARDS.values())

@@ -103,7 +103,7 @@ def test_a_run_is_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None:
     ((plain, spared),) = prediction.steps.values()
     assert prediction.seconds == plain.seconds < spared.seconds
     count = count_step(
-        prediction.config, prepare(config).meta_pipeline, Shape(4, *prediction.steps)
+        prediction.config, base_of(config).meta_pipeline, Shape(4, *prediction.steps)
     )
     assert plain.peak - GIB == count.peak
     assert "with --gradient_checkpointing (a third slower) it takes" in predicted(spared.peak / GIB)
