@@ -48,7 +48,7 @@ from sd_lora.training.lr_schedules import factor_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
 from sd_lora.training.prediction import Prediction, counted_buckets, predict
-from sd_lora.training.processes import DTYPES, Device
+from sd_lora.training.processes import DTYPES, Device, vae_dtype
 from sd_lora.training.summary import data_rows
 
 NUM_WORST = 5
@@ -191,7 +191,7 @@ def disk(
     config: RunConfig, base: Base, plan: Plan, images: RunImages, precision: torch.dtype
 ) -> str:
     """Disk space of caches, checkpoints and files. precision: of the frozen base."""
-    width = DTYPES[config.vae_precision].itemsize
+    width = vae_dtype(config).itemsize
     size = (base.vae_config.get("latent_channels", 4), base.pixels_per_latent, width)
     latents = sum(latent_bytes(p.set, *size) for p in images.by_kind.values())
     plain = config.replace(init_lora_weights=None)

@@ -128,14 +128,14 @@ def test_any_text_tokenises(text: str, base: Parts) -> None:
 @torch.no_grad()
 def test_the_vae_is_as_good_as_recorded(base: Parts) -> None:
     """Drawings that no training saw come back from their latents: mean pixel error below 0.02 for
-    scenes, 0.035 for the mascot, whose palette and bands are in no scene; the latents have unit
+    scenes, 0.033 for the mascot, whose palette and bands are in no scene; the latents have unit
     scale."""
     import images
 
     rng = random.Random(12345)
     scenes = [images.random_scene(rng) for _ in range(32)]
     mascots = [images.mascot(place) for place in images.BACKGROUNDS]
-    for group, most in ((scenes, 0.02), (mascots, 0.035)):
+    for group, most in ((scenes, 0.02), (mascots, 0.033)):
         arrays = np.stack([np.asarray(images.draw(scene)) for scene in group])
         x = torch.from_numpy(arrays).permute(0, 3, 1, 2) / 127.5 - 1
         latents = base.vae.encode(x).latent_dist.mean
@@ -148,7 +148,7 @@ def test_the_record_of_training() -> None:
     """training.json says with what seed, steps and losses the base was trained, and its score."""
     record = json.loads((SAMPLE_DATA / "tiny-sd" / "training.json").read_text())
     assert record.keys() >= {"seed", "batch", "images", "versions", "vae", "unet", "score"}
-    assert record["vae"]["log"][-1]["pixel_error"] < 0.035
+    assert record["vae"]["log"][-1]["pixel_error"] < 0.033
     assert record["unet"]["log"][-1]["unseen"] < record["unet"]["log"][0]["unseen"]
     judge = record["score"]["judge on unseen drawings"]
     assert min(judge.values()) > 0.95

@@ -1,5 +1,7 @@
 """The loss of a micro-batch: noise, timesteps and conditions of items, the UNet, the objective."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -14,14 +16,12 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
     model: the mean over processes and over the step's micro-batches is the step's loss.
 
     step: number of steps done, since text encoders and new words may stop learning.
+
+    T-LoRA's masks stay for a backward pass, which reads them (`Run.unmasking` is around it).
     """
-    with run.unmasking():
-        return sum_of(run, batch, step)
-
-
-def sum_of(run: Run, batch: Batch, step: int) -> Tensor:
-    """`batch_loss` before a backward pass, within `run.unmasking`: for it T-LoRA's masks stay."""
-    return torch.stack([_loss(run, part, step) for part in batch.by_size(run.fit.at_once)]).sum()
+    with nullcontext() if torch.is_grad_enabled() else run.unmasking():
+        parts = batch.by_size(run.fit.at_once)
+        return torch.stack([_loss(run, part, step) for part in parts]).sum()
 
 
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:

@@ -32,7 +32,7 @@ from sd_lora.report.events import (
 )
 from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
-from sd_lora.training.batch_loss import batch_loss, sum_of
+from sd_lora.training.batch_loss import batch_loss
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, shared_config, usage
@@ -265,7 +265,7 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     losses = []
     for part in parts:
         with run.gradient_exchange(batch.last and part is parts[-1]), run.unmasking():
-            loss = sum_of(run, part, done) / batch.accumulation_steps
+            loss = batch_loss(run, part, done) / batch.accumulation_steps
             run.accelerator.backward(loss)
         losses.append(loss.detach())
     return torch.stack(losses).sum()

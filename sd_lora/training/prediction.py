@@ -12,7 +12,7 @@ from sd_lora.training.advice import Place, Rung, rungs, size
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import DTYPES, chosen_precision
+from sd_lora.training.processes import chosen_precision, vae_dtype
 
 MOST_COUNTED = 3
 """Buckets whose steps are counted: the largest, and those with most samples. A count takes a second
@@ -147,7 +147,7 @@ def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
     beside = {}
     if config.cache_latents == "no":
         vae = build_on_meta("vae", base.vae_config)
-        width = DTYPES[config.vae_precision].itemsize
+        width = vae_dtype(config).itemsize
         beside["cache_latents"] = width * sum(p.numel() for p in vae.parameters())
     if config.cache_text_embeddings == "no" and not config.trains_text:
         models = base.meta_pipeline.models

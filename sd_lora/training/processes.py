@@ -44,6 +44,11 @@ def weight_dtype(accelerator: Accelerator) -> torch.dtype:
     return DTYPES[accelerator.mixed_precision]
 
 
+def vae_dtype(config: RunConfig) -> torch.dtype:
+    """The dtype of the VAE."""
+    return DTYPES[config.vae_precision]
+
+
 @dataclass(frozen=True)
 class Device:
     """Facts about a run's device.

@@ -52,13 +52,13 @@ from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
-    DTYPES,
     Device,
     Trackers,
     agreed_seed,
     build_accelerator,
     check_processes,
     on_main,
+    vae_dtype,
     weight_dtype,
 )
 from sd_lora.training.run import Run
@@ -280,7 +280,7 @@ def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     with memory_for("loading the base model", config), without_fsdp():
         return base.load(
             dtype=weight_dtype(accelerator),
-            vae_dtype=DTYPES[config.vae_precision],
+            vae_dtype=vae_dtype(config),
             tokenizer_name=config.tokenizer_name,
             zero_terminal_snr=config.rescale_betas_zero_snr,
             flow_shift=config.flow_shift,

@@ -193,7 +193,7 @@ def test_the_first_page_shows_what_a_folder_gets(folder: Path, tmp_path: Path) -
 def test_options_with_another_meaning_elsewhere_explain_themselves() -> None:
     """Steps between samples given as sampler steps, and a folder given as a tracker."""
     words = [*MODEL, "--train_data_dir", "i"]
-    with pytest.raises(UsageError, match="sampler steps.*validation_epochs"):
+    with pytest.raises(UsageError, match="sampler steps.*sample_every"):
         parse([*words, "--validation_steps", "500"])
     with pytest.raises(
         UsageError, match=r"report_to is one of tensorboard, .*tracker.*not a folder"

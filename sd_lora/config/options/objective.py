@@ -258,8 +258,7 @@ class ValidationOptions(ValidationLossOptions):
     # fmt: off
     validation_prompt: str | None = option(None,
         "prompt of the sample images; the training prompts if not given",
-        may_change=True, scripts="ABCD", simpletuner=SAME,
-        main="prompt of the sample images")
+        may_change=True, scripts="ABCD", simpletuner=SAME)
     sample_prompts: str | None = option(None,
         "prompts of the sample images, one image each: a .txt, .toml or .json file, or the lines "
         "themselves, such as a dog on a beach (docs/training.md#samples)",

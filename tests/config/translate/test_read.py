@@ -64,7 +64,12 @@ def test_the_words_of_a_command() -> None:
     words = "python train_dreambooth_lora_sdxl.py --gradient_acc 4 --with_prior".split()
     settings = read(words)
     assert settings.values == {"gradient_accumulation_steps": "4", "with_prior_preservation": True}
-    assert settings.fixed == {"mode": "dreambooth", "family": "sdxl", "num_train_epochs": 1}
+    assert settings.fixed == {
+        "mode": "dreambooth",
+        "family": "sdxl",
+        "num_train_epochs": 1,
+        "validation_epochs": 50,
+    }
     settings = read("python train_text_to_image_lora.py --max_train_steps 5".split())
     assert settings.fixed == {"mode": "text_to_image"}
     assert read(["simpletuner", "train", "--model_family=sdxl"]).peer == "simpletuner"
