@@ -17,6 +17,7 @@ from sd_lora.report.log_file import LogFile
 from sd_lora.report.record import EMPTY, RECORD, read_record
 from sd_lora.report.run_page import Drawn, curves_of, samples_of
 from sd_lora.report.summary import duration
+from sd_lora.report.verdict import verdict_of
 from sd_lora.studio.keeper import Keeper, last_lines
 from sd_lora.studio.store import RUNNING, Job
 from sd_lora.training.checkpoint_folders import RESUME
@@ -63,6 +64,12 @@ class Progress:
     def drawn(self) -> Drawn:
         """Its sample images."""
         return samples_of(Path(self.job.folder), max(self.step, 0))
+
+    @property
+    def verdict(self) -> str:
+        """The verdict on what is validated so far, or ""."""
+        verdict = verdict_of(self.record)
+        return verdict.text if verdict else ""
 
     @property
     def curves(self) -> dict[str, list[float | None]]:

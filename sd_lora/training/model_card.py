@@ -19,18 +19,31 @@ LICENSES = {"sd1": "creativeml-openrail-m"}
 
 OPENRAIL = "openrail++"
 
+TAG = "sd_lora"
+"""In the header of each card, by which those that runs wrote are known."""
+
 
 def write_card(run: Run, files: Sequence[Path], usage: Sequence[str]) -> list[Path]:
     """Write the model card; returns the files of a repository: the card, the LoRA files, and the
-    last sample images, which it shows.
+    last sample images, which it shows. A README.md that no run wrote stays as it is.
 
     files: of the LoRA, and of new words. usage: lines on how to load them.
     """
     folder = run.output_dir / SAMPLES / f"step-{run.plan.num_steps:06}"
     shown = sorted(folder.glob("*.png")) if wanted_samples(run) else []
     path = run.output_dir / CARD
-    write_whole(path, card_of(run, shown, usage).encode())
+    if not is_foreign(path):
+        write_whole(path, card_of(run, shown, usage).encode())
     return [path, *files, *shown]
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file is there that is no card of a run."""
+    try:
+        header = path.read_bytes()[:100_000].split(b"\n---\n")[0]
+    except FileNotFoundError:
+        return False
+    return f"\n- {TAG}\n".encode() not in header + b"\n"
 
 
 def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
@@ -49,7 +62,7 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
         base_model=base,
         library_name="diffusers",
         license=LICENSES.get(family.name, OPENRAIL),
-        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", "sd_lora"],
+        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", TAG],
         instance_prompt=config.subject_prompt or ", ".join(words) or None,
         widget=[{"text": text, "output": {"url": place}} for text, place in images] or None,
     )

@@ -17,7 +17,8 @@ from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.caches import Caches
 from sd_lora.training.data import RunImages
 from sd_lora.training.forecast import forecast_rows, given_options
-from sd_lora.training.output_folder import replacement_note
+from sd_lora.training.model_card import is_foreign
+from sd_lora.training.output_folder import CARD, replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
@@ -87,6 +88,10 @@ def _notes(run: Run) -> list[str]:
         notes.append(
             f"no sample images: {run.parts.family.label} refines images of another model and "
             "cannot draw them alone"
+        )
+    if is_foreign(run.output_dir / CARD):
+        notes.append(
+            f"{run.output_dir / CARD} is of no run: it stays, and no model card is written"
         )
     if run.parts.task is INPAINTING:
         notes.append("masks are drawn, and masked images encoded, in each step")

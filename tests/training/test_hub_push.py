@@ -151,7 +151,8 @@ def test_a_run_is_pushed(
 
 
 def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub) -> None:
-    """The LoRA is written, and a warning says what failed and the command that pushes later."""
+    """The LoRA is written, and a warning says what failed and the command that pushes later. A
+    README.md of the user's own stays as it was."""
     hub.refuses = True
     warned: list[str] = []
 
@@ -160,12 +161,15 @@ def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub
             warned.extend(finding.line() for finding in event.findings)
 
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "README.md").write_text("notes of my own")
     sd_lora.train(
         text_to_image(tiny_sd1, images(tmp_path / "data", 2), out, max_train_steps=1,
                       push_to_hub=True, hub_token=TOKEN, hub_model_id="me/robot"),
         [listen],
     )  # fmt: skip
     assert (out / "pytorch_lora_weights.safetensors").is_file()
+    assert (out / "README.md").read_text() == "notes of my own"
     assert warned[-1].startswith("me/robot: the hub says 403, Storage is full.")
     assert f"later: hf upload me/robot {out} . --include README.md --include" in warned[-1]
 

@@ -13,6 +13,7 @@ from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training import loop
 from sd_lora.training.cards import CARDS, Card, card_named
+from sd_lora.training.data import base_of
 from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
