@@ -13,10 +13,13 @@ from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import UsageError
 from sd_lora.files import mib
+from sd_lora.models.load import Base
+from sd_lora.models.meta_pipeline import build_on_meta
 from sd_lora.training.fit import Fit
 from sd_lora.training.memory import GIB, RESERVE, Shape, count_step, room_of
 from sd_lora.training.out_of_memory import flag, remedies
 from sd_lora.training.plan import Plan
+from sd_lora.training.processes import vae_dtype
 from sd_lora.training.run import Run
 
 SMALLER = (0.75, 0.5)
@@ -163,6 +166,21 @@ def _beside(run: Run) -> dict[str, list[nn.Module]]:
     and text encoders that do not learn."""
     encoders = [] if len(run.models) > 1 else [*run.text.encoders.values()]
     return {"cache_latents": [run.parts.vae], "cache_text_embeddings": encoders}
+
+
+def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
+    """Option that keeps frozen models off the device → their bytes on it beside a step; see
+    `Place`."""
+    beside = {}
+    if config.cache_latents == "no":
+        vae = build_on_meta("vae", base.vae_config)
+        width = vae_dtype(config).itemsize
+        beside["cache_latents"] = width * sum(p.numel() for p in vae.parameters())
+    if config.cache_text_embeddings == "no" and not config.trains_text:
+        models = base.meta_pipeline.models
+        encoders = [models[name] for name in base.family.text_encoders if name in models]
+        beside["cache_text_embeddings"] = sum(p.nbytes for e in encoders for p in e.parameters())
+    return beside
 
 
 def _on_device(run: Run, models: dict[str, list[nn.Module]]) -> int:

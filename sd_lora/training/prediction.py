@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.images.buckets import Size
 from sd_lora.models.load import Base
-from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import duration
-from sd_lora.training.advice import Place, Rung, rungs, size
+from sd_lora.training.advice import Place, Rung, beside_of, rungs, size
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import chosen_precision, vae_dtype
+from sd_lora.training.processes import chosen_precision, of_card
 
 MOST_COUNTED = 3
 """Buckets whose steps are counted: the largest, and those with most samples. A count takes a second
@@ -47,14 +47,19 @@ class Prediction:
     needed: int
 
     @property
+    def checkpointed(self) -> bool:
+        """Whether the run, as it is, has gradient checkpointing."""
+        return self.config == self.config.replace(gradient_checkpointing=True)
+
+    @property
     def peak(self) -> int:
         """Most bytes of any step, as the run is."""
-        return max(pair[self.config.gradient_checkpointing].peak for pair in self.steps.values())
+        return max(pair[self.checkpointed].peak for pair in self.steps.values())
 
     @property
     def seconds(self) -> float:
         """Least seconds of a step, on average over the buckets, as the run is."""
-        chosen = self.config.gradient_checkpointing
+        chosen = self.checkpointed
         return sum(share * self.steps[b][chosen].seconds for b, share in self.shares.items())
 
     @property
@@ -107,9 +112,7 @@ def predict(
         classes: whether as many class images go through each step.
         advance: called after both counts of each of the `counted_buckets`.
     """
-    config = plan.config
-    if config.mixed_precision == "auto":
-        config = config.replace(mixed_precision=card.precision)
+    config = of_card(plan.config, card.precision)
     number = plan.epochs.batch // plan.num_processes * (1 + classes)
     configs, beside = base.meta_pipeline, beside_of(config, base)
     held = sum(beside.values())
@@ -139,21 +142,6 @@ def predict(
     place = Place(plan, "cuda", beside)
     flags, needed = _flags(place, first, configs, card, counted[largest])
     return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed)
-
-
-def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
-    """Option that keeps frozen models off the device → their bytes on it beside a step; see
-    `Place`."""
-    beside = {}
-    if config.cache_latents == "no":
-        vae = build_on_meta("vae", base.vae_config)
-        width = vae_dtype(config).itemsize
-        beside["cache_latents"] = width * sum(p.numel() for p in vae.parameters())
-    if config.cache_text_embeddings == "no" and not config.trains_text:
-        models = base.meta_pipeline.models
-        encoders = [models[name] for name in base.family.text_encoders if name in models]
-        beside["cache_text_embeddings"] = sum(p.nbytes for e in encoders for p in e.parameters())
-    return beside
 
 
 def counted_buckets(plan: Plan) -> list[Size]:

@@ -81,6 +81,12 @@ class Device:
         return f"{self.type}{f' ({self.name})' * bool(self.name)}, base in {dtype}"
 
 
+def of_card(config: RunConfig, precision: str) -> RunConfig:
+    """A run's configuration on a card that is not here: its precision where none is asked for."""
+    asked = config.mixed_precision
+    return config.replace(mixed_precision=precision) if asked == "auto" else config
+
+
 def chosen_precision(config: TrainConfig) -> str:
     """The precision of the base, a key of `DTYPES`: the option's, the launcher's or the card's.
 

@@ -35,10 +35,13 @@ def inputs(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("targets", sorted(PRESETS.keys() - {"text"}))
+@pytest.mark.parametrize(
+    "targets", sorted(PRESETS.keys() - {"text", "blora_content", "blora_style"})
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_injected_unet_is_bit_identical(targets: str, dtype: torch.dtype) -> None:
-    """Adapting any preset leaves the UNet's output as it was, bit for bit."""
+    """Adapting any preset leaves the UNet's output as it was, bit for bit; B-LoRA's blocks are of
+    SDXL, and test_real_sizes.py has them."""
     unet = build_unet().to(dtype).eval()
     batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs().items()}
     with torch.no_grad():

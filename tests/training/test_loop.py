@@ -107,7 +107,7 @@ def test_the_files_are_what_was_trained(
     )  # fmt: skip
     names = {p.name for p in (tmp_path / "mine").iterdir() if p.is_file()}
     assert names == {
-        "before_after.png", "config.json", "mine_kohya.safetensors",
+        "README.md", "before_after.png", "config.json", "mine_kohya.safetensors",
         "digest.json", "pytorch_lora_weights.safetensors", "training_log.jsonl", "report.html",
         "report.json",
     }  # fmt: skip
