@@ -18,17 +18,18 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """350 of the demo's 1200 steps: the exported file, loaded into a fresh base, draws images
-    nearer to the held-out ones than the base's, none a copy, and other prompts are followed nearly
-    as before. Ten steps of the sampler in place of twenty: three sets of images take time."""
-    monkeypatch.setattr("sd_lora.demo.STEPS", 10)
+    """220 steps of the demo at a constant rate: the exported file, loaded into a fresh base, draws
+    images nearer to the held-out ones than the base's, none a copy, and other prompts are followed
+    as before. Eight steps of the sampler in place of twenty: three sets of images take time."""
+    monkeypatch.setattr("sd_lora.demo.STEPS", 8)
     sample_data = find_sample_data()
-    config = demo_config(sample_data, str(tmp_path / "out"), max_train_steps=350)
+    schedule = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 220}
+    config = demo_config(sample_data, str(tmp_path / "out"), **schedule)
     result = sd_lora.train(config)
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
-    assert outcome.fidelity.mean > 0.1  # 0.19; 0.13 the least of the three sets
+    assert outcome.fidelity.mean > 0.15  # 0.27, give or take 0.19 over the sets
     assert outcome.copies.mean == 0
-    assert outcome.harm.mean < 0.2
+    assert outcome.harm.mean < 0.1  # -0.01
     assert sheet.draw().width > 1000
 
 
