@@ -28,12 +28,12 @@ SCORE = "score.json"
 """File of the demo alone, in its output folder."""
 
 SUBJECT = (
-    "a photo of a big sks monster on a white background",
-    "a photo of a big sks monster on the grass",
+    "a photo of a sks monster on a white background",
+    "a photo of a sks monster on the grass",
     "a photo of a sks monster at night",
-    "a photo of a big sks monster in the snow",
+    "a photo of a sks monster in the snow",
     "a photo of a sks monster on a blue background",
-    "a photo of a small sks monster on the beach",
+    "a photo of a sks monster on the beach",
 )
 CLASS = (
     "a photo of a round green monster on a grey background",

@@ -27,7 +27,7 @@ def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.Mon
     config = demo_config(sample_data, str(tmp_path / "out"), **schedule)
     result = sd_lora.train(config)
     outcome, sheet = evaluate(config, result.files[0].path, sample_data)
-    assert outcome.fidelity.mean > 0.15  # 0.27, give or take 0.19 over the sets
+    assert outcome.fidelity.mean > 0.2
     assert outcome.copies.mean == 0
     assert outcome.harm.mean < 0.1  # -0.01
     assert sheet.draw().width > 1000
