@@ -155,14 +155,20 @@ def sections(given: Given, problems: Mapping[str, str]) -> dict[str, list[Field]
     return found | {s: [f for f in rest if f.option.section == s] for s in SECTIONS}
 
 
-def _several(option: Option, text: str) -> list[str]:
+def plain_words(name: str, text: str) -> list[str]:
+    """The words of a field, which are values; raises UsageError for one that would be a flag."""
     try:
         words = shlex.split(text)
     except ValueError:
         words = text.split()
     if wrong := [word for word in words if is_flag(word)]:
-        line = f"{option.name}: {wrong[0]!r} begins like a flag"
-        raise UsageError(line, [Problem(option.name, line)])
+        line = f"{name}: {wrong[0]!r} begins like a flag"
+        raise UsageError(line, [Problem(name, line)])
+    return words
+
+
+def _several(option: Option, text: str) -> list[str]:
+    words = plain_words(option.name, text)
     return [_flag(option), *words] if words else []
 
 
@@ -199,6 +205,12 @@ class Request:
     config: TrainConfig | None
     problems: dict[str, str]
     toml: str = ""
+
+    @property
+    def unchecked(self) -> list[str]:
+        """Mistakes with which no image can be checked: a check needs neither model nor prompt."""
+        needless = ("instance_prompt", "pretrained_model_name_or_path")
+        return [text for name, text in self.problems.items() if name not in needless]
 
     @property
     def command(self) -> str:
@@ -303,9 +315,8 @@ def imported(source: str) -> tuple[dict[str, str], str]:
         UsageError: no settings, or of another kind of training.
     """
     path = Path(source.strip()).expanduser()
-    values: dict[str, Any]
-    with suppress(OSError, ValueError):
-        if path.is_file() and path.suffix.lower() in (".toml", ".json") and _is_ours(path):
+    with suppress(OSError, UsageError):  # another trainer's
+        if path.is_file() and path.suffix.lower() in (".toml", ".json"):
             values = read_config_file(str(path))
             return _fields(values), f"{path.name} is a configuration of sd-lora: taken as it is"
     settings = read([source.strip()])
@@ -313,14 +324,6 @@ def imported(source: str) -> tuple[dict[str, str], str]:
         peer_of(settings), settings.values, settings.folder, settings.fixed, settings.assumed
     )
     return _fields(translation.values), to_table(translation)
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        read_config_file(str(path))
-    except UsageError:
-        return False
-    return True
 
 
 def _fields(values: Mapping[str, Any]) -> dict[str, str]:

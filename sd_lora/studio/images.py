@@ -19,6 +19,7 @@ from sd_lora.errors import RunError
 from sd_lora.files import write_whole
 from sd_lora.studio.form import FOLDER, request_of
 from sd_lora.studio.image_set import BULK, Entry, ImageSet, edited
+from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.new import DRAFT
 from sd_lora.studio.opened import inside, open_folder
 from sd_lora.studio.page import Studio, action, gone, page, problem, render, studio_of
@@ -173,8 +174,7 @@ def check(request: Request, form: dict[str, str]) -> Response:
     folder = inside(studio.store, form.get(FOLDER, ""))
     draft = dict(studio.store.kept(DRAFT, {})) | {FOLDER: str(folder)}
     asked = request_of(draft, studio.store.folder)
-    wrong = {*asked.problems} - {"instance_prompt", "pretrained_model_name_or_path"}
-    words = [str(folder)] if wrong else asked.words
+    words = [str(folder)] if asked.unchecked else asked.words
     number = studio.store.add("check", "images", [*words, "--json"], folder=str(folder))
     studio.keeper.look()
     return render(request, "image_check.html.j2", check=studio.store.job(number), folder=folder)
@@ -213,8 +213,7 @@ def _report(studio: Studio, check: Job | None) -> dict[str, Any]:
 
 
 def _parsed(log: Path) -> dict[str, Any]:
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [line.rpartition("\r")[2] for line in text.splitlines()]
+    lines = last_lines(log)
     begins = [number for number, line in enumerate(lines) if line == "{"]
     if begins:
         try:

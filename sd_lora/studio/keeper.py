@@ -197,11 +197,12 @@ def _code_in(log: Path) -> int:
     return 1 if any(line.startswith(("error:", "Traceback")) for line in lines) else -1
 
 
-def last_lines(path: Path, size: int) -> list[str]:
-    """The last lines of a job's output: of a bar that was drawn over itself, its last state."""
+def last_lines(path: Path, size: int | None = None) -> list[str]:
+    """The lines of a job's output that are not empty: of a bar that was drawn over itself, its last
+    state. size: bytes of its end that are read; None: all."""
     try:
         with open(path, "rb") as file:
-            file.seek(max(0, path.stat().st_size - size))
+            file.seek(max(0, path.stat().st_size - size) if size else 0)
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return []

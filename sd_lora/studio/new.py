@@ -21,6 +21,7 @@ from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
 from sd_lora.studio.chooser import models_in
 from sd_lora.studio.form import FOLDER, TRAINERS, imported, request_of, sections
+from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.opened import open_result
 from sd_lora.studio.page import action, gone, page, problem, render, see, studio_of
 
@@ -37,6 +38,11 @@ TITLES = {"subject": "A subject", "character": "A character", "style": "A style"
 def _given(request: Request) -> dict[str, str]:
     """The fields of the draft, which all browsers share."""
     return dict(studio_of(request).store.kept(DRAFT, {}))
+
+
+def _options(form: dict[str, str]) -> dict[str, str]:
+    """The fields of a form that are options, and the folder."""
+    return {name: text for name, text in form.items() if name in OPTIONS or name == FOLDER}
 
 
 def _about(
@@ -76,7 +82,7 @@ def show(request: Request) -> Response:
 @action
 def look(request: Request, form: dict[str, str]) -> Response:
     """Keep the fields, and say what they amount to: the mistakes, the command, the TOML."""
-    given = {name: text for name, text in form.items() if name in OPTIONS or name == FOLDER}
+    given = _options(form)
     studio_of(request).store.keep(DRAFT, given)
     return render(request, "look.html.j2", **_about(given, request))
 
@@ -85,7 +91,7 @@ def look(request: Request, form: dict[str, str]) -> Response:
 def start(request: Request, form: dict[str, str]) -> Response:
     """Put the run into the queue; with mistakes, show them instead."""
     studio = studio_of(request)
-    given = {name: text for name, text in form.items() if name in OPTIONS or name == FOLDER}
+    given = _options(form)
     studio.store.keep(DRAFT, given)
     about = _about(given, request, places=True)
     asked = about["asked"]
@@ -103,11 +109,10 @@ def start(request: Request, form: dict[str, str]) -> Response:
 def forecast(request: Request, form: dict[str, str]) -> Response:
     """Check the images of the draft, and predict its memory and time, without a run."""
     studio = studio_of(request)
-    given = {name: text for name, text in form.items() if name in OPTIONS or name == FOLDER}
+    given = _options(form)
     asked = request_of(given, studio.store.folder)
-    if wrong := {*asked.problems} - {"instance_prompt", "pretrained_model_name_or_path"}:
-        lines = [asked.problems[name] for name in sorted(wrong)]
-        return render(request, "forecast.html.j2", job=None, lines=lines)
+    if asked.unchecked:
+        return render(request, "forecast.html.j2", job=None, lines=asked.unchecked)
     number = studio.store.add("check", "check", [*asked.words, "--no_page"], given=given)
     studio.keeper.look()
     return render(request, "forecast.html.j2", job=studio.store.job(number), lines=[])
@@ -120,10 +125,8 @@ def forecast_of(request: Request) -> Response:
     job = studio.store.job(request.path_params["number"])
     if job is None:
         return problem("there is no such check")
-    log = studio.keeper.log_of(job)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-    return render(request, "forecast.html.j2", job=job, lines=[line for line in lines if line])
+    lines = last_lines(studio.keeper.log_of(job))
+    return render(request, "forecast.html.j2", job=job, lines=lines)
 
 
 @action

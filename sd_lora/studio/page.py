@@ -1,4 +1,4 @@
-"""Pages of the studio: what all of them share."""
+"""The base of all pages of the studio: templates, answers, errors for people."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field

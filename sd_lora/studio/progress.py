@@ -27,7 +27,7 @@ from sd_lora.training.checkpoint_folders import RESUME
 class Progress:
     """A run on its page.
 
-    record: `report.json`, with what is not known empty. step: of the newest one that is logged.
+    record: `report.json`, empty values where it has none. step: of the newest one that is logged.
     rows: of the log. left: words for the time that is left, or "". memory: of its processes. last:
     lines of its output.
     """
@@ -43,11 +43,6 @@ class Progress:
     @property
     def num_steps(self) -> int:
         return int(self.record["num_steps"])
-
-    @property
-    def share(self) -> float:
-        """Part of the steps that is done."""
-        return min(1.0, self.step / self.num_steps) if self.num_steps else 0.0
 
     @property
     def now(self) -> str:
@@ -67,7 +62,7 @@ class Progress:
 
     @property
     def verdict(self) -> str:
-        """The verdict on what is validated so far, or ""."""
+        """The verdict on the validations so far, or ""."""
         verdict = verdict_of(self.record)
         return verdict.text if verdict else ""
 

@@ -69,12 +69,11 @@ def show(request: Request) -> Response:
     job = _job(request)
     run = studio_of(request).watch.of(job)
     asked = request_of(job.given, studio_of(request).store.folder)
-    return render(
-        request, "run.html.j2", run=run, job=job, asked=asked, **_acts(run.step, job), mark=""
-    )
+    return render(request, "run.html.j2", run=run, job=job, asked=asked, **_acts(job), mark="")
 
 
-def _acts(step: int, job: Job) -> dict[str, object]:
+def _acts(job: Job) -> dict[str, object]:
+    """Facts that the buttons of a run depend on."""
     there = checkpoints(Path(job.folder))
     return {
         "saved": step_of(there[-1]) if there else 0,
@@ -83,33 +82,23 @@ def _acts(step: int, job: Job) -> dict[str, object]:
     }
 
 
-@page
-def state(request: Request) -> Response:
-    """The part of a run's page that tells how far it is."""
-    job = _job(request)
-    return _part(request, "run_state.html.j2", run=studio_of(request).watch.of(job), job=job)
+PARTS = {
+    "state": "run_state.html.j2",
+    "acts": "run_acts.html.j2",
+    "samples": "run_samples.html.j2",
+    "log": "run_log.html.j2",
+}
+"""Part of a run's page that changes with the run → its template."""
 
 
 @page
-def acts(request: Request) -> Response:
-    """The buttons of a run."""
-    job = _job(request)
-    run = studio_of(request).watch.of(job)
-    return _part(request, "run_acts.html.j2", run=run, job=job, **_acts(run.step, job))
-
-
-@page
-def drawn(request: Request) -> Response:
-    """The sample images of a run."""
-    job = _job(request)
-    return _part(request, "run_samples.html.j2", run=studio_of(request).watch.of(job), job=job)
-
-
-@page
-def output(request: Request) -> Response:
-    """The last lines of a run's output."""
-    job = _job(request)
-    return _part(request, "run_log.html.j2", run=studio_of(request).watch.of(job), job=job)
+def part(request: Request) -> Response:
+    """A part of a run's page."""
+    job, name = _job(request), request.path_params["part"]
+    if name not in PARTS:
+        return problem("there is no such part", HTTPStatus.NOT_FOUND)
+    run, more = studio_of(request).watch.of(job), _acts(job) if name == "acts" else {}
+    return _part(request, PARTS[name], run=run, job=job, **more)
 
 
 @page
@@ -191,6 +180,8 @@ def _extend(request: Request, job: Job, form: dict[str, str]) -> None:
 
 
 def _again(request: Request, job: Job, given: dict[str, str]) -> None:
+    if job.state in (RUNNING, WAITING):
+        raise UsageError("it is running or in the queue already")
     store = studio_of(request).store
     given["resume_from_checkpoint"] = "latest-if-any"
     asked = request_of(given, store.folder)
@@ -263,12 +254,9 @@ ROUTES = [
     Route("/runs", show_all),
     Route("/runs/list", rows),
     Route("/runs/{number:int}", show),
-    Route("/runs/{number:int}/state", state),
-    Route("/runs/{number:int}/acts", acts),
-    Route("/runs/{number:int}/samples", drawn),
-    Route("/runs/{number:int}/log", output),
     Route("/runs/{number:int}/curves", curves),
     Route("/runs/{number:int}/report", report),
+    Route("/runs/{number:int}/{part}", part),
     Route("/runs/{number:int}/sample/{step:int}/{name}", sample),
     Route("/runs/{number:int}/{act}", act, methods=["POST"]),
 ]

@@ -10,6 +10,8 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sd_lora.errors import UsageError
+from sd_lora.studio.form import plain_words
+from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.opened import inside
 from sd_lora.studio.page import action, gone, page, problem, render, studio_of
 from sd_lora.tool_flags import tool_parser
@@ -102,7 +104,7 @@ def use(request: Request, form: dict[str, str]) -> Response:
     words = [*files]
     for flag in tool.flags:
         if text := form.get(flag, "").strip():
-            words += [f"--{flag}", *text.split()]
+            words += [f"--{flag}", *plain_words(flag, text)]
     if tool.out:
         out = Path(form.get("out", "").strip() or f"{Path(files[0]).stem}-{name}.safetensors").name
         words += ["--out", str(Path(files[0]).parent / out)]
@@ -119,10 +121,8 @@ def answer(request: Request) -> Response:
     job = studio.store.job(request.path_params["number"])
     if job is None or job.kind not in TOOLS:
         return problem("there is no such answer")
-    log = studio.keeper.log_of(job)
-    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    lines = [line.rpartition("\r")[2].rstrip() for line in text.splitlines()]
-    return render(request, "shelf_answer.html.j2", job=job, text="\n".join(filter(None, lines)))
+    text = "\n".join(last_lines(studio.keeper.log_of(job)))
+    return render(request, "shelf_answer.html.j2", job=job, text=text)
 
 
 @page

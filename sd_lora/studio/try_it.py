@@ -10,6 +10,7 @@ from starlette.routing import Route
 
 from sd_lora.errors import UsageError
 from sd_lora.report.record import read_record
+from sd_lora.studio.form import plain_words
 from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.opened import inside
 from sd_lora.studio.page import Studio, action, page, problem, render, see, studio_of
@@ -110,7 +111,8 @@ def draw(request: Request, form: dict[str, str]) -> Response:
     words += ["--prompts", str(folder / "prompts.txt")]
     for name in FIELDS:
         if text := form.get(name, "").strip():
-            words += [f"--{name}", *text.split()] if name in SEVERAL else [f"--{name}={text}"]
+            several = name in SEVERAL
+            words += [f"--{name}", *plain_words(name, text)] if several else [f"--{name}={text}"]
     sample_parser().parse(words)  # raises for a wrong number
     title = ", ".join(prompts)[:80]
     studio.store.add("sample", title, words, given=form, folder=str(folder))

@@ -68,6 +68,9 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     assert studio.ask(f"/shelf/load?file={quote(str(outside))}")[0] == 404
     assert studio.ask(f"/shelf/load?file={quote(str(lora))}")[0] == 200
     assert post(studio, "/shelf/bake", files=str(lora))[0] == 400
+    flags = f"kohya --out {outside}"  # a field holds values, and no flag beside them
+    assert post(studio, "/shelf/convert", files=str(lora), to=flags)[0] == 400
+    assert post(studio, "/try", **form | {"strengths": f"1 --out {outside}"})[0] == 400
     assert post(studio, "/shelf/convert", files=str(outside), to="kohya")[0] == 404
     status, _, headers = post(studio, "/shelf/inspect", files=str(lora))
     assert status == 303
