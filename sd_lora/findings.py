@@ -155,6 +155,7 @@ FINDINGS: dict[str, FindingKind] = {
         "warning", "nothing of it is drawn, and the run goes on: write the file once more"
     ),
     "not-pushed": FindingKind("warning"),
+    "best-gone": FindingKind("warning", "the files are of the last step: the best one is lost"),
     # the machine
     "fp16-on-cpu": FindingKind(
         "warning", "--mixed_precision no is float32; bf16 is as fast on some CPUs"

@@ -83,8 +83,8 @@ CARDS = {
         Card("H200 141GB", 141, 989, 67, 4800),
     )
 }
-"""Name → card. Sources: NVIDIA's papers of Turing, Ampere (GA102, GA100), Ada and Blackwell, and
-the data sheets of the cards for servers."""
+"""Name → card, with the nominal rates of NVIDIA; they were not compared with its data sheets once
+more, and no card was at hand to measure one."""
 
 
 def card_named(name: str) -> Card:

@@ -152,11 +152,10 @@ def prune(newest: Path, limit: int | None, keep_every: int | None, best: int | N
     for path in earlier:
         if path.name.endswith(REPLACED) and path.with_name(f"{PREFIX}{step_of(path)}").exists():
             remove(path)
-    steps = {step_of(path) for path in earlier} - {best}
     rolling = [
         path
         for path in earlier
-        if step_of(path) in steps and not (keep_every and step_of(path) % keep_every == 0)
+        if step_of(path) != best and not (keep_every and step_of(path) % keep_every == 0)
     ]
     for path in rolling[:-limit] if limit else []:
         remove(path)

@@ -153,7 +153,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 show_missing_samples(run)
             validated(run, run.first_step)
             done = train_steps(run, log, requests)
-        if run.validation.ended:
+        if run.validation.ended_after(done):
             done = end_at_best(run)
         finished = done == run.plan.num_steps
         if finished:
@@ -205,7 +205,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
     """Do the steps after the first `done` ones; returns how many are done in all."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches, saved_at = run.batches(done), time.monotonic()
-    while done < num_steps and not run.validation.ended:
+    while done < num_steps and not run.validation.ended_after(done):
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):

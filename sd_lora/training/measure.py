@@ -28,7 +28,7 @@ def validated(run: Run, step: int) -> bool:
     if not validation.is_due(step, run.plan.num_steps):
         return False
     validate(run, step)
-    return validation.ended or (run.config.keeps_best and validation.best == step)
+    return validation.ended_after(step) or (run.config.keeps_best and validation.best == step)
 
 
 def validate(run: Run, step: int) -> None:

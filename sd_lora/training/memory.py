@@ -89,11 +89,6 @@ class HeldBytes(TorchDispatchMode):
             self.kernels.append((flop, sum(t.nbytes for t in (*read, *written))))
         return out
 
-    @property
-    def flop(self) -> int:
-        """Operations of all products."""
-        return sum(flop for flop, _ in self.kernels)
-
 
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None,

@@ -7,7 +7,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from sd_lora.files import write_whole
+from sd_lora.errors import UsageError
+from sd_lora.files import utf8_text, write_whole
 from sd_lora.hub import is_hub_id
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.training.output_folder import CARD
@@ -34,16 +35,16 @@ def write_card(run: Run, files: Sequence[Path], usage: Sequence[str]) -> list[Pa
     path = run.output_dir / CARD
     if not is_foreign(path):
         write_whole(path, card_of(run, shown, usage).encode())
-    return [path, *files, *shown]
+    return [*([path] if path.is_file() else []), *files, *shown]
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file is there that is no card of a run."""
+    """Whether something is there that is no card of a run."""
     try:
-        header = path.read_bytes()[:100_000].split(b"\n---\n")[0]
-    except FileNotFoundError:
-        return False
-    return f"\n- {TAG}\n".encode() not in header + b"\n"
+        header = utf8_text(path).split("\n---\n")[0]
+    except UsageError:  # a folder, a pipe, no text
+        return os.path.lexists(path)
+    return f"\n- {TAG}\n" not in header + "\n"
 
 
 def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:

@@ -54,7 +54,8 @@ class Prediction:
     @property
     def peak(self) -> int:
         """Most bytes of any step, as the run is."""
-        return max(pair[self.checkpointed].peak for pair in self.steps.values())
+        chosen = self.checkpointed
+        return max(pair[chosen].peak for pair in self.steps.values())
 
     @property
     def seconds(self) -> float:

@@ -8,8 +8,9 @@ from statistics import fmean
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.files import write_whole
+from sd_lora.findings import Finding
 from sd_lora.formats.canonical import adapter_of
-from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved, ValidationDone
+from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved, ValidationDone, Warned
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import BEST_FILE, PREFIX, fault
 from sd_lora.training.export import export, export_words, header_of
@@ -100,7 +101,8 @@ def write_best(run: Run) -> None:
 
 def end_at_best(run: Run) -> int:
     """Give a run that ends early the state of its best validation, as if that were its last step,
-    on all processes; returns the step. The last step stays where none was better than the start.
+    on all processes; returns the step. The last step stays where none was better than the start, or
+    where its checkpoint is gone, of which a warning tells.
     """
     best = run.validation.best
     path = run.output_dir / f"{PREFIX}{best}"
@@ -110,6 +112,8 @@ def end_at_best(run: Run) -> int:
         steps = best
         record = {**run.validation.record(), "rows": rows, "exported": best}
         run.emit(ValidationDone(best, run.validation.rows[best], record))
+    elif best:
+        run.emit(Warned([Finding("best-gone", path.name)]))
     run.plan = dataclasses.replace(run.plan, num_steps=steps)
     return steps
 

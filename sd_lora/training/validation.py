@@ -164,10 +164,10 @@ class Validation:
                 best = step
         return best
 
-    @property
-    def ended(self) -> bool:
-        """Whether as many validations as the patience says have passed since the best one."""
-        if self.patience is None:
+    def ended_after(self, step: int) -> bool:
+        """Whether the run ends with the validation of a step: as many as the patience says have
+        passed since the best one. Other steps end nothing."""
+        if self.patience is None or step not in self.rows:
             return False
         best = self.best or 0
         return sum(step > best for step in self.rows) >= self.patience

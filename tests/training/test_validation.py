@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import sd_lora
 from sd_lora.data.batches.stream import BatchItem
 from sd_lora.data.images.buckets import Crop
 from sd_lora.errors import UsageError
+from sd_lora.report.events import Warned
 from sd_lora.training.checkpoint_folders import find
 from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
 from sd_lora.training.setup import prepare
@@ -147,7 +149,8 @@ def test_the_ledger_names_the_odd_images() -> None:
 def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """A run whose rate ruins it after two good steps ends by its patience, and its LoRA file and
     digest are those of a run of its best step; the best checkpoint outlives a limit of one, and is
-    named for resuming. Started again, it writes the same file, and trains no step."""
+    named for resuming. Started again, it writes the same file, and trains no step; where the best
+    checkpoint is gone, a warning says that the files are of the last one."""
     rules = {
         "learning_rate": 1e-3, "lr_scheduler": "piecewise_constant",
         "lr_step_rules": "1:2,1000:6,1", "validate_every": 1, "targets": "attention", "rank": 2,
@@ -170,3 +173,9 @@ def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path
     again = sd_lora.train(config.replace(resume_from_checkpoint="latest"))
     assert again.digest == whole.digest
     assert again.losses == []
+    shutil.rmtree(folder / f"checkpoint-{best}")
+    events: list[object] = []
+    lost = sd_lora.train(config.replace(resume_from_checkpoint="latest"), [events.append])
+    codes = [f.code for e in events if isinstance(e, Warned) for f in e.findings]
+    assert codes == ["best-gone"]
+    assert lost.digest != whole.digest
