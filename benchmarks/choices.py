@@ -1,7 +1,7 @@
 """Rows for the bench of learning: every optimiser, method and objective beside the recipe.
 
-Each differs from the recipe of a subject or a style by its options alone, at equal steps and batch:
-`ROWS | OPTIMIZERS` in learning.py has `--rows` of these names. Rates are the recipe's, but where an
+Each differs from the recipe of a subject or a style by its options alone, at equal steps and batch;
+`--rows` of learning.py takes their names. Rates are the recipe's, but where an
 optimiser or method takes another size of step, and then the one that docs/optimizers.md names.
 """
 

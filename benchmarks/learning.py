@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from choices import METHODS, OBJECTIVES, OPTIMIZERS
 from PIL import Image
 from taught import LESSONS, Lesson
 from tqdm import tqdm
@@ -37,7 +38,7 @@ from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import STUDENT, PromptImages, Prompts, Taught, score
+from sd_lora.sampling.score import Interval, PromptImages, Prompts, Taught, score
 from sd_lora.training.loop import train
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -71,7 +72,7 @@ EQUAL_RANK = {"subject": 79, "style": 158}
 1,094,912 (subjects), 2,194,304 for 2,189,824 (styles)."""
 ATTENTION = {"targets": "attention", "rank": EQUAL_RANK, "lora_alpha": EQUAL_RANK}
 
-ROWS: dict[str, dict[str, Any]] = {
+RECIPES: dict[str, dict[str, Any]] = {
     "recipe": {},
     "constant, 600 steps": {
         "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 600,
@@ -89,6 +90,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "no flips": {"random_flip": False},
 }  # fmt: skip
 """Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
+
+ROWS = RECIPES | OPTIMIZERS | METHODS | OBJECTIVES
 
 NEEDED_BY = {
     "with_prior_preservation": ("num_class_images", "class_data_dir", "class_prompt"),
@@ -308,14 +311,9 @@ def missing(args: argparse.Namespace) -> Iterator[Cell]:
 
 
 def interval(values: Sequence[float]) -> str:
-    """Mean ± half of Student's 95 % interval, in percent."""
-    values = [v for v in values if not math.isnan(v)]
-    if len(values) < 2:
-        return f"{100 * values[0]:.0f}" if values else "-"
-    df = len(values) - 1
-    t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
-    half = t * statistics.stdev(values) / math.sqrt(len(values))
-    return f"{100 * statistics.fmean(values):.0f} ± {100 * half:.0f}"
+    """Mean ± half of Student's 95 % interval, in percent, of the numbers that are known."""
+    known = tuple(v for v in values if not math.isnan(v))
+    return Interval(known).text().replace(" %", "") if known else "-"
 
 
 MEASURES = ("fidelity", "followed", "class_leak", "unrelated_leak", "harm")
@@ -365,7 +363,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "rescore", "table"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*ROWS])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*RECIPES])
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
     parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -1,4 +1,4 @@
-"""What two objectives do to images, trained on the embedded base.
+"""Images of two objectives, trained on the embedded base.
 
     python benchmarks/objectives.py dark     # zero terminal SNR on dark images
     python benchmarks/objectives.py masked   # a subject of which masks leave out a half
@@ -10,6 +10,7 @@ table have the same images, steps and seeds.
 import argparse
 import random
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dev import images
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.images.buckets import pixels_of
 from sd_lora.demo import find_sample_data
 from sd_lora.models.load import load_parts
 from sd_lora.training.loop import train
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
+import images
 
 SHARED: dict[str, Any] = {
     "pretrained_model_name_or_path": str(find_sample_data() / "tiny-sd"),

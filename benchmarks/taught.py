@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sd_lora import demo
 from sd_lora.sampling.score import Prompts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
@@ -20,14 +21,9 @@ from subjects import Style, in_style
 
 PLACES = ("white", "grass", "night", "snow", "blue", "beach", "yellow", "grey")
 HELD_OUT_PLACES = ("pink", "white", "grass", "night", "snow", "beach", "cyan", "black")
-UNRELATED = (
-    "a photo of a red car on the grass",
-    "a photo of a yellow star on a blue background",
-    "a photo of a big pink house in the snow",
-    "a photo of a green tree on a white background",
-    "a photo of a purple fish on the beach",
-    "a photo of a cyan boat at night",
-)
+UNRELATED = (*demo.UNRELATED[:5], "a photo of a cyan boat at night")
+"""The demo's, but for its robot: the automaton is one."""
+
 AT = (
     "on a white background", "on the grass", "at night", "in the snow", "on a purple background",
     "on the beach",

@@ -37,7 +37,7 @@ import subjects
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from pretrain_vae import Clock, lr_at, save_whole, to_unit, update_average
+from pretrain_vae import keep, lr_at, resume, save_whole, to_unit, update_average
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -492,14 +492,10 @@ def train(stage: str, net: nn.ModuleDict, args: argparse.Namespace) -> list[dict
     for parameter in parameters:
         parameter.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=0.02, fused=True)
-    state, clock, start = args.work / f"{stage}.pt", Clock([]), 0
-    if state.is_file():
-        saved = torch.load(state)
-        trained.load_state_dict(saved["net"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, steps), stage, initial=start, mininterval=30):
+    state = args.work / f"{stage}.pt"
+    parts = {"net": trained, "average": average, "optimizer": optimizer}
+    start, clock = resume(state, parts)
+    for step in tqdm(range(start, steps), stage, steps, initial=start, mininterval=30):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, rate, args.cooldown)
         rng = random.Random(f"{args.seed} {stage} {step}")
@@ -512,9 +508,7 @@ def train(stage: str, net: nn.ModuleDict, args: argparse.Namespace) -> list[dict
         clock.add(loss)
         if (step + 1) % args.every == 0 or step + 1 == steps:
             clock.row(step + 1, **figures(average["encoder"], pool))
-            saved = {"net": trained.state_dict(), "average": average.state_dict()}
-            saved |= {"optimizer": optimizer.state_dict(), "log": clock.rows, "step": step + 1}
-            save_whole(saved, state)
+            keep(state, parts, step + 1, clock)
     return clock.rows
 
 

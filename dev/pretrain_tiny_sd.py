@@ -44,11 +44,12 @@ from PIL import Image
 from pretrain_vae import (
     NUM_CORPUS,
     NUM_UNSEEN,
-    Clock,
     build_vae,
     draw_corpus,
     fit,
+    keep,
     lr_at,
+    resume,
     save_whole,
     to_unit,
     train_vae,
@@ -310,14 +311,11 @@ def train_unet(args: argparse.Namespace) -> None:
     pair, average = Pair(examples.tokenizer), Pair(examples.tokenizer).eval()
     average.load_state_dict(pair.state_dict())
     optimizer = torch.optim.AdamW(pair.parameters(), args.unet_lr, weight_decay=1e-3, fused=True)
-    state, clock, start = args.work / "unet.pt", Clock([]), 0
-    if state.is_file():
-        saved = torch.load(state)
-        pair.load_state_dict(saved["pair"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, args.unet_steps), "unet", initial=start, mininterval=30):
+    state = args.work / "unet.pt"
+    parts = {"pair": pair, "average": average, "optimizer": optimizer}
+    start, clock = resume(state, parts)
+    left, total = range(start, args.unet_steps), args.unet_steps
+    for step in tqdm(left, "unet", total, initial=start, mininterval=30):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, args.unet_steps, args.unet_lr, args.cooldown)
         g = torch.Generator().manual_seed(args.seed * 10**7 + step)
@@ -331,8 +329,7 @@ def train_unet(args: argparse.Namespace) -> None:
         clock.add(loss)
         if (step + 1) % 500 == 0 or step + 1 == args.unet_steps:
             clock.row(step + 1, unseen=unseen_loss(average, examples, objective))
-            saved = {"pair": pair.state_dict(), "average": average.state_dict(), "step": step + 1}
-            save_whole(saved | {"optimizer": optimizer.state_dict(), "log": clock.rows}, state)
+            keep(state, parts, step + 1, clock)
         if (step + 1) % 2000 == 0 or step + 1 == args.unet_steps:
             write_samples(assemble(args, examples.tokenizer, average), args.work / "samples.png")
 

@@ -70,6 +70,23 @@ class Clock:
         print(self.rows[-1], flush=True)
 
 
+def resume(state: Path, parts: dict[str, Any]) -> tuple[int, Clock]:
+    """Load the parts that `keep` saved, where there is a state; returns the step to go on from and
+    the log."""
+    if not state.is_file():
+        return 0, Clock([])
+    saved = torch.load(state)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    return saved["step"], Clock(saved["log"])
+
+
+def keep(state: Path, parts: dict[str, Any], step: int, clock: Clock) -> None:
+    """Save the parts (models, an optimiser), the number of steps done and the log."""
+    kept = {name: part.state_dict() for name, part in parts.items()}
+    save_whole(kept | {"step": step, "log": clock.rows}, state)
+
+
 def lr_at(step: int, steps: int, peak: float, cooldown: float, warmup: int = 200) -> float:
     """Linear warm-up, constant, then linear to zero over the last ``cooldown`` of the steps."""
     left = (steps - step) / max(1.0, steps * cooldown)
@@ -186,14 +203,12 @@ def fit(
     unseen = to_unit(corpus[-NUM_UNSEEN:])
     trained, average = [p for p in vae.parameters() if p.requires_grad], deepcopy(vae)
     optimizer = torch.optim.AdamW(trained, rate, weight_decay=1e-4, fused=True)
-    state, clock, start = args.work / f"{name}.pt", Clock([]), 0
-    if state.is_file():
-        saved = torch.load(state)
-        vae.load_state_dict(saved["vae"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, clock = saved["step"], Clock(saved["log"])
-    for step in tqdm(range(start, steps), name, initial=start, mininterval=30):
+    state, parts = (
+        args.work / f"{name}.pt",
+        {"vae": vae, "average": average, "optimizer": optimizer},
+    )
+    start, clock = resume(state, parts)
+    for step in tqdm(range(start, steps), name, steps, initial=start, mininterval=30):
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, steps, rate, args.cooldown)
         side, batch = (32, args.batch) if step < whole_from * steps else (64, args.batch // 2)
@@ -211,8 +226,7 @@ def fit(
         clock.add(loss)
         if (step + 1) % 500 == 0 or step + 1 == steps:
             clock.row(step + 1, pixel_error=pixel_error(average, unseen))
-            saved = {"vae": vae.state_dict(), "average": average.state_dict(), "step": step + 1}
-            save_whole(saved | {"optimizer": optimizer.state_dict(), "log": clock.rows}, state)
+            keep(state, parts, step + 1, clock)
             write_pairs(average, unseen[:64], args.work / f"{name}.png")
 
 
