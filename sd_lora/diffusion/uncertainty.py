@@ -63,7 +63,7 @@ class Uncertainty:
 
     @property
     def gradient(self) -> Tensor:
-        """The sum of what was observed since the last step, (CHANNELS,)."""
+        """The gradient summed since the last step, (CHANNELS,)."""
         assert self.parameter.grad is not None
         return self.parameter.grad
 
@@ -95,13 +95,13 @@ class Uncertainty:
         self.gradient.add_(of_u @ self.features[t])
 
     def step(self) -> None:
-        """Take a step of Adam, and forget what was observed."""
+        """Take a step of Adam, and begin the next sum."""
         self.optimizer.step()
         self.forget()
         self._renew()
 
     def forget(self) -> None:
-        """Forget what was observed since the last step."""
+        """Set the gradient to zero, without a step."""
         self.gradient.zero_()
 
     def state_dict(self) -> dict[str, Any]:

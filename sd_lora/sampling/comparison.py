@@ -76,7 +76,7 @@ def amounts(a: Tensor, b: Tensor) -> list[Tensor]:
 
 
 def profiles(a: Tensor, b: Tensor) -> list[Tensor]:
-    """Of the same: agreement (P,) of what columns hold, and of what rows hold."""
+    """Of the same: agreement (P,) of the contents of columns, and of rows."""
     out = []
     for way in (2, 3):
         x, y = (w[:, :-1].square().sum(way).sqrt() for w in (a, b))
