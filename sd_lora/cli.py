@@ -27,6 +27,7 @@ commands:
   studio     all of this on a web page of your own machine
   report     a page of a run, or of several side by side
   sample     images of a model with LoRA files: strength by prompt, file by file
+  judge      how much a LoRA has learned of images, and at which strength it is best
   export     the LoRA files of a run's checkpoint
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
@@ -240,6 +241,12 @@ def _sample(argv: Sequence[str]) -> None:
     print(run(args))
 
 
+def _judge(argv: Sequence[str]) -> None:
+    from sd_lora.commands import judge
+
+    judge(argv)
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -260,6 +267,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "studio": _studio,
     "report": _report,
     "sample": _sample,
+    "judge": _judge,
     "export": _export,
     **{name: _tool(name) for name in _TOOLS},
 }

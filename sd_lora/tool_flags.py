@@ -222,6 +222,60 @@ def sample_parser() -> ToolParser:
     return parser
 
 
+_JUDGE = """Say how much LoRA files, anybody's, or checkpoints of a run have learned of a folder's
+images, and at which strength to use them: by the loss of these images at each strength and, with
+--features, by images that are drawn and scored. Images that the LoRA was not trained on say more.
+Flags of `sd-lora train` about images, precision and objective are understood as well."""
+
+_JUDGE_EXAMPLES = """examples:
+  sd-lora judge style.safetensors --model sd15.safetensors --images more-of-the-style
+  sd-lora judge out/checkpoint-500 out/checkpoint-1000 --model sdxl --images dog \\
+    --prompt "a photo of sks dog" --class_prompt "a photo of a dog" --features dinov2-small
+"""
+
+
+def judge_parser() -> ToolParser:
+    """The flags of `sd-lora judge` alone."""
+    parser = ToolParser(
+        prog="sd-lora judge", description=_JUDGE, epilog=_JUDGE_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("files", type=as_path, nargs="+", metavar="FILE", help="LoRA files or checkpoints")
+    add("--model", required=True, help="a diffusers folder, a single checkpoint or a hub id")
+    add("--images", required=True, metavar="FOLDER", help="images of what it was to learn")
+    add("--prompt", metavar="TEXT", help="of all images (default: their captions)")
+    add(
+        "--strengths",
+        type=_strength,
+        nargs="+",
+        default=[0.25, 0.5, 0.75, 1.0, 1.25],
+        metavar="S",
+        help="beside 0 and 1 (default: 0.25 0.5 0.75 1 1.25)",
+    )
+    add(
+        "--features",
+        type=as_path,
+        metavar="FOLDER",
+        help="a vision model of transformers on disk (DINO, CLIP, SigLIP): images are drawn, and "
+        "fidelity, copies, prompts followed, leak and harm are scored by it",
+    )
+    add(
+        "--class_prompt",
+        metavar="TEXT",
+        help='for the leak into its class, "a photo of a dog"; with --features',
+    )
+    add(
+        "--out",
+        type=as_path,
+        default=Path("judge.png"),
+        help="the drawn images (default: judge.png)",
+    )
+    add("--overwrite", action="store_true", help="replace the images that are there")
+    add("--json", action="store_true", help="everything, for scripts")
+    return parser
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     if match is None:

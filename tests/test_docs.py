@@ -22,7 +22,7 @@ from sd_lora.findings import FINDINGS
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.tool_flags import sample_parser, tool_parser
+from sd_lora.tool_flags import judge_parser, sample_parser, tool_parser
 
 
 def test_every_adapter_flag_is_documented(root: Path) -> None:
@@ -169,7 +169,8 @@ def test_flags_in_guides_exist(root: Path) -> None:
     known |= {f"--no-{name}" for name, option in config.OPTIONS.items() if option.kind == "bool"}
     known |= {"--config", "--help", "--out", "--python", "--torch-backend", "--index-url", "--card"}
     known |= {f"--{marks[0]}" for marks in NAMES.values()}
-    known |= {flag for action in sample_parser()._actions for flag in action.option_strings}
+    for parser in (sample_parser(), judge_parser()):
+        known |= {flag for action in parser._actions for flag in action.option_strings}
     for page in GUIDES:
         flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (root / page).read_text("utf-8")))
         assert flags - known == set(), page

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import Interrupted, RunError
 from sd_lora.files import write_whole
-from sd_lora.folders import disown
 from sd_lora.formats.verify import Verified
 from sd_lora.report.digest import Digest
 from sd_lora.report.events import (
@@ -68,7 +66,7 @@ from sd_lora.training.saving import (
     save_checkpoint,
     save_lora,
 )
-from sd_lora.training.setup import prepare
+from sd_lora.training.setup import prepared
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
@@ -130,8 +128,7 @@ def train(
 def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> Result:
     """See `train`."""
     started = time.monotonic()
-    try:
-        run = prepare(config, [*listeners, RunPage(config)], resumed)
+    with prepared(config, [*listeners, RunPage(config)], resumed) as run:
         try_largest(run, accumulate)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
@@ -181,10 +178,6 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )
-    finally:
-        disown(config.output_path)
-        # Accelerate keeps precision and devices in a singleton: the next run may want others
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> int:

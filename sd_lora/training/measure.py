@@ -40,19 +40,20 @@ def validate(run: Run, step: int) -> None:
             with ExitStack() as stack:
                 for model in run.models.values():
                     stack.enter_context(switched_off(model))
-                validation.base = _measured(run, 0)
+                validation.base = measured(run, 0)
         is_base = step == 0 and run.start is None  # ΔW is 0
         if is_base:
             validation.rows[step] = validation.base
         else:
             with run.averaged():
-                validation.rows[step] = _measured(run, step)
+                validation.rows[step] = measured(run, step)
     run.emit(ValidationDone(step, validation.rows[step], validation.record()))
 
 
 @torch.no_grad()
-def _measured(run: Run, step: int) -> Losses:
-    """Loss of each item, on all processes. step: number of steps done."""
+def measured(run: Run, step: int) -> Losses:
+    """Loss of each item of the run's validation, by its models as they are, on all processes.
+    step: number of steps done."""
     alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
     losses: dict[str, list[float]] = {}
     with evaluating([*run.models.values(), *run.text.encoders.values()]):

@@ -198,7 +198,7 @@ def sample_sheet(
     place of the run's.
     """
     wanted = wanted_samples(run, now)
-    references = [_reference(run, w.reference) for w in wanted]
+    references = [reference_of(run, w.reference) for w in wanted]
     shown: dict[str, list[Image.Image | None]] = {}
     if any(references):
         shown["trained on"] = references
@@ -206,7 +206,7 @@ def sample_sheet(
     return Sheet([*shown.values()], [*shown], [w.parameters(run, step) for w in wanted])
 
 
-def _reference(run: Run, shown: Sample) -> Image.Image | None:
+def reference_of(run: Run, shown: Sample) -> Image.Image | None:
     """A training image, whole; None for a streamed one, and for a file that is gone by now."""
     try:
         data, background = shown.read(), colour(run.config.alpha_background)

@@ -1,12 +1,14 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sd_lora.adapters.inject import deltas_of
@@ -17,7 +19,7 @@ from sd_lora.data.cache.latents import PixelSettings
 from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
-from sd_lora.folders import RUN_LOG, own
+from sd_lora.folders import RUN_LOG, disown, own
 from sd_lora.formats.metadata import date
 from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.load import Base, Parts
@@ -87,6 +89,19 @@ class CheckedRun:
     saved_path: Path | None
     sharded: bool
     repo: str
+
+
+@contextmanager
+def prepared(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> Iterator[Run]:
+    """A run of `prepare` within a `with` block, after which another one can begin."""
+    try:
+        yield prepare(config, listeners, resumed)
+    finally:
+        disown(config.output_path)
+        # Accelerate keeps precision and devices in a singleton: the next run may want others
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def prepare(

@@ -1,0 +1,397 @@
+"""`sd-lora judge`: how much has a LoRA learned of images, and at which strength is it best?
+
+Anybody's file is measured as a run measures itself: the loss of each image at the same noise and
+timesteps, here by strength. A LoRA that has learned too little is better beyond strength 1, one
+that has learned too much below it. With features of images it is looked at as well: prompts drawn
+by the base and at each strength, and scored (sampling/score.py).
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.errors import UsageError
+from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.verify import misfits
+from sd_lora.report.events import Event, FindingMade, Listener, Progress, counting, to_all
+from sd_lora.report.sheets import Sheet
+from sd_lora.report.verdict import GOOD, OVER, UNDER, Verdict
+from sd_lora.sample import Loras, Mix, name_of
+from sd_lora.sampling.features import Features
+from sd_lora.sampling.parameters import Parameters
+from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.sampling.score import SETS, Judge, PromptImages, Prompts, Score, Taught
+from sd_lora.training.changes import changes_of
+from sd_lora.training.measure import measured
+from sd_lora.training.run import Run
+from sd_lora.training.samples import reference_of
+from sd_lora.training.setup import prepared
+from sd_lora.training.validation import TRAINED, interval, is_better
+
+NUM_PROMPTS = 6
+"""Most captions that are drawn."""
+
+NUM_REAL = 32
+"""Most images that drawn ones are compared with."""
+
+PLACES = (
+    "", " on a white background", " in the snow", " on the beach", " on the grass", " at night"
+)  # fmt: skip
+"""Behind a caption that all images share, and behind the class's prompt: Ruiz et al. 2023,
+"DreamBooth", section 4, puts the subject elsewhere as well."""
+
+UNRELATED = (
+    "a photo of a red car on the grass",
+    "a photo of a yellow star on a blue background",
+    "a photo of a house in the snow",
+    "a photo of a green tree on a white background",
+    "a photo of a fish",
+    "a photo of a boat at night",
+)
+"""Prompts of other things, which a LoRA should leave alone."""
+
+SEEDS_OF_SET = 1000
+"""From a prompt's seed in one set of images to its seed in the next."""
+
+AT_ONCE = 4
+"""Images drawn together."""
+
+HALF_WAY = 0.5
+"""Fidelity below which a LoRA is called undertrained at any strength."""
+
+
+@dataclass
+class Judged:
+    """A LoRA file by strength; strength 0 is the base.
+
+    losses: strength → loss of each item. changes: component → part → ‖ΔW‖ / ‖W‖. images: strength →
+    sets of images. scores: strength → their score. The last two are empty without features.
+    """
+
+    path: Path
+    losses: dict[float, Sequence[float]] = field(default_factory=dict)
+    changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    images: dict[float, list[PromptImages]] = field(default_factory=dict)
+    scores: dict[float, Score] = field(default_factory=dict)
+
+    @property
+    def strengths(self) -> list[float]:
+        """All strengths but the base's."""
+        return [strength for strength in self.losses if strength]
+
+    def against(self, strength: float, other: float) -> tuple[float, float]:
+        """Difference of the losses at two strengths, and its 95 % interval's half, in parts of the
+        base's loss."""
+        base = sum(self.losses[0.0]) / len(self.losses[0.0])
+        mean, half = interval(self.losses[strength], self.losses[other])
+        return mean / base, half / base
+
+    @property
+    def best(self) -> float:
+        """The strength with the smallest loss of those that are better than 1 beyond the interval;
+        else 1."""
+        better = [s for s in self.strengths if is_better(self.losses[s], self.losses[1.0])]
+        return min(better, key=lambda s: sum(self.losses[s]), default=1.0)
+
+    @property
+    def nearest(self) -> float | None:
+        """The least strength whose images are as near to the subject as the nearest ones, by the
+        interval of these; None without images."""
+        if not self.scores:
+            return None
+        least = max(self.scores.values(), key=lambda score: score.fidelity.mean).fidelity.low
+        return min(s for s, score in self.scores.items() if score.fidelity.mean >= least)
+
+    @property
+    def verdict(self) -> Verdict:
+        """The verdict, by the images where there are some, else by the loss."""
+        return by_images(self) if self.scores else by_loss(self)
+
+    def numbers(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        rows, verdict = [], self.verdict
+        for strength in self.strengths:
+            mean, half = self.against(strength, 0.0)
+            losses = self.losses[strength]
+            row: dict[str, Any] = {"strength": strength, "loss": sum(losses) / len(losses)}
+            row |= {"against_base": mean, "doubt": half}
+            if strength in self.scores:
+                row["score"] = self.scores[strength].numbers()
+            rows.append(row)
+        return {
+            "file": str(self.path),
+            "state": verdict.state,
+            "verdict": verdict.text,
+            "best_strength": self.best,
+            "nearest_strength": self.nearest,
+            "base_loss": sum(self.losses[0.0]) / len(self.losses[0.0]),
+            "strengths": rows,
+            "changes": self.changes,
+        }
+
+
+def by_loss(judged: Judged) -> Verdict:
+    """The verdict by the loss alone: it says more on images that the LoRA has not been trained on,
+    for on others no other strength is better."""
+    gain, doubt = judged.against(1.0, 0.0)
+    best, state = judged.best, GOOD
+    if gain > doubt:
+        state = OVER
+        why = f"at strength 1 it is {percent(gain)} ± {percent(doubt)} above the base's"
+    elif -gain <= doubt:
+        state = UNDER
+        why = (
+            f"at strength 1 it is {percent(-gain)} ± {percent(doubt)} below the base's, which may "
+            "be chance: the file has learned nothing of these images, or is for another base model"
+        )
+    else:
+        why = f"at strength 1 it is {percent(-gain)} ± {percent(doubt)} below the base's"
+        less, margin = judged.against(best, 1.0)
+        if best != 1:
+            state = OVER if best < 1 else UNDER
+            why += f", and at {best:g} by a further {percent(-less)} ± {percent(margin)}"
+        else:
+            why += ", and no other strength is better"
+    numbers = {"gain": -gain, "gain_doubt": doubt, "best_strength": best}
+    return Verdict(state, f"By the loss of these images, {state}: {why}.", numbers)
+
+
+def by_images(judged: Judged) -> Verdict:
+    """The verdict by the images that were drawn."""
+    near, at_one = judged.nearest or 1.0, judged.scores[1.0]
+    found = judged.scores[near]
+    worse = [
+        f"{name} {then.text()} and not {now.text()}"
+        for name, then, now in (
+            ("copies", at_one.copies, found.copies),
+            ("class leak", at_one.class_leak, found.class_leak),
+            ("unrelated leak", at_one.unrelated_leak, found.unrelated_leak),
+            ("harm", at_one.harm, found.harm),
+        )
+        if then.mean - now.mean > max(then.half, now.half)
+    ]
+    state, why = GOOD, f"fidelity is {at_one.fidelity.text()}"
+    if near > 1:
+        state = UNDER
+        why = f"fidelity is {at_one.fidelity.text()} at strength 1 and {found.fidelity.text()} at "
+        why += f"{near:g}"
+    elif near < 1 and worse:
+        state = OVER
+        why = f"strength {near:g} is as near to the subject ({found.fidelity.text()}, at 1 "
+        why += f"{at_one.fidelity.text()}), and strength 1 has {', '.join(worse)}"
+    elif at_one.fidelity.high < HALF_WAY:
+        state = UNDER
+        why += ", less than half of the way to real images"
+    numbers = {"fidelity": at_one.fidelity.mean, "nearest_strength": near}
+    advice = f" Take it at strength {near:g}." * (state != UNDER or near > 1)
+    return Verdict(state, f"By its images, {state}: {why}.{advice}", numbers)
+
+
+def told(score: Score) -> str:
+    """The numbers of a score that are known, in a line."""
+    named = {
+        "fidelity": score.fidelity,
+        "copies": score.copies,
+        "prompts": score.followed,
+        "class leak": score.class_leak,
+        "unrelated leak": score.unrelated_leak,
+        "harm": score.harm,
+    }
+    return ", ".join(
+        f"{name} {one.text()}" for name, one in named.items() if not math.isnan(one.mean)
+    )
+
+
+def percent(share: float) -> str:
+    """A share in percent, with a digit behind the point where it is small."""
+    return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+
+
+def lines(found: Sequence[Judged]) -> Iterator[str]:
+    """Yield lines for a terminal: a table a file, and its verdict."""
+    for one in found:
+        yield f"{one.path}:"
+        for strength in one.strengths:
+            mean, half = one.against(strength, 0.0)
+            text = f"  strength {strength:<4g}  loss {100 * mean:+.1f} % ± {100 * half:.1f}"
+            if strength in one.scores:
+                text += f"; {told(one.scores[strength])}"
+            yield text
+        for component, parts in one.changes.items():
+            if not parts:
+                continue
+            part, change = max(parts.items(), key=lambda item: item[1])
+            yield f"  ‖ΔW‖ of {component} is at most {percent(change)} of ‖W‖, in {part}"
+        yield f"  {one.verdict.text}"
+
+
+def judge(
+    files: Sequence[Path],
+    config: TrainConfig,
+    strengths: Sequence[float],
+    features: Features | None = None,
+    class_prompt: str | None = None,
+    listeners: Sequence[Listener] = (),
+) -> tuple[list[Judged], Sheet | None]:
+    """Measure LoRA files, and draw and score their images where there are features.
+
+    Args:
+        config: of a run on the images, for data, precision and objective; it trains nothing.
+        strengths: to measure, beside 0 and 1.
+        class_prompt: the subject's without its own word: "a photo of a dog".
+
+    Returns:
+        The files by strength, and the sheet of the first set of images.
+
+    Raises:
+        UsageError, RunError: for people.
+    """
+    some, tell = sorted({*strengths, 1.0} - {0.0}), to_all(listeners)
+
+    def of_images(event: Event) -> None:  # warnings on settings are of a training
+        if isinstance(event, Progress | FindingMade):
+            tell(event)
+
+    with prepared(config, [of_images]) as run:
+        _refuse_misfits(files, run)
+        for finding in run.summary.findings:
+            of_images(FindingMade(finding))
+        found, loras = [Judged(path) for path in files], Loras(run.parts)
+        loras.put_on(Mix())
+        base = _losses(run)
+        with counting(run.emit, "measuring", len(found) * len(some), "strength") as advance:
+            for one in found:
+                one.losses[0.0] = base
+                for strength in some:
+                    loras.put_on(Mix(((one.path, strength),)))
+                    one.losses[strength] = _losses(run)
+                    advance()
+                one.changes = changes_of(run.parts.models)
+        sheet = None
+        if features:
+            sheet = _look(run, loras, found, features, class_prompt)
+    return found, sheet
+
+
+def _refuse_misfits(files: Sequence[Path], run: Run) -> None:
+    """Raise UsageError for files that do not fit the model, all at once."""
+    faults = []
+    for path in files:
+        try:
+            lora = open_lora(path)
+            lora.check()
+            wrong = [*misfits(lora.adapter, run.meta_pipeline)]
+        except UsageError as error:
+            faults.append(str(error))
+            continue
+        if wrong:
+            more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+            faults.append(f"{path} does not fit {run.config.base_model}: {wrong[0]}{more}")
+    if faults:
+        raise UsageError("\n".join(faults))
+
+
+def _losses(run: Run) -> Sequence[float]:
+    for model in run.parts.models.values():
+        model.to(run.accelerator.device)
+    return measured(run, 0)[TRAINED]
+
+
+def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Prompts:
+    """The prompts that are drawn: the first captions, or the one that there is in several places;
+    the class's in the same places; unrelated ones."""
+    own = list(dict.fromkeys(caption for caption in captions if caption))[:NUM_PROMPTS]
+    own = [own[0] + place for place in PLACES] if len(own) == 1 else own
+    of_class = [class_prompt + place for place in PLACES] if class_prompt else []
+    return Prompts(own, of_class, UNRELATED)
+
+
+def _look(
+    run: Run,
+    loras: Loras,
+    found: Sequence[Judged],
+    features: Features,
+    class_prompt: str | None,
+) -> Sheet:
+    """Draw the prompts by the base and by each file at each strength, and score them."""
+    if not can_generate_images(run.parts.family):
+        raise UsageError(f"{run.parts.family.label} draws no image from a prompt: no --features")
+    prompts = prompts_for(run.validation.captions, class_prompt)
+    samples = run.images.instances.samples[:NUM_REAL]
+    real = [image for shown in samples if (image := reference_of(run, shown))]
+    loras.put_on(Mix())
+    before = _drawn(run, prompts, "drawing by the base")
+    # by its own caption an image is repeated rightly
+    trained = real if set(prompts.subject) - {*run.validation.captions} else []
+    scale = Judge(features, Taught(trained, real), prompts, before)
+    for one in found:
+        one.images[0.0] = before
+        for strength in one.strengths:
+            mix = Mix(((one.path, strength),))
+            loras.put_on(mix)
+            one.images[strength] = _drawn(run, prompts, f"drawing by {mix.label}")
+            one.scores[strength] = scale.score(one.images[strength])
+    return _sheet(run, prompts, real, found)
+
+
+def _texts(prompts: Prompts) -> list[str]:
+    return [*prompts.subject, *prompts.of_class, *prompts.unrelated]
+
+
+def _drawn(run: Run, prompts: Prompts, label: str) -> list[PromptImages]:
+    """SETS sets of images of all prompts, by the models as they are, each image with its seed."""
+    texts, steps, side = _texts(prompts), run.config.validation_steps, _side(run)
+    a, b = len(prompts.subject), len(prompts.subject) + len(prompts.of_class)
+    found = []
+    total = SETS * num_denoising_steps(len(texts), AT_ONCE, steps)
+    with counting(run.emit, label, total, "denoising step") as advance:
+        for number in range(SETS):
+            drawn = sample(
+                run.parts,
+                run.text.caption_encoder,
+                texts,
+                range(SEEDS_OF_SET * number, SEEDS_OF_SET * number + len(texts)),
+                size=(side, side),
+                device=run.accelerator.device,
+                steps=steps,
+                guidance_scale=run.config.validation_guidance_scale,
+                batch_size=AT_ONCE,
+                on_step=advance,
+            )
+            images = list(drawn)
+            found.append(PromptImages(images[:a], images[a:b], images[b:]))
+    return found
+
+
+def _side(run: Run) -> int:
+    return run.images.crop_settings.resolution
+
+
+def _sheet(
+    run: Run, prompts: Prompts, real: Sequence[Image.Image], found: Sequence[Judged]
+) -> Sheet:
+    """The images of the first set of seeds: a row for the base, and one a file and strength."""
+    texts, config = _texts(prompts), run.config
+    rows: list[Sequence[Image.Image | None]] = [
+        [*real[: len(texts)], *[None] * (len(texts) - len(real))]
+    ]
+    labels = ["images of the folder"]
+    for one in found:
+        for strength, sets in one.images.items():
+            if strength or one is found[0]:
+                first = sets[0]
+                rows.append([*first.subject, *first.of_class, *first.unrelated])
+                labels.append(f"{name_of(one.path)} {strength:g}" if strength else "the base")
+    columns = [
+        Parameters(
+            text, seed, config.validation_steps, config.validation_guidance_scale,
+            (_side(run), _side(run)), config.base_model,
+        )
+        for seed, text in enumerate(texts)
+    ]  # fmt: skip
+    return Sheet(rows, labels, columns, side=128)

@@ -1,0 +1,190 @@
+"""`sd-lora judge`: its losses are those of the weights, its verdicts follow the numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import sd_lora
+from sd_lora.cli import main
+from sd_lora.formats import adapter_files as files
+from sd_lora.judge import PLACES, Judged, prompts_for
+from sd_lora.report.verdict import GOOD, OVER, UNDER
+from sd_lora.sampling.score import Interval, Score
+from tests.formats.trained import saved, trained
+from tests.training.runs import images, text_to_image
+
+ENCODER = Path(__file__).parent.parent / "sample_data" / "encoder"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("data") / "images", 5)
+
+
+def judged(capsys: pytest.CaptureFixture[str], *words: object) -> list[dict[str, object]]:
+    """The JSON of a command."""
+    capsys.readouterr()
+    assert main([str(word) for word in ("judge", *words, "--json")]) == 0
+    found: list[dict[str, object]] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def losses(row: dict[str, object]) -> dict[float, float]:
+    """Strength → loss."""
+    assert isinstance(row["strengths"], list)
+    return {one["strength"]: one["loss"] for one in row["strengths"]}
+
+
+def test_losses_are_those_of_the_weights(
+    tiny_sd1: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The loss at strength 0.5 is the base's loss of a model with half of the file's ΔW, text
+    encoder included, baked in; two files are measured in one go as each alone, in any order."""
+    paths = [
+        saved(tmp_path / f"{name}.safetensors", kind, trained(tiny_sd1, seed), tiny_sd1)
+        for seed, (name, kind) in enumerate([("a", files.KOHYA), ("b", files.DIFFUSERS)])
+    ]
+    half = tmp_path / "half"
+    assert main(["bake", str(tiny_sd1), str(paths[0]), "--weights", "0.5", "--out", str(half)]) == 0
+    words = ("--images", data, "--resolution", 64, "--seed", 7, "--strengths", 0.5, "--model")
+    both = judged(capsys, *paths, *words, tiny_sd1)
+    baked = judged(capsys, paths[1], *words, half)
+    first, second = map(losses, both)
+    assert baked[0]["base_loss"] == pytest.approx(first[0.5], rel=1e-5)
+    assert both[0]["base_loss"] == both[1]["base_loss"]
+    assert abs(first[0.5] / first[1.0] - 1) > 1e-4
+    assert judged(capsys, paths[1], *words, tiny_sd1) == both[1:]
+    assert set(second) == {0.5, 1.0}
+
+
+def test_a_run_is_judged_as_it_validates_itself(
+    tiny_sd1: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last validation of a run is the loss of its file, and the first one the base's; also by a
+    checkpoint in the file's place."""
+    changes = {"rank": 2, "validate_every": 6, "train_text_encoder": True}
+    sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "run", **changes))
+    rows = json.loads((tmp_path / "run" / "report.json").read_text())["validation"]["rows"]
+    words = ("--images", data, "--resolution", 64, "--seed", 0, "--strengths", 1, "--model")
+    file, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-6"
+    for found in judged(capsys, file, checkpoint, *words, tiny_sd1):
+        assert found["base_loss"] == pytest.approx(rows[0]["trained"]["loss"], rel=1e-6)
+        assert losses(found)[1.0] == pytest.approx(rows[-1]["trained"]["loss"], rel=1e-5)
+
+
+def test_images_are_drawn_and_scored(
+    tiny_sd1: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With features each strength has a score and a row of the sheet, and the verdict is by it; a
+    sheet that is there is not replaced."""
+    file = saved(tmp_path / "a.safetensors", files.KOHYA, trained(tiny_sd1, text=False), tiny_sd1)
+    words = [file, "--model", tiny_sd1, "--images", data, "--resolution", "64", "--strengths", "1"]
+    words += ["--features", ENCODER, "--class_prompt", "a photo of a thing", "--validation_steps"]
+    words += ["2", "--prompt", "a photo of sks thing", "--out", tmp_path / "judge.png"]
+    (found,) = judged(capsys, *words)
+    assert isinstance(found["strengths"], list)
+    assert found["strengths"][0]["score"]["class_leak"]["mean"] is not None
+    assert str(found["verdict"]).startswith("By its images, ")
+    with Image.open(tmp_path / "judge.png") as sheet:
+        assert sheet.width > len(PLACES) * 2 * 128
+    assert main([str(word) for word in ("judge", *words)]) == 2
+    assert "judge.png is there already" in capsys.readouterr().err
+
+
+def test_mistakes_are_told_at_once(
+    tiny_sd1: Path, tiny_sdxl: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of another model are all named; so are a missing file, a folder without captions or
+    prompt, and a class prompt that nothing draws."""
+    paths = [
+        saved(tmp_path / f"{i}.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
+        for i in range(2)
+    ]
+    of_xl = ["--model", str(tiny_sdxl), "--images", str(data), "--resolution", "64"]
+    assert main(["judge", *map(str, paths), *of_xl]) == 2
+    assert capsys.readouterr().err.count("does not fit") == 2
+    (tmp_path / "bare").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "bare" / "0.png")
+    of_sd1 = ["--model", str(tiny_sd1), "--images"]
+    for words, said in (
+        (["nowhere.safetensors", *of_sd1, str(data)], "no LoRA file nowhere.safetensors"),
+        ([str(paths[0]), *of_sd1, str(data), "--class_prompt", "a dog"], "give --features"),
+        ([str(paths[0]), *of_sd1, str(tmp_path / "bare")], "its images need a prompt"),
+    ):
+        assert main(["judge", *words]) == 2
+        assert said in capsys.readouterr().err
+
+
+BASE = [1.0, 2.0, 1.5, 0.5] * 8
+
+
+def by_loss(**shares: float) -> Judged:
+    """A file whose losses at the strengths 0.5, 1 and 1.5 are these shares of the base's, with a
+    spread of a thousandth."""
+    found = Judged(Path("a.safetensors"), {0.0: BASE})
+    for name, share in shares.items():
+        noise = torch.randn(len(BASE), generator=torch.Generator().manual_seed(len(name))).tolist()
+        strength = {"half": 0.5, "whole": 1.0, "more": 1.5}[name]
+        found.losses[strength] = [b * share + 1e-3 * n for b, n in zip(BASE, noise, strict=True)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("found", "state", "words"),
+    [
+        (by_loss(half=0.9, whole=0.8, more=0.85), GOOD, "20 % ± 3.1 % below the base's, and no"),
+        (by_loss(half=0.9, whole=0.8, more=0.7), UNDER, "and at 1.5 by a further 10 % ±"),
+        (by_loss(half=0.7, whole=0.8, more=0.9), OVER, "and at 0.5 by a further 10 % ±"),
+        (by_loss(half=1.0, whole=1.0, more=1.0), UNDER, "which may be chance"),
+        (by_loss(half=1.5, whole=3.0, more=9.0), OVER, "200 % ± 31 % above the base's"),
+    ],
+)
+def test_the_verdict_by_the_loss(found: Judged, state: str, words: str) -> None:
+    """The state is that of the strength with the least loss, beyond chance."""
+    assert found.verdict.state == state
+    assert words in found.verdict.text
+
+
+def score(fidelity: float, leak: float = 0.0, copies: float = 0.0) -> Score:
+    """A score with intervals of ± 2 % or so."""
+
+    def around(mean: float) -> Interval:
+        return Interval((mean - 0.008, mean, mean + 0.008))
+
+    zero, all_of_it = around(0.0), around(1.0)
+    return Score(
+        around(fidelity), around(copies), all_of_it, around(leak), zero, zero, zero, all_of_it, ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("scores", "state", "words"),
+    [
+        ((score(0.6), score(0.9), score(0.9)), GOOD, "fidelity is 90 % ± 2. Take it at strength 1"),
+        ((score(0.3), score(0.6), score(0.9)), UNDER, "60 % ± 2 at strength 1 and 90 % ± 2 at 1.5"),
+        ((score(0.9), score(0.9, 0.2), score(0.9, 0.4)), OVER, "has class leak 20 % ± 2 and not 0"),
+        ((score(0.9), score(0.9, 0.0, 0.5), score(0.9)), OVER, "has copies 50 % ± 2 and not 0 %"),
+        ((score(0.9), score(0.9), score(0.9)), GOOD, "Take it at strength 0.5."),
+        ((score(0.1), score(0.2), score(0.2)), UNDER, "less than half of the way to real images."),
+    ],
+)
+def test_the_verdict_by_images(scores: tuple[Score, ...], state: str, words: str) -> None:
+    """The least strength that is as near to the subject as any decides, with its leak, harm and
+    copies."""
+    found = by_loss(half=0.9, whole=0.8, more=0.85)
+    found.scores = dict(zip((0.5, 1.0, 1.5), scores, strict=True))
+    assert found.verdict.state == state
+    assert words in found.verdict.text
+
+
+def test_prompts_ask_for_other_places() -> None:
+    """One caption is drawn in several places, as is the class; several captions as they are."""
+    one = prompts_for(["a photo of sks dog", "a photo of sks dog", None], "a photo of a dog")
+    assert one.subject[:2] == ["a photo of sks dog", "a photo of sks dog on a white background"]
+    assert one.of_class[1] == "a photo of a dog on a white background"
+    assert prompts_for([f"caption {i}" for i in range(9)], None).subject == [
+        f"caption {i}" for i in range(6)
+    ]
