@@ -42,7 +42,7 @@ LEFTOVERS = ("smaller", "pad-batch", "repeat")
 PRESETS = ("subject", "character", "style")
 """Name of the presets: of the files in `presets/`."""
 
-TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "all", "none")
 
 Work = Literal[
     "a step",

@@ -47,7 +47,7 @@ from sd_lora.training.output_folder import (
     remove_earlier_steps,
     remove_unfinished,
 )
-from sd_lora.training.processes import determinism, start_trackers, tracker_errors
+from sd_lora.training.processes import determinism
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
     AFTER,
@@ -68,6 +68,7 @@ from sd_lora.training.saving import (
 )
 from sd_lora.training.setup import prepared
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
+from sd_lora.training.trackers import start_trackers, tracker_errors
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
 LOG_EVERY = 10

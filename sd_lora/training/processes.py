@@ -1,16 +1,14 @@
-"""Devices, processes, precision and trackers of a run, by Accelerate."""
+"""Devices, processes and precision of a run, by Accelerate."""
 
-import importlib.util
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
@@ -23,12 +21,11 @@ from accelerate.utils import (
 )
 
 from sd_lora.config.schema import RunConfig, TrainConfig
-from sd_lora.errors import RunError, UsageError, install_line
-from sd_lora.files import write_fault
-from sd_lora.report.events import Event, SamplesDrawn, StepsLogged, ValidationDone
+from sd_lora.errors import RunError, UsageError
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.sharding import without_fsdp
+from sd_lora.training.trackers import trackers
 
 DTYPES = {
     "no": torch.float32,
@@ -143,21 +140,6 @@ def unseen_card() -> str:
     )
 
 
-def trackers(config: TrainConfig, summary: Summary) -> list[str]:
-    """Accelerate's names of the trackers to use; adds a note where the default one is missing."""
-    chosen = config.report_to
-    if chosen == "none":
-        return []
-    if chosen is None:
-        if importlib.util.find_spec("tensorboard"):
-            return ["tensorboard"]
-        summary.notes.append(f"no tracker: {install_line('tensorboard')} for curves")
-        return []
-    if chosen != "all" and not importlib.util.find_spec(chosen):
-        raise UsageError(f"report_to {chosen} needs a package: pip install {chosen}")
-    return [chosen]
-
-
 def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
     """The Accelerator of a run: device, processes, precision, trackers; not accumulation, and not
     FSDP2, which shards the base alone (`sharding`)."""
@@ -214,102 +196,6 @@ def determinism(wanted: bool) -> Iterator[None]:
 CUBLAS_WORKSPACES = (":4096:8", ":16:8")
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its sums."""
 
-
-@contextmanager
-def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
-    """Raise RunError where the disk refuses a tracker's files."""
-    try:
-        yield
-    except OSError as error:
-        place = Path(accelerator.logging_dir or ".")
-        raise RunError(
-            f"the tracker's files in {place} could not be written: {write_fault(error, place)}"
-        ) from None
-
-
-@dataclass(frozen=True)
-class TrackerRun:
-    """A tracker's own run, by which a resumed one goes on in it.
-
-    id_of: its id. going_on: id → arguments of the tracker's start.
-    """
-
-    id_of: Callable[[Any], str]
-    going_on: Callable[[str], dict[str, Any]]
-
-
-TRACKER_RUNS: dict[str, TrackerRun] = {
-    # https://docs.wandb.ai/guides/runs/resuming
-    "wandb": TrackerRun(lambda run: run.id, lambda id: {"id": id, "resume": "allow"}),
-    # https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start
-    "comet_ml": TrackerRun(lambda found: found.get_key(), lambda key: {"experiment_key": key}),
-}
-"""Tracker on a server → its run; tensorboard's is the folder."""
-
-
-def start_trackers(
-    accelerator: Accelerator, options: Mapping[str, object], step: int, runs: Mapping[str, str]
-) -> None:
-    """Start the trackers, those of a resumed run where they ended.
-
-    options: of the run, as others may see them. step: number of steps done. runs: tracker → id of
-    its run.
-
-    Raises:
-        RunError: a disk that refuses a tracker's files.
-    """
-    plain = int | float | str | bool  # all that trackers take
-    values = {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}
-    arguments = {name: TRACKER_RUNS[name].going_on(id) for name, id in runs.items()}
-    # hides the later steps of a run that was killed, which are done again
-    arguments["tensorboard"] = {"purge_step": step + 1}
-    with tracker_errors(accelerator):
-        accelerator.init_trackers("sd_lora", config=values, init_kwargs=arguments)
-
-
-def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
-    """Tracker → id of its run on a server; none on other processes than the main one."""
-    trackers = accelerator.trackers if accelerator.is_main_process else []
-    return {
-        t.name: TRACKER_RUNS[t.name].id_of(t.tracker) for t in trackers if t.name in TRACKER_RUNS
-    }
-
-
-class Trackers:
-    """Accelerate's trackers as a listener: losses, validation, and sample images where a tracker
-    takes them."""
-
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
-
-    def __call__(self, event: Event) -> None:
-        """Log steps, validations and samples; raises RunError if the disk refuses them."""
-        with tracker_errors(self.accelerator):
-            self._log(event)
-
-    def _log(self, event: Event) -> None:
-        match event:
-            case StepsLogged():
-                for record in event.records:
-                    self.accelerator.log(record.numbers(), step=record.step)
-            case ValidationDone():
-                means = {
-                    f"validation/{group.replace(' ', '_')}": sum(losses) / len(losses)
-                    for group, losses in event.losses.items()
-                }
-                self.accelerator.log(means, step=event.step)
-            case SamplesDrawn():
-                for size in dict.fromkeys(image.size for image in event.images):
-                    alike = [np.asarray(i) for i in event.images if i.size == size]
-                    name, array = f"samples/{size[0]}x{size[1]}", np.stack(alike)  # (N, H, W, 3)
-                    for tracker in self.accelerator.trackers:
-                        if tracker.name in IMAGE_TRACKERS:
-                            options = IMAGE_TRACKERS[tracker.name]
-                            tracker.log_images({name: array}, step=event.step, **options)
-
-
-IMAGE_TRACKERS: dict[str, dict[str, str]] = {"tensorboard": {"dataformats": "NHWC"}, "wandb": {}}
-"""Tracker that takes images → options of its call."""
 
 T = TypeVar("T")
 

@@ -47,9 +47,10 @@ from sd_lora.training.optimizers import (
     use_average,
 )
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import Device, tracker_runs
+from sd_lora.training.processes import Device
 from sd_lora.training.sample_schedule import SampleSchedule
 from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
+from sd_lora.training.trackers import tracker_runs
 from sd_lora.training.validation import Validation
 
 

@@ -55,7 +55,6 @@ from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import (
     Device,
-    Trackers,
     agreed_seed,
     build_accelerator,
     check_processes,
@@ -67,6 +66,7 @@ from sd_lora.training.run import Run
 from sd_lora.training.samples import check_sample_sizes, schedule_of
 from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
 from sd_lora.training.summary import summarise
+from sd_lora.training.trackers import Trackers
 from sd_lora.training.validation import Validation
 
 

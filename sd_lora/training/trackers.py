@@ -1,0 +1,198 @@
+"""Trackers of a run, by Accelerate: its numbers and samples in TensorBoard, W&B, MLflow, …"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from PIL import Image
+
+from sd_lora.config.schema import TrainConfig
+from sd_lora.errors import RunError, UsageError, install_line
+from sd_lora.files import write_fault
+from sd_lora.report.events import Event, SamplesDrawn, StepsLogged, ValidationDone
+from sd_lora.report.summary import Summary
+
+
+def trackers(config: TrainConfig, summary: Summary) -> list[str]:
+    """Accelerate's names of the trackers to use; adds a note on how to look at them, or where the
+    default one is missing."""
+    chosen = config.report_to or "tensorboard"
+    if chosen == "none":
+        return []
+    if chosen != "all" and not importlib.util.find_spec(chosen):
+        if config.report_to:
+            raise UsageError(f"report_to {chosen} needs a package: pip install {chosen}")
+        summary.notes.append(f"no tracker: {install_line('tensorboard')} for curves")
+        return []
+    if chosen in KNOWN and (command := KNOWN[chosen].looked_at):
+        folder = config.output_path / config.logging_dir
+        summary.notes.append(f"curves as it goes: {command.format(folder=folder)}")
+    return [chosen]
+
+
+@contextmanager
+def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
+    """Raise RunError where the disk refuses a tracker's files."""
+    try:
+        yield
+    except OSError as error:
+        place = Path(accelerator.logging_dir or ".")
+        raise RunError(
+            f"the tracker's files in {place} could not be written: {write_fault(error, place)}"
+        ) from None
+
+
+def _tensorboard_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+    tracker.log_images({name: _stacked(images)}, step=step, dataformats="NHWC")
+
+
+def _wandb_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+    tracker.log_images({name: _stacked(images)}, step=step)
+
+
+def _trackio_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+    wrap = importlib.import_module("trackio").Image
+    tracker.tracker.log({f"{name}/{i}": wrap(image) for i, image in enumerate(images)}, step=step)
+
+
+def _mlflow_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+    log_image = importlib.import_module("mlflow").log_image
+    for i, image in enumerate(images):
+        log_image(image, key=f"{name}/{i}", step=step)
+
+
+def _comet_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+    for i, image in enumerate(images):
+        tracker.tracker.log_image(image, name=f"{name}/{i}", step=step)
+
+
+def _stacked(images: Sequence[Image.Image]) -> np.ndarray:
+    """(N, H, W, 3), of images of one size."""
+    return np.stack([np.asarray(image) for image in images])
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """One of Accelerate's trackers.
+
+    log_images: logs images of one size; of the tracker, a name, the images, the step. looked_at:
+    the command that shows its runs; {folder} is where its files are. id_of: the id of its run, by
+    which a resumed one goes on in it. going_on: id → arguments of its start. The last two are None
+    where the run is the folder. fixed: whether the options of a run that goes on stay as they were.
+    """
+
+    log_images: Callable[[Any, str, Sequence[Image.Image], int], None]
+    looked_at: str = ""
+    id_of: Callable[[Any], str] | None = None
+    going_on: Callable[[str], dict[str, Any]] | None = None
+    fixed: bool = False
+
+
+KNOWN: dict[str, Tracker] = {
+    "tensorboard": Tracker(_tensorboard_images, 'tensorboard --logdir "{folder}"'),
+    # https://docs.wandb.ai/guides/runs/resuming
+    "wandb": Tracker(
+        _wandb_images,
+        id_of=lambda run: run.id,
+        going_on=lambda id: {"id": id, "resume": "allow"},
+    ),
+    # https://huggingface.co/docs/trackio/api
+    "trackio": Tracker(
+        _trackio_images,
+        "trackio show --project sd_lora",
+        id_of=lambda run: run.name,
+        going_on=lambda name: {"name": name, "resume": "allow"},
+    ),
+    # https://mlflow.org/docs/latest/api_reference/python_api/mlflow.html#mlflow.start_run
+    "mlflow": Tracker(
+        _mlflow_images,
+        "mlflow ui",
+        id_of=lambda run: run.info.run_id,
+        going_on=lambda id: {"run_id": id},
+        fixed=True,
+    ),
+    # https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start
+    "comet_ml": Tracker(
+        _comet_images,
+        id_of=lambda found: found.get_key(),
+        going_on=lambda key: {"experiment_key": key},
+    ),
+}
+"""Accelerate's name → tracker; W&B and Comet print the address of a run by themselves."""
+
+
+def start_trackers(
+    accelerator: Accelerator, options: Mapping[str, object], step: int, runs: Mapping[str, str]
+) -> None:
+    """Start the trackers, those of a resumed run where they ended.
+
+    options: of the run, as others may see them. step: number of steps done. runs: tracker → id of
+    its run.
+
+    Raises:
+        RunError: a disk that refuses a tracker's files, a tracker without its key or its server.
+    """
+    plain = int | float | str | bool  # all that trackers take
+    values = {k: v if isinstance(v, plain) else str(v) for k, v in options.items()}
+    arguments = {
+        name: going_on(id) for name, id in runs.items() if (going_on := KNOWN[name].going_on)
+    }
+    # hides the later steps of a run that was killed, which are done again
+    arguments["tensorboard"] = {"purge_step": step + 1}
+    known = not any(KNOWN[name].fixed for name in runs)
+    names = " and ".join(map(str, accelerator.log_with))
+    with tracker_errors(accelerator):
+        try:
+            accelerator.init_trackers(
+                "sd_lora", config=values if known else None, init_kwargs=arguments
+            )
+        except OSError:
+            raise
+        except Exception as error:  # of a library: no key, no server, another version
+            raise RunError(
+                f"{names} could not be started: {error}. Mend it, or leave out --report_to"
+            ) from error
+
+
+def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
+    """Tracker → id of its run on a server; none on other processes than the main one."""
+    trackers = accelerator.trackers if accelerator.is_main_process else []
+    known = [(tracker, KNOWN[tracker.name]) for tracker in trackers if tracker.name in KNOWN]
+    return {tracker.name: row.id_of(tracker.tracker) for tracker, row in known if row.id_of}
+
+
+class Trackers:
+    """Accelerate's trackers as a listener: losses, rates, validation, and sample images."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    def __call__(self, event: Event) -> None:
+        """Log steps, validations and samples; raises RunError if the disk refuses them."""
+        with tracker_errors(self.accelerator):
+            self._log(event)
+
+    def _log(self, event: Event) -> None:
+        match event:
+            case StepsLogged():
+                for record in event.records:
+                    self.accelerator.log(record.numbers(), step=record.step)
+            case ValidationDone():
+                means = {
+                    f"validation/{group.replace(' ', '_')}": sum(losses) / len(losses)
+                    for group, losses in event.losses.items()
+                }
+                self.accelerator.log(means, step=event.step)
+            case SamplesDrawn():
+                for size in dict.fromkeys(image.size for image in event.images):
+                    alike = [image for image in event.images if image.size == size]
+                    name = f"samples/{size[0]}x{size[1]}"
+                    for tracker in self.accelerator.trackers:
+                        if tracker.name in KNOWN:
+                            KNOWN[tracker.name].log_images(tracker, name, alike, event.step)
