@@ -135,6 +135,7 @@ def judge(argv: Sequence[str]) -> None:
             print(note, file=sys.stderr, flush=True)
         with quick_imports():
             from sd_lora import judge as of_files
+            from sd_lora.report.strengths import lines
             from sd_lora.sampling.features import load_features
             from sd_lora.terminal import Terminal
 
@@ -146,7 +147,7 @@ def judge(argv: Sequence[str]) -> None:
     if args.json:
         print(json.dumps([one.numbers() for one in found], indent=2))
     else:
-        print("\n".join(of_files.lines(found)))
+        print("\n".join(lines(found)))
     if sheet:
         sheet.write(args.out)
         if not args.json:

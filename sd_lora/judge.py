@@ -6,11 +6,8 @@ that has learned too much below it. With features of images it is looked at as w
 by the base and at each strength, and scored (sampling/score.py).
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -20,18 +17,18 @@ from sd_lora.formats.lora_file import open_lora
 from sd_lora.formats.verify import misfits
 from sd_lora.report.events import Event, FindingMade, Listener, Progress, counting, to_all
 from sd_lora.report.sheets import Sheet
-from sd_lora.report.verdict import GOOD, OVER, UNDER, Verdict
+from sd_lora.report.strengths import Judged
 from sd_lora.sample import Loras, Mix, name_of
 from sd_lora.sampling.features import Features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
-from sd_lora.sampling.score import SETS, Judge, PromptImages, Prompts, Score, Taught
+from sd_lora.sampling.score import SETS, Judge, PromptImages, Prompts, Taught
 from sd_lora.training.changes import changes_of
 from sd_lora.training.measure import measured
 from sd_lora.training.run import Run
 from sd_lora.training.samples import reference_of
 from sd_lora.training.setup import prepared
-from sd_lora.training.validation import TRAINED, interval, is_better
+from sd_lora.training.validation import TRAINED
 
 NUM_PROMPTS = 6
 """Most captions that are drawn."""
@@ -60,174 +57,6 @@ SEEDS_OF_SET = 1000
 
 AT_ONCE = 4
 """Images drawn together."""
-
-HALF_WAY = 0.5
-"""Fidelity below which a LoRA is called undertrained at any strength."""
-
-
-@dataclass
-class Judged:
-    """A LoRA file by strength; strength 0 is the base.
-
-    losses: strength → loss of each item. changes: component → part → ‖ΔW‖ / ‖W‖. images: strength →
-    sets of images. scores: strength → their score. The last two are empty without features.
-    """
-
-    path: Path
-    losses: dict[float, Sequence[float]] = field(default_factory=dict)
-    changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    images: dict[float, list[PromptImages]] = field(default_factory=dict)
-    scores: dict[float, Score] = field(default_factory=dict)
-
-    @property
-    def strengths(self) -> list[float]:
-        """All strengths but the base's."""
-        return [strength for strength in self.losses if strength]
-
-    def against(self, strength: float, other: float) -> tuple[float, float]:
-        """Difference of the losses at two strengths, and its 95 % interval's half, in parts of the
-        base's loss."""
-        base = sum(self.losses[0.0]) / len(self.losses[0.0])
-        mean, half = interval(self.losses[strength], self.losses[other])
-        return mean / base, half / base
-
-    @property
-    def best(self) -> float:
-        """The strength with the smallest loss of those that are better than 1 beyond the interval;
-        else 1."""
-        better = [s for s in self.strengths if is_better(self.losses[s], self.losses[1.0])]
-        return min(better, key=lambda s: sum(self.losses[s]), default=1.0)
-
-    @property
-    def nearest(self) -> float | None:
-        """The least strength whose images are as near to the subject as the nearest ones, by the
-        interval of these; None without images."""
-        if not self.scores:
-            return None
-        least = max(self.scores.values(), key=lambda score: score.fidelity.mean).fidelity.low
-        return min(s for s, score in self.scores.items() if score.fidelity.mean >= least)
-
-    @property
-    def verdict(self) -> Verdict:
-        """The verdict, by the images where there are some, else by the loss."""
-        return by_images(self) if self.scores else by_loss(self)
-
-    def numbers(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        rows, verdict = [], self.verdict
-        for strength in self.strengths:
-            mean, half = self.against(strength, 0.0)
-            losses = self.losses[strength]
-            row: dict[str, Any] = {"strength": strength, "loss": sum(losses) / len(losses)}
-            row |= {"against_base": mean, "doubt": half}
-            if strength in self.scores:
-                row["score"] = self.scores[strength].numbers()
-            rows.append(row)
-        return {
-            "file": str(self.path),
-            "state": verdict.state,
-            "verdict": verdict.text,
-            "best_strength": self.best,
-            "nearest_strength": self.nearest,
-            "base_loss": sum(self.losses[0.0]) / len(self.losses[0.0]),
-            "strengths": rows,
-            "changes": self.changes,
-        }
-
-
-def by_loss(judged: Judged) -> Verdict:
-    """The verdict by the loss alone: it says more on images that the LoRA has not been trained on,
-    for on others no other strength is better."""
-    gain, doubt = judged.against(1.0, 0.0)
-    best, state = judged.best, GOOD
-    if gain > doubt:
-        state = OVER
-        why = f"at strength 1 it is {percent(gain)} ± {percent(doubt)} above the base's"
-    elif -gain <= doubt:
-        state = UNDER
-        why = (
-            f"at strength 1 it is {percent(-gain)} ± {percent(doubt)} below the base's, which may "
-            "be chance: the file has learned nothing of these images, or is for another base model"
-        )
-    else:
-        why = f"at strength 1 it is {percent(-gain)} ± {percent(doubt)} below the base's"
-        less, margin = judged.against(best, 1.0)
-        if best != 1:
-            state = OVER if best < 1 else UNDER
-            why += f", and at {best:g} by a further {percent(-less)} ± {percent(margin)}"
-        else:
-            why += ", and no other strength is better"
-    numbers = {"gain": -gain, "gain_doubt": doubt, "best_strength": best}
-    return Verdict(state, f"By the loss of these images, {state}: {why}.", numbers)
-
-
-def by_images(judged: Judged) -> Verdict:
-    """The verdict by the images that were drawn."""
-    near, at_one = judged.nearest or 1.0, judged.scores[1.0]
-    found = judged.scores[near]
-    worse = [
-        f"{name} {then.text()} and not {now.text()}"
-        for name, then, now in (
-            ("copies", at_one.copies, found.copies),
-            ("class leak", at_one.class_leak, found.class_leak),
-            ("unrelated leak", at_one.unrelated_leak, found.unrelated_leak),
-            ("harm", at_one.harm, found.harm),
-        )
-        if then.mean - now.mean > max(then.half, now.half)
-    ]
-    state, why = GOOD, f"fidelity is {at_one.fidelity.text()}"
-    if near > 1:
-        state = UNDER
-        why = f"fidelity is {at_one.fidelity.text()} at strength 1 and {found.fidelity.text()} at "
-        why += f"{near:g}"
-    elif near < 1 and worse:
-        state = OVER
-        why = f"strength {near:g} is as near to the subject ({found.fidelity.text()}, at 1 "
-        why += f"{at_one.fidelity.text()}), and strength 1 has {', '.join(worse)}"
-    elif at_one.fidelity.high < HALF_WAY:
-        state = UNDER
-        why += ", less than half of the way to real images"
-    numbers = {"fidelity": at_one.fidelity.mean, "nearest_strength": near}
-    advice = f" Take it at strength {near:g}." * (state != UNDER or near > 1)
-    return Verdict(state, f"By its images, {state}: {why}.{advice}", numbers)
-
-
-def told(score: Score) -> str:
-    """The numbers of a score that are known, in a line."""
-    named = {
-        "fidelity": score.fidelity,
-        "copies": score.copies,
-        "prompts": score.followed,
-        "class leak": score.class_leak,
-        "unrelated leak": score.unrelated_leak,
-        "harm": score.harm,
-    }
-    return ", ".join(
-        f"{name} {one.text()}" for name, one in named.items() if not math.isnan(one.mean)
-    )
-
-
-def percent(share: float) -> str:
-    """A share in percent, with a digit behind the point where it is small."""
-    return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
-
-
-def lines(found: Sequence[Judged]) -> Iterator[str]:
-    """Yield lines for a terminal: a table a file, and its verdict."""
-    for one in found:
-        yield f"{one.path}:"
-        for strength in one.strengths:
-            mean, half = one.against(strength, 0.0)
-            text = f"  strength {strength:<4g}  loss {100 * mean:+.1f} % ± {100 * half:.1f}"
-            if strength in one.scores:
-                text += f"; {told(one.scores[strength])}"
-            yield text
-        for component, parts in one.changes.items():
-            if not parts:
-                continue
-            part, change = max(parts.items(), key=lambda item: item[1])
-            yield f"  ‖ΔW‖ of {component} is at most {percent(change)} of ‖W‖, in {part}"
-        yield f"  {one.verdict.text}"
 
 
 def judge(

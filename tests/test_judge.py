@@ -1,6 +1,7 @@
 """`sd-lora judge`: its losses are those of the weights, its verdicts follow the numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 import sd_lora
 from sd_lora.cli import main
 from sd_lora.formats import adapter_files as files
-from sd_lora.judge import PLACES, Judged, prompts_for
+from sd_lora.judge import PLACES, prompts_for
+from sd_lora.report.strengths import Judged, best_of
 from sd_lora.report.verdict import GOOD, OVER, UNDER
 from sd_lora.sampling.score import Interval, Score
 from tests.formats.trained import saved, trained
@@ -178,6 +180,21 @@ def test_the_verdict_by_images(scores: tuple[Score, ...], state: str, words: str
     found.scores = dict(zip((0.5, 1.0, 1.5), scores, strict=True))
     assert found.verdict.state == state
     assert words in found.verdict.text
+
+
+def test_the_best_of_several_files() -> None:
+    """By images the file with the least leak of those that are as near as any; by the loss the
+    least one, and none where chance may have made the difference."""
+    files = [by_loss(half=0.9, whole=share, more=0.9) for share in (0.7, 0.5, 0.6)]
+    for number, one in enumerate(files):
+        one.path = Path(f"checkpoint-{number}")
+    assert best_of(files) == "By the loss of these images, take checkpoint-1 at strength 1."
+    assert "no file is better" in best_of([files[1], replace(files[1]), files[0]])
+    for one, of_file in zip(files, (score(0.5), score(0.9, 0.4), score(0.89, 0.1)), strict=True):
+        one.scores = {1.0: of_file}
+    assert best_of(files).startswith(
+        "Of these files take checkpoint-2 at strength 1: fidelity 89 %"
+    )
 
 
 def test_prompts_ask_for_other_places() -> None:

@@ -21,6 +21,7 @@ from sd_lora.data.images.buckets import Size
 from sd_lora.data.sources.samples import Sample
 from sd_lora.diffusion.timesteps import Timesteps
 from sd_lora.errors import UsageError
+from sd_lora.report.intervals import interval, is_better
 
 NUM_ITEMS = 32
 """Measured losses of a group of images: each at its own place of the timesteps' distribution."""
@@ -241,22 +242,3 @@ def _means(losses: Losses) -> dict[str, dict[str, Any]]:
 def _finite(values: Sequence[float]) -> float | None:
     mean = sum(values) / len(values)
     return mean if math.isfinite(mean) else None
-
-
-def interval(now: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of losses on the same images and noise, and 1.96 standard errors of it.
-
-    Differences in pairs: the timesteps' own spread, tenfold, cancels out.
-    """
-    differences = [a - b for a, b in zip(now, before, strict=True)]
-    count = len(differences)
-    mean = sum(differences) / count
-    variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
-    return mean, 1.96 * math.sqrt(variance / count)
-
-
-def is_better(now: Sequence[float], before: Sequence[float]) -> bool:
-    """Whether losses are below earlier ones by more than chance; ones that are not finite never
-    are."""
-    mean, half = interval(now, before)
-    return mean + half < 0

@@ -15,11 +15,12 @@ from sd_lora.data.batches.stream import BatchItem
 from sd_lora.data.images.buckets import Crop
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Warned
+from sd_lora.report.intervals import interval
 from sd_lora.training.checkpoint_folders import find
 from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
 from sd_lora.training.setup import prepare
 from sd_lora.training.state_files import read_state
-from sd_lora.training.validation import HELD_OUT, NUM_ITEMS, TRAINED, hold_out, interval
+from sd_lora.training.validation import HELD_OUT, NUM_ITEMS, TRAINED, hold_out
 from tests.training.runs import images, text_to_image
 
 SHORT = {
