@@ -1,7 +1,8 @@
 """A folder of images as the page shows it: captions, where they are kept, and their edits.
 
 Images are never changed. A caption is written where it was read: into the text file beside its
-image, or into its line of `metadata.jsonl`; other files of metadata are read alone.
+image, or into its line of `metadata.jsonl`; other files of metadata are read alone. A crop by hand
+is written into `crops.json` beside its image.
 """
 
 import json
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.images.centres import Centre
+from sd_lora.data.sources.crop_files import crops_of, write_crops
 from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS, find_captions
 from sd_lora.data.sources.folders import existing_folder, walk
 from sd_lora.data.sources.metadata_files import is_metadata
@@ -32,12 +35,13 @@ AT_ONCE = 16
 @dataclass(frozen=True)
 class Entry:
     """An image of a set. name: its path in the folder. caption: None without one. place: the file
-    that holds it, or will."""
+    that holds it, or will. centre: of its crop by hand, None without."""
 
     name: str
     path: Path
     caption: str | None
     place: Path
+    centre: Centre | None = None
 
     @property
     def tags(self) -> list[str]:
@@ -63,12 +67,13 @@ def read_set(folder: Path) -> ImageSet:
     """List a folder and read its captions.
 
     Raises:
-        UsageError: no folder, no images, or metadata that cannot be read.
+        UsageError: no folder, no images, or metadata or crops that cannot be read.
     """
     root = existing_folder(str(folder), "folder")
     tree = walk(root)
     if not tree.images:
         raise UsageError(f"{folder} holds no images")
+    crops = crops_of(tree)
     metadata = [path for path in tree.files if is_metadata(path)]
     found = find_captions(SourceSpec(path=str(root), prompt=""), root, tree, "folder")
     beside = {path for path in tree.files if path.suffix.lower() in CAPTION_EXTENSIONS}
@@ -79,7 +84,8 @@ def read_set(folder: Path) -> ImageSet:
         place = _sidecar(path, beside)
         if metadata:
             place = next((file for file in metadata if path.is_relative_to(file.parent)), place)
-        entries[name] = Entry(name, path, "\n".join(texts) if texts else None, place)
+        caption = "\n".join(texts) if texts else None
+        entries[name] = Entry(name, path, caption, place, crops.get(path))
     return ImageSet(root, entries)
 
 
@@ -127,6 +133,21 @@ class Sets:
                 found.entries[name] = replace(found.entries[name], caption=text)
             found.listed = time.monotonic()
             return before
+
+    def crop(self, folder: Path, name: str, centre: Centre | None) -> None:
+        """Write the centre of an image's crop, None: cropped as the run says.
+
+        Raises:
+            UsageError: no such image, or a file of crops that cannot be read.
+            RunError: a file that cannot be written.
+        """
+        found = self.of(folder)
+        with self._lock:
+            if name not in found.entries:
+                raise UsageError(f"there is no image {name} in {folder}: look again")
+            path = found.entries[name].path
+            write_crops(path.parent, {path.name: centre})
+            found.entries[name] = replace(found.entries[name], centre=centre)
 
 
 def _now(found: ImageSet, name: str) -> str:

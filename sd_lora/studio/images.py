@@ -13,9 +13,11 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from sd_lora.data.images.centres import MIDDLE, corner_at
 from sd_lora.data.images.decode import decode_with_mask, read_file
+from sd_lora.data.sources.crop_files import is_part
 from sd_lora.data.sources.samples import printable_path
-from sd_lora.errors import RunError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
 from sd_lora.studio.form import FOLDER, request_of
 from sd_lora.studio.image_set import BULK, Entry, ImageSet, edited
@@ -99,8 +101,41 @@ def block(request: Request) -> Response:
     number = request.query_params.get("first", "")
     first = int(number) if number.isdecimal() else 0
     entries = _wanted(request, found, facts)[first : first + BLOCK]
-    cards = [(entry, facts.get(_key(entry), {})) for entry in entries]
+    cards = [(entry, _cropped(entry, facts.get(_key(entry), {}))) for entry in entries]
     return render(request, "image_block.html.j2", folder=folder, cards=cards, bucket_of=_bucket)
+
+
+def _cropped(entry: Entry, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of an image, with its crop by hand as it is now. spare: pixels by which its crop
+    can be moved, across and down; by_hand: whether it is."""
+    if facts.get("crop") is None:
+        return facts
+    (width, height), (across, down) = facts["resized"], facts["bucket"]
+    own: dict[str, Any] = {"spare": (width - across, height - down), "by_hand": False}
+    was = facts.get("centre")
+    if entry.centre is not None or was is not None:
+        centre = entry.centre or MIDDLE
+        own["crop"] = corner_at(centre, facts["resized"], facts["bucket"])
+        own |= {"by_hand": entry.centre is not None, "random_crop": False}
+    return {**facts, **own}
+
+
+@action
+def crop(request: Request, form: dict[str, str]) -> Response:
+    """Write the centre of an image's crop; without numbers it is cropped as the run says."""
+    studio = studio_of(request)
+    folder = inside(studio.store, form.get(FOLDER, ""))
+    centre = None
+    if texts := [form[name] for name in ("x", "y") if name in form]:
+        try:
+            x, y = (round(float(text), 5) for text in texts)
+        except ValueError:
+            raise UsageError("a crop's centre is two numbers") from None
+        if not (is_part(x) and is_part(y)):
+            raise UsageError(f"a crop's centre lies in the image, and {x}, {y} does not")
+        centre = (x, y)
+    studio.sets.crop(folder, form.get("name", ""), centre)
+    return render(request, "said.html.j2", text="crop saved" if centre else "cropped as before")
 
 
 @page
@@ -249,6 +284,7 @@ ROUTES = [
     Route("/images/block", block),
     Route("/images/thumbnail", thumbnail),
     Route("/images/caption", caption, methods=["POST"]),
+    Route("/images/crop", crop, methods=["POST"]),
     Route("/images/many", many, methods=["POST"]),
     Route("/images/undo", undo, methods=["POST"]),
     Route("/images/check", check, methods=["POST"]),

@@ -1,5 +1,6 @@
 """Pages of images, tries and the shelf, by plain HTTP."""
 
+import json
 import shutil
 from pathlib import Path
 from urllib.parse import quote, urlencode
@@ -49,6 +50,24 @@ def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
     assert len([*folder.glob("*.txt")]) == 1
     post(studio, f"/images/undo?{where}", folder=str(folder))
     assert odd.with_suffix(".txt").read_text() == "x"
+
+
+def test_crops_are_kept_beside_the_images(studio: Served, root: Path) -> None:
+    """The centre of a crop is written for its image alone, and taken back; a point outside of the
+    image, words and an image that is not there are refused, with nothing written."""
+    folder = work(studio) / "crops"
+    shutil.copytree(root / "sample_data/dreambooth/instance", folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    name = min(before).name
+    fields = {"folder": str(folder), "name": name}
+    wrong = ({"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"name": "../a.png"})
+    for more in wrong:
+        assert post(studio, "/images/crop", **fields | more)[0] == 400
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert post(studio, "/images/crop", **fields, x="0.25", y="1")[1] == "crop saved"
+    assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0]}
+    assert post(studio, "/images/crop", **fields)[1] == "cropped as before"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:

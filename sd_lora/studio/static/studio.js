@@ -149,6 +149,71 @@ const toEnd = () => { const log = document.getElementById("log"); if (log && atE
 on("htmx:afterSettle", toEnd);
 on("DOMContentLoaded", toEnd);
 
+// crops by hand: dragged, or moved by the arrow keys
+const cropOf = svg => {
+  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal;
+  const [left, top, width, height] = ["x", "y", "width", "height"].map(n => +frame.getAttribute(n));
+  return {frame, left, top, width, height, across: box.width - width, down: box.height - height, box};
+};
+function moveCrop(svg, left, top) {
+  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), most);
+  left = inside(left, c.across); top = inside(top, c.down);
+  c.frame.setAttribute("x", left); c.frame.setAttribute("y", top);
+  c.frame.classList.remove("random");
+  svg.querySelector("path").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
+    `M${left} ${top}h${c.width}v${c.height}h-${c.width}z`);
+  svg.setAttribute("aria-valuenow", Math.round(100 * (c.across >= c.down ? left / c.across : top / c.down)));
+}
+async function keepCrop(svg, given) {
+  const card = svg.closest(".image"), c = cropOf(svg), body = new URLSearchParams();
+  for (const name of ["folder", "name"]) body.set(name, card.querySelector(`[name=${name}]`).value);
+  if (given) {
+    body.set("x", (c.left + c.width / 2) / c.box.width);
+    body.set("y", (c.top + c.height / 2) / c.box.height);
+  }
+  try {
+    const answer = await fetch("/images/crop", {method: "POST", body}), text = await answer.text();
+    if (!answer.ok) { tell(text); return; }
+    card.querySelector(".said").textContent = text;
+    card.querySelector(".crop-acts").hidden = !given;
+  } catch (error) { tell("The studio does not answer: the crop is not saved."); }
+}
+let dragged = null;
+on("pointerdown", e => {
+  const svg = e.target.closest("[data-crop]");
+  if (!svg || e.button) return;
+  const c = cropOf(svg), scale = 1 / svg.getScreenCTM().a;
+  dragged = {svg, left: c.left, top: c.top, x: e.clientX, y: e.clientY, scale, moved: false};
+  svg.setPointerCapture(e.pointerId);
+});
+on("pointermove", e => {
+  if (!dragged) return;
+  const d = dragged;
+  d.moved = true;
+  moveCrop(d.svg, d.left + (e.clientX - d.x) * d.scale, d.top + (e.clientY - d.y) * d.scale);
+});
+for (const end of ["pointerup", "pointercancel"]) on(end, () => {
+  if (dragged && dragged.moved) keepCrop(dragged.svg, true);
+  dragged = null;
+});
+const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+on("keydown", e => {
+  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key];
+  if (!svg || !way) return;
+  e.preventDefault();
+  const c = cropOf(svg), part = e.shiftKey ? .1 : .02;
+  moveCrop(svg, c.left + way[0] * c.across * part, c.top + way[1] * c.down * part);
+  clearTimeout(svg.timer);
+  svg.timer = setTimeout(() => keepCrop(svg, true), 500);
+});
+on("click", e => {
+  if (!e.target.closest("[data-middle]")) return;
+  const svg = e.target.closest(".image").querySelector("[data-crop]"), c = cropOf(svg);
+  moveCrop(svg, c.across / 2, c.down / 2);
+  svg.focus();
+  keepCrop(svg, false);
+});
+
 // samples by step
 on("input", e => {
   const steps = e.target.dataset && e.target.dataset.steps;
