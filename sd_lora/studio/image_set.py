@@ -18,7 +18,8 @@ from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.centres import Centre
 from sd_lora.data.sources.crop_files import crops_of, write_crops
 from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS, find_captions
-from sd_lora.data.sources.folders import existing_folder, walk
+from sd_lora.data.sources.folders import FolderTree, existing_folder, walk
+from sd_lora.data.sources.mask_files import masks_beside
 from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
@@ -35,13 +36,15 @@ AT_ONCE = 16
 @dataclass(frozen=True)
 class Entry:
     """An image of a set. name: its path in the folder. caption: None without one. place: the file
-    that holds it, or will. centre: of its crop by hand, None without."""
+    that holds it, or will. centre: of its crop by hand, None without. mask:
+    its file, None without."""
 
     name: str
     path: Path
     caption: str | None
     place: Path
     centre: Centre | None = None
+    mask: Path | None = None
 
     @property
     def tags(self) -> list[str]:
@@ -71,6 +74,7 @@ def read_set(folder: Path) -> ImageSet:
     """
     root = existing_folder(str(folder), "folder")
     tree = walk(root)
+    masks = _masks(tree)
     if not tree.images:
         raise UsageError(f"{folder} holds no images")
     crops = crops_of(tree)
@@ -85,8 +89,16 @@ def read_set(folder: Path) -> ImageSet:
         if metadata:
             place = next((file for file in metadata if path.is_relative_to(file.parent)), place)
         caption = "\n".join(texts) if texts else None
-        entries[name] = Entry(name, path, caption, place, crops.get(path))
+        entries[name] = Entry(name, path, caption, place, crops.get(path), masks.get(path))
     return ImageSet(root, entries)
+
+
+def _masks(tree: FolderTree) -> dict[Path, Path]:
+    """Image → its mask, by name as a run finds it; puts the masks of a tree aside."""
+    aside = masks_beside(tree)
+    tree.aside |= aside.keys()
+    of_stem = {image.with_suffix(""): mask for mask, image in aside.items() if image}
+    return {p: mask for p in tree.images if (mask := of_stem.get(p.with_suffix("")))}
 
 
 def _sidecar(image: Path, beside: set[Path]) -> Path:
@@ -148,6 +160,22 @@ class Sets:
             path = found.entries[name].path
             write_crops(path.parent, {path.name: centre})
             found.entries[name] = replace(found.entries[name], centre=centre)
+
+    def change_mask(
+        self, folder: Path, name: str, write: Callable[[Entry], Path | None]
+    ) -> Path | None:
+        """Write the mask of an image; returns its file, None where there is none now.
+
+        write: does it for an entry. Raises: what it raises, and UsageError for no such image.
+        """
+        found = self.of(folder)
+        with self._lock:
+            if name not in found.entries:
+                raise UsageError(f"there is no image {name} in {folder}: look again")
+            entry = found.entries[name]
+            place = write(entry)
+            found.entries[name] = replace(entry, mask=place)
+            return place
 
 
 def _now(found: ImageSet, name: str) -> str:

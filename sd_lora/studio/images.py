@@ -19,12 +19,13 @@ from sd_lora.data.sources.crop_files import is_part
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
-from sd_lora.studio.form import FOLDER, request_of
+from sd_lora.studio.form import FOLDER, ON, request_of
 from sd_lora.studio.image_set import BULK, Entry, ImageSet, edited
 from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.new import DRAFT
 from sd_lora.studio.opened import inside, open_folder
 from sd_lora.studio.page import Studio, action, gone, page, problem, render, studio_of
+from sd_lora.studio.repeats import parts_of
 from sd_lora.studio.store import Job
 
 BLOCK = 60
@@ -32,6 +33,9 @@ BLOCK = 60
 
 SIDE = 320
 """Longest side of a thumbnail in pixels."""
+
+LARGE = 1024
+"""Longest side of an image that a mask is drawn on."""
 
 MOST_TAGS = 60
 
@@ -58,6 +62,8 @@ def show(request: Request) -> Response:
         tags=found.tags(MOST_TAGS), bulk={name: words for name, (words, _) in BULK.items()},
         blocks=range(0, len(entries), BLOCK), query=_query(request), check=check,
         report=_report(studio, check), undo=bool(studio.store.kept(f"undo {folder}", {})),
+        parts=parts_of(found), masks=sum(e.mask is not None for e in found.entries.values()),
+        uses_masks=draft.get("mask_files") == ON or bool(draft.get("mask_folder")),
     )  # fmt: skip
 
 
@@ -147,22 +153,23 @@ def thumbnail(request: Request) -> Response:
     if entry is None:
         return problem("there is no such image", HTTPStatus.NOT_FOUND)
     path = inside(studio.store, entry.path)
-    about = f"{path} {path.stat().st_mtime_ns} {path.stat().st_size} {SIDE}"
+    side = LARGE if "large" in request.query_params else SIDE
+    about = f"{path} {path.stat().st_mtime_ns} {path.stat().st_size} {side}"
     place = studio.store.folder / "thumbnails" / hashlib.sha256(about.encode()).hexdigest()[:32]
     if not place.is_file():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, _small(path))
+        write_whole(place, _small(path, side))
     kept = {"cache-control": "private, max-age=86400"}
     return FileResponse(place, media_type="image/webp", headers=kept)
 
 
-def _small(path: Path) -> bytes:
-    """An upright image of at most `SIDE` pixels as WebP; grey for one that cannot be decoded."""
+def _small(path: Path, side: int) -> bytes:
+    """An upright image of at most `side` pixels as WebP; grey for one that cannot be decoded."""
     try:
         image, _ = decode_with_mask(read_file(path), path.name)
     except (RunError, OSError):
         image = Image.new("RGB", (8, 8), "#888888")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
@@ -207,7 +214,7 @@ def check(request: Request, form: dict[str, str]) -> Response:
     """Check the folder with the options of the draft: crops, buckets, findings."""
     studio = studio_of(request)
     folder = inside(studio.store, form.get(FOLDER, ""))
-    draft = dict(studio.store.kept(DRAFT, {})) | {FOLDER: str(folder)}
+    draft = dict(studio.store.kept(DRAFT, {})) | {FOLDER: str(folder), "sources": ""}
     asked = request_of(draft, studio.store.folder)
     words = [str(folder)] if asked.unchecked else asked.words
     number = studio.store.add("check", "images", [*words, "--json"], folder=str(folder))
