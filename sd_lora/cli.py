@@ -28,6 +28,7 @@ commands:
   report     a page of a run, or of several side by side
   sample     images of a model with LoRA files: strength by prompt, file by file
   export     the LoRA files of a run's checkpoint
+  push       a finished run's files, with its model card, to the hub
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
   convert    from anybody's format to diffusers', kohya's or LyCORIS'
@@ -147,6 +148,28 @@ _EXPORT = (
 )
 
 
+def _push(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import ToolParser, as_path
+
+    parser = ToolParser(prog="sd-lora push", description=_PUSH)
+    parser.add_argument("folder", type=as_path, help="output folder of a finished run")
+    own = "owner/name (default: the token's owner and the folder's name)"
+    parser.add_argument("--repo", default="", metavar="REPO", help=own)
+    private = "make it, if it is new, a private one"
+    parser.add_argument("--private", action="store_true", help=private)
+    parser.add_argument("--token", help="(default: that of HF_TOKEN or of `hf auth login`)")
+    args = parser.parse(argv)
+    from sd_lora.training.hub_push import push_folder
+
+    print(f"on the hub: {push_folder(args.folder, args.repo, args.private, args.token)}")
+
+
+_PUSH = (
+    "Upload the LoRA files of a finished run, its model card README.md, and the images that the "
+    "card shows. `train --push_to_hub` does it at the end of a run."
+)
+
+
 def _report(argv: Sequence[str]) -> None:
     from pathlib import Path
 
@@ -261,6 +284,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": _report,
     "sample": _sample,
     "export": _export,
+    "push": _push,
     **{name: _tool(name) for name in _TOOLS},
 }
 

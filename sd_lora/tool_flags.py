@@ -192,7 +192,19 @@ def sample_parser() -> ToolParser:
         metavar="FILE",
         help="LoRA files that are added to those of each row: a group of columns each",
     )
-    add("--beside_strength", type=_strength, default=1.0, metavar="S", help="(default: 1)")
+    add(
+        "--beside_strength",
+        type=_strength,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="of all files beside, or one each (default: 1)",
+    )
+    add(
+        "--beside_together",
+        action="store_true",
+        help="all files beside in the same images, in place of a group of columns each",
+    )
     add("--negative", default="", metavar="TEXT", help="negative prompt (default: none)")
     add(
         "--size",

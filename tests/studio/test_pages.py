@@ -14,9 +14,11 @@ from sd_lora.config.options.sources import source_specs
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.open import open_source
 from sd_lora.errors import UsageError
+from sd_lora.report.record import EMPTY, RECORD
 from sd_lora.studio.form import request_of
 from sd_lora.studio.image_set import read_set
 from sd_lora.studio.repeats import draft_with, parts_of
+from sd_lora.studio.store import Store
 from tests.studio.conftest import Served
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
@@ -30,6 +32,11 @@ def work(studio: Served) -> Path:
     """The opened folder."""
     _, text, _ = studio.ask("/choose")
     return Path(text.partition("at=")[2].partition('"')[0])
+
+
+def stored(studio: Served) -> Store:
+    """The jobs of a studio that is running."""
+    return Store(work(studio).parent / "state")
 
 
 def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
@@ -194,6 +201,15 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     assert "mine.safetensors" in studio.ask("/shelf")[1]
     assert studio.ask(f"/shelf/load?file={quote(str(outside))}")[0] == 404
     assert studio.ask(f"/shelf/load?file={quote(str(lora))}")[0] == 200
+    beside = {"beside": str(lora), "beside_strength": "0.5 1"}
+    assert post(studio, "/try", **form | beside)[0] == 400
+    beside["beside"] += f"\n{lora}"
+    assert post(studio, "/try", **form | beside | {"prompts": "two beside"})[0] == 303
+    (job,) = stored(studio).jobs("kind = 'sample' AND title = 'two beside'")
+    assert job.words[job.words.index("--beside") :][:4] == [
+        "--beside", str(lora), str(lora), "--beside_together"
+    ]  # fmt: skip
+    assert post(studio, "/try", **form | {"beside": str(outside)})[0] == 404
     assert post(studio, "/shelf/bake", files=str(lora))[0] == 400
     flags = f"kohya --out {outside}"  # a field holds values, and no flag beside them
     assert post(studio, "/shelf/convert", files=str(lora), to=flags)[0] == 400
@@ -202,3 +218,44 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     status, _, headers = post(studio, "/shelf/inspect", files=str(lora))
     assert status == 303
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
+
+
+def test_a_runs_files_go_elsewhere(studio: Served) -> None:
+    """The files of a finished run are on its page, to keep, and other files of its folder are not;
+    conversion and upload become jobs with the words of a command line, shown like a tool's."""
+    folder = work(studio) / "done-lora"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_bytes(b"\0" * 64)
+    (folder / "other.safetensors").write_bytes(b"\0" * 64)
+    (folder / "README.md").write_text("# <script>mine</script>")
+    (folder / RECORD).write_text(
+        json.dumps({**EMPTY, "ended": True, "files": ["mine.safetensors"]})
+    )
+    store = stored(studio)
+    given = {"pretrained_model_name_or_path": "a model"}
+    number = store.add(
+        "train", "done", [], state="done", folder=str(folder), given=given, started=1.0
+    )
+    run = f"/runs/{number}"
+    text = studio.ask(run)[1]
+    assert f"{run}/file/mine.safetensors" in text
+    assert "other.safetensors" not in text
+    assert studio.ask(f"{run}/file/mine.safetensors")[0] == 200
+    for name in ("other.safetensors", "README.md", "..%2Fsecret.txt"):
+        assert studio.ask(f"{run}/file/{name}")[0] in (400, 404)
+    assert studio.ask(f"{run}/card")[2]["content-type"].startswith("text/plain")
+    assert post(studio, f"{run}/convert/bake")[0] == 400
+    assert post(studio, f"{run}/push", repo="no place")[0] == 400
+    words = {
+        f"{run}/convert/kohya": [
+            str(folder / "mine.safetensors"), "--to", "kohya", "--out",
+            str(folder / "done-lora-kohya.safetensors"), "--model=a model",
+        ],
+        f"{run}/push": [str(folder), "--repo=me/mine", "--private"],
+    }  # fmt: skip
+    for address, expected in words.items():
+        status, _, headers = post(studio, address, repo="me/mine", private="1")
+        assert status == 303
+        job = store.job(int(headers["location"].rpartition("/")[2]))
+        assert job.words == expected
+        assert job.title in studio.ask(headers["location"])[1]

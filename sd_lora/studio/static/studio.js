@@ -41,7 +41,8 @@ on("click", e => {
     const field = document.getElementById(data.into);
     document.getElementById("chooser").close();
     if (!field) { location.reload(); return; }
-    field.value = data.choose;
+    const lines = field.matches("textarea") ? field.value.split("\n").filter(l => l.trim() && l !== data.choose) : [];
+    field.value = [...lines, data.choose].join("\n");
     field.focus();
     field.dispatchEvent(new Event("change", {bubbles: true}));
   }
