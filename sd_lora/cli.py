@@ -19,6 +19,7 @@ usage: sd-lora <command> [flags]
 commands:
   train      train a LoRA on a folder of images
   check      look at every image and caption first: which are trained, which are not, and why
+  caption    captions for images without one, by a model that you have on disk
   presets    list options that suit a purpose: subject, character, style
   schema     print the options of train as a JSON schema, for editors and forms
   demo       teach the embedded base model a subject in a few minutes on a CPU
@@ -263,6 +264,19 @@ def _sample(argv: Sequence[str]) -> None:
     print(run(args))
 
 
+def _caption(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import caption_parser
+
+    args = caption_parser().parse(argv)
+    if not args.folder.is_dir():
+        raise UsageError(f"there is no folder {args.folder}")
+    print(LOADING, file=sys.stderr, flush=True)
+    with quick_imports():
+        from sd_lora.caption import run
+
+    print(run(args))
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -276,6 +290,7 @@ _TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,
+    "caption": _caption,
     "presets": _presets,
     "schema": _schema,
     "demo": _demo,

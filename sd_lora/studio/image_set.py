@@ -137,7 +137,7 @@ class Sets:
             before = {name: _now(found, name) for name in changed}
             places = {
                 place: {found.entries[name]: changed[name] for name in names}
-                for place, names in _by_place(found, changed).items()
+                for place, names in by_place(found, changed).items()
             }
             with ThreadPoolExecutor(AT_ONCE) as threads:  # a disk takes its time for each file
                 list(threads.map(_write_place, places.keys(), places.values()))
@@ -182,7 +182,12 @@ def _now(found: ImageSet, name: str) -> str:
     return found.entries[name].caption or ""
 
 
-def _by_place(found: ImageSet, names: Iterable[str]) -> dict[Path, list[str]]:
+def by_place(found: ImageSet, names: Iterable[str]) -> dict[Path, list[str]]:
+    """File → the images whose captions it holds, or will.
+
+    Raises:
+        UsageError: a file that is read alone.
+    """
     places: dict[Path, list[str]] = {}
     for name in names:
         places.setdefault(found.entries[name].place, []).append(name)

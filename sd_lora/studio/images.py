@@ -62,7 +62,8 @@ def show(request: Request) -> Response:
         tags=found.tags(MOST_TAGS), bulk={name: words for name, (words, _) in BULK.items()},
         blocks=range(0, len(entries), BLOCK), query=_query(request), check=check,
         report=_report(studio, check), undo=bool(studio.store.kept(f"undo {folder}", {})),
-        parts=parts_of(found), masks=sum(e.mask is not None for e in found.entries.values()),
+        captioner=studio.store.kept("captioner", ""), parts=parts_of(found),
+        masks=sum(e.mask is not None for e in found.entries.values()),
         uses_masks=draft.get("mask_files") == ON or bool(draft.get("mask_folder")),
     )  # fmt: skip
 
@@ -200,6 +201,21 @@ def many(request: Request, form: dict[str, str]) -> Response:
 
 
 @action
+def propose(request: Request, form: dict[str, str]) -> Response:
+    """Start the command that captions the images by a model."""
+    studio = studio_of(request)
+    folder = inside(studio.store, form.get(FOLDER, ""))
+    model = form.get("captioner", "").strip()
+    if not Path(model).expanduser().is_dir() or not model:
+        raise UsageError(f"name the folder of an image-to-text model, not {model!r}")
+    studio.store.keep("captioner", model)
+    words = [str(folder), f"--captioner={model}", *(["--overwrite"] if "overwrite" in form else [])]
+    number = studio.store.add("caption", f"caption {folder.name}", words, folder=str(folder))
+    studio.keeper.look()
+    return gone(request, f"/shelf/{number}")
+
+
+@action
 def undo(request: Request, form: dict[str, str]) -> Response:
     """Take the last edit of many captions back."""
     studio = studio_of(request)
@@ -293,6 +309,7 @@ ROUTES = [
     Route("/images/caption", caption, methods=["POST"]),
     Route("/images/crop", crop, methods=["POST"]),
     Route("/images/many", many, methods=["POST"]),
+    Route("/images/propose", propose, methods=["POST"]),
     Route("/images/undo", undo, methods=["POST"]),
     Route("/images/check", check, methods=["POST"]),
     Route("/images/check/{number:int}", check_of),

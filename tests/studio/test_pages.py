@@ -98,6 +98,25 @@ def png(*rows: list[int]) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def test_captions_are_proposed_by_a_command(studio: Served) -> None:
+    """The page starts `sd-lora caption` for a folder that is opened, over no caption unless asked,
+    and shows its output; a folder elsewhere and a model that is no folder are refused."""
+    folder = work(studio) / "to caption"
+    folder.mkdir()
+    form = {"folder": str(folder), "captioner": str(work(studio))}
+    assert post(studio, "/images/propose", **form | {"folder": "/etc"})[0] == 404
+    for model in ("", str(folder / "none")):
+        assert post(studio, "/images/propose", **form | {"captioner": model})[0] == 400
+    for more, words in (({}, []), ({"overwrite": "1"}, ["--overwrite"])):
+        status, _, headers = post(studio, "/images/propose", **form | more)
+        assert status == 303
+        job = stored(studio).job(int(headers["location"].rpartition("/")[2]))
+        assert (job.kind, job.words) == (
+            "caption", [str(folder), f"--captioner={work(studio)}", *words]
+        )  # fmt: skip
+        assert "caption to caption" in studio.ask(headers["location"])[1]
+
+
 def test_masks_are_drawn_where_a_run_reads_them(studio: Served, root: Path) -> None:
     """A drawn mask is the mask of its image for `mask_files`, in the image's size, and no image on
     the page; one that is there is drawn on; white all over removes a drawn one; nothing to train
