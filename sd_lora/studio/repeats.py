@@ -70,7 +70,7 @@ def parts_of(found: ImageSet) -> list[Part]:
 
 def _numbered(folder: Path) -> list[tuple[SourceSpec, int]]:
     """The numbered folders of a folder that is read as such, with their images; else none."""
-    if not any(NUMBERED.fullmatch(child.name) for child in folder.iterdir() if child.is_dir()):
+    if not any(NUMBERED.fullmatch(child.name) and child.is_dir() for child in folder.iterdir()):
         return []
     try:
         sources = open_source(SourceSpec(path=str(folder)))
