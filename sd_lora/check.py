@@ -23,7 +23,7 @@ from sd_lora.data.check.page import (
     report_lines,
     write_page,
 )
-from sd_lora.data.images.buckets import Crop, Size
+from sd_lora.data.images.buckets import Size
 from sd_lora.data.images.facts import Facts
 from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import counted
@@ -85,11 +85,6 @@ class Checked:
             words.append(f"files and folders that are left out: {counts['left out']}")
         words += [f"warnings: {counts['warning']}"] if counts["warning"] else []
         return ", ".join(words)
-
-    def crop(self, images: ImageSet, index: int) -> Crop:
-        """The crop of an image; the middle one for random crops."""
-        sample = images.samples[index]
-        return images.crop_settings.crop(sample.size, images.buckets[index], None)
 
 
 def check(
@@ -175,8 +170,8 @@ def _cut_away(images: ImageSet) -> str:
     """Mean crop loss, and the images that lose most."""
     losses = sorted(
         (
-            (images.crop_settings.crop(s.size, bucket, None).crop_loss, s.name)
-            for s, bucket in zip(images.samples, images.buckets, strict=True)
+            (images.shown_crop(index).crop_loss, sample.name)
+            for index, sample in enumerate(images.samples)
         ),
         reverse=True,
     )
@@ -253,7 +248,7 @@ def _buckets(checked: Checked) -> list[tuple[PageBucket, float, float]]:
     images, epochs = checked.images.instances, checked.plan.epochs
     losses: dict[Size, list[float]] = {}
     for index, bucket in enumerate(images.buckets):
-        losses.setdefault(bucket, []).append(checked.crop(images, index).crop_loss)
+        losses.setdefault(bucket, []).append(images.shown_crop(index).crop_loss)
     table = []
     for (width, height), samples in sorted(epochs.buckets.items(), key=lambda item: -item[1]):
         cut = losses[width, height]
@@ -276,6 +271,7 @@ def as_json(checked: Checked) -> str:
             "resized": crop.resized,
             "crop": crop.corner,
             "random_crop": found.set.is_random(index),
+            "centre": sample.centre,
             "crop_loss": round(crop.crop_loss, 6),
             "scale": round(crop.scale, 6),
             "repeats": sample.source.repeats,
@@ -284,7 +280,7 @@ def as_json(checked: Checked) -> str:
         }
         for kind, found in checked.images.by_kind.items()
         for index, sample in enumerate(found.set.samples)
-        for crop in [checked.crop(found.set, index)]
+        for crop in [found.set.shown_crop(index)]
     ]
     buckets = [dataclasses.asdict(bucket) for bucket, _, _ in _buckets(checked)]
     numbers = {
@@ -342,7 +338,7 @@ def _rates(plan: Plan) -> list[float]:
 def _page_image(
     checked: Checked, images: ImageSet, index: int, of_name: dict[str, list[Finding]]
 ) -> PageImage:
-    sample, crop = images.samples[index], checked.crop(images, index)
+    sample, crop = images.samples[index], images.shown_crop(index)
     (width, height), (left, top) = crop.resized, crop.corner
     caption = max(longest_form(sample.captions, sample.source.rules), key=len)
     return PageImage(

@@ -19,6 +19,7 @@ usage: sd-lora <command> [flags]
 commands:
   train      train a LoRA on a folder of images
   check      look at every image and caption first: which are trained, which are not, and why
+  caption    captions for images without one, by a model that you have on disk
   presets    list options that suit a purpose: subject, character, style
   schema     print the options of train as a JSON schema, for editors and forms
   demo       teach the embedded base model a subject in a few minutes on a CPU
@@ -29,6 +30,7 @@ commands:
   sample     images of a model with LoRA files: strength by prompt, file by file
   judge      how much a LoRA has learned of images, and at which strength it is best
   export     the LoRA files of a run's checkpoint
+  push       a finished run's files, with its model card, to the hub
   inspect    contents of a LoRA file, programs that load it, and its faults
   verify     load a LoRA file with diffusers and compare every module
   convert    from anybody's format to diffusers', kohya's or LyCORIS'
@@ -148,6 +150,28 @@ _EXPORT = (
 )
 
 
+def _push(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import ToolParser, as_path
+
+    parser = ToolParser(prog="sd-lora push", description=_PUSH)
+    parser.add_argument("folder", type=as_path, help="output folder of a finished run")
+    own = "owner/name (default: the token's owner and the folder's name)"
+    parser.add_argument("--repo", default="", metavar="REPO", help=own)
+    private = "make it, if it is new, a private one"
+    parser.add_argument("--private", action="store_true", help=private)
+    parser.add_argument("--token", help="(default: that of HF_TOKEN or of `hf auth login`)")
+    args = parser.parse(argv)
+    from sd_lora.training.hub_push import push_folder
+
+    print(f"on the hub: {push_folder(args.folder, args.repo, args.private, args.token)}")
+
+
+_PUSH = (
+    "Upload the LoRA files of a finished run, its model card README.md, and the images that the "
+    "card shows. `train --push_to_hub` does it at the end of a run."
+)
+
+
 def _report(argv: Sequence[str]) -> None:
     from pathlib import Path
 
@@ -247,6 +271,19 @@ def _judge(argv: Sequence[str]) -> None:
     judge(argv)
 
 
+def _caption(argv: Sequence[str]) -> None:
+    from sd_lora.tool_flags import caption_parser
+
+    args = caption_parser().parse(argv)
+    if not args.folder.is_dir():
+        raise UsageError(f"there is no folder {args.folder}")
+    print(LOADING, file=sys.stderr, flush=True)
+    with quick_imports():
+        from sd_lora.caption import run
+
+    print(run(args))
+
+
 def _tool(name: str) -> Callable[[Sequence[str]], None]:
     def run(argv: Sequence[str]) -> None:
         from sd_lora import commands
@@ -260,6 +297,7 @@ _TOOLS = ("inspect", "verify", "convert", "merge", "resize", "extract", "bake")
 _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,
+    "caption": _caption,
     "presets": _presets,
     "schema": _schema,
     "demo": _demo,
@@ -269,6 +307,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "sample": _sample,
     "judge": _judge,
     "export": _export,
+    "push": _push,
     **{name: _tool(name) for name in _TOOLS},
 }
 

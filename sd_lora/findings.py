@@ -109,6 +109,7 @@ FINDINGS: dict[str, FindingKind] = {
         "the image, and remove it if this is not intended",
     ),
     "tiny": FindingKind("warning", "get a larger image, or remove it"),
+    "orphan-crop": FindingKind("warning", "a crop by hand without its image: unused"),
     "no-mask": FindingKind("warning", "masks are read, and this image has none: trained whole"),
     "upscaled": FindingKind(
         "warning",

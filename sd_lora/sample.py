@@ -71,6 +71,24 @@ def rows_of(files: Sequence[Path], strengths: Sequence[float]) -> list[Mix]:
     return base + [Mix(((path, strength),)) for path in files for strength in others]
 
 
+def beside_of(files: Sequence[Path], strengths: Sequence[float], together: bool) -> list[Mix]:
+    """The files that are added to those of all rows: a mix each, or one of all.
+
+    strengths: one for all files, or one each.
+
+    Raises:
+        UsageError: another number of strengths.
+    """
+    if len(strengths) not in (1, len(files)):
+        raise UsageError(
+            f"--beside_strength has {len(strengths)} strengths for {len(files)} files beside: give "
+            "one for all, or one each"
+        )
+    each = strengths if len(strengths) > 1 else [*strengths] * len(files)
+    pairs = tuple(zip(files, each, strict=True))
+    return [Mix(pairs)] if together else [Mix((pair,)) for pair in pairs] or [Mix()]
+
+
 @dataclass
 class Loras:
     """LoRA files as states for one model, each read once.
@@ -210,7 +228,8 @@ def check(request: Request, base: Base) -> None:
         except UsageError as error:
             faults.append(str(error))
             continue
-        several = any(mix.files for mix in request.beside) and any(m.files for m in request.rows)
+        most = [max(len(m.files) for m in mixes) for mixes in (request.rows, request.beside)]
+        several = sum(most) > 1
         if several and any(delta.magnitude is not None for _, _, delta in each(lora.adapter)):
             faults.append(f"{path} has magnitudes (DoRA), which cannot be added to another file")
         if wrong:
@@ -228,7 +247,7 @@ def run(args: argparse.Namespace) -> str:
     """
     started = time.monotonic()
     base = find_base(args.model, variant=args.variant, vae=args.vae)
-    beside = [Mix(((path, args.beside_strength),)) for path in args.beside] or [Mix()]
+    beside = beside_of(args.beside, args.beside_strength, args.beside_together)
     request = Request(
         args.model,
         rows_of(args.lora, args.strengths),

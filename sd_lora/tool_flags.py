@@ -192,7 +192,19 @@ def sample_parser() -> ToolParser:
         metavar="FILE",
         help="LoRA files that are added to those of each row: a group of columns each",
     )
-    add("--beside_strength", type=_strength, default=1.0, metavar="S", help="(default: 1)")
+    add(
+        "--beside_strength",
+        type=_strength,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="of all files beside, or one each (default: 1)",
+    )
+    add(
+        "--beside_together",
+        action="store_true",
+        help="all files beside in the same images, in place of a group of columns each",
+    )
     add("--negative", default="", metavar="TEXT", help="negative prompt (default: none)")
     add(
         "--size",
@@ -276,6 +288,31 @@ def judge_parser() -> ToolParser:
     return parser
 
 
+_CAPTION = """Write captions of a folder's images by an image-to-text model that you have on disk,
+such as BLIP or GIT: beside the images without one as text files, or into their metadata.jsonl."""
+
+_CAPTION_EXAMPLES = """example:
+  sd-lora caption photos --captioner models/blip-image-captioning-base
+"""
+
+
+def caption_parser() -> ToolParser:
+    """The flags of `sd-lora caption`."""
+    parser = ToolParser(
+        prog="sd-lora caption", description=_CAPTION, epilog=_CAPTION_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("folder", type=as_path, help="a folder of images, with those below it")
+    layout = "folder of the model, in the layout of transformers; nothing is downloaded"
+    add("--captioner", type=as_path, required=True, metavar="MODEL", help=layout)
+    add("--overwrite", action="store_true", help="replace the captions that are there")
+    add("--max_tokens", type=_count, default=40, help="of a caption at most (default: 40)")
+    add("--batch", type=_count, default=4, help="images at once (default: 4)")
+    add("--device", help="cuda, cuda:1, mps, cpu … (default: the best that is there)")
+    return parser
+
+
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)(?:x(\d+))?", text.strip())
     if match is None:
@@ -304,5 +341,5 @@ def _strength(text: str) -> float:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"a number of steps is 1 or more, not {text!r}")
+        raise argparse.ArgumentTypeError(f"it is 1 or more, not {text!r}")
     return int(text)

@@ -36,8 +36,8 @@ def drawn(folder: Path, *words: object) -> list[np.ndarray]:
 
 def test_cells_are_images_of_the_weights(tiny_sd1: Path, loras: list[Path], tmp_path: Path) -> None:
     """A grid of one file at 0 and 0.5, beside another one: its images are those of the model with
-    the other file baked in, and with both, to two levels of 255; their parameters name both files;
-    with low memory they are the same."""
+    the other file baked in, and with both, to two levels of 255, also where both are beside; their
+    parameters name both files; with low memory they are the same."""
     a, b = loras
     words = ("--lora", a, "--beside", b, "--beside_strength", 0.8, "--strengths", 0, 0.5)
     prompt = ("--prompt", "a red thing", "--negative", "blurry")
@@ -55,6 +55,9 @@ def test_cells_are_images_of_the_weights(tiny_sd1: Path, loras: list[Path], tmp_
     text = Image.open(tmp_path / "cells" / "00003.png").info["parameters"]
     assert text.startswith("a red thing <lora:a:0.5> <lora:b:0.8>\nNegative prompt: blurry\n")
     assert "Seed: 7, Size: 64x48" in text
+    both = ("--beside", b, a, "--beside_strength", 0.8, 0.5, "--beside_together")
+    together = drawn(tmp_path / "both", "--model", tiny_sd1, *both, *prompt)
+    assert all(np.abs(x - y).max() <= 2 for x, y in zip(cells[2:], together, strict=True))
     again = drawn(tmp_path / "low", "--model", tiny_sd1, *words, *prompt, "--low_memory")
     assert all(np.abs(x - y).max() <= 2 for x, y in zip(cells, again, strict=True))
 

@@ -17,7 +17,7 @@ from starlette.staticfiles import StaticFiles
 
 from sd_lora.errors import UsageError
 from sd_lora.folders import disown, own
-from sd_lora.studio import chooser, images, new, runs, shelf, try_it
+from sd_lora.studio import chooser, elsewhere, images, masks, new, repeats, runs, shelf, try_it
 from sd_lora.studio.guard import LOCAL, Guard
 from sd_lora.studio.keeper import Keeper
 from sd_lora.studio.page import HERE, Studio, action, render, studio_of
@@ -50,8 +50,11 @@ def application(studio: Studio) -> Starlette:
             Route("/another", another, methods=["POST"]),
             *chooser.ROUTES,
             *new.ROUTES,
+            *elsewhere.ROUTES,
             *runs.ROUTES,
             *images.ROUTES,
+            *masks.ROUTES,
+            *repeats.ROUTES,
             *try_it.ROUTES,
             *shelf.ROUTES,
             Mount("/uplot", StaticFiles(directory=uplot)),

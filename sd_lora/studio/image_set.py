@@ -1,7 +1,8 @@
 """A folder of images as the page shows it: captions, where they are kept, and their edits.
 
 Images are never changed. A caption is written where it was read: into the text file beside its
-image, or into its line of `metadata.jsonl`; other files of metadata are read alone.
+image, or into its line of `metadata.jsonl`; other files of metadata are read alone. A crop by hand
+is written into `crops.json` beside its image.
 """
 
 import json
@@ -14,8 +15,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.images.centres import Centre
+from sd_lora.data.sources.crop_files import crops_of, write_crops
 from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS, find_captions
-from sd_lora.data.sources.folders import existing_folder, walk
+from sd_lora.data.sources.folders import FolderTree, existing_folder, walk
+from sd_lora.data.sources.mask_files import masks_beside
 from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
@@ -32,12 +36,15 @@ AT_ONCE = 16
 @dataclass(frozen=True)
 class Entry:
     """An image of a set. name: its path in the folder. caption: None without one. place: the file
-    that holds it, or will."""
+    that holds it, or will. centre: of its crop by hand, None without. mask:
+    its file, None without."""
 
     name: str
     path: Path
     caption: str | None
     place: Path
+    centre: Centre | None = None
+    mask: Path | None = None
 
     @property
     def tags(self) -> list[str]:
@@ -63,12 +70,14 @@ def read_set(folder: Path) -> ImageSet:
     """List a folder and read its captions.
 
     Raises:
-        UsageError: no folder, no images, or metadata that cannot be read.
+        UsageError: no folder, no images, or metadata or crops that cannot be read.
     """
     root = existing_folder(str(folder), "folder")
     tree = walk(root)
+    masks = _masks(tree)
     if not tree.images:
         raise UsageError(f"{folder} holds no images")
+    crops = crops_of(tree)
     metadata = [path for path in tree.files if is_metadata(path)]
     found = find_captions(SourceSpec(path=str(root), prompt=""), root, tree, "folder")
     beside = {path for path in tree.files if path.suffix.lower() in CAPTION_EXTENSIONS}
@@ -79,8 +88,17 @@ def read_set(folder: Path) -> ImageSet:
         place = _sidecar(path, beside)
         if metadata:
             place = next((file for file in metadata if path.is_relative_to(file.parent)), place)
-        entries[name] = Entry(name, path, "\n".join(texts) if texts else None, place)
+        caption = "\n".join(texts) if texts else None
+        entries[name] = Entry(name, path, caption, place, crops.get(path), masks.get(path))
     return ImageSet(root, entries)
+
+
+def _masks(tree: FolderTree) -> dict[Path, Path]:
+    """Image → its mask, by name as a run finds it; puts the masks of a tree aside."""
+    aside = masks_beside(tree)
+    tree.aside |= aside.keys()
+    of_stem = {image.with_suffix(""): mask for mask, image in aside.items() if image}
+    return {p: mask for p in tree.images if (mask := of_stem.get(p.with_suffix("")))}
 
 
 def _sidecar(image: Path, beside: set[Path]) -> Path:
@@ -119,7 +137,7 @@ class Sets:
             before = {name: _now(found, name) for name in changed}
             places = {
                 place: {found.entries[name]: changed[name] for name in names}
-                for place, names in _by_place(found, changed).items()
+                for place, names in by_place(found, changed).items()
             }
             with ThreadPoolExecutor(AT_ONCE) as threads:  # a disk takes its time for each file
                 list(threads.map(_write_place, places.keys(), places.values()))
@@ -128,12 +146,48 @@ class Sets:
             found.listed = time.monotonic()
             return before
 
+    def crop(self, folder: Path, name: str, centre: Centre | None) -> None:
+        """Write the centre of an image's crop, None: cropped as the run says.
+
+        Raises:
+            UsageError: no such image, or a file of crops that cannot be read.
+            RunError: a file that cannot be written.
+        """
+        found = self.of(folder)
+        with self._lock:
+            if name not in found.entries:
+                raise UsageError(f"there is no image {name} in {folder}: look again")
+            path = found.entries[name].path
+            write_crops(path.parent, {path.name: centre})
+            found.entries[name] = replace(found.entries[name], centre=centre)
+
+    def change_mask(
+        self, folder: Path, name: str, write: Callable[[Entry], Path | None]
+    ) -> Path | None:
+        """Write the mask of an image; returns its file, None where there is none now.
+
+        write: does it for an entry. Raises: what it raises, and UsageError for no such image.
+        """
+        found = self.of(folder)
+        with self._lock:
+            if name not in found.entries:
+                raise UsageError(f"there is no image {name} in {folder}: look again")
+            entry = found.entries[name]
+            place = write(entry)
+            found.entries[name] = replace(entry, mask=place)
+            return place
+
 
 def _now(found: ImageSet, name: str) -> str:
     return found.entries[name].caption or ""
 
 
-def _by_place(found: ImageSet, names: Iterable[str]) -> dict[Path, list[str]]:
+def by_place(found: ImageSet, names: Iterable[str]) -> dict[Path, list[str]]:
+    """File → the images whose captions it holds, or will.
+
+    Raises:
+        UsageError: a file that is read alone.
+    """
     places: dict[Path, list[str]] = {}
     for name in names:
         places.setdefault(found.entries[name].place, []).append(name)

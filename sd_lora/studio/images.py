@@ -13,16 +13,19 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from sd_lora.data.images.centres import MIDDLE, corner_at
 from sd_lora.data.images.decode import decode_with_mask, read_file
+from sd_lora.data.sources.crop_files import is_part
 from sd_lora.data.sources.samples import printable_path
-from sd_lora.errors import RunError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
-from sd_lora.studio.form import FOLDER, request_of
+from sd_lora.studio.form import FOLDER, ON, request_of
 from sd_lora.studio.image_set import BULK, Entry, ImageSet, edited
 from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.new import DRAFT
 from sd_lora.studio.opened import inside, open_folder
 from sd_lora.studio.page import Studio, action, gone, page, problem, render, studio_of
+from sd_lora.studio.repeats import parts_of
 from sd_lora.studio.store import Job
 
 BLOCK = 60
@@ -30,6 +33,9 @@ BLOCK = 60
 
 SIDE = 320
 """Longest side of a thumbnail in pixels."""
+
+LARGE = 1024
+"""Longest side of an image that a mask is drawn on."""
 
 MOST_TAGS = 60
 
@@ -56,6 +62,9 @@ def show(request: Request) -> Response:
         tags=found.tags(MOST_TAGS), bulk={name: words for name, (words, _) in BULK.items()},
         blocks=range(0, len(entries), BLOCK), query=_query(request), check=check,
         report=_report(studio, check), undo=bool(studio.store.kept(f"undo {folder}", {})),
+        captioner=studio.store.kept("captioner", ""), parts=parts_of(found),
+        masks=sum(e.mask is not None for e in found.entries.values()),
+        uses_masks=draft.get("mask_files") == ON or bool(draft.get("mask_folder")),
     )  # fmt: skip
 
 
@@ -99,8 +108,41 @@ def block(request: Request) -> Response:
     number = request.query_params.get("first", "")
     first = int(number) if number.isdecimal() else 0
     entries = _wanted(request, found, facts)[first : first + BLOCK]
-    cards = [(entry, facts.get(_key(entry), {})) for entry in entries]
+    cards = [(entry, _cropped(entry, facts.get(_key(entry), {}))) for entry in entries]
     return render(request, "image_block.html.j2", folder=folder, cards=cards, bucket_of=_bucket)
+
+
+def _cropped(entry: Entry, facts: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The facts of an image, with its crop by hand as it is now. spare: pixels by which its crop
+    can be moved, across and down; by_hand: whether it is."""
+    if facts.get("crop") is None:
+        return facts
+    (width, height), (across, down) = facts["resized"], facts["bucket"]
+    own: dict[str, Any] = {"spare": (width - across, height - down), "by_hand": False}
+    was = facts.get("centre")
+    if entry.centre is not None or was is not None:
+        centre = entry.centre or MIDDLE
+        own["crop"] = corner_at(centre, facts["resized"], facts["bucket"])
+        own |= {"by_hand": entry.centre is not None, "random_crop": False}
+    return {**facts, **own}
+
+
+@action
+def crop(request: Request, form: dict[str, str]) -> Response:
+    """Write the centre of an image's crop; without numbers it is cropped as the run says."""
+    studio = studio_of(request)
+    folder = inside(studio.store, form.get(FOLDER, ""))
+    centre = None
+    if texts := [form[name] for name in ("x", "y") if name in form]:
+        try:
+            x, y = (round(float(text), 5) for text in texts)
+        except ValueError:
+            raise UsageError("a crop's centre is two numbers") from None
+        if not (is_part(x) and is_part(y)):
+            raise UsageError(f"a crop's centre lies in the image, and {x}, {y} does not")
+        centre = (x, y)
+    studio.sets.crop(folder, form.get("name", ""), centre)
+    return render(request, "said.html.j2", text="crop saved" if centre else "cropped as before")
 
 
 @page
@@ -112,22 +154,23 @@ def thumbnail(request: Request) -> Response:
     if entry is None:
         return problem("there is no such image", HTTPStatus.NOT_FOUND)
     path = inside(studio.store, entry.path)
-    about = f"{path} {path.stat().st_mtime_ns} {path.stat().st_size} {SIDE}"
+    side = LARGE if "large" in request.query_params else SIDE
+    about = f"{path} {path.stat().st_mtime_ns} {path.stat().st_size} {side}"
     place = studio.store.folder / "thumbnails" / hashlib.sha256(about.encode()).hexdigest()[:32]
     if not place.is_file():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, _small(path))
+        write_whole(place, _small(path, side))
     kept = {"cache-control": "private, max-age=86400"}
     return FileResponse(place, media_type="image/webp", headers=kept)
 
 
-def _small(path: Path) -> bytes:
-    """An upright image of at most `SIDE` pixels as WebP; grey for one that cannot be decoded."""
+def _small(path: Path, side: int) -> bytes:
+    """An upright image of at most `side` pixels as WebP; grey for one that cannot be decoded."""
     try:
         image, _ = decode_with_mask(read_file(path), path.name)
     except (RunError, OSError):
         image = Image.new("RGB", (8, 8), "#888888")
-    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
     return buffer.getvalue()
@@ -158,6 +201,21 @@ def many(request: Request, form: dict[str, str]) -> Response:
 
 
 @action
+def propose(request: Request, form: dict[str, str]) -> Response:
+    """Start the command that captions the images by a model."""
+    studio = studio_of(request)
+    folder = inside(studio.store, form.get(FOLDER, ""))
+    model = form.get("captioner", "").strip()
+    if not Path(model).expanduser().is_dir() or not model:
+        raise UsageError(f"name the folder of an image-to-text model, not {model!r}")
+    studio.store.keep("captioner", model)
+    words = [str(folder), f"--captioner={model}", *(["--overwrite"] if "overwrite" in form else [])]
+    number = studio.store.add("caption", f"caption {folder.name}", words, folder=str(folder))
+    studio.keeper.look()
+    return gone(request, f"/shelf/{number}")
+
+
+@action
 def undo(request: Request, form: dict[str, str]) -> Response:
     """Take the last edit of many captions back."""
     studio = studio_of(request)
@@ -172,7 +230,7 @@ def check(request: Request, form: dict[str, str]) -> Response:
     """Check the folder with the options of the draft: crops, buckets, findings."""
     studio = studio_of(request)
     folder = inside(studio.store, form.get(FOLDER, ""))
-    draft = dict(studio.store.kept(DRAFT, {})) | {FOLDER: str(folder)}
+    draft = dict(studio.store.kept(DRAFT, {})) | {FOLDER: str(folder), "sources": ""}
     asked = request_of(draft, studio.store.folder)
     words = [str(folder)] if asked.unchecked else asked.words
     number = studio.store.add("check", "images", [*words, "--json"], folder=str(folder))
@@ -249,7 +307,9 @@ ROUTES = [
     Route("/images/block", block),
     Route("/images/thumbnail", thumbnail),
     Route("/images/caption", caption, methods=["POST"]),
+    Route("/images/crop", crop, methods=["POST"]),
     Route("/images/many", many, methods=["POST"]),
+    Route("/images/propose", propose, methods=["POST"]),
     Route("/images/undo", undo, methods=["POST"]),
     Route("/images/check", check, methods=["POST"]),
     Route("/images/check/{number:int}", check_of),

@@ -26,7 +26,7 @@ from sd_lora.training.interruption import STOP_FILE
 LOOK_EVERY = 0.4
 """Seconds between two looks at the processes."""
 
-ON_DEVICE = ("train", "sample")
+ON_DEVICE = ("train", "sample", "caption")
 """Commands that fill the accelerator's memory: one at once, in the order of the queue."""
 
 AT_ONCE = 2

@@ -15,6 +15,7 @@ from starlette.routing import Route
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import PRESETS
 from sd_lora.config.schema import OPTIONS
+from sd_lora.data.sources.crop_files import is_crop_file
 from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS
 from sd_lora.data.sources.folders import has_image_extension
 from sd_lora.data.sources.metadata_files import is_metadata
@@ -72,7 +73,7 @@ def show(request: Request) -> Response:
     """The page, as it was left."""
     given = _given(request)
     if folder := request.query_params.get(FOLDER):
-        given[FOLDER] = folder
+        given |= {FOLDER: folder, "sources": ""}
     models = models_in(studio_of(request).store.opened())
     said = studio_of(request).store.kept("imported", "")
     about = _about(given, request, swap=False)
@@ -154,7 +155,8 @@ def _is_wanted(name: str) -> bool:
     if path.name.startswith("."):
         return False
     caption = path.suffix.lower() in CAPTION_EXTENSIONS
-    return caption or has_image_extension(path) or is_metadata(path)
+    known = is_metadata(path) or is_crop_file(path)
+    return caption or has_image_extension(path) or known
 
 
 def _plain_parts(name: str) -> list[str]:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from sd_lora.errors import UsageError
 from sd_lora.report.run_page import PAGE, SAMPLES
+from sd_lora.studio.elsewhere import about
 from sd_lora.studio.form import request_of
 from sd_lora.studio.keeper import ask_to_stop
 from sd_lora.studio.new import DRAFT
@@ -69,7 +70,8 @@ def show(request: Request) -> Response:
     job = _job(request)
     run = studio_of(request).watch.of(job)
     asked = request_of(job.given, studio_of(request).store.folder)
-    return render(request, "run.html.j2", run=run, job=job, asked=asked, **_acts(job), mark="")
+    more = _acts(job) | about(job)
+    return render(request, "run.html.j2", run=run, job=job, asked=asked, **more, mark="")
 
 
 def _acts(job: Job) -> dict[str, object]:
@@ -87,6 +89,7 @@ PARTS = {
     "acts": "run_acts.html.j2",
     "samples": "run_samples.html.j2",
     "log": "run_log.html.j2",
+    "files": "run_files.html.j2",
 }
 """Part of a run's page that changes with the run → its template."""
 
@@ -97,7 +100,8 @@ def part(request: Request) -> Response:
     job, name = _job(request), request.path_params["part"]
     if name not in PARTS:
         return problem("there is no such part", HTTPStatus.NOT_FOUND)
-    run, more = studio_of(request).watch.of(job), _acts(job) if name == "acts" else {}
+    facts = {"acts": _acts, "files": about}.get(name)
+    run, more = studio_of(request).watch.of(job), facts(job) if facts else {}
     return _part(request, PARTS[name], run=run, job=job, **more)
 
 

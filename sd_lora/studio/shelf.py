@@ -46,6 +46,9 @@ TOOLS = {
 }
 """Command → the tool."""
 
+SHOWN = (*TOOLS, "push", "caption")
+"""Commands whose output is shown here."""
+
 
 def _helps(name: str) -> dict[str, str]:
     """Flag of a tool on the page → its help on the command line."""
@@ -80,7 +83,7 @@ def show(request: Request) -> Response:
     """All files, and the newest answers of the tools."""
     studio = studio_of(request)
     files = files_in(studio.store.opened())
-    marks = ", ".join(f"'{name}'" for name in TOOLS)
+    marks = ", ".join(f"'{name}'" for name in SHOWN)
     jobs = sorted(studio.store.jobs(f"kind IN ({marks})"), key=lambda job: -job.id)
     return render(
         request, "shelf.html.j2", files=[(path, path.stat().st_size) for path in files],
@@ -119,7 +122,7 @@ def answer(request: Request) -> Response:
     """The output of a tool."""
     studio = studio_of(request)
     job = studio.store.job(request.path_params["number"])
-    if job is None or job.kind not in TOOLS:
+    if job is None or job.kind not in SHOWN:
         return problem("there is no such answer")
     text = "\n".join(last_lines(studio.keeper.log_of(job)))
     return render(request, "shelf_answer.html.j2", job=job, text=text)

@@ -23,6 +23,7 @@ SHEET, TRIES = "sheet.png", "tries"
 FIELDS = {
     "strengths": ("Strengths", "0 0.5 1", "a row each; 0 is the base model alone"),
     "seeds": ("Seeds", "0", "a column each for every prompt; the noise is the same in all rows"),
+    "beside_strength": ("Strengths beside", "1", "of all files beside, or one each"),
     "steps": ("Steps", "25", "of DPM-Solver++"),
     "guidance": ("Guidance", "7.5", "classifier-free guidance"),
     "size": ("Size", "", "512 or 768x512; the model's own if not given"),
@@ -30,7 +31,7 @@ FIELDS = {
 }
 """Flag of `sample` → label, value at first, help."""
 
-SEVERAL = ("strengths", "seeds")
+SEVERAL = ("strengths", "seeds", "beside_strength")
 """Flags that take several words."""
 
 
@@ -56,7 +57,7 @@ def show(request: Request) -> Response:
     runs = _runs(studio)
     number = request.query_params.get("run", "")
     job = next((run for run in runs if str(run.id) == number), None)
-    given = {"model": "", "lora": "", "prompts": ""} | kept
+    given = {"model": "", "lora": "", "beside": "", "prompts": ""} | kept
     if job is not None:
         given |= _of_run(job)
     elif file := request.query_params.get("lora"):
@@ -106,14 +107,19 @@ def draw(request: Request, form: dict[str, str]) -> Response:
     folder = studio.store.folder / TRIES / secrets.token_hex(6)
     words = ["--model", form["model"], "--out", str(folder / SHEET), "--images", str(folder)]
     words += ["--lora", *loras] if loras else []
+    beside = [str(inside(studio.store, path)) for path in _lines(form.get("beside", ""))]
+    words += ["--beside", *beside, "--beside_together"] if beside else []
     folder.mkdir(parents=True)
     (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
     words += ["--prompts", str(folder / "prompts.txt")]
     for name in FIELDS:
-        if text := form.get(name, "").strip():
+        needless = name == "beside_strength" and not beside
+        if (text := form.get(name, "").strip()) and not needless:
             several = name in SEVERAL
             words += [f"--{name}", *plain_words(name, text)] if several else [f"--{name}={text}"]
-    sample_parser().parse(words)  # raises for a wrong number
+    asked = sample_parser().parse(words)  # raises for a wrong number
+    if len(asked.beside_strength) not in (1, len(beside)):
+        raise UsageError("give one strength for all files beside, or one each")
     title = ", ".join(prompts)[:80]
     studio.store.add("sample", title, words, given=form, folder=str(folder))
     studio.keeper.look()

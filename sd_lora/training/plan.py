@@ -91,9 +91,11 @@ class Plan:
 
     @cached_property
     def content(self) -> str:
-        """Digest of the images and their captions, in order."""
-        masks = [repr((s.digest, s.mask.digest)) for s in self.images.samples if s.mask]
-        return digest_of(*(repr((s.digest, s.captions)) for s in self.images.samples), *masks)
+        """Digest of the images, their captions, masks and crops by hand, in order."""
+        samples = self.images.samples
+        masks = [repr((s.digest, s.mask.digest)) for s in samples if s.mask]
+        crops = [repr((s.digest, s.centre)) for s in samples if s.centre]
+        return digest_of(*(repr((s.digest, s.captions)) for s in samples), *masks, *crops)
 
     def data_hash(self, redrawn: list[tuple[int, int]]) -> str:
         """Hash of the samples of each step: of seed, order, images, captions, and parts whose noise

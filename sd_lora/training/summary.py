@@ -63,7 +63,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     if run.saved:
         run.summary.notes.append(f"resumes {run.saved.path}")
         if run.saved.progress.images != run.plan.content:
-            run.summary.notes.append("images or captions have changed since it was written")
+            run.summary.notes.append("images, captions or crops have changed since it was written")
     run.summary.findings += run.images.findings
 
 

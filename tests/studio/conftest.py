@@ -5,11 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
+
+from sd_lora.studio.store import Store
 
 
 @dataclass
@@ -54,6 +59,20 @@ def start(folder: Path, state: Path, *words: str) -> Served:
     line = process.stdout.readline()
     assert "the studio is at" in line, line
     return Served(process, line.split()[-1])
+
+
+@contextmanager
+def busy(state: Path) -> Iterator[Store]:
+    """A studio's jobs, while one that is running keeps all others in the queue: this process."""
+    store = Store(state)
+    me = psutil.Process()
+    store.add(
+        "train", "at work", [], state="running", pid=me.pid, born=me.create_time(),
+        started=time.time(),
+    )  # fmt: skip
+    yield store
+    for job in store.jobs("state IN ('queued', 'running')"):
+        store.forget(job.id)
 
 
 def enter(served: Served) -> Served:

@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from PIL import Image
 
-from tests.studio.conftest import Served
+from tests.studio.conftest import Served, busy, enter
+from tests.studio.test_many import many_images
+from tests.studio.test_pages import post
+from tests.studio.test_pages import work as work_of
 
 pytestmark = [
     pytest.mark.launch,
@@ -21,6 +26,7 @@ pytestmark = [
     ),
 ]
 webdriver = pytest.importorskip("selenium.webdriver")
+ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 
 PATIENCE = 300.0
 
@@ -64,6 +70,26 @@ class Person:
         element.clear()
         element.send_keys(text)
 
+    def goes(self, served: Served, path: str) -> None:
+        """Open a page of a studio."""
+        self.browser.get(f"http://127.0.0.1:{served.port}{path}")
+
+    def tabs(self, selector: str) -> Any:
+        """Go on by the tabulator to the element that a selector finds. Each stop on the way is seen
+        to have the focus."""
+        look = (
+            "const a = document.activeElement, s = getComputedStyle(a);"
+            "return [a, a.matches(arguments[0]), a === document.body || s.outlineStyle !== 'none' "
+            "|| s.boxShadow !== 'none', a.outerHTML.slice(0, 200)]"
+        )
+        for _ in range(300):
+            ActionChains(self.browser).send_keys(Keys.TAB).perform()
+            element, found, shown, text = self.browser.execute_script(look, selector)
+            assert shown, text
+            if found:
+                return element
+        raise AssertionError(f"no stop is {selector}")
+
     def complaints(self) -> list[str]:
         """Lines of the console, and requests to elsewhere."""
         lines = [entry["message"] for entry in self.browser.get_log("browser")]
@@ -76,11 +102,19 @@ class Person:
         return lines
 
 
-@pytest.fixture
-def person() -> Iterator[Person]:
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Person]:
     found = Person()
     yield found
     found.browser.quit()
+
+
+@pytest.fixture
+def person(chromium: Person) -> Person:
+    """A person before the one browser of these tests, on an empty page, with nothing said yet."""
+    chromium.browser.get("about:blank")
+    chromium.complaints()
+    return chromium
 
 
 def test_a_person_trains_a_lora(
@@ -141,3 +175,97 @@ def test_a_person_trains_a_lora(
     assert person.complaints() == []
     served.process.terminate()
     assert served.process.wait(timeout=30) in (0, 143)
+
+
+ODD = '"><svg onload="window.struck=1"> <script>window.struck=1</script>'
+"""A text that would be a page's own script, were it not taken as a text."""
+
+
+def test_by_keyboard_by_two_and_by_strangers(
+    person: Person, starts: Callable[..., Served], root: Path, tmp_path: Path, tiny_sd1: Path
+) -> None:
+    """By tabulator and Enter alone a run comes into the queue, out of it and off the list, and a
+    caption and a crop are changed; each stop shows that it has the focus. A second browser sees the
+    same fields, runs and captions, and the first sees its runs without asking. Script in names of
+    folders, files, runs and in captions does nothing on any page."""
+    work, state = tmp_path / "work", tmp_path / "state"
+    folder = work / f"<img src=x onerror=alert(1)> {ODD.replace('/', '')}"
+    shutil.copytree(root / "sample_data/dreambooth/instance", folder)
+    wide = Image.new("RGB", (128, 64), "red")
+    wide.save(folder / f"0 {ODD.replace('/', '')}.png")
+    (folder / f"0 {ODD.replace('/', '')}.txt").write_text(ODD)
+    served = starts(work, state)
+    person.browser.get(served.address)
+    person.sees("h1", "New training")
+    with busy(state) as store:
+        person.tabs("#f-folder").send_keys(str(folder))
+        person.tabs("#f-pretrained_model_name_or_path").send_keys(str(tiny_sd1))
+        person.tabs("#f-instance_prompt").send_keys("a photo of sks monster")
+        person.tabs("#f-output_dir").send_keys(str(work / f"out {ODD.replace('/', '')}"))
+        person.tabs("#start").send_keys(Keys.ENTER)
+        person.sees(".state.queued")
+        (job,) = store.jobs("state = 'queued'")
+
+        person.clicks("footer button", "Address for another browser")
+        address = person.sees("#another code").text
+        other = enter(Served(served.process, address))
+        assert "sks monster" in other.ask("/new")[1]
+        assert f"/runs/{job.id}" in other.ask("/runs")[1]
+        person.tabs("button[hx-post$=stop]").send_keys(Keys.ENTER)
+        person.sees(".state.stopped")
+        assert store.job(job.id).state == "stopped"
+        assert "stopped" in other.ask(f"/runs/{job.id}/state")[1]
+        person.tabs("button[hx-post$=forget]").send_keys(Keys.ENTER)
+        person.sees("h1", "Runs")
+        store.add("train", f"theirs {ODD}", [], folder=str(work / "theirs"))
+        person.sees(".run-row b", "theirs")  # that page asks by itself
+
+        check = store.add("check", "images", [], state="done", folder=str(folder))
+        facts = {"name": str(min(folder.glob("0*.png"))), "size": [128, 64], "bucket": [64, 64],
+                 "resized": [128, 64], "crop": [32, 0], "random_crop": False, "centre": None,
+                 "crop_loss": 0.5, "repeats": 1}  # fmt: skip
+        report = {"images": [facts], "findings": [], "verdict": ODD}
+        (state / "log" / f"{check}.txt").write_text(json.dumps(report, indent=1))
+        person.goes(served, f"/images?folder={quote(str(folder))}")
+        person.sees(".image svg")
+        person.tabs(".image [data-crop]").send_keys(Keys.ARROW_LEFT)
+        person.sees(".said", "crop saved")
+        assert json.loads((folder / "crops.json").read_text()).popitem()[1] == [0.49, 0.5]
+        person.tabs(".image textarea").send_keys("by hand ", Keys.TAB)
+        person.sees(".image .at", "saved")
+        assert "by hand" in other.ask(f"/images/block?folder={quote(str(folder))}")[1]
+        post(other, "/images/caption", folder=str(folder), name="00-white.png", caption="theirs")
+        person.clicks(".image [data-mask]")
+        person.sees("#mask h2", "script")
+        for path in ("/runs", "/new", "/try", "/shelf", f"/images?folder={quote(str(folder))}"):
+            person.goes(served, path)
+            assert person.browser.execute_script("return window.struck === undefined"), path
+        texts = "return [...document.querySelectorAll('.image textarea')].map(t => t.value)"
+        found = person.waits(lambda: person.browser.execute_script(texts))
+        assert found[:2] == [f"by hand {ODD}", "theirs"]
+    assert person.complaints() == []
+
+
+def test_five_thousand_images_are_scrolled(person: Person, studio: Served) -> None:
+    """From the top to the last of 5,000 images, whose caption is edited, in time (4 s on one core);
+    the page makes cards near the window alone."""
+    folder = work_of(studio) / "many"
+    many_images(folder, 5000)
+    _, text, _ = post(studio, "/another")
+    person.browser.get(text.partition(">")[2].partition("<")[0])
+    began = time.monotonic()
+    person.goes(studio, f"/images?folder={quote(str(folder))}")
+    person.sees(".file", "0000.png")
+    end = (
+        "scrollTo(0, document.body.scrollHeight); return document.querySelectorAll('.image').length"
+    )
+    last = "return !!document.querySelector('textarea[aria-label=\"caption of 4999.png\"]')"
+    person.waits(
+        lambda: (person.browser.execute_script(end), person.browser.execute_script(last))[1]
+    )
+    person.writes("textarea[aria-label='caption of 4999.png']", "the last" + Keys.TAB)
+    person.sees(".image .at", "saved")
+    assert (folder / "4999.txt").read_text() == "the last"
+    assert person.browser.execute_script(end) < 1000
+    assert time.monotonic() - began < 30
+    assert person.complaints() == []

@@ -1,9 +1,24 @@
 """Pages of images, tries and the shelf, by plain HTTP."""
 
+import base64
+import io
+import json
 import shutil
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
+import pytest
+from PIL import Image
+
+from sd_lora.config.options.sources import source_specs
+from sd_lora.config.sources import SourceSpec
+from sd_lora.data.sources.open import open_source
+from sd_lora.errors import UsageError
+from sd_lora.report.record import EMPTY, RECORD
+from sd_lora.studio.form import request_of
+from sd_lora.studio.image_set import read_set
+from sd_lora.studio.repeats import draft_with, parts_of
+from sd_lora.studio.store import Store
 from tests.studio.conftest import Served
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
@@ -17,6 +32,11 @@ def work(studio: Served) -> Path:
     """The opened folder."""
     _, text, _ = studio.ask("/choose")
     return Path(text.partition("at=")[2].partition('"')[0])
+
+
+def stored(studio: Served) -> Store:
+    """The jobs of a studio that is running."""
+    return Store(work(studio).parent / "state")
 
 
 def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
@@ -51,6 +71,139 @@ def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
     assert odd.with_suffix(".txt").read_text() == "x"
 
 
+def test_crops_are_kept_beside_the_images(studio: Served, root: Path) -> None:
+    """The centre of a crop is written for its image alone, and taken back; a point outside of the
+    image, words and an image that is not there are refused, with nothing written."""
+    folder = work(studio) / "crops"
+    shutil.copytree(root / "sample_data/dreambooth/instance", folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    name = min(before).name
+    fields = {"folder": str(folder), "name": name}
+    wrong = ({"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"name": "../a.png"})
+    for more in wrong:
+        assert post(studio, "/images/crop", **fields | more)[0] == 400
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    assert post(studio, "/images/crop", **fields, x="0.25", y="1")[1] == "crop saved"
+    assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0]}
+    assert post(studio, "/images/crop", **fields)[1] == "cropped as before"
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def png(*rows: list[int]) -> str:
+    """Grey pixels as a browser sends a canvas."""
+    image = Image.new("L", (len(rows[0]), len(rows)))
+    image.putdata([value for row in rows for value in row])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_captions_are_proposed_by_a_command(studio: Served) -> None:
+    """The page starts `sd-lora caption` for a folder that is opened, over no caption unless asked,
+    and shows its output; a folder elsewhere and a model that is no folder are refused."""
+    folder = work(studio) / "to caption"
+    folder.mkdir()
+    form = {"folder": str(folder), "captioner": str(work(studio))}
+    assert post(studio, "/images/propose", **form | {"folder": "/etc"})[0] == 404
+    for model in ("", str(folder / "none")):
+        assert post(studio, "/images/propose", **form | {"captioner": model})[0] == 400
+    for more, words in (({}, []), ({"overwrite": "1"}, ["--overwrite"])):
+        status, _, headers = post(studio, "/images/propose", **form | more)
+        assert status == 303
+        job = stored(studio).job(int(headers["location"].rpartition("/")[2]))
+        assert (job.kind, job.words) == (
+            "caption", [str(folder), f"--captioner={work(studio)}", *words]
+        )  # fmt: skip
+        assert "caption to caption" in studio.ask(headers["location"])[1]
+
+
+def test_masks_are_drawn_where_a_run_reads_them(studio: Served, root: Path) -> None:
+    """A drawn mask is the mask of its image for `mask_files`, in the image's size, and no image on
+    the page; one that is there is drawn on; white all over removes a drawn one; nothing to train
+    and bytes that are no PNG are refused. Images stay as they are."""
+    folder = work(studio) / "masks of"
+    shutil.copytree(root / "sample_data/dreambooth/instance", folder)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    first, second = sorted(before)[:2]
+    (folder / "masks").mkdir()
+    theirs = folder / "masks" / second.name
+    Image.new("L", Image.open(second).size, 128).save(theirs)
+
+    def drawn(path: Path, mask: str) -> tuple[int, str]:
+        return post(studio, "/images/mask", folder=str(folder), name=path.name, mask=mask)[:2]
+
+    assert drawn(first, png([255, 0], [255, 0]))[0] == 200
+    assert drawn(second, png([0, 255]))[0] == 200
+    (source,) = open_source(SourceSpec(path=str(folder), mask_files=True, prompt="x"))
+    masks = {Path(s.name): s.mask for s in source.rows()}
+    assert len(masks) == len(before)
+    for path, left, right in ((first, 255, 0), (second, 0, 255)):
+        image = Image.open(io.BytesIO(masks[path].read()))
+        assert image.size == Image.open(path).size
+        assert (image.getpixel((0, 9)), image.getpixel((image.width - 1, 9))) == (left, right)
+    assert Path(masks[second].name) == theirs
+    where = f"folder={quote(str(folder))}"
+    assert studio.ask(f"/images/block?{where}&first=0")[1].count("<article") == len(before)
+    assert studio.ask(f"/images/mask?{where}&name={first.name}")[2]["content-type"] == "image/png"
+    assert "2 with a mask that is not used" in studio.ask(f"/images?{where}")[1]
+    post(studio, "/images/masks", folder=str(folder), use="1")
+    assert "2 with a mask: its white part is trained" in studio.ask(f"/images?{where}")[1]
+    for wrong in (png([0]), "data:image/png;base64,", "data:image/png;base64,R0lGOD", "x"):
+        assert drawn(first, wrong)[0] == 400
+    assert drawn(first, png([255]))[1] == "all of it is trained"
+    assert [*folder.glob("*masklabel*")] == []
+    assert {path: path.read_bytes() for path in before} == before
+    assert studio.ask(f"/images/mask?{where}&name={first.name}")[0] == 404
+    post(studio, "/images/masks", folder=str(folder))
+
+
+def test_repeats_of_folders_are_those_of_the_run(root: Path, tmp_path: Path) -> None:
+    """Numbers before names are shown as the trainer reads them; changed ones, and those of folders
+    without a number, come to the same sources, captions and all, in the run that the draft asks
+    for; unchanged, the folder stands alone."""
+    folder = tmp_path / "set"
+    images = root / "sample_data/dreambooth/instance"
+    for name in ("3_sks dog", "other", "one/deep"):
+        shutil.copytree(images, folder / name)
+
+    def asked(repeats: list[int]) -> dict[str, tuple[int, int, tuple[str, ...]]]:
+        draft = draft_with({"rank": "4"}, folder, parts_of(read_set(folder)), repeats)
+        given = draft | {"pretrained_model_name_or_path": "x"}
+        config = request_of(given, tmp_path).config
+        assert (config.rank, Path(config.output_dir).name) == (4, "set-lora")
+        sources = [source for spec in source_specs(config) for source in open_source(spec)]
+        return {
+            Path(s.spec.path).relative_to(folder).as_posix(): (
+                s.spec.repeats, s.count, next(s.rows()).captions
+            )
+            for s in sources
+        }  # fmt: skip
+
+    parts = parts_of(read_set(folder))
+    assert [(part.name, part.images, part.repeats) for part in parts] == [
+        ("3_sks dog", 8, 3), ("one", 8, 0), ("other", 8, 0)
+    ]  # fmt: skip
+    assert draft_with({}, folder, parts, [3, 0, 0]) == {"folder": str(folder)}
+    assert asked([5, 0, 0]) == {"3_sks dog": (5, 8, ("sks dog",))}
+    for image in folder.rglob("o*/**/*.png"):
+        image.with_suffix(".txt").write_text("a cat")
+    assert asked([5, 2, 1]) == {
+        "3_sks dog": (5, 8, ("sks dog",)), "one": (2, 8, ("a cat",)), "other": (1, 8, ("a cat",))
+    }  # fmt: skip
+    (folder / "3_sks dog").rename(folder / "dog")
+    for image in folder.rglob("*.png"):
+        image.with_suffix(".txt").write_text("a cat")
+    parts = parts_of(read_set(folder))
+    assert [(part.name, part.repeats) for part in parts] == [
+        ("dog", 1), ("one/deep", 1), ("other", 1)
+    ]  # fmt: skip
+    assert {name: row[0] for name, row in asked([2, 1, 0]).items()} == {"dog": 2, "one/deep": 1}
+    with pytest.raises(UsageError, match="no folder is left"):
+        draft_with({}, folder, parts, [0, 0, 0])
+    alone = parts_of(read_set(images))
+    assert draft_with({}, images, alone, [7]) == {"folder": str(images), "repeats": "7"}
+
+
 def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     """A grid and a tool become jobs with the words of a command line; files elsewhere, wrong
     numbers and unknown tools do not."""
@@ -67,6 +220,15 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     assert "mine.safetensors" in studio.ask("/shelf")[1]
     assert studio.ask(f"/shelf/load?file={quote(str(outside))}")[0] == 404
     assert studio.ask(f"/shelf/load?file={quote(str(lora))}")[0] == 200
+    beside = {"beside": str(lora), "beside_strength": "0.5 1"}
+    assert post(studio, "/try", **form | beside)[0] == 400
+    beside["beside"] += f"\n{lora}"
+    assert post(studio, "/try", **form | beside | {"prompts": "two beside"})[0] == 303
+    (job,) = stored(studio).jobs("kind = 'sample' AND title = 'two beside'")
+    assert job.words[job.words.index("--beside") :][:4] == [
+        "--beside", str(lora), str(lora), "--beside_together"
+    ]  # fmt: skip
+    assert post(studio, "/try", **form | {"beside": str(outside)})[0] == 404
     assert post(studio, "/shelf/bake", files=str(lora))[0] == 400
     flags = f"kohya --out {outside}"  # a field holds values, and no flag beside them
     assert post(studio, "/shelf/convert", files=str(lora), to=flags)[0] == 400
@@ -75,3 +237,44 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     status, _, headers = post(studio, "/shelf/inspect", files=str(lora))
     assert status == 303
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
+
+
+def test_a_runs_files_go_elsewhere(studio: Served) -> None:
+    """The files of a finished run are on its page, to keep, and other files of its folder are not;
+    conversion and upload become jobs with the words of a command line, shown like a tool's."""
+    folder = work(studio) / "done-lora"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_bytes(b"\0" * 64)
+    (folder / "other.safetensors").write_bytes(b"\0" * 64)
+    (folder / "README.md").write_text("# <script>mine</script>")
+    (folder / RECORD).write_text(
+        json.dumps({**EMPTY, "ended": True, "files": ["mine.safetensors"]})
+    )
+    store = stored(studio)
+    given = {"pretrained_model_name_or_path": "a model"}
+    number = store.add(
+        "train", "done", [], state="done", folder=str(folder), given=given, started=1.0
+    )
+    run = f"/runs/{number}"
+    text = studio.ask(run)[1]
+    assert f"{run}/file/mine.safetensors" in text
+    assert "other.safetensors" not in text
+    assert studio.ask(f"{run}/file/mine.safetensors")[0] == 200
+    for name in ("other.safetensors", "README.md", "..%2Fsecret.txt"):
+        assert studio.ask(f"{run}/file/{name}")[0] in (400, 404)
+    assert studio.ask(f"{run}/card")[2]["content-type"].startswith("text/plain")
+    assert post(studio, f"{run}/convert/bake")[0] == 400
+    assert post(studio, f"{run}/push", repo="no place")[0] == 400
+    words = {
+        f"{run}/convert/kohya": [
+            str(folder / "mine.safetensors"), "--to", "kohya", "--out",
+            str(folder / "done-lora-kohya.safetensors"), "--model=a model",
+        ],
+        f"{run}/push": [str(folder), "--repo=me/mine", "--private"],
+    }  # fmt: skip
+    for address, expected in words.items():
+        status, _, headers = post(studio, address, repo="me/mine", private="1")
+        assert status == 303
+        job = store.job(int(headers["location"].rpartition("/")[2]))
+        assert job.words == expected
+        assert job.title in studio.ask(headers["location"])[1]

@@ -388,7 +388,7 @@ def test_edits_since_a_checkpoint_are_told(tiny_sd1: Path, mixed: Path, tmp_path
     again = run_of(
         tiny_sd1, mixed, tmp_path / "out", **options, resume_from_checkpoint="checkpoint-3"
     )
-    note = "images or captions have changed since it was written"
+    note = "images, captions or crops have changed since it was written"
     assert note not in prepare(again).summary.notes
     (mixed / "2.txt").write_text("edited")
     assert note in prepare(again).summary.notes

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import sd_lora
+from sd_lora.cli import main
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event, Pushed, Warned
 from sd_lora.terminal import Terminal
@@ -148,6 +149,14 @@ def test_a_run_is_pushed(
     assert [name for name, data in here.items() if TOKEN.encode() in data] == []
     assert TOKEN.encode() not in said
     assert str(tmp_path).encode() not in pushed["README.md"]
+    later = ["push", str(out), "--repo", "me/later", "--token", TOKEN]  # once more, by hand
+    assert main(later) == 0
+    assert hub.repos["me/later"] == pushed
+    assert main(["push", str(tmp_path), "--repo", "me/none"]) == 2
+    (out / "out_kohya.safetensors").unlink()
+    assert main([*later[:-3], "me/lost", "--token", TOKEN]) == 1
+    assert "me/lost" not in hub.repos
+    assert TOKEN not in "".join(capsys.readouterr())
 
 
 def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub) -> None:

@@ -111,8 +111,10 @@ class ImageSet:
         ]
 
     def is_random(self, index: int) -> bool:
-        """Whether an image's crop is random."""
+        """Whether an image's crop is random; not one by hand."""
         sample = self.samples[index]
+        if sample.centre is not None:
+            return False
         chosen = sample.source.random_crop
         return self.crop_settings.is_random(sample.size, self.buckets[index], chosen)
 
@@ -123,7 +125,15 @@ class ImageSet:
             if address is None:
                 raise ValueError("a random crop needs an address")
             u = (uniform(*address, "crop"), uniform(*address, "crop", "top"))
-        return self.crop_settings.crop(self.samples[index].size, self.buckets[index], u)
+        return self._crop(index, u)
+
+    def shown_crop(self, index: int) -> Crop:
+        """The crop of an image; the middle one for random crops."""
+        return self._crop(index, None)
+
+    def _crop(self, index: int, u: tuple[float, float] | None) -> Crop:
+        sample = self.samples[index]
+        return self.crop_settings.crop(sample.size, self.buckets[index], u, sample.centre)
 
     def _address(self, entry: BatchEntry, epoch: int) -> tuple[int | str, ...]:
         """The address of all draws that do not depend on the position in the run."""

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.images.centres import MIDDLE, Centre, corner_at
 from sd_lora.data.images.decode import INTERPOLATIONS
 
 Size = tuple[int, int]
@@ -185,15 +186,21 @@ class CropSettings:
             chosen = self.step is None
         return chosen and self.resized(size, bucket) != bucket
 
-    def crop(self, size: Size, bucket: Size, u: tuple[float, float] | None) -> Crop:
-        """The crop of an image; u: two numbers in [0, 1) that place a random crop, None for the
-        middle.
+    def crop(
+        self,
+        size: Size,
+        bucket: Size,
+        u: tuple[float, float] | None,
+        centre: Centre | None = None,
+    ) -> Crop:
+        """The crop of an image; u: two numbers in [0, 1) that place a random crop, None for one
+        around the centre, which is the middle unless given.
         """
         width, height = resized = self.resized(size, bucket)
-        spare = (width - bucket[0], height - bucket[1])
-        if u is None:  # rounding as torchvision's CenterCrop
-            corner = (round(spare[0] / 2), round(spare[1] / 2))
+        if u is None:  # in the middle rounded as torchvision's CenterCrop
+            corner = corner_at(centre or MIDDLE, resized, bucket)
         else:
+            spare = (width - bucket[0], height - bucket[1])
             corner = (int(u[0] * (spare[0] + 1)), int(u[1] * (spare[1] + 1)))
         return Crop(size, resized, corner, bucket)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from sd_lora.config.sources import SourceSpec
+from sd_lora.data.sources.crop_files import is_crop_file
 from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_names
 from sd_lora.data.sources.metadata_files import (
     METADATA_NAMES,
@@ -141,6 +142,8 @@ def _report_other_files(found: FolderCaptions, spec: SourceSpec, tree: FolderTre
     extensions = (*caption_extensions(spec), *CAPTION_EXTENSIONS)
     for path in tree.files:
         if has_image_extension(path) or path in found.used or path in found.captions:
+            continue
+        if is_crop_file(path):
             continue
         extension = next((e for e in extensions if path.name.lower().endswith(e)), "")
         if is_metadata(path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.images.decode import read_file
+from sd_lora.data.sources.crop_files import crops_of, is_crop_file
 from sd_lora.data.sources.datasets_hub import open_dataset
 from sd_lora.data.sources.folder_captions import (
     CAPTION_EXTENSIONS,
@@ -95,6 +96,7 @@ def _is_kohya(top: FolderTree, spec: SourceSpec) -> bool:
 
 def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) -> Source:
     masks = masks_of(spec, root, tree)
+    crops = crops_of(tree)
     findings = list(tree.findings)
     if tree.hidden:
         details = f"{len(tree.hidden)} hidden files and folders: {list_names(tree.hidden)}"
@@ -104,7 +106,11 @@ def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) ->
     findings += _subfolder_findings(root, tree, found, known)
     samples = [
         Sample(
-            *_file(path), captions, spec, mask=Mask(*_file(masks[path])) if path in masks else None
+            *_file(path),
+            captions,
+            spec,
+            mask=Mask(*_file(masks[path])) if path in masks else None,
+            centre=crops.get(path),
         )
         for path, captions in sorted(found.captions.items())
     ]
@@ -143,6 +149,9 @@ def _numbered_folders(spec: SourceSpec, root: Path, top: FolderTree, name: str) 
     for path in top.files:
         if has_image_extension(path):
             findings.append(Finding("outside-folders", printable_path(path)))
+        elif is_crop_file(path):
+            details = "beside the numbered folders: it belongs beside the images that it names"
+            findings.append(Finding("orphan-crop", printable_path(path), details))
     if not sources:
         names = [printable_path(Path(folder.name)) for folder in top.folders]
         raise UsageError(

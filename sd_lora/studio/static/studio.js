@@ -41,7 +41,8 @@ on("click", e => {
     const field = document.getElementById(data.into);
     document.getElementById("chooser").close();
     if (!field) { location.reload(); return; }
-    field.value = data.choose;
+    const lines = field.matches("textarea") ? field.value.split("\n").filter(l => l.trim() && l !== data.choose) : [];
+    field.value = [...lines, data.choose].join("\n");
     field.focus();
     field.dispatchEvent(new Event("change", {bubbles: true}));
   }
@@ -89,7 +90,7 @@ on("input", e => { if (e.target.matches("[data-find], [data-changed]")) search()
 // files from the browser
 async function takeIn(files) {
   const place = document.getElementById("drop"), said = place.querySelector("[role=status]");
-  const wanted = files.filter(f => /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl|txt|caption|jsonl|csv|zip)$/i.test(f.path));
+  const wanted = files.filter(f => /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl|txt|caption|jsonl|csv|zip)$|(^|\/)crops\.json$/i.test(f.path));
   if (!wanted.length) { said.textContent = "no images, captions or zip among them"; return; }
   const top = wanted[0].path.includes("/") ? wanted[0].path.split("/")[0] : wanted[0].path.replace(/\.zip$/i, "");
   const name = (wanted.length === 1 && !/\.zip$/i.test(wanted[0].path) || !wanted[0].path.includes("/") && wanted.length > 1
@@ -148,6 +149,174 @@ on("htmx:beforeSwap", e => {
 const toEnd = () => { const log = document.getElementById("log"); if (log && atEnd) log.scrollTop = log.scrollHeight; };
 on("htmx:afterSettle", toEnd);
 on("DOMContentLoaded", toEnd);
+
+// crops by hand: dragged, or moved by the arrow keys
+const cropOf = svg => {
+  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal;
+  const [left, top, width, height] = ["x", "y", "width", "height"].map(n => +frame.getAttribute(n));
+  return {frame, left, top, width, height, across: box.width - width, down: box.height - height, box};
+};
+function moveCrop(svg, left, top) {
+  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), most);
+  left = inside(left, c.across); top = inside(top, c.down);
+  c.frame.setAttribute("x", left); c.frame.setAttribute("y", top);
+  c.frame.classList.remove("random");
+  svg.querySelector("path").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
+    `M${left} ${top}h${c.width}v${c.height}h-${c.width}z`);
+  svg.setAttribute("aria-valuenow", Math.round(100 * (c.across >= c.down ? left / c.across : top / c.down)));
+}
+async function keepCrop(svg, given) {
+  const card = svg.closest(".image"), c = cropOf(svg), body = named(card);
+  if (given) {
+    body.set("x", (c.left + c.width / 2) / c.box.width);
+    body.set("y", (c.top + c.height / 2) / c.box.height);
+  }
+  try {
+    const answer = await fetch("/images/crop", {method: "POST", body}), text = await answer.text();
+    if (!answer.ok) { tell(text); return; }
+    card.querySelector(".said").textContent = text;
+    card.querySelector(".crop-acts").hidden = !given;
+  } catch (error) { tell("The studio does not answer: the crop is not saved."); }
+}
+let dragged = null;
+on("pointerdown", e => {
+  const svg = e.target.closest("[data-crop]");
+  if (!svg || e.button) return;
+  const c = cropOf(svg), scale = 1 / svg.getScreenCTM().a;
+  dragged = {svg, left: c.left, top: c.top, x: e.clientX, y: e.clientY, scale, moved: false};
+  svg.setPointerCapture(e.pointerId);
+});
+on("pointermove", e => {
+  if (!dragged) return;
+  const d = dragged;
+  d.moved = true;
+  moveCrop(d.svg, d.left + (e.clientX - d.x) * d.scale, d.top + (e.clientY - d.y) * d.scale);
+});
+for (const end of ["pointerup", "pointercancel"]) on(end, () => {
+  if (dragged && dragged.moved) keepCrop(dragged.svg, true);
+  dragged = null;
+});
+const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+on("keydown", e => {
+  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key];
+  if (!svg || !way) return;
+  e.preventDefault();
+  const c = cropOf(svg), part = e.shiftKey ? .1 : .02;
+  moveCrop(svg, c.left + way[0] * c.across * part, c.top + way[1] * c.down * part);
+  clearTimeout(svg.timer);
+  svg.timer = setTimeout(() => keepCrop(svg, true), 500);
+});
+on("click", e => {
+  if (!e.target.closest("[data-middle]")) return;
+  const svg = e.target.closest(".image").querySelector("[data-crop]"), c = cropOf(svg);
+  moveCrop(svg, c.across / 2, c.down / 2);
+  svg.focus();
+  keepCrop(svg, false);
+});
+
+// masks, drawn with a brush: the canvas is black where the image is not trained, else clear
+const brush = {undo: []};
+function maskParts() {
+  const dialog = document.getElementById("mask"), canvas = dialog.querySelector("canvas");
+  return {dialog, canvas, pen: canvas.getContext("2d", {willReadFrequently: true})};
+}
+function remember(canvas, pen) {
+  brush.undo.push(pen.getImageData(0, 0, canvas.width, canvas.height));
+  if (brush.undo.length > 20) brush.undo.shift();
+}
+const fetched = address => new Promise((yes, no) => {
+  const image = new Image();
+  image.onload = () => yes(image);
+  image.onerror = no;
+  image.src = address;
+});
+const named = card => new URLSearchParams(["folder", "name"].map(n => [n, card.querySelector(`[name=${n}]`).value]));
+async function openMask(card) {
+  const {dialog, canvas, pen} = maskParts(), query = named(card);
+  brush.card = card; brush.undo = [];
+  dialog.querySelector("h2").textContent = "Mask of " + query.get("name");
+  try {
+    const shown = await fetched("/images/thumbnail?large&" + query);
+    const sides = [shown.naturalWidth, shown.naturalHeight], scale = Math.max(1, 512 / Math.max(...sides));
+    [canvas.width, canvas.height] = sides.map(side => Math.max(1, Math.round(side * scale)));
+    dialog.querySelector("img").src = shown.src;
+    if (card.querySelector(".masked")) {
+      pen.globalCompositeOperation = "source-over";
+      pen.drawImage(await fetched(`/images/mask?${query}&${Date.now()}`), 0, 0, canvas.width, canvas.height);
+      const data = pen.getImageData(0, 0, canvas.width, canvas.height);
+      for (let i = 0; i < data.data.length; i += 4) {
+        data.data[i + 3] = 255 - data.data[i];
+        data.data.fill(0, i, i + 3);
+      }
+      pen.putImageData(data, 0, 0);
+    }
+    dialog.showModal();
+  } catch (error) { tell("The image or its mask cannot be shown."); }
+}
+function stroke(e) {
+  const {dialog, canvas, pen} = maskParts(), box = canvas.getBoundingClientRect();
+  const scale = canvas.width / box.width, at = [(e.clientX - box.left) * scale, (e.clientY - box.top) * scale];
+  const out = dialog.querySelector("[name=way]:checked").value === "out";
+  pen.globalCompositeOperation = out ? "source-over" : "destination-out";
+  pen.lineWidth = dialog.querySelector("[name=size]").value / 100 * Math.max(canvas.width, canvas.height);
+  pen.lineCap = pen.lineJoin = "round";
+  pen.beginPath();
+  pen.moveTo(...(brush.last || at));
+  pen.lineTo(...at);
+  pen.stroke();
+  brush.last = at;
+}
+on("pointerdown", e => {
+  if (!e.target.matches("#mask canvas") || e.button) return;
+  const {canvas, pen} = maskParts();
+  remember(canvas, pen);
+  brush.draws = true; brush.last = null;
+  canvas.setPointerCapture(e.pointerId);
+  stroke(e);
+});
+on("pointermove", e => { if (brush.draws) stroke(e); });
+for (const end of ["pointerup", "pointercancel"]) on(end, () => { brush.draws = false; });
+function fillMask(how) {
+  const {canvas, pen} = maskParts();
+  if (how === "undo") {
+    if (brush.undo.length) pen.putImageData(brush.undo.pop(), 0, 0);
+    return;
+  }
+  remember(canvas, pen);
+  pen.globalCompositeOperation = how === "invert" ? "xor" : "source-over";
+  if (how === "all") pen.clearRect(0, 0, canvas.width, canvas.height);
+  else pen.fillRect(0, 0, canvas.width, canvas.height);
+}
+async function keepMask() {
+  const {dialog, canvas} = maskParts(), card = brush.card, body = named(card), address = "/images/mask?" + body;
+  const out = document.createElement("canvas");
+  [out.width, out.height] = [canvas.width, canvas.height];
+  const pen = out.getContext("2d");
+  pen.fillStyle = "#fff";
+  pen.fillRect(0, 0, out.width, out.height);
+  pen.drawImage(canvas, 0, 0);
+  body.set("mask", out.toDataURL("image/png"));
+  try {
+    const answer = await fetch("/images/mask", {method: "POST", body}), text = await answer.text();
+    if (!answer.ok) { tell(text); return; }
+    card.querySelector(".said").textContent = text;
+    const over = card.querySelector(".masked") || document.createElement("img");
+    over.remove();
+    if (text.startsWith("mask")) {
+      [over.className, over.alt, over.src] = ["masked", "masked", `${address}&${Date.now()}`];
+      card.querySelector(".well").append(over);
+    }
+    dialog.close();
+    card.querySelector("[data-mask]").focus();
+  } catch (error) { tell("The studio does not answer: the mask is not saved."); }
+}
+on("click", e => {
+  const button = e.target.closest("button");
+  if (!button) return;
+  if ("mask" in button.dataset) openMask(button.closest(".image"));
+  if (button.dataset.fillMask) fillMask(button.dataset.fillMask);
+  if ("keepMask" in button.dataset) keepMask();
+});
 
 // samples by step
 on("input", e => {
