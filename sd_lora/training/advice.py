@@ -164,7 +164,8 @@ def _smaller_batches(plan: Plan, step: Rung) -> Iterator[Rung]:
         steps = accumulation * batch // part
         words = f"--batch {part} --gradient_accumulation_steps {steps} (as many images a step)"
         number = -(-step.shape.number * part // batch)
-        yield replace(step, words=words, shape=Shape(number, step.shape.size))
+        config = step.config.replace(gradient_accumulation_steps=steps)
+        yield replace(step, words=words, config=config, shape=Shape(number, step.shape.size))
 
 
 def _is_of_use(place: Place, name: str) -> bool:

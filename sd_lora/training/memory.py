@@ -195,7 +195,13 @@ def count_step(
     state = round(sum(p.numel() for p in layers) * (optimizer_of(config).state_bytes + averages))
     moments = torch.empty(state, dtype=torch.uint8, device="meta")
     x, conditions = _inputs(config, family, unet, shape, DTYPES[precision])
-    with HeldBytes([*frozen, *layers, moments, x, *tree_leaves(conditions)]) as counter:
+    earlier = []  # gradients of a step's earlier micro-batches
+    if config.gradient_accumulation_steps > 1:
+        earlier = [torch.empty_like(p) for p in layers]
+        for parameter, gradient in zip(layers, earlier, strict=True):
+            parameter.grad = gradient
+    held = [*frozen, *layers, *earlier, moments, x, *tree_leaves(conditions)]
+    with HeldBytes(held) as counter:
         if watched:
             enable_checkpointing(adapted, All(), watched(counter))
         with flash_attention():
