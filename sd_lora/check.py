@@ -33,6 +33,7 @@ from sd_lora.models.load import Base
 from sd_lora.report.events import Listener, counting, to_all
 from sd_lora.report.summary import Summary
 from sd_lora.training.adapt import components_of, inject_all
+from sd_lora.training.budget import within_budget
 from sd_lora.training.caches import open_store
 from sd_lora.training.cards import Card
 from sd_lora.training.class_images import check_class_images
@@ -48,7 +49,7 @@ from sd_lora.training.lr_schedules import factor_of
 from sd_lora.training.output_folder import earlier_work
 from sd_lora.training.plan import Plan
 from sd_lora.training.prediction import Prediction, counted_buckets, predict
-from sd_lora.training.processes import DTYPES, Device, vae_dtype
+from sd_lora.training.processes import DTYPES, Device, of_card, vae_dtype
 from sd_lora.training.summary import data_rows
 
 NUM_WORST = 5
@@ -145,10 +146,14 @@ def check(
     rows["disk"] = disk(config, base, plan, images, DTYPES[device.precision])
     warnings = [*warnings_of(plan, device, base.width), *_earlier(config)]
     prediction = None
+    there_too = of_card(config, card.precision) if card else config
+    recomputed = within_budget(plan, base, "cuda" if card else device.type, there_too)
+    if recomputed:
+        rows["memory budget"] = recomputed.text
     if card:
         emit, label = to_all(listeners), f"a step on {card.name}"
         with counting(emit, label, len(counted_buckets(plan)), "bucket") as advance:
-            prediction = predict(plan, base, card, bool(wanted), advance)
+            prediction = predict(plan, base, card, recomputed, advance)
         rows["card"] = prediction.answer
     return Checked(plan, images, rows, thumbnails, warnings, prediction)
 

@@ -20,6 +20,7 @@ commands:
   train      train a LoRA on a folder of images
   check      look at every image and caption first: which are trained, which are not, and why
   caption    captions for images without one, by a model that you have on disk
+  doctor     look at this machine: what trains here, what does not, why, and what to do
   presets    list options that suit a purpose: subject, character, style
   schema     print the options of train as a JSON schema, for editors and forms
   demo       teach the embedded base model a subject in a few minutes on a CPU
@@ -65,17 +66,24 @@ def _train(argv: Sequence[str], script: str | None = None) -> None:
             print(note, file=sys.stderr, flush=True)
         print(LOADING, file=sys.stderr, flush=True)
         with quick_imports():  # seconds, once flags and paths are known to be good
+            from sd_lora.report.step_time import StepTimes
             from sd_lora.terminal import Terminal
             from sd_lora.training.loop import train
 
         with Terminal() as terminal:
-            train(config, [terminal], *found)
+            train(config, [terminal, StepTimes(config)], *found)
 
 
 def _check(argv: Sequence[str]) -> None:
     from sd_lora.commands import check
 
     check(argv)
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    from sd_lora.commands import doctor
+
+    doctor(argv)
 
 
 def _schema(argv: Sequence[str]) -> None:
@@ -298,6 +306,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": _train,
     "check": _check,
     "caption": _caption,
+    "doctor": _doctor,
     "presets": _presets,
     "schema": _schema,
     "demo": _demo,

@@ -161,6 +161,35 @@ _OF_JUDGE = (
 """Flags of a run that measures and trains nothing."""
 
 
+_DOCTOR = """Look at this machine: the device that would train, its driver, the precisions and
+kinds of attention that run on it, libraries, extras, CPU, memory and disks; what fails, why, and
+what to do. It also compares the last run's time of a step with that of the run before.
+
+Exit codes: 0: a training can run here; 1: none can."""
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """Run `sd-lora doctor`.
+
+    Raises:
+        RunError: no training can run on this machine.
+    """
+    parser = ToolParser(
+        prog="sd-lora doctor", description=_DOCTOR,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="everything, for scripts")
+    args = parser.parse(argv)
+    from sd_lora.doctor import table
+    from sd_lora.streams import quick_imports
+
+    with quick_imports():
+        parts = table.examine()
+    print(table.as_json(parts) if args.json else table.lines(parts))
+    if not table.can_train(parts):
+        raise RunError(table.verdict(parts))
+
+
 def run(command: str, argv: Sequence[str]) -> None:
     """Run a tool with its arguments.
 

@@ -270,6 +270,11 @@ def mib(num_bytes: float) -> str:
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**19 else f"{num_bytes / 2**10:.0f} KiB"
 
 
+def size_text(num_bytes: float) -> str:
+    """Return a size of memory for people: "8.4 GiB", "31.2 MiB"."""
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else mib(num_bytes)
+
+
 def sha256_of(*paths: Path) -> str:
     """Return the SHA-256 of files, one after another; raises OSError."""
     digest = hashlib.sha256()

@@ -15,8 +15,30 @@ LOCK = ".sd_lora.lock"
 RUN_LOG = "training_log.jsonl"
 """The log of a run, by which its output folder is known: its images are samples."""
 
+STATE = "SD_LORA_STATE"
+"""Environment variable with the folder of all that this project remembers for a user."""
+
 _OWNED: dict[Path, tuple[FileLock, list[Path]]] = {}
 """Folder that this process owns → its lock, and the folders that were made for it."""
+
+
+def user_folder(variable: str, shared: str, usual: str) -> Path:
+    """A folder of the project in the user's home, by the XDG directories.
+
+    Args:
+        variable: environment variable that names the folder itself.
+        shared: that of the XDG directory around it, which counts if it is absolute.
+        usual: the directory without it, in the user's home.
+    """
+    if own := os.environ.get(variable):
+        return Path(own).expanduser()
+    around = os.environ.get(shared, "")
+    return (Path(around) if os.path.isabs(around) else Path.home() / usual) / "sd_lora"
+
+
+def state_folder() -> Path:
+    """The folder of all that this project remembers for a user: the studio's files, step times."""
+    return user_folder(STATE, "XDG_DATA_HOME", ".local/share")
 
 
 def own(folder: Path) -> None:

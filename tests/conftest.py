@@ -59,9 +59,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of caches of all runs of the tests, in place of the user's."""
+    """The folder of caches of all runs of the tests, in place of the user's; beside it the state
+    folder."""
     path = tmp_path_factory.mktemp("caches")
     os.environ["SD_LORA_CACHE"] = str(path)
+    os.environ["SD_LORA_STATE"] = str(tmp_path_factory.mktemp("state"))
     return path
 
 

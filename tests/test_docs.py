@@ -168,6 +168,7 @@ def test_flags_in_guides_exist(root: Path) -> None:
     known = {f"--{name}" for name in (*config.OPTIONS, *SHORT_NAMES)}
     known |= {f"--no-{name}" for name, option in config.OPTIONS.items() if option.kind == "bool"}
     known |= {"--config", "--help", "--out", "--python", "--torch-backend", "--index-url", "--card"}
+    known |= {"--json"}
     known |= {f"--{marks[0]}" for marks in NAMES.values()}
     for parser in (sample_parser(), judge_parser()):
         known |= {flag for action in parser._actions for flag in action.option_strings}

@@ -59,3 +59,15 @@ def test_folders_that_were_made_in_vain_go(tmp_path: Path) -> None:
     assert [path.name for path in place.iterdir()] == ["file"]
     with pytest.raises(RunError, match="file cannot be locked against other runs: "):
         own(place / "file")
+
+
+def test_the_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """SD_LORA_STATE, else the XDG folder if that is absolute, else ~/.local/share."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("SD_LORA_STATE", raising=False)
+    usual = tmp_path / ".local" / "share"
+    for shared, folder in (("/x", Path("/x")), ("", usual), ("x", usual)):
+        monkeypatch.setenv("XDG_DATA_HOME", shared)
+        assert folders.state_folder() == folder / "sd_lora"
+    monkeypatch.setenv("SD_LORA_STATE", "~/mine")
+    assert folders.state_folder() == tmp_path / "mine"

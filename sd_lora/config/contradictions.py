@@ -85,6 +85,8 @@ def _why(other: Option, values: tuple[Any, ...] | None, theirs: Any) -> str:
     """The reason that another option's value gives: "without train_text_encoder"."""
     if not values:
         return f"without {other.name}"
+    if values == (None,):
+        return f"with {other.name}"
     if other.kind == "bool":
         return f"with{'' if theirs else 'out'} {other.name}"
     if theirs is not None and len(values) == len(other.choices) - 1:  # all but one

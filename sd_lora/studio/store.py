@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from sd_lora.folders import state_folder
+
 TABLES = """
 CREATE TABLE IF NOT EXISTS jobs (
   id INTEGER PRIMARY KEY AUTOINCREMENT, kind TEXT NOT NULL, title TEXT NOT NULL,
@@ -28,12 +30,9 @@ ENDED = ("done", "stopped", "failed")
 
 
 def default_folder() -> Path:
-    """The folder of the studio's own files: $SD_LORA_STUDIO, else by the XDG directories."""
-    if own := os.environ.get("SD_LORA_STUDIO"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_DATA_HOME", "")
-    base = Path(shared) if os.path.isabs(shared) else Path.home() / ".local" / "share"
-    return base / "sd_lora" / "studio"
+    """The folder of the studio's own files: $SD_LORA_STUDIO, else in the state folder."""
+    own = os.environ.get("SD_LORA_STUDIO")
+    return Path(own).expanduser() if own else state_folder() / "studio"
 
 
 @dataclass(frozen=True)

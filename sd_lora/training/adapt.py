@@ -1,19 +1,25 @@
 """Injecting deltas into the models of a run, by its configuration."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from torch import nn
 
-from sd_lora.adapters.inject import inject
+from sd_lora.adapters.inject import deltas_of, inject
 from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.targets import match_names, select
 from sd_lora.config.rows import PLAIN_LORA
 from sd_lora.config.schema import RunConfig
 from sd_lora.models.families import Family
+from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.init_lora import DEFAULT_TARGETS, Structure
+from sd_lora.training.out_of_memory import memory_for
+from sd_lora.training.processes import weight_dtype
+from sd_lora.training.recompute import enable_checkpointing
+from sd_lora.training.sharding import shard
 
 
 def inject_all(
@@ -151,3 +157,39 @@ def read_modules(family: Family, component: str, encoder: Any, clip_skip: int) -
     names = select(encoder, "text")
     layers = {name: int(name.partition("layers.")[2].partition(".")[0]) for name in names}
     return [re.escape(name) for name in names if layers[name] < num]
+
+
+def prepare_models(
+    config: RunConfig,
+    accelerator: Accelerator,
+    models: dict[str, nn.Module],
+    text: TextConditioning,
+    sharded: bool = False,
+    blocks: Container[str] | None = None,
+) -> dict[str, nn.Module]:
+    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate, or
+    shard the UNet.
+
+    blocks: those whose activations are computed again, by a budget of memory; None without one.
+    """
+    dtype = weight_dtype(accelerator)
+    learning = models | (text.encoders if text.tokens else {})
+    on_device = learning | (text.encoders if len(learning) > 1 else {})  # used in each step
+    words = {id(p) for p in text.tokens.parameters()} if text.tokens else set()
+    for model in on_device.values():
+        # all tensors of deltas stay float32, frozen ones too: LoRA-FA's A, PiSSA's start
+        kept = {id(t) for d in deltas_of(model).values() for t in (*d.parameters(), *d.buffers())}
+        for tensor in (*model.parameters(), *model.buffers()):
+            if id(tensor) not in kept | words and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
+    for model in learning.values():
+        model.train()
+    if config.gradient_checkpointing or blocks is not None:
+        enable_checkpointing(learning, blocks)
+    with memory_for("bringing the models to the device", config):
+        for name in on_device.keys() - learning.keys():
+            on_device[name].to(accelerator.device)
+        if sharded and accelerator.num_processes > 1:
+            shard(models["unet"], accelerator)
+            return {name: model.to(accelerator.device) for name, model in learning.items()}
+        return {name: accelerator.prepare_model(model) for name, model in learning.items()}

@@ -1,7 +1,7 @@
 """Flags that make a step fit, by counted bytes: for a run that is out of memory, and for one that
 is only planned."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,14 +12,15 @@ from sd_lora.config.rows import LOWER
 from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import UsageError
-from sd_lora.files import mib
+from sd_lora.files import size_text
 from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import build_on_meta
 from sd_lora.training.fit import Fit
-from sd_lora.training.memory import GIB, RESERVE, Shape, count_step, room_of
+from sd_lora.training.memory import RESERVE, Shape, count_step, room_of
 from sd_lora.training.out_of_memory import flag, remedies
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import vae_dtype
+from sd_lora.training.recompute import without_budget
 from sd_lora.training.run import Run
 
 SMALLER = (0.75, 0.5)
@@ -68,29 +69,30 @@ def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
     shape: of the step. resumes: whether there are steps that a resumed run keeps, and with them the
     options that it may not change.
     """
-    config, device = run.config, run.accelerator.device
-    if run.fit.checkpointing:
-        config = config.replace(gradient_checkpointing=True)
+    device, blocks = run.accelerator.device, None
+    config = without_budget(run.config, run.fit.checkpointing)
+    if run.recomputed and not run.fit.checkpointing:
+        blocks = run.recomputed.blocks
     beside = {name: _on_device(run, {name: held}) for name, held in _beside(run).items()}
     place = Place(run.plan, device.type, beside, run.fit.at_once, resumes)
     now = Rung("", config, shape, sum(beside.values()))
-    count = count_step(config, run.meta_pipeline, shape)
+    count = count_step(config, run.meta_pipeline, shape, blocks)
     total, room = (
         count.peak + now.beside,
         room_of(device, count.frozen + _trained(run) + now.beside),
     )
     reserve = RESERVE if device.type != "cpu" else 0
-    parts = f"frozen {size(count.frozen + now.beside)}, trained {size(count.trained)}"
-    lines = [f"By count the step takes {size(total)} ({parts}, rest {size(count.rest)})"]
+    parts = f"frozen {size_text(count.frozen + now.beside)}, trained {size_text(count.trained)}"
+    lines = [f"By count the step takes {size_text(total)} ({parts}, rest {size_text(count.rest)})"]
     if room is not None:
-        lines[0] += f", and {device.type} has {size(room)} for it"
+        lines[0] += f", and {device.type} has {size_text(room)} for it"
         if total + reserve <= room:
             lines[0] += ": other programs, or fragments between tensors, take the rest"
     lines.append("With less memory, each flag beside those before it:")
     for rung in rungs(place, now):
         needed = count_step(rung.config, run.meta_pipeline, rung.shape).peak + rung.beside
         fits = room is not None and needed + reserve <= room and needed < total
-        lines.append(f"  {rung.words}: {size(needed)}" + ", which fits" * fits)
+        lines.append(f"  {rung.words}: {size_text(needed)}" + ", which fits" * fits)
         if fits:
             break
     if run.config.fit == "off" or resumes:
@@ -130,6 +132,21 @@ def rungs(place: Place, step: Rung) -> Iterator[Rung]:
             yield replace(step, words=words, shape=_scaled(step.shape, share))
 
 
+def flags_that_fit(
+    place: Place, step: Rung, bytes_of: Callable[[Rung], int], room: int
+) -> tuple[str | None, int]:
+    """Flags with which a step takes no more than a room, None if none are enough, and its bytes
+    then. bytes_of: a step with some flags → its bytes."""
+    words, needed = list[str](), 0
+    for rung in rungs(place, step):
+        needed, name = bytes_of(rung), rung.words.split()[0]
+        # a later value of a flag replaces the one before
+        words = [w for w in words if w.split()[0] != name] + [rung.words]
+        if needed <= room:
+            return ", ".join(words), needed
+    return None, needed
+
+
 def _with(place: Place, step: Rung, name: str, value: object) -> Rung:
     """A step with one flag more."""
     words = flag(name, value) + " (a third slower)" * (value is True)
@@ -147,7 +164,8 @@ def _smaller_batches(plan: Plan, step: Rung) -> Iterator[Rung]:
         steps = accumulation * batch // part
         words = f"--batch {part} --gradient_accumulation_steps {steps} (as many images a step)"
         number = -(-step.shape.number * part // batch)
-        yield replace(step, words=words, shape=Shape(number, step.shape.size))
+        config = step.config.replace(gradient_accumulation_steps=steps)
+        yield replace(step, words=words, config=config, shape=Shape(number, step.shape.size))
 
 
 def _is_of_use(place: Place, name: str) -> bool:
@@ -195,8 +213,3 @@ def _trained(run: Run) -> int:
     layers = [p for model in run.models.values() for p in lora_layers(model)]
     state = [v for s in run.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
     return sum(t.nbytes for t in (*layers, *state))
-
-
-def size(num_bytes: float) -> str:
-    """A size of memory for people: "8.4 GiB", "31.2 MiB"."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= GIB else mib(num_bytes)

@@ -5,7 +5,7 @@ until nothing holds it any more.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,11 +25,11 @@ from sd_lora.data.images.buckets import Size
 from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.training.adapt import inject_all
+from sd_lora.training.adapt import inject_all, prepare_models
 from sd_lora.training.average import profiles_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.processes import DTYPES, chosen_precision
-from sd_lora.training.setup import prepare_models
+from sd_lora.training.recompute import All, Call, enable_checkpointing
 
 GIB = 2**30
 
@@ -157,13 +157,22 @@ class StepBytes:
         return self.peak - self.frozen - self.trained
 
 
-def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBytes:
+def count_step(
+    config: RunConfig,
+    configs: MetaPipeline,
+    shape: Shape,
+    blocks: Container[str] | None = None,
+    watched: Callable[[HeldBytes], Call] | None = None,
+) -> StepBytes:
     """Count one step, with the optimiser's state there already.
 
     Args:
         config: its targets, ranks, precision, optimiser and checkpointing count.
         configs: of the base model; its modules stay as they are.
         shape: images at once.
+        blocks: those whose activations are computed again, by a budget of memory.
+        watched: function of the counter that gives a `seen` of `enable_checkpointing`, with which
+            all blocks are computed again.
     """
     family, precision = configs.family, chosen_precision(config)
     models: dict[str, Any] = MetaPipeline(family, configs.configs, configs.source).models
@@ -175,7 +184,7 @@ def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBy
         mixed_precision=precision, device=torch.device("meta"), prepare_model=lambda model: model
     )
     text: Any = SimpleNamespace(encoders=encoders, tokens=None)
-    prepare_models(config, accelerator, adapted, text)
+    prepare_models(config, accelerator, adapted, text, blocks=blocks)
     unet = models["unet"]
     learns = len(adapted) > 1
     used = [unet, *encoders.values()] if learns else [unet]
@@ -186,7 +195,15 @@ def count_step(config: RunConfig, configs: MetaPipeline, shape: Shape) -> StepBy
     state = round(sum(p.numel() for p in layers) * (optimizer_of(config).state_bytes + averages))
     moments = torch.empty(state, dtype=torch.uint8, device="meta")
     x, conditions = _inputs(config, family, unet, shape, DTYPES[precision])
-    with HeldBytes([*frozen, *layers, moments, x, *tree_leaves(conditions)]) as counter:
+    earlier = []  # gradients of a step's earlier micro-batches
+    if config.gradient_accumulation_steps > 1:
+        earlier = [torch.empty_like(p) for p in layers]
+        for parameter, gradient in zip(layers, earlier, strict=True):
+            parameter.grad = gradient
+    held = [*frozen, *layers, *earlier, moments, x, *tree_leaves(conditions)]
+    with HeldBytes(held) as counter:
+        if watched:
+            enable_checkpointing(adapted, All(), watched(counter))
         with flash_attention():
             if learns:
                 conditions["encoder_hidden_states"] = _encode(config, family, encoders, shape)

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.images.buckets import Size
+from sd_lora.files import size_text
 from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.summary import duration
-from sd_lora.training.advice import Place, Rung, beside_of, rungs, size
+from sd_lora.training.advice import Place, Rung, beside_of, flags_that_fit
+from sd_lora.training.budget import largest_shape
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import chosen_precision, of_card
+from sd_lora.training.recompute import Recomputed, without_budget
 
 MOST_COUNTED = 3
 """Buckets whose steps are counted: the largest, and those with most samples. A count takes a second
@@ -32,9 +35,9 @@ class Step:
 class Prediction:
     """Memory and time of a run's steps on a card.
 
-    config: of the run there, its precision chosen. steps: bucket → step without and step with
-    gradient checkpointing. flags: that are needed, "" if it fits as it is, None if none are enough.
-    needed: bytes with them.
+    config: of the run there, its precision chosen. steps: bucket → step without gradient
+    checkpointing, but that of the run's budget, and step with it. flags: that are needed, "" if it
+    fits as it is, None if none are enough. needed: bytes with them.
     """
 
     card: Card
@@ -67,7 +70,7 @@ class Prediction:
     def answer(self) -> str:
         """One line: whether it fits, with which flags, and the time that it takes at least."""
         room = f"{self.card.memory:.0f} GiB"
-        took = f"a step takes {size(self.peak)} of {room}"
+        took = f"a step takes {size_text(self.peak)} of {room}"
         if self.flags == "":
             total = duration(self.num_steps * self.seconds)
             return (
@@ -78,7 +81,7 @@ class Prediction:
             return f"does not fit {self.card.name}: {took}, and no flags here are enough"
         return (
             f"does not fit {self.card.name}: {took}; with {self.flags} it takes "
-            f"{size(self.needed)}, which fits"
+            f"{size_text(self.needed)}, which fits"
         )
 
     @property
@@ -86,7 +89,7 @@ class Prediction:
         """Rows of cells: bucket, memory and time of a step, without and with checkpointing."""
         head = ("bucket", "memory", "s a step", "checkpointed", "s a step")
         rows = [
-            (f"{w}×{h}", *(c for s in pair for c in (size(s.peak), f"{s.seconds:.2g}")))
+            (f"{w}×{h}", *(c for s in pair for c in (size_text(s.peak), f"{s.seconds:.2g}")))
             for (w, h), pair in sorted(self.steps.items(), key=lambda item: -_area(item[0]))
         ]
         return [head, *rows]
@@ -105,24 +108,30 @@ class Prediction:
 
 
 def predict(
-    plan: Plan, base: Base, card: Card, classes: bool, advance: Callable[[], object] = lambda: None
+    plan: Plan,
+    base: Base,
+    card: Card,
+    recomputed: Recomputed | None = None,
+    advance: Callable[[], object] = lambda: None,
 ) -> Prediction:
     """Predict a planned run on a card.
 
     Args:
-        classes: whether as many class images go through each step.
+        recomputed: the blocks of the run's budget on this card, which its steps without
+            checkpointing compute again.
         advance: called after both counts of each of the `counted_buckets`.
     """
-    config = of_card(plan.config, card.precision)
-    number = plan.epochs.batch // plan.num_processes * (1 + classes)
+    config = without_budget(of_card(plan.config, card.precision))
+    number = largest_shape(plan).number
+    chosen = recomputed.blocks if recomputed else None
     configs, beside = base.meta_pipeline, beside_of(config, base)
     held = sum(beside.values())
     counted: dict[Size, tuple[StepBytes, StepBytes]] = {}
     for bucket in counted_buckets(plan):
         pair = []
         for on in (False, True):
-            shape = Shape(number, bucket)
-            pair.append(count_step(config.replace(gradient_checkpointing=on), configs, shape))
+            shape, one = Shape(number, bucket), config.replace(gradient_checkpointing=on)
+            pair.append(count_step(one, configs, shape, None if on else chosen))
         counted[bucket] = (pair[0], pair[1])
         advance()
     precision = chosen_precision(config)
@@ -160,7 +169,7 @@ def _flags(
 
     pair: the step's counts without and with checkpointing.
     """
-    room, words = card.memory * GIB, list[str]()
+    room = int(card.memory * GIB)
     known = [
         (step.config.replace(gradient_checkpointing=on), pair[on].peak) for on in (False, True)
     ]
@@ -171,15 +180,7 @@ def _flags(
         return peak + rung.beside + RESERVE
 
     needed = bytes_of(step)
-    if needed <= room:
-        return "", needed
-    for rung in rungs(place, step):
-        needed, name = bytes_of(rung), rung.words.split()[0]
-        # a later value of a flag replaces the one before
-        words = [w for w in words if w.split()[0] != name] + [rung.words]
-        if needed <= room:
-            return ", ".join(words), needed
-    return None, needed
+    return ("", needed) if needed <= room else flags_that_fit(place, step, bytes_of, room)
 
 
 def _area(bucket: Size) -> int:

@@ -48,6 +48,7 @@ from sd_lora.training.optimizers import (
 )
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
+from sd_lora.training.recompute import Recomputed
 from sd_lora.training.sample_schedule import SampleSchedule
 from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
 from sd_lora.training.trackers import tracker_runs
@@ -71,7 +72,8 @@ class Run:
     the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
     redrawn: steps done before and at the end of each part that was done once more. saved_steps:
     those of this process's checkpoints. schedule: of the sample images. seconds_drawing: spent on
-    them. repo: of the hub, for the files; "" for none.
+    them. repo: of the hub, for the files; "" for none. recomputed: blocks of the budget of memory;
+    None without one.
     """
 
     plan: Plan
@@ -102,6 +104,7 @@ class Run:
     saved_steps: list[int] = field(default_factory=list)
     seconds_drawing: float = 0.0
     repo: str = ""
+    recomputed: Recomputed | None = None
 
     def __post_init__(self) -> None:
         self.schedule = SampleSchedule(self.plan, 0)

@@ -1,6 +1,6 @@
 """From a configuration to a run that is ready for its first step, or to an error before it."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,9 @@ from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
-from sd_lora.training.adapt import inject_all
+from sd_lora.training.adapt import inject_all, prepare_models
 from sd_lora.training.average import WORDS, Average, profiles_of
+from sd_lora.training.budget import within_budget
 from sd_lora.training.caches import Caches, open_store
 from sd_lora.training.checkpoint_folders import Found
 from sd_lora.training.class_images import check_class_images, fill_class_folder
@@ -62,9 +63,10 @@ from sd_lora.training.processes import (
     vae_dtype,
     weight_dtype,
 )
+from sd_lora.training.recompute import Recomputed
 from sd_lora.training.run import Run
 from sd_lora.training.samples import check_sample_sizes, schedule_of
-from sd_lora.training.sharding import check_even, is_sharded, shard, shards, without_fsdp
+from sd_lora.training.sharding import check_even, is_sharded, shards, without_fsdp
 from sd_lora.training.summary import summarise
 from sd_lora.training.trackers import Trackers
 from sd_lora.training.validation import Validation
@@ -89,6 +91,7 @@ class CheckedRun:
     saved_path: Path | None
     sharded: bool
     repo: str
+    recomputed: Recomputed | None = None
 
 
 @contextmanager
@@ -133,7 +136,8 @@ def prepare(
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded)
+    blocks = checked.recomputed.blocks if checked.recomputed else None
+    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
@@ -171,6 +175,7 @@ def prepare(
         saved=saved,
         start=start,
         repo=checked.repo,
+        recomputed=checked.recomputed,
     )
     run.schedule = schedule_of(run)
     summarise(run, caches, checked.base.notes())
@@ -222,11 +227,12 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     warnings += warnings_of(plan, device, base.width)
     if warnings:
         emit(Warned(warnings))
+    recomputed = within_budget(plan, base, device.type)
     # the last check, for it may make a repository
     repo = on_main(accelerator, partial(check_hub, config)) if config.push_to_hub else ""
     return CheckedRun(
         plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
-        repo,
+        repo, recomputed,
     )  # fmt: skip
 
 
@@ -345,49 +351,3 @@ def _cache_embeddings(
         caches.fill_embeddings(text)
     if not (config.num_validation_images and draws_samples):
         text.free_encoders()
-
-
-CHECKPOINTING = (
-    "enable_gradient_checkpointing",
-    "activation_checkpointing_enable",
-    "gradient_checkpointing_enable",
-)
-"""Methods that enable it: of diffusers, of transformers, of older transformers."""
-
-
-def enable_checkpointing(models: Mapping[str, nn.Module]) -> None:
-    """Recompute activations in the backward pass from now on. models: not wrapped."""
-    for model in models.values():
-        getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))()
-
-
-def prepare_models(
-    config: RunConfig,
-    accelerator: Accelerator,
-    models: dict[str, nn.Module],
-    text: TextConditioning,
-    sharded: bool = False,
-) -> dict[str, nn.Module]:
-    """Cast the frozen base to the run's precision, and wrap the models that learn by Accelerate, or
-    shard the UNet."""
-    dtype = weight_dtype(accelerator)
-    learning = models | (text.encoders if text.tokens else {})
-    on_device = learning | (text.encoders if len(learning) > 1 else {})  # used in each step
-    words = {id(p) for p in text.tokens.parameters()} if text.tokens else set()
-    for model in on_device.values():
-        # all tensors of deltas stay float32, frozen ones too: LoRA-FA's A, PiSSA's start
-        kept = {id(t) for d in deltas_of(model).values() for t in (*d.parameters(), *d.buffers())}
-        for tensor in (*model.parameters(), *model.buffers()):
-            if id(tensor) not in kept | words and tensor.is_floating_point():
-                tensor.data = tensor.data.to(dtype)
-    for model in learning.values():
-        model.train()
-    if config.gradient_checkpointing:
-        enable_checkpointing(learning)
-    with memory_for("bringing the models to the device", config):
-        for name in on_device.keys() - learning.keys():
-            on_device[name].to(accelerator.device)
-        if sharded and accelerator.num_processes > 1:
-            shard(models["unet"], accelerator)
-            return {name: model.to(accelerator.device) for name, model in learning.items()}
-        return {name: accelerator.prepare_model(model) for name, model in learning.items()}

@@ -74,8 +74,8 @@ _REFUSED = {
 
 
 def check_even(config: RunConfig, has_buckets: bool) -> None:
-    """Refuse options with which processes make different numbers of forward passes: each is an
-    exchange of the sharded UNet, which all processes must make.
+    """Refuse options with which processes make different numbers of forward passes, each an
+    exchange of the sharded UNet, which all processes must make; and a count of a whole UNet.
 
     has_buckets: whether images are of several shapes.
 
@@ -90,6 +90,9 @@ def check_even(config: RunConfig, has_buckets: bool) -> None:
     if config.class_images and has_buckets:
         text = "class images of several shapes take a pass each beside the others"
         problems.append(Problem("with_prior_preservation", f"{text}, {way} (or without buckets)"))
+    if config.memory_budget:
+        text = "memory_budget counts the whole UNet on each process"
+        problems.append(Problem("memory_budget", f"{text}, {way}"))
     refuse(problems)
 
 

@@ -33,6 +33,8 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows |= data_rows(run.plan, run.images)
     planned = forecast_rows(run.plan, [*run.models], run.device)
     rows |= planned | caches.rows
+    if run.recomputed:
+        rows["memory budget"] = run.recomputed.text
     if run.joint:
         own, whole = shard_bytes(run.models["unet"])
         rows["sharded"] = f"{mib(own)} of the UNet's {mib(whole)} on each process"

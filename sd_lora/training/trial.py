@@ -23,8 +23,8 @@ from sd_lora.training.advice import shape_of, step_advice
 from sd_lora.training.fit import Fit
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.out_of_memory import OutOfMemory, is_out_of_memory, let_go, told_by, wanted
+from sd_lora.training.recompute import enable_checkpointing
 from sd_lora.training.run import Run
-from sd_lora.training.setup import enable_checkpointing
 
 Accumulate = Callable[[Run, int, Batch, int], Tensor]
 """The loop's forward and backward pass of a micro-batch by its number, after a number of steps."""

@@ -34,19 +34,25 @@ def test_bytes_are_counted_as_they_are_held() -> None:
     assert sum(flop for flop, _ in counter.kernels) == 5 * 2 * 8 * 100 * 100
 
 
-@pytest.mark.parametrize("options", [{}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2, "rank": 64}],
+)
 def test_a_step_is_counted_as_it_goes(
     options: dict[str, object], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     """The bytes that a real forward and backward pass holds at its peak, text encoder included,
     with and without checkpointing, are those counted on the meta device within 10 %: the rest, and
-    the gradients."""
+    the gradients. Those of a step's earlier micro-batches are there from its beginning on."""
     data = images(tmp_path / "data", 8, (64, 128))
     changes: dict[str, object] = {"train_batch_size": 8, "resolution": 128} | options
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "o", train_text_encoder=True, **changes))
-    batch = run.stream.batch(0)
-    with HeldBytes() as held:
-        loop.accumulate(run, 0, batch, 0)
+    last = run.config.gradient_accumulation_steps - 1
+    for number in range(last):
+        loop.accumulate(run, number, run.stream.batch(number), 0)
+    batch = run.stream.batch(last)
+    with HeldBytes([p.grad for p in run.parameters if p.grad is not None]) as held:
+        loop.accumulate(run, last, batch, 0)
     count = count_step(run.config, run.meta_pipeline, Shape(8, batch.items[0].crop.size))
     layers = sum(p.nbytes for p in run.parameters)
     assert count.trained == 4 * layers

@@ -167,6 +167,11 @@ class ObjectiveOptions(Section):
     # fmt: on
 
     @property
+    def preserves(self) -> bool:
+        """Whether each image goes through a step once more, for `output_preservation`."""
+        return bool(self.output_preservation)
+
+    @property
     def weighting(self) -> tuple[str, dict[str, Any]]:
         """Name and parameters of the loss weighting, a row of `weightings.WEIGHTINGS`."""
         for option, (name, parameters) in WEIGHTINGS.items():

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _NUMBER = r"(\d+(?:\.\d+)?)"
 _TIME = re.compile(rf"(?:{_NUMBER}h)? *(?:{_NUMBER}m)? *(?:{_NUMBER}s)?")
 
+_SIZE = re.compile(rf"{_NUMBER} *Gi?B?", re.IGNORECASE)
+"""A size of memory: a card of "8 GB" has 8 GiB."""
+
 option = section("training")
 
 
@@ -61,11 +64,16 @@ class TrainingOptions(SavingOptions):
         kohya=SAME, onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.gradient_accumulation")
     gradient_checkpointing: bool = option(False,
         "recompute activations to save memory, about a third slower",
+        requires={"memory_budget": (None,)},
         may_change=True, less_memory={"a step": (1, True)},
         header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
         onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
         ai_toolkit="train.gradient_checkpointing",
         main="less memory, about a third slower")
+    memory_budget: str | None = option(None,
+        "memory of a step, such as 8GB: as few activations are recomputed as keep it below, by "
+        "count, in place of all with gradient_checkpointing",
+        may_change=True)
     fit: str = option("off",
         "after an out-of-memory of the largest batch, which is tried before the first step: off "
         "says which flags take less; auto takes gradient checkpointing, then fewer images at once, "
@@ -219,6 +227,14 @@ class TrainingOptions(SavingOptions):
         return sum(n * unit for n, unit in zip(numbers, (3600, 60, 1), strict=False))
 
     @property
+    def budget(self) -> int | None:
+        """Bytes of `memory_budget`; None without one, 0 for words that are no size."""
+        if self.memory_budget is None:
+            return None
+        found = _SIZE.fullmatch(self.memory_budget.strip())
+        return int(float(found[1]) * 2**30) if found else 0
+
+    @property
     def optimizer_facts(self) -> Optimizer:
         """Facts of the optimiser with its arguments."""
         return optimizer_facts(self.optimizer, self.optimizer_args)
@@ -286,10 +302,13 @@ def with_optimizer(values: Mapping[str, Any], given: Mapping[str, Any]) -> dict[
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield arguments that the optimiser has not, rates, schedules and methods that do not go with
-    it, schedules whose shape is not given, and a limit of time that is none."""
+    it, schedules whose shape is not given, and limits of time and memory that are none."""
     if config.time_limit == 0:
         text = f"max_train_time must be a time above 0, not {config.max_train_time!r}"
         yield Problem("max_train_time", text, "Write 90m, 2h or 1h30m")
+    if config.memory_budget is not None and not config.budget:
+        text = f"memory_budget must be a size above 0, not {config.memory_budget!r}"
+        yield Problem("memory_budget", text, "Write 8GB or 7.5GB")
     yield from _arguments(config)
     yield from _rates(config)
     yield from _schedules(config)

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from sd_lora.errors import RunError
 from sd_lora.files import mib, write_fault
+from sd_lora.folders import user_folder
 
 _HEAD = struct.Struct("<4sIQ")
 _MARK = b"sdl1"
@@ -57,12 +58,7 @@ _LEFT_OVER = 86400.0
 
 def default_folder() -> Path:
     """The folder of the cache: $SD_LORA_CACHE, else by the XDG directories."""
-    if own := os.environ.get("SD_LORA_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME", "")
-    # a relative one is to be ignored, says the specification
-    base = Path(shared) if os.path.isabs(shared) else Path.home() / ".cache"
-    return base / "sd_lora"
+    return user_folder("SD_LORA_CACHE", "XDG_CACHE_HOME", ".cache")
 
 
 def digest_of(*parts: str | bytes) -> str:
