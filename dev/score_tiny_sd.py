@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageChops, ImageDraw
-from pretrain_tiny_sd import GUIDANCE, NUM_SCENES, draw_scenes, generate, parser, save_whole
+from pretrain_tiny_sd import (
+    GUIDANCE,
+    NUM_SCENES,
+    draw_scenes,
+    first_seed,
+    generate,
+    parser,
+    save_whole,
+    scene_of,
+)
 from pretrain_vae import NUM_UNSEEN, lr_at, pixel_error, to_unit
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -187,9 +196,8 @@ def only(wanted: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
 def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
     """Returns the classifier, and how often it is right on drawings that it has not seen."""
     pixels, _ = draw_scenes(args)
-    first = 10**9 + args.seed * 10**6
-    seeds = range(first, first + NUM_SCENES + NUM_UNSEEN)
-    wanted = numbers_of([images.random_scene(random.Random(seed)) for seed in seeds])
+    first = first_seed(args)
+    wanted = numbers_of([scene_of(first + i) for i in range(NUM_SCENES + NUM_UNSEEN)])
     torch.manual_seed(args.seed)
     judge, kept = Judge(), args.work / "judge.pt"
     if kept.is_file():
