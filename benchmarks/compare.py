@@ -32,10 +32,13 @@ from sd_lora.sampling.features import load_features
 from sd_lora.sampling.score import score
 
 Changes = dict[str, object]
+ATTENTION: Changes = {"targets": "attention", "rank": 79, "lora_alpha": 79.0}
 WAYS: dict[str, dict[str, Changes]] = {
+    # about as many parameters each; attention alone at the rate that suits more ranks as well
     "targets": {
-        "LoRA on attention": {"targets": "attention"},
-        "LoRA on attention+conv": {"targets": "attention+conv"},
+        "attention, rank 79": ATTENTION,
+        "attention, rank 79, half the rate": ATTENTION | {"learning_rate": 1e-3},
+        "attention, feed-forward and convolutions, rank 16": {},
     },
     # about as many parameters each: LoHa has two pairs, a Tucker core is small
     "methods": {

@@ -176,8 +176,8 @@ def changes(row: str, lesson: Lesson) -> dict[str, Any]:
     return options
 
 
-def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptImages]:
-    """Sets of images of all prompts, each image with a seed of its own."""
+def draw_sets(parts: Parts, prompts: Prompts) -> list[PromptImages]:
+    """SETS sets of images of all prompts, each image with a seed of its own."""
 
     def images(texts: Sequence[str], first: int) -> list[Image.Image]:
         drawn = sample(
@@ -193,7 +193,7 @@ def draw_sets(parts: Parts, prompts: Prompts, sets: int = SETS) -> list[PromptIm
             images(prompts.of_class, 1000 * i + 100),
             images(prompts.unrelated, 1000 * i + 200),
         )
-        for i in range(sets)
+        for i in range(SETS)
     ]
 
 

@@ -42,8 +42,9 @@ def test_lessons_hold_nothing_out_that_is_trained() -> None:
 
 
 def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch) -> None:
-    """Two steps and one sampler step of one cell: its line, sheet and images are there, nothing is
-    missing then, and a score from the images on disk is that of the run, to the last digit."""
+    """Two steps of training, and one sampler step of one set of images: a cell's line, sheet and
+    images are there, nothing is missing then, and a score from the images on disk is that of the
+    run, to the last digit."""
     import argparse
 
     import learning
@@ -51,6 +52,7 @@ def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch)
     from sd_lora.sampling.features import load_features
 
     monkeypatch.setattr(learning, "SAMPLER_STEPS", 1)
+    monkeypatch.setattr(learning, "SETS", 1)
     monkeypatch.setitem(learning.OF_SUBJECT, "num_class_images", 4)
     cell = learning.Cell("recipe", "mascot", 4, 0)
     features = load_features(learning.SAMPLE_DATA / "encoder")
