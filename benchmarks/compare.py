@@ -3,7 +3,8 @@
     python benchmarks/compare.py targets --out docs/attention_vs_conv.png
     python benchmarks/compare.py methods --out methods.png
 
-Targets are compared with the text encoder trained, as the demo does; methods by the UNet alone.
+Targets are compared with the text encoder trained, as the demo does, and by the UNet alone
+(targets_unet); methods by the UNet alone.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import load_features
-from sd_lora.sampling.score import score
+from sd_lora.sampling.score import SETS, score
 
 Changes = dict[str, object]
 ATTENTION: Changes = {"targets": "attention", "rank": 79, "lora_alpha": 79.0}
@@ -50,6 +51,7 @@ WAYS: dict[str, dict[str, Changes]] = {
         "LoRA, rank 16, PiSSA": {"init_lora_weights": "pissa"},
     },
 }
+WAYS["targets_unet"] = WAYS["targets"]
 
 
 def main() -> None:
@@ -63,7 +65,7 @@ def main() -> None:
     sample_data = find_sample_data()
     images = taught(demo_config(sample_data, "unused"), sample_data)
     features = load_features(sample_data / "encoder")
-    before = draw_sets(load_parts(str(sample_data / "tiny-sd")), 64, 4.0)
+    before = draw_sets(load_parts(str(sample_data / "tiny-sd")), 64, 4.0, SETS)
     shown = len(SUBJECT)
     rows = [images.training[:shown], before[0].subject]
     labels = ["trained on", "base model"]
@@ -71,7 +73,7 @@ def main() -> None:
     for name, way in ({args.only: ways[args.only]} if args.only else ways).items():
         with tempfile.TemporaryDirectory() as folder:
             changes = dict(way)
-            if args.what == "methods":
+            if args.what != "targets":
                 changes |= {"train_text_encoder": False, "text_encoder_lr": None}
             if args.steps:
                 changes["max_train_steps"] = args.steps
@@ -82,7 +84,7 @@ def main() -> None:
             tuned = load_parts(str(sample_data / "tiny-sd"))
             load_adapter(tuned.models, result.files[0].path)
         parameters = sum(p.numel() for p in lora_layers(tuned.unet))
-        after = draw_sets(tuned, 64, 4.0)
+        after = draw_sets(tuned, 64, 4.0, SETS)
         outcome = score(features, images, PROMPTS, before, after)
         rows.append(after[0].subject)
         labels.append(f"{name}, {parameters:,} parameters: fidelity {outcome.fidelity.text()}")

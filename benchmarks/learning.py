@@ -38,7 +38,7 @@ from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import Interval, PromptImages, Prompts, Taught, score
+from sd_lora.sampling.score import Interval, PromptImages, Prompts, Taught, score, sets_of
 from sd_lora.training.loop import train
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -91,7 +91,24 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
 
-ROWS = RECIPES | OPTIMIZERS | METHODS | OBJECTIVES
+CONSTANT = RECIPES["constant, 600 steps"]
+SHORT: dict[str, dict[str, Any]] = {
+    "600 steps, debiased": CONSTANT | {"debiased_estimation_loss": True},
+    "600 steps, no text encoder": CONSTANT | {"train_text_encoder": False},
+    "600 steps, 96 class images": CONSTANT | {"num_class_images": 96},
+    "600 steps, class preserved": CONSTANT
+    | {
+        "with_prior_preservation": False,
+        "train_text_encoder": False,
+        "output_preservation": "class",
+        "preservation_class": lambda lesson: lesson.class_word,
+        "trigger_word": lambda lesson: lesson.word,
+    },
+}
+"""Name → options that differ from the recipe, for first looks at half the cost; a value may be a
+function of the lesson."""
+
+ROWS = RECIPES | SHORT | OPTIMIZERS | METHODS | OBJECTIVES
 
 NEEDED_BY = {
     "with_prior_preservation": ("num_class_images", "class_data_dir", "class_prompt"),
@@ -143,17 +160,18 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
         "seed": cell.seed,
     }
     if lesson.kind == "subject":
-        word = lesson.word.removeprefix("sks ")
         values |= OF_SUBJECT | {
             "mode": "dreambooth",
             "instance_data_dir": str(folder),
             "instance_prompt": f"a photo of a {lesson.word}",
-            "class_prompt": f"a photo of a {word}",
-            "class_data_dir": str(out / "class" / lesson.name),  # shared by all cells
+            "class_prompt": f"a photo of a {lesson.class_word}",
         }
     else:
         values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}
     values |= changes(cell.row, lesson)
+    if lesson.kind == "subject":  # class images are shared by all cells with as many
+        name = f"{lesson.name}, {values['num_class_images']}"
+        values["class_data_dir"] = str(out / "class" / name)
     for option, others in NEEDED_BY.items():
         if values.get(option) is False:
             values = {k: v for k, v in values.items() if k not in others}
@@ -164,6 +182,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
 
 OF_SUBJECTS_ALONE = {
     "with_prior_preservation", "random_flip", "train_text_encoder", "text_encoder_lr",
+    "num_class_images", "output_preservation", "preservation_class", "trigger_word",
 }  # fmt: skip
 """Class images and flips are for subjects, and a style's recipe trains no text encoder."""
 
@@ -171,6 +190,7 @@ OF_SUBJECTS_ALONE = {
 def changes(row: str, lesson: Lesson) -> dict[str, Any]:
     """The options of a row that mean something for a lesson."""
     options = {k: v[lesson.kind] if isinstance(v, dict) else v for k, v in ROWS[row].items()}
+    options = {k: v(lesson) if callable(v) else v for k, v in options.items()}
     if lesson.kind == "style":
         options = {k: v for k, v in options.items() if k not in OF_SUBJECTS_ALONE}
     return options
@@ -179,22 +199,14 @@ def changes(row: str, lesson: Lesson) -> dict[str, Any]:
 def draw_sets(parts: Parts, prompts: Prompts) -> list[PromptImages]:
     """SETS sets of images of all prompts, each image with a seed of its own."""
 
-    def images(texts: Sequence[str], first: int) -> list[Image.Image]:
-        drawn = sample(
+    def images(texts: Sequence[str], first: int) -> Iterator[Image.Image]:
+        return sample(
             parts, parts.caption_encoder(), texts, range(first, first + len(texts)),
             size=(SIDE, SIDE), device=torch.device("cpu"), steps=SAMPLER_STEPS,
             guidance_scale=GUIDANCE,
         )  # fmt: skip
-        return list(drawn)
 
-    return [
-        PromptImages(
-            images(prompts.subject, 1000 * i),
-            images(prompts.of_class, 1000 * i + 100),
-            images(prompts.unrelated, 1000 * i + 200),
-        )
-        for i in range(SETS)
-    ]
+    return sets_of(prompts, images, SETS)
 
 
 def stored_sets(out: Path, lesson: Lesson) -> list[PromptImages]:

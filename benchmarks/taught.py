@@ -52,6 +52,11 @@ class Lesson:
     way: Style | None = None
 
     @property
+    def class_word(self) -> str:
+        """The word without its rare part: of the class."""
+        return self.word.removeprefix("sks ")
+
+    @property
     def kind(self) -> str:
         return "style" if self.way else "subject"
 
@@ -107,7 +112,7 @@ class Lesson:
     @property
     def prompts(self) -> Prompts:
         if self.way is None:
-            of_class = [text.format(self.word.removeprefix("sks ")) for text in OF_CLASS]
+            of_class = [text.format(self.class_word) for text in OF_CLASS]
             return Prompts([f"a photo of a {self.word} {at}" for at in AT], of_class, UNRELATED)
         asked = [self._caption(scene) for scene in self._scenes(10, 800)]
         return Prompts([f"{text}, {self.word}" for text in asked[:6]], asked[6:], UNRELATED)

@@ -47,7 +47,7 @@ def drawn(lora: Path | None) -> list[Image.Image]:
     parts = load_parts(str(demo.find_sample_data() / "tiny-sd"))
     if lora:
         load_adapter(parts.models, lora)
-    found = demo.draw(parts, 64, 4.0)
+    found = demo.draw_sets(parts, 64, 4.0, 1)[0]
     return [*found.subject[:4], *found.of_class[:2], *found.unrelated[:2]]
 
 

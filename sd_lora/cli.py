@@ -239,7 +239,7 @@ _STUDIO = (
 
 
 def _sample(argv: Sequence[str]) -> None:
-    from sd_lora.tool_flags import sample_parser
+    from sd_lora.tool_flags import check_sheet, sample_parser
 
     args = sample_parser().parse(argv)
     if args.prompts:
@@ -253,14 +253,10 @@ def _sample(argv: Sequence[str]) -> None:
         args.prompt += [line for line in lines if line]
     if not args.prompt:
         raise UsageError("give a prompt: --prompt 'a photo of a cat'")
-    if args.out.exists() and not args.overwrite:
-        raise UsageError(f"{args.out} is there already: --overwrite replaces it, or another --out")
-    if args.out.suffix.lower() != ".png" or args.out.is_dir():
-        raise UsageError(f"--out {args.out}: the grid is a file that ends in .png")
+    check_sheet(args.out, args.overwrite)
     from sd_lora.folders import check_writable
     from sd_lora.hub import check_model_path
 
-    check_writable(args.out.absolute().parent, "--out")
     if args.images:
         check_writable(args.images, "--images")
     check_model_path(args.model)

@@ -106,15 +106,15 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
 
 def judge(argv: Sequence[str]) -> None:
     """Run `sd-lora judge`, with its own flags and those of `train`."""
-    from sd_lora.tool_flags import judge_parser
+    from sd_lora.tool_flags import check_sheet, judge_parser
 
     args, rest = judge_parser().parse_known_args(argv)
     if absent := [str(path) for path in args.files if not path.exists()]:
         raise UsageError(f"there is no LoRA file {', '.join(absent)}")
     if args.class_prompt and not args.features:
         raise UsageError("--class_prompt is of images that are drawn: give --features as well")
-    if args.features and args.out.exists() and not args.overwrite:
-        raise UsageError(f"{args.out} is there already: --overwrite replaces it, or another --out")
+    if args.features:
+        check_sheet(args.out, args.overwrite)
     from sd_lora.config.command_line import parse
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions

@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,7 +20,16 @@ from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import load_features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import SETS, PromptImages, Prompts, Score, Taught, score
+from sd_lora.sampling.score import (
+    KIND_SEEDS,
+    SETS,
+    PromptImages,
+    Prompts,
+    Score,
+    Taught,
+    score,
+    sets_of,
+)
 from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
@@ -64,25 +73,20 @@ def find_sample_data() -> Path:
 STEPS = 20
 """Sampler steps of the demo's images."""
 
-FIRST_SEEDS = {SUBJECT: 0, CLASS: 100, UNRELATED: 200}
-SET_SEEDS = 1000
-"""From a prompt's seed in one set of images to its seed in the next."""
+FIRST_SEEDS = {SUBJECT: 0, CLASS: KIND_SEEDS, UNRELATED: 2 * KIND_SEEDS}
+"""Prompts → the seed of the first one's image in the first set."""
 
 PROMPTS = Prompts(SUBJECT, CLASS, UNRELATED)
 
 
-def draw_sets(parts: Parts, resolution: int, guidance_scale: float) -> list[PromptImages]:
-    """SETS sets of images of all prompts, each image with its own seed."""
-    return [draw(parts, resolution, guidance_scale, SET_SEEDS * i) for i in range(SETS)]
-
-
-def draw(parts: Parts, resolution: int, guidance_scale: float, seeds_from: int = 0) -> PromptImages:
-    """Images of all prompts, each with its own seed."""
+def draw_sets(
+    parts: Parts, resolution: int, guidance_scale: float, sets: int
+) -> list[PromptImages]:
+    """Sets of images of all prompts, each image with its own seed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    def images(prompts: tuple[str, ...]) -> list[Image.Image]:
-        first = FIRST_SEEDS[prompts] + seeds_from
-        drawn = sample(
+    def images(prompts: Sequence[str], first: int) -> Iterator[Image.Image]:
+        return sample(
             parts,
             parts.caption_encoder(),
             prompts,
@@ -92,9 +96,8 @@ def draw(parts: Parts, resolution: int, guidance_scale: float, seeds_from: int =
             steps=STEPS,
             guidance_scale=guidance_scale,
         )
-        return list(drawn)
 
-    return PromptImages(images(SUBJECT), images(CLASS), images(UNRELATED))
+    return sets_of(PROMPTS, images, sets)
 
 
 def columns(config: TrainConfig, shown: Sequence[tuple[tuple[str, ...], int]]) -> list[Parameters]:
@@ -149,10 +152,10 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     """
     base, images = config.base_model, taught(config, sample_data)
     guidance, side = config.validation_guidance_scale, int(config.resolution or 64)
-    before = draw_sets(load_parts(base), side, guidance)
+    before = draw_sets(load_parts(base), side, guidance, SETS)
     tuned = load_parts(base)
     load_adapter(tuned.models, lora)
-    after = draw_sets(tuned, side, guidance)
+    after = draw_sets(tuned, side, guidance, SETS)
     features = load_features(sample_data / "encoder")
     result = score(features, images, PROMPTS, before, after)
 

@@ -6,28 +6,34 @@ that has learned too much below it. With features of images it is looked at as w
 by the base and at each strength, and scored (sampling/score.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
-from sd_lora.formats.lora_file import open_lora
-from sd_lora.formats.verify import misfits
 from sd_lora.report.events import Event, FindingMade, Listener, Progress, counting, to_all
 from sd_lora.report.sheets import Sheet
 from sd_lora.report.strengths import Judged
-from sd_lora.sample import Loras, Mix, name_of
+from sd_lora.sample import Loras, Mix, fitting, name_of
 from sd_lora.sampling.features import Features
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
-from sd_lora.sampling.score import SETS, Judge, PromptImages, Prompts, Taught
+from sd_lora.sampling.score import (
+    KIND_SEEDS,
+    SETS,
+    Judge,
+    PromptImages,
+    Prompts,
+    Taught,
+    sets_of,
+)
 from sd_lora.training.changes import changes_of
 from sd_lora.training.measure import measured
 from sd_lora.training.run import Run
 from sd_lora.training.samples import reference_of
-from sd_lora.training.setup import prepared
+from sd_lora.training.setup import prepared_run
 from sd_lora.training.validation import TRAINED
 
 NUM_PROMPTS = 6
@@ -51,9 +57,6 @@ UNRELATED = (
     "a photo of a boat at night",
 )
 """Prompts of other things, which a LoRA should leave alone."""
-
-SEEDS_OF_SET = 1000
-"""From a prompt's seed in one set of images to its seed in the next."""
 
 AT_ONCE = 4
 """Images drawn together."""
@@ -86,8 +89,11 @@ def judge(
         if isinstance(event, Progress | FindingMade):
             tell(event)
 
-    with prepared(config, [of_images]) as run:
+    with prepared_run(config, [of_images]) as run:
         _refuse_misfits(files, run)
+        prompts = prompts_for(run.validation.captions, class_prompt)
+        if features:
+            _refuse_undrawn(prompts, run)
         for finding in run.summary.findings:
             of_images(FindingMade(finding))
         found, loras = [Judged(path) for path in files], Loras(run.parts)
@@ -103,7 +109,7 @@ def judge(
                 one.changes = changes_of(run.parts.models)
         sheet = None
         if features:
-            sheet = _look(run, loras, found, features, class_prompt)
+            sheet = _look(run, loras, found, features, prompts)
     return found, sheet
 
 
@@ -112,17 +118,19 @@ def _refuse_misfits(files: Sequence[Path], run: Run) -> None:
     faults = []
     for path in files:
         try:
-            lora = open_lora(path)
-            lora.check()
-            wrong = [*misfits(lora.adapter, run.meta_pipeline)]
+            fitting(path, run.config.base_model, run.meta_pipeline)
         except UsageError as error:
             faults.append(str(error))
-            continue
-        if wrong:
-            more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
-            faults.append(f"{path} does not fit {run.config.base_model}: {wrong[0]}{more}")
     if faults:
         raise UsageError("\n".join(faults))
+
+
+def _refuse_undrawn(prompts: Prompts, run: Run) -> None:
+    """Raise UsageError where there are no images to draw."""
+    if not can_generate_images(run.parts.family):
+        raise UsageError(f"{run.parts.family.label} draws no image from a prompt: no --features")
+    if not prompts.subject:
+        raise UsageError("--features draws the captions, and no image has one: give --prompt")
 
 
 def _losses(run: Run) -> Sequence[float]:
@@ -145,12 +153,9 @@ def _look(
     loras: Loras,
     found: Sequence[Judged],
     features: Features,
-    class_prompt: str | None,
+    prompts: Prompts,
 ) -> Sheet:
     """Draw the prompts by the base and by each file at each strength, and score them."""
-    if not can_generate_images(run.parts.family):
-        raise UsageError(f"{run.parts.family.label} draws no image from a prompt: no --features")
-    prompts = prompts_for(run.validation.captions, class_prompt)
     samples = run.images.instances.samples[:NUM_REAL]
     real = [image for shown in samples if (image := reference_of(run, shown))]
     loras.put_on(Mix())
@@ -168,23 +173,22 @@ def _look(
     return _sheet(run, prompts, real, found)
 
 
-def _texts(prompts: Prompts) -> list[str]:
-    return [*prompts.subject, *prompts.of_class, *prompts.unrelated]
+def _kinds(prompts: Prompts) -> tuple[Sequence[str], ...]:
+    return prompts.subject, prompts.of_class, prompts.unrelated
 
 
 def _drawn(run: Run, prompts: Prompts, label: str) -> list[PromptImages]:
-    """SETS sets of images of all prompts, by the models as they are, each image with its seed."""
-    texts, steps, side = _texts(prompts), run.config.validation_steps, _side(run)
-    a, b = len(prompts.subject), len(prompts.subject) + len(prompts.of_class)
-    found = []
-    total = SETS * num_denoising_steps(len(texts), AT_ONCE, steps)
-    with counting(run.emit, label, total, "denoising step") as advance:
-        for number in range(SETS):
-            drawn = sample(
+    """Sets of images of all prompts, by the models as they are."""
+    steps, side = run.config.validation_steps, _side(run)
+    a_set = sum(num_denoising_steps(len(texts), AT_ONCE, steps) for texts in _kinds(prompts))
+    with counting(run.emit, label, SETS * a_set, "denoising step") as advance:
+
+        def images(texts: Sequence[str], first: int) -> Iterator[Image.Image]:
+            return sample(
                 run.parts,
                 run.text.caption_encoder,
                 texts,
-                range(SEEDS_OF_SET * number, SEEDS_OF_SET * number + len(texts)),
+                range(first, first + len(texts)),
                 size=(side, side),
                 device=run.accelerator.device,
                 steps=steps,
@@ -192,9 +196,8 @@ def _drawn(run: Run, prompts: Prompts, label: str) -> list[PromptImages]:
                 batch_size=AT_ONCE,
                 on_step=advance,
             )
-            images = list(drawn)
-            found.append(PromptImages(images[:a], images[a:b], images[b:]))
-    return found
+
+        return sets_of(prompts, images)
 
 
 def _side(run: Run) -> int:
@@ -205,10 +208,17 @@ def _sheet(
     run: Run, prompts: Prompts, real: Sequence[Image.Image], found: Sequence[Judged]
 ) -> Sheet:
     """The images of the first set of seeds: a row for the base, and one a file and strength."""
-    texts, config = _texts(prompts), run.config
-    rows: list[Sequence[Image.Image | None]] = [
-        [*real[: len(texts)], *[None] * (len(texts) - len(real))]
-    ]
+    config = run.config
+    columns = [
+        Parameters(
+            text, KIND_SEEDS * kind + i, config.validation_steps,
+            config.validation_guidance_scale, (_side(run), _side(run)), config.base_model,
+        )
+        for kind, texts in enumerate(_kinds(prompts))
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+    shown = real[: len(columns)]
+    rows: list[Sequence[Image.Image | None]] = [[*shown, *[None] * (len(columns) - len(shown))]]
     labels = ["images of the folder"]
     for one in found:
         for strength, sets in one.images.items():
@@ -216,11 +226,4 @@ def _sheet(
                 first = sets[0]
                 rows.append([*first.subject, *first.of_class, *first.unrelated])
                 labels.append(f"{name_of(one.path)} {strength:g}" if strength else "the base")
-    columns = [
-        Parameters(
-            text, seed, config.validation_steps, config.validation_guidance_scale,
-            (_side(run), _side(run)), config.base_model,
-        )
-        for seed, text in enumerate(texts)
-    ]  # fmt: skip
     return Sheet(rows, labels, columns, side=128)

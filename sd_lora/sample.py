@@ -19,10 +19,11 @@ from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dic
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.formats.canonical import each
-from sd_lora.formats.lora_file import open_lora
+from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Base, Parts, find_base
+from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.report.summary import duration
 from sd_lora.sampling.parameters import Parameters
@@ -207,6 +208,20 @@ def draw(parts: Parts, request: Request, device: torch.device) -> Iterator[list[
             yield images
 
 
+def fitting(path: Path, model: str, meta_pipeline: MetaPipeline) -> LoRAFile:
+    """Open a LoRA file for a model.
+
+    Raises:
+        UsageError: a file that cannot be read, or that does not fit the model.
+    """
+    lora = open_lora(path)
+    lora.check()
+    if wrong := [*misfits(lora.adapter, meta_pipeline)]:
+        more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
+        raise UsageError(f"{path} does not fit {model}: {wrong[0]}{more}")
+    return lora
+
+
 def check(request: Request, base: Base) -> None:
     """Refuse, before the model is loaded, files that do not fit it and sizes that it cannot draw.
 
@@ -222,9 +237,7 @@ def check(request: Request, base: Base) -> None:
     files = {path for mix in (*request.rows, *request.beside) for path, _ in mix.files}
     for path in sorted(files):
         try:
-            lora = open_lora(path)
-            lora.check()
-            wrong = [*misfits(lora.adapter, base.meta_pipeline)]
+            lora = fitting(path, request.model, base.meta_pipeline)
         except UsageError as error:
             faults.append(str(error))
             continue
@@ -232,9 +245,6 @@ def check(request: Request, base: Base) -> None:
         several = sum(most) > 1
         if several and any(delta.magnitude is not None for _, _, delta in each(lora.adapter)):
             faults.append(f"{path} has magnitudes (DoRA), which cannot be added to another file")
-        if wrong:
-            more = f", and {len(wrong) - 1} more" * (len(wrong) > 1)
-            faults.append(f"{path} does not fit {request.model}: {wrong[0]}{more}")
     if faults:
         raise UsageError("\n".join(faults))
 

@@ -157,12 +157,31 @@ _SAMPLE_EXAMPLES = """examples:
 """
 
 
-def sample_parser() -> ToolParser:
-    """The flags of `sd-lora sample`."""
-    parser = ToolParser(
-        prog="sd-lora sample", description=_SAMPLE, epilog=_SAMPLE_EXAMPLES,
+def _with_examples(command: str, about: str, examples: str) -> ToolParser:
+    return ToolParser(
+        prog=f"sd-lora {command}", description=about, epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+
+
+def check_sheet(out: Path, overwrite: bool) -> None:
+    """Refuse a file for drawn images that is there, is no .png, or cannot be written.
+
+    Raises:
+        UsageError, RunError: for people.
+    """
+    from sd_lora.folders import check_writable
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} is there already: --overwrite replaces it, or another --out")
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise UsageError(f"--out {out}: drawn images are a file that ends in .png")
+    check_writable(out.absolute().parent, "--out")
+
+
+def sample_parser() -> ToolParser:
+    """The flags of `sd-lora sample`."""
+    parser = _with_examples("sample", _SAMPLE, _SAMPLE_EXAMPLES)
     add = parser.add_argument
     add("--model", required=True, help="a diffusers folder, a single checkpoint or a hub id")
     add(
@@ -248,10 +267,7 @@ _JUDGE_EXAMPLES = """examples:
 
 def judge_parser() -> ToolParser:
     """The flags of `sd-lora judge` alone."""
-    parser = ToolParser(
-        prog="sd-lora judge", description=_JUDGE, epilog=_JUDGE_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _with_examples("judge", _JUDGE, _JUDGE_EXAMPLES)
     add = parser.add_argument
     add("files", type=as_path, nargs="+", metavar="FILE", help="LoRA files or checkpoints")
     add("--model", required=True, help="a diffusers folder, a single checkpoint or a hub id")
@@ -298,10 +314,7 @@ _CAPTION_EXAMPLES = """example:
 
 def caption_parser() -> ToolParser:
     """The flags of `sd-lora caption`."""
-    parser = ToolParser(
-        prog="sd-lora caption", description=_CAPTION, epilog=_CAPTION_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = _with_examples("caption", _CAPTION, _CAPTION_EXAMPLES)
     add = parser.add_argument
     add("folder", type=as_path, help="a folder of images, with those below it")
     layout = "folder of the model, in the layout of transformers; nothing is downloaded"

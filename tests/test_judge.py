@@ -1,6 +1,7 @@
 """`sd-lora judge`: its losses are those of the weights, its verdicts follow the numbers."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,7 +101,8 @@ def test_mistakes_are_told_at_once(
     tiny_sd1: Path, tiny_sdxl: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Files of another model are all named; so are a missing file, a folder without captions or
-    prompt, and a class prompt that nothing draws."""
+    prompt, a class prompt that nothing draws, drawn images that cannot be written, and images
+    whose captions are empty, before anything is measured."""
     paths = [
         saved(tmp_path / f"{i}.safetensors", files.KOHYA, trained(tiny_sd1), tiny_sd1)
         for i in range(2)
@@ -110,11 +112,19 @@ def test_mistakes_are_told_at_once(
     assert capsys.readouterr().err.count("does not fit") == 2
     (tmp_path / "bare").mkdir()
     Image.new("RGB", (64, 64)).save(tmp_path / "bare" / "0.png")
+    (tmp_path / "blank").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "blank" / "0.png")
+    row = {"file_name": "0.png", "text": ""}
+    (tmp_path / "blank" / "metadata.jsonl").write_text(json.dumps(row))
     of_sd1 = ["--model", str(tiny_sd1), "--images"]
+    blank = [str(paths[0]), *of_sd1, str(tmp_path / "blank"), "--features", str(ENCODER)]
+    drawn = [str(paths[0]), *of_sd1, str(tmp_path / "bare"), "--features", str(ENCODER)]
     for words, said in (
         (["nowhere.safetensors", *of_sd1, str(data)], "no LoRA file nowhere.safetensors"),
         ([str(paths[0]), *of_sd1, str(data), "--class_prompt", "a dog"], "give --features"),
         ([str(paths[0]), *of_sd1, str(tmp_path / "bare")], "its images need a prompt"),
+        ([*drawn, "--out", str(tmp_path / "a.jpg")], "ends in .png"),
+        ([*blank, "--out", str(tmp_path / "a.png")], "no image has one: give --prompt"),
     ):
         assert main(["judge", *words]) == 2
         assert said in capsys.readouterr().err
@@ -142,12 +152,14 @@ def by_loss(**shares: float) -> Judged:
         (by_loss(half=0.7, whole=0.8, more=0.9), OVER, "and at 0.5 by a further 10 % ±"),
         (by_loss(half=1.0, whole=1.0, more=1.0), UNDER, "which may be chance"),
         (by_loss(half=1.5, whole=3.0, more=9.0), OVER, "200 % ± 31 % above the base's"),
+        (by_loss(half=0.9, whole=math.nan, more=math.nan), OVER, "it is not finite: the file's ΔW"),
     ],
 )
 def test_the_verdict_by_the_loss(found: Judged, state: str, words: str) -> None:
     """The state is that of the strength with the least loss, beyond chance."""
     assert found.verdict.state == state
     assert words in found.verdict.text
+    json.dumps(found.numbers(), allow_nan=False)
 
 
 def score(fidelity: float, leak: float = 0.0, copies: float = 0.0) -> Score:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.report.intervals import interval, is_better
-from sd_lora.report.verdict import GOOD, OVER, UNDER, Verdict
+from sd_lora.report.verdict import GOOD, OVER, UNDER, Verdict, percent
 from sd_lora.sampling.score import PromptImages, Score
 
 HALF_WAY = 0.5
@@ -64,11 +64,15 @@ class Judged:
     def numbers(self) -> dict[str, Any]:
         """Everything, for JSON."""
         rows, verdict = [], self.verdict
+
+        def known(number: float) -> float | None:  # JSON has no NaN
+            return number if math.isfinite(number) else None
+
         for strength in self.strengths:
             mean, half = self.against(strength, 0.0)
             losses = self.losses[strength]
-            row: dict[str, Any] = {"strength": strength, "loss": sum(losses) / len(losses)}
-            row |= {"against_base": mean, "doubt": half}
+            row: dict[str, Any] = {"strength": strength, "loss": known(sum(losses) / len(losses))}
+            row |= {"against_base": known(mean), "doubt": known(half)}
             if strength in self.scores:
                 row["score"] = self.scores[strength].numbers()
             rows.append(row)
@@ -89,7 +93,9 @@ def by_loss(judged: Judged) -> Verdict:
     for on others no other strength is better."""
     gain, doubt = judged.against(1.0, 0.0)
     best, state = judged.best, GOOD
-    if gain > doubt:
+    if not math.isfinite(gain):
+        state, why = OVER, "at strength 1 it is not finite: the file's ΔW are too large"
+    elif gain > doubt:
         state = OVER
         why = f"at strength 1 it is {percent(gain)} ± {percent(doubt)} above the base's"
     elif -gain <= doubt:
@@ -178,11 +184,6 @@ def told(score: Score) -> str:
     return ", ".join(
         f"{name} {one.text()}" for name, one in named.items() if not math.isnan(one.mean)
     )
-
-
-def percent(share: float) -> str:
-    """A share in percent, with a digit behind the point where it is small."""
-    return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
 
 
 def lines(found: Sequence[Judged]) -> Iterator[str]:

@@ -85,34 +85,34 @@ def verdict_of(
     t, over, under = thresholds, [], []
     if n["rise"] > n["rise_doubt"]:
         over.append(
-            f"the validation loss has risen by {_percent(n['rise'])} ± {_percent(n['rise_doubt'])} "
+            f"the validation loss has risen by {percent(n['rise'])} ± {percent(n['rise_doubt'])} "
             f"since step {n['best']:.0f}"
         )
     if "held_out_gain" in n and n["gain"] - n["held_out_gain"] > t["most_apart"]:
         over.append(
-            f"it fell by {_percent(n['gain'])} on the trained images and by "
-            f"{_percent(n['held_out_gain'])} on those held out: they are learned by heart"
+            f"it fell by {percent(n['gain'])} on the trained images and by "
+            f"{percent(n['held_out_gain'])} on those held out: they are learned by heart"
         )
     if n["gain"] > t["most_gain"]:
         over.append(
             f"on noise that was never trained the loss of the trained images fell by "
-            f"{_percent(n['gain'])}, as far as it falls when images are learned by heart"
+            f"{percent(n['gain'])}, as far as it falls when images are learned by heart"
         )
     if n.get("change", 0.0) > t["most_change"]:
-        over.append(f"‖ΔW‖ is {_percent(n['change'])} of ‖W‖ in one part of the model")
+        over.append(f"‖ΔW‖ is {percent(n['change'])} of ‖W‖ in one part of the model")
     share = n["late"] / n["gain"] if n["gain"] > 0 else 0.0
     if n["gain"] <= n["gain_doubt"]:
         under.append(
-            f"the validation loss fell by {_percent(n['gain'])} ± {_percent(n['gain_doubt'])}, "
+            f"the validation loss fell by {percent(n['gain'])} ± {percent(n['gain_doubt'])}, "
             "which may be chance"
         )
     elif share > t["still_falling"] and n["late"] > n["late_doubt"]:
         under.append(
-            f"{_percent(share)} of the fall of the validation loss came in the last quarter of the "
+            f"{percent(share)} of the fall of the validation loss came in the last quarter of the "
             "steps, and it goes on"
         )
     state = OVER if over else UNDER if under else GOOD
-    settled = f"the validation loss fell by {_percent(n['gain'])} and has settled"
+    settled = f"the validation loss fell by {percent(n['gain'])} and has settled"
     reasons = "; ".join(over or under or [settled])
     return Verdict(state, f"{_HEADS[state]}: {reasons}. {_advice(state, n)}", n)
 
@@ -139,5 +139,6 @@ def _advice(state: str, n: Mapping[str, float]) -> str:
     return "Take the last file at strength 1."
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share in percent, with a digit behind the point where it is small."""
     return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"

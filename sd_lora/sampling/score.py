@@ -16,7 +16,7 @@ next: the real images and the base model's.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +36,10 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
 
 SETS = 3
 """Sets of images whose interval is narrow enough to tell anything; one set has no interval."""
+
+SET_SEEDS, KIND_SEEDS = 1000, 100
+"""From a prompt's seed in one set of images to its seed in the next; from the first prompt of one
+kind to the first of the next kind."""
 
 ABOUT_SUBJECT = ("background", "count")
 """Questions about the subject's images: its thing and colours are learned, not asked for."""
@@ -98,6 +102,23 @@ class Prompts:
     subject: Sequence[str]
     of_class: Sequence[str]
     unrelated: Sequence[str]
+
+
+def sets_of(
+    prompts: Prompts, draw: Callable[[Sequence[str], int], Iterable[Image.Image]], sets: int = SETS
+) -> list[PromptImages]:
+    """Sets of images of all prompts, each image with a seed of its own.
+
+    draw: images of some prompts, from their texts and the seed of the first; others follow it.
+    """
+    kinds = (prompts.subject, prompts.of_class, prompts.unrelated)
+    return [
+        PromptImages(*(
+            list(draw(texts, SET_SEEDS * number + KIND_SEEDS * kind))
+            for kind, texts in enumerate(kinds)
+        ))
+        for number in range(sets)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

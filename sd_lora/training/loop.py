@@ -66,7 +66,7 @@ from sd_lora.training.saving import (
     save_checkpoint,
     save_lora,
 )
-from sd_lora.training.setup import prepared
+from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trackers import start_trackers, tracker_errors
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
@@ -129,7 +129,7 @@ def train(
 def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> Result:
     """See `train`."""
     started = time.monotonic()
-    with prepared(config, [*listeners, RunPage(config)], resumed) as run:
+    with prepared_run(config, [*listeners, RunPage(config)], resumed) as run:
         try_largest(run, accumulate)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))

@@ -95,7 +95,7 @@ class CheckedRun:
 
 
 @contextmanager
-def prepared(
+def prepared_run(
     config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
 ) -> Iterator[Run]:
     """A run of `prepare` within a `with` block, after which another one can begin."""

@@ -145,18 +145,19 @@ def start_trackers(
     }
     # hides the later steps of a run that was killed, which are done again
     arguments["tensorboard"] = {"purge_step": step + 1}
-    known = not any(KNOWN[name].fixed for name in runs)
-    names = " and ".join(map(str, accelerator.log_with))
+    used = [*map(str, accelerator.log_with)]
+    fixed = any(KNOWN[name].fixed for name in runs if name in used)
     with tracker_errors(accelerator):
         try:
             accelerator.init_trackers(
-                "sd_lora", config=values if known else None, init_kwargs=arguments
+                "sd_lora", config=None if fixed else values, init_kwargs=arguments
             )
         except OSError:
             raise
         except Exception as error:  # of a library: no key, no server, another version
             raise RunError(
-                f"{names} could not be started: {error}. Mend it, or leave out --report_to"
+                f"{' and '.join(used)} could not be started: {error}. Mend it, or leave out "
+                "--report_to"
             ) from error
 
 

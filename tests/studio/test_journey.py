@@ -142,7 +142,7 @@ def test_a_person_trains_a_lora(
     person.sees("#at-rank .problem", "rank must be at least 1, not 0")
     person.writes("#f-rank", "2")
     person.sees("#at-rank .changed", "usually 16")
-    few = {"max_train_steps": "240", "num_validation_images": "1", "validation_steps": "2"}
+    few = {"max_train_steps": "400", "num_validation_images": "1", "validation_steps": "2"}
     for field, text in few.items():
         person.writes("#find", field)
         person.writes(f"#f-{field}", text)
@@ -161,7 +161,7 @@ def test_a_person_trains_a_lora(
     assert not (work / "photos-lora" / "pytorch_lora_weights.safetensors").exists()
     person.clicks("#acts button", "Resume after step")
     person.sees(".state.done")
-    person.sees("#state", "step 240 of 240")
+    person.sees("#state", "step 400 of 400")
     person.sees("#state", "pytorch_lora_weights.safetensors")
     person.waits(lambda: len(person.browser.find_elements("css selector", "#charts canvas")) == 3)
 
