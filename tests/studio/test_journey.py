@@ -66,9 +66,10 @@ class Person:
         element.click()
 
     def writes(self, selector: str, text: str) -> None:
+        """Put a text in the place of a field's, as one change: `clear` would be one of its own."""
         element = self.sees(selector)
-        element.clear()
-        element.send_keys(text)
+        element.send_keys(Keys.CONTROL + "a")
+        element.send_keys(text or Keys.DELETE)
 
     def goes(self, served: Served, path: str) -> None:
         """Open a page of a studio."""
