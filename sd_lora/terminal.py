@@ -1,13 +1,16 @@
 """The terminal as a listener of a run: its summary, progress bars and results."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from sd_lora.data.check.page import printable
 from sd_lora.report.events import (
+    BestTaken,
     Event,
     Exported,
+    ImagesScored,
     Progress,
     Pushed,
     RunEnded,
@@ -41,6 +44,7 @@ class Terminal:
         self._warned: list[str] = []
         self._validated: Validated | None = None
         self._measured: ValidationDone | None = None
+        self._scored: Mapping[str, Any] = {}
         self._exported: Exported | None = None
         self._pushed: Pushed | None = None
 
@@ -67,6 +71,11 @@ class Terminal:
                 self._validated = event
             case ValidationDone():
                 self._measured = event
+            case ImagesScored():
+                self._scored = event.record
+                self._say(f"step {event.step}: {event.score.line()}")
+            case BestTaken():
+                self._scored = event.record
             case Exported():
                 self._exported = event
             case Pushed():
@@ -111,7 +120,11 @@ class Terminal:
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if self._measured and self._exported:
-            facts = {"validation": self._measured.record, "changes": self._exported.changes}
+            facts = {
+                "validation": self._measured.record,
+                "changes": self._exported.changes,
+                "scores": self._scored,
+            }
             if verdict := verdict_of(facts):
                 lines.append(f"  {verdict.text}")
         if seen := [str(path) for path in (event.sheet, event.page) if path]:

@@ -12,10 +12,10 @@ from PIL import Image
 import sd_lora
 from sd_lora.cli import main
 from sd_lora.formats import adapter_files as files
-from sd_lora.judge import PLACES, prompts_for
 from sd_lora.report.strengths import Judged, best_of
 from sd_lora.report.verdict import GOOD, OVER, UNDER
 from sd_lora.sampling.score import Interval, Score
+from sd_lora.training.scoring import PLACES, prompts_for
 from tests.formats.trained import saved, trained
 from tests.training.runs import images, text_to_image
 
@@ -66,16 +66,29 @@ def test_losses_are_those_of_the_weights(
 def test_a_run_is_judged_as_it_validates_itself(
     tiny_sd1: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The last validation of a run is the loss of its file, and the first one the base's; also by a
-    checkpoint in the file's place."""
-    changes = {"rank": 2, "validate_every": 6, "train_text_encoder": True}
+    """The last validation of a run is the loss of its file, and the first one the base's; its last
+    score is that of the images which the file draws; also by a checkpoint in the file's place."""
+    changes = {
+        "rank": 2, "validate_every": 6, "train_text_encoder": True, "validation_steps": 2,
+        "score_features": str(ENCODER), "score_sets": 3, "score_every": 6,
+        "score_class_prompt": "a photo of a thing",
+    }  # fmt: skip
     sd_lora.train(text_to_image(tiny_sd1, data, tmp_path / "run", **changes))
-    rows = json.loads((tmp_path / "run" / "report.json").read_text())["validation"]["rows"]
-    words = ("--images", data, "--resolution", 64, "--seed", 0, "--strengths", 1, "--model")
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    rows, scores = record["validation"]["rows"], record["scores"]["rows"]
+    assert [row["step"] for row in scores] == [0, 6]
+    words = ["--images", data, "--resolution", 64, "--seed", 0, "--strengths", 1, "--model"]
+    looks = ["--features", ENCODER, "--class_prompt", "a photo of a thing", "--validation_steps", 2]
+    looks += ["--out", tmp_path / "judge.png"]
     file, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-6"
-    for found in judged(capsys, file, checkpoint, *words, tiny_sd1):
+    for found in judged(capsys, file, checkpoint, *words, tiny_sd1, *looks):
         assert found["base_loss"] == pytest.approx(rows[0]["trained"]["loss"], rel=1e-6)
         assert losses(found)[1.0] == pytest.approx(rows[-1]["trained"]["loss"], rel=1e-5)
+        seen = found["strengths"][-1]["score"]
+        for name in ("fidelity", "class_leak", "unrelated_leak", "harm", "followed"):
+            values = scores[-1]["score"][name]["values"]
+            assert seen[name]["values"] == pytest.approx(values, abs=0.02)
+    assert any(abs(v) > 0.001 for v in scores[-1]["score"]["harm"]["values"])
 
 
 def test_images_are_drawn_and_scored(

@@ -18,6 +18,7 @@ from sd_lora.report.summary import Summary
 
 if TYPE_CHECKING:  # pages of runs are read without torch
     from sd_lora.formats.verify import Verified
+    from sd_lora.sampling.score import Score
 
 T = TypeVar("T")
 
@@ -162,6 +163,27 @@ class ValidationDone:
 
 
 @dataclass(frozen=True)
+class ImagesScored:
+    """Prompts are drawn by the model as it is now, and their images are scored.
+
+    step: number of steps done. score: of the images. record: all scores so far, for `report.json`.
+    """
+
+    step: int
+    score: "Score"
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BestTaken:
+    """A run that ends early takes its step with the best score. record: all scores, as of
+    `ImagesScored`."""
+
+    step: int
+    record: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class LedgerRead:
     """The loss of each training image against that of all. images: see `Ledger.record`."""
 
@@ -210,6 +232,8 @@ Event = (
     | LoraSaved
     | Validated
     | ValidationDone
+    | ImagesScored
+    | BestTaken
     | LedgerRead
     | Exported
     | Pushed

@@ -1,4 +1,4 @@
-"""The curves of a run's validation on its page: loss by step and by timestep, and the base's."""
+"""The curves of a run's validation and scores on its page."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -40,6 +40,32 @@ def by_timestep(record: Mapping[str, Any]) -> Curves:
             f"after {_number(last['step']):g} steps": [*map(_number, last[group]["levels"])],
             "base model": [*map(_number, record["base"][group]["levels"])],
         }
+    return {}
+
+
+SCORED = {
+    "fidelity": "fidelity", "followed": "prompts followed", "class_leak": "class leak",
+    "unrelated_leak": "unrelated leak", "harm": "harm", "copies": "copies",
+}  # fmt: skip
+"""Measure of a score → its words."""
+
+
+def scores_by_step(record: Mapping[str, Any]) -> Curves:
+    """The numbers of the scores by step, in percent, and the merit.
+
+    record: "scores" of `report.json`; nothing for one of another form.
+    """
+    with suppress(LookupError, TypeError, AttributeError):
+        rows = record["rows"]
+        for name in ("features", "blind", "images", "best"):  # beside the curves
+            str(record[name])
+        curves = {"step": [_number(row["step"]) for row in rows]}
+        for name, words in SCORED.items():
+            found = [_number(row["score"][name]["mean"]) for row in rows]
+            if any(value is not None for value in found):
+                curves[words] = [None if value is None else 100 * value for value in found]
+        curves["merit"] = [100 * row["merit"] for row in rows]
+        return curves if rows else {}
     return {}
 
 

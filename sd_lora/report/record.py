@@ -13,8 +13,10 @@ from sd_lora.data.check.page import report_lines
 from sd_lora.errors import UsageError, near_path
 from sd_lora.files import write_whole
 from sd_lora.report.events import (
+    BestTaken,
     Event,
     Exported,
+    ImagesScored,
     LedgerRead,
     RunEnded,
     RunPlanned,
@@ -30,7 +32,7 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
-    "validation": {}, "ledger": [],
+    "validation": {}, "scores": {}, "ledger": [],
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -72,6 +74,8 @@ class Record:
                 facts["replayed"] = known
             case ValidationDone():
                 facts["validation"] = event.record
+            case ImagesScored() | BestTaken():
+                facts["scores"] = event.record
             case LedgerRead():
                 facts["ledger"] = [
                     {**image, "name": self._shown(image["name"])} for image in event.images
@@ -89,7 +93,7 @@ class Record:
         if first_step and (self.folder / RECORD).is_file():
             earlier = read_record(self.folder)
             self._before = earlier["seconds"]
-            for name in ("validation", "ledger"):
+            for name in ("validation", "scores", "ledger"):
                 self.facts.setdefault(name, earlier[name])
             warnings = [*earlier["warnings"], *self.facts["warnings"]]
             self.facts["warnings"] = list(dict.fromkeys(map(str, warnings)))

@@ -28,6 +28,7 @@ from sd_lora.folders import RUN_LOG
 from sd_lora.report.events import (
     CheckpointSaved,
     Event,
+    ImagesScored,
     LoraSaved,
     RunEnded,
     SamplesDrawn,
@@ -35,7 +36,7 @@ from sd_lora.report.events import (
     TrainingStarted,
 )
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.measured import by_step, by_timestep, images_of
+from sd_lora.report.measured import by_step, by_timestep, images_of, scores_by_step
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration
 from sd_lora.report.verdict import verdict_of
@@ -79,7 +80,8 @@ class RunPage:
         if isinstance(event, StepsLogged):
             return time.monotonic() - self._written >= REWRITE_EVERY
         return isinstance(
-            event, TrainingStarted | SamplesDrawn | CheckpointSaved | LoraSaved | RunEnded
+            event,
+            TrainingStarted | SamplesDrawn | ImagesScored | CheckpointSaved | LoraSaved | RunEnded,
         )
 
 
@@ -221,6 +223,7 @@ def page_of(folders: Sequence[Path]) -> str:
             "record": record,
             "curves": curves_of(logs[number]),
             "measured": by_step(record["validation"]),
+            "scored": scores_by_step(record["scores"]),
             "verdict": verdict_of(record),
             "images": images_of(record["ledger"]),
             "by_timestep": by_timestep(record["validation"]),
@@ -235,7 +238,10 @@ def page_of(folders: Sequence[Path]) -> str:
         for d in drawn
     ]
     data = [
-        {name: run[name] for name in ("name", "curves", "measured", "by_timestep", "steps")}
+        {
+            name: run[name]
+            for name in ("name", "curves", "measured", "scored", "by_timestep", "steps")
+        }
         | {"images": images}
         for run, images in zip(runs, pictures, strict=True)
     ]

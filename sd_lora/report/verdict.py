@@ -1,7 +1,8 @@
 """The verdict on a run in words, with its numbers: has it learned, too little, enough, too much?
 
-It is a function of `report.json`: validation, ledger, changes of the weights. `THRESHOLDS` is the
-table of its numbers; `benchmarks/verdict.py` measures how often it is right.
+It is a function of `report.json`: scores of images where the run has them, else validation, and
+changes of the weights. `THRESHOLDS` is the table of its numbers; `benchmarks/verdict.py` measures
+how often it is right.
 """
 
 import math
@@ -17,6 +18,11 @@ THRESHOLDS = {
     "most_gain": math.inf,
     "most_apart": math.inf,
     "most_change": math.inf,
+    "least_fidelity": 0.5,
+    "most_lost": 0.1,
+    "most_copies": 0.5,
+    "most_leak": math.inf,
+    "most_harm": math.inf,
 }
 """Name → number. With 1 as the base model's validation loss:
 
@@ -25,9 +31,16 @@ steps would help.
 most_gain: fall of the loss on trained images above which they are learned by heart.
 most_apart: fall on trained images beyond that on images held out, above which the same is said.
 most_change: ‖ΔW‖ / ‖W‖ of a part above which the LoRA overrides the base.
+least_fidelity: fidelity of the images below which more steps would help.
+most_lost: fall of the merit, beyond its interval, since the best step, above which a run went too
+far.
+most_copies: share of the subject's images that repeat a training image, above which it is learned
+by heart.
+most_leak, most_harm: leak into unrelated images, and what other prompts are followed less, above
+which the LoRA overrides the base.
 
-The last three are off until runs of many subjects have shown where they lie; the other rules are
-intervals of differences, and need no number.
+Those that are infinite are off until runs of many subjects have shown where they lie; the other
+rules are intervals of differences, and need no number.
 """
 
 
@@ -75,14 +88,77 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
+def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a verdict by scores of images; none where there are fewer than two, or they
+    have another form.
+
+    fidelity, copies, leak (of unrelated prompts), harm: of the last one, or of the one that was
+    exported. class_leak: where there are images of the class. lost: of the merit since the best
+    step, lost_doubt: half its interval. best, last: steps.
+    """
+    with suppress(LookupError, TypeError, ValueError, AttributeError):
+        measured = record["scores"]
+        rows = {row["step"]: row for row in measured["rows"]}
+        if len(rows) < 2:
+            return {}
+        last = measured.get("exported", max(rows))
+        means = {name: value["mean"] for name, value in rows[last]["score"].items()}
+        lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
+        found = {
+            "fidelity": means["fidelity"],
+            "copies": means["copies"],
+            "leak": means["unrelated_leak"] or 0.0,
+            "harm": means["harm"] or 0.0,
+            "lost": -lost,
+            "lost_doubt": doubt,
+            "best": measured["best"],
+            "last": last,
+        }
+        if means["class_leak"] is not None:
+            found["class_leak"] = means["class_leak"]
+        return {name: float(value) for name, value in found.items()}
+    return {}
+
+
 def verdict_of(
     record: Mapping[str, Any], thresholds: Mapping[str, float] = THRESHOLDS
 ) -> Verdict | None:
-    """The verdict on a run; None where its record has too little to judge by."""
-    n = numbers_of(record)
-    if not n:
-        return None
-    t, over, under = thresholds, [], []
+    """The verdict on a run, by scores of its images where it has them, else by its losses; None
+    where its record has too little to judge by."""
+    if seen := scored_numbers_of(record):
+        return _by_images(seen, thresholds)
+    measured = numbers_of(record)
+    return _by_loss(measured, thresholds) if measured else None
+
+
+def _by_images(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
+    """The verdict by scores of images."""
+    over, under = [], []
+    if n["lost"] > max(n["lost_doubt"], t["most_lost"]):
+        over.append(
+            f"since step {n['best']:.0f} the images have lost {percent(n['lost'])} ± "
+            f"{percent(n['lost_doubt'])} of fidelity less leak and harm"
+        )
+    if n["copies"] > t["most_copies"]:
+        over.append(f"{percent(n['copies'])} of the images repeat a training image")
+    if n["leak"] > t["most_leak"]:
+        over.append(f"other prompts went {percent(n['leak'])} of the way to what was learned")
+    if n["harm"] > t["most_harm"]:
+        over.append(f"other prompts are followed {percent(n['harm'])} less than by the base")
+    seen = f"fidelity is {percent(n['fidelity'])} (0 % the base's images, 100 % real ones)"
+    if n["fidelity"] < t["least_fidelity"]:
+        under.append(seen)
+    state = OVER if over else UNDER if under else GOOD
+    told = f"{seen}, leak into other prompts {percent(n['leak'])}, harm {percent(n['harm'])}"
+    if "class_leak" in n:
+        told += f", leak into the class {percent(n['class_leak'])}"
+    reasons = "; ".join(over or under or [told])
+    return Verdict(state, f"By its images, {state}: {reasons}. {_advice(state, n)}", n)
+
+
+def _by_loss(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
+    """The verdict by losses."""
+    over, under = [], []
     if n["rise"] > n["rise_doubt"]:
         over.append(
             f"the validation loss has risen by {percent(n['rise'])} ± {percent(n['rise_doubt'])} "

@@ -41,6 +41,14 @@ SET_SEEDS, KIND_SEEDS = 1000, 100
 """From a prompt's seed in one set of images to its seed in the next; from the first prompt of one
 kind to the first of the next kind."""
 
+MERIT = {
+    "subject": {"fidelity": 1, "unrelated_leak": -1, "harm": -1},
+    "style": {"fidelity": 1, "harm": -1},
+}
+"""Kind → measure → its sign in the merit of a LoRA: what is learned less what it cost. The class's
+leak is no part: without class images every run has it at once, and some want it; what the class's
+prompts lose by it is harm. A style is meant to reach other prompts."""
+
 ABOUT_SUBJECT = ("background", "count")
 """Questions about the subject's images: its thing and colours are learned, not asked for."""
 
@@ -103,6 +111,11 @@ class Prompts:
     of_class: Sequence[str]
     unrelated: Sequence[str]
 
+    @property
+    def kinds(self) -> tuple[Sequence[str], ...]:
+        """All three, in this order."""
+        return self.subject, self.of_class, self.unrelated
+
 
 def sets_of(
     prompts: Prompts, draw: Callable[[Sequence[str], int], Iterable[Image.Image]], sets: int = SETS
@@ -111,11 +124,10 @@ def sets_of(
 
     draw: images of some prompts, from their texts and the seed of the first; others follow it.
     """
-    kinds = (prompts.subject, prompts.of_class, prompts.unrelated)
     return [
         PromptImages(*(
             list(draw(texts, SET_SEEDS * number + KIND_SEEDS * kind))
-            for kind, texts in enumerate(kinds)
+            for kind, texts in enumerate(prompts.kinds)
         ))
         for number in range(sets)
     ]  # fmt: skip
@@ -183,6 +195,14 @@ class Score:
         ]
         return "\n".join(lines)
 
+    def line(self) -> str:
+        """All of it in a line."""
+        leak = f"leak class {self.class_leak.text()}, unrelated {self.unrelated_leak.text()}"
+        return (
+            f"fidelity {self.fidelity.text()}, copies {self.copies.text()}, prompts followed "
+            f"{self.followed.text()}, {leak}, harm {self.harm.text()}"
+        )
+
     def numbers(self) -> dict[str, dict[str, float | None | tuple[float | None, ...]]]:
         """Name → mean, low, high and the values of all sets, for a file; None where not known."""
 
@@ -196,9 +216,13 @@ class Score:
                 "high": known(i.high),
                 "values": tuple(map(known, i.values)),
             }
-            for name, i in vars(self).items()
-            if isinstance(i, Interval)
+            for name, i in self.intervals.items()
         }
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """Name → each number of the score."""
+        return {name: i for name, i in vars(self).items() if isinstance(i, Interval)}
 
 
 def copied(image: Image.Image, training: Sequence[Image.Image]) -> bool:
@@ -253,7 +277,12 @@ def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:
 
     An image that moved away counts against the others, so that noise does not add up to a leak.
     """
-    return float(moved(base.mean(0), scale.nearness(images), scale.level).clamp(max=1).mean())
+    return float(towards(scale, base, images).mean())
+
+
+def towards(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> Tensor:
+    """Way of each of N images towards the subject (N,), from the base's (sets, N)."""
+    return moved(base.mean(0), scale.nearness(images), scale.level).clamp(max=1)
 
 
 def base_leak(scale: Scale, base: Tensor) -> list[float]:
@@ -290,13 +319,16 @@ class Judge:
         if not prompts.subject:
             raise ValueError("no prompt with the subject: fidelity is measured by their images")
         self._check(before)
+        self.sets = len(before)
         self.scale = scale = Scale(features, taught)
         self.start = torch.stack([scale.nearness(s.subject) for s in before]).mean()
         self.near_class = torch.stack([scale.nearness(s.of_class) for s in before])
         self.near_unrelated = torch.stack([scale.nearness(s.unrelated) for s in before])
-        self.followed_before = [self._others_followed(s) for s in before]
+        self.followed = torch.stack([self._follow(s) for s in before])
 
-    def _check(self, sets: Sequence[PromptImages]) -> None:
+    def _check(self, sets: Sequence[PromptImages], wanted: int = 0) -> None:
+        if wanted and len(sets) != wanted:
+            raise ValueError(f"{wanted} sets of images before and {len(sets)} after: as many")
         if not sets:
             raise ValueError("no set of images: one or more is needed, each from its own seeds")
         for i, one in enumerate(sets):
@@ -308,10 +340,11 @@ class Judge:
                         f"`{kind}`: one a prompt is needed"
                     )
 
-    def _others_followed(self, s: PromptImages) -> float:
+    def _follow(self, s: PromptImages) -> Tensor:
+        """(N,): how well each image of another prompt follows it."""
         others = [*self.prompts.of_class, *self.prompts.unrelated]
         images = [*s.of_class, *s.unrelated]
-        return float(self.features.follows(images, others).nanmean()) if others else math.nan
+        return self.features.follows(images, others) if others else torch.empty(0)
 
     def fidelity(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,): fidelity of each of N images of the subject."""
@@ -324,13 +357,33 @@ class Judge:
     def _copies(self, s: PromptImages) -> float:
         return sum(copied(image, self.taught.training) for image in s.subject) / len(s.subject)
 
+    def _all(self, after: Sequence[PromptImages]) -> Tensor:
+        return torch.stack([self._follow(s) for s in after])
+
+    def by_image(self, after: Sequence[PromptImages]) -> dict[str, list[float]]:
+        """Measure of `MERIT` → its value at each image of all sets; a copy's fidelity is 0.
+
+        Of two LoRAs the values stand in pairs, of the same prompts and seeds.
+        """
+        self._check(after, self.sets)
+        found: dict[str, list[float]] = {"fidelity": [], "unrelated_leak": []}
+        for s in after:
+            training, near = self.taught.training, self.fidelity(s.subject).tolist()
+            found["fidelity"] += [
+                0.0 if copied(image, training) else value
+                for image, value in zip(s.subject, near, strict=True)
+            ]
+            leak = towards(self.scale, self.near_unrelated, s.unrelated)
+            found["unrelated_leak"] += leak.tolist()
+        lost = self.followed - self._all(after)
+        found["harm"] = lost[~lost.isnan()].tolist()
+        return {name: found[name] for name in MERIT[self.taught.kind]}
+
     def score(self, after: Sequence[PromptImages]) -> Score:
         """Score of a LoRA's images, one prompt and seed at one place of `before` and `after`."""
-        self._check(after)
-        was, scale = self.followed_before, self.scale
-        if len(after) != len(was):
-            raise ValueError(f"{len(was)} sets of images before and {len(after)} after: as many")
-        now = map(self._others_followed, after)
+        self._check(after, self.sets)
+        scale = self.scale
+        was, now = (sets.nanmean(1).tolist() for sets in (self.followed, self._all(after)))
         own = [base_leak(scale, base) for base in (self.near_class, self.near_unrelated)]
         return Score(
             fidelity=Interval(tuple(float(self.fidelity(s.subject).mean()) for s in after)),

@@ -233,7 +233,7 @@ class Saved:
 
 
 STATE = ("optimizer", "schedule", "scaler", "average", "uncertainty", "trained", "tokens", "losses",
-         "redrawn", "validation", "ledger", "trackers")  # fmt: skip
+         "redrawn", "validation", "scores", "ledger", "trackers")  # fmt: skip
 """Names in a checkpoint's state."""
 
 

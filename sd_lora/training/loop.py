@@ -39,7 +39,7 @@ from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
-from sd_lora.training.measure import validated
+from sd_lora.training.measure import validate_if_due
 from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
@@ -60,12 +60,14 @@ from sd_lora.training.samples import (
 )
 from sd_lora.training.saving import (
     end_at_best,
+    is_best,
     lora_is_due,
     minutes_are_over,
     prune_earlier,
     save_checkpoint,
     save_lora,
 )
+from sd_lora.training.scoring import draw_base, score_if_due
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trackers import start_trackers, tracker_errors
@@ -136,6 +138,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         run.emit(RunPlanned(run.summary))
         with memory_for("drawing sample images", run.config):
             before = draw_samples(run, "samples before training")  # of the base, also when resumed
+        draw_base(run)
         run.restore()
         log = LossLog(run)
         limit = config.time_limit
@@ -149,9 +152,10 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 tell_samples(run, 0, before)
             with memory_for("drawing sample images", run.config):
                 show_missing_samples(run)
-            validated(run, run.first_step)
+            validate_if_due(run, run.first_step)
+            score_if_due(run, run.first_step)
             done = train_steps(run, log, requests)
-        if run.validation.ended_after(done):
+        if run.judged.ended_after(done):
             done = end_at_best(run)
         finished = done == run.plan.num_steps
         if finished:
@@ -199,7 +203,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
     """Do the steps after the first `done` ones; returns how many are done in all."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches, saved_at = run.batches(done), time.monotonic()
-    while done < num_steps and not run.validation.ended_after(done):
+    while done < num_steps and not run.judged.ended_after(done):
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):
@@ -230,7 +234,9 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         wishes = requests.take_save() or minutes_are_over(config, saved_at), requests.wants_sample
         stopping, is_time, drawing = agreed(run, bool(requests.reason), *wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
-        saving |= validated(run, done)  # before the checkpoint, which has its losses
+        validate_if_due(run, done)  # before the checkpoint, which has its losses and scores
+        score_if_due(run, done)
+        saving |= is_best(run, done)
         if saving or lora_is_due(run, done):
             log.flush()  # a diverged run leaves no checkpoint
         if lora_is_due(run, done):  # before the checkpoint: a run killed between does it again

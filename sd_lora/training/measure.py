@@ -21,14 +21,14 @@ from sd_lora.training.soundness import evaluating
 from sd_lora.training.validation import Losses
 
 
-def validated(run: Run, step: int) -> bool:
-    """Validate after a step where that is due; returns whether a checkpoint is saved for it: of the
-    best one so far, if it is kept, and of the one that ends the run."""
-    validation = run.validation
-    if not validation.is_due(step, run.plan.num_steps):
-        return False
-    validate(run, step)
-    return validation.ended_after(step) or (run.config.keeps_best and validation.best == step)
+def validate_if_due(run: Run, step: int) -> None:
+    """Validate after a step where that, or a score, is due: a verdict is of both."""
+    validation, scores, num_steps = run.validation, run.scores, run.plan.num_steps
+    due = validation.is_due(step, num_steps)
+    if scores and validation.every and step not in validation.rows:
+        due |= scores.is_due(step, num_steps)
+    if due:
+        validate(run, step)
 
 
 def validate(run: Run, step: int) -> None:

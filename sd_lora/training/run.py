@@ -50,6 +50,7 @@ from sd_lora.training.plan import Plan
 from sd_lora.training.processes import Device
 from sd_lora.training.recompute import Recomputed
 from sd_lora.training.sample_schedule import SampleSchedule
+from sd_lora.training.scores import Scores
 from sd_lora.training.sharding import average_gradients, gather, is_sharded, release
 from sd_lora.training.trackers import tracker_runs
 from sd_lora.training.validation import Validation
@@ -72,8 +73,7 @@ class Run:
     the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
     redrawn: steps done before and at the end of each part that was done once more. saved_steps:
     those of this process's checkpoints. schedule: of the sample images. seconds_drawing: spent on
-    them. repo: of the hub, for the files; "" for none. recomputed: blocks of the budget of memory;
-    None without one.
+    them. repo: of the hub, or "". recomputed: blocks of the memory budget. scores: or None.
     """
 
     plan: Plan
@@ -105,6 +105,7 @@ class Run:
     seconds_drawing: float = 0.0
     repo: str = ""
     recomputed: Recomputed | None = None
+    scores: Scores | None = None
 
     def __post_init__(self) -> None:
         self.schedule = SampleSchedule(self.plan, 0)
@@ -136,6 +137,11 @@ class Run:
     def joint(self) -> bool:
         """Whether the UNet computes on all processes at once only, since each holds a part."""
         return is_sharded(self.models["unet"])
+
+    @property
+    def judged(self) -> Validation | Scores:
+        """The measurements by which steps are compared: scores where images are scored."""
+        return self.scores or self.validation
 
     @property
     def prediction_type(self) -> str:
@@ -240,6 +246,8 @@ class Run:
         """Take the state of a checkpoint, with this run's learning rates."""
         self.losses = saved.state["losses"]
         self.validation.load(saved.state["validation"])
+        if self.scores:
+            self.scores.load(saved.state["scores"])
         self.ledger.load(saved.state["ledger"])
         self.redraw([(first, last) for first, last in saved.state["redrawn"]])
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
@@ -370,6 +378,7 @@ class Run:
             "losses": self.losses,
             "redrawn": self.redrawn,
             "validation": self.validation.state(),
+            "scores": self.scores.state() if self.scores else {},
             "ledger": self.ledger.state(),
             "trackers": runs | tracker_runs(self.accelerator),
         }

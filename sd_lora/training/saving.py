@@ -4,13 +4,19 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from statistics import fmean
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.files import write_whole
 from sd_lora.findings import Finding
 from sd_lora.formats.canonical import adapter_of
-from sd_lora.report.events import CheckpointSaved, LedgerRead, LoraSaved, ValidationDone, Warned
+from sd_lora.report.events import (
+    BestTaken,
+    CheckpointSaved,
+    LedgerRead,
+    LoraSaved,
+    ValidationDone,
+    Warned,
+)
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import BEST_FILE, PREFIX, fault
 from sd_lora.training.export import export, export_words, header_of
@@ -26,6 +32,13 @@ def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
     clock."""
     minutes = config.checkpoint_minutes
     return minutes is not None and time.monotonic() - saved_at >= 60 * minutes
+
+
+def is_best(run: Run, step: int) -> bool:
+    """Whether a checkpoint is saved for what was measured after a step: of the best one so far, if
+    it is kept, and of the one that ends the run."""
+    judged = run.judged
+    return judged.ended_after(step) or (run.config.keeps_best and judged.best == step)
 
 
 def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
@@ -79,39 +92,35 @@ def prune_earlier(run: Run) -> None:
 
 def _kept(run: Run) -> int | None:
     """The step whose checkpoint is kept as the best one."""
-    return run.validation.best if run.config.keeps_best else None
+    return run.judged.best if run.config.keeps_best else None
 
 
 def write_best(run: Run) -> None:
-    """Write the name of the best checkpoint, its loss and the base model's, if it is kept and
-    there."""
-    best, validation = _kept(run), run.validation
+    """Write the name of the best checkpoint and its numbers, if it is kept and there."""
+    best = _kept(run)
     path = run.output_dir / f"{PREFIX}{best}"
-    if best and path.is_dir() and validation.base:
-        group = validation.judged_by
-        facts = {
-            "checkpoint": path.name,
-            "step": best,
-            "images": group,
-            "loss": fmean(validation.rows[best][group]),
-            "loss_of_base": fmean(validation.base[group]),
-        }
+    if best and path.is_dir():
+        facts = {"checkpoint": path.name, "step": best, **run.judged.facts(best)}
         write_whole(run.output_dir / BEST_FILE, json.dumps(facts, indent=1).encode())
 
 
 def end_at_best(run: Run) -> int:
-    """Give a run that ends early the state of its best validation, as if that were its last step,
-    on all processes; returns the step. The last step stays where none was better than the start, or
-    where its checkpoint is gone, of which a warning tells.
+    """Give a run that ends early the state of its best step, as if that were its last one, on all
+    processes; returns the step. The last step stays where none was better than the start, or where
+    its checkpoint is gone, of which a warning tells.
     """
-    best = run.validation.best
+    best = run.judged.best
     path = run.output_dir / f"{PREFIX}{best}"
-    steps, rows = max(run.validation.rows), run.validation.record()["rows"]
+    steps = max(run.judged.rows)
     if best and on_main(run.accelerator, lambda: path.is_dir() and not fault(path)):
+        losses, scores = run.validation.record(), run.scores.record() if run.scores else {}
         run.load(checkpoint.read(path, run.models))
         steps = best
-        record = {**run.validation.record(), "rows": rows, "exported": best}
-        run.emit(ValidationDone(best, run.validation.rows[best], record))
+        if best in run.validation.rows:
+            record = {**run.validation.record(), "rows": losses["rows"], "exported": best}
+            run.emit(ValidationDone(best, run.validation.rows[best], record))
+        if scores:
+            run.emit(BestTaken(best, {**scores, "exported": best}))
     elif best:
         run.emit(Warned([Finding("best-gone", path.name)]))
     run.plan = dataclasses.replace(run.plan, num_steps=steps)

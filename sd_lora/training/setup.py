@@ -26,6 +26,7 @@ from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
+from sd_lora.sampling.features import Features
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all, prepare_models
@@ -66,6 +67,7 @@ from sd_lora.training.processes import (
 from sd_lora.training.recompute import Recomputed
 from sd_lora.training.run import Run
 from sd_lora.training.samples import check_sample_sizes, schedule_of
+from sd_lora.training.scoring import features_of, scores_of
 from sd_lora.training.sharding import check_even, is_sharded, shards, without_fsdp
 from sd_lora.training.summary import summarise
 from sd_lora.training.trackers import Trackers
@@ -92,6 +94,7 @@ class CheckedRun:
     sharded: bool
     repo: str
     recomputed: Recomputed | None = None
+    features: Features | None = None
 
 
 @contextmanager
@@ -177,7 +180,7 @@ def prepare(
         repo=checked.repo,
         recomputed=checked.recomputed,
     )
-    run.schedule = schedule_of(run)
+    run.schedule, run.scores = schedule_of(run), scores_of(run, checked.features)
     summarise(run, caches, checked.base.notes())
     return run
 
@@ -228,11 +231,12 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     if warnings:
         emit(Warned(warnings))
     recomputed = within_budget(plan, base, device.type)
+    features = features_of(resolved)
     # the last check, for it may make a repository
     repo = on_main(accelerator, partial(check_hub, config)) if config.push_to_hub else ""
     return CheckedRun(
         plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
-        repo, recomputed,
+        repo, recomputed, features,
     )  # fmt: skip
 
 
@@ -349,5 +353,5 @@ def _cache_embeddings(
         return
     with memory_for("encoding captions", config):
         caches.fill_embeddings(text)
-    if not (config.num_validation_images and draws_samples):
+    if not ((config.num_validation_images or config.score_features) and draws_samples):
         text.free_encoders()

@@ -55,6 +55,8 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["objective"] = ", ".join(objective)
     if run.validation.every:
         rows["validation"] = run.validation.text
+    if run.scores:
+        rows["scores"] = run.scores.text
     if run.schedule.forwards:
         rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from PIL import Image
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError, UsageError, install_line
 from sd_lora.files import write_fault
-from sd_lora.report.events import Event, SamplesDrawn, StepsLogged, ValidationDone
+from sd_lora.report.events import Event, ImagesScored, SamplesDrawn, StepsLogged, ValidationDone
 from sd_lora.report.summary import Summary
 
 
@@ -190,6 +191,13 @@ class Trackers:
                     for group, losses in event.losses.items()
                 }
                 self.accelerator.log(means, step=event.step)
+            case ImagesScored():
+                score = {
+                    f"score/{name}": values.mean
+                    for name, values in event.score.intervals.items()
+                    if math.isfinite(values.mean)
+                }
+                self.accelerator.log(score, step=event.step)
             case SamplesDrawn():
                 for size in dict.fromkeys(image.size for image in event.images):
                     alike = [image for image in event.images if image.size == size]

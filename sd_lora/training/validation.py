@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import starmap
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -172,6 +173,15 @@ class Validation:
             return False
         best = self.best or 0
         return sum(step > best for step in self.rows) >= self.patience
+
+    def facts(self, step: int) -> dict[str, Any]:
+        """The numbers of a step for `best.json`."""
+        group, base = self.judged_by, self.base or self.rows[step]
+        return {
+            "images": group,
+            "loss": fmean(self.rows[step][group]),
+            "loss_of_base": fmean(base[group]),
+        }
 
     def state(self) -> dict[str, Any]:
         """The measurements, as a checkpoint holds them."""

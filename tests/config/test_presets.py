@@ -26,7 +26,9 @@ def test_the_files_are_the_presets() -> None:
             of_family = presets.preset(name).of_family(family)
             assert all(OPTIONS[key].default is None for key in of_family)
             values = table["options"] | of_family
-            run = TrainConfig(preset=name, **GIVEN).resolve(family, 512).as_dict()
+            run = (
+                TrainConfig(preset=name, score_features="f", **GIVEN).resolve(family, 512).as_dict()
+            )
             assert {key: run[key] for key in values} == values
 
 

@@ -59,6 +59,47 @@ def test_each_rule_alone(run: dict[str, Any], state: str, words: str) -> None:
     assert words in verdict.text
 
 
+def scored(
+    fidelity: float = 0.8,
+    leak: float = 0.02,
+    harm: float = 0.01,
+    copies: float = 0.0,
+    since_best: tuple[float, float] = (0.0, 0.0),
+    best: int = 400,
+) -> dict[str, Any]:
+    """A run with scores at the steps 0 and 400; its losses say that it is undertrained."""
+    numbers = {
+        "fidelity": fidelity, "class_leak": None, "unrelated_leak": leak, "harm": harm,
+        "copies": copies,
+    }  # fmt: skip
+    score = {name: {"mean": value} for name, value in numbers.items()}
+    rows = [{"step": step, "merit": 0.5, "score": score} for step in (0, 400)]
+    scores = {"rows": rows, "best": best, "since_best": [*since_best]}
+    return record([1.0, 0.995, 0.99, 0.99, 0.99], 0) | {"scores": scores}
+
+
+@pytest.mark.parametrize(
+    ("run", "state", "words"),
+    [
+        (scored(), GOOD, "fidelity is 80 % (0 % the base's images, 100 % real ones), leak into"),
+        (scored(fidelity=0.3), UNDER, "fidelity is 30 %"),
+        (scored(leak=0.5), OVER, "other prompts went 50 % of the way to what was learned"),
+        (scored(harm=0.3), OVER, "other prompts are followed 30 % less than by the base"),
+        (scored(copies=1.0), OVER, "100 % of the images repeat a training image"),
+        (scored(since_best=(-0.2, 0.1), best=100), OVER, "since step 100 the images have lost"),
+        (scored(since_best=(-0.04, 0.01), best=100), GOOD, "100 and 400 differ by nothing that"),
+        (scored(since_best=(-0.2, 0.3), best=100), GOOD, "100 and 400 differ by nothing that"),
+    ],
+)  # fmt: skip
+def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> None:
+    """Scores come before losses, and each rule alone gives its state and its sentence."""
+    thresholds = {"least_fidelity": 0.5, "most_copies": 0.5, "most_leak": 0.3, "most_harm": 0.2}
+    verdict = verdict_of(run, THRESHOLDS | thresholds)
+    assert verdict is not None
+    assert verdict.state == state
+    assert words in verdict.text
+
+
 def test_too_little_is_no_verdict() -> None:
     """Records without a validation after the start, and records of another form, have no verdict
     and raise nothing."""

@@ -104,6 +104,29 @@ def test_the_score_in_closed_form() -> None:
     assert result.numbers()["copies"]["mean"] == 0.5
 
 
+def test_the_values_of_each_image() -> None:
+    """Their means are the score's numbers, of harm over all images, but a copy is worth nothing."""
+    prompts = Prompts(["255"] * 2, ["0"] * 2, ["0"])
+    before = [PromptImages([GREEN] * 2, [GREEN] * 2, [GREEN])] * 2
+    after = [
+        PromptImages([YELLOW, RED], [YELLOW, GREEN], [GREEN]),
+        PromptImages([YELLOW, YELLOW], [GREEN, RED], [GREEN]),
+    ]
+    real = [plain(250, 0, 0), plain(200, 0, 0)]
+    judge = Judge(Colours(), Taught([RED], real), prompts, before)
+    values, whole = judge.by_image(after), judge.score(after)
+    half = 1 / math.sqrt(2)
+    assert values["fidelity"] == pytest.approx([half, 0, half, half])
+    assert whole.fidelity.mean == pytest.approx((3 * half + 1) / 4)
+    for name in ("unrelated_leak", "harm"):
+        mean = sum(values[name]) / len(values[name])
+        assert mean == pytest.approx(whole.intervals[name].mean)
+    assert len(values["harm"]) == 2 * 3
+    style = Judge(Colours(), Taught([RED], real, "style"), prompts, before).by_image(after)
+    assert [*style] == ["fidelity", "harm"]  # a style is meant to reach other prompts
+    assert max(values["harm"]) > 0
+
+
 def test_a_judge_of_one_set_and_of_the_subject_alone() -> None:
     """Without held-out images the training images are the reference, one image's level being its
     likeness to itself; without other prompts leak and harm are not told; one set has no interval.

@@ -14,10 +14,11 @@ import sd_lora
 from sd_lora.data.batches.stream import BatchItem
 from sd_lora.data.images.buckets import Crop
 from sd_lora.errors import UsageError
-from sd_lora.report.events import Warned
+from sd_lora.report.events import TrainingStarted, Warned
 from sd_lora.report.intervals import interval
 from sd_lora.training.checkpoint_folders import find
 from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
+from sd_lora.training.scores import difference, merit
 from sd_lora.training.setup import prepare
 from sd_lora.training.state_files import read_state
 from sd_lora.training.validation import HELD_OUT, NUM_ITEMS, TRAINED, hold_out
@@ -29,6 +30,10 @@ SHORT = {
 }  # fmt: skip
 
 
+ENCODER = Path(__file__).parents[2] / "sample_data" / "encoder"
+SCORED = {"score_features": str(ENCODER), "score_every": 2, "validation_steps": 2}
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return images(tmp_path_factory.mktemp("data") / "images", 5)
@@ -37,12 +42,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """With and without validation, log, digest and LoRA files are the same bytes, dropout, average
     and a trained text encoder included; the base's line is that of step 0, and the trained model's
-    another. A run resumed in its middle ends with the validation and ledger of the undisturbed one.
+    another. A run resumed in its middle ends with the validation, scores and ledger of the
+    undisturbed one.
     """
     for name, every in (("without", 0), ("with", 1), ("again", 1)):
         folder = tmp_path / name / "same"
         more = {"resume_from_checkpoint": str(tmp_path / "with/same/checkpoint-2")}
         changes = SHORT | {"validate_every": every} | (more if name == "again" else {})
+        changes |= SCORED if every else {}
         sd_lora.train(text_to_image(tiny_sd1, data, folder, **changes))
     with_it, without, again = (tmp_path / name / "same" for name in ("with", "without", "again"))
     log = (with_it / "training_log.jsonl").read_bytes()
@@ -54,6 +61,7 @@ def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Pa
         assert tensors[0] == tensors[1]
     states = [read_state(folder / "checkpoint-4") for folder in (with_it, again)]
     assert states[0]["validation"] == states[1]["validation"]
+    assert states[0]["scores"] == states[1]["scores"]
     ledgers = [state["ledger"] for state in states]
     assert torch.equal(*(ledger["seen"] for ledger in ledgers))
     assert all(map(torch.equal, *(ledger["tables"] for ledger in ledgers)))
@@ -61,13 +69,19 @@ def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Pa
     records = [json.loads((f / "report.json").read_text()) for f in (with_it, without, again)]
     record = records[0]["validation"]
     assert record == records[2]["validation"]
+    assert records[0]["scores"] == records[2]["scores"]
+    assert [row["step"] for row in records[0]["scores"]["rows"]] == [0, 2, 4]
+    assert (with_it / "samples" / "score-000002.png").is_file()
+    assert not records[1].get("scores")
     assert not records[1].get("validation")
     assert [row["step"] for row in record["rows"]] == [0, 1, 2, 3, 4]
     assert record["rows"][0][TRAINED] == record["base"][TRAINED]
     assert record["rows"][-1][TRAINED]["loss"] != record["base"][TRAINED]["loss"]
     levels = record["base"][TRAINED]["levels"]
     assert sum(levels) / len(levels) == pytest.approx(record["base"][TRAINED]["loss"])
-    assert "base model, trained images" in (with_it / "report.html").read_text()
+    page = (with_it / "report.html").read_text()
+    assert "base model, trained images" in page
+    assert "11 images of the same prompts and seeds each time, by encoder of drawings" in page
 
 
 def test_held_out_images_are_chosen_by_content(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
@@ -180,3 +194,60 @@ def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path
     codes = [f.code for e in events if isinstance(e, Warned) for f in e.findings]
     assert codes == ["best-gone"]
     assert lost.digest != whole.digest
+
+
+def test_a_run_ends_early_by_its_scores(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """With features the merit of the images decides: the files are those of the step that has the
+    most, the run ends after its patience, and best.json says the merit that the record has."""
+    rules = {
+        "learning_rate": 1e-3, "lr_scheduler": "piecewise_constant", "targets": "attention",
+        "lr_step_rules": "1:2,1000:9,1", "rank": 2, **SCORED, "score_every": 1, "validate_every": 3,
+    }  # fmt: skip
+    folder = tmp_path / "early" / "same"
+    config = text_to_image(
+        tiny_sd1, data, folder, **rules, early_stopping_patience=2, max_train_steps=9
+    )
+    result = sd_lora.train(config)
+    record = json.loads((folder / "report.json").read_text())
+    merits = {row["step"]: row["merit"] for row in record["scores"]["rows"]}
+    best = max(merits, key=merits.__getitem__)
+    assert 0 < best <= 7
+    assert max(merits) == best + 2
+    assert record["scores"]["exported"] == record["scores"]["best"] == best
+    told = json.loads((folder / "best.json").read_text())
+    assert (told["step"], told["merit"]) == (best, pytest.approx(merits[best]))
+    short = tmp_path / "short" / "same"
+    whole = sd_lora.train(text_to_image(tiny_sd1, data, short, **rules, max_train_steps=best))
+    assert result.digest == whole.digest
+
+
+def test_features_that_cannot_serve_are_told_early(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A folder without a vision model, and images without a caption, are told before a step; the
+    first before the base model is loaded."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    config = text_to_image(tiny_sd1, data, tmp_path / "out", **SCORED)
+    events: list[object] = []
+    with pytest.raises(UsageError, match="score_features: .*holds no config.json"):
+        sd_lora.train(config.replace(score_features=str(empty)), [events.append])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(data / "0.png", bare)
+    (bare / "metadata.jsonl").write_text('{"file_name": "0.png", "text": ""}')
+    with pytest.raises(UsageError, match="no image has one"):
+        sd_lora.train(config.replace(train_data_dir=str(bare)), [events.append])
+    assert not any(isinstance(e, TrainingStarted) for e in events)
+
+
+def test_the_difference_of_merits_is_of_pairs() -> None:
+    """Means of each measure with its sign; images that differ among each other and not from one
+    step to the other leave no doubt; the doubts of the measures add up as those of independent
+    means; a measure without images counts nothing."""
+    before = {"fidelity": [0.1, 0.9], "unrelated_leak": [], "harm": [0.0, 0.4]}
+    now = {"fidelity": [0.2, 1.0], "unrelated_leak": [], "harm": [0.1, 0.7]}
+    assert merit(before) == pytest.approx(0.5 - 0.2)
+    mean, half = difference(now, before)
+    assert mean == pytest.approx(0.1 - 0.2)
+    assert half == pytest.approx(1.96 * 0.1)  # harms differ by 0.1 and 0.3, fidelities by 0.1 twice

@@ -17,13 +17,30 @@ class ValidationLossOptions(Section):
         "images that are validated and not trained; if not given, none of fewer than 40, of more "
         "a tenth, at most 8",
         ge=0, unless={"validate_every": (0,)})
+    score_features: str | None = option(None,
+        "folder of a vision model (DINO, CLIP, SigLIP) by which images are scored that the run "
+        "draws: fidelity, copies, prompts followed, leak and harm; none if not given",
+        in_record="name", may_change=True)
+    score_every: int | None = option(None,
+        "optimiser steps between scores; a quarter of the run if not given",
+        ge=1, requires={"score_features": None}, may_change=True)
+    score_sets: int = option(1,
+        "images of each prompt in a score, each from a seed of its own; from 2 on it has intervals",
+        ge=1, requires={"score_features": None}, may_change=True)
+    score_kind: str = option("subject",
+        "what the images share, by which fidelity and leak are told",
+        choices=("subject", "style"), requires={"score_features": None}, may_change=True)
+    score_class_prompt: str | None = option(None,
+        "prompt of the subject's class, 'a photo of a dog', for the leak into it; class_prompt if "
+        "not given",
+        requires={"score_features": None}, may_change=True)
     keep_best: bool = option(False,
-        "save a checkpoint, and keep it, at each validation whose loss is the best so far; "
-        "best.json names it, and a run resumes it by the name best",
+        "save a checkpoint, and keep it, at each validation whose loss is the best so far, or "
+        "each score that is; best.json names it, and a run resumes it by the name best",
         unless={"validate_every": (0,)}, may_change=True)
     early_stopping_patience: int | None = option(None,
-        "validations in a row without a better loss after which the run ends; its files are then "
-        "those of the best one",
+        "validations (scores, where images are scored) in a row without a better one after which "
+        "the run ends; its files are then those of the best one",
         ge=1, unless={"validate_every": (0,)}, may_change=True)
     # fmt: on
 

@@ -1,0 +1,210 @@
+"""Scoring of a run: its prompts are drawn by the base and after some steps, and scored."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from PIL import Image
+
+from sd_lora.config.schema import RunConfig
+from sd_lora.data.batches.caption_rules import longest_form
+from sd_lora.data.sources.samples import Sample
+from sd_lora.errors import Problem, UsageError
+from sd_lora.report.events import ImagesScored, counting
+from sd_lora.report.run_page import SAMPLES
+from sd_lora.report.sheets import Sheet
+from sd_lora.sampling.features import Features, load_features
+from sd_lora.sampling.parameters import Parameters
+from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.sampling.score import (
+    KIND_SEEDS,
+    SETS,
+    Judge,
+    PromptImages,
+    Prompts,
+    Taught,
+    sets_of,
+)
+from sd_lora.training.out_of_memory import memory_for
+from sd_lora.training.run import Run
+from sd_lora.training.samples import reference_of
+from sd_lora.training.scores import Scores
+
+NUM_PROMPTS = 6
+"""Most captions that are drawn."""
+
+NUM_REAL = 32
+"""Most images that drawn ones are compared with."""
+
+PLACES = (
+    "", " on a white background", " in the snow", " on the beach", " on the grass", " at night"
+)  # fmt: skip
+"""Behind a caption that all images share, and behind the class's prompt: Ruiz et al. 2023,
+"DreamBooth", section 4, puts the subject elsewhere as well."""
+
+UNRELATED = (
+    "a photo of a red car on the grass",
+    "a photo of a yellow star on a blue background",
+    "a photo of a house in the snow",
+    "a photo of a green tree on a white background",
+    "a photo of a fish",
+    "a photo of a boat at night",
+)
+"""Prompts of other things, which a LoRA should leave alone."""
+
+AT_ONCE = 4
+"""Images drawn together."""
+
+PARTS = 4
+"""Scores of a run after its start, where no option says when."""
+
+
+def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Prompts:
+    """The prompts that are drawn: the first captions, or the one that there is in several places;
+    the class's in the same places; unrelated ones."""
+    own = list(dict.fromkeys(caption for caption in captions if caption))[:NUM_PROMPTS]
+    own = [own[0] + place for place in PLACES] if len(own) == 1 else own
+    of_class = [class_prompt + place for place in PLACES] if class_prompt else []
+    return Prompts(own, of_class, UNRELATED)
+
+
+def features_of(config: RunConfig) -> Features | None:
+    """The features that the configuration names; raises UsageError where there are none."""
+    if not config.score_features:
+        return None
+    try:
+        return load_features(Path(config.score_features).expanduser())
+    except UsageError as error:
+        text = f"score_features: {error}"
+        raise UsageError(text, [Problem("score_features", text)]) from None
+
+
+def scores_of(run: Run, features: Features | None) -> Scores | None:
+    """The scores to come of a run; None without features.
+
+    Raises:
+        UsageError: a base that draws no images from a prompt, or images without a caption.
+    """
+    config = run.config
+    if features is None:
+        return None
+    family, instances = run.parts.family, run.images.instances.samples
+    if not can_generate_images(family):
+        raise UsageError(f"{family.label} draws no image from a prompt: no --score_features")
+    captions = [longest_form(s.captions, s.source.rules)[0] for s in instances]
+    prompts = prompts_for(captions, config.score_class_prompt or config.class_prompt)
+    if not prompts.subject:
+        raise UsageError("--score_features draws the captions, and no image has one")
+    every = config.score_every or math.ceil(run.plan.num_steps / PARTS)
+    return Scores(features, prompts, every, config.score_sets, config.early_stopping_patience)
+
+
+def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
+    """The images that a run is to learn, and those held out of it.
+
+    By its own caption an image is repeated rightly: then no copies are looked for.
+    """
+
+    def shown(samples: Sequence[Sample]) -> list[Image.Image]:
+        return [image for s in samples[:NUM_REAL] if (image := reference_of(run, s))]
+
+    instances = run.images.instances.samples
+    real = shown(instances)
+    held_out = shown(run.images.held_out.set.samples) if run.images.held_out else []
+    captions = {longest_form(s.captions, s.source.rules)[0] for s in instances}
+    return Taught(real if set(prompts.subject) - captions else [], held_out or real, kind)
+
+
+def drawn_sets(run: Run, prompts: Prompts, label: str, sets: int = SETS) -> list[PromptImages]:
+    """Sets of images of all prompts, by the models as they are. label: of the progress bar."""
+    steps, side = run.config.validation_steps, _side(run)
+    a_set = sum(num_denoising_steps(len(texts), AT_ONCE, steps) for texts in prompts.kinds)
+    with counting(run.emit, label, sets * a_set, "denoising step") as advance:
+
+        def images(texts: Sequence[str], first: int) -> Iterator[Image.Image]:
+            return sample(
+                run.parts,
+                run.text.caption_encoder,
+                texts,
+                range(first, first + len(texts)),
+                size=(side, side),
+                device=run.accelerator.device,
+                steps=steps,
+                guidance_scale=run.config.validation_guidance_scale,
+                batch_size=AT_ONCE,
+                on_step=advance,
+            )
+
+        return sets_of(prompts, images, sets)
+
+
+def columns_of(run: Run, prompts: Prompts, step: int = 0) -> list[Parameters]:
+    """How the first set's image of each prompt is drawn."""
+    config, side = run.config, _side(run)
+    return [
+        Parameters(
+            text, KIND_SEEDS * kind + i, config.validation_steps,
+            config.validation_guidance_scale, (side, side), config.base_model,
+            run.output_dir.resolve().name, step,
+        )
+        for kind, texts in enumerate(prompts.kinds)
+        for i, text in enumerate(texts)
+    ]  # fmt: skip
+
+
+def _side(run: Run) -> int:
+    return run.images.crop_settings.resolution
+
+
+def draw_base(run: Run) -> None:
+    """Draw the base's images, before anything is trained or restored; its score is step 0's."""
+    scores = run.scores
+    if scores is None or not (run.main or run.joint):
+        return
+    with memory_for("drawing sample images", run.config):
+        before = drawn_sets(run, scores.prompts, "images to score, by the base", scores.sets)
+    taught = taught_to(run, scores.prompts, run.config.score_kind)
+    scores.judge = Judge(scores.features, taught, scores.prompts, before)
+    scores.base = before
+
+
+def score_if_due(run: Run, step: int) -> None:
+    """Draw and score images after a step where that is due, and tell of them. All processes must
+    do it; one draws."""
+    scores = run.scores
+    if scores is None or not scores.is_due(step, run.plan.num_steps):
+        return
+    found: list[Any] = [None]
+    if scores.judge:
+        with memory_for("drawing sample images", run.config), run.averaged():
+            is_base = step == 0 and run.start is None  # ΔW is 0
+            label = f"images to score, at step {step}"
+            images = scores.base if is_base else drawn_sets(run, scores.prompts, label, scores.sets)
+        score = scores.judge.score(images)
+        found = [(scores.judge.by_image(images), score.numbers())]
+    if run.accelerator.num_processes > 1:
+        broadcast_object_list(found)
+    scores.rows[step], scores.told[step] = found[0]
+    if scores.judge and run.main:
+        _write_sheet(run, scores, images, step)
+        run.emit(ImagesScored(step, score, scores.record()))
+
+
+def _write_sheet(run: Run, scores: Scores, images: Sequence[PromptImages], step: int) -> None:
+    """Write the first set's images of a step below the base's, and those that they are to be like
+    above."""
+    columns, rows = columns_of(run, scores.prompts, step), []
+    real = shown_real(run, len(columns))
+    for one in (scores.base[0], images[0]):
+        rows.append([*one.subject, *one.of_class, *one.unrelated])
+    labels = ["images of the folder", "the base", f"step {step}"]
+    path = run.output_dir / SAMPLES / f"score-{step:06}.png"
+    Sheet([real, *rows], labels, columns, side=128).write(path)
+
+
+def shown_real(run: Run, count: int) -> list[Image.Image | None]:
+    """A sheet's row of images that are trained, and nothing behind the last of them."""
+    found = [reference_of(run, s) for s in run.images.instances.samples[:count]]
+    return [*found, *[None] * (count - len(found))]
