@@ -12,9 +12,11 @@ and counts right verdicts by them, and by those of the table, on the odd ones, w
 not seen. The truth is the way in which a run was made. 8 images are held out of each: verdicts are
 counted with their losses, without, as small sets have them, and by scores of images.
 
-Of each run that is far too long, the step with the most merit is kept, and it and the last one are
-scored once more, on seeds that had no part in the choice: `fit` counts how often the kept one is
-better.
+    python benchmarks/verdict.py stop ROWS.jsonl [--runs 10]
+
+`stop` trains on two images for far too long, and ends each run by its scores. The step that it
+takes and the last one of the same run without an end are scored once more, on seeds that had no
+part in the choice.
 """
 
 import argparse
@@ -57,14 +59,20 @@ SCORES, SAMPLER_STEPS = 4, 12
 SETTINGS: dict[str, dict[str, Any]] = {
     UNDER: {"max_train_steps": 24, "learning_rate": 5e-4, "rank": 8},
     GOOD: {"max_train_steps": 300, "learning_rate": 1e-3, "rank": 8},
-    OVER: {"max_train_steps": 800, "learning_rate": 1e-3, "rank": 64},
+    OVER: {"max_train_steps": 400, "learning_rate": 1e-3, "rank": 64},
 }
 """Truth → options of the run that is made so. At 2e-3 the longest ones diverge, to sixteen times
 the base's loss, which needs no verdict."""
 
+PATIENCE = 3
+"""Scores in a row without a better one that end a run."""
+
+TOO_LONG = {"max_train_steps": 1000, "learning_rate": 1e-3, "rank": 64}
+"""Options of the runs on two images, which copy them in the end."""
+
 OF_SUBJECT = {
     GOOD: {
-        "max_train_steps": 400, "learning_rate": 2e-3, "rank": 16, "train_text_encoder": True,
+        "max_train_steps": 300, "learning_rate": 2e-3, "rank": 16, "train_text_encoder": True,
         "text_encoder_lr": 4e-4, "with_prior_preservation": True, "num_class_images": 24,
     },
 }  # fmt: skip
@@ -105,8 +113,10 @@ def images_of(kind: str, seed: int, count: int) -> list[tuple[Image.Image, str]]
     return found
 
 
-def record_of(kind: str, seed: int, count: int, truth: str, folder: Path) -> dict[str, Any]:
-    """The record of a run that is made so."""
+def config_of(
+    kind: str, seed: int, count: int, options: dict[str, Any], folder: Path, scores: int = SCORES
+) -> TrainConfig:
+    """A run on images that are written into the folder. scores: of it, after its start."""
     data = folder / "data"
     data.mkdir(parents=True)
     rows = []
@@ -114,26 +124,24 @@ def record_of(kind: str, seed: int, count: int, truth: str, folder: Path) -> dic
         image.save(data / f"{number:02}.png")
         rows.append(json.dumps({"file_name": f"{number:02}.png", "text": text}))
     (data / "metadata.jsonl").write_text("\n".join(rows))
-    options = SETTINGS[truth] | (OF_SUBJECT.get(truth, {}) if kind == "subject" else {})
-    config = TrainConfig(
+    return TrainConfig(
         pretrained_model_name_or_path=str(BASE), output_dir=str(folder / "out"),
         data_cache_dir=str(folder / "cache"), resolution=64, train_batch_size=4,
         targets="transformer+conv", seed=seed, holdout=WITNESSES, num_validation_images=0,
         validate_every=max(4, options["max_train_steps"] // 12), report_to="none",
         checkpointing_steps=100_000, score_features=str(ENCODER),
-        score_every=options["max_train_steps"] // SCORES, keep_best=truth == OVER,
-        score_kind="style" if kind == "style" else "subject", validation_steps=SAMPLER_STEPS,
-        validation_guidance_scale=4.0, **of_images(kind, seed, data, options), **options,
+        score_every=options["max_train_steps"] // scores, validation_steps=SAMPLER_STEPS,
+        score_kind="style" if kind == "style" else "subject", validation_guidance_scale=4.0,
+        **of_images(kind, seed, data, options), **options,
     )  # fmt: skip
-    train(config)
-    out = folder / "out"
-    record: dict[str, Any] = json.loads((out / "report.json").read_text())
-    found = {name: record.get(name, {}) for name in ("validation", "changes", "scores")}
-    best = found["scores"]["best"]
-    if truth == OVER and 0 < best < options["max_train_steps"]:
-        paths = [out / f"checkpoint-{step}" for step in (best, options["max_train_steps"])]
-        found["other_seeds"] = other_seeds(config, paths)
-    return found
+
+
+def record_of(kind: str, seed: int, count: int, truth: str, folder: Path) -> dict[str, Any]:
+    """The record of a run that is made so."""
+    options = SETTINGS[truth] | (OF_SUBJECT.get(truth, {}) if kind == "subject" else {})
+    train(config_of(kind, seed, count, options, folder))
+    record: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
+    return {name: record.get(name, {}) for name in ("validation", "changes", "scores")}
 
 
 def of_images(kind: str, seed: int, data: Path, options: dict[str, Any]) -> dict[str, Any]:
@@ -151,8 +159,9 @@ def of_images(kind: str, seed: int, data: Path, options: dict[str, Any]) -> dict
     return {"mode": "text_to_image", "train_data_dir": str(data), **prompt}
 
 
-def other_seeds(config: TrainConfig, paths: list[Path]) -> dict[str, Any]:
-    """Merits of checkpoints, and the first one's above the last, on seeds that no run has."""
+def other_seeds(config: TrainConfig, paths: list[Path | None]) -> dict[str, Any]:
+    """Merits of checkpoints, None for the base, on seeds that no run has; and the first one's above
+    the last."""
     with prepared_run(config.replace(output_dir=f"{config.output_dir}-judged")) as run:
         assert run.scores is not None
         prompts, loras, seen = run.scores.prompts, Loras(run.parts), []
@@ -161,8 +170,9 @@ def other_seeds(config: TrainConfig, paths: list[Path]) -> dict[str, Any]:
         taught = taught_to(run, prompts, config.score_kind)
         scale = Judge(run.scores.features, taught, prompts, before)
         for path in paths:
-            loras.put_on(Mix(((path, 1.0),)))
-            seen.append(scale.by_image(drawn_sets(run, prompts, path.name)[1:]))
+            mix = Mix(((path, 1.0),)) if path else Mix()
+            loras.put_on(mix)
+            seen.append(scale.by_image(drawn_sets(run, prompts, mix.label)[1:]))
         return {"merits": [merit(v) for v in seen], "difference": difference(seen[0], seen[-1])}
 
 
@@ -179,6 +189,44 @@ def unwitnessed(record: dict[str, Any]) -> dict[str, Any]:
     measured["best"] = measured["rows"][-1]["step"]
     measured["since_best"] = [0.0, 0.0]  # the trained images' loss hardly ever rises
     return found
+
+
+def stop(args: argparse.Namespace) -> None:
+    """Do the runs on two images that the file does not have, and count those that ended well."""
+    path = Path(args.rows)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for number in range(len(done), args.runs):
+        kind, seed = ("subject", "character")[number % 2], 100 + number // 2
+        with tempfile.TemporaryDirectory(prefix="verdict-") as place:
+            config = config_of(kind, seed, 2, TOO_LONG, Path(place), scores=10)
+            config = config.replace(keep_best=True)
+            train(config)
+            out = Path(place) / "out"
+            rows = json.loads((out / "report.json").read_text())["scores"]["rows"]
+            ended = ended_at([row["merit"] for row in rows])
+            steps = [rows[ended]["step"], TOO_LONG["max_train_steps"]]
+            found = {"merits": [0.0, 0.0], "difference": [0.0, 0.0]}
+            if steps[0] != steps[1]:
+                paths = [out / f"checkpoint-{step}" if step else None for step in steps]
+                found = other_seeds(config, paths)
+        done.append({"kind": kind, "seed": seed, "steps": steps, "scores": rows, **found})
+        with path.open("a") as file:
+            file.write(json.dumps(done[-1]) + "\n")
+        print(kind, seed, steps, found, flush=True)
+    pairs = [row["difference"] for row in done]
+    better, clear = (sum(d > h for d, h in apart) for apart in ([(d, 0) for d, _ in pairs], pairs))
+    print(f"{better} of {len(done)} runs ended at a better step, {clear} beyond the interval")
+
+
+def ended_at(merits: list[float]) -> int:
+    """The place of the score at which a run with PATIENCE would have taken its files."""
+    best = 0
+    for place, merit_there in enumerate(merits):
+        if merit_there > merits[best]:
+            best = place
+        elif place - best >= PATIENCE:
+            break
+    return best
 
 
 def run(args: argparse.Namespace) -> None:
@@ -205,13 +253,14 @@ def run(args: argparse.Namespace) -> None:
 GRID = {
     "still_falling": (0.1, 0.2, 0.3, 0.5),
     "most_gain": (math.inf, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7),
-    "most_apart": (math.inf, 0.05, 0.1, 0.2, 0.3),
+    "most_apart": (math.inf, 0.2, 0.3, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0),
+    "most_rise": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0),
     "most_change": (math.inf, 0.05, 0.1, 0.2, 0.35, 0.5, 0.8, 1.2),
     "least_fidelity": (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6),
     "most_lost": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
     "most_copies": (math.inf, 0.1, 0.3, 0.5),
-    "most_leak": (math.inf, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4),
-    "most_harm": (math.inf, 0.02, 0.05, 0.1, 0.15, 0.2),
+    "most_leak": (math.inf, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "most_harm": (math.inf, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
 }
 
 WAYS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -249,14 +298,6 @@ def fit(args: argparse.Namespace) -> None:
                 for name, c in zip(("even", "odd"), counts, strict=True)
             )
             print(f"{label}, {way}: right in {words}")
-    chosen = [row["record"].get("other_seeds") for row in rows if row["truth"] == OVER]
-    apart = [one["difference"] for one in chosen if one]
-    better, clear = (sum(d > h for d, h in pairs) for pairs in ([(d, 0) for d, _ in apart], apart))
-    print(
-        f"the kept step of {len(chosen)} runs that are far too long: the last in "
-        f"{len(chosen) - len(apart)}, better on other seeds in {better}, beyond the interval in "
-        f"{clear}"
-    )
 
 
 def main() -> None:
@@ -268,8 +309,11 @@ def main() -> None:
     runs.add_argument("--images", type=int, nargs="+", default=[4, 8, 30])
     runs.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     commands.add_parser("fit").add_argument("rows")
+    ends = commands.add_parser("stop")
+    ends.add_argument("rows")
+    ends.add_argument("--runs", type=int, default=10)
     args = parser.parse_args()
-    {"run": run, "fit": fit}[args.command](args)
+    {"run": run, "fit": fit, "stop": stop}[args.command](args)
 
 
 if __name__ == "__main__":

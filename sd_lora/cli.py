@@ -30,6 +30,7 @@ commands:
   report     a page of a run, or of several side by side
   sample     images of a model with LoRA files: strength by prompt, file by file
   judge      how much a LoRA has learned of images, and at which strength it is best
+  compare    does a change of a run's options help? short trainings with and without it
   export     the LoRA files of a run's checkpoint
   push       a finished run's files, with its model card, to the hub
   inspect    contents of a LoRA file, programs that load it, and its faults
@@ -270,9 +271,15 @@ def _sample(argv: Sequence[str]) -> None:
 
 
 def _judge(argv: Sequence[str]) -> None:
-    from sd_lora.commands import judge
+    from sd_lora.judging import judge
 
     judge(argv)
+
+
+def _compare(argv: Sequence[str]) -> None:
+    from sd_lora.judging import compare
+
+    compare(argv)
 
 
 def _caption(argv: Sequence[str]) -> None:
@@ -311,6 +318,7 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "report": _report,
     "sample": _sample,
     "judge": _judge,
+    "compare": _compare,
     "export": _export,
     "push": _push,
     **{name: _tool(name) for name in _TOOLS},

@@ -4,7 +4,6 @@ import argparse
 import json
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -102,63 +101,6 @@ def _add_check_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--card", metavar="NAME", help=card)
     processes = "that will train (default: 1)"
     group.add_argument("--num_processes", type=int, default=1, metavar="N", help=processes)
-
-
-def judge(argv: Sequence[str]) -> None:
-    """Run `sd-lora judge`, with its own flags and those of `train`."""
-    from sd_lora.tool_flags import check_sheet, judge_parser
-
-    args, rest = judge_parser().parse_known_args(argv)
-    if absent := [str(path) for path in args.files if not path.exists()]:
-        raise UsageError(f"there is no LoRA file {', '.join(absent)}")
-    if args.class_prompt and not args.features:
-        raise UsageError("--class_prompt is of images that are drawn: give --features as well")
-    if args.features:
-        check_sheet(args.out, args.overwrite)
-    from sd_lora.config.command_line import parse
-    from sd_lora.data.check.places import check_places
-    from sd_lora.data.sources.open import has_captions
-    from sd_lora.formats.lora_file import open_lora
-    from sd_lora.streams import quick_imports
-
-    adapted = {component for path in args.files for component in open_lora(path).adapter}
-    words = [args.images, "--model", args.model, *rest, *_OF_JUDGE]
-    words += ["--prompt", args.prompt] * bool(args.prompt)
-    words += ["--train_text_encoder"] * bool(adapted - {"unet"})
-    words += ["--num_validation_images", "1" if args.features else "0"]  # keeps text encoders
-    with tempfile.TemporaryDirectory(prefix="sd-lora-judge-") as folder:
-        words += ["--output_dir", str(Path(folder) / "run")]
-        config = parse(words, prog="sd-lora judge", has_captions=has_captions)
-        with config.spelling.in_errors():
-            check_places(config)
-        for note in config.downloads:
-            print(note, file=sys.stderr, flush=True)
-        with quick_imports():
-            from sd_lora import judge as of_files
-            from sd_lora.report.strengths import lines
-            from sd_lora.sampling.features import load_features
-            from sd_lora.terminal import Terminal
-
-        features = load_features(args.features) if args.features else None
-        with Terminal() as terminal:
-            found, sheet = of_files.judge(
-                args.files, config, args.strengths, features, args.class_prompt, [terminal]
-            )
-    if args.json:
-        print(json.dumps([one.numbers() for one in found], indent=2))
-    else:
-        print("\n".join(lines(found)))
-    if sheet:
-        sheet.write(args.out)
-        if not args.json:
-            print(f"look at {args.out}")
-
-
-_OF_JUDGE = (
-    "--rank", "1", "--targets", "attention", "--holdout", "0", "--validate_every", "1",
-    "--report_to", "none",
-)  # fmt: skip
-"""Flags of a run that measures and trains nothing."""
 
 
 _DOCTOR = """Look at this machine: the device that would train, its driver, the precisions and

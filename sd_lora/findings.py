@@ -169,6 +169,7 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     # images that are measured
     "held-out": FindingKind("note", "validated and not trained: --holdout 0 trains all"),
+    "named-out": FindingKind("note", "left out by its name, as --leave_out says"),
     # conversions
     "near-duplicate": FindingKind(
         "note", "repeated images are learned by heart: keep the better one"

@@ -304,6 +304,30 @@ def judge_parser() -> ToolParser:
     return parser
 
 
+_COMPARE = """Say whether a change of a run's options helps: it is trained shortly as it was and
+with the change, from the same seeds, and the losses of the images that are in both are compared at
+the same noise. The change is any flags of `sd-lora train`, such as --leave_out of an image that the
+run's page names."""
+
+_COMPARE_EXAMPLES = """examples:
+  sd-lora compare my-dog --leave_out 07.png
+  sd-lora compare my-dog --instance_data_dir dog-with-other-captions --steps 200 --seeds 0 1 2
+"""
+
+
+def compare_parser() -> ToolParser:
+    """The flags of `sd-lora compare` alone."""
+    parser = _with_examples("compare", _COMPARE, _COMPARE_EXAMPLES)
+    add = parser.add_argument
+    add("run", type=as_path, metavar="RUN", help="the output folder of a run")
+    add(
+        "--steps", type=_count, metavar="N", help="of each training (default: a quarter of the run)"
+    )
+    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="(default: 0 1)")
+    add("--json", action="store_true", help="everything, for scripts")
+    return parser
+
+
 _CAPTION = """Write captions of a folder's images by an image-to-text model that you have on disk,
 such as BLIP or GIT: beside the images without one as text files, or into their metadata.jsonl."""
 

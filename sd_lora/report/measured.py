@@ -77,8 +77,8 @@ def _number(value: object) -> float | None:
 
 
 def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
-    """The rows of the table of images: name, times seen, loss against the rest and its change, in
-    words, and the finding.
+    """The rows of the table of images: name, name of the file alone, times seen, loss against the
+    rest and its change, in words, and the finding.
 
     ledger: of `report.json`; nothing for one of another form.
     """
@@ -86,6 +86,7 @@ def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
         return [
             {
                 "name": str(image["name"]),
+                "file": str(image["name"]).replace("\\", "/").rpartition("/")[2],
                 "seen": int(image["seen"]),
                 "loss": f"{image['loss']:.2f}",
                 "change": f"{image['change']:.2f}",

@@ -18,6 +18,7 @@ THRESHOLDS = {
     "most_gain": math.inf,
     "most_apart": math.inf,
     "most_change": math.inf,
+    "most_rise": 0.0,
     "least_fidelity": 0.5,
     "most_lost": 0.1,
     "most_copies": 0.5,
@@ -30,6 +31,8 @@ still_falling: share of the whole fall that came after three quarters of the ste
 steps would help.
 most_gain: fall of the loss on trained images above which they are learned by heart.
 most_apart: fall on trained images beyond that on images held out, above which the same is said.
+most_rise: rise of the judged loss since its best step, beyond its interval, above which a run went
+too far.
 most_change: ‖ΔW‖ / ‖W‖ of a part above which the LoRA overrides the base.
 least_fidelity: fidelity of the images below which more steps would help.
 most_lost: fall of the merit, beyond its interval, since the best step, above which a run went too
@@ -159,7 +162,7 @@ def _by_images(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
 def _by_loss(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
     """The verdict by losses."""
     over, under = [], []
-    if n["rise"] > n["rise_doubt"]:
+    if n["rise"] > max(n["rise_doubt"], t["most_rise"]):
         over.append(
             f"the validation loss has risen by {percent(n['rise'])} ± {percent(n['rise_doubt'])} "
             f"since step {n['best']:.0f}"

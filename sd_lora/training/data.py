@@ -3,6 +3,8 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 from sd_lora.config.kohya import read_dataset_config
@@ -20,7 +22,7 @@ from sd_lora.data.images.buckets import CropSettings, Size
 from sd_lora.data.images.decode import colour
 from sd_lora.data.sources.open import open_source
 from sd_lora.data.sources.samples import Sample, Source
-from sd_lora.errors import UsageError
+from sd_lora.errors import UsageError, did_you_mean
 from sd_lora.findings import Finding
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.load import Base, find_base
@@ -176,6 +178,35 @@ def pixel_settings_of(config: RunConfig, base: Base) -> PixelSettings:
     )
 
 
+def left_out(
+    usable: Sequence[tuple[Sample, Size]], patterns: str | None
+) -> tuple[list[tuple[Sample, Size]], list[str]]:
+    """Usable images without those that `leave_out` names, and the names of these.
+
+    A pattern is the end of an image's path, from a folder's name on.
+
+    Raises:
+        UsageError: a pattern that names no image, or no image that stays.
+    """
+    asked = [text for part in (patterns or "").split(",") if (text := part.strip())]
+    found: dict[str, list[str]] = {pattern: [] for pattern in asked}
+    kept = []
+    for sample, bucket in usable:
+        path = Path(sample.name).as_posix()
+        names = [p for p in asked if fnmatchcase(path, p) or fnmatchcase(path, f"*/{p}")]
+        for pattern in names:
+            found[pattern].append(sample.name)
+        if not names:
+            kept.append((sample, bucket))
+    if empty := [pattern for pattern in asked if not found[pattern]]:
+        known = {Path(sample.name).name for sample, _ in usable}
+        hints = "".join(did_you_mean(Path(pattern).name, known) for pattern in empty[:1])
+        raise UsageError(f"leave_out names no usable image: {', '.join(empty)}.{hints}")
+    if usable and not kept:
+        raise UsageError(f"leave_out {patterns} leaves no image to train: name fewer")
+    return kept, list(dict.fromkeys(name for names in found.values() for name in names))
+
+
 class RunImages:
     """The images of a run, checked.
 
@@ -265,6 +296,8 @@ class RunImages:
         )  # fmt: skip
         usable, findings = checked.usable, checked.findings
         if kind == "instance":
+            usable, named = left_out(usable, self.config.leave_out)
+            findings = [*findings, *(Finding("named-out", name) for name in named)]
             different = len({sample.digest for sample, _ in usable})
             count = num_held_out(self.config.holdout, different)
             usable, held_out = hold_out(usable, count)

@@ -60,6 +60,35 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "pytorch_lora_weights.safetensors")
 
 
+def test_images_left_out_by_name(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> None:
+    """A name, or a pattern with its folder, takes images out of those that are trained and held
+    out, and a note says which; the rest is trained as if these files were not there, to the bit; a
+    pattern without an image and one that leaves none are told."""
+    config = run_of(tiny_sd1, mixed, tmp_path / "out", max_train_steps=2)
+    config = config.replace(num_validation_images=0)
+    run = prepare(config.replace(leave_out="0.png, mixed/[45].png", holdout=1))
+    left = [*run.images.instances.samples, *run.images.held_out.set.samples]
+    assert sorted(Path(sample.name).name for sample in left) == [f"{i}.png" for i in (1, 2, 3, 6)]
+    named = [Path(f.name).name for f in run.images.findings if f.code == "named-out"]
+    assert sorted(named) == ["0.png", "4.png", "5.png"]
+    with pytest.raises(UsageError, match=r"names no usable image: 00.png. Did you mean 0.png\?"):
+        prepare(config.replace(leave_out="00.png", output_dir=str(tmp_path / "a")))
+    with pytest.raises(UsageError, match="leaves no image to train"):
+        prepare(config.replace(leave_out="*.png", output_dir=str(tmp_path / "b")))
+    fewer = shutil.copytree(mixed, tmp_path / "fewer" / "mixed")
+    for name in ("0", "4", "5"):
+        (fewer / f"{name}.png").unlink()
+        (fewer / f"{name}.txt").unlink()
+    same = [
+        sd_lora.train(config.replace(output_dir=str(tmp_path / name), **changes)).digest
+        for name, changes in (
+            ("without", {"leave_out": "0.png, mixed/[45].png"}),
+            ("gone", {"train_data_dir": str(fewer)}),
+        )
+    ]
+    assert same[0].tensors == same[1].tensors
+
+
 def assert_same_bits(a: Path, b: Path) -> None:
     assert log(a) == log(b)
     x, y = weights(a), weights(b)

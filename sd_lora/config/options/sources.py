@@ -77,6 +77,10 @@ class SourceOptions(Section):
         "instance_prompt if not given",
         modes=by_mode("text", None), scripts="ABD",
         ignored_by=SUBJECT_FOLDER)
+    leave_out: str | None = option(None,
+        "images that are neither trained nor held out: their names or patterns, between commas, "
+        "such as '07.png, blurred/*'",
+        may_change=True)
     max_train_samples: int | None = option(None,
         "train on this number of images, chosen by the seed",
         ge=1, only="text_to_image", scripts="AB")
