@@ -196,7 +196,7 @@ def stop(args: argparse.Namespace) -> None:
     path = Path(args.rows)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for number in range(len(done), args.runs):
-        kind, seed = ("subject", "character")[number % 2], 100 + number // 2
+        kind, seed = "subject", 100 + number
         with tempfile.TemporaryDirectory(prefix="verdict-") as place:
             config = config_of(kind, seed, 2, TOO_LONG, Path(place), scores=10)
             config = config.replace(keep_best=True)

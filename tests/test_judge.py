@@ -69,7 +69,7 @@ def test_a_run_is_judged_as_it_validates_itself(
     """The last validation of a run is the loss of its file, and the first one the base's; its last
     score is that of the images which the file draws; also by a checkpoint in the file's place."""
     changes = {
-        "rank": 2, "validate_every": 6, "train_text_encoder": True, "validation_steps": 2,
+        "rank": 2, "validate_every": 6, "train_text_encoder": True, "validation_steps": 1,
         "score_features": str(ENCODER), "score_sets": 3, "score_every": 6,
         "score_class_prompt": "a photo of a thing",
     }  # fmt: skip
@@ -78,7 +78,7 @@ def test_a_run_is_judged_as_it_validates_itself(
     rows, scores = record["validation"]["rows"], record["scores"]["rows"]
     assert [row["step"] for row in scores] == [0, 6]
     words = ["--images", data, "--resolution", 64, "--seed", 0, "--strengths", 1, "--model"]
-    looks = ["--features", ENCODER, "--class_prompt", "a photo of a thing", "--validation_steps", 2]
+    looks = ["--features", ENCODER, "--class_prompt", "a photo of a thing", "--validation_steps", 1]
     looks += ["--out", tmp_path / "judge.png"]
     file, checkpoint = tmp_path / "run", tmp_path / "run" / "checkpoint-6"
     for found in judged(capsys, file, checkpoint, *words, tiny_sd1, *looks):

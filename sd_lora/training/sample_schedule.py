@@ -53,11 +53,14 @@ class SampleSchedule:
         per_step = self.plan.samples_per_step // self.plan.num_processes * STEP_FORWARDS
         return self.plan.num_steps * per_step
 
+    def share_of(self, forwards: int) -> float:
+        """Share of the whole work that so many forward passes are, beside the training steps."""
+        return forwards / (forwards + self._work)
+
     @property
     def text(self) -> str:
         """The schedule and its share of the work, for the summary."""
-        drawn = self.forwards * (len(self.steps) + 2)
-        share = drawn / (drawn + self._work)
+        share = self.share_of(self.forwards * (len(self.steps) + 2))
         between = f", and after {_listed(self.steps)}" if self.steps else ""
         return f"before and after{between}; about {max(1, round(100 * share))} % of the time"
 

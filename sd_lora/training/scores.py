@@ -60,12 +60,15 @@ class Scores:
     told: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
-    def text(self) -> str:
-        """The scores to come in words."""
-        count = self.sets * sum(map(len, self.prompts.kinds))
+    def num_images(self) -> int:
+        """Images of each score."""
+        return self.sets * sum(map(len, self.prompts.kinds))
+
+    def text(self, share: float) -> str:
+        """The scores to come in words. share: of the run's time."""
         return (
-            f"each {self.every} steps, before and after, by {self.features.name}: {count} images "
-            "each time"
+            f"before, each {self.every} steps and after, by {self.features.name}: "
+            f"{self.num_images} images each time, about {max(1, round(100 * share))} % of the time"
         )
 
     def is_due(self, step: int, num_steps: int) -> bool:
@@ -112,7 +115,7 @@ class Scores:
         return {
             "features": self.features.name,
             "blind": self.features.blind,
-            "images": self.sets * sum(map(len, self.prompts.kinds)),
+            "images": self.num_images,
             "best": best,
             "since_best": list(difference(self.rows[last], self.rows[best])),
             "since_three_quarters": list(difference(self.rows[last], self.rows[late])),

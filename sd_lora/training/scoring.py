@@ -1,7 +1,9 @@
 """Scoring of a run: its prompts are drawn by the base and after some steps, and scored."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from sd_lora.sampling.score import (
 )
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.run import Run
+from sd_lora.training.sample_schedule import DECODE_FORWARDS
 from sd_lora.training.samples import reference_of
 from sd_lora.training.scores import Scores
 
@@ -101,6 +104,14 @@ def scores_of(run: Run, features: Features | None) -> Scores | None:
     return Scores(features, prompts, every, config.score_sets, config.early_stopping_patience)
 
 
+def share_of(run: Run, scores: Scores) -> float:
+    """Share of the run's work that drawing the scores' images is."""
+    steps = run.plan.num_steps
+    times = 1 + math.ceil(steps / scores.every)
+    a_image = 2 * run.config.validation_steps + DECODE_FORWARDS
+    return run.schedule.share_of(times * scores.num_images * a_image)
+
+
 def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
     """The images that a run is to learn, and those held out of it.
 
@@ -163,7 +174,7 @@ def draw_base(run: Run) -> None:
     scores = run.scores
     if scores is None or not (run.main or run.joint):
         return
-    with memory_for("drawing sample images", run.config):
+    with memory_for("drawing sample images", run.config), _timed(run):
         before = drawn_sets(run, scores.prompts, "images to score, by the base", scores.sets)
     taught = taught_to(run, scores.prompts, run.config.score_kind)
     scores.judge = Judge(scores.features, taught, scores.prompts, before)
@@ -178,7 +189,7 @@ def score_if_due(run: Run, step: int) -> None:
         return
     found: list[Any] = [None]
     if scores.judge:
-        with memory_for("drawing sample images", run.config), run.averaged():
+        with memory_for("drawing sample images", run.config), run.averaged(), _timed(run):
             is_base = step == 0 and run.start is None  # ΔW is 0
             label = f"images to score, at step {step}"
             images = scores.base if is_base else drawn_sets(run, scores.prompts, label, scores.sets)
@@ -190,6 +201,14 @@ def score_if_due(run: Run, step: int) -> None:
     if scores.judge and run.main:
         _write_sheet(run, scores, images, step)
         run.emit(ImagesScored(step, score, scores.record()))
+
+
+@contextmanager
+def _timed(run: Run) -> Iterator[None]:
+    """Count the time of a block as spent on drawing."""
+    started = time.monotonic()
+    yield
+    run.seconds_drawing += time.monotonic() - started
 
 
 def _write_sheet(run: Run, scores: Scores, images: Sequence[PromptImages], step: int) -> None:

@@ -22,6 +22,7 @@ from sd_lora.training.output_folder import CARD, replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
+from sd_lora.training.scoring import share_of
 from sd_lora.training.sharding import shard_bytes
 
 
@@ -56,7 +57,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     if run.validation.every:
         rows["validation"] = run.validation.text
     if run.scores:
-        rows["scores"] = run.scores.text
+        rows["scores"] = run.scores.text(share_of(run, run.scores))
     if run.schedule.forwards:
         rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)
