@@ -223,15 +223,16 @@ def test_by_keyboard_by_two_and_by_strangers(
 
         check = store.add("check", "images", [], state="done", folder=str(folder))
         facts = {"name": str(min(folder.glob("0*.png"))), "size": [128, 64], "bucket": [64, 64],
-                 "resized": [128, 64], "crop": [32, 0], "random_crop": False, "centre": None,
+                 "resized": [128, 64], "crop": [32, 0], "random_crop": False,
                  "crop_loss": 0.5, "repeats": 1}  # fmt: skip
         report = {"images": [facts], "findings": [], "verdict": ODD}
         (state / "log" / f"{check}.txt").write_text(json.dumps(report, indent=1))
         person.goes(served, f"/images?folder={quote(str(folder))}")
         person.sees(".image svg")
-        person.tabs(".image [data-crop]").send_keys(Keys.ARROW_LEFT)
+        person.tabs(".image [data-crop]").send_keys(Keys.ARROW_LEFT, "-")
         person.sees(".said", "crop saved")
-        assert json.loads((folder / "crops.json").read_text()).popitem()[1] == [0.49, 0.5]
+        person.sees("[data-enlarged]", "enlarged 1.05 times")
+        assert json.loads((folder / "crops.json").read_text()).popitem()[1] == [0.49, 0.5, 0.95]
         person.tabs(".image textarea").send_keys("by hand ", Keys.TAB)
         person.sees(".image .at", "saved")
         assert "by hand" in other.ask(f"/images/block?folder={quote(str(folder))}")[1]

@@ -72,19 +72,24 @@ def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
 
 
 def test_crops_are_kept_beside_the_images(studio: Served, root: Path) -> None:
-    """The centre of a crop is written for its image alone, and taken back; a point outside of the
-    image, words and an image that is not there are refused, with nothing written."""
+    """A crop by hand is written for its image alone, and taken back; a point outside of the image,
+    a size of nothing, words and an image that is not there are refused, with nothing written."""
     folder = work(studio) / "crops"
     shutil.copytree(root / "sample_data/dreambooth/instance", folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     name = min(before).name
     fields = {"folder": str(folder), "name": name}
-    wrong = ({"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"name": "../a.png"})
+    wrong = (
+        {"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"x": "1", "part": "1"},
+        {"x": "1", "y": "1", "part": "0.01"}, {"name": "../a.png"},
+    )  # fmt: skip
     for more in wrong:
         assert post(studio, "/images/crop", **fields | more)[0] == 400
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert post(studio, "/images/crop", **fields, x="0.25", y="1")[1] == "crop saved"
     assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0]}
+    assert post(studio, "/images/crop", **fields, x="0.25", y="1", part="0.5")[0] == 200
+    assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0, 0.5]}
     assert post(studio, "/images/crop", **fields)[1] == "cropped as before"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

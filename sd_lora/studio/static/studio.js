@@ -150,26 +150,38 @@ const toEnd = () => { const log = document.getElementById("log"); if (log && atE
 on("htmx:afterSettle", toEnd);
 on("DOMContentLoaded", toEnd);
 
-// crops by hand: dragged, or moved by the arrow keys
+// crops by hand: dragged by their middle or their corner, or moved and sized by keys
+const LEAST_PART = .05, NEAR = 22;
 const cropOf = svg => {
-  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal;
+  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal, part = +svg.dataset.part;
   const [left, top, width, height] = ["x", "y", "width", "height"].map(n => +frame.getAttribute(n));
-  return {frame, left, top, width, height, across: box.width - width, down: box.height - height, box};
+  return {frame, left, top, width, height, part, box, across: box.width - width, down: box.height - height};
 };
-function moveCrop(svg, left, top) {
-  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), most);
-  left = inside(left, c.across); top = inside(top, c.down);
-  c.frame.setAttribute("x", left); c.frame.setAttribute("y", top);
+function placeCrop(svg, left, top, part) {
+  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), Math.max(most, 0));
+  part = Math.min(Math.max(part, LEAST_PART), 1);
+  const width = c.width / c.part * part, height = c.height / c.part * part;
+  left = inside(left, c.box.width - width); top = inside(top, c.box.height - height);
+  Object.entries({x: left, y: top, width, height}).forEach(([name, value]) => c.frame.setAttribute(name, value));
   c.frame.classList.remove("random");
-  svg.querySelector("path").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
-    `M${left} ${top}h${c.width}v${c.height}h-${c.width}z`);
-  svg.setAttribute("aria-valuenow", Math.round(100 * (c.across >= c.down ? left / c.across : top / c.down)));
+  svg.dataset.part = part;
+  svg.querySelector(".away").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
+    `M${left} ${top}h${width}v${height}h-${width}z`);
+  svg.querySelector(".grip").setAttribute("d", `M${left + width} ${top + height}h0`);
+  const percent = v => Math.round(100 * v) + " %", enlarged = svg.dataset.bucket / width;
+  svg.setAttribute("aria-valuenow", Math.round(100 * part));
+  svg.setAttribute("aria-valuetext", `${percent(part)} of the largest, ` +
+    `${percent(left / c.box.width)} from the left, ${percent(top / c.box.height)} from above`);
+  const card = svg.closest(".image");
+  card.querySelector("[data-seen]").textContent = `${Math.round(width)}×${Math.round(height)} pixels`;
+  card.querySelector("[data-enlarged]").textContent = enlarged > 1.005 ? `, enlarged ${enlarged.toFixed(2)} times` : "";
 }
 async function keepCrop(svg, given) {
   const card = svg.closest(".image"), c = cropOf(svg), body = named(card);
   if (given) {
     body.set("x", (c.left + c.width / 2) / c.box.width);
     body.set("y", (c.top + c.height / 2) / c.box.height);
+    body.set("part", c.part);
   }
   try {
     const answer = await fetch("/images/crop", {method: "POST", body}), text = await answer.text();
@@ -181,35 +193,46 @@ async function keepCrop(svg, given) {
 let dragged = null;
 on("pointerdown", e => {
   const svg = e.target.closest("[data-crop]");
-  if (!svg || e.button) return;
-  const c = cropOf(svg), scale = 1 / svg.getScreenCTM().a;
-  dragged = {svg, left: c.left, top: c.top, x: e.clientX, y: e.clientY, scale, moved: false};
+  if (!svg || e.button || e.pointerType === "touch" && document.activeElement !== svg) return;
+  const c = cropOf(svg), screen = svg.getScreenCTM();
+  const corner = new DOMPoint(c.left + c.width, c.top + c.height).matrixTransform(screen);
+  const sizes = Math.hypot(corner.x - e.clientX, corner.y - e.clientY) < NEAR;
+  dragged = {svg, c, sizes, x: e.clientX, y: e.clientY, scale: 1 / screen.a, moved: false};
   svg.setPointerCapture(e.pointerId);
 });
 on("pointermove", e => {
   if (!dragged) return;
-  const d = dragged;
-  d.moved = true;
-  moveCrop(d.svg, d.left + (e.clientX - d.x) * d.scale, d.top + (e.clientY - d.y) * d.scale);
+  const {svg, c, sizes, scale} = dragged, right = (e.clientX - dragged.x) * scale, down = (e.clientY - dragged.y) * scale;
+  dragged.moved = true;
+  if (!sizes) { placeCrop(svg, c.left + right, c.top + down, c.part); return; }
+  const wanted = Math.max((c.width + right) / c.width, (c.height + down) / c.height);
+  const most = Math.min((c.box.width - c.left) / c.width, (c.box.height - c.top) / c.height);
+  placeCrop(svg, c.left, c.top, c.part * Math.min(wanted, most));
 });
 for (const end of ["pointerup", "pointercancel"]) on(end, () => {
   if (dragged && dragged.moved) keepCrop(dragged.svg, true);
   dragged = null;
 });
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+const SIZES = {"+": 1, "=": 1, "-": -1, "−": -1, "_": -1};
 on("keydown", e => {
-  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key];
-  if (!svg || !way) return;
+  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key], larger = SIZES[e.key];
+  if (!svg || !(way || larger) || e.ctrlKey || e.metaKey || e.altKey) return;
   e.preventDefault();
-  const c = cropOf(svg), part = e.shiftKey ? .1 : .02;
-  moveCrop(svg, c.left + way[0] * c.across * part, c.top + way[1] * c.down * part);
+  const c = cropOf(svg), step = e.shiftKey ? .1 : .02;
+  if (way) placeCrop(svg, c.left + way[0] * c.across * step, c.top + way[1] * c.down * step, c.part);
+  else {  // about its middle
+    const part = Math.min(Math.max(c.part + larger * .05, LEAST_PART), 1), grown = part / c.part - 1;
+    placeCrop(svg, c.left - c.width * grown / 2, c.top - c.height * grown / 2, part);
+  }
   clearTimeout(svg.timer);
   svg.timer = setTimeout(() => keepCrop(svg, true), 500);
 });
 on("click", e => {
   if (!e.target.closest("[data-middle]")) return;
   const svg = e.target.closest(".image").querySelector("[data-crop]"), c = cropOf(svg);
-  moveCrop(svg, c.across / 2, c.down / 2);
+  const width = c.width / c.part, height = c.height / c.part;
+  placeCrop(svg, (c.box.width - width) / 2, (c.box.height - height) / 2, 1);
   svg.focus();
   keepCrop(svg, false);
 });
