@@ -12,7 +12,7 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
-from tests.studio.conftest import Served, busy, enter
+from tests.studio.conftest import Served, busy
 from tests.studio.test_many import many_images
 from tests.studio.test_pages import post
 from tests.studio.test_pages import work as work_of
@@ -111,6 +111,14 @@ def chromium() -> Iterator[Person]:
 
 
 @pytest.fixture
+def friend() -> Iterator[Person]:
+    """A second person, before a browser of their own."""
+    found = Person()
+    yield found
+    found.browser.quit()
+
+
+@pytest.fixture
 def person(chromium: Person) -> Person:
     """A person before the one browser of these tests, on an empty page, with nothing said yet."""
     chromium.browser.get("about:blank")
@@ -183,12 +191,13 @@ ODD = '"><svg onload="window.struck=1"> <script>window.struck=1</script>'
 
 
 def test_by_keyboard_by_two_and_by_strangers(
-    person: Person, starts: Callable[..., Served], root: Path, tmp_path: Path, tiny_sd1: Path
-) -> None:
-    """By tabulator and Enter alone a run comes into the queue, out of it and off the list, and a
-    caption and a crop are changed; each stop shows that it has the focus. A second browser sees the
-    same fields, runs and captions, and the first sees its runs without asking. Script in names of
-    folders, files, runs and in captions does nothing on any page."""
+    person: Person, friend: Person, starts: Callable[..., Served], root: Path, tmp_path: Path,
+    tiny_sd1: Path,
+) -> None:  # fmt: skip
+    """By keys alone a run comes into the queue, out of it and off the list, a caption and a crop
+    are changed, and a mask is drawn; each stop shows that it has the focus. A second browser sees
+    the same fields, runs, crops, masks and captions, runs without asking, and the first sees its
+    captions. Script in names of folders, files, runs and in captions does nothing on any page."""
     work, state = tmp_path / "work", tmp_path / "state"
     folder = work / f"<img src=x onerror=alert(1)> {ODD.replace('/', '')}"
     shutil.copytree(root / "sample_data/dreambooth/instance", folder)
@@ -209,17 +218,20 @@ def test_by_keyboard_by_two_and_by_strangers(
 
         person.clicks("footer button", "Address for another browser")
         address = person.sees("#another code").text
-        other = enter(Served(served.process, address))
-        assert "sks monster" in other.ask("/new")[1]
-        assert f"/runs/{job.id}" in other.ask("/runs")[1]
+        friend.browser.get(address)
+        friend.clicks("nav a", "New training")
+        assert friend.sees("#f-instance_prompt").get_attribute("value").endswith("sks monster")
+        friend.clicks("nav a", "Runs")
+        friend.sees(f".run-row[href='/runs/{job.id}'] .queued")
         person.tabs("button[hx-post$=stop]").send_keys(Keys.ENTER)
         person.sees(".state.stopped")
         assert store.job(job.id).state == "stopped"
-        assert "stopped" in other.ask(f"/runs/{job.id}/state")[1]
+        friend.sees(f".run-row[href='/runs/{job.id}'] .stopped")  # that page asks by itself
         person.tabs("button[hx-post$=forget]").send_keys(Keys.ENTER)
         person.sees("h1", "Runs")
         store.add("train", f"theirs {ODD}", [], folder=str(work / "theirs"))
-        person.sees(".run-row b", "theirs")  # that page asks by itself
+        for one in (person, friend):
+            one.sees(".run-row b", "theirs")
 
         check = store.add("check", "images", [], state="done", folder=str(folder))
         facts = {"name": str(min(folder.glob("0*.png"))), "size": [128, 64], "bucket": [64, 64],
@@ -233,19 +245,35 @@ def test_by_keyboard_by_two_and_by_strangers(
         person.sees(".said", "crop saved")
         person.sees("[data-enlarged]", "enlarged 1.05 times")
         assert json.loads((folder / "crops.json").read_text()).popitem()[1] == [0.49, 0.5, 0.95]
+        person.tabs(".image [data-mask]").send_keys(Keys.ENTER)
+        person.sees("#mask h2", "script")
+        canvas = person.sees("#mask canvas:focus")
+        canvas.send_keys(
+            " ", Keys.ARROW_RIGHT * 2, " ", "+", Keys.SHIFT, Keys.ARROW_UP, Keys.NULL, " z"
+        )
+        person.sees(
+            "#mask-said", "56 % from the left, 30 % from above; brush up, 7 % wide, not trained"
+        )
+        person.tabs("[data-keep-mask]").send_keys(Keys.ENTER)
+        person.sees(".said", "mask saved")
+        with Image.open(next(folder.glob("*-masklabel.png"))) as mask:
+            assert [mask.getpixel((x, 32)) for x in (40, 64, 71, 90)] == [255, 0, 0, 255]
+            assert mask.getpixel((71, 19)) == 255  # taken back
         person.tabs(".image textarea").send_keys("by hand ", Keys.TAB)
         person.sees(".image .at", "saved")
-        assert "by hand" in other.ask(f"/images/block?folder={quote(str(folder))}")[1]
-        post(other, "/images/caption", folder=str(folder), name="00-white.png", caption="theirs")
-        person.clicks(".image [data-mask]")
-        person.sees("#mask h2", "script")
+        friend.goes(served, f"/images?folder={quote(str(folder))}")
+        assert friend.sees(".image textarea").get_attribute("value") == f"by hand {ODD}"
+        friend.sees("[data-seen]", "61×61 pixels")
+        friend.sees(".masked")
+        friend.writes("[aria-label='caption of 00-white.png']", "theirs" + Keys.TAB)
+        friend.sees(".image .at", "saved")
         for path in ("/runs", "/new", "/try", "/shelf", f"/images?folder={quote(str(folder))}"):
             person.goes(served, path)
             assert person.browser.execute_script("return window.struck === undefined"), path
         texts = "return [...document.querySelectorAll('.image textarea')].map(t => t.value)"
         found = person.waits(lambda: person.browser.execute_script(texts))
         assert found[:2] == [f"by hand {ODD}", "theirs"]
-    assert person.complaints() == []
+    assert person.complaints() == friend.complaints() == []
 
 
 def test_five_thousand_images_are_scrolled(person: Person, studio: Served) -> None:

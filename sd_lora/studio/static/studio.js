@@ -188,6 +188,7 @@ async function keepCrop(svg, given) {
     if (!answer.ok) { tell(text); return; }
     card.querySelector(".said").textContent = text;
     card.querySelector(".crop-acts").hidden = !given;
+    for (const cut of all("[data-cut]", card)) cut.hidden = given;
   } catch (error) { tell("The studio does not answer: the crop is not saved."); }
 }
 let dragged = null;
@@ -237,7 +238,7 @@ on("click", e => {
   keepCrop(svg, false);
 });
 
-// masks, drawn with a brush: the canvas is black where the image is not trained, else clear
+// masks, drawn with a brush by hand or by keys: the canvas is black where the image is not trained, else clear
 const brush = {undo: []};
 function maskParts() {
   const dialog = document.getElementById("mask"), canvas = dialog.querySelector("canvas");
@@ -274,31 +275,79 @@ async function openMask(card) {
       pen.putImageData(data, 0, 0);
     }
     dialog.showModal();
+    [brush.draws, brush.down] = [false, false];
+    document.getElementById("mask-said").textContent = "";
+    moveBrush([canvas.width / 2, canvas.height / 2]);
   } catch (error) { tell("The image or its mask cannot be shown."); }
 }
-function stroke(e) {
-  const {dialog, canvas, pen} = maskParts(), box = canvas.getBoundingClientRect();
-  const scale = canvas.width / box.width, at = [(e.clientX - box.left) * scale, (e.clientY - box.top) * scale];
-  const out = dialog.querySelector("[name=way]:checked").value === "out";
-  pen.globalCompositeOperation = out ? "source-over" : "destination-out";
-  pen.lineWidth = dialog.querySelector("[name=size]").value / 100 * Math.max(canvas.width, canvas.height);
+const brushWidth = ({dialog, canvas}) => dialog.querySelector("[name=size]").value / 100 * Math.max(canvas.width, canvas.height);
+const wayOut = dialog => dialog.querySelector("[name=way]:checked").value === "out";
+function moveBrush(at) {
+  const parts = maskParts(), {dialog, canvas} = parts, shown = dialog.querySelector(".brush");
+  brush.at = [canvas.width, canvas.height].map((side, i) => Math.min(Math.max(at[i], 0), side));
+  [shown.style.left, shown.style.top] = [brush.at[0] / canvas.width, brush.at[1] / canvas.height].map(part => 100 * part + "%");
+  shown.style.width = 100 * brushWidth(parts) / canvas.width + "%";
+  shown.classList.toggle("down", Boolean(brush.down || brush.draws));
+}
+function stroke(from, to) {
+  const parts = maskParts(), {dialog, pen} = parts;
+  pen.globalCompositeOperation = wayOut(dialog) ? "source-over" : "destination-out";
+  pen.lineWidth = brushWidth(parts);
   pen.lineCap = pen.lineJoin = "round";
   pen.beginPath();
-  pen.moveTo(...(brush.last || at));
-  pen.lineTo(...at);
+  pen.moveTo(...from);
+  pen.lineTo(...to);
   pen.stroke();
-  brush.last = at;
+}
+function drawTo(at, draws) {
+  const from = brush.at;
+  moveBrush(at);
+  if (draws) stroke(from, brush.at);
+}
+function pointed(e) {
+  const {canvas} = maskParts(), box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
+  return [(e.clientX - box.left) * scale, (e.clientY - box.top) * scale];
 }
 on("pointerdown", e => {
   if (!e.target.matches("#mask canvas") || e.button) return;
   const {canvas, pen} = maskParts();
   remember(canvas, pen);
-  brush.draws = true; brush.last = null;
+  [brush.draws, brush.down] = [true, false];
   canvas.setPointerCapture(e.pointerId);
-  stroke(e);
+  moveBrush(pointed(e));
+  stroke(brush.at, brush.at);
 });
-on("pointermove", e => { if (brush.draws) stroke(e); });
-for (const end of ["pointerup", "pointercancel"]) on(end, () => { brush.draws = false; });
+on("pointermove", e => { if (brush.draws || e.target.matches("#mask canvas")) drawTo(pointed(e), brush.draws); });
+for (const end of ["pointerup", "pointercancel"]) on(end, () => {
+  if (!brush.draws) return;
+  brush.draws = false;
+  moveBrush(brush.at);
+});
+on("input", e => { if (e.target.matches("#mask [name=size]")) moveBrush(brush.at); });
+const BRUSH_KEYS = {
+  " ": ({canvas, pen}) => {
+    brush.down = !brush.down;
+    if (!brush.down) return;
+    remember(canvas, pen);
+    stroke(brush.at, brush.at);
+  },
+  x: ({dialog}) => { dialog.querySelector(`[name=way][value=${wayOut(dialog) ? "in" : "out"}]`).checked = true; },
+  z: () => { brush.down = false; fillMask("undo"); },
+};
+on("keydown", e => {
+  if (!e.target.matches("#mask canvas") || e.altKey || e.metaKey) return;
+  const parts = maskParts(), {dialog, canvas} = parts, way = ARROWS[e.key], wider = SIZES[e.key], act = BRUSH_KEYS[e.key.toLowerCase()];
+  if (!way && !wider && !act || e.ctrlKey && e.key.toLowerCase() !== "z") return;
+  e.preventDefault();
+  const size = dialog.querySelector("[name=size]");
+  if (wider) size.value = +size.value + wider;
+  if (act && !e.repeat) act(parts);
+  const step = e.shiftKey ? Math.max(canvas.width, canvas.height) / 10 : Math.max(1, brushWidth(parts) / 2);
+  drawTo(way ? brush.at.map((v, i) => v + way[i] * step) : brush.at, way && brush.down);
+  const [x, y] = [brush.at[0] / canvas.width, brush.at[1] / canvas.height].map(part => Math.round(100 * part));
+  document.getElementById("mask-said").textContent = `${x} % from the left, ${y} % from above; brush ${brush.down ? "down" : "up"}, ` +
+    `${size.value} % wide, ${wayOut(dialog) ? "not trained" : "trained"}`;
+});
 function fillMask(how) {
   const {canvas, pen} = maskParts();
   if (how === "undo") {
