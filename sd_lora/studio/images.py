@@ -167,12 +167,12 @@ def thumbnail(request: Request) -> Response:
     place = studio.store.folder / "thumbnails" / hashlib.sha256(about.encode()).hexdigest()[:32]
     if not place.is_file():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, _small(path, side))
+        write_whole(place, small(path, side))
     kept = {"cache-control": "private, max-age=86400"}
     return FileResponse(place, media_type="image/webp", headers=kept)
 
 
-def _small(path: Path, side: int) -> bytes:
+def small(path: Path, side: int) -> bytes:
     """An upright image of at most `side` pixels as WebP; grey for one that cannot be decoded."""
     try:
         image, _ = decode_with_mask(read_file(path), path.name)
@@ -217,7 +217,10 @@ def propose(request: Request, form: dict[str, str]) -> Response:
     if not Path(model).expanduser().is_dir() or not model:
         raise UsageError(f"name the folder of an image-to-text model, not {model!r}")
     studio.store.keep("captioner", model)
-    words = [str(folder), f"--captioner={model}", *(["--overwrite"] if "overwrite" in form else [])]
+    words = [str(folder), f"--captioner={model}"]
+    if prompt := form.get("prompt", "").strip():
+        words.append(f"--prompt={prompt}")
+    words += ["--overwrite"] if "overwrite" in form else []
     number = studio.store.add("caption", f"caption {folder.name}", words, folder=str(folder))
     studio.keeper.look()
     return gone(request, f"/shelf/{number}")

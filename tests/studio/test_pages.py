@@ -112,7 +112,8 @@ def test_captions_are_proposed_by_a_command(studio: Served) -> None:
     assert post(studio, "/images/propose", **form | {"folder": "/etc"})[0] == 404
     for model in ("", str(folder / "none")):
         assert post(studio, "/images/propose", **form | {"captioner": model})[0] == 400
-    for more, words in (({}, []), ({"overwrite": "1"}, ["--overwrite"])):
+    asks = {"overwrite": "1", "prompt": "What is it?"}
+    for more, words in (({}, []), (asks, ["--prompt=What is it?", "--overwrite"])):
         status, _, headers = post(studio, "/images/propose", **form | more)
         assert status == 303
         job = stored(studio).job(int(headers["location"].rpartition("/")[2]))
