@@ -31,6 +31,29 @@ ActionChains, Keys = webdriver.ActionChains, webdriver.Keys
 PATIENCE = 300.0
 
 
+FAINT = """
+const parse = text => (text.match(/[\\d.]+/g) || []).map(Number);
+const light = rgb => rgb.slice(0, 3).map(v => v / 255)
+  .map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const ground = e => {
+  for (; e; e = e.parentElement) {
+    const found = parse(getComputedStyle(e).backgroundColor);
+    if (found.length === 3 || found[3] === 1) return found;
+  }
+  return [255, 255, 255];
+};
+return [...document.querySelectorAll("main *, header *, footer *")].filter(e =>
+  [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) && e.checkVisibility() &&
+  !e.closest("svg, option, :disabled")
+).map(e => {
+  const [a, b] = [parse(getComputedStyle(e).color), ground(e)].map(light).sort((x, y) => y - x);
+  return [(a + .05) / (b + .05), e.outerHTML.slice(0, 120)];
+}).filter(([ratio]) => ratio < 4.5);
+"""
+"""Texts whose contrast with their ground is below that of WCAG 2, level AA."""
+
+
 class Person:
     """A browser, and the eyes and hands before it."""
 
@@ -74,6 +97,20 @@ class Person:
     def goes(self, served: Served, path: str) -> None:
         """Open a page of a studio."""
         self.browser.get(f"http://127.0.0.1:{served.port}{path}")
+
+    def has(self, width: int) -> None:
+        """Have a screen of another width in pixels; 0: the window's own."""
+        devtools = self.browser.execute_cdp_cmd
+        screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        if width:
+            devtools("Emulation.setDeviceMetricsOverride", screen)
+        else:
+            devtools("Emulation.clearDeviceMetricsOverride", {})
+
+    def likes(self, scheme: str) -> None:
+        """Prefer pages in another scheme of colours."""
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def tabs(self, selector: str) -> Any:
         """Go on by the tabulator to the element that a selector finds. Each stop on the way is seen
@@ -127,23 +164,27 @@ def person(chromium: Person) -> Person:
 
 
 def test_a_person_trains_a_lora(
-    person: Person, starts: Callable[..., Served], root: Path, tmp_path: Path, tiny_sd1: Path
+    person: Person, starts: Callable[..., Served], root: Path, tmp_path: Path
 ) -> None:
-    """From an empty page to verified files and a grid at three strengths, over a mistake, a killed
-    studio, a pause and a resume, with nothing in the console and no request to elsewhere.
+    """From an empty page, the sample images, the embedded base and the preset of a subject to
+    verified files and a grid at three strengths, over a mistake, a killed studio, a pause and a
+    resume, with nothing in the console and no request to elsewhere.
 
     Three processes that import torch and diffusers take most of its time.
     """
     work, state = tmp_path / "work", tmp_path / "state"
-    shutil.copytree(root / "sample_data/dreambooth/instance", work / "photos")
+    work.mkdir()
     served = starts(work, state)
     person.browser.get(served.address)
     person.sees("h1", "New training")
 
     person.clicks("button", "Choose …")  # the folder, in the dialog
     person.clicks(".entries button", "work/")
-    person.clicks(".entries li:has([data-choose$=photos]) button[data-choose]", "Choose")
-    person.writes("#f-pretrained_model_name_or_path", str(tiny_sd1))
+    person.clicks(".entries button", "opened folders")
+    person.clicks(".entries button[data-choose$=instance]")
+    person.clicks("button[hx-get*=model]", "Choose …")
+    person.clicks(".entries button[data-choose$=tiny-sd]")
+    person.clicks(".purpose", "A subject")
     person.sees("#at-instance_prompt", "has no captions")  # the page knows before the start
     person.writes("#f-instance_prompt", "a photo of sks monster")
     person.clicks("#more > summary")
@@ -151,7 +192,7 @@ def test_a_person_trains_a_lora(
     person.sees("#at-rank .problem", "rank must be at least 1, not 0")
     person.writes("#f-rank", "2")
     person.sees("#at-rank .changed", "usually 16")
-    few = {"max_train_steps": "400", "num_validation_images": "1", "validation_steps": "2"}
+    few = {"max_train_steps": "40", "num_validation_images": "1", "validation_steps": "20"}
     for field, text in few.items():
         person.writes("#find", field)
         person.writes(f"#f-{field}", text)
@@ -162,21 +203,28 @@ def test_a_person_trains_a_lora(
     served.process.wait()
     served = starts(work, state)
     person.browser.get(served.address)
-    person.sees("a.run-row", "photos-lora")
+    person.sees("a.run-row", "instance-lora")
     person.complaints()  # of the page whose studio was away
-    person.clicks("a.run-row", "photos-lora")  # the same process goes on
+    person.clicks("a.run-row", "instance-lora")  # the same process goes on
     person.clicks("#acts button", "Pause")
     person.sees(".state.paused")
-    assert not (work / "photos-lora" / "pytorch_lora_weights.safetensors").exists()
+    assert not (work / "instance-lora" / "pytorch_lora_weights.safetensors").exists()
     person.clicks("#acts button", "Resume after step")
     person.sees(".state.done")
-    person.sees("#state", "step 400 of 400")
+    person.sees("#state", "step 40 of 40")
     person.sees("#state", "pytorch_lora_weights.safetensors")
     person.waits(lambda: len(person.browser.find_elements("css selector", "#charts canvas")) == 3)
 
     person.clicks("#state a", "Try it")
     person.writes("#f-steps", "2")
     person.clicks("button", "Draw")  # at strengths 0, 0.5 and 1
+    slider = person.sees("[data-pick=strength]")
+    shown = "return document.querySelector('[data-column]').src"
+    assert person.browser.execute_script(shown).endswith("/image/2")
+    slider.send_keys(Keys.ARROW_LEFT)
+    person.sees(".tried output", "0.5")
+    assert person.browser.execute_script(shown).endswith("/image/1")
+    person.clicks(".tried summary", "as one grid")
     person.sees("img.sheet")
     kept = f"return fetch('{person.sees('.tried a', 'Keep').get_attribute('href')}')"
     kind = person.browser.execute_script(f"{kept}.then(a => a.headers.get('content-disposition'))")
@@ -197,7 +245,8 @@ def test_by_keyboard_by_two_and_by_strangers(
     """By keys alone a run comes into the queue, out of it and off the list, a caption and a crop
     are changed, and a mask is drawn; each stop shows that it has the focus. A second browser sees
     the same fields, runs, crops, masks and captions, runs without asking, and the first sees its
-    captions. Script in names of folders, files, runs and in captions does nothing on any page."""
+    captions. Script in names of folders, files, runs and in captions does nothing on any page. Each
+    page fits a phone, and its text stands out from its ground in light and in dark."""
     work, state = tmp_path / "work", tmp_path / "state"
     folder = work / f"<img src=x onerror=alert(1)> {ODD.replace('/', '')}"
     shutil.copytree(root / "sample_data/dreambooth/instance", folder)
@@ -267,9 +316,16 @@ def test_by_keyboard_by_two_and_by_strangers(
         friend.sees(".masked")
         friend.writes("[aria-label='caption of 00-white.png']", "theirs" + Keys.TAB)
         friend.sees(".image .at", "saved")
+        person.has(width=390)
         for path in ("/runs", "/new", "/try", "/shelf", f"/images?folder={quote(str(folder))}"):
             person.goes(served, path)
             assert person.browser.execute_script("return window.struck === undefined"), path
+            wide = "return document.documentElement.scrollWidth"
+            assert person.browser.execute_script(wide) <= 390, path
+            for scheme in ("light", "dark"):
+                person.likes(scheme)
+                assert person.browser.execute_script(FAINT) == [], (path, scheme)
+        person.has(width=0)
         texts = "return [...document.querySelectorAll('.image textarea')].map(t => t.value)"
         found = person.waits(lambda: person.browser.execute_script(texts))
         assert found[:2] == [f"by hand {ODD}", "theirs"]

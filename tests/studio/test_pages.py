@@ -14,11 +14,15 @@ from sd_lora.config.options.sources import source_specs
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.open import open_source
 from sd_lora.errors import UsageError
+from sd_lora.formats.output import FORMATS
 from sd_lora.report.record import EMPTY, RECORD
+from sd_lora.sample import rows_of
 from sd_lora.studio.form import request_of
 from sd_lora.studio.image_set import read_set
 from sd_lora.studio.repeats import draft_with, parts_of
+from sd_lora.studio.shelf import VALUES, preview_of
 from sd_lora.studio.store import Store
+from sd_lora.studio.try_it import grid_of
 from tests.studio.conftest import Served
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
@@ -224,6 +228,7 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     text = studio.ask("/try")[1]
     assert "a, b" in text
     assert "mine.safetensors" in studio.ask("/shelf")[1]
+    assert VALUES == {"to": tuple(FORMATS)}
     assert studio.ask(f"/shelf/load?file={quote(str(outside))}")[0] == 404
     assert studio.ask(f"/shelf/load?file={quote(str(lora))}")[0] == 200
     beside = {"beside": str(lora), "beside_strength": "0.5 1"}
@@ -243,6 +248,68 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     status, _, headers = post(studio, "/shelf/inspect", files=str(lora))
     assert status == 303
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
+
+
+def test_single_images_of_a_grid_are_compared(studio: Served) -> None:
+    """The page gets the row of each file at each strength, from low to high, as `sample` draws
+    them; a grid of one image is no comparison, nor is one that is not whole."""
+    store = stored(studio)
+    files = ["lora-000020/pytorch_lora_weights.safetensors", "mine.safetensors"]
+    folder = work(studio) / "a grid"
+    folder.mkdir()
+    words = ["--model", "m", "--out", "x.png", "--prompts", "p.txt", "--seeds", "3", "4"]
+    words += ["--lora", *files]
+    given = {"prompts": "a cat\n"}
+    number = store.add("sample", "a grid", [*words, "--strengths", "1", "0", "0.5"], given=given,
+                       state="done", folder=str(folder))  # fmt: skip
+    assert grid_of(store.job(number)) is None
+    for image in range(10):
+        (folder / f"{image:05}.png").write_bytes(b"an image")
+    rows = rows_of([*map(Path, files)], [1, 0, 0.5])
+    found = grid_of(store.job(number))
+    assert found.base == 0
+    assert found.files == ("lora-000020", "mine")
+    assert found.columns == ("a cat, seed 3", "a cat, seed 4")
+    assert [[rows[n].files for n in of_file] for of_file in found.rows] == [
+        [(), *[((Path(file), strength),) for strength in (0.5, 1)]] for file in files
+    ]  # fmt: skip
+    page = studio.ask(f"/try/{number}")[1]
+    assert f"/try/{number}/image/{found.rows[0][-1] * 2 + 1}" in page
+    assert studio.ask(f"/try/{number}/image/9")[0] == 200
+    assert studio.ask(f"/try/{number}/image/10")[0] == 404
+    alone = store.add("sample", "one", [*words[:-1], "--strengths", "1"], given=given,
+                      state="done", folder=str(folder))  # fmt: skip
+    assert grid_of(store.job(alone)) is None
+    for one in (number, alone):
+        store.forget(one)
+
+
+def test_the_shelf_shows_what_a_file_draws(studio: Served, root: Path) -> None:
+    """A LoRA file is shown by the image that has its name, else by its run's newest sample."""
+    folder = work(studio) / "shelf-lora"
+    samples = [folder / "samples" / f"step-{step:06}" / "00.png" for step in (0, 20)]
+    images = sorted((root / "sample_data/dreambooth/instance").iterdir())
+    for image, sample in zip(images, samples, strict=False):
+        sample.parent.mkdir(parents=True)
+        shutil.copy(image, sample)
+    lora = folder / "mine.safetensors"
+    lora.write_bytes(b"\0" * 64)
+    assert preview_of(lora) == samples[1]
+    shutil.copy(images[2], folder / "mine.preview.png")
+    assert preview_of(lora) == folder / "mine.preview.png"
+    address = f"/shelf/preview?file={quote(str(lora))}"
+    assert address in studio.ask("/shelf")[1].replace("%2F", "/")
+    assert studio.ask(address)[2]["content-type"] == "image/webp"
+    assert studio.ask("/shelf/preview?file=/etc/passwd")[0] == 404
+
+
+def test_the_projects_own_base_and_images_are_offered(studio: Served, root: Path) -> None:
+    """On a fresh start, with nothing opened but an empty folder, there is something to choose."""
+    for kind, path in (("model", "tiny-sd"), ("folder", "dreambooth/instance")):
+        page = studio.ask(f"/choose?kind={kind}&field=f-folder")[1]
+        assert f'data-choose="{root / "sample_data" / path}"' in page
+    assert str(root / "sample_data/tiny-sd") in studio.ask("/new")[1]
+    assert "sample_data" not in studio.ask("/choose?kind=file&field=f-lora")[1]
 
 
 def test_a_runs_files_go_elsewhere(studio: Served) -> None:

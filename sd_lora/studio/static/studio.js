@@ -34,7 +34,7 @@ on("click", e => {
   if (data.add) {
     const field = document.getElementById(data.into);
     const lines = field.value.split("\n").map(l => l.trim()).filter(Boolean);
-    if (!lines.includes(data.add)) lines.push(data.add);
+    lines.push(...data.add.split("\n").filter(line => !lines.includes(line)));
     field.value = lines.join("\n");
   }
   if (data.choose) {
@@ -397,6 +397,20 @@ on("input", e => {
   const step = steps.split(" ")[e.target.value];
   e.target.parentElement.querySelector("output").textContent = step === "0" ? "0 steps: the base" : step + " steps";
   for (const image of all("#samples img")) image.src = "/runs/" + image.dataset.run + "/sample/" + step + "/" + image.dataset.name;
+});
+
+// images of a grid by strength and file
+on("input", e => {
+  if (!e.target.dataset || !e.target.dataset.pick) return;
+  const grid = e.target.closest("[data-grid]"), rows = JSON.parse(grid.dataset.rows), at = {file: 0, strength: 0};
+  for (const slider of all("[data-pick]", grid)) {
+    at[slider.dataset.pick] = +slider.value;
+    const name = String(JSON.parse(slider.dataset.names)[slider.value]);
+    slider.parentElement.querySelector("output").textContent = name;
+    slider.setAttribute("aria-valuetext", name);
+  }
+  const row = rows[at.file][at.strength];
+  for (const image of all("[data-column]", grid)) image.src = grid.dataset.grid + (row * grid.dataset.columns + +image.dataset.column);
 });
 
 // curves
