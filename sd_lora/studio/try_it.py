@@ -45,7 +45,7 @@ class Grid:
     """
 
     files: tuple[str, ...]
-    strengths: tuple[float, ...]
+    strengths: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]
     columns: tuple[str, ...]
     base: int | None
@@ -71,7 +71,7 @@ def grid_of(job: Job) -> Grid | None:
     count = (first + len(files) * len(others)) * len(columns)
     if len(files) * len(strengths) < 2 or not _image(job, count - 1).is_file():
         return None
-    return Grid(tuple(map(_name, files)), tuple(strengths), rows, columns, base)
+    return Grid(tuple(map(_name, files)), tuple(f"{s:g}" for s in strengths), rows, columns, base)
 
 
 def _name(file: Path) -> str:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -23,7 +24,8 @@ from sd_lora.studio.repeats import draft_with, parts_of
 from sd_lora.studio.shelf import VALUES, preview_of
 from sd_lora.studio.store import Store
 from sd_lora.studio.try_it import grid_of
-from tests.studio.conftest import Served
+from sd_lora.training.interruption import SAMPLE_FILE
+from tests.studio.conftest import Served, busy
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
 
@@ -212,6 +214,76 @@ def test_repeats_of_folders_are_those_of_the_run(root: Path, tmp_path: Path) -> 
         draft_with({}, folder, parts, [0, 0, 0])
     alone = parts_of(read_set(images))
     assert draft_with({}, images, alone, [7]) == {"folder": str(images), "repeats": "7"}
+
+
+def test_buttons_of_a_run_are_its_command(studio: Served, tmp_path: Path) -> None:
+    """A run in the queue is paused, resumed, put first and stopped; one that has ended goes on from
+    its checkpoint, also to a later step, and no earlier one; a sample is asked for by a file in its
+    folder, a save where its steps have begun; its settings come back into the form."""
+    given = {"pretrained_model_name_or_path": "a model", "folder": str(work(studio)), "rank": "7",
+             "instance_prompt": "a dog", "max_train_steps": "30"}  # fmt: skip
+    folder = tmp_path / "out"
+    (folder / "checkpoint-20").mkdir(parents=True)
+    (folder / "checkpoint-20" / "state.safetensors").touch()
+    with busy(work(studio).parent / "state") as store:
+        number = store.add("train", "mine", [], given=given, folder=str(folder))
+        run = f"/runs/{number}"
+        for act, state in (("pause", "paused"), ("resume", "queued"), ("stop", "stopped")):
+            assert post(studio, f"{run}/{act}")[0] == 303
+            assert store.job(number).state == state
+        words = store.job(number).words
+        assert words[words.index("--resume_from_checkpoint") + 1] == "latest-if-any"
+        assert post(studio, f"{run}/extend", steps="20")[0] == 400
+        assert "above 20" in post(studio, f"{run}/extend", steps="many")[1]
+        post(studio, f"{run}/extend", steps="60")
+        job = store.job(number)
+        assert (job.state, job.given["max_train_steps"]) == ("queued", "60")
+        assert job.words[job.words.index("--steps") + 1] == "60"
+        assert post(studio, f"{run}/resume")[0] == 400
+        post(studio, f"{run}/draw")
+        assert (folder / SAMPLE_FILE).exists()
+        assert post(studio, f"{run}/save")[0] == 400
+        post(studio, f"{run}/copy")
+        assert 'value="7"' in studio.ask("/new")[1]
+        post(studio, "/new/forecast", **given)
+        (check,) = store.jobs("kind = 'check' AND title = 'check'")
+        assert check.words[-1] == "--no_page"
+        assert "a model" in check.words
+        post(studio, "/new/clear")
+
+
+def test_files_are_taken_in(studio: Served, root: Path) -> None:
+    """Files and a zip with folders come into the studio's own folder, as a set with its captions;
+    what belongs to no set of images stays away, and a zip that leads out of it is refused."""
+    image = min((root / "sample_data/dreambooth/instance").iterdir()).read_bytes()
+    packed = {"a.zip": {"deep/1.png": image, "deep/1.txt": b"one", "evil.sh": b"x", ".x.png": b"x"},
+              "b.zip": {"../2.png": image}}  # fmt: skip
+    sent = {"0.png": image, "0.txt": b"zero", "page.html": b"<html>"}
+    for name, files in packed.items():
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for inner, data in files.items():
+                archive.writestr(inner, data)
+        sent[name] = buffer.getvalue()
+    answers = {}
+    for name, data in sent.items():
+        fields = {"set": "taken", "path": name}
+        body = b"".join(
+            f'--x\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
+            for key, value in fields.items()
+        )
+        body += b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        kind = {"Content_Type": "multipart/form-data; boundary=x"}
+        answers[name] = studio.ask("/new/upload", "POST", body + data + b"\r\n--x--\r\n", **kind)
+    assert {name: answer[0] for name, answer in answers.items()} == {
+        "0.png": 200, "0.txt": 200, "page.html": 400, "a.zip": 200, "b.zip": 400
+    }  # fmt: skip
+    folder = Path(answers["0.png"][1])
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        "0.png", "0.txt", "deep/1.png", "deep/1.txt"
+    }  # fmt: skip
+    assert (folder / "deep/1.png").read_bytes() == image
+    assert not (folder.parent / "2.png").exists()
 
 
 def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
