@@ -294,6 +294,14 @@ def test_by_keyboard_by_two_and_by_strangers(
         person.sees(".said", "crop saved")
         person.sees("[data-enlarged]", "enlarged 1.05 times")
         assert json.loads((folder / "crops.json").read_text()).popitem()[1] == [0.49, 0.5, 0.95]
+        frame = person.sees(".image .crop")
+        right, down = frame.size["width"] / 2 - 3, frame.size["height"] / 2 - 3
+        mouse = ActionChains(person.browser).move_to_element_with_offset(frame, right, down)
+        mouse.click_and_hold().move_by_offset(-20, -20).release().perform()  # by its corner
+        person.waits(lambda: json.loads((folder / "crops.json").read_text()).popitem()[1][2] < 0.95)
+        x, y, part = json.loads((folder / "crops.json").read_text()).popitem()[1]
+        assert (x < 0.49, y < 0.5, 0.5 < part < 0.9) == (True, True, True)
+        pixels = person.sees("[data-seen]").text
         person.tabs(".image [data-mask]").send_keys(Keys.ENTER)
         person.sees("#mask h2", "script")
         canvas = person.sees("#mask canvas:focus")
@@ -312,7 +320,7 @@ def test_by_keyboard_by_two_and_by_strangers(
         person.sees(".image .at", "saved")
         friend.goes(served, f"/images?folder={quote(str(folder))}")
         assert friend.sees(".image textarea").get_attribute("value") == f"by hand {ODD}"
-        friend.sees("[data-seen]", "61×61 pixels")
+        assert friend.sees("[data-seen]").text == pixels
         friend.sees(".masked")
         friend.writes("[aria-label='caption of 00-white.png']", "theirs" + Keys.TAB)
         friend.sees(".image .at", "saved")
