@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> str:
     if not entries:
         return f"all images in {folder} have captions already: --overwrite replaces them"
     device = known_device(args.device) if args.device else best_device()
-    captioner = Captioner.load(args.captioner.expanduser(), device)
+    captioner = Captioner.load(args.captioner.expanduser(), device, args.prompt)
     notes: list[str] = []
     written = 0
     with tqdm(total=len(entries), desc="captions", unit="image", dynamic_ncols=True) as bar:

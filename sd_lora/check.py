@@ -276,7 +276,7 @@ def as_json(checked: Checked) -> str:
             "resized": crop.resized,
             "crop": crop.corner,
             "random_crop": found.set.is_random(index),
-            "centre": sample.centre,
+            "hand_crop": sample.hand_crop and sample.hand_crop.numbers,
             "crop_loss": round(crop.crop_loss, 6),
             "scale": round(crop.scale, 6),
             "repeats": sample.source.repeats,

@@ -12,6 +12,7 @@ from PIL import Image
 
 from sd_lora.config.command_line import read_config_file
 from sd_lora.config.schema import TrainConfig
+from sd_lora.embedded import sample_data
 from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
@@ -62,9 +63,8 @@ UNRELATED = (
 
 def find_sample_data() -> Path:
     """The clone's sample_data folder."""
-    for folder in (Path(__file__).parent.parent, Path.cwd()):
-        if (folder / "sample_data" / "tiny-sd" / "model_index.json").is_file():
-            return folder / "sample_data"
+    if found := sample_data():
+        return found
     raise UsageError(
         "the demo needs the sample_data folder of the project: run it in a clone (`make demo`)"
     )

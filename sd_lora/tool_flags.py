@@ -343,6 +343,8 @@ def caption_parser() -> ToolParser:
     add("folder", type=as_path, help="a folder of images, with those below it")
     layout = "folder of the model, in the layout of transformers; nothing is downloaded"
     add("--captioner", type=as_path, required=True, metavar="MODEL", help=layout)
+    asks = "question to a model that chats (default: Describe this image in one sentence.)"
+    add("--prompt", help=asks)
     add("--overwrite", action="store_true", help="replace the captions that are there")
     add("--max_tokens", type=_count, default=40, help="of a caption at most (default: 40)")
     add("--batch", type=_count, default=4, help="images at once (default: 4)")

@@ -66,9 +66,9 @@ def test_outside_a_clone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Without sample_data the demo says where it can be run."""
-    import sd_lora.demo as demo
+    import sd_lora.embedded as embedded
 
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "site" / "sd_lora" / "demo.py"))
+    monkeypatch.setattr(embedded, "__file__", str(tmp_path / "site" / "sd_lora" / "embedded.py"))
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 2
     assert "run it in a clone" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Captions of images by an image-to-text model of the user's, such as BLIP or GIT."""
+"""Captions of images by an image-to-text model of the user's: BLIP, GIT, or one that chats."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,25 +10,32 @@ from PIL import Image
 
 from sd_lora.errors import UsageError, near_path
 
-CHAT = ("chat_template.jinja", "chat_template.json")
-"""Files of models that answer questions."""
+PROMPT = "Describe this image in one sentence."
+"""What a model that chats is asked, unless the user asks something else."""
 
 
 @dataclass
 class Captioner:
-    """A model that writes captions, with the readers of its images and words."""
+    """A model that writes captions, with the readers of its images and words.
+
+    chat: the reader of both, and the question about each image; None for a model that writes a
+    caption without being asked.
+    """
 
     model: Any
     images: Any
     tokenizer: Any
+    chat: tuple[Any, str] | None = None
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device) -> "Captioner":
+    def load(cls, folder: Path, device: torch.device, prompt: str | None = None) -> "Captioner":
         """Load a model from a folder in the layout of transformers, from safetensors alone; no code
         of the folder is run, and nothing is downloaded.
 
+        prompt: the question to a model that chats, which one with a chat template is.
+
         Raises:
-            UsageError: a folder without such a model, or with one that answers questions.
+            UsageError: a folder without such a model, or a prompt for one that takes none.
         """
         from transformers import (
             AutoImageProcessor,
@@ -43,11 +50,10 @@ class Captioner:
         how = {"local_files_only": True, "trust_remote_code": False}
         try:
             processor = AutoProcessor.from_pretrained(str(folder), **how)
-            talks = any((folder / name).is_file() for name in CHAT)
-            if talks or getattr(processor, "chat_template", None):
+            chats = bool(getattr(processor, "chat_template", None))
+            if prompt and not chats:
                 raise UsageError(
-                    f"{folder} is a model that answers questions in a chat: only models that write "
-                    "a caption by themselves are read, such as BLIP and GIT"
+                    f"{folder} has no chat template: it writes captions without a prompt"
                 )
             images = getattr(processor, "image_processor", None)
             words = getattr(processor, "tokenizer", None)
@@ -59,19 +65,35 @@ class Captioner:
         except (OSError, ValueError, KeyError, ImportError) as error:
             first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
             raise UsageError(f"{folder} holds no image-to-text model: {first[:300]}") from None
-        return cls(model.to(device).eval(), images, words)
+        if chats:
+            words.padding_side = "left"  # each answer begins where the questions end
+        chat = (processor, prompt or PROMPT) if chats else None
+        return cls(model.to(device).eval(), images, words, chat)
 
     def captions(self, images: Sequence[Image.Image], max_tokens: int) -> list[str]:
         """A caption of each image, in order, on one line each, by the likeliest words.
 
         max_tokens: of a caption.
         """
-        given = dict(self.images(images=list(images), return_tensors="pt"))
-        device = self.model.device
+        given = self._given(images).to(self.model.device, self.model.dtype)
         with torch.inference_mode():
-            out = self.model.generate(
-                **{name: value.to(device) for name, value in given.items()},
-                max_new_tokens=max_tokens, do_sample=False,
-            )  # fmt: skip
+            out = self.model.generate(**given, max_new_tokens=max_tokens, do_sample=False)
+        if self.chat:
+            out = out[:, given["input_ids"].shape[1] :]
         texts = self.tokenizer.batch_decode(out, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    def _given(self, images: Sequence[Image.Image]) -> Any:
+        """What the model is given: images, with the question about each in a chat."""
+        if self.chat is None:
+            return self.images(images=list(images), return_tensors="pt")
+        processor, prompt = self.chat
+        content = [{"type": "image"}, {"type": "text", "text": prompt}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        begun = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return processor(
+            text=[text] * len(images), images=[[image] for image in images], padding=True,
+            return_tensors="pt", add_special_tokens=not begun,
+        )  # fmt: skip

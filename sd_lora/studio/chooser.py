@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sd_lora.data.sources.folders import has_image_extension
+from sd_lora.embedded import BASE, SUBJECT, sample_data
 from sd_lora.studio.opened import inside, open_folder
 from sd_lora.studio.page import action, page, render, studio_of
 
@@ -22,12 +23,19 @@ KINDS = {
 }
 """Things that are chosen."""
 
+EMBEDDED = {
+    "folder": (SUBJECT, "sample images: eight of one monster"),
+    "model": (BASE, "the embedded base: images of 64 pixels, learns in minutes on a CPU"),
+}
+"""Kind → what comes with a clone of the project, and its words."""
+
 WEIGHTS = (".safetensors", ".ckpt")
 
 
 def models_in(folders: Sequence[Path]) -> list[str]:
     """Base models in opened folders and the folders in them: pipelines and large checkpoints."""
-    found = []
+    clone = sample_data()
+    found = [str(clone / BASE)] if clone else []
     for folder in folders:
         for place in [folder, *_children(folder)]:
             with suppress(OSError):
@@ -36,6 +44,15 @@ def models_in(folders: Sequence[Path]) -> list[str]:
                 elif place.suffix in WEIGHTS and place.stat().st_size > 2**30:
                     found.append(str(place))
     return list(dict.fromkeys(found))
+
+
+def embedded_of(kind: str) -> dict[str, object] | None:
+    """The path and the words of what comes with the project, of a kind; None without any."""
+    clone = sample_data()
+    if clone is None or kind not in EMBEDDED:
+        return None
+    place, words = EMBEDDED[kind]
+    return {"path": clone / place, "words": words}
 
 
 def _children(folder: Path) -> list[Path]:
@@ -76,7 +93,7 @@ def choose(request: Request) -> Response:
     above = place.parent if place and place not in store.opened() else None
     return render(
         request, "chooser.html.j2", place=place, above=above, rows=rows, kind=kind, field=field,
-        kinds=KINDS, opened=store.opened(), problem="",
+        kinds=KINDS, opened=store.opened(), problem="", embedded=embedded_of(kind),
     )  # fmt: skip
 
 
@@ -93,7 +110,7 @@ def open_place(request: Request, form: dict[str, str]) -> Response:
     rows = _listed(place, kind) if place else []
     return render(
         request, "chooser.html.j2", place=place, above=None, rows=rows, kind=kind, field=field,
-        kinds=KINDS, opened=store.opened(), problem=wrong,
+        kinds=KINDS, opened=store.opened(), problem=wrong, embedded=embedded_of(kind),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.images.centres import Centre
+from sd_lora.data.images.hand_crops import HandCrop
 from sd_lora.data.sources.crop_files import crops_of, write_crops
 from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS, find_captions
 from sd_lora.data.sources.folders import FolderTree, existing_folder, walk
@@ -36,14 +36,14 @@ AT_ONCE = 16
 @dataclass(frozen=True)
 class Entry:
     """An image of a set. name: its path in the folder. caption: None without one. place: the file
-    that holds it, or will. centre: of its crop by hand, None without. mask:
+    that holds it, or will. hand_crop: its crop by hand, None without. mask:
     its file, None without."""
 
     name: str
     path: Path
     caption: str | None
     place: Path
-    centre: Centre | None = None
+    hand_crop: HandCrop | None = None
     mask: Path | None = None
 
     @property
@@ -146,8 +146,8 @@ class Sets:
             found.listed = time.monotonic()
             return before
 
-    def crop(self, folder: Path, name: str, centre: Centre | None) -> None:
-        """Write the centre of an image's crop, None: cropped as the run says.
+    def crop(self, folder: Path, name: str, chosen: HandCrop | None) -> None:
+        """Write the crop of an image, None: cropped as the run says.
 
         Raises:
             UsageError: no such image, or a file of crops that cannot be read.
@@ -158,8 +158,8 @@ class Sets:
             if name not in found.entries:
                 raise UsageError(f"there is no image {name} in {folder}: look again")
             path = found.entries[name].path
-            write_crops(path.parent, {path.name: centre})
-            found.entries[name] = replace(found.entries[name], centre=centre)
+            write_crops(path.parent, {path.name: chosen})
+            found.entries[name] = replace(found.entries[name], hand_crop=chosen)
 
     def change_mask(
         self, folder: Path, name: str, write: Callable[[Entry], Path | None]

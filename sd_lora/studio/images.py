@@ -13,9 +13,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
-from sd_lora.data.images.centres import MIDDLE, corner_at
 from sd_lora.data.images.decode import decode_with_mask, read_file
-from sd_lora.data.sources.crop_files import is_part
+from sd_lora.data.images.hand_crops import LEAST_PART, MIDDLE, HandCrop, frame_of
+from sd_lora.data.sources.crop_files import is_crop
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import RunError, UsageError
 from sd_lora.files import write_whole
@@ -113,36 +113,44 @@ def block(request: Request) -> Response:
 
 
 def _cropped(entry: Entry, facts: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The facts of an image, with its crop by hand as it is now. spare: pixels by which its crop
-    can be moved, across and down; by_hand: whether it is."""
+    """The facts of an image, with its crop as it is now, by hand or not. frame: left, top, width
+    and height of its crop in pixels of the image; by_hand: whether somebody chose it; part: of
+    the largest crop; enlarged: how many times."""
     if facts.get("crop") is None:
         return facts
-    (width, height), (across, down) = facts["resized"], facts["bucket"]
-    own: dict[str, Any] = {"spare": (width - across, height - down), "by_hand": False}
-    was = facts.get("centre")
-    if entry.centre is not None or was is not None:
-        centre = entry.centre or MIDDLE
-        own["crop"] = corner_at(centre, facts["resized"], facts["bucket"])
-        own |= {"by_hand": entry.centre is not None, "random_crop": False}
-    return {**facts, **own}
+    chosen = entry.hand_crop or MIDDLE
+    frame = frame_of(chosen, facts["size"], facts["bucket"])
+    by_hand = entry.hand_crop is not None
+    random = facts["random_crop"] and not by_hand
+    own = {
+        "frame": [round(side, 2) for side in frame],
+        "by_hand": by_hand,
+        "part": chosen.part,
+        "random_crop": random,
+    }
+    return {**facts, **own, "enlarged": facts["bucket"][0] / frame[2]}
 
 
 @action
 def crop(request: Request, form: dict[str, str]) -> Response:
-    """Write the centre of an image's crop; without numbers it is cropped as the run says."""
+    """Write the crop of an image; without numbers it is cropped as the run says."""
     studio = studio_of(request)
     folder = inside(studio.store, form.get(FOLDER, ""))
-    centre = None
-    if texts := [form[name] for name in ("x", "y") if name in form]:
+    chosen = None
+    if form.keys() & {"x", "y", "part"}:
+        texts = form.get("x", ""), form.get("y", ""), form.get("part", "1")
         try:
-            x, y = (round(float(text), 5) for text in texts)
+            numbers = [round(float(text), 5) for text in texts]
         except ValueError:
-            raise UsageError("a crop's centre is two numbers") from None
-        if not (is_part(x) and is_part(y)):
-            raise UsageError(f"a crop's centre lies in the image, and {x}, {y} does not")
-        centre = (x, y)
-    studio.sets.crop(folder, form.get("name", ""), centre)
-    return render(request, "said.html.j2", text="crop saved" if centre else "cropped as before")
+            raise UsageError("a crop by hand is two numbers, or three") from None
+        if not is_crop(numbers):
+            raise UsageError(
+                f"a crop's middle lies in the image, from 0 to 1, and its size is {LEAST_PART} to "
+                f"1 of the largest, but not in {numbers}"
+            )
+        chosen = HandCrop(*numbers)
+    studio.sets.crop(folder, form.get("name", ""), chosen)
+    return render(request, "said.html.j2", text="crop saved" if chosen else "cropped as before")
 
 
 @page
@@ -159,12 +167,12 @@ def thumbnail(request: Request) -> Response:
     place = studio.store.folder / "thumbnails" / hashlib.sha256(about.encode()).hexdigest()[:32]
     if not place.is_file():
         place.parent.mkdir(exist_ok=True)
-        write_whole(place, _small(path, side))
+        write_whole(place, small(path, side))
     kept = {"cache-control": "private, max-age=86400"}
     return FileResponse(place, media_type="image/webp", headers=kept)
 
 
-def _small(path: Path, side: int) -> bytes:
+def small(path: Path, side: int) -> bytes:
     """An upright image of at most `side` pixels as WebP; grey for one that cannot be decoded."""
     try:
         image, _ = decode_with_mask(read_file(path), path.name)
@@ -209,7 +217,10 @@ def propose(request: Request, form: dict[str, str]) -> Response:
     if not Path(model).expanduser().is_dir() or not model:
         raise UsageError(f"name the folder of an image-to-text model, not {model!r}")
     studio.store.keep("captioner", model)
-    words = [str(folder), f"--captioner={model}", *(["--overwrite"] if "overwrite" in form else [])]
+    words = [str(folder), f"--captioner={model}"]
+    if prompt := form.get("prompt", "").strip():
+        words.append(f"--prompt={prompt}")
+    words += ["--overwrite"] if "overwrite" in form else []
     number = studio.store.add("caption", f"caption {folder.name}", words, folder=str(folder))
     studio.keeper.look()
     return gone(request, f"/shelf/{number}")

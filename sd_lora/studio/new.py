@@ -20,6 +20,7 @@ from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS
 from sd_lora.data.sources.folders import has_image_extension
 from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
+from sd_lora.models.families import FAMILIES
 from sd_lora.studio.chooser import models_in
 from sd_lora.studio.form import FOLDER, TRAINERS, imported, request_of, sections
 from sd_lora.studio.keeper import last_lines
@@ -32,6 +33,10 @@ UPLOAD = "/new/upload"
 
 LARGEST_ZIP = 8 * 2**30
 """Bytes of all files in a zip at most, unpacked."""
+
+SIDES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+"""Family of base models → pixels of the sides of the squares that the largest of them was trained
+on."""
 
 TITLES = {"subject": "A subject", "character": "A character", "style": "A style"}
 
@@ -64,6 +69,7 @@ def _about(
         "others": [text for name, text in known.items() if name == ""],
         "purposes": {name: preset(name).title for name in PRESETS},
         "titles": TITLES,
+        "families": [(FAMILIES[name], side) for name, side in SIDES.items()],
         "swap": swap,
     }
 

@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from starlette.requests import Request
@@ -10,7 +11,9 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sd_lora.errors import UsageError
+from sd_lora.report.run_page import SAMPLES
 from sd_lora.studio.form import plain_words
+from sd_lora.studio.images import SIDE, small
 from sd_lora.studio.keeper import last_lines
 from sd_lora.studio.opened import inside
 from sd_lora.studio.page import action, gone, page, problem, render, studio_of
@@ -21,6 +24,9 @@ DEEPEST = 3
 
 MOST = 500
 """Files on the shelf."""
+
+PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
+"""Endings of an image beside a LoRA file that has its name: what A1111 and ComfyUI show."""
 
 LARGEST = 2**31
 """Bytes from which a file is taken for a model."""
@@ -46,14 +52,17 @@ TOOLS = {
 }
 """Command → the tool."""
 
+VALUES = {"to": ("diffusers", "kohya", "lycoris", "comfyui")}
+"""Flag of a tool → its values, if few: the formats, whose writers would import torch here."""
+
 SHOWN = (*TOOLS, "push", "caption")
 """Commands whose output is shown here."""
 
 
-def _helps(name: str) -> dict[str, str]:
-    """Flag of a tool on the page → its help on the command line."""
-    actions = tool_parser(name)._actions
-    return {a.dest: str(a.help) for a in actions if a.dest in TOOLS[name].flags}
+def _flags(name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Flag of a tool on the page → its help on the command line, and its values, if few."""
+    actions = [a for a in tool_parser(name)._actions if a.dest in TOOLS[name].flags]
+    return {a.dest: (str(a.help), VALUES.get(a.dest, ())) for a in actions}
 
 
 def files_in(folders: list[Path]) -> list[Path]:
@@ -78,6 +87,17 @@ def _open(names: list[str]) -> list[str]:
     return [name for name in names if not name.startswith(".") and name != "unverified"]
 
 
+def preview_of(file: Path) -> Path | None:
+    """The image that shows what a LoRA file does: the one that has its name, or the run's newest
+    sample; None without any."""
+    named = [file.with_name(file.stem + ending) for ending in PREVIEWS]
+    if found := next((path for path in named if path.is_file()), None):
+        return found
+    drawn = sorted((file.parent / SAMPLES).glob("step-*/*.png"))
+    newest = [path for path in drawn if path.parent == drawn[-1].parent]
+    return newest[0] if newest else None
+
+
 @page
 def show(request: Request) -> Response:
     """All files, and the newest answers of the tools."""
@@ -86,8 +106,9 @@ def show(request: Request) -> Response:
     marks = ", ".join(f"'{name}'" for name in SHOWN)
     jobs = sorted(studio.store.jobs(f"kind IN ({marks})"), key=lambda job: -job.id)
     return render(
-        request, "shelf.html.j2", files=[(path, path.stat().st_size) for path in files],
-        tools=TOOLS, helps={name: _helps(name) for name in TOOLS}, jobs=jobs[:12],
+        request, "shelf.html.j2",
+        files=[(path, path.stat().st_size, preview_of(path) is not None) for path in files],
+        tools=TOOLS, flags={name: _flags(name) for name in TOOLS}, jobs=jobs[:12],
         opened=studio.store.opened(),
     )  # fmt: skip
 
@@ -129,6 +150,16 @@ def answer(request: Request) -> Response:
 
 
 @page
+def preview(request: Request) -> Response:
+    """The image of a LoRA file, small."""
+    store = studio_of(request).store
+    found = preview_of(inside(store, request.query_params.get("file", "")))
+    if found is None:
+        return problem("it has no image", HTTPStatus.NOT_FOUND)
+    return Response(small(inside(store, found), SIDE), media_type="image/webp")
+
+
+@page
 def load(request: Request) -> Response:
     """A LoRA file, to keep."""
     path = inside(studio_of(request).store, request.query_params.get("file", ""))
@@ -140,6 +171,7 @@ def load(request: Request) -> Response:
 ROUTES = [
     Route("/shelf", show),
     Route("/shelf/load", load),
+    Route("/shelf/preview", preview),
     Route("/shelf/{number:int}", answer),
     Route("/shelf/{tool}", use, methods=["POST"]),
 ]

@@ -1,6 +1,7 @@
 """The page on which LoRA files are tried: a grid of prompts, strengths and files, by `sample`."""
 
 import secrets
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 
@@ -35,6 +36,56 @@ SEVERAL = ("strengths", "seeds", "beside_strength")
 """Flags that take several words."""
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The single images of a grid that is drawn: rows of `columns` images each.
+
+    files: names of its LoRA files. strengths: from low to high. rows: of each file, the number of
+    its row at each strength. base: the number of the row without a file, None without one.
+    """
+
+    files: tuple[str, ...]
+    strengths: tuple[str, ...]
+    rows: tuple[tuple[int, ...], ...]
+    columns: tuple[str, ...]
+    base: int | None
+
+
+def grid_of(job: Job) -> Grid | None:
+    """The images of a grid, where several of them can be compared; None for others, and for one
+    that is not drawn whole."""
+    asked = sample_parser().parse(job.words)
+    files, strengths = list(asked.lora or ()), sorted(set(asked.strengths))
+    base = 0 if 0 in strengths else None
+    others = [strength for strength in dict.fromkeys(asked.strengths) if strength]
+    first = 0 if base is None else 1
+    rows = tuple(
+        tuple(0 if not s else first + n * len(others) + others.index(s) for s in strengths)
+        for n in range(len(files))
+    )
+    columns = tuple(
+        f"{prompt}, seed {seed}" if len(asked.seeds) > 1 else prompt
+        for prompt in _lines(job.given.get("prompts", ""))
+        for seed in asked.seeds
+    )
+    count = (first + len(files) * len(others)) * len(columns)
+    if len(files) * len(strengths) < 2 or not _image(job, count - 1).is_file():
+        return None
+    return Grid(tuple(map(_name, files)), tuple(f"{s:g}" for s in strengths), rows, columns, base)
+
+
+def _name(file: Path) -> str:
+    """A LoRA file or checkpoint in a few words."""
+    usual = file.name == "pytorch_lora_weights.safetensors" or file.name.startswith("checkpoint-")
+    name = file.name if file.name.startswith("checkpoint-") else file.stem
+    return file.parent.name if usual and file.suffix else name
+
+
+def _image(job: Job, number: int) -> Path:
+    """A single image of a grid, as `sample --images` names it."""
+    return Path(job.folder) / f"{number:05}.png"
+
+
 def _runs(studio: Studio) -> list[Job]:
     """Runs with something to try, the newest first."""
     jobs = sorted(studio.store.jobs("kind = 'train'"), key=lambda job: -job.id)
@@ -66,6 +117,7 @@ def show(request: Request) -> Response:
     return render(
         request, "try.html.j2", given=given, fields=FIELDS, runs=runs, job=job, tries=tries[:30],
         files=_files_of(job) if job else [], usage=_usage(job), last=_last_lines(studio, tries),
+        grid_of=grid_of,
     )  # fmt: skip
 
 
@@ -139,7 +191,16 @@ def one(request: Request) -> Response:
     job = _try(request)
     studio = studio_of(request)
     last = _last_lines(studio, [job])
-    return render(request, "try_one.html.j2", one=job, last=last)
+    return render(request, "try_one.html.j2", one=job, last=last, grid_of=grid_of)
+
+
+@page
+def image(request: Request) -> Response:
+    """A single image of a grid."""
+    path = _image(_try(request), request.path_params["image"])
+    if not path.is_file():
+        return problem("there is no such image", HTTPStatus.NOT_FOUND)
+    return FileResponse(path, media_type="image/png")
 
 
 @page
@@ -167,5 +228,6 @@ ROUTES = [
     Route("/try", draw, methods=["POST"]),
     Route("/try/{number:int}", one),
     Route("/try/{number:int}/sheet", sheet),
+    Route("/try/{number:int}/image/{image:int}", image),
     Route("/try/{number:int}/forget", forget, methods=["POST"]),
 ]

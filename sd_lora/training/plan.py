@@ -94,7 +94,7 @@ class Plan:
         """Digest of the images, their captions, masks and crops by hand, in order."""
         samples = self.images.samples
         masks = [repr((s.digest, s.mask.digest)) for s in samples if s.mask]
-        crops = [repr((s.digest, s.centre)) for s in samples if s.centre]
+        crops = [repr((s.digest, s.hand_crop.numbers)) for s in samples if s.hand_crop]
         return digest_of(*(repr((s.digest, s.captions)) for s in samples), *masks, *crops)
 
     def data_hash(self, redrawn: list[tuple[int, int]]) -> str:

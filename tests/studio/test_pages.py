@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from urllib.parse import quote, urlencode
 
@@ -14,12 +15,17 @@ from sd_lora.config.options.sources import source_specs
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.open import open_source
 from sd_lora.errors import UsageError
+from sd_lora.formats.output import FORMATS
 from sd_lora.report.record import EMPTY, RECORD
+from sd_lora.sample import rows_of
 from sd_lora.studio.form import request_of
 from sd_lora.studio.image_set import read_set
 from sd_lora.studio.repeats import draft_with, parts_of
+from sd_lora.studio.shelf import VALUES, preview_of
 from sd_lora.studio.store import Store
-from tests.studio.conftest import Served
+from sd_lora.studio.try_it import grid_of
+from sd_lora.training.interruption import SAMPLE_FILE
+from tests.studio.conftest import Served, busy
 
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
 
@@ -72,19 +78,24 @@ def test_captions_are_edited_on_the_page(studio: Served, root: Path) -> None:
 
 
 def test_crops_are_kept_beside_the_images(studio: Served, root: Path) -> None:
-    """The centre of a crop is written for its image alone, and taken back; a point outside of the
-    image, words and an image that is not there are refused, with nothing written."""
+    """A crop by hand is written for its image alone, and taken back; a point outside of the image,
+    a size of nothing, words and an image that is not there are refused, with nothing written."""
     folder = work(studio) / "crops"
     shutil.copytree(root / "sample_data/dreambooth/instance", folder)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     name = min(before).name
     fields = {"folder": str(folder), "name": name}
-    wrong = ({"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"name": "../a.png"})
+    wrong = (
+        {"x": "1.01", "y": "0"}, {"x": "nan", "y": "0"}, {"x": "1"}, {"x": "1", "part": "1"},
+        {"x": "1", "y": "1", "part": "0.01"}, {"name": "../a.png"},
+    )  # fmt: skip
     for more in wrong:
         assert post(studio, "/images/crop", **fields | more)[0] == 400
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
     assert post(studio, "/images/crop", **fields, x="0.25", y="1")[1] == "crop saved"
     assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0]}
+    assert post(studio, "/images/crop", **fields, x="0.25", y="1", part="0.5")[0] == 200
+    assert json.loads((folder / "crops.json").read_text()) == {name: [0.25, 1.0, 0.5]}
     assert post(studio, "/images/crop", **fields)[1] == "cropped as before"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -107,7 +118,8 @@ def test_captions_are_proposed_by_a_command(studio: Served) -> None:
     assert post(studio, "/images/propose", **form | {"folder": "/etc"})[0] == 404
     for model in ("", str(folder / "none")):
         assert post(studio, "/images/propose", **form | {"captioner": model})[0] == 400
-    for more, words in (({}, []), ({"overwrite": "1"}, ["--overwrite"])):
+    asks = {"overwrite": "1", "prompt": "What is it?"}
+    for more, words in (({}, []), (asks, ["--prompt=What is it?", "--overwrite"])):
         status, _, headers = post(studio, "/images/propose", **form | more)
         assert status == 303
         job = stored(studio).job(int(headers["location"].rpartition("/")[2]))
@@ -204,6 +216,76 @@ def test_repeats_of_folders_are_those_of_the_run(root: Path, tmp_path: Path) -> 
     assert draft_with({}, images, alone, [7]) == {"folder": str(images), "repeats": "7"}
 
 
+def test_buttons_of_a_run_are_its_command(studio: Served, tmp_path: Path) -> None:
+    """A run in the queue is paused, resumed, put first and stopped; one that has ended goes on from
+    its checkpoint, also to a later step, and no earlier one; a sample is asked for by a file in its
+    folder, a save where its steps have begun; its settings come back into the form."""
+    given = {"pretrained_model_name_or_path": "a model", "folder": str(work(studio)), "rank": "7",
+             "instance_prompt": "a dog", "max_train_steps": "30"}  # fmt: skip
+    folder = tmp_path / "out"
+    (folder / "checkpoint-20").mkdir(parents=True)
+    (folder / "checkpoint-20" / "state.safetensors").touch()
+    with busy(work(studio).parent / "state") as store:
+        number = store.add("train", "mine", [], given=given, folder=str(folder))
+        run = f"/runs/{number}"
+        for act, state in (("pause", "paused"), ("resume", "queued"), ("stop", "stopped")):
+            assert post(studio, f"{run}/{act}")[0] == 303
+            assert store.job(number).state == state
+        words = store.job(number).words
+        assert words[words.index("--resume_from_checkpoint") + 1] == "latest-if-any"
+        assert post(studio, f"{run}/extend", steps="20")[0] == 400
+        assert "above 20" in post(studio, f"{run}/extend", steps="many")[1]
+        post(studio, f"{run}/extend", steps="60")
+        job = store.job(number)
+        assert (job.state, job.given["max_train_steps"]) == ("queued", "60")
+        assert job.words[job.words.index("--steps") + 1] == "60"
+        assert post(studio, f"{run}/resume")[0] == 400
+        post(studio, f"{run}/draw")
+        assert (folder / SAMPLE_FILE).exists()
+        assert post(studio, f"{run}/save")[0] == 400
+        post(studio, f"{run}/copy")
+        assert 'value="7"' in studio.ask("/new")[1]
+        post(studio, "/new/forecast", **given)
+        (check,) = store.jobs("kind = 'check' AND title = 'check'")
+        assert check.words[-1] == "--no_page"
+        assert "a model" in check.words
+        post(studio, "/new/clear")
+
+
+def test_files_are_taken_in(studio: Served, root: Path) -> None:
+    """Files and a zip with folders come into the studio's own folder, as a set with its captions;
+    what belongs to no set of images stays away, and a zip that leads out of it is refused."""
+    image = min((root / "sample_data/dreambooth/instance").iterdir()).read_bytes()
+    packed = {"a.zip": {"deep/1.png": image, "deep/1.txt": b"one", "evil.sh": b"x", ".x.png": b"x"},
+              "b.zip": {"../2.png": image}}  # fmt: skip
+    sent = {"0.png": image, "0.txt": b"zero", "page.html": b"<html>"}
+    for name, files in packed.items():
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for inner, data in files.items():
+                archive.writestr(inner, data)
+        sent[name] = buffer.getvalue()
+    answers = {}
+    for name, data in sent.items():
+        fields = {"set": "taken", "path": name}
+        body = b"".join(
+            f'--x\r\nContent-Disposition: form-data; name="{key}"\r\n\r\n{value}\r\n'.encode()
+            for key, value in fields.items()
+        )
+        body += b'--x\r\nContent-Disposition: form-data; name="file"; filename="f"\r\n\r\n'
+        kind = {"Content_Type": "multipart/form-data; boundary=x"}
+        answers[name] = studio.ask("/new/upload", "POST", body + data + b"\r\n--x--\r\n", **kind)
+    assert {name: answer[0] for name, answer in answers.items()} == {
+        "0.png": 200, "0.txt": 200, "page.html": 400, "a.zip": 200, "b.zip": 400
+    }  # fmt: skip
+    folder = Path(answers["0.png"][1])
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == {
+        "0.png", "0.txt", "deep/1.png", "deep/1.txt"
+    }  # fmt: skip
+    assert (folder / "deep/1.png").read_bytes() == image
+    assert not (folder.parent / "2.png").exists()
+
+
 def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     """A grid and a tool become jobs with the words of a command line; files elsewhere, wrong
     numbers and unknown tools do not."""
@@ -218,6 +300,7 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     text = studio.ask("/try")[1]
     assert "a, b" in text
     assert "mine.safetensors" in studio.ask("/shelf")[1]
+    assert VALUES == {"to": tuple(FORMATS)}
     assert studio.ask(f"/shelf/load?file={quote(str(outside))}")[0] == 404
     assert studio.ask(f"/shelf/load?file={quote(str(lora))}")[0] == 200
     beside = {"beside": str(lora), "beside_strength": "0.5 1"}
@@ -237,6 +320,68 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     status, _, headers = post(studio, "/shelf/inspect", files=str(lora))
     assert status == 303
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
+
+
+def test_single_images_of_a_grid_are_compared(studio: Served) -> None:
+    """The page gets the row of each file at each strength, from low to high, as `sample` draws
+    them; a grid of one image is no comparison, nor is one that is not whole."""
+    store = stored(studio)
+    files = ["lora-000020/pytorch_lora_weights.safetensors", "mine.safetensors"]
+    folder = work(studio) / "a grid"
+    folder.mkdir()
+    words = ["--model", "m", "--out", "x.png", "--prompts", "p.txt", "--seeds", "3", "4"]
+    words += ["--lora", *files]
+    given = {"prompts": "a cat\n"}
+    number = store.add("sample", "a grid", [*words, "--strengths", "1", "0", "0.5"], given=given,
+                       state="done", folder=str(folder))  # fmt: skip
+    assert grid_of(store.job(number)) is None
+    for image in range(10):
+        (folder / f"{image:05}.png").write_bytes(b"an image")
+    rows = rows_of([*map(Path, files)], [1, 0, 0.5])
+    found = grid_of(store.job(number))
+    assert found.base == 0
+    assert found.files == ("lora-000020", "mine")
+    assert found.columns == ("a cat, seed 3", "a cat, seed 4")
+    assert [[rows[n].files for n in of_file] for of_file in found.rows] == [
+        [(), *[((Path(file), strength),) for strength in (0.5, 1)]] for file in files
+    ]  # fmt: skip
+    page = studio.ask(f"/try/{number}")[1]
+    assert f"/try/{number}/image/{found.rows[0][-1] * 2 + 1}" in page
+    assert studio.ask(f"/try/{number}/image/9")[0] == 200
+    assert studio.ask(f"/try/{number}/image/10")[0] == 404
+    alone = store.add("sample", "one", [*words[:-1], "--strengths", "1"], given=given,
+                      state="done", folder=str(folder))  # fmt: skip
+    assert grid_of(store.job(alone)) is None
+    for one in (number, alone):
+        store.forget(one)
+
+
+def test_the_shelf_shows_what_a_file_draws(studio: Served, root: Path) -> None:
+    """A LoRA file is shown by the image that has its name, else by its run's newest sample."""
+    folder = work(studio) / "shelf-lora"
+    samples = [folder / "samples" / f"step-{step:06}" / "00.png" for step in (0, 20)]
+    images = sorted((root / "sample_data/dreambooth/instance").iterdir())
+    for image, sample in zip(images, samples, strict=False):
+        sample.parent.mkdir(parents=True)
+        shutil.copy(image, sample)
+    lora = folder / "mine.safetensors"
+    lora.write_bytes(b"\0" * 64)
+    assert preview_of(lora) == samples[1]
+    shutil.copy(images[2], folder / "mine.preview.png")
+    assert preview_of(lora) == folder / "mine.preview.png"
+    address = f"/shelf/preview?file={quote(str(lora))}"
+    assert address in studio.ask("/shelf")[1].replace("%2F", "/")
+    assert studio.ask(address)[2]["content-type"] == "image/webp"
+    assert studio.ask("/shelf/preview?file=/etc/passwd")[0] == 404
+
+
+def test_the_projects_own_base_and_images_are_offered(studio: Served, root: Path) -> None:
+    """On a fresh start, with nothing opened but an empty folder, there is something to choose."""
+    for kind, path in (("model", "tiny-sd"), ("folder", "dreambooth/instance")):
+        page = studio.ask(f"/choose?kind={kind}&field=f-folder")[1]
+        assert f'data-choose="{root / "sample_data" / path}"' in page
+    assert str(root / "sample_data/tiny-sd") in studio.ask("/new")[1]
+    assert "sample_data" not in studio.ask("/choose?kind=file&field=f-lora")[1]
 
 
 def test_a_runs_files_go_elsewhere(studio: Served) -> None:

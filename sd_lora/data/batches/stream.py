@@ -113,7 +113,7 @@ class ImageSet:
     def is_random(self, index: int) -> bool:
         """Whether an image's crop is random; not one by hand."""
         sample = self.samples[index]
-        if sample.centre is not None:
+        if sample.hand_crop is not None:
             return False
         chosen = sample.source.random_crop
         return self.crop_settings.is_random(sample.size, self.buckets[index], chosen)
@@ -133,7 +133,7 @@ class ImageSet:
 
     def _crop(self, index: int, u: tuple[float, float] | None) -> Crop:
         sample = self.samples[index]
-        return self.crop_settings.crop(sample.size, self.buckets[index], u, sample.centre)
+        return self.crop_settings.crop(sample.size, self.buckets[index], u, sample.hand_crop)
 
     def _address(self, entry: BatchEntry, epoch: int) -> tuple[int | str, ...]:
         """The address of all draws that do not depend on the position in the run."""

@@ -157,7 +157,7 @@ def _assign_buckets(
             findings.append(_too_small(sample, crop_settings))
             continue
         usable.append((sample, bucket))
-        scale = crop_settings.crop(sample.size, bucket, None).scale
+        scale = crop_settings.crop(sample.size, bucket, None, sample.hand_crop).scale
         if scale > 1:
             findings.append(_upscaled(sample, scale, bucket))
     findings += _same_shapes(usable)
@@ -187,11 +187,20 @@ def _buckets_of(samples: list[Sample], crop_settings: CropSettings) -> list[Size
         groups.setdefault(own, []).append(index)
     buckets: list[Size | None] = [None] * len(samples)
     for own, indices in groups.items():
-        sizes = [samples[i].size for i in indices]
+        sizes = [samples[i].size if own.upscale else _chosen_size(samples[i]) for i in indices]
         found = own.assign(sizes, [samples[i].source.repeats for i in indices])
         for index, bucket in zip(indices, found, strict=True):
             buckets[index] = bucket
     return buckets
+
+
+def _chosen_size(sample: Sample) -> Size:
+    """(width, height) of the largest part of an image of its own shape that is as small as its
+    crop by hand: what is not enlarged has a bucket that this part fills.
+    """
+    part = sample.hand_crop.part if sample.hand_crop else 1
+    width, height = sample.size
+    return max(1, int(width * part)), max(1, int(height * part))
 
 
 def _same_shapes(usable: list[tuple[Sample, Size]]) -> list[Finding]:
@@ -266,14 +275,20 @@ def _partly_opaque(
 
 
 def _too_small(sample: Sample, crop_settings: CropSettings) -> Finding:
-    width, height = sample.size
+    width, height = _chosen_size(sample)
     details = (
-        f"{width}×{height} pixels: a side is shorter than {crop_settings.step}, the bucket step"
+        f"{width}×{height} pixels{_by_hand(sample)}: a side is shorter than {crop_settings.step}, "
+        "the bucket step"
     )
     return Finding("too-small", sample.name, details)
 
 
 def _upscaled(sample: Sample, scale: float, bucket: Size) -> Finding:
-    width, height = sample.size
-    details = f"{width}×{height} pixels, enlarged {scale:.2f} times for {bucket[0]}×{bucket[1]}"
+    width, height = _chosen_size(sample)
+    pixels = f"{width}×{height} pixels{_by_hand(sample)}"
+    details = f"{pixels}, enlarged {scale:.2f} times for {bucket[0]}×{bucket[1]}"
     return Finding("upscaled", sample.name, details)
+
+
+def _by_hand(sample: Sample) -> str:
+    return " by its crop by hand" if sample.hand_crop and sample.hand_crop.part < 1 else ""

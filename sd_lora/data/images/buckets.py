@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.images.centres import MIDDLE, Centre, corner_at
 from sd_lora.data.images.decode import INTERPOLATIONS
+from sd_lora.data.images.hand_crops import MIDDLE, HandCrop, corner_at
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -53,11 +53,20 @@ class Crop:
         return (self.resized[0] - self.size[0] - left if flip else left), top
 
     def cut(self, image: Image.Image, interpolation: str) -> Image.Image:
-        """The crop of an image of the size `original`."""
+        """The crop of an image of the size `original`: resized, then cut. Of what is cut on
+        all sides the rest is not resized: it may be huge, and the pixels are the same.
+        """
+        left, top = self.corner
+        box = (left, top, left + self.size[0], top + self.size[1])
+        if all(whole > side for whole, side in zip(self.resized, self.size, strict=True)):
+            (width, height), (across, down) = self.original, self.resized
+            x = [place * width / across for place in box[::2]]
+            y = [place * height / down for place in box[1::2]]
+            own = (x[0], y[0], x[1], y[1])
+            return image.resize(self.size, INTERPOLATIONS[interpolation], own)
         if self.resized != image.size:
             image = image.resize(self.resized, INTERPOLATIONS[interpolation])
-        left, top = self.corner
-        return image.crop((left, top, left + self.size[0], top + self.size[1]))
+        return image.crop(box)
 
 
 def pixels_of(image: Image.Image, flip: bool) -> Tensor:
@@ -168,12 +177,15 @@ class CropSettings:
             if not filled[least]:
                 del filled[least]
 
-    def resized(self, size: Size, bucket: Size) -> Size:
-        """(width, height) after resizing; of squares, rounded as torchvision's Resize."""
+    def resized(self, size: Size, bucket: Size, part: float = 1.0) -> Size:
+        """(width, height) after resizing; of squares, rounded as torchvision's Resize.
+
+        part: of the largest crop that fills the bucket: the smaller, the larger the image.
+        """
         if self.step is not None:
-            return _covering(size, bucket)[0]
+            return _covering(size, bucket, part)[0]
         width, height = size
-        short, r = min(size), bucket[0]  # a square
+        short, r = min(size), round(bucket[0] / part)  # a square
         return (
             r if width == short else r * width // short,
             r if height == short else r * height // short,
@@ -191,22 +203,25 @@ class CropSettings:
         size: Size,
         bucket: Size,
         u: tuple[float, float] | None,
-        centre: Centre | None = None,
+        hand_crop: HandCrop | None = None,
     ) -> Crop:
-        """The crop of an image; u: two numbers in [0, 1) that place a random crop, None for one
-        around the centre, which is the middle unless given.
+        """The crop of an image; u: two numbers in [0, 1) that place a random crop, None for the
+        one by hand, which is the largest in the middle unless given.
         """
-        width, height = resized = self.resized(size, bucket)
+        chosen = hand_crop or MIDDLE
+        width, height = resized = self.resized(size, bucket, chosen.part)
         if u is None:  # in the middle rounded as torchvision's CenterCrop
-            corner = corner_at(centre or MIDDLE, resized, bucket)
+            corner = corner_at(chosen, resized, bucket)
         else:
             spare = (width - bucket[0], height - bucket[1])
             corner = (int(u[0] * (spare[0] + 1)), int(u[1] * (spare[1] + 1)))
         return Crop(size, resized, corner, bucket)
 
 
-def _covering(size: Size, bucket: Size) -> tuple[Size, float]:
-    """The smallest size of the image's shape to cover a bucket, and its scale."""
-    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+def _covering(size: Size, bucket: Size, part: float = 1.0) -> tuple[Size, float]:
+    """The smallest size of the image's shape to cover a bucket, divided by a part, and its
+    scale.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1]) / part
     width, height = (max(b, round(s * scale)) for s, b in zip(size, bucket, strict=True))
     return (width, height), scale

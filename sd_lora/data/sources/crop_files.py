@@ -1,12 +1,12 @@
-"""Crops by hand, kept in `crops.json` beside the images: a name → the centre of its crop."""
+"""Crops by hand, kept in `crops.json` beside the images: a name → its crop."""
 
 import json
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sd_lora.data.images.centres import Centre
+from sd_lora.data.images.hand_crops import LEAST_PART, HandCrop
 from sd_lora.data.sources.folders import FolderTree
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError
@@ -25,9 +25,8 @@ def is_crop_file(path: Path) -> bool:
     return path.name == CROPS
 
 
-def crops_of(tree: FolderTree) -> dict[Path, Centre]:
-    """Image of a tree → the centre of its crop; adds findings on centres of images that are not
-    there.
+def crops_of(tree: FolderTree) -> dict[Path, HandCrop]:
+    """Image of a tree → its crop by hand; adds findings on crops of images that are not there.
 
     Raises:
         UsageError: as `read_crops`.
@@ -36,14 +35,14 @@ def crops_of(tree: FolderTree) -> dict[Path, Centre]:
     images = {_key(path): path for path in tree.images} if files else {}
     found = {}
     for file in files:
-        for name, centre in read_crops(file).items():
+        for name, crop in read_crops(file).items():
             image = images.get(_key(file.parent / name))
             if image is None:
                 details = f"{printable_path(file)} names it"
                 place = printable_path(file.parent / name)
                 tree.findings.append(Finding("orphan-crop", place, details))
                 continue
-            found[image] = centre
+            found[image] = crop
     return found
 
 
@@ -52,11 +51,11 @@ def _key(path: Path) -> Path:
     return path.with_name(unicodedata.normalize("NFC", path.name))
 
 
-def read_crops(file: Path) -> dict[str, Centre]:
-    """Name of an image in the file's folder → the centre of its crop.
+def read_crops(file: Path) -> dict[str, HandCrop]:
+    """Name of an image in the file's folder → its crop.
 
     Raises:
-        UsageError: a file that cannot be read, or an entry that is no centre; all of these.
+        UsageError: a file that cannot be read, or an entry that is no crop; all of these.
     """
     where = printable_path(file)
     try:
@@ -72,24 +71,29 @@ def read_crops(file: Path) -> dict[str, Centre]:
         lines = "".join(f"\n  {name!r}: {json.dumps(values[name])[:60]}" for name in wrong[:20])
         raise UsageError(
             f"{where} gives the name of an image in its folder and two numbers from 0 to 1, the "
-            f"centre of its crop as parts of width and height, but not in:{lines}"
+            "middle of its crop as parts of width and height, and with a third one, from "
+            f"{LEAST_PART} to 1, its size as part of the largest; but not in:{lines}"
         )
-    return {name: (float(value[0]), float(value[1])) for name, value in values.items()}
+    return {name: HandCrop(*map(float, value)) for name, value in values.items()}
 
 
 def _is_entry(name: str, value: Any) -> bool:
     if "\0" in name or name in ("", ".", "..") or Path(name).name != name:
         return False
-    return isinstance(value, list) and len(value) == 2 and all(map(is_part, value))
+    return isinstance(value, list) and is_crop(value)
 
 
-def is_part(value: Any) -> bool:
-    """Whether a value is a part of a side: a number in [0, 1]."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
+def is_crop(numbers: Sequence[Any]) -> bool:
+    """Whether numbers are a crop by hand: two parts of sides, and the part of the largest crop."""
+    leasts = (0, 0, LEAST_PART)[: len(numbers)]
+    return len(numbers) in (2, 3) and all(
+        isinstance(n, int | float) and not isinstance(n, bool) and least <= n <= 1
+        for n, least in zip(numbers, leasts, strict=True)
+    )
 
 
-def write_crops(folder: Path, changes: Mapping[str, Centre | None]) -> None:
-    """Write the centres of images of a folder beside them; None takes one away. A file that names
+def write_crops(folder: Path, changes: Mapping[str, HandCrop | None]) -> None:
+    """Write the crops of images of a folder beside them; None takes one away. A file that names
     none is removed.
 
     Raises:
@@ -97,13 +101,13 @@ def write_crops(folder: Path, changes: Mapping[str, Centre | None]) -> None:
         RunError: a file that cannot be written.
     """
     file = folder / CROPS
-    crops: dict[str, Centre | None] = {}
+    crops: dict[str, HandCrop | None] = {}
     crops.update(read_crops(file) if file.is_file() else {})
     crops.update(changes)
     lines = [
-        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(centre)}"
-        for name, centre in sorted(crops.items())
-        if centre is not None
+        f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(crop.numbers)}"
+        for name, crop in sorted(crops.items())
+        if crop is not None
     ]
     if lines:
         write_whole(file, ("{\n" + ",\n".join(lines) + "\n}\n").encode())

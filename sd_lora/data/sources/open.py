@@ -110,7 +110,7 @@ def _folder_source(spec: SourceSpec, root: Path, tree: FolderTree, name: str) ->
             captions,
             spec,
             mask=Mask(*_file(masks[path])) if path in masks else None,
-            centre=crops.get(path),
+            hand_crop=crops.get(path),
         )
         for path, captions in sorted(found.captions.items())
     ]

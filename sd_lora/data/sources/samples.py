@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sd_lora.config.sources import SourceSpec
-from sd_lora.data.images.centres import Centre
+from sd_lora.data.images.hand_crops import HandCrop
 from sd_lora.findings import Finding
 
 
@@ -34,7 +34,7 @@ class Sample:
     size: upright (width, height) in pixels; (0, 0) before `check.scan`.
     mask: its mask; None: all of it counts.
     resolution: side in pixels of its squares, or of the area of its buckets; None: the run's.
-    centre: of its crop, by hand; None: cropped as the run says.
+    hand_crop: its crop by hand; None: cropped as the run says.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Sample:
     size: tuple[int, int] = (0, 0)
     mask: Mask | None = None
     resolution: int | None = None
-    centre: Centre | None = None
+    hand_crop: HandCrop | None = None
 
 
 @dataclass

@@ -34,7 +34,7 @@ on("click", e => {
   if (data.add) {
     const field = document.getElementById(data.into);
     const lines = field.value.split("\n").map(l => l.trim()).filter(Boolean);
-    if (!lines.includes(data.add)) lines.push(data.add);
+    lines.push(...data.add.split("\n").filter(line => !lines.includes(line)));
     field.value = lines.join("\n");
   }
   if (data.choose) {
@@ -150,71 +150,95 @@ const toEnd = () => { const log = document.getElementById("log"); if (log && atE
 on("htmx:afterSettle", toEnd);
 on("DOMContentLoaded", toEnd);
 
-// crops by hand: dragged, or moved by the arrow keys
+// crops by hand: dragged by their middle or their corner, or moved and sized by keys
+const LEAST_PART = .05, NEAR = 22;
 const cropOf = svg => {
-  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal;
+  const frame = svg.querySelector("rect"), box = svg.viewBox.baseVal, part = +svg.dataset.part;
   const [left, top, width, height] = ["x", "y", "width", "height"].map(n => +frame.getAttribute(n));
-  return {frame, left, top, width, height, across: box.width - width, down: box.height - height, box};
+  return {frame, left, top, width, height, part, box, across: box.width - width, down: box.height - height};
 };
-function moveCrop(svg, left, top) {
-  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), most);
-  left = inside(left, c.across); top = inside(top, c.down);
-  c.frame.setAttribute("x", left); c.frame.setAttribute("y", top);
+function placeCrop(svg, left, top, part) {
+  const c = cropOf(svg), inside = (v, most) => Math.min(Math.max(v, 0), Math.max(most, 0));
+  part = Math.min(Math.max(part, LEAST_PART), 1);
+  const width = c.width / c.part * part, height = c.height / c.part * part;
+  left = inside(left, c.box.width - width); top = inside(top, c.box.height - height);
+  Object.entries({x: left, y: top, width, height}).forEach(([name, value]) => c.frame.setAttribute(name, value));
   c.frame.classList.remove("random");
-  svg.querySelector("path").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
-    `M${left} ${top}h${c.width}v${c.height}h-${c.width}z`);
-  svg.setAttribute("aria-valuenow", Math.round(100 * (c.across >= c.down ? left / c.across : top / c.down)));
+  svg.dataset.part = part;
+  svg.querySelector(".away").setAttribute("d", `M0 0h${c.box.width}v${c.box.height}h-${c.box.width}z` +
+    `M${left} ${top}h${width}v${height}h-${width}z`);
+  svg.querySelector(".grip").setAttribute("d", `M${left + width} ${top + height}h0`);
+  const percent = v => Math.round(100 * v) + " %", enlarged = svg.dataset.bucket / width;
+  svg.setAttribute("aria-valuenow", Math.round(100 * part));
+  svg.setAttribute("aria-valuetext", `${percent(part)} of the largest, ` +
+    `${percent(left / c.box.width)} from the left, ${percent(top / c.box.height)} from above`);
+  const card = svg.closest(".image");
+  card.querySelector("[data-seen]").textContent = `${Math.round(width)}×${Math.round(height)} pixels`;
+  card.querySelector("[data-enlarged]").textContent = enlarged > 1.005 ? `, enlarged ${enlarged.toFixed(2)} times` : "";
 }
 async function keepCrop(svg, given) {
   const card = svg.closest(".image"), c = cropOf(svg), body = named(card);
   if (given) {
     body.set("x", (c.left + c.width / 2) / c.box.width);
     body.set("y", (c.top + c.height / 2) / c.box.height);
+    body.set("part", c.part);
   }
   try {
     const answer = await fetch("/images/crop", {method: "POST", body}), text = await answer.text();
     if (!answer.ok) { tell(text); return; }
     card.querySelector(".said").textContent = text;
     card.querySelector(".crop-acts").hidden = !given;
+    for (const cut of all("[data-cut]", card)) cut.hidden = given;
   } catch (error) { tell("The studio does not answer: the crop is not saved."); }
 }
 let dragged = null;
 on("pointerdown", e => {
   const svg = e.target.closest("[data-crop]");
-  if (!svg || e.button) return;
-  const c = cropOf(svg), scale = 1 / svg.getScreenCTM().a;
-  dragged = {svg, left: c.left, top: c.top, x: e.clientX, y: e.clientY, scale, moved: false};
+  if (!svg || e.button || e.pointerType === "touch" && document.activeElement !== svg) return;
+  const c = cropOf(svg), screen = svg.getScreenCTM();
+  const corner = new DOMPoint(c.left + c.width, c.top + c.height).matrixTransform(screen);
+  const sizes = Math.hypot(corner.x - e.clientX, corner.y - e.clientY) < NEAR;
+  dragged = {svg, c, sizes, x: e.clientX, y: e.clientY, scale: 1 / screen.a, moved: false};
   svg.setPointerCapture(e.pointerId);
 });
 on("pointermove", e => {
   if (!dragged) return;
-  const d = dragged;
-  d.moved = true;
-  moveCrop(d.svg, d.left + (e.clientX - d.x) * d.scale, d.top + (e.clientY - d.y) * d.scale);
+  const {svg, c, sizes, scale} = dragged, right = (e.clientX - dragged.x) * scale, down = (e.clientY - dragged.y) * scale;
+  dragged.moved = true;
+  if (!sizes) { placeCrop(svg, c.left + right, c.top + down, c.part); return; }
+  const wanted = Math.max((c.width + right) / c.width, (c.height + down) / c.height);
+  const most = Math.min((c.box.width - c.left) / c.width, (c.box.height - c.top) / c.height);
+  placeCrop(svg, c.left, c.top, c.part * Math.min(wanted, most));
 });
 for (const end of ["pointerup", "pointercancel"]) on(end, () => {
   if (dragged && dragged.moved) keepCrop(dragged.svg, true);
   dragged = null;
 });
 const ARROWS = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]};
+const SIZES = {"+": 1, "=": 1, "-": -1, "−": -1, "_": -1};
 on("keydown", e => {
-  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key];
-  if (!svg || !way) return;
+  const svg = e.target.closest("[data-crop]"), way = ARROWS[e.key], larger = SIZES[e.key];
+  if (!svg || !(way || larger) || e.ctrlKey || e.metaKey || e.altKey) return;
   e.preventDefault();
-  const c = cropOf(svg), part = e.shiftKey ? .1 : .02;
-  moveCrop(svg, c.left + way[0] * c.across * part, c.top + way[1] * c.down * part);
+  const c = cropOf(svg), step = e.shiftKey ? .1 : .02;
+  if (way) placeCrop(svg, c.left + way[0] * c.across * step, c.top + way[1] * c.down * step, c.part);
+  else {  // about its middle
+    const part = Math.min(Math.max(c.part + larger * .05, LEAST_PART), 1), grown = part / c.part - 1;
+    placeCrop(svg, c.left - c.width * grown / 2, c.top - c.height * grown / 2, part);
+  }
   clearTimeout(svg.timer);
   svg.timer = setTimeout(() => keepCrop(svg, true), 500);
 });
 on("click", e => {
   if (!e.target.closest("[data-middle]")) return;
   const svg = e.target.closest(".image").querySelector("[data-crop]"), c = cropOf(svg);
-  moveCrop(svg, c.across / 2, c.down / 2);
+  const width = c.width / c.part, height = c.height / c.part;
+  placeCrop(svg, (c.box.width - width) / 2, (c.box.height - height) / 2, 1);
   svg.focus();
   keepCrop(svg, false);
 });
 
-// masks, drawn with a brush: the canvas is black where the image is not trained, else clear
+// masks, drawn with a brush by hand or by keys: the canvas is black where the image is not trained, else clear
 const brush = {undo: []};
 function maskParts() {
   const dialog = document.getElementById("mask"), canvas = dialog.querySelector("canvas");
@@ -251,31 +275,79 @@ async function openMask(card) {
       pen.putImageData(data, 0, 0);
     }
     dialog.showModal();
+    [brush.draws, brush.down] = [false, false];
+    document.getElementById("mask-said").textContent = "";
+    moveBrush([canvas.width / 2, canvas.height / 2]);
   } catch (error) { tell("The image or its mask cannot be shown."); }
 }
-function stroke(e) {
-  const {dialog, canvas, pen} = maskParts(), box = canvas.getBoundingClientRect();
-  const scale = canvas.width / box.width, at = [(e.clientX - box.left) * scale, (e.clientY - box.top) * scale];
-  const out = dialog.querySelector("[name=way]:checked").value === "out";
-  pen.globalCompositeOperation = out ? "source-over" : "destination-out";
-  pen.lineWidth = dialog.querySelector("[name=size]").value / 100 * Math.max(canvas.width, canvas.height);
+const brushWidth = ({dialog, canvas}) => dialog.querySelector("[name=size]").value / 100 * Math.max(canvas.width, canvas.height);
+const wayOut = dialog => dialog.querySelector("[name=way]:checked").value === "out";
+function moveBrush(at) {
+  const parts = maskParts(), {dialog, canvas} = parts, shown = dialog.querySelector(".brush");
+  brush.at = [canvas.width, canvas.height].map((side, i) => Math.min(Math.max(at[i], 0), side));
+  [shown.style.left, shown.style.top] = [brush.at[0] / canvas.width, brush.at[1] / canvas.height].map(part => 100 * part + "%");
+  shown.style.width = 100 * brushWidth(parts) / canvas.width + "%";
+  shown.classList.toggle("down", Boolean(brush.down || brush.draws));
+}
+function stroke(from, to) {
+  const parts = maskParts(), {dialog, pen} = parts;
+  pen.globalCompositeOperation = wayOut(dialog) ? "source-over" : "destination-out";
+  pen.lineWidth = brushWidth(parts);
   pen.lineCap = pen.lineJoin = "round";
   pen.beginPath();
-  pen.moveTo(...(brush.last || at));
-  pen.lineTo(...at);
+  pen.moveTo(...from);
+  pen.lineTo(...to);
   pen.stroke();
-  brush.last = at;
+}
+function drawTo(at, draws) {
+  const from = brush.at;
+  moveBrush(at);
+  if (draws) stroke(from, brush.at);
+}
+function pointed(e) {
+  const {canvas} = maskParts(), box = canvas.getBoundingClientRect(), scale = canvas.width / box.width;
+  return [(e.clientX - box.left) * scale, (e.clientY - box.top) * scale];
 }
 on("pointerdown", e => {
   if (!e.target.matches("#mask canvas") || e.button) return;
   const {canvas, pen} = maskParts();
   remember(canvas, pen);
-  brush.draws = true; brush.last = null;
+  [brush.draws, brush.down] = [true, false];
   canvas.setPointerCapture(e.pointerId);
-  stroke(e);
+  moveBrush(pointed(e));
+  stroke(brush.at, brush.at);
 });
-on("pointermove", e => { if (brush.draws) stroke(e); });
-for (const end of ["pointerup", "pointercancel"]) on(end, () => { brush.draws = false; });
+on("pointermove", e => { if (brush.draws || e.target.matches("#mask canvas")) drawTo(pointed(e), brush.draws); });
+for (const end of ["pointerup", "pointercancel"]) on(end, () => {
+  if (!brush.draws) return;
+  brush.draws = false;
+  moveBrush(brush.at);
+});
+on("input", e => { if (e.target.matches("#mask [name=size]")) moveBrush(brush.at); });
+const BRUSH_KEYS = {
+  " ": ({canvas, pen}) => {
+    brush.down = !brush.down;
+    if (!brush.down) return;
+    remember(canvas, pen);
+    stroke(brush.at, brush.at);
+  },
+  x: ({dialog}) => { dialog.querySelector(`[name=way][value=${wayOut(dialog) ? "in" : "out"}]`).checked = true; },
+  z: () => { brush.down = false; fillMask("undo"); },
+};
+on("keydown", e => {
+  if (!e.target.matches("#mask canvas") || e.altKey || e.metaKey) return;
+  const parts = maskParts(), {dialog, canvas} = parts, way = ARROWS[e.key], wider = SIZES[e.key], act = BRUSH_KEYS[e.key.toLowerCase()];
+  if (!way && !wider && !act || e.ctrlKey && e.key.toLowerCase() !== "z") return;
+  e.preventDefault();
+  const size = dialog.querySelector("[name=size]");
+  if (wider) size.value = +size.value + wider;
+  if (act && !e.repeat) act(parts);
+  const step = e.shiftKey ? Math.max(canvas.width, canvas.height) / 10 : Math.max(1, brushWidth(parts) / 2);
+  drawTo(way ? brush.at.map((v, i) => v + way[i] * step) : brush.at, way && brush.down);
+  const [x, y] = [brush.at[0] / canvas.width, brush.at[1] / canvas.height].map(part => Math.round(100 * part));
+  document.getElementById("mask-said").textContent = `${x} % from the left, ${y} % from above; brush ${brush.down ? "down" : "up"}, ` +
+    `${size.value} % wide, ${wayOut(dialog) ? "not trained" : "trained"}`;
+});
 function fillMask(how) {
   const {canvas, pen} = maskParts();
   if (how === "undo") {
@@ -325,6 +397,20 @@ on("input", e => {
   const step = steps.split(" ")[e.target.value];
   e.target.parentElement.querySelector("output").textContent = step === "0" ? "0 steps: the base" : step + " steps";
   for (const image of all("#samples img")) image.src = "/runs/" + image.dataset.run + "/sample/" + step + "/" + image.dataset.name;
+});
+
+// images of a grid by strength and file
+on("input", e => {
+  if (!e.target.dataset || !e.target.dataset.pick) return;
+  const grid = e.target.closest("[data-grid]"), rows = JSON.parse(grid.dataset.rows), at = {file: 0, strength: 0};
+  for (const slider of all("[data-pick]", grid)) {
+    at[slider.dataset.pick] = +slider.value;
+    const name = String(JSON.parse(slider.dataset.names)[slider.value]);
+    slider.parentElement.querySelector("output").textContent = name;
+    slider.setAttribute("aria-valuetext", name);
+  }
+  const row = rows[at.file][at.strength];
+  for (const image of all("[data-column]", grid)) image.src = grid.dataset.grid + (row * grid.dataset.columns + +image.dataset.column);
 });
 
 // curves
