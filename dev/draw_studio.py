@@ -25,10 +25,10 @@ SIZE = (1280, 1180)
 
 OPTIONS = {
     "f-folder": "my_monster",
-    "f-pretrained_model_name_or_path": str(ROOT / "sample_data/tiny-sd"),
+    "f-pretrained_model_name_or_path": "tiny-sd",
     "f-instance_prompt": "a photo of a sks monster",
-    "f-max_train_steps": "120",
-    "f-train_batch_size": "2",
+    "f-max_train_steps": "400",
+    "f-train_batch_size": "4",
     "f-learning_rate": "2e-3",
     "f-text_encoder_lr": "4e-4",
     "f-validation_prompt": "a photo of a sks monster on the grass",
@@ -89,6 +89,7 @@ def draw(out: Path) -> None:
     with tempfile.TemporaryDirectory() as place:
         work = Path(place, "work")
         shutil.copytree(ROOT / "sample_data/dreambooth/instance", work / "my_monster")
+        shutil.copytree(ROOT / "sample_data/tiny-sd", work / "tiny-sd")
         studio = subprocess.Popen(
             [sys.executable, "-m", "sd_lora", "studio", "--no_open", "--port", "0"],
             cwd=work, env=os.environ | {"SD_LORA_STUDIO": str(Path(place, "state"))},

@@ -1,36 +1,49 @@
 """`sd-lora compare`: does a change help? Short trainings as a run was, and with the change.
 
-Both are trained for as many steps, from several seeds, and their LoRA files are measured as
-`sd-lora judge` measures: the loss of the same images at the same noise. The images are those of the
-run that the change leaves in, so that an image that is taken out does not count for itself.
+Both are trained for as many epochs, so that each image is seen as often, from several seeds, and
+the loss of the images that are in both is measured at the same noise: of each file by its own
+captions. The difference is told from chance by the spread of the seeds, for two trainings of other
+seeds differ as well.
 """
 
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, variance
 from typing import Any
 
+from sd_lora.check import check
 from sd_lora.config.schema import OPTIONS, TrainConfig
-from sd_lora.errors import RunError, UsageError
-from sd_lora.judge import judge
+from sd_lora.errors import Interrupted, RunError, UsageError
+from sd_lora.judge import losses_of
 from sd_lora.report.events import Event, Listener, Progress, StepDone, TrainingStarted, to_all
 from sd_lora.report.intervals import interval
 from sd_lora.report.verdict import percent
+from sd_lora.sample import Loras, Mix
+from sd_lora.sampling.score import STUDENT
 from sd_lora.training.loop import train
+from sd_lora.training.setup import prepared_run
 
-MEASURED = ("model", "data", "objective")
+OF_MEASURE = ("model", "data", "objective")
 """Sections of options by which images are measured."""
 
-NOT_MEASURED = (
+OF_TRAINING = (
     "with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images",
     "sample_batch_size", "prior_loss_weight", "prior_generation_precision", "output_preservation",
-    "preservation_class", "preservation_weight", "edm2_loss_weighting", "max_train_samples",
-    "class_images", "caption_dropout",
+    "preservation_class", "preservation_weight", "edm2_loss_weighting",
 )  # fmt: skip
 """Options of these sections that are of training alone."""
 
-SHORT = {
+OF_THE_LOSS = (
+    "prediction_type", "rescale_betas_zero_snr", "flow_shift", "do_edm_style_training",
+    "resolution", "resolutions",
+)  # fmt: skip
+"""Options, beside those of the model, with which a loss is another number: none is compared."""
+
+SHORT: dict[str, Any] = {
     "validate_every": 0, "num_validation_images": 0, "report_to": "none",
     "checkpointing_steps": 10**9,
 }  # fmt: skip
@@ -53,60 +66,80 @@ AS_IT_WAS, CHANGED = "as it was", "changed"
 
 @dataclass
 class Compared:
-    """The losses of short trainings: seed → name → loss of each item. base: the base model's.
+    """The losses of short trainings: name → seed → loss of each item. base: the base model's.
 
-    changed: option → its values before and after. steps: of each training.
+    changed: option → its values before and after. steps: name → steps of a training.
     """
 
     changed: Mapping[str, tuple[Any, Any]]
-    steps: int
+    steps: Mapping[str, int]
     base: Sequence[float] = ()
-    losses: dict[int, dict[str, Sequence[float]]] = field(default_factory=dict)
+    losses: dict[str, dict[int, Sequence[float]]] = field(
+        default_factory=lambda: {AS_IT_WAS: {}, CHANGED: {}}
+    )
 
-    def difference(self, seed: int) -> tuple[float, float]:
-        """What the change adds to the loss, and half its 95 % interval, in parts of the base's."""
-        base, found = sum(self.base) / len(self.base), self.losses[seed]
-        mean, half = interval(found[CHANGED], found[AS_IT_WAS])
-        return mean / base, half / base
+    @property
+    def difference(self) -> tuple[float, float]:
+        """What the change adds to the loss, and half its 95 % interval, in parts of the base's.
+
+        The interval is the larger of two: of the trainings, by the spread of their means over the
+        seeds (two-sample Student's t), infinite for one seed; and of the measured items, in pairs.
+        """
+        new, old = ([*self.losses[name].values()] for name in (CHANGED, AS_IT_WAS))
+        base, n = fmean(self.base), len(new)
+        items = [[fmean(item) for item in zip(*of, strict=True)] for of in (new, old)]
+        mean, of_items = interval(*items)
+        of_seeds = math.inf
+        if n > 1:
+            spread = fmean(variance(map(fmean, of)) for of in (new, old))
+            df = 2 * (n - 1)
+            t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
+            of_seeds = t * math.sqrt(2 * spread / n)
+        return mean / base, max(of_items, of_seeds) / base
 
     @property
     def helps(self) -> bool | None:
-        """Whether the loss is lower with the change: beyond the interval with every seed. None: it
-        is neither lower nor higher so."""
-        found = [self.difference(seed) for seed in self.losses]
-        if all(mean + half < 0 for mean, half in found):
-            return True
-        return False if all(mean - half > 0 for mean, half in found) else None
+        """Whether the loss is lower with the change, beyond the interval; None: neither lower nor
+        higher."""
+        mean, half = self.difference
+        return None if abs(mean) <= half else mean < 0
 
     def lines(self) -> list[str]:
         """The result for people."""
-        told = [f"  {name}: {_value(o)} → {_value(n)}" for name, (o, n) in self.changed.items()]
-        each = []
-        for seed in self.losses:
-            mean, half = self.difference(seed)
-            each.append(f"  seed {seed}: {percent(mean)} ± {percent(half)} of the base's loss")
+        told = [
+            f"  {name}: {_value(old)} → {_value(new)}" for name, (old, new) in self.changed.items()
+        ]
+        mean, half = self.difference
+        doubt = f" ± {percent(half)}" if math.isfinite(half) else ""
         words = {
-            True: "the change helps: the other images are learned better",
-            False: "the change hurts: the other images are learned less",
-            None: "no difference that matters, after so few steps",
+            True: "the change helps: these images are learned better",
+            False: "the change hurts: these images are learned less",
+            None: "no difference that matters, after so short trainings",
         }
+        number = len(self.losses[CHANGED])
         return [
-            f"short trainings of {self.steps} steps, with and without", *told,
-            "what the change adds to the loss of the images that are in both:", *each,
-            words[self.helps],
+            f"{number} short trainings as it was ({self.steps[AS_IT_WAS]} steps), and {number} "
+            f"with the change ({self.steps[CHANGED]} steps, as many epochs):",
+            *told,
+            f"the loss of the images that are in both changes by {percent(mean)}{doubt} of the "
+            "base model's",
+            words[self.helps] if number > 1 else "of one seed, which tells nothing from chance",
         ]  # fmt: skip
 
     def numbers(self) -> dict[str, Any]:
         """Everything, for JSON."""
+        mean, half = self.difference
         return {
             "changed": {name: list(values) for name, values in self.changed.items()},
-            "steps": self.steps,
+            "steps": dict(self.steps),
             "helps": self.helps,
-            "seeds": [
-                {"seed": seed, "difference": mean, "doubt": half}
-                for seed in self.losses
-                for mean, half in [self.difference(seed)]
-            ],
+            "difference": mean,
+            "doubt": half if math.isfinite(half) else None,
+            "losses": {
+                name: {str(seed): fmean(items) for seed, items in of.items()}
+                for name, of in self.losses.items()
+            },
+            "base_loss": fmean(self.base),
         }
 
 
@@ -123,59 +156,134 @@ def compare(
 ) -> Compared:
     """Train both configurations shortly with each seed, and measure them on the same images.
 
+    steps: of a training as it was.
+
     Raises:
-        UsageError: configurations that do not differ, or that train new words, whose embeddings no
-            LoRA file has; and what `train` and `judge` raise.
+        UsageError: configurations that do not differ, or whose losses cannot be compared; and what
+            `train` raises.
     """
-    new = after.as_dict()
-    changed = {
-        name: (value, new[name])
-        for name, value in before.as_dict().items()
-        if value != new[name] and name not in (*SHORT, *AT_DEFAULT, *OF_EACH)
-    }
-    if not changed:
-        raise UsageError("nothing differs: give a flag of `sd-lora train` that is to be tried")
-    if before.token_abstraction or after.token_abstraction:
-        raise UsageError("runs that learn new words cannot be compared: no LoRA file has them")
-    found, tell = Compared(changed, steps), to_all(listeners)
+    changed = changes(before, after)
+    tell = to_all(listeners)
 
     def shown(event: Event) -> None:
         if isinstance(event, Progress | TrainingStarted | StepDone):
             tell(event)
 
-    with tempfile.TemporaryDirectory(prefix="sd-lora-compare-") as folder:
+    configs = {AS_IT_WAS: before, CHANGED: after}
+    with tempfile.TemporaryDirectory(prefix="sd-lora-compare-") as folder, _apart():
+        short = {
+            name: config.replace(**{n: OPTIONS[n].default for n in AT_DEFAULT}, **SHORT)
+            for name, config in configs.items()
+        }
+        planned = _as_many_epochs(short, steps, shown)
+        found = Compared(changed, planned)
+        files: dict[str, dict[int, Path]] = {AS_IT_WAS: {}, CHANGED: {}}
         for seed in seeds:
-            files = {}
-            for name, config in ((AS_IT_WAS, before), (CHANGED, after)):
-                place = Path(folder) / f"{seed} {name}"
-                short: dict[str, Any] = {n: OPTIONS[n].default for n in AT_DEFAULT} | SHORT
-                short |= {"max_train_steps": steps, "seed": seed, "output_dir": str(place)}
-                files[name] = train(config.replace(**short), [shown]).files[0].path
-            looked = measuring(before, after, seed, str(Path(folder) / f"{seed} measured"))
-            measured, _ = judge([*files.values()], looked, [1.0], listeners=[shown])
-            found.losses[seed] = {
-                name: one.losses[1.0] for name, one in zip(files, measured, strict=True)
-            }
-            found.base = measured[0].losses[0.0]
+            for name, config in short.items():
+                own = {"max_train_steps": planned[name], "seed": seed}
+                place = str(Path(folder) / f"{seed} {name}")
+                result = train(config.replace(**own, output_dir=place), [shown])
+                files[name][seed] = result.files[0].path
+        _measure(configs, files, found, Path(folder), shown)
     return found
 
 
-def measuring(before: TrainConfig, after: TrainConfig, seed: int, folder: str) -> TrainConfig:
-    """The configuration that measures files on the images that are in both."""
+def changes(before: TrainConfig, after: TrainConfig) -> dict[str, tuple[Any, Any]]:
+    """Option → its values, of those that differ.
+
+    Raises:
+        UsageError: none does, one that a short training does not have, or one with which a loss is
+            another number.
+    """
+    old, new = before.as_dict(), after.as_dict()
+    found = {name: (old[name], new[name]) for name in old if old[name] != new[name]}
+    found.pop("output_dir", None)
+    idle = [name for name in found if name in (*SHORT, *AT_DEFAULT, *OF_EACH, "preset")]
+    if idle:
+        raise UsageError(
+            f"{', '.join(idle)}: not compared. The short trainings have their own (--steps, "
+            "--seeds), draw and validate nothing, and the run has a value of each option of a "
+            "preset: give these options"
+        )
+    if not found:
+        raise UsageError("nothing differs: give a flag of `sd-lora train` that is to be tried")
+    other = [n for n in found if OPTIONS[n].section == "model" or n in OF_THE_LOSS]
+    if other:
+        raise UsageError(f"{', '.join(other)}: with another one a loss is another number")
+    if before.token_abstraction or after.token_abstraction:
+        raise UsageError("runs that learn new words cannot be compared: no LoRA file has them")
+    return found
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Say of an interruption what is lost: nothing of the run."""
+    try:
+        yield
+    except Interrupted:
+        raise RunError("interrupted: the short trainings are gone, the run is as it was") from None
+
+
+def _as_many_epochs(
+    configs: Mapping[str, TrainConfig], steps: int, shown: Listener
+) -> dict[str, int]:
+    """Name → steps of a training, in which each image is seen as often as in the first's."""
+    found: dict[str, int] = {}
+    epochs = 0.0
+    for name, config in configs.items():
+        plan = check(config.replace(max_train_steps=steps), page=False, listeners=[shown]).plan
+        a_step = plan.samples_per_step / plan.epochs.num_samples
+        epochs = epochs or steps * a_step
+        found[name] = max(1, round(epochs / a_step))
+    return found
+
+
+def _measure(
+    configs: Mapping[str, TrainConfig],
+    files: Mapping[str, Mapping[int, Path]],
+    found: Compared,
+    folder: Path,
+    shown: Listener,
+) -> None:
+    """Measure the files on the images that are in both, each by its own captions."""
+    patterns = ",".join(config.leave_out for config in configs.values() if config.leave_out)
+    digests: list[str] = []
+    text = any(config.train_text_encoder for config in configs.values())
+    for name, config in configs.items():
+        looked = measuring(config, configs[AS_IT_WAS], patterns, text, str(folder / f"of {name}"))
+        with prepared_run(looked, [shown]) as run:
+            own = [sample.digest for sample in run.images.instances.samples]
+            if digests and own != digests:
+                raise UsageError(
+                    "the images of both differ by more than --leave_out, captions and repeats: "
+                    "there are none to compare on"
+                )
+            digests, loras = own, Loras(run.parts)
+            loras.put_on(Mix())
+            found.base = found.base or losses_of(run)
+            for seed, path in files[name].items():
+                loras.put_on(Mix(((path, 1.0),)))
+                found.losses[name][seed] = losses_of(run)
+
+
+def measuring(
+    config: TrainConfig, first: TrainConfig, patterns: str, text: bool, folder: str
+) -> TrainConfig:
+    """The configuration that measures files: with the images and captions of one run, and the
+    objective of the first. patterns: images that are left out. text: whether text encoders learn.
+    """
     values = {
-        name: value
-        for name, value in before.as_dict().items()
-        if OPTIONS[name].section in MEASURED and name not in NOT_MEASURED
+        name: getattr(first if option.section == "objective" else config, name)
+        for name, option in OPTIONS.items()
+        if option.section in OF_MEASURE and name not in OF_TRAINING
     }
-    patterns = [text for text in (before.leave_out, after.leave_out) if text]
-    values |= {
-        "mode": before.mode, "output_dir": folder, "seed": seed, "report_to": "none",
-        "mixed_precision": before.mixed_precision, "train_batch_size": before.train_batch_size,
+    return TrainConfig(**values | {
+        "mode": first.mode, "output_dir": folder, "seed": 0, "report_to": "none",
+        "mixed_precision": first.mixed_precision, "train_batch_size": first.train_batch_size,
         "rank": 1, "targets": "attention", "num_validation_images": 0, "validate_every": 1,
-        "holdout": 0, "leave_out": ",".join(patterns) or None, "max_train_steps": 1,
-        "train_text_encoder": before.train_text_encoder or after.train_text_encoder,
-    }  # fmt: skip
-    return TrainConfig(**values)
+        "holdout": 0, "leave_out": patterns or None, "repeats": 1, "max_train_steps": 1,
+        "train_text_encoder": text,
+    })  # fmt: skip
 
 
 def steps_of(folder: Path, asked: int | None, record: Mapping[str, Any]) -> int:

@@ -169,6 +169,10 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     # images that are measured
     "held-out": FindingKind("note", "validated and not trained: --holdout 0 trains all"),
+    "not-scored": FindingKind("warning", "this step has no score, and the run goes on"),
+    "none-better": FindingKind(
+        "warning", "no step was better than the start: the files are of the last one"
+    ),
     "named-out": FindingKind("note", "left out by its name, as --leave_out says"),
     # conversions
     "near-duplicate": FindingKind(

@@ -64,13 +64,13 @@ def judge(
             of_images(FindingMade(finding))
         found, loras = [Judged(path) for path in files], Loras(run.parts)
         loras.put_on(Mix())
-        base = _losses(run)
+        base = losses_of(run)
         with counting(run.emit, "measuring", len(found) * len(some), "strength") as advance:
             for one in found:
                 one.losses[0.0] = base
                 for strength in some:
                     loras.put_on(Mix(((one.path, strength),)))
-                    one.losses[strength] = _losses(run)
+                    one.losses[strength] = losses_of(run)
                     advance()
                 one.changes = changes_of(run.parts.models)
         sheet = None
@@ -99,7 +99,8 @@ def _refuse_undrawn(prompts: Prompts, run: Run) -> None:
         raise UsageError("--features draws the captions, and no image has one: give --prompt")
 
 
-def _losses(run: Run) -> Sequence[float]:
+def losses_of(run: Run) -> Sequence[float]:
+    """Loss of each item, by the model as it is."""
     for model in run.parts.models.values():
         model.to(run.accelerator.device)
     return measured(run, 0)[TRAINED]

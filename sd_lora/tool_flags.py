@@ -38,7 +38,7 @@ def _weight(text: str) -> float:
 
 class ToolParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+        super().__init__(**{"allow_abbrev": False, **options})
         # -1e-3 is a number and no flag; Python 3.11 knows -0.001 alone
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$", re.I)
 
@@ -305,13 +305,14 @@ def judge_parser() -> ToolParser:
 
 
 _COMPARE = """Say whether a change of a run's options helps: it is trained shortly as it was and
-with the change, from the same seeds, and the losses of the images that are in both are compared at
-the same noise. The change is any flags of `sd-lora train`, such as --leave_out of an image that the
-run's page names."""
+with the change, for as many epochs and from several seeds, and the losses of the images that are in
+both are compared at the same noise. The change is any flags of `sd-lora train`, such as --leave_out
+of an image that the run's page names. Paths in the run's config.json are as they were given: start
+it in the same folder."""
 
 _COMPARE_EXAMPLES = """examples:
   sd-lora compare my-dog --leave_out 07.png
-  sd-lora compare my-dog --instance_data_dir dog-with-other-captions --steps 200 --seeds 0 1 2
+  sd-lora compare my-dog --instance_data_dir dog-with-other-captions --steps 200
 """
 
 
@@ -323,7 +324,7 @@ def compare_parser() -> ToolParser:
     add(
         "--steps", type=_count, metavar="N", help="of each training (default: a quarter of the run)"
     )
-    add("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="(default: 0 1)")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="N", help="(default: 0 1 2)")
     add("--json", action="store_true", help="everything, for scripts")
     return parser
 

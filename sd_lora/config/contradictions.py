@@ -18,6 +18,7 @@ from sd_lora.config.options import (
     saving,
     sources,
     training,
+    validation,
 )
 from sd_lora.config.rows import Option
 from sd_lora.errors import Problem
@@ -38,6 +39,7 @@ TOPICS = (
     training,
     saving,
     objective,
+    validation,
 )
 """Files of rows, each with its `contradictions`."""
 

@@ -52,6 +52,7 @@ Work = Literal[
     "encoding images",
     "encoding captions",
     "drawing sample images",
+    "drawing images to score",
     "updating the weights",
     "checking the model",
     "writing files",

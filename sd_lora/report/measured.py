@@ -76,6 +76,17 @@ def _number(value: object) -> float | None:
     raise TypeError(value)
 
 
+def _shortest(name: str, names: Sequence[str]) -> str:
+    """The shortest end of a path that no other path has, as --leave_out reads it."""
+    parts = name.replace("\\", "/").split("/")
+    others = [f"/{other}".replace("\\", "/") for other in names if other != name]
+    for count in range(1, len(parts) + 1):
+        end = "/".join(parts[-count:])
+        if not any(other.endswith(f"/{end}") for other in others):
+            break
+    return end.replace(",", "?")  # commas part names
+
+
 def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
     """The rows of the table of images: name, name of the file alone, times seen, loss against the
     rest and its change, in words, and the finding.
@@ -86,7 +97,7 @@ def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
         return [
             {
                 "name": str(image["name"]),
-                "file": str(image["name"]).replace("\\", "/").rpartition("/")[2],
+                "file": _shortest(str(image["name"]), [str(other["name"]) for other in ledger]),
                 "seen": int(image["seen"]),
                 "loss": f"{image['loss']:.2f}",
                 "change": f"{image['change']:.2f}",

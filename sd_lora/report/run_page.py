@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -226,6 +227,7 @@ def page_of(folders: Sequence[Path]) -> str:
             "scored": scores_by_step(record["scores"]),
             "verdict": verdict_of(record),
             "images": images_of(record["ledger"]),
+            "compare": _compare(folders[number], images_of(record["ledger"])),
             "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
             "prompts": drawn[number].prompts,
@@ -255,6 +257,13 @@ def page_of(folders: Sequence[Path]) -> str:
         uplot=script,
         uplot_css=(HERE / "uplot" / "uPlot.min.css").read_text("utf-8"),
     )
+
+
+def _compare(folder: Path, images: Sequence[Mapping[str, Any]]) -> str:
+    """The command that tries a run without the first image that its ledger names; "" for none."""
+    named = [str(image["file"]) for image in images if image["finding"]]
+    words = ["sd-lora", "compare", folder.resolve().name, "--leave_out", *named[:1]]
+    return shlex.join(words) if named else ""
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -47,6 +47,10 @@ rules are intervals of differences, and need no number.
 """
 
 
+CALIBRATED = ("encoder of drawings",)
+"""Features for which the thresholds of images were measured."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """state: UNDER, GOOD or OVER. text: a paragraph. numbers: those that it was made of."""
@@ -105,6 +109,8 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         if len(rows) < 2:
             return {}
         last = measured.get("exported", max(rows))
+        if record.get("ended") and "exported" not in measured and last < record["step"]:
+            return {}  # of an earlier part of the run, which scored
         means = {name: value["mean"] for name, value in rows[last]["score"].items()}
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
         found = {
@@ -129,13 +135,14 @@ def verdict_of(
     """The verdict on a run, by scores of its images where it has them, else by its losses; None
     where its record has too little to judge by."""
     if seen := scored_numbers_of(record):
-        return _by_images(seen, thresholds)
+        known = record["scores"].get("features") in CALIBRATED
+        return _by_images(seen, thresholds, "" if known else " (thresholds of drawings)")
     measured = numbers_of(record)
     return _by_loss(measured, thresholds) if measured else None
 
 
-def _by_images(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
-    """The verdict by scores of images."""
+def _by_images(n: Mapping[str, float], t: Mapping[str, float], doubt: str) -> Verdict:
+    """The verdict by scores of images. doubt: words of features that are not calibrated."""
     over, under = [], []
     if n["lost"] > max(n["lost_doubt"], t["most_lost"]):
         over.append(
@@ -156,7 +163,7 @@ def _by_images(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
     if "class_leak" in n:
         told += f", leak into the class {percent(n['class_leak'])}"
     reasons = "; ".join(over or under or [told])
-    return Verdict(state, f"By its images, {state}: {reasons}. {_advice(state, n)}", n)
+    return Verdict(state, f"By its images{doubt}, {state}: {reasons}. {_advice(state, n)}", n)
 
 
 def _by_loss(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:

@@ -199,11 +199,29 @@ def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
             f"{folder} holds no config.json: give the folder of a vision model of transformers "
             "(DINO, CLIP, SigLIP), as `save_pretrained` writes it"
         )
+    try:
+        return _opened(folder, config, device)
+    except UsageError:
+        raise
+    except Exception as error:  # foreign files: any error is the folder's fault
+        text = str(error).strip().partition("\n")[0]
+        raise UsageError(f"{folder} cannot be opened as a vision model: {text}") from None
+
+
+def _opened(folder: Path, config: Path, device: torch.device | str) -> Features:
     if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "drawing_encoder":
         return DrawingFeatures(load_encoder(folder))
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-    model = AutoModel.from_pretrained(folder, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):  # missing weights are drawn
+        model, loaded = AutoModel.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
+        )
+    missing = {name.partition(".")[0] for name in loaded["missing_keys"]}
+    if "pooler" in missing:  # DINO was published without one: the class token stands for it
+        model.pooler = None
+    if missing - {"pooler"}:
+        raise UsageError(f"{folder} lacks weights of {', '.join(sorted(missing - {'pooler'}))}")
     processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
     tokenizer = None
     if hasattr(model, "get_text_features"):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -179,11 +179,12 @@ def pixel_settings_of(config: RunConfig, base: Base) -> PixelSettings:
 
 
 def left_out(
-    usable: Sequence[tuple[Sample, Size]], patterns: str | None
+    usable: Sequence[tuple[Sample, Size]], patterns: str | None, others: Collection[str] = ()
 ) -> tuple[list[tuple[Sample, Size]], list[str]]:
     """Usable images without those that `leave_out` names, and the names of these.
 
-    A pattern is the end of an image's path, from a folder's name on.
+    A pattern is the end of an image's path, from a folder's name on. others: names of images with
+    findings, which may be left out for their own reasons.
 
     Raises:
         UsageError: a pattern that names no image, or no image that stays.
@@ -193,18 +194,26 @@ def left_out(
     kept = []
     for sample, bucket in usable:
         path = Path(sample.name).as_posix()
-        names = [p for p in asked if fnmatchcase(path, p) or fnmatchcase(path, f"*/{p}")]
+        names = [p for p in asked if _is_named(path, p)]
         for pattern in names:
             found[pattern].append(sample.name)
         if not names:
             kept.append((sample, bucket))
-    if empty := [pattern for pattern in asked if not found[pattern]]:
+    there = [Path(name).as_posix() for name in others]
+    empty = [p for p in asked if not found[p] and not any(_is_named(path, p) for path in there)]
+    if empty:
         known = {Path(sample.name).name for sample, _ in usable}
         hints = "".join(did_you_mean(Path(pattern).name, known) for pattern in empty[:1])
         raise UsageError(f"leave_out names no usable image: {', '.join(empty)}.{hints}")
     if usable and not kept:
         raise UsageError(f"leave_out {patterns} leaves no image to train: name fewer")
     return kept, list(dict.fromkeys(name for names in found.values() for name in names))
+
+
+def _is_named(path: str, pattern: str) -> bool:
+    """Whether a path ends with a text, or with one that the pattern is of."""
+    whole = f"/{path}"
+    return whole.endswith(f"/{pattern}") or fnmatchcase(whole, f"*/{pattern}")
 
 
 class RunImages:
@@ -296,10 +305,13 @@ class RunImages:
         )  # fmt: skip
         usable, findings = checked.usable, checked.findings
         if kind == "instance":
-            usable, named = left_out(usable, self.config.leave_out)
+            known = {finding.name for finding in findings}
+            usable, named = left_out(usable, self.config.leave_out, known)
             findings = [*findings, *(Finding("named-out", name) for name in named)]
             different = len({sample.digest for sample, _ in usable})
             count = num_held_out(self.config.holdout, different)
+            if self.config.validate_every == 0:
+                count = 0  # for nothing
             usable, held_out = hold_out(usable, count)
             if images := self._set(held_out, kind):
                 self.held_out = UsableImages(sources, images, [], checked.facts)

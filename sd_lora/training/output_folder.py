@@ -116,7 +116,7 @@ def remove_earlier_steps(config: RunConfig, saved: Path | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
         (config.output_path / BEST_FILE).unlink(missing_ok=True)
         samples = config.output_path / "samples"
-        for path in chain(samples.glob("step-*"), samples.glob("now-*")):
+        for path in chain(*(samples.glob(f"{kind}-*") for kind in ("step", "now", "score"))):
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:

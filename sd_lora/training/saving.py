@@ -123,6 +123,8 @@ def end_at_best(run: Run) -> int:
             run.emit(BestTaken(best, {**scores, "exported": best}))
     elif best:
         run.emit(Warned([Finding("best-gone", path.name)]))
+    else:
+        run.emit(Warned([Finding("none-better", f"step {steps}")]))
     run.plan = dataclasses.replace(run.plan, num_steps=steps)
     return steps
 

@@ -43,16 +43,19 @@ def _mean(values: Sequence[float]) -> float:
 class Scores:
     """The scores of a run.
 
-    every: steps between two. sets: images of each prompt, each from its own seed. patience: scores
-    in a row without a better one that end the run; None: any number. judge, base: the base's
-    images, and what compares others with them; None and empty on processes that draw nothing, and
-    before they are drawn. rows: step → values of each image. told: step → numbers of its score.
+    every: steps between two. sets: images of each prompt, each from its own seed. identity: digest
+    of all that makes two scores comparable: features, kind, prompts, images that are taught and the
+    way in which others are drawn. patience: scores in a row without a better one that end the run;
+    None: any number. judge, base: the base's images, and what compares others with them; None and
+    empty on processes that draw nothing, and before they are drawn. rows: step → values of each
+    image. told: step → numbers of its score.
     """
 
     features: Features
     prompts: Prompts
     every: int
     sets: int
+    identity: str
     patience: int | None = None
     judge: Judge | None = None
     base: Sequence[PromptImages] = field(default=(), repr=False)
@@ -94,24 +97,23 @@ class Scores:
     def state(self) -> dict[str, Any]:
         """The scores, as a checkpoint holds them."""
         return {
+            "identity": self.identity,
             "rows": [[step, dict(values)] for step, values in self.rows.items()],
             "told": [[step, dict(numbers)] for step, numbers in self.told.items()],
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Take the scores of a checkpoint; those of other prompts or numbers of images are left
-        out."""
-        count = self.sets * len(self.prompts.subject)
-        kept = {step: v for step, v in state.get("rows", ()) if len(v["fidelity"]) == count}
-        self.rows = kept
-        self.told = {step: numbers for step, numbers in state.get("told", ()) if step in kept}
+        """Take the scores of a checkpoint; none where those are of another kind."""
+        same = state.get("identity") == self.identity
+        self.rows = dict(state["rows"]) if same else {}
+        self.told = dict(state["told"]) if same else {}
 
     def record(self) -> dict[str, Any]:
         """The scores for report.json."""
         if not self.rows:
             return {}
         last, best = max(self.rows), self.best or 0
-        late = max(step for step in self.rows if step <= 0.75 * last)
+        late = max((step for step in self.rows if step <= 0.75 * last), default=min(self.rows))
         return {
             "features": self.features.name,
             "blind": self.features.blind,

@@ -4,17 +4,20 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.caption_rules import longest_form
+from sd_lora.data.cache.store import digest_of
 from sd_lora.data.sources.samples import Sample
-from sd_lora.errors import Problem, UsageError
-from sd_lora.report.events import ImagesScored, counting
+from sd_lora.errors import Problem, RunError, UsageError
+from sd_lora.findings import Finding
+from sd_lora.models.families import Family
+from sd_lora.report.events import ImagesScored, Warned, counting
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
@@ -30,6 +33,7 @@ from sd_lora.sampling.score import (
     sets_of,
 )
 from sd_lora.training.out_of_memory import memory_for
+from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS
 from sd_lora.training.samples import reference_of
@@ -40,6 +44,9 @@ NUM_PROMPTS = 6
 
 NUM_REAL = 32
 """Most images that drawn ones are compared with."""
+
+MOST_SIDE = 1024
+"""Longest side of these in pixels."""
 
 PLACES = (
     "", " on a white background", " in the snow", " on the beach", " on the grass", " at night"
@@ -73,35 +80,60 @@ def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Pro
     return Prompts(own, of_class, UNRELATED)
 
 
-def features_of(config: RunConfig) -> Features | None:
-    """The features that the configuration names; raises UsageError where there are none."""
-    if not config.score_features:
-        return None
-    try:
-        return load_features(Path(config.score_features).expanduser())
-    except UsageError as error:
-        text = f"score_features: {error}"
-        raise UsageError(text, [Problem("score_features", text)]) from None
+@dataclass(frozen=True)
+class PlannedScores:
+    """What a run draws for its scores, and what looks at it."""
+
+    features: Features
+    prompts: Prompts
 
 
-def scores_of(run: Run, features: Features | None) -> Scores | None:
-    """The scores to come of a run; None without features.
+def planned_scores(
+    config: RunConfig, family: Family, samples: Sequence[Sample]
+) -> PlannedScores | None:
+    """The scores of a run that is not loaded yet; None without features.
 
     Raises:
-        UsageError: a base that draws no images from a prompt, or images without a caption.
+        UsageError: no features in the folder, a base that draws no image from a prompt, or images
+            without a caption.
     """
-    config = run.config
-    if features is None:
+    if not config.score_features:
         return None
-    family, instances = run.parts.family, run.images.instances.samples
     if not can_generate_images(family):
-        raise UsageError(f"{family.label} draws no image from a prompt: no --score_features")
-    captions = [longest_form(s.captions, s.source.rules)[0] for s in instances]
+        raise _refused(f"{family.label} draws no image from a prompt, and so none is scored")
+    captions = [longest_form(sample.captions, sample.source.rules)[0] for sample in samples]
     prompts = prompts_for(captions, config.score_class_prompt or config.class_prompt)
     if not prompts.subject:
-        raise UsageError("--score_features draws the captions, and no image has one")
+        raise _refused("captions are drawn and scored, and no image has one")
+    try:
+        return PlannedScores(load_features(Path(config.score_features).expanduser()), prompts)
+    except UsageError as error:
+        raise _refused(str(error)) from None
+
+
+def _refused(text: str) -> UsageError:
+    text = f"score_features: {text}"
+    return UsageError(text, [Problem("score_features", text)])
+
+
+def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
+    """The scores to come of a run; None without features."""
+    if planned is None:
+        return None
+    config = run.config
     every = config.score_every or math.ceil(run.plan.num_steps / PARTS)
-    return Scores(features, prompts, every, config.score_sets, config.early_stopping_patience)
+    digests = [sample.digest for sample in run.images.instances.samples]
+    held_out = run.images.held_out.set.samples if run.images.held_out else []
+    drawn = (config.validation_steps, config.validation_guidance_scale, _side(run))
+    identity = digest_of(
+        str(config.score_features), planned.features.name, config.score_kind,
+        str(config.score_sets), *map(str, planned.prompts.kinds), *digests,
+        *(sample.digest for sample in held_out), *map(str, drawn),
+    )  # fmt: skip
+    return Scores(
+        planned.features, planned.prompts, every, config.score_sets, identity,
+        config.early_stopping_patience,
+    )  # fmt: skip
 
 
 def share_of(run: Run, scores: Scores) -> float:
@@ -119,7 +151,10 @@ def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
     """
 
     def shown(samples: Sequence[Sample]) -> list[Image.Image]:
-        return [image for s in samples[:NUM_REAL] if (image := reference_of(run, s))]
+        found = [image for s in samples[:NUM_REAL] if (image := reference_of(run, s))]
+        for image in found:  # features see no more, and they stay for the whole run
+            image.thumbnail((MOST_SIDE, MOST_SIDE))
+        return found
 
     instances = run.images.instances.samples
     real = shown(instances)
@@ -128,10 +163,12 @@ def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
     return Taught(real if set(prompts.subject) - captions else [], held_out or real, kind)
 
 
-def drawn_sets(run: Run, prompts: Prompts, label: str, sets: int = SETS) -> list[PromptImages]:
+def drawn_sets(
+    run: Run, prompts: Prompts, label: str, sets: int = SETS, at_once: int = AT_ONCE
+) -> list[PromptImages]:
     """Sets of images of all prompts, by the models as they are. label: of the progress bar."""
     steps, side = run.config.validation_steps, _side(run)
-    a_set = sum(num_denoising_steps(len(texts), AT_ONCE, steps) for texts in prompts.kinds)
+    a_set = sum(num_denoising_steps(len(texts), at_once, steps) for texts in prompts.kinds)
     with counting(run.emit, label, sets * a_set, "denoising step") as advance:
 
         def images(texts: Sequence[str], first: int) -> Iterator[Image.Image]:
@@ -144,7 +181,7 @@ def drawn_sets(run: Run, prompts: Prompts, label: str, sets: int = SETS) -> list
                 device=run.accelerator.device,
                 steps=steps,
                 guidance_scale=run.config.validation_guidance_scale,
-                batch_size=AT_ONCE,
+                batch_size=at_once,
                 on_step=advance,
             )
 
@@ -174,33 +211,47 @@ def draw_base(run: Run) -> None:
     scores = run.scores
     if scores is None or not (run.main or run.joint):
         return
-    with memory_for("drawing sample images", run.config), _timed(run):
-        before = drawn_sets(run, scores.prompts, "images to score, by the base", scores.sets)
+    with memory_for("drawing images to score", run.config), _timed(run):
+        before = _drawn(run, scores, "images to score, by the base")
     taught = taught_to(run, scores.prompts, run.config.score_kind)
     scores.judge = Judge(scores.features, taught, scores.prompts, before)
     scores.base = before
 
 
+def _drawn(run: Run, scores: Scores, label: str) -> list[PromptImages]:
+    at_once = min(AT_ONCE, run.config.train_batch_size)  # training has room for so many
+    return drawn_sets(run, scores.prompts, label, scores.sets, at_once)
+
+
 def score_if_due(run: Run, step: int) -> None:
     """Draw and score images after a step where that is due, and tell of them. All processes must
-    do it; one draws."""
+    do it. Too little memory for it costs a warning and not the run."""
     scores = run.scores
     if scores is None or not scores.is_due(step, run.plan.num_steps):
         return
-    found: list[Any] = [None]
-    if scores.judge:
-        with memory_for("drawing sample images", run.config), run.averaged(), _timed(run):
+
+    def score() -> tuple[dict[str, Sequence[float]], dict[str, Any]]:
+        assert scores.judge is not None
+        with memory_for("drawing images to score", run.config), run.averaged(), _timed(run):
             is_base = step == 0 and run.start is None  # ΔW is 0
             label = f"images to score, at step {step}"
-            images = scores.base if is_base else drawn_sets(run, scores.prompts, label, scores.sets)
-        score = scores.judge.score(images)
-        found = [(scores.judge.by_image(images), score.numbers())]
-    if run.accelerator.num_processes > 1:
-        broadcast_object_list(found)
-    scores.rows[step], scores.told[step] = found[0]
-    if scores.judge and run.main:
-        _write_sheet(run, scores, images, step)
-        run.emit(ImagesScored(step, score, scores.record()))
+            images = scores.base if is_base else _drawn(run, scores, label)
+        found = scores.judge.score(images)
+        scores.rows[step] = scores.judge.by_image(images)
+        scores.told[step] = found.numbers()
+        if run.main:
+            _write_sheet(run, scores, images, step)
+            run.emit(ImagesScored(step, found, scores.record()))
+        return dict(scores.rows[step]), dict(scores.told[step])
+
+    try:
+        found = score() if run.joint else on_main(run.accelerator, score)
+    except RunError as error:
+        if run.joint:
+            raise
+        run.emit(Warned([Finding("not-scored", f"step {step}", str(error))]))
+        return
+    scores.rows[step], scores.told[step] = found
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from sd_lora.models.load import Base, Parts
 from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
-from sd_lora.sampling.features import Features
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training import checkpoint
 from sd_lora.training.adapt import inject_all, prepare_models
@@ -67,7 +66,7 @@ from sd_lora.training.processes import (
 from sd_lora.training.recompute import Recomputed
 from sd_lora.training.run import Run
 from sd_lora.training.samples import check_sample_sizes, schedule_of
-from sd_lora.training.scoring import features_of, scores_of
+from sd_lora.training.scoring import PlannedScores, planned_scores, scores_of
 from sd_lora.training.sharding import check_even, is_sharded, shards, without_fsdp
 from sd_lora.training.summary import summarise
 from sd_lora.training.trackers import Trackers
@@ -94,7 +93,7 @@ class CheckedRun:
     sharded: bool
     repo: str
     recomputed: Recomputed | None = None
-    features: Features | None = None
+    scores: PlannedScores | None = None
 
 
 @contextmanager
@@ -180,7 +179,7 @@ def prepare(
         repo=checked.repo,
         recomputed=checked.recomputed,
     )
-    run.schedule, run.scores = schedule_of(run), scores_of(run, checked.features)
+    run.schedule, run.scores = schedule_of(run), scores_of(run, checked.scores)
     summarise(run, caches, checked.base.notes())
     return run
 
@@ -210,6 +209,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         resolved, crop_settings, seed, store, caption_encoder, emit, partial(on_main, accelerator)
     )
     images.check_sources()
+    scores = planned_scores(resolved, base.family, images.instances.samples)
     if sharded and accelerator.num_processes > 1:
         check_even(resolved, bool(crop_settings.step))
     check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
@@ -231,12 +231,11 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     if warnings:
         emit(Warned(warnings))
     recomputed = within_budget(plan, base, device.type)
-    features = features_of(resolved)
     # the last check, for it may make a repository
     repo = on_main(accelerator, partial(check_hub, config)) if config.push_to_hub else ""
     return CheckedRun(
         plan, base, images, pixel_settings, accelerator, device, summary, emit, saved_path, sharded,
-        repo, recomputed, features,
+        repo, recomputed, scores,
     )  # fmt: skip
 
 

@@ -202,7 +202,7 @@ class Validation:
         if not self.rows:
             return {}
         last = max(self.rows)
-        late = max(step for step in self.rows if step <= 0.75 * last)
+        late = max((step for step in self.rows if step <= 0.75 * last), default=min(self.rows))
         before = {
             "since_base": (TRAINED, self.base or self.rows[last]),
             "since_three_quarters": (TRAINED, self.rows[late]),

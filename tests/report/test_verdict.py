@@ -98,6 +98,11 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
     assert verdict is not None
     assert verdict.state == state
     assert words in verdict.text
+    assert verdict.text.startswith("By its images (thresholds of drawings), ")
+    run["scores"]["features"] = "encoder of drawings"
+    own = verdict_of(run, THRESHOLDS | thresholds)
+    assert own is not None
+    assert own.text.startswith(f"By its images, {state}")
 
 
 def test_too_little_is_no_verdict() -> None:

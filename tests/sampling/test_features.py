@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -16,6 +17,8 @@ from transformers import (
     Dinov2Model,
     SiglipConfig,
     SiglipModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from sd_lora.errors import UsageError
@@ -152,6 +155,29 @@ def test_dino_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
     torch.testing.assert_close(features.subject(some).of, F.normalize(out))
     assert features.follows(some, ["a"] * 3).isnan().all()
     assert "reads no text" in features.blind
+
+
+def test_a_model_without_its_pooler(tmp_path: Path, some: list[Image.Image]) -> None:
+    """DINO's first models were published without a pooler: the class token stands for it, and not
+    random weights, which would be others at each start; loading draws no number of the run's. A
+    folder that lacks other weights is refused."""
+    config = ViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=64,
+    )  # fmt: skip
+    model = ViTModel(config, add_pooling_layer=False)
+    model.save_pretrained(tmp_path)
+    save_processor(tmp_path, "ViTImageProcessor", 32)
+    state = torch.get_rng_state()
+    squares = [image.resize((32, 32)) for image in some]
+    one, other = (load_features(tmp_path).subject(squares).of for _ in range(2))
+    assert torch.equal(one, other)
+    assert torch.equal(state, torch.get_rng_state())
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["layernorm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="lacks weights of layernorm"):
+        load_features(tmp_path)
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:

@@ -233,6 +233,9 @@ def test_features_that_cannot_serve_are_told_early(
     events: list[object] = []
     with pytest.raises(UsageError, match="score_features: .*holds no config.json"):
         sd_lora.train(config.replace(score_features=str(empty)), [events.append])
+    (empty / "config.json").write_text('{"model_type": "dinov2"')
+    with pytest.raises(UsageError, match="cannot be opened as a vision model: "):
+        sd_lora.train(config.replace(score_features=str(empty)), [events.append])
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(data / "0.png", bare)
@@ -240,6 +243,26 @@ def test_features_that_cannot_serve_are_told_early(
     with pytest.raises(UsageError, match="no image has one"):
         sd_lora.train(config.replace(train_data_dir=str(bare)), [events.append])
     assert not any(isinstance(e, TrainingStarted) for e in events)
+
+
+def test_scores_of_another_kind_are_left_out(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """A run that is resumed with scores of another kind, or with its first ones between two, begins
+    them anew and does not compare the two; keeping the best needs no validation where there are
+    scores."""
+    rules = {"targets": "attention", "rank": 2, "checkpointing_steps": 2, "validate_every": 0}
+    config = text_to_image(tiny_sd1, data, tmp_path / "run", **rules, max_train_steps=2)
+    config = config.replace(**SCORED | {"score_every": 1, "keep_best": True})
+    sd_lora.train(config)
+    more = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    for number, changes in enumerate(
+        ({"score_class_prompt": "a photo of a thing"}, {"score_kind": "style"}, {"score_every": 3})
+    ):
+        place = shutil.copytree(tmp_path / "run", tmp_path / f"again{number}")
+        sd_lora.train(config.replace(output_dir=str(place), **more | changes))
+        record = json.loads((place / "report.json").read_text())["scores"]
+        steps = [row["step"] for row in record["rows"]]
+        assert steps == ([0, 1, 2, 3, 4] if "score_every" in changes else [2, 3, 4])
+        assert len(record["since_three_quarters"]) == 2
 
 
 def test_the_difference_of_merits_is_of_pairs() -> None:

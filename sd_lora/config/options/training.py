@@ -15,7 +15,7 @@ from sd_lora.config.optimizers import (
     optimizer_facts,
 )
 from sd_lora.config.options.saving import SavingOptions
-from sd_lora.config.rows import PLAIN_LORA, SAME, SCHEDULES, Steps, by_mode, section
+from sd_lora.config.rows import LOWER, PLAIN_LORA, SAME, SCHEDULES, Steps, by_mode, section
 from sd_lora.errors import Problem, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class TrainingOptions(SavingOptions):
         ge=1, modes=by_mode(16, 4), may_change=True, header="ss_batch_size_per_device",
         scripts="ABCD", kohya=SAME, onetrainer="batch_size", simpletuner=SAME,
         dataset_key="batch_size", ai_toolkit="train.batch_size",
+        less_memory={"drawing images to score": (1, LOWER)},
         short="batch", main="images per step and process")
     num_train_epochs: int | None = option(None,
         "epochs, unless max_train_steps is given; if neither is, the length is that of the "

@@ -1,6 +1,13 @@
 """Options of the validation loss: its images, and the steps between two measurements."""
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from sd_lora.config.rows import Section, section
+from sd_lora.errors import Problem
+
+if TYPE_CHECKING:
+    from sd_lora.config.schema import TrainConfig
 
 option = section("validation")
 
@@ -29,7 +36,7 @@ class ValidationLossOptions(Section):
         ge=1, requires={"score_features": None}, may_change=True)
     score_kind: str = option("subject",
         "what the images share, by which fidelity and leak are told",
-        choices=("subject", "style"), requires={"score_features": None}, may_change=True)
+        choices=("subject", "style"), may_change=True)
     score_class_prompt: str | None = option(None,
         "prompt of the subject's class, 'a photo of a dog', for the leak into it; class_prompt if "
         "not given",
@@ -37,17 +44,25 @@ class ValidationLossOptions(Section):
     keep_best: bool = option(False,
         "save a checkpoint, and keep it, at each validation whose loss is the best so far, or "
         "each score that is; best.json names it, and a run resumes it by the name best",
-        unless={"validate_every": (0,)}, may_change=True)
+        may_change=True)
     early_stopping_patience: int | None = option(None,
         "validations (scores, where images are scored) in a row without a better one after which "
         "the run ends; its files are then those of the best one",
-        ge=1, unless={"validate_every": (0,)}, may_change=True)
+        ge=1, may_change=True)
     # fmt: on
 
     @property
     def keeps_best(self) -> bool:
         """Whether checkpoints of the best validation are saved and kept."""
         return self.keep_best or self.early_stopping_patience is not None
+
+
+def contradictions(config: "TrainConfig") -> Iterator[Problem]:
+    """Yield options for the best step where nothing is measured."""
+    if config.validate_every == 0 and not config.score_features:
+        for name in ("keep_best", "early_stopping_patience"):
+            if getattr(config, name):
+                yield Problem(name, f"{name} has no effect with validate_every 0", "Leave it out")
 
 
 FEWEST = 40
