@@ -67,7 +67,7 @@ the base's loss, which needs no verdict."""
 PATIENCE = 3
 """Scores in a row without a better one that end a run."""
 
-TOO_LONG = {"max_train_steps": 1000, "learning_rate": 1e-3, "rank": 64}
+TOO_LONG = {"max_train_steps": 2000, "learning_rate": 1e-3, "rank": 64}
 """Options of the runs on two images, which copy them in the end."""
 
 OF_SUBJECT = {

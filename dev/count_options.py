@@ -54,7 +54,7 @@ def options_of(path: Path) -> set[str]:
     """Options that a file names."""
     named: set[str] = set()
     # the tools' own flags; other trainers' names
-    tools, others = ("commands.py", "tool_flags.py"), ("formats", "translate")
+    tools, others = ("commands.py", "judging.py", "tool_flags.py"), ("formats", "translate")
     if path.name in tools or path.parent.name in others:
         return named
     own_class = path.name == "schema.py" or path.parent.name == "options"

@@ -18,12 +18,14 @@ from typing import Any
 from sd_lora.check import check
 from sd_lora.config.schema import OPTIONS, TrainConfig
 from sd_lora.errors import Interrupted, RunError, UsageError
+from sd_lora.formats.lora_file import open_lora
 from sd_lora.judge import losses_of
 from sd_lora.report.events import Event, Listener, Progress, StepDone, TrainingStarted, to_all
 from sd_lora.report.intervals import interval
 from sd_lora.report.verdict import percent
 from sd_lora.sample import Loras, Mix
 from sd_lora.sampling.score import STUDENT
+from sd_lora.tool_flags import measuring
 from sd_lora.training.loop import train
 from sd_lora.training.setup import prepared_run
 
@@ -248,9 +250,10 @@ def _measure(
     """Measure the files on the images that are in both, each by its own captions."""
     patterns = ",".join(config.leave_out for config in configs.values() if config.leave_out)
     digests: list[str] = []
-    text = any(config.train_text_encoder for config in configs.values())
+    paths = [path for of in files.values() for path in of.values()]
+    text = bool({component for path in paths for component in open_lora(path).adapter} - {"unet"})
     for name, config in configs.items():
-        looked = measuring(config, configs[AS_IT_WAS], patterns, text, str(folder / f"of {name}"))
+        looked = looking(config, configs[AS_IT_WAS], patterns, text, str(folder / f"of {name}"))
         with prepared_run(looked, [shown]) as run:
             own = [sample.digest for sample in run.images.instances.samples]
             if digests and own != digests:
@@ -266,7 +269,7 @@ def _measure(
                 found.losses[name][seed] = losses_of(run)
 
 
-def measuring(
+def looking(
     config: TrainConfig, first: TrainConfig, patterns: str, text: bool, folder: str
 ) -> TrainConfig:
     """The configuration that measures files: with the images and captions of one run, and the
@@ -277,13 +280,12 @@ def measuring(
         for name, option in OPTIONS.items()
         if option.section in OF_MEASURE and name not in OF_TRAINING
     }
-    return TrainConfig(**values | {
-        "mode": first.mode, "output_dir": folder, "seed": 0, "report_to": "none",
+    own = {
+        "mode": first.mode, "output_dir": folder, "seed": 0, "repeats": 1, "max_train_steps": 1,
         "mixed_precision": first.mixed_precision, "train_batch_size": first.train_batch_size,
-        "rank": 1, "targets": "attention", "num_validation_images": 0, "validate_every": 1,
-        "holdout": 0, "leave_out": patterns or None, "repeats": 1, "max_train_steps": 1,
-        "train_text_encoder": text,
-    })  # fmt: skip
+        "num_validation_images": 0, "leave_out": patterns or None,
+    }  # fmt: skip
+    return TrainConfig(**values | measuring(text) | own)
 
 
 def steps_of(folder: Path, asked: int | None, record: Mapping[str, Any]) -> int:

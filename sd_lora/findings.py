@@ -173,7 +173,7 @@ FINDINGS: dict[str, FindingKind] = {
     "none-better": FindingKind(
         "warning", "no step was better than the start: the files are of the last one"
     ),
-    "named-out": FindingKind("note", "left out by its name, as --leave_out says"),
+    "named-out": FindingKind("note", "left out by its name, as the run was told"),
     # conversions
     "near-duplicate": FindingKind(
         "note", "repeated images are learned by heart: keep the better one"

@@ -11,7 +11,7 @@ from sd_lora.errors import UsageError
 
 def judge(argv: Sequence[str]) -> None:
     """Run `sd-lora judge`, with its own flags and those of `train`."""
-    from sd_lora.tool_flags import check_sheet, judge_parser
+    from sd_lora.tool_flags import check_sheet, judge_parser, measuring
 
     args, rest = judge_parser().parse_known_args(argv)
     if absent := [str(path) for path in args.files if not path.exists()]:
@@ -27,9 +27,10 @@ def judge(argv: Sequence[str]) -> None:
     from sd_lora.streams import quick_imports
 
     adapted = {component for path in args.files for component in open_lora(path).adapter}
-    words = [args.images, "--model", args.model, *rest, *_OF_JUDGE]
+    options = measuring(bool(adapted - {"unet"})).items()
+    words = [args.images, "--model", args.model, *rest]
+    words += [word for name, value in options for word in _flag(name, value)]
     words += ["--prompt", args.prompt] * bool(args.prompt)
-    words += ["--train_text_encoder"] * bool(adapted - {"unet"})
     words += ["--num_validation_images", "1" if args.features else "0"]  # keeps text encoders
     with tempfile.TemporaryDirectory(prefix="sd-lora-judge-") as folder:
         words += ["--output_dir", str(Path(folder) / "run")]
@@ -59,11 +60,11 @@ def judge(argv: Sequence[str]) -> None:
             print(f"look at {args.out}")
 
 
-_OF_JUDGE = (
-    "--rank", "1", "--targets", "attention", "--holdout", "0", "--validate_every", "1",
-    "--report_to", "none",
-)  # fmt: skip
-"""Flags of a run that measures and trains nothing."""
+def _flag(name: str, value: object) -> list[str]:
+    """The words of a flag; none for a switch that is off."""
+    if isinstance(value, bool):
+        return [f"--{name}"] if value else []
+    return [f"--{name}", str(value)]
 
 
 def compare(argv: Sequence[str]) -> None:

@@ -304,6 +304,15 @@ def judge_parser() -> ToolParser:
     return parser
 
 
+def measuring(text: bool) -> dict[str, Any]:
+    """Options of a configuration that measures LoRA files and trains nothing. text: whether they
+    are of text encoders, too."""
+    return {
+        "rank": 1, "targets": "attention", "holdout": 0, "validate_every": 1,
+        "report_to": "none", "train_text_encoder": text,
+    }  # fmt: skip
+
+
 _COMPARE = """Say whether a change of a run's options helps: it is trained shortly as it was and
 with the change, for as many epochs and from several seeds, and the losses of the images that are in
 both are compared at the same noise. The change is any flags of `sd-lora train`, such as --leave_out

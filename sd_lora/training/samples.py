@@ -145,7 +145,7 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
     for like, of_group in itertools.groupby(drawn, _alike):
         fits = like[0][0] * like[0][1] <= side**2  # training has room for so many
         group = [parameters for parameters, _ in of_group]
-        groups.append((like, group, min(4, run.config.train_batch_size) if fits else 1))
+        groups.append((like, group, drawn_at_once(run) if fits else 1))
     total = sum(
         num_denoising_steps(len(group), at_once, like[1]) for like, group, at_once in groups
     )
@@ -168,6 +168,11 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
                 )
     run.seconds_drawing += time.monotonic() - started
     return images
+
+
+def drawn_at_once(run: Run) -> int:
+    """Images of the size of training images that are drawn together: training has room for them."""
+    return min(4, run.config.train_batch_size)
 
 
 def _alike(drawn: tuple[Parameters, float]) -> tuple[tuple[int, int], int, float, str, float]:

@@ -36,7 +36,7 @@ from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS
-from sd_lora.training.samples import reference_of
+from sd_lora.training.samples import drawn_at_once, reference_of
 from sd_lora.training.scores import Scores
 
 NUM_PROMPTS = 6
@@ -219,8 +219,7 @@ def draw_base(run: Run) -> None:
 
 
 def _drawn(run: Run, scores: Scores, label: str) -> list[PromptImages]:
-    at_once = min(AT_ONCE, run.config.train_batch_size)  # training has room for so many
-    return drawn_sets(run, scores.prompts, label, scores.sets, at_once)
+    return drawn_sets(run, scores.prompts, label, scores.sets, drawn_at_once(run))
 
 
 def score_if_due(run: Run, step: int) -> None:
