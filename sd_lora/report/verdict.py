@@ -22,8 +22,8 @@ THRESHOLDS = {
     "least_fidelity": 0.5,
     "most_lost": 0.1,
     "most_copies": 0.5,
-    "most_leak": math.inf,
-    "most_harm": math.inf,
+    "most_leak": 0.25,
+    "most_harm": 0.25,
 }
 """Name → number. With 1 as the base model's validation loss:
 
@@ -42,8 +42,10 @@ by heart.
 most_leak, most_harm: leak into unrelated images, and what other prompts are followed less, above
 which the LoRA overrides the base.
 
-Those that are infinite are off until runs of many subjects have shown where they lie; the other
-rules are intervals of differences, and need no number.
+Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
+far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most 0.08
+and 0.20 in runs that kept other prompts, and at least 0.35 and 0.41 where these had become the
+subject. The other rules are intervals of differences, and need no number.
 """
 
 
@@ -112,11 +114,12 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         if record.get("ended") and "exported" not in measured and last < record["step"]:
             return {}  # of an earlier part of the run, which scored
         means = {name: value["mean"] for name, value in rows[last]["score"].items()}
+        counts = "unrelated_leak" in measured["measures"]  # a style is meant to reach all prompts
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
         found = {
             "fidelity": means["fidelity"],
             "copies": means["copies"],
-            "leak": means["unrelated_leak"] or 0.0,
+            "leak": (means["unrelated_leak"] or 0.0) if counts else 0.0,
             "harm": means["harm"] or 0.0,
             "lost": -lost,
             "lost_doubt": doubt,

@@ -118,6 +118,7 @@ class Scores:
             "features": self.features.name,
             "blind": self.features.blind,
             "images": self.num_images,
+            "measures": [*self.rows[best]],
             "best": best,
             "since_best": list(difference(self.rows[last], self.rows[best])),
             "since_three_quarters": list(difference(self.rows[last], self.rows[late])),

@@ -74,7 +74,8 @@ def scored(
     }  # fmt: skip
     score = {name: {"mean": value} for name, value in numbers.items()}
     rows = [{"step": step, "merit": 0.5, "score": score} for step in (0, 400)]
-    scores = {"rows": rows, "best": best, "since_best": [*since_best]}
+    measures = ["fidelity", "unrelated_leak", "harm"]
+    scores = {"rows": rows, "best": best, "since_best": [*since_best], "measures": measures}
     return record([1.0, 0.995, 0.99, 0.99, 0.99], 0) | {"scores": scores}
 
 
@@ -103,6 +104,15 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
     own = verdict_of(run, THRESHOLDS | thresholds)
     assert own is not None
     assert own.text.startswith(f"By its images, {state}")
+
+
+def test_a_style_may_reach_other_prompts() -> None:
+    """A leak into other prompts, which is no part of a style's merit, makes no style overtrained."""
+    run = scored(leak=0.9)
+    run["scores"]["measures"].remove("unrelated_leak")
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.state == GOOD
 
 
 def test_too_little_is_no_verdict() -> None:
