@@ -43,8 +43,8 @@ most_leak, most_harm: leak into unrelated images, and what other prompts are fol
 which the LoRA overrides the base.
 
 Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
-far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most 0.08
-and 0.20 in runs that kept other prompts, and at least 0.35 and 0.41 where these had become the
+far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most
+0.08 and 0.20 in runs that kept other prompts, and at least 0.35 and 0.41 where these had become the
 subject. The other rules are intervals of differences, and need no number.
 """
 

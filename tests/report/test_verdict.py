@@ -107,7 +107,7 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
 
 
 def test_a_style_may_reach_other_prompts() -> None:
-    """A leak into other prompts, which is no part of a style's merit, makes no style overtrained."""
+    """A leak into other prompts, no part of a style's merit, makes no style overtrained."""
     run = scored(leak=0.9)
     run["scores"]["measures"].remove("unrelated_leak")
     verdict = verdict_of(run)
