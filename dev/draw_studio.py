@@ -53,8 +53,9 @@ CROP = """for (const svg of [...document.querySelectorAll("[data-crop]")].slice(
 scrollTo(0, 0);"""
 """Three crops made smaller, and moved."""
 
-SEEN = "return document.querySelector('#step') && document.querySelectorAll('canvas').length > 2"
-"""Whether there are samples of two steps, and curves."""
+SEEN = """const step = document.querySelector("#step");
+return step && step.max >= 8 && document.querySelectorAll("canvas").length > 2;"""
+"""Whether there are samples of nine steps, which show the subject, and curves."""
 
 
 def browser() -> webdriver.Chrome:
