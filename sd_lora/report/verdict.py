@@ -89,6 +89,11 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
             mean, half = measured[since]
             found[name] = sign * mean / base[group]["loss"]
             found[f"{name}_doubt"] = half / base[group]["loss"]
+        if not any(0 < row["step"] <= 0.75 * end for row in rows):
+            found |= {
+                "late": 0.0,
+                "late_doubt": 0.0,
+            }  # nothing was measured before the last quarter
         if judged != "trained":
             found["held_out_gain"] = 1 - last[judged]["loss"] / base[judged]["loss"]
         if parts := [c for part in record["changes"].values() for c in part.values()]:

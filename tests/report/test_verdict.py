@@ -59,6 +59,21 @@ def test_each_rule_alone(run: dict[str, Any], state: str, words: str) -> None:
     assert words in verdict.text
 
 
+def test_two_validations_do_not_tell_what_goes_on() -> None:
+    """With the start and one validation the whole fall is since three quarters of the steps: that
+    says nothing of whether it goes on; with one between, the same numbers do."""
+    run = record([1.0, 0.8], 100)
+    run["validation"]["since_three_quarters"] = [-0.2, 0.01]
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.state == GOOD
+    run = record([1.0, 1.0, 0.8], 200)
+    run["validation"]["since_three_quarters"] = [-0.2, 0.01]
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.state == UNDER
+
+
 def scored(
     fidelity: float = 0.8,
     leak: float = 0.02,
