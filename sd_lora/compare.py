@@ -24,7 +24,7 @@ from sd_lora.report.events import Event, Listener, Progress, StepDone, TrainingS
 from sd_lora.report.intervals import interval
 from sd_lora.report.verdict import percent
 from sd_lora.sample import Loras, Mix
-from sd_lora.sampling.score import STUDENT
+from sd_lora.sampling.score import student
 from sd_lora.tool_flags import measuring
 from sd_lora.training.loop import train
 from sd_lora.training.setup import prepared_run
@@ -82,7 +82,8 @@ class Compared:
 
     @property
     def difference(self) -> tuple[float, float]:
-        """What the change adds to the loss, and half its 95 % interval, in parts of the base's.
+        """Loss with the change less the loss as it was, and half its 95 % interval, in parts of the
+        base's.
 
         The interval is the larger of two: of the trainings, by the spread of their means over the
         seeds (two-sample Student's t), infinite for one seed; and of the measured items, in pairs.
@@ -94,9 +95,7 @@ class Compared:
         of_seeds = math.inf
         if n > 1:
             spread = fmean(variance(map(fmean, of)) for of in (new, old))
-            df = 2 * (n - 1)
-            t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
-            of_seeds = t * math.sqrt(2 * spread / n)
+            of_seeds = student(2 * (n - 1)) * math.sqrt(2 * spread / n)
         return mean / base, max(of_items, of_seeds) / base
 
     @property
@@ -161,8 +160,8 @@ def compare(
     steps: of a training as it was.
 
     Raises:
-        UsageError: configurations that do not differ, or whose losses cannot be compared; and what
-            `train` raises.
+        UsageError: configurations that do not differ, or whose losses cannot be compared.
+        UsageError, RunError: as `train` raises them.
     """
     changed = changes(before, after)
     tell = to_all(listeners)
@@ -219,7 +218,7 @@ def changes(before: TrainConfig, after: TrainConfig) -> dict[str, tuple[Any, Any
 
 @contextmanager
 def _apart() -> Iterator[None]:
-    """Say of an interruption what is lost: nothing of the run."""
+    """A context in which an interruption says that the run itself lost nothing."""
     try:
         yield
     except Interrupted:

@@ -13,10 +13,11 @@ from PIL import Image
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
+from sd_lora.formats.file_names import name_of
 from sd_lora.report.events import Event, FindingMade, Listener, Progress, counting, to_all
 from sd_lora.report.sheets import Sheet
 from sd_lora.report.strengths import Judged
-from sd_lora.sample import Loras, Mix, fitting, name_of
+from sd_lora.sample import Loras, Mix, fitting
 from sd_lora.sampling.features import Features
 from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.sampling.score import Judge, Prompts

@@ -19,6 +19,7 @@ from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dic
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.formats.canonical import each
+from sd_lora.formats.file_names import name_of
 from sd_lora.formats.lora_file import LoRAFile, open_lora
 from sd_lora.formats.verify import misfits
 from sd_lora.models.families import INPAINTING
@@ -54,15 +55,6 @@ class Mix:
     def beside(self, other: "Mix") -> "Mix":
         """Both together."""
         return Mix(self.files + other.files)
-
-
-def name_of(path: Path) -> str:
-    """The name of a LoRA file or folder; of a run's checkpoint with its run."""
-    real = path.expanduser().absolute()
-    if real.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
-        usual = real.name == "pytorch_lora_weights.safetensors"
-        return real.parent.name if usual else real.stem
-    return f"{real.parent.name}/{real.name}" if real.name.startswith("checkpoint-") else real.name
 
 
 def rows_of(files: Sequence[Path], strengths: Sequence[float]) -> list[Mix]:

@@ -36,3 +36,12 @@ def embedding_paths(words: Iterable[str], folder: Path, name: str) -> list[Path]
             path, number = folder / f"{name}_{word}-{number}.safetensors", number + 1
         paths.append(path)
     return paths
+
+
+def name_of(path: Path) -> str:
+    """The name of a LoRA file or folder; of a run's checkpoint with its run."""
+    real = path.expanduser().absolute()
+    if real.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
+        usual = real.name == DIFFUSERS
+        return real.parent.name if usual else real.stem
+    return f"{real.parent.name}/{real.name}" if real.name.startswith("checkpoint-") else real.name

@@ -11,7 +11,7 @@ from PIL import Image
 from sd_lora.errors import UsageError, near_path
 
 PROMPT = "Describe this image in one sentence."
-"""What a model that chats is asked, unless the user asks something else."""
+"""The question to a model that chats, unless the user asks another."""
 
 
 @dataclass
@@ -84,7 +84,7 @@ class Captioner:
         return [" ".join(text.split()) for text in texts]
 
     def _given(self, images: Sequence[Image.Image]) -> Any:
-        """What the model is given: images, with the question about each in a chat."""
+        """The model's inputs: images, with the question about each in a chat."""
         if self.chat is None:
             return self.images(images=list(images), return_tensors="pt")
         processor, prompt = self.chat

@@ -216,6 +216,7 @@ def page_of(folders: Sequence[Path]) -> str:
     names = _names(folders)
     found = [samples_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
     drawn, side = _fitting(found)
+    images = [images_of(record["ledger"]) for record in records]
     logs = [LogFile(folder / RUN_LOG).rows() for folder in folders]
     runs = [
         {
@@ -226,8 +227,8 @@ def page_of(folders: Sequence[Path]) -> str:
             "measured": by_step(record["validation"]),
             "scored": scores_by_step(record["scores"]),
             "verdict": verdict_of(record),
-            "images": images_of(record["ledger"]),
-            "compare": _compare(folders[number], images_of(record["ledger"])),
+            "images": images[number],
+            "compare": _compare(folders[number], images[number]),
             "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
             "prompts": drawn[number].prompts,

@@ -53,6 +53,11 @@ ABOUT_SUBJECT = ("background", "count")
 """Questions about the subject's images: its thing and colours are learned, not asked for."""
 
 
+def student(df: int) -> float:
+    """Student's t for a two-sided interval of 95 %."""
+    return STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
+
+
 @dataclass(frozen=True)
 class Interval:
     """A number measured on several sets of images: its mean, and the mean's 95 % interval
@@ -70,8 +75,7 @@ class Interval:
         df = len(self.values) - 1
         if df < 1:
             return math.inf
-        t = STUDENT[df - 1] if df <= len(STUDENT) else 1.96 + 2.6 / df
-        return t * float(np.std(self.values, ddof=1)) / math.sqrt(df + 1)
+        return student(df) * float(np.std(self.values, ddof=1)) / math.sqrt(df + 1)
 
     @property
     def low(self) -> float:

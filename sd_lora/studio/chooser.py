@@ -27,7 +27,7 @@ EMBEDDED = {
     "folder": (SUBJECT, "sample images: eight of one monster"),
     "model": (BASE, "the embedded base: images of 64 pixels, learns in minutes on a CPU"),
 }
-"""Kind → what comes with a clone of the project, and its words."""
+"""Kind → a part of a clone's sample data, and its words."""
 
 WEIGHTS = (".safetensors", ".ckpt")
 
@@ -47,7 +47,7 @@ def models_in(folders: Sequence[Path]) -> list[str]:
 
 
 def embedded_of(kind: str) -> dict[str, object] | None:
-    """The path and the words of what comes with the project, of a kind; None without any."""
+    """The path and the words of sample data of a kind; None without any."""
     clone = sample_data()
     if clone is None or kind not in EMBEDDED:
         return None

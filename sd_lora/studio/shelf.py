@@ -26,7 +26,7 @@ MOST = 500
 """Files on the shelf."""
 
 PREVIEWS = (".png", ".preview.png", ".jpg", ".jpeg", ".webp")
-"""Endings of an image beside a LoRA file that has its name: what A1111 and ComfyUI show."""
+"""Endings of an image beside a LoRA file that has its name, as A1111 and ComfyUI show it."""
 
 LARGEST = 2**31
 """Bytes from which a file is taken for a model."""
@@ -88,7 +88,7 @@ def _open(names: list[str]) -> list[str]:
 
 
 def preview_of(file: Path) -> Path | None:
-    """The image that shows what a LoRA file does: the one that has its name, or the run's newest
+    """The preview of a LoRA file: the image that has its name, or the run's newest
     sample; None without any."""
     named = [file.with_name(file.stem + ending) for ending in PREVIEWS]
     if found := next((path for path in named if path.is_file()), None):

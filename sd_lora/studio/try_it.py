@@ -10,6 +10,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sd_lora.errors import UsageError
+from sd_lora.formats.file_names import name_of
 from sd_lora.report.record import read_record
 from sd_lora.studio.form import plain_words
 from sd_lora.studio.keeper import last_lines
@@ -71,14 +72,7 @@ def grid_of(job: Job) -> Grid | None:
     count = (first + len(files) * len(others)) * len(columns)
     if len(files) * len(strengths) < 2 or not _image(job, count - 1).is_file():
         return None
-    return Grid(tuple(map(_name, files)), tuple(f"{s:g}" for s in strengths), rows, columns, base)
-
-
-def _name(file: Path) -> str:
-    """A LoRA file or checkpoint in a few words."""
-    usual = file.name == "pytorch_lora_weights.safetensors" or file.name.startswith("checkpoint-")
-    name = file.name if file.name.startswith("checkpoint-") else file.stem
-    return file.parent.name if usual and file.suffix else name
+    return Grid(tuple(map(name_of, files)), tuple(f"{s:g}" for s in strengths), rows, columns, base)
 
 
 def _image(job: Job, number: int) -> Path:

@@ -140,7 +140,7 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
     ]
     if not drawn or not (run.main or run.joint) or not can_generate_images(run.parts.family):
         return []
-    side, started = run.images.crop_settings.resolution, time.monotonic()
+    side = run.images.crop_settings.resolution
     groups = []
     for like, of_group in itertools.groupby(drawn, _alike):
         fits = like[0][0] * like[0][1] <= side**2  # training has room for so many
@@ -150,7 +150,8 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
         num_denoising_steps(len(group), at_once, like[1]) for like, group, at_once in groups
     )
     images: list[Image.Image] = []
-    with counting(run.emit, label, total, "denoising step") as advance:
+    bar = counting(run.emit, label, total, "denoising step")
+    with timed_drawing(run), bar as advance:
         for (size, steps, guidance, negative, strength), group, at_once in groups:
             with _strength(run, strength):
                 images += sample(
@@ -166,8 +167,15 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
                     batch_size=at_once,
                     on_step=advance,
                 )
-    run.seconds_drawing += time.monotonic() - started
     return images
+
+
+@contextmanager
+def timed_drawing(run: Run) -> Iterator[None]:
+    """Count the time of a block as spent on drawing."""
+    started = time.monotonic()
+    yield
+    run.seconds_drawing += time.monotonic() - started
 
 
 def drawn_at_once(run: Run) -> int:

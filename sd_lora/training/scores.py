@@ -1,4 +1,4 @@
-"""Scores: what features see in images that a run draws after some steps, and the best step by it.
+"""Scores of the images that a run draws after some steps, and the best step by them.
 
 The prompts and seeds are always the same, so that two steps differ by the model alone: the
 difference of their merits, image by image, has an interval.
@@ -7,7 +7,10 @@ difference of their merits, image by image, has an interval.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
+
+from PIL import Image
 
 from sd_lora.report.intervals import interval
 from sd_lora.sampling.features import Features
@@ -21,8 +24,8 @@ Values = Mapping[str, Sequence[float]]
 
 
 def merit(values: Values) -> float:
-    """What is learned less what it cost; a measure without images counts 0."""
-    return sum(SIGNS[name] * _mean(found) for name, found in values.items() if found)
+    """Sum of the measures' means with their signs; a measure without images counts 0."""
+    return sum(SIGNS[name] * fmean(found) for name, found in values.items() if found)
 
 
 def difference(now: Values, before: Values) -> tuple[float, float]:
@@ -35,10 +38,6 @@ def difference(now: Values, before: Values) -> tuple[float, float]:
     return total, math.sqrt(variance)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
 @dataclass
 class Scores:
     """The scores of a run.
@@ -46,9 +45,9 @@ class Scores:
     every: steps between two. sets: images of each prompt, each from its own seed. identity: digest
     of all that makes two scores comparable: features, kind, prompts, images that are taught and the
     way in which others are drawn. patience: scores in a row without a better one that end the run;
-    None: any number. judge, base: the base's images, and what compares others with them; None and
-    empty on processes that draw nothing, and before they are drawn. rows: step → values of each
-    image. told: step → numbers of its score.
+    None: any number. judge: compares images with the base's. base: these. taught: the sheets' row
+    of images that are trained. The three are None or empty on processes that draw nothing, and
+    before the base is drawn. rows: step → values of each image. told: step → numbers of its score.
     """
 
     features: Features
@@ -59,6 +58,7 @@ class Scores:
     patience: int | None = None
     judge: Judge | None = None
     base: Sequence[PromptImages] = field(default=(), repr=False)
+    taught: Sequence[Image.Image | None] = field(default=(), repr=False)
     rows: dict[int, Values] = field(default_factory=dict)
     told: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -130,4 +130,4 @@ class Scores:
 
 
 def _means(values: Values) -> dict[str, float]:
-    return {name: _mean(of) for name, of in values.items() if of}
+    return {name: fmean(of) for name, of in values.items() if of}

@@ -1,15 +1,13 @@
 """Scoring of a run: its prompts are drawn by the base and after some steps, and scored."""
 
 import math
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
+from sd_lora.config.rows import Work
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.cache.store import digest_of
@@ -29,6 +27,7 @@ from sd_lora.sampling.score import (
     Judge,
     PromptImages,
     Prompts,
+    Score,
     Taught,
     sets_of,
 )
@@ -36,7 +35,7 @@ from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS
-from sd_lora.training.samples import drawn_at_once, reference_of
+from sd_lora.training.samples import drawn_at_once, reference_of, timed_drawing
 from sd_lora.training.scores import Scores
 
 NUM_PROMPTS = 6
@@ -82,7 +81,7 @@ def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Pro
 
 @dataclass(frozen=True)
 class PlannedScores:
-    """What a run draws for its scores, and what looks at it."""
+    """Prompts that a run draws for its scores, and the features that look at the images."""
 
     features: Features
     prompts: Prompts
@@ -101,14 +100,17 @@ def planned_scores(
         return None
     if not can_generate_images(family):
         raise _refused(f"{family.label} draws no image from a prompt, and so none is scored")
-    captions = [longest_form(sample.captions, sample.source.rules)[0] for sample in samples]
-    prompts = prompts_for(captions, config.score_class_prompt or config.class_prompt)
+    prompts = prompts_for(_captions(samples), config.score_class_prompt or config.class_prompt)
     if not prompts.subject:
         raise _refused("captions are drawn and scored, and no image has one")
     try:
         return PlannedScores(load_features(Path(config.score_features).expanduser()), prompts)
     except UsageError as error:
         raise _refused(str(error)) from None
+
+
+def _captions(samples: Sequence[Sample]) -> list[str]:
+    return [longest_form(sample.captions, sample.source.rules)[0] for sample in samples]
 
 
 def _refused(text: str) -> UsageError:
@@ -159,8 +161,8 @@ def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
     instances = run.images.instances.samples
     real = shown(instances)
     held_out = shown(run.images.held_out.set.samples) if run.images.held_out else []
-    captions = {longest_form(s.captions, s.source.rules)[0] for s in instances}
-    return Taught(real if set(prompts.subject) - captions else [], held_out or real, kind)
+    others = set(prompts.subject).difference(_captions(instances))
+    return Taught(real if others else [], held_out or real, kind)
 
 
 def drawn_sets(
@@ -211,11 +213,12 @@ def draw_base(run: Run) -> None:
     scores = run.scores
     if scores is None or not (run.main or run.joint):
         return
-    with memory_for("drawing images to score", run.config), _timed(run):
+    with memory_for("drawing images to score", run.config), timed_drawing(run):
         before = _drawn(run, scores, "images to score, by the base")
     taught = taught_to(run, scores.prompts, run.config.score_kind)
     scores.judge = Judge(scores.features, taught, scores.prompts, before)
     scores.base = before
+    scores.taught = shown_real(run, len(columns_of(run, scores.prompts)))
 
 
 def _drawn(run: Run, scores: Scores, label: str) -> list[PromptImages]:
@@ -229,48 +232,37 @@ def score_if_due(run: Run, step: int) -> None:
     if scores is None or not scores.is_due(step, run.plan.num_steps):
         return
 
-    def score() -> tuple[dict[str, Sequence[float]], dict[str, Any]]:
+    def score() -> tuple[dict[str, list[float]], Score]:
         assert scores.judge is not None
-        with memory_for("drawing images to score", run.config), run.averaged(), _timed(run):
+        work: Work = "drawing images to score"
+        with memory_for(work, run.config), run.averaged(), timed_drawing(run):
             is_base = step == 0 and run.start is None  # ΔW is 0
             label = f"images to score, at step {step}"
             images = scores.base if is_base else _drawn(run, scores, label)
-        found = scores.judge.score(images)
-        scores.rows[step] = scores.judge.by_image(images)
-        scores.told[step] = found.numbers()
         if run.main:
             _write_sheet(run, scores, images, step)
-            run.emit(ImagesScored(step, found, scores.record()))
-        return dict(scores.rows[step]), dict(scores.told[step])
+        return scores.judge.by_image(images), scores.judge.score(images)
 
     try:
-        found = score() if run.joint else on_main(run.accelerator, score)
+        values, found = score() if run.joint else on_main(run.accelerator, score)
     except RunError as error:
         if run.joint:
             raise
         run.emit(Warned([Finding("not-scored", f"step {step}", str(error))]))
         return
-    scores.rows[step], scores.told[step] = found
-
-
-@contextmanager
-def _timed(run: Run) -> Iterator[None]:
-    """Count the time of a block as spent on drawing."""
-    started = time.monotonic()
-    yield
-    run.seconds_drawing += time.monotonic() - started
+    scores.rows[step], scores.told[step] = values, found.numbers()
+    run.emit(ImagesScored(step, found, scores.record()))
 
 
 def _write_sheet(run: Run, scores: Scores, images: Sequence[PromptImages], step: int) -> None:
     """Write the first set's images of a step below the base's, and those that they are to be like
     above."""
-    columns, rows = columns_of(run, scores.prompts, step), []
-    real = shown_real(run, len(columns))
+    columns, rows = columns_of(run, scores.prompts, step), [scores.taught]
     for one in (scores.base[0], images[0]):
         rows.append([*one.subject, *one.of_class, *one.unrelated])
     labels = ["images of the folder", "the base", f"step {step}"]
     path = run.output_dir / SAMPLES / f"score-{step:06}.png"
-    Sheet([real, *rows], labels, columns, side=128).write(path)
+    Sheet(rows, labels, columns, side=128).write(path)
 
 
 def shown_real(run: Run, count: int) -> list[Image.Image | None]:
