@@ -71,17 +71,16 @@ def test_spearman_is_scipys() -> None:
 @pytest.mark.parametrize("subject", ["mascot", "robot"])
 def test_spoilt_subjects_are_far_and_moved_ones_near(features: Features, subject: str) -> None:
     """Upside down, in tiles, noised, with doubled parts: below 60 % of a real rendition's fidelity.
-    Moved, on a wrong background: above 80 % of it. Small: above 78 %; 81 % and 79 % were reached
-    where 80 % was wanted. Another subject and the base's images: below a quarter."""
+    Moved, small, on a wrong background: above 80 % of it. Another subject and the base's images:
+    below a quarter."""
     fidelity = ruler(features, subject, base_of(subject))
     got = {name: fidelity(sheet) for name, sheet in fakes.fidelity_sheets()[subject].items()}
     parts = {name: value / got["real"] for name, value in got.items()}
     assert got["real"] > 0.85, got
     for name in ("upside down", "tiles", "noised", "doubled"):
         assert parts[name] < 0.6, parts
-    for name in ("moved", "wrong background"):
+    for name in ("moved", "small", "wrong background"):
         assert parts[name] > 0.8, parts
-    assert parts["small"] > 0.78, parts
     assert max(parts["another subject"], parts["base"]) < 0.25, parts
 
 
@@ -115,8 +114,8 @@ def test_fidelity_agrees_with_the_eye(features: Features) -> None:
 
 def test_leak_agrees_with_the_eye(features: Features) -> None:
     """Rank correlation of leak and the two readers' mean marks, of images of the class and of other
-    things: above 0.78. 0.787 was reached where 0.8 was wanted: most sheets are near 0, and those
-    that a run has ruined count for 5 % where the readers give 0."""
+    things: above 0.8. Most sheets are near 0, and those that a run has ruined count for 5 % where
+    the readers give 0."""
     scale = Scale(features, taught("mascot"))
     scores, marks = [], []
     for kind, sheets in fakes.leak_sheets().items():
@@ -126,7 +125,7 @@ def test_leak_agrees_with_the_eye(features: Features) -> None:
             scores.append(leaks(scale, base, sheet))
             marks.append(by_eye("leak", kind, name))
     assert len(marks) >= 24
-    assert spearman(scores, marks) > 0.78, list(zip(scores, marks, strict=True))
+    assert spearman(scores, marks) > 0.8, list(zip(scores, marks, strict=True))
 
 
 def test_styles_are_seen(features: Features) -> None:
