@@ -63,7 +63,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     sample_data = find_sample_data()
-    images = taught(demo_config(sample_data, "unused"), sample_data)
+    images = taught(sample_data)
     features = load_features(sample_data / "encoder")
     before = draw_sets(load_parts(str(sample_data / "tiny-sd")), 64, 4.0, SETS)
     shown = len(SUBJECT)

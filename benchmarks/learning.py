@@ -37,8 +37,8 @@ from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
 from sd_lora.sampling.parameters import Parameters
-from sd_lora.sampling.sampler import sample
-from sd_lora.sampling.score import Interval, PromptImages, Prompts, Taught, score, sets_of
+from sd_lora.sampling.sampler import round_trip, sample
+from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, sets_of
 from sd_lora.training.loop import train
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -151,8 +151,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
     folder.mkdir(parents=True)
     for i, (image, caption) in enumerate(lesson.images(cell.images)):
         image.save(folder / f"{i:02}.png")
-        if lesson.kind == "style":
-            (folder / f"{i:02}.txt").write_text(caption, encoding="utf-8")
+        (folder / f"{i:02}.txt").write_text(caption, encoding="utf-8")
     values: dict[str, Any] = {
         "pretrained_model_name_or_path": str(BASE),
         "output_dir": str(work / "lora"),
@@ -164,7 +163,8 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
             "mode": "dreambooth",
             "instance_data_dir": str(folder),
             "instance_prompt": f"a photo of a {lesson.word}",
-            "class_prompt": f"a photo of a {lesson.class_word}",
+            "captions_from": "sidecar",
+            "class_prompt": lesson.class_prompt,
         }
     else:
         values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}
@@ -267,11 +267,14 @@ def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None
 
 
 def score_of(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
-    """The score of a cell's images, with intervals over the sets."""
+    """The score of a cell's images, with intervals over the sets; and what real images have behind
+    the base's VAE."""
     lesson = LESSONS[cell.lesson]
     taught = Taught([i for i, _ in lesson.images(cell.images)], lesson.held_out, lesson.kind)
     after = kept_images(out / "images" / f"{cell.name}.png", lesson.prompts)
-    return score(features, taught, lesson.prompts, stored_sets(out, lesson), after).numbers()
+    judge = Judge(features, taught, lesson.prompts, stored_sets(out, lesson))
+    reachable = judge.reachable(round_trip(load_parts(str(BASE)), taught.real))
+    return judge.score(after).numbers() | {"reachable": reachable}
 
 
 def rescore(out: Path, features: Features) -> None:

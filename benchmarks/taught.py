@@ -20,6 +20,7 @@ import images as world
 from subjects import Style, in_style
 
 PLACES = ("white", "grass", "night", "snow", "blue", "beach", "yellow", "grey")
+COLOURS = "red|yellow|green|cyan|purple|pink"
 HELD_OUT_PLACES = ("pink", "white", "grass", "night", "snow", "beach", "cyan", "black")
 UNRELATED = (*demo.UNRELATED[:5], "a photo of a cyan boat at night")
 """The demo's, but for its robot: the automaton is one."""
@@ -50,6 +51,12 @@ class Lesson:
     thing: str = ""
     colour: str | world.RGB = "white"
     way: Style | None = None
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt of class images, of a subject: its class in many colours and places."""
+        places = "|".join(world.place(world.Scene("car", "red", background=p)) for p in PLACES)
+        return f"a photo of a {{big |}}{{{COLOURS}}} {self.class_word} {{{places}}}"
 
     @property
     def class_word(self) -> str:
@@ -92,7 +99,8 @@ class Lesson:
         """`count` images to train on, each with its caption."""
         if self.way is None:
             scenes = self._subject(PLACES, count, 0)
-            return [(image, f"a photo of a {self.word}") for image in self._drawn(scenes)]
+            captions = [f"a photo of a {self.word} {world.place(scene)}" for scene in scenes]
+            return list(zip(self._drawn(scenes), captions, strict=True))
         scenes = self._scenes(count, 0)
         captions = [f"{self._caption(scene)}, {self.word}" for scene in scenes]
         return list(zip(self._drawn(scenes), captions, strict=True))

@@ -30,10 +30,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "alone": (
         "without class images: 300 steps",
         {
-            "with_prior_preservation": False,
-            "class_data_dir": None,
-            "class_prompt": None,
-            "num_class_images": 100,
+            "sources": demo.demo_config(demo.find_sample_data(), "unused").sources[:1],
             "max_train_steps": 300,
         },
     ),

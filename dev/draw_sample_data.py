@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from images import BODIES, COLOURS, Scene, caption, draw, mascot, snail
+from images import BODIES, COLOURS, LEADS, Scene, caption, draw, mascot, place, snail
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent / "sample_data"
@@ -66,15 +66,27 @@ def monsters(count: int) -> list[Scene]:
     return scenes
 
 
+def row(file_name: str, text: str) -> str:
+    """A line of metadata.jsonl."""
+    return json.dumps({"file_name": file_name, "text": text})
+
+
 def everything() -> dict[str, Image.Image | str]:
     """Returns path below sample_data → image or text."""
     files: dict[str, Image.Image | str] = {}
+    captions: dict[str, list[str]] = {"instance": [], "class": []}
     for name, places in (("instance", INSTANCE), ("holdout", HOLDOUT)):
         for i, (background, size, position) in enumerate(places):
             scene = mascot(background, size, position, seed=100 * (name == "holdout") + i)
             files[f"dreambooth/{name}/{i:02}-{background}.png"] = draw(scene)
+            if name in captions:
+                text = f"{LEADS[0]} a sks monster {place(scene)}"
+                captions[name].append(row(f"{i:02}-{background}.png", text))
     for i, scene in enumerate(monsters(24)):
         files[f"dreambooth/class/{i:02}-{scene.colour}.png"] = draw(scene)
+        captions["class"].append(row(f"{i:02}-{scene.colour}.png", caption(scene)))
+    for name, lines in captions.items():
+        files[f"dreambooth/{name}.jsonl"] = "\n".join(lines) + "\n"
     rows = []
     for i in range(28):
         width, height = SNAIL_SIZES[i % len(SNAIL_SIZES)]
@@ -87,7 +99,7 @@ def everything() -> dict[str, Image.Image | str]:
         )
         name = f"{i:02}-{scene.background}.png"
         files[f"captioned/{name}"] = draw(scene)
-        rows.append(json.dumps({"file_name": name, "text": caption(plain, name="sks snail")}))
+        rows.append(row(name, caption(plain, name="sks snail")))
     files["captioned/metadata.jsonl"] = "\n".join(rows) + "\n"
     return files
 

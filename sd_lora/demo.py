@@ -20,15 +20,15 @@ from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import load_features
 from sd_lora.sampling.parameters import Parameters
-from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.sampler import round_trip, sample
 from sd_lora.sampling.score import (
     KIND_SEEDS,
     SETS,
+    Judge,
     PromptImages,
     Prompts,
     Score,
     Taught,
-    score,
     sets_of,
 )
 from sd_lora.terminal import Terminal
@@ -125,10 +125,11 @@ def columns(config: TrainConfig, shown: Sequence[tuple[tuple[str, ...], int]]) -
 def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainConfig:
     """The configuration of sample_data/configs/dreambooth.toml, with absolute paths."""
     values = read_config_file(str(sample_data / "configs" / "dreambooth.toml"))
+    for source in values["sources"]:
+        for name in ("path", "metadata_file"):
+            source[name] = str(sample_data.parent / source[name])
     values |= {
         "pretrained_model_name_or_path": str(sample_data / "tiny-sd"),
-        "instance_data_dir": str(sample_data / "dreambooth" / "instance"),
-        "class_data_dir": str(sample_data / "dreambooth" / "class"),
         "output_dir": output_dir,
         "num_validation_images": 0,  # the demo draws its own
         "data_cache_dir": str(Path(output_dir) / "cache"),  # everything stays in one folder
@@ -138,26 +139,28 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
     return TrainConfig(**(values | changes))
 
 
-def taught(config: TrainConfig, sample_data: Path) -> Taught:
+def taught(sample_data: Path) -> Taught:
     """The images that a run of `demo_config` is trained on, and the subject's held-out images."""
-    folders = Path(str(config.instance_data_dir)), sample_data / "dreambooth" / "holdout"
+    folders = (sample_data / "dreambooth" / name for name in ("instance", "holdout"))
     training, held_out = ([Image.open(p) for p in sorted(f.glob("*.png"))] for f in folders)
     return Taught(training, held_out)
 
 
-def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, Sheet]:
-    """Score of an exported LoRA file, and the sheet of images before and after.
+def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score, float, Sheet]:
+    """Score of an exported LoRA file, the fidelity that real images have behind the model's VAE,
+    and the sheet of images before and after.
 
     The file is loaded into a fresh base model, as its users do.
     """
-    base, images = config.base_model, taught(config, sample_data)
+    base, images = config.base_model, taught(sample_data)
     guidance, side = config.validation_guidance_scale, int(config.resolution or 64)
     before = draw_sets(load_parts(base), side, guidance, SETS)
     tuned = load_parts(base)
     load_adapter(tuned.models, lora)
     after = draw_sets(tuned, side, guidance, SETS)
     features = load_features(sample_data / "encoder")
-    result = score(features, images, PROMPTS, before, after)
+    judge = Judge(features, images, PROMPTS, before)
+    result, reachable = judge.score(after), judge.reachable(round_trip(tuned, images.real))
 
     def row(p: PromptImages) -> list[Image.Image]:
         return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
@@ -169,7 +172,7 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
         "before: the base model, which has never seen it",
         f"after {config.max_train_steps} steps of LoRA: attention + convolutions + text encoder",
     ]
-    return result, Sheet([real, row(before[0]), row(after[0])], labels, shown, side=160)
+    return result, reachable, Sheet([real, row(before[0]), row(after[0])], labels, shown, side=160)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -188,11 +191,16 @@ def main(argv: Sequence[str]) -> None:
     with Terminal() as terminal:
         result = train(config, [terminal])
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
-    outcome, sheet = evaluate(config, result.files[0].path, sample_data)
+    outcome, reachable, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)
     sheet.write(folder / "before_after.png")
-    write_whole(folder / SCORE, (json.dumps(outcome.numbers(), indent=2) + "\n").encode())
+    numbers = outcome.numbers() | {"reachable": reachable}
+    write_whole(folder / SCORE, (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())
+    print(
+        f"  real images that this model's VAE has encoded and decoded: fidelity {reachable:.0%}; "
+        "more can hardly be drawn"
+    )
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
         "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"

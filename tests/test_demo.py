@@ -20,16 +20,18 @@ pytestmark = pytest.mark.slow
 def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """220 steps of the demo at a constant rate: the exported file, loaded into a fresh base, draws
     images nearer to the held-out ones than the base's, none a copy, and other prompts are followed
-    as before. Eight steps of the sampler in place of twenty, and one set of images of three."""
+    as before; real images lose some of their fidelity behind the base's VAE. Eight steps of the
+    sampler in place of twenty, and one set of images of three."""
     monkeypatch.setattr("sd_lora.demo.STEPS", 8)
     monkeypatch.setattr("sd_lora.demo.SETS", 1)
     sample_data = find_sample_data()
     schedule = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 220}
     config = demo_config(sample_data, str(tmp_path / "out"), **schedule)
     result = sd_lora.train(config)
-    outcome, sheet = evaluate(config, result.files[0].path, sample_data)
+    outcome, reachable, sheet = evaluate(config, result.files[0].path, sample_data)
     assert outcome.fidelity.mean > 0.2
     assert outcome.copies.mean == 0
+    assert 0.8 < reachable < 1
     assert outcome.harm.mean < 0.1  # -0.01
     assert sheet.draw().width > 1000
 
@@ -56,6 +58,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         "score.json",
     } <= names  # fmt: skip
     numbers = json.loads((tmp_path / "demo" / "score.json").read_text())
+    assert f"fidelity {numbers['reachable']:.0%}; more can hardly" in out
     assert numbers["fidelity"].keys() == {"mean", "low", "high", "values"}
     assert len(numbers["fidelity"]["values"]) == 3
     with Image.open(tmp_path / "demo" / "before_after.png") as sheet:

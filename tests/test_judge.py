@@ -227,6 +227,8 @@ def test_prompts_ask_for_other_places() -> None:
     one = prompts_for(["a photo of sks dog", "a photo of sks dog", None], "a photo of a dog")
     assert one.subject[:2] == ["a photo of sks dog", "a photo of sks dog on a white background"]
     assert one.of_class[1] == "a photo of a dog on a white background"
+    drawn = prompts_for(["a dog"], "a photo of a {big |}dog {indoors|at night}").of_class
+    assert drawn[:2] == ["a photo of a big dog indoors", "a photo of a dog at night"]
     assert prompts_for([f"caption {i}" for i in range(9)], None).subject == [
         f"caption {i}" for i in range(6)
     ]

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     DPMSolverMultistepScheduler,
@@ -208,6 +209,19 @@ def _tiling(vae: Any, latents: Tensor) -> Iterator[None]:
     finally:
         if before is not None:
             vae.use_tiling = before
+
+
+@torch.no_grad()
+def round_trip(parts: Parts, images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Images that the model's VAE has encoded and decoded, one by one: as near to them as anything
+    that the model draws can be."""
+    vae, drawn = parts.vae, []
+    for image in images:
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+        x = (pixels / 127.5 - 1).to(vae.device, vae.dtype)
+        z = vae.encode(x).latent_dist.mean.float()
+        drawn += _decode(parts, Scaling.of(vae).scaled(z))
+    return drawn
 
 
 @torch.no_grad()

@@ -354,6 +354,11 @@ class Judge:
         """(N,): fidelity of each of N images of the subject."""
         return way(self.start, self.scale.nearness(images), self.scale.level)
 
+    def reachable(self, real: Sequence[Image.Image]) -> float:
+        """Mean fidelity of real images that the model's VAE has encoded and decoded
+        (`sampler.round_trip`): more can hardly be drawn."""
+        return float(self.fidelity(real).mean())
+
     def _followed(self, s: PromptImages) -> float:
         asked = self.features.follows(s.subject, self.prompts.subject, ABOUT_SUBJECT)
         return float(asked.nanmean())

@@ -8,10 +8,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sd_lora.config.options.dreambooth import ClassImages, generated_name
+from sd_lora.config.wildcards import expanded
 from sd_lora.data.images.decode import is_image
 from sd_lora.data.sources.folders import list_names, walk
 from sd_lora.data.sources.samples import printable_path
 from sd_lora.errors import UsageError
+from sd_lora.files import write_whole
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import Family
 from sd_lora.models.load import Parts
@@ -19,7 +21,7 @@ from sd_lora.report.events import Listener, tracked
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, sample
-from sd_lora.seeds import seed_for
+from sd_lora.seeds import seed_for, shuffled
 from sd_lora.training.processes import DTYPES
 
 CLASS_STEPS, CLASS_GUIDANCE = 25, 7.5
@@ -66,6 +68,17 @@ def _refuse_subfolders(wanted: ClassImages, there: int) -> None:
             "one of these folders, move the images up, or move the subfolders away. Nothing has "
             "been drawn yet"
         )
+
+
+def wording(prompt: str, seed: int, number: int) -> str:
+    """The prompt of the image of a number. Of k options of a wildcard, each k images have all, in
+    an order of their own."""
+
+    def pick(options: list[str], what: str) -> str:
+        turn, at = divmod(number, len(options))
+        return options[shuffled(len(options), seed, "class prompt", what, turn)[at]]
+
+    return expanded(prompt, pick)
 
 
 def _free_names(folder: Path, count: int, seed: int) -> list[str]:
@@ -117,7 +130,7 @@ def _generate_class_images(
     dtype = DTYPES[wanted.precision or default]
     drawn = [
         Parameters(
-            wanted.prompt,
+            wording(wanted.prompt, seed, int(path.stem.rsplit("-")[-1])),
             seed_for(seed, "class picture", path.name) % 2**32,
             CLASS_STEPS,
             CLASS_GUIDANCE,
@@ -142,5 +155,7 @@ def _generate_class_images(
         )
         named = list(zip(paths, drawn, strict=True))
         for path, parameters in tracked(named, emit, "class images", len(paths)):
+            if wanted.keeps_prompts:  # first: an image without its caption would not be trained
+                write_whole(path.with_suffix(".txt"), parameters.prompt.encode())
             write_image(path, next(images), [parameters])
         next(images, None)  # ends the sampler, which puts the models back on their devices

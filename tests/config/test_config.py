@@ -299,6 +299,18 @@ def test_a_file_of_loss_weights(text: str, wanted: object, tmp_path: Path) -> No
     ("words", "message"),
     [
         (["--with_prior_preservation"], "--with_prior_preservation needs --class_data_dir"),
+        (
+            [
+                "--with_prior_preservation",
+                "--class_data_dir",
+                "x",
+                "--class_prompt",
+                "a {b|c}",
+                "--captions_from",
+                "prompt",
+            ],
+            "class_prompt has wildcards, and --captions_from prompt reads none",
+        ),
         (["--num_class_images", "9"], "num_class_images has no effect without --with_prior"),
         (["--train_data_dir", "x"], "train_data_dir has an effect in text_to_image runs only"),
     ],

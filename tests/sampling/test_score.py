@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.features import Vectors
-from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.sampler import round_trip, sample
 from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, copied, score
 from tests.tiny import pipeline_of
 
@@ -100,6 +100,8 @@ def test_the_score_in_closed_form() -> None:
     # one of three images is red, and its prompt asks for none
     assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
     assert result.followed_before.values == (1, 1, 1)
+    judge = Judge(Colours(), taught, prompts, before)
+    assert judge.reachable([YELLOW, RED]) == pytest.approx((half + 1) / 2)
     assert "copies: 50 % of the images repeat a training image" in result.text()
     assert result.numbers()["copies"]["mean"] == 0.5
 
@@ -212,3 +214,18 @@ def test_sampling_equals_the_pipelines(tiny_sd1: Path, tiny_sd2: Path) -> None:
             guidance_scale=5.0,
         )
         assert np.abs(np.asarray(ours).astype(int) - np.asarray(theirs)).max() <= 1
+
+
+def test_a_round_trip_is_the_vaes(tiny_sd1: Path) -> None:
+    """Images encoded and decoded equal those of diffusers' own image processor around the VAE, to
+    a level of 255, at any size."""
+    from diffusers.image_processor import VaeImageProcessor
+
+    parts, process = load_parts(str(tiny_sd1)), VaeImageProcessor(vae_scale_factor=8)
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 96, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels), Image.fromarray(pixels[:, :64])]
+    for image, drawn in zip(images, round_trip(parts, images), strict=True):
+        with torch.no_grad():
+            latent = parts.vae.encode(process.preprocess(image)).latent_dist.mode()
+            wanted = process.postprocess(parts.vae.decode(latent).sample, output_type="pil")[0]
+        assert np.abs(np.asarray(drawn, int) - np.asarray(wanted, int)).max() <= 1

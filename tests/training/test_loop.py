@@ -282,6 +282,46 @@ def test_class_images_are_generated_once(tiny_sd1: Path, data: Path, tmp_path: P
     assert all(again[name] == first[name] for name in first if name != min(first))
 
 
+def test_each_class_image_has_words_of_its_own(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """A class prompt with wildcards: each image that is drawn has its own choice, the one in its
+    parameters, beside it as its caption and in training; a deleted one is drawn again with the
+    same. An image of unknown words is left out, and drawn ones make up for it. Captions of the
+    subject come from their files once --captions_from says so."""
+    classes = tmp_path / "class"
+    classes.mkdir()
+    Image.new("RGB", (64, 64), "red").save(classes / "own.png")
+    (classes / "own.txt").write_text("a red thing")
+    Image.new("RGB", (64, 64), "blue").save(classes / "unknown.png")
+    config = dreambooth(
+        tiny_sd1, data, tmp_path / "out", with_prior_preservation=True, class_data_dir=str(classes),
+        class_prompt="a {red|green|blue} thing {indoors|at night}", num_class_images=9,
+        captions_from="auto",
+    )  # fmt: skip
+    run = prepare(config)
+    drawn = {}
+    for path in classes.glob("class-*.png"):
+        with Image.open(path) as image:
+            drawn[path.name] = image.text["parameters"].split("\n")[0]
+        assert path.with_suffix(".txt").read_text() == drawn[path.name]
+        _, colour, thing, *place = drawn[path.name].split()
+        assert colour in ("red", "green", "blue")
+        assert thing == "thing"
+        assert " ".join(place) in ("indoors", "at night")
+    assert len(drawn) == 8
+    assert len(set(drawn.values())) > 3
+    in_turn = [drawn[name].split()[1] for name in sorted(drawn)]
+    assert set(in_turn[:3]) == set(in_turn[3:6]) == {"red", "green", "blue"}
+    seen = [s for i in range(12) for s in run.stream.batch(i).items]
+    assert {s.caption for s in seen if s.kind == "class"} == {*drawn.values(), "a red thing"}
+    own = json.loads((data / "metadata.jsonl").read_text().splitlines()[0])["text"]
+    assert own in {s.caption for s in seen if s.kind == "instance"}
+    assert [f.code for f in run.images.findings if "unknown" in f.name] == ["missing-caption"]
+    (classes / min(drawn)).unlink()
+    prepare(config)
+    with Image.open(classes / min(drawn)) as image:
+        assert image.text["parameters"].split("\n")[0] == drawn[min(drawn)]
+
+
 @pytest.mark.parametrize("kind", ["class", "blank"])
 def test_preserved_answers_are_the_bases(
     kind: str, tiny_sd1: Path, data: Path, tmp_path: Path

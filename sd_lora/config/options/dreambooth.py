@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sd_lora.config.rows import SAME, Section, section
 from sd_lora.config.sources import SourceSpec
+from sd_lora.config.wildcards import has_wildcards
 from sd_lora.errors import Problem, named
 from sd_lora.folders import check_readable
 
@@ -34,12 +35,14 @@ def is_generated(path: str) -> bool:
 class ClassImages:
     """Class images for prior preservation: their source, and how missing ones are generated.
 
-    folder: filled up to `count` images. batch_size: images generated at once. precision: "fp16",
-    "fp32", "bf16" or "no"; None: by the device. base_model: draws them.
+    folder: filled up to `count` images. prompt: with wildcards, each image has a choice of its own.
+    captions: where theirs come from, as `SourceSpec.captions`. batch_size: images generated at
+    once. precision: "fp16", "fp32", "bf16" or "no"; None: by the device. base_model: draws them.
     """
 
     folder: Path
     prompt: str
+    captions: str
     count: int
     batch_size: int
     precision: str | None
@@ -52,13 +55,20 @@ class ClassImages:
             check_readable(self.folder, "class_data_dir")
 
     @property
+    def keeps_prompts(self) -> bool:
+        """Whether a generated image's prompt is written beside it, for it is one of several."""
+        return has_wildcards(self.prompt)
+
+    @property
     def spec(self) -> SourceSpec:
-        """The folder as a source."""
+        """The folder as a source. Without its own caption, an image is one of the prompt; of a
+        prompt with wildcards nobody knows which it shows, and it is left out."""
         return SourceSpec(
             path=str(self.folder),
             layout="plain",
-            captions="prompt",
-            prompt=self.prompt,
+            captions=self.captions,
+            caption_column="text",
+            prompt=None if self.keeps_prompts else self.prompt,
             recursive=False,
             kind="class",
             random_flip=self.random_flip,
@@ -86,7 +96,8 @@ class DreamBoothOptions(Section):
         only="dreambooth", requires={"with_prior_preservation": None}, may_change=True,
         scripts="CD", kohya="reg_data_dir", in_record="name")
     class_prompt: str | None = option(None,
-        "prompt for the class: 'a photo of a dog'",
+        "prompt for the class: 'a photo of a dog'. With 'a photo of a {big|small} dog {indoors|on "
+        "the grass}' each generated image has words of its own, kept beside it as its caption",
         only="dreambooth", requires={"with_prior_preservation": None}, scripts="CD")
     num_class_images: int = option(100,
         "generate class images up to this number",
@@ -122,9 +133,12 @@ class DreamBoothOptions(Section):
         """The class images; None without prior preservation."""
         if not self.with_prior_preservation:
             return None
+        prompt = str(self.class_prompt)
+        one_for_all = "auto" if has_wildcards(prompt) else "prompt"
         return ClassImages(
             Path(str(self.class_data_dir)).expanduser(),
-            str(self.class_prompt),
+            prompt,
+            self.captions_from or one_for_all,  # type: ignore[attr-defined]
             self.num_class_images,
             self.sample_batch_size,
             self.prior_generation_precision,
@@ -146,3 +160,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
         wanted = config.is_dreambooth and config.with_prior_preservation
         if wanted and not getattr(config, name):
             yield Problem(name, f"with_prior_preservation needs {name}")
+    if config.class_prompt and has_wildcards(config.class_prompt):
+        if config.captions_from == "prompt":
+            text = "class_prompt has wildcards, and captions_from prompt reads none of their words"
+            yield Problem("captions_from", text, "Leave captions_from out")

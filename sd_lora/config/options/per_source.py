@@ -68,7 +68,7 @@ class PerSourceOptions(Section):
     caption_extension: str | None = option(None,
         "extension of caption files; .txt and .caption if not given",
         dataset_key=True, kohya=SAME,
-        ignored_by=(*SUBJECT_FOLDER, *DATA_SET, *DATASET_FILE), ai_toolkit="datasets.caption_ext")
+        ignored_by=(*DATA_SET, *DATASET_FILE), ai_toolkit="datasets.caption_ext")
     mask_files: bool = option(False,
         "train the masked part of images: white in their masks counts in the loss, black does "
         "not. Masks lie beside their images (NAME-masklabel.png, NAME_mask.png, masks/NAME.png); "

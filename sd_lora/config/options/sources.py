@@ -60,11 +60,12 @@ class SourceOptions(Section):
         "plain tree; auto: kohya's where nothing else lies beside them",
         choices=LAYOUTS,
         ignored_by=(*SUBJECT_FOLDER, *DATA_SET, *DATASET_FILE))
-    captions_from: str = option("auto",
+    captions_from: str | None = option(None,
         "origin of captions: metadata files, sidecar files (.txt, .caption), file names of "
-        "the images, or caption_default for all; auto: metadata, else sidecars",
-        choices=CAPTIONS, onetrainer="text.prompt_source",
-        ignored_by=(*SUBJECT_FOLDER, *DATASET_FILE))
+        "the images, or one for all, caption_default or instance_prompt; auto: metadata, else "
+        "sidecars. instance_data_dir has one for all if not given",
+        modes=by_mode("auto", None), choices=CAPTIONS, onetrainer="text.prompt_source",
+        ignored_by=DATASET_FILE)
     caption_default: str | None = option(None,
         "caption of images without one; if not given, they are left out",
         only="text_to_image",
@@ -75,8 +76,7 @@ class SourceOptions(Section):
     caption_column: str | None = option(None,
         "column of the captions, each a text or a list of texts; in dreambooth runs "
         "instance_prompt if not given",
-        modes=by_mode("text", None), scripts="ABD",
-        ignored_by=SUBJECT_FOLDER)
+        modes=by_mode("text", None), scripts="ABD")
     leave_out: str | None = option(None,
         "images that are neither trained nor held out: their names or patterns, between commas, "
         "such as '07.png, blurred/*'",
@@ -124,7 +124,7 @@ def source_defaults(config: "TrainConfig") -> SourceSpec:
         "cache_dir": config.cache_dir,
         "caption_column": config.caption_column,
         "layout": config.data_layout,
-        "captions": config.captions_from,
+        "captions": config.captions_from or "auto",
         "prompt": config.caption_default or config.instance_prompt,
     }
     return SourceSpec(**values, rules=CaptionRules(**given))
@@ -156,5 +156,9 @@ def source_specs(config: "TrainConfig") -> list[SourceSpec]:
         ]
     spec = dataclasses.replace(spec, path=getattr(config, config.places[0]))
     if config.is_dreambooth:
-        spec = dataclasses.replace(spec, layout="plain", captions="prompt", recursive=False)
+        origin = config.captions_from or "prompt"
+        column = config.caption_column or "text"
+        spec = dataclasses.replace(
+            spec, layout="plain", captions=origin, caption_column=column, recursive=False
+        )
     return [spec]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from sd_lora.config.options.dreambooth import is_generated
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.crop_files import is_crop_file
 from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_names
@@ -108,7 +109,9 @@ def _no_captions_error(spec: SourceSpec, tree: FolderTree, source_name: str) -> 
     first = tree.images[0]
     extension = caption_extensions(spec)[0]
     others = [p.name for p in tree.files if p.suffix.lower() in CAPTION_EXTENSIONS]
-    hint = ""
+    hint, one_for_all = "", "--caption_default"
+    if spec.kind == "class":
+        one_for_all = "a prompt without wildcards"
     if spec.caption_extension and others:
         hint = f"; caption_extension {spec.caption_extension} fits none of {list_names(others)}"
     return UsageError(
@@ -116,7 +119,7 @@ def _no_captions_error(spec: SourceSpec, tree: FolderTree, source_name: str) -> 
         f'like {{"file_name": "{printable_path(Path(first.name))}", '
         f'"{spec.caption_column or "text"}": "a photo of …"}}, or a '
         f"{printable_path(Path(first.stem))}{extension} beside each image, or "
-        f"give one caption for all with --caption_default{hint}"
+        f"give one caption for all with {one_for_all}{hint}"
     )
 
 
@@ -270,7 +273,9 @@ def _from_sidecars(spec: SourceSpec, tree: FolderTree) -> FolderCaptions:
     for files in sidecars.values():
         for path in files:
             found.used.add(path)
-            found.add_finding("orphan-caption", path)
+            # written first, its image is drawn when the run goes on
+            if not is_generated(path.with_suffix(".png").name):
+                found.add_finding("orphan-caption", path)
     return found
 
 
