@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from choices import METHODS, OBJECTIVES, OPTIMIZERS
 from PIL import Image
-from taught import LESSONS, Lesson
+from taught import COLOURS, LESSONS, Lesson
 from tqdm import tqdm
 
 from sd_lora.config.schema import TrainConfig
+from sd_lora.data.cache.store import digest_of
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
@@ -88,6 +89,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ema": {"use_ema": True},
     "no class images": {"with_prior_preservation": False},
     "no flips": {"random_flip": False},
+    "one prompt for all": {
+        "captions_from": None, "class_prompt": lambda lesson: f"a photo of a {lesson.class_word}",
+    },
+    "one prompt for the class": {
+        "class_prompt": lambda lesson: f"a photo of a {lesson.class_word}",
+    },
 }  # fmt: skip
 """Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
 
@@ -101,7 +108,7 @@ SHORT: dict[str, dict[str, Any]] = {
         "with_prior_preservation": False,
         "train_text_encoder": False,
         "output_preservation": "class",
-        "preservation_class": lambda lesson: lesson.class_word,
+        "preservation_class": lambda lesson: f"{{big |}}{{{COLOURS}}} {lesson.class_word}",
         "trigger_word": lambda lesson: lesson.word,
     },
 }
@@ -169,8 +176,10 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
     else:
         values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}
     values |= changes(cell.row, lesson)
-    if lesson.kind == "subject":  # class images are shared by all cells with as many
-        name = f"{lesson.name}, {values['num_class_images']}"
+    if lesson.kind == "subject":  # class images are shared by all cells with as many of a prompt
+        name = (
+            f"{lesson.name}, {values['num_class_images']}, {digest_of(values['class_prompt'])[:8]}"
+        )
         values["class_data_dir"] = str(out / "class" / name)
     for option, others in NEEDED_BY.items():
         if values.get(option) is False:
@@ -183,6 +192,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
 OF_SUBJECTS_ALONE = {
     "with_prior_preservation", "random_flip", "train_text_encoder", "text_encoder_lr",
     "num_class_images", "output_preservation", "preservation_class", "trigger_word",
+    "captions_from", "class_prompt",
 }  # fmt: skip
 """Class images and flips are for subjects, and a style's recipe trains no text encoder."""
 

@@ -301,15 +301,16 @@ def used_captions(stream: Stream) -> list[Caption] | None:
     Returns None where shuffling and the like make more than `MAX_CAPTIONS`.
     """
     samples = [sample for images in stream.sets.values() for sample in images.samples]
-    if any(sample.source.rules.varies for sample in samples):
+    preserved = stream.preservation
+    if (preserved and preserved.varies) or any(s.source.rules.varies for s in samples):
         return stream.captions(MAX_CAPTIONS)
     used: dict[Caption, None] = {}
     for sample in samples:
         captions = longest_form(sample.captions, sample.source.rules)
         used |= dict.fromkeys(captions)
-        if stream.preservation:
+        if preserved:
             rules = sample.source.rules
-            used |= {p: None for c in captions for p in stream.preservation.captions(c, rules)}
+            used |= {p: None for c in captions for p in preserved.captions(c, rules, 0)}
         if sample.source.rules.caption_dropout:
             used[None] = None
     return list(used)

@@ -125,7 +125,8 @@ class ObjectiveOptions(Section):
         choices=("class", "blank"),
         summary=("objective", "answers to the {} caption preserved"))
     preservation_class: str | None = option(None,
-        "words for the class, in the place of trigger_word: dog for 'sks dog'",
+        "words for the class, in the place of trigger_word: dog for 'sks dog'; with '{big|small} "
+        "dog' others at each use",
         requires={"output_preservation": ("class",)},
         ai_toolkit="train.diff_output_preservation_class")
     preservation_weight: float = option(1.0,

@@ -238,8 +238,7 @@ class Stream(Dataset):
         instances, classes = [], []
         for i in indices:
             entry = micro.entries[i]
-            # fillings have no position in the run
-            where = micro.position + i if entry.counted else f"{micro.position} + {i}"
+            where = self._position(micro, i)
             index = micro.position + i - micro.step_position
             stratum = (index, micro.step_samples) if entry.counted else None
             instances.append(self.instance.item(entry, micro.epoch, where, stratum))
@@ -251,6 +250,11 @@ class Stream(Dataset):
         return [
             self._drawn(item, self.draw_of(micro)) for item in (*instances, *classes, *preserved)
         ]
+
+    @staticmethod
+    def _position(micro: MicroBatch, i: int) -> int | str:
+        """The position of a micro-batch's entry in the run; fillings have none."""
+        return micro.position + i if micro.entries[i].counted else f"{micro.position} + {i}"
 
     def draw_of(self, micro: MicroBatch) -> int:
         """How often the noise of a micro-batch was drawn anew."""
@@ -269,15 +273,17 @@ class Stream(Dataset):
         weight = item.weight * self.preservation.weight if self.preservation else 0.0
         return [
             replace(item, caption=caption, weight=weight, preserves=True)
-            for caption in self._preserved_captions(item.caption, item.index)
+            for caption in self._preserved_captions(item.caption, item.index, item.address[-1])
         ]
 
-    def _preserved_captions(self, caption: str | None, index: int) -> list[str | None]:
-        """The captions preserved beside an instance's. index: of its sample."""
+    def _preserved_captions(
+        self, caption: str | None, index: int, use: int | str
+    ) -> list[str | None]:
+        """The captions preserved beside an instance's. index: of its sample. use: its position."""
         if self.preservation is None:
             return []
         rules = self.instance.samples[index].source.rules
-        return self.preservation.captions(caption, rules)
+        return self.preservation.captions(caption, rules, use)
 
     def items_of(self, number: int) -> list[BatchItem]:
         """The items of a micro-batch on all processes, without their images."""
@@ -311,7 +317,8 @@ class Stream(Dataset):
             for i, entry in enumerate(micro.entries):
                 caption = self.instance.caption(entry, micro.epoch)
                 index = self.instance.entries[entry.entry]
-                found |= dict.fromkeys([caption, *self._preserved_captions(caption, index)])
+                use = self._position(micro, i)
+                found |= dict.fromkeys([caption, *self._preserved_captions(caption, index, use)])
                 if self.class_order:
                     partner = self.class_order.place(micro.position + i)
                     found[self.class_order.set.caption(*partner)] = None

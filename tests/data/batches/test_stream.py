@@ -407,7 +407,8 @@ def test_a_step_has_each_stratum_once(leftovers: str) -> None:
 
 def test_preserved_items_are_the_instances_with_other_captions() -> None:
     """Beside each instance stands the same image, crop, flip and address with the class in the
-    place of the trigger word, in any case, or without a caption; none beside a dropped caption."""
+    place of the trigger word, in any case, or without a caption; none beside a dropped caption. A
+    class with wildcards is another at each use, and the run's captions hold them all."""
     rules = CaptionRules(trigger_word="sks dog", caption_dropout=0.5)
     spec = SourceSpec(path="a", rules=rules, random_flip=True)
     texts = [("a photo of SKS dog",), ("at night",), ("sks dogs and a sks dog",)] * 8
@@ -428,6 +429,12 @@ def test_preserved_items_are_the_instances_with_other_captions() -> None:
             assert beside == replace(item, caption=caption, weight=0.5, preserves=True)
         assert stream.captions(1000) is not None
         assert {item.caption for item in preserved} <= set(stream.captions(1000))
+    varied = Stream(made(images), epochs, None, 0, 1, table, 4,
+                    preservation=Preservation("{big|small|old} dog", 0.5))  # fmt: skip
+    assert varied.preservation.varies
+    seen = {item.caption for n in range(4) for item in varied.items_of(n) if item.preserves}
+    assert {f"a photo of {size} dog" for size in ("big", "small", "old")} <= seen
+    assert seen <= set(varied.captions(1000))
 
 
 def test_keys_of_cached_latents_stay() -> None:
