@@ -5,12 +5,13 @@
 
 `run` trains the embedded base on a drawn subject, character or style for each case: of each kind,
 number of images and seed, one run that is far too short, one of usual length, and one far too long,
-with a rate and a rank that are too high. A subject's images share one caption, a character's do
-not. A row is written when its run ends; the same command goes on
-where it was stopped. `fit` searches the thresholds of `sd_lora.report.verdict` on the even seeds,
-and counts right verdicts by them, and by those of the table, on the odd ones, whose subjects were
-not seen. The truth is the way in which a run was made. 8 images are held out of each: verdicts are
-counted with their losses, without, as small sets have them, and by scores of images.
+with a rate and a rank that are too high. A row is written when its run ends, and the sheet of its
+last score into the folder ROWS; the same command goes on where it was stopped. `fit` searches the
+thresholds of `sd_lora.report.verdict` on the even seeds, and counts right verdicts by them, and by
+those of the table, on the odd ones, whose subjects were not seen. The truth is what eyes say of the
+sheets, in ROWS/truth.json (name of a sheet → one of the three words, or several of which each is
+right), else the way in which a run was made. 8 images are held out of each: verdicts are counted
+with their losses, without, as small sets have them, and by scores of images.
 
     python benchmarks/verdict.py stop ROWS.jsonl [--runs 10]
 
@@ -35,7 +36,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "dev"))
 
-from images import BACKGROUNDS, COLOURS, Scene, caption, draw, random_scene
+from images import BACKGROUNDS, COLOURS, Scene, caption, draw, place, random_scene
 from PIL import Image, ImageOps
 
 from sd_lora.config.schema import TrainConfig
@@ -72,13 +73,12 @@ TOO_LONG = {"max_train_steps": 2000, "learning_rate": 1e-3, "rank": 64}
 
 OF_SUBJECT = {
     GOOD: {
-        "max_train_steps": 300, "learning_rate": 2e-3, "rank": 16, "train_text_encoder": True,
+        "max_train_steps": 600, "learning_rate": 2e-3, "rank": 16, "train_text_encoder": True,
         "text_encoder_lr": 4e-4, "with_prior_preservation": True, "num_class_images": 24,
     },
 }  # fmt: skip
-"""Truth → other options for a subject whose images share one caption: those of the demo. Without
-class images and with a frozen text encoder, every thing of its class becomes the subject within 100
-steps."""
+"""Truth → other options for a subject: those of the demo. Without class images and with a frozen
+text encoder, every thing of its class becomes the subject within 100 steps."""
 
 KINDS = ("subject", "character", "style")
 
@@ -100,11 +100,9 @@ def images_of(kind: str, seed: int, count: int) -> list[tuple[Image.Image, str]]
                 look, background=places[number % len(places)], size=rng.choice(("medium", "big")),
                 seed=number,
             )  # fmt: skip
-            name = f"sks {scene.thing}"
-            # a character's captions say where it is, and not how it looks
+            # captions say where it is, and not how it looks
             plain = replace(scene, colour=(0, 0, 0), texture="plain", body="")
-            text = f"a photo of a {name}" if kind == "subject" else caption(plain, name=name)
-            found.append((draw(scene), text))
+            found.append((draw(scene), caption(plain, name=f"sks {scene.thing}")))
             continue
         scene = random_scene(rng)
         grey = draw(scene).convert("L")
@@ -136,10 +134,13 @@ def config_of(
     )  # fmt: skip
 
 
-def record_of(kind: str, seed: int, count: int, truth: str, folder: Path) -> dict[str, Any]:
-    """The record of a run that is made so."""
+def record_of(
+    kind: str, seed: int, count: int, truth: str, folder: Path, sheet: Path
+) -> dict[str, Any]:
+    """The record of a run that is made so; its images go into a sheet."""
     options = SETTINGS[truth] | (OF_SUBJECT.get(truth, {}) if kind == "subject" else {})
     train(config_of(kind, seed, count, options, folder))
+    shutil.copy(max((folder / "out" / "samples").glob("score-*.png")), sheet)
     record: dict[str, Any] = json.loads((folder / "out" / "report.json").read_text())
     return {name: record.get(name, {}) for name in ("validation", "changes", "scores")}
 
@@ -152,11 +153,20 @@ def of_images(kind: str, seed: int, data: Path, options: dict[str, Any]) -> dict
             "mode": "dreambooth",
             "instance_data_dir": str(data),
             "instance_prompt": of_class.replace("a photo of a", "a photo of a sks"),
+            "captions_from": "metadata",
             "class_data_dir": str(data.parent / "class"),
-            "class_prompt": of_class,
+            "class_prompt": varied(of_class),
+            "score_class_prompt": of_class,
         }
     prompt = {} if kind == "style" else {"score_class_prompt": of_class}
     return {"mode": "text_to_image", "train_data_dir": str(data), **prompt}
+
+
+def varied(of_class: str) -> str:
+    """A class prompt of many looks and places."""
+    colours = "|".join(sorted(COLOURS))
+    places = "|".join(place(Scene("car", "red", background=b)) for b in BACKGROUNDS)
+    return f"{of_class.replace('photo of a', f'photo of a {{big |}}{{{colours}}}')} {{{places}}}"
 
 
 def other_seeds(config: TrainConfig, paths: list[Path | None]) -> dict[str, Any]:
@@ -197,11 +207,11 @@ def stop(args: argparse.Namespace) -> None:
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for number in range(len(done), args.runs):
         kind, seed = "subject", 100 + number
-        with tempfile.TemporaryDirectory(prefix="verdict-") as place:
-            config = config_of(kind, seed, 2, TOO_LONG, Path(place), scores=10)
+        with tempfile.TemporaryDirectory(prefix="verdict-") as kept:
+            config = config_of(kind, seed, 2, TOO_LONG, Path(kept), scores=10)
             config = config.replace(keep_best=True)
             train(config)
-            out = Path(place) / "out"
+            out = Path(kept) / "out"
             rows = json.loads((out / "report.json").read_text())["scores"]["rows"]
             ended = ended_at([row["merit"] for row in rows])
             steps = [rows[ended]["step"], TOO_LONG["max_train_steps"]]
@@ -221,10 +231,10 @@ def stop(args: argparse.Namespace) -> None:
 def ended_at(merits: list[float]) -> int:
     """The place of the score at which a run with PATIENCE would have taken its files."""
     best = 0
-    for place, merit_there in enumerate(merits):
+    for at, merit_there in enumerate(merits):
         if merit_there > merits[best]:
-            best = place
-        elif place - best >= PATIENCE:
+            best = at
+        elif at - best >= PATIENCE:
             break
     return best
 
@@ -234,16 +244,20 @@ def run(args: argparse.Namespace) -> None:
     path = Path(args.rows)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     known = {(r["kind"], r["images"], r["seed"], r["truth"]) for r in done}
+    sheets = path.with_suffix("")
+    sheets.mkdir(parents=True, exist_ok=True)
     cases = itertools.product(range(args.seeds), args.kinds, args.images, SETTINGS)
-    for seed, kind, count, truth in cases:
+    for number, (seed, kind, count, truth) in enumerate(cases):
         if (kind, count, seed, truth) in known:
             continue
         folder = Path(tempfile.mkdtemp(prefix="verdict-"))
         try:
-            record = record_of(kind, seed, count, truth, folder)
+            sheet = sheets / f"{kind}, {count} images, seed {seed}, {number:03}.png"
+            record = record_of(kind, seed, count, truth, folder, sheet)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-        row = {"kind": kind, "images": count, "seed": seed, "truth": truth, "record": record}
+        row = {"kind": kind, "images": count, "seed": seed, "truth": truth}
+        row |= {"sheet": sheet.name, "record": record}
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         found = verdict_of(record)
@@ -276,13 +290,18 @@ def rights(rows: list[dict[str, Any]], thresholds: dict[str, float], way: str) -
     found = []
     for row in rows:
         verdict = verdict_of(WAYS[way](row["record"]), thresholds)
-        found.append(verdict is not None and verdict.state == row["truth"])
+        found.append(verdict is not None and verdict.state in row["right"])
     return found
 
 
 def fit(args: argparse.Namespace) -> None:
     """Search thresholds on the even seeds, and count right verdicts on the odd ones."""
     rows = [json.loads(line) for line in Path(args.rows).read_text().splitlines()]
+    truths = Path(args.rows).with_suffix("") / "truth.json"
+    by_eye = json.loads(truths.read_text()) if truths.exists() else {}
+    for row in rows:
+        seen = by_eye.get(row.get("sheet"), row["truth"])
+        row["right"] = [seen] if isinstance(seen, str) else seen
     parts = [[row for row in rows if row["seed"] % 2 == part] for part in (0, 1)]
     best = dict(THRESHOLDS)
     for _ in range(2):  # one threshold at a time
