@@ -61,20 +61,20 @@ class StackedJoint(torch.autograd.Function):
         ctx: Any, x: Tensor, WB: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     ) -> tuple[Tensor, ...]:
         x2 = x.reshape(-1, x.shape[-1])
-        xh = torch.cat([x2, x2 @ A.t()], 1)  # (N, in + n·r)
-        y = F.linear(xh, WB, bias)
-        ctx.save_for_backward(xh, WB, A)
+        h = x2 @ A.t()  # (N, n·r)
+        y = F.linear(torch.cat([x2, h], 1), WB, bias)
+        # x itself, which attention has saved too, and not the wider copy
+        ctx.save_for_backward(x2, h, WB, A)
         ctx.shape, ctx.blocks = x.shape, B.shape
         return tuple(out.view(*x.shape[:-1], -1) for out in y.split(B.shape[1], 1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
-        xh, WB, A = ctx.saved_tensors
+        x2, h, WB, A = ctx.saved_tensors
         (n, out, r), width, dx = ctx.blocks, A.shape[1], None
         g = gs[0] if n == 1 else torch.cat(gs, -1)
         g = g.reshape(-1, n * out)
-        x2, h = xh[:, :width], xh[:, width:]
         if ctx.needs_input_grad[0]:
             G = g @ WB  # (N, in + n·r): the gradients of x by W, and of h
             dh = G[:, width:]
