@@ -48,15 +48,16 @@ class ConvFactors(Factors):
 
 
 class Stack(Factors):
-    """Linears with one input, of one shape and rank, computed as one.
+    """Linears with one input, of one shape and rank, computed as one; a 1×1 convolution is one, of
+    tokens.
 
     Several weights become views of one tensor, with their numbers and names. In a dtype below
     float32 that tensor has B beside W, for `StackedJoint`.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear]) -> None:
+    def __init__(self, layers: Sequence[AdaptedLinear | AdaptedConv]) -> None:
         bases = [layer.base for layer in layers]
-        weight: Tensor = bases[0].weight
+        weight: Tensor = bases[0].weight.detach().flatten(1)
         n, (out, width), r = len(layers), weight.shape, layers[0].delta.rank
         assert r is not None
         A = weight.new_empty(n * r, width)
@@ -70,10 +71,11 @@ class Stack(Factors):
             B = weight.new_empty(n, out, r)
         if self.joint or n > 1:
             for base, rows in zip(bases, self.W[:, :width].split(out), strict=True):
-                rows.copy_(base.weight)
-                base.weight.data = rows
+                rows.copy_(base.weight.flatten(1))
+                base.weight.data = rows.view(base.weight.shape)
         self.bias = _joined_biases(bases)
         super().__init__(layers, (A, B), [*A.split(r), *B])
+        self.into = [v.view(m.shape) for v, m in zip(self.into, self.masters, strict=True)]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output, (…, out)."""

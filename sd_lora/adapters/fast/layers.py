@@ -1,6 +1,6 @@
 """Which layers the fast path takes, and their forward passes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def takes(layer: nn.Module) -> bool:
         whole == {"lora_A", "lora_B"}
         and not drops
         and all(p.requires_grad for p in delta.parameters())
-        and (_is_plain_conv(base) if isinstance(layer, AdaptedConv) else is_plain_linear(base))
+        and (is_plain_conv(base) if isinstance(layer, AdaptedConv) else is_plain_linear(base))
         and not is_hooked(layer)
     )
 
@@ -67,7 +67,8 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and _has_plain_tensors(module)
 
 
-def _is_plain_conv(module: nn.Module) -> bool:
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether a module is a frozen `nn.Conv2d` and nothing else."""
     return (
         type(module) is nn.Conv2d
         and module.padding_mode == "zeros"
@@ -78,14 +79,8 @@ def _is_plain_conv(module: nn.Module) -> bool:
     )
 
 
-def frozen_convs(model: nn.Module, adapted: Iterable[nn.Module]) -> dict[nn.Module, Forward]:
-    """Frozen convolution → forward pass that saves nothing but the weight."""
-    inner = {id(part) for layer in adapted for part in layer.modules()}
-    convs = [m for m in model.modules() if id(m) not in inner and _is_plain_conv(m)]
-    return {conv: _frozen_conv(conv) for conv in convs}
-
-
-def _frozen_conv(conv: Any) -> Forward:
+def frozen_conv(conv: Any) -> Forward:
+    """W x + b, saving nothing but the weight."""
     return lambda input: FrozenConv.apply(input, conv.weight, conv.bias, conv.stride, conv.padding)
 
 

@@ -15,7 +15,8 @@ from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.layers import (
     Forward,
     adapted_conv,
-    frozen_convs,
+    frozen_conv,
+    is_plain_conv,
     is_usual,
     takes,
 )
@@ -36,17 +37,23 @@ class FastModel:
         self.model = model
         plain = {layer: layer for layer in adapted_layers(model).values() if takes(layer)}
         self.layers: list[AdaptedLayer] = list(plain)
-        parts = Parts.of(model, plain)
-        self.forwards: dict[nn.Module, Forward] = frozen_convs(model, plain) | parts.forwards
-        alone: list[Any] = [layer for layer in plain if layer not in parts.stacked]
-        factors: list[Any] = [*parts.stacks]
-        for layer in alone:
+        parts = Parts(model, plain)
+        self.forwards, factors = parts.forwards, parts.factors
+        for layer in plain:
+            own: Any = layer
+            if layer in parts.inside:
+                continue
             if isinstance(layer, AdaptedConv):
-                factors.append(ConvFactors(layer))
-                self.forwards[layer] = adapted_conv(layer, factors[-1])
+                factors.append(ConvFactors(own))
+                self.forwards[layer] = adapted_conv(own, factors[-1])
             else:
-                factors.append(Stack([layer]))
-                self.forwards[layer] = factors[-1].forward_of_one()
+                stack = Stack([own])
+                factors.append(stack)
+                self.forwards[layer] = stack.forward_of_one()
+        bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
+        for module in model.modules():
+            if is_plain_conv(module) and module not in parts.inside | bases:
+                self.forwards[module] = frozen_conv(module)
         self.copies, self.shared = Copies(factors), parts.shared
         self._dicts = [(vars(module), forward) for module, forward in self.forwards.items()]
         self._is_in = False

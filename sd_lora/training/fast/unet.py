@@ -1,23 +1,30 @@
-"""Parts of diffusers' UNet whose layers share an input, and their forward passes.
+"""Parts of diffusers' UNet that are computed together, with the layers inside them.
 
 Only exact classes with the settings of Stable Diffusion are taken; all else stays as it is.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from sd_lora.adapters.fast.copies import FrozenStack, Stack
-from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_linear
-from sd_lora.adapters.fast.products import Geglu, NormSilu
-from sd_lora.adapters.linear_conv import AdaptedLinear
+from sd_lora.adapters.fast.copies import ConvFactors, Factors, FrozenStack, Stack
+from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
+from sd_lora.adapters.fast.residual import Block, Convolution, Norm
+from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
+from sd_lora.training.fast import blocks
+
+Plain = Collection[nn.Module]
+"""The adapted layers that are plain LoRA."""
 
 
 @dataclass
@@ -35,12 +42,11 @@ class Shared:
 
     def read_text(
         self, sample: object = None, timestep: object = None,
-        encoder_hidden_states: Tensor | None = None, *_: object, **__: object,
+        encoder_hidden_states: Any = None, *_: object, **__: object,
     ) -> None:  # fmt: skip
         """Compute all keys and values of the text (B, tokens, width), of the UNet's arguments."""
-        text: Any = encoder_hidden_states
         for stack, readers in self.of_text:
-            outs = iter(stack(text))
+            outs = iter(stack(encoder_hidden_states))
             for reader in readers:
                 self.keys_values[reader] = next(outs), next(outs)
 
@@ -52,87 +58,123 @@ class Shared:
                 self.times[reader] = out[:, :, None, None]
 
     def forget(self) -> None:
+        """Let the tensors of the last forward pass go."""
         self.keys_values.clear()
         self.times.clear()
 
 
-@dataclass
 class Parts:
-    """What is found in a UNet.
+    """What is found in a model.
 
-    stacks: with working copies. stacked: the adapted linears in them. forwards: module → forward
-    pass. shared: what its layers share.
+    factors: with working copies. inside: the adapted layers and convolutions that a larger part
+    computes. forwards: module → forward pass. shared: what its layers share.
     """
 
-    stacks: list[Stack] = field(default_factory=list)
-    stacked: set[nn.Module] = field(default_factory=set)
-    forwards: dict[nn.Module, Forward] = field(default_factory=dict)
-    shared: Shared = field(default_factory=Shared)
+    def __init__(self, model: nn.Module, plain: Plain) -> None:
+        self.factors: list[Factors] = []
+        self.inside: set[nn.Module] = set()
+        self.forwards: dict[nn.Module, Forward] = {}
+        self.shared = Shared()
+        self._plain = plain
+        if type(model) is not UNet2DConditionModel:
+            return
+        modules = list(model.modules())
+        attentions = [m for m in modules if _is_usual_attention(m)]
+        self._add_self_attentions([a for a in attentions if not a.is_cross_attention])
+        if model.encoder_hid_proj is None:
+            self._add_text([a for a in attentions if a.is_cross_attention])
+        if not is_hooked(model.down_blocks[0]):
+            self._add_resnets(model.down_blocks[0], [m for m in modules if _is_usual_resnet(m)])
+        for module in modules:
+            if _is_usual_geglu(module):
+                self.forwards[module] = blocks.geglu(module)
+            elif _is_usual_block(module):
+                self.forwards[module] = blocks.transformer_block(module)
+            elif _is_usual_transformer(module):
+                self._add_transformer(module)
 
-    @classmethod
-    def of(cls, model: nn.Module, plain: Mapping[nn.Module, object]) -> "Parts":
-        """Those of a model. plain: its adapted layers that are plain LoRA."""
-        parts = cls()
-        for module in model.modules():
-            if type(module) is GEGLU and not is_hooked(module):
-                parts.forwards[module] = _geglu(module)
-        attentions = [m for m in model.modules() if _is_usual_attention(m)]
+    def _stack(self, layers: list[Any]) -> Stack:
+        stack = Stack(layers)
+        self.factors.append(stack)
+        self.inside.update(layers)
+        return stack
+
+    def _alike(self, linears: list[Any]) -> bool:
+        """Whether linears are plain LoRA, and can be one stack."""
+        return all(linear in self._plain for linear in linears) and len({*map(_form, linears)}) == 1
+
+    def _add_self_attentions(self, attentions: list[Any]) -> None:
+        """One stack of query, key and value for each."""
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
-            if not attention.is_cross_attention and _alike(linears, plain):
-                (stack,) = parts._stacked([linears])
-                parts.forwards[attention] = _self_attention(attention, stack)
-        if type(model) is not UNet2DConditionModel or model.encoder_hid_proj is not None:
-            return parts
-        parts._add_text(attentions, plain)
-        if not is_hooked(model.down_blocks[0]):
-            resnets = [m for m in model.modules() if _is_usual_resnet(m)]
-            parts._add_time(model.down_blocks[0], resnets, plain)
-        return parts
+            if self._alike(linears):
+                self.forwards[attention] = blocks.self_attention(attention, self._stack(linears))
 
-    def _stacked(self, groups: Iterable[list[AdaptedLinear]]) -> list[Stack]:
-        stacks = [Stack(linears) for linears in groups]
-        for stack, linears in zip(stacks, groups, strict=True):
-            self.stacks.append(stack)
-            self.stacked.update(linears)
-        return stacks
-
-    def _add_text(self, attentions: list[Any], plain: Mapping[nn.Module, object]) -> None:
+    def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
-        cross = [a for a in attentions if a.is_cross_attention]
-        cross = [a for a in cross if _alike([a.to_k, a.to_v], plain)]
-        for alike in _by(cross, lambda a: _form(a.to_k)):
-            (stack,) = self._stacked([[linear for a in alike for linear in (a.to_k, a.to_v)]])
+        known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
+        for alike in _by(known, lambda a: _form(a.to_k)):
+            stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
             self.shared.of_text.append((stack, alike))
-            self.forwards |= {a: _cross_attention(a, self.shared.keys_values) for a in alike}
+            for attention in alike:
+                forward = blocks.cross_attention(attention, self.shared.keys_values)
+                self.forwards[attention] = forward
 
-    def _add_time(
-        self, first: nn.Module, resnets: list[Any], plain: Mapping[nn.Module, object]
-    ) -> None:
-        """One stack of time projections for all residual blocks of a width.
+    def _add_resnets(self, first: nn.Module, resnets: list[Any]) -> None:
+        """Each residual block as one function, and one stack of time projections for a width.
 
-        first: the UNet's first block, which gets the time embedding as all others do.
+        first: the UNet's first block, which gets the time embedding as all others do, and is outside
+        of every block whose activations are computed again.
         """
-        adapted = [r for r in resnets if _alike([r.time_emb_proj], plain)]
-        frozen = [r for r in resnets if is_plain_linear(r.time_emb_proj)]
+        known = [r for r in resnets if all(map(self._is_known, _convs(r)))]
+        adapted = [r for r in known if self._alike([r.time_emb_proj])]
+        frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
         for alike in _by(adapted, lambda r: _form(r.time_emb_proj)):
-            (stack,) = self._stacked([[r.time_emb_proj for r in alike]])
+            stack = self._stack([r.time_emb_proj for r in alike])
             self.shared.of_time.append((stack, alike))
         for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
-            stack = FrozenStack([r.time_emb_proj for r in alike])
-            self.shared.of_time.append((stack, alike))
-        self.forwards |= {r: _resnet(r, self.shared.times) for r in (*adapted, *frozen)}
-        # outside of every block whose activations are computed again
+            stacked = FrozenStack([r.time_emb_proj for r in alike])
+            self.shared.of_time.append((stacked, alike))
+        for resnet in (*adapted, *frozen):
+            self.forwards[resnet] = _resnet(self._block(resnet), resnet, self.shared.times)
         self.forwards[first] = _first_block(first, self.shared)
+
+    def _is_known(self, conv: nn.Module) -> bool:
+        return is_plain_conv(conv) or (isinstance(conv, AdaptedConv) and conv in self._plain)
+
+    def _block(self, resnet: Any) -> Block:
+        first, second, *shortcut = (self._convolution(conv) for conv in _convs(resnet))
+        norms = Norm(resnet.norm1), Norm(resnet.norm2)
+        return Block(norms[0], first, norms[1], second, shortcut[0] if shortcut else None)
+
+    def _convolution(self, conv: Any) -> Convolution:
+        self.inside.add(conv)
+        if not isinstance(conv, AdaptedConv):
+            return Convolution(conv, None)
+        factors = ConvFactors(conv)
+        self.factors.append(factors)
+        return Convolution(conv.base, factors)
+
+    def _add_transformer(self, model: Any) -> None:
+        """A transformer whose projections are linear layers, or 1×1 convolutions, which are."""
+        projections = model.proj_in, model.proj_out
+        if all(is_plain_linear(p) or _is_pointwise(p) or p in self._plain for p in projections):
+            project_in, project_out = map(self._projection, projections)
+            self.forwards[model] = blocks.transformer(model, project_in, project_out)
+
+    def _projection(self, module: Any) -> blocks.Project:
+        if isinstance(module, AdaptedConv):
+            return self._stack([module]).forward_of_one()
+        if not isinstance(module, nn.Conv2d):
+            return module
+        self.inside.add(module)
+        weight = module.weight.detach().flatten(1)
+        return lambda tokens: F.linear(tokens, weight, module.bias)
 
 
 def _form(linear: AdaptedLinear) -> tuple[object, ...]:
     """What linears of a stack have in common."""
     return linear.delta.shape, linear.delta.rank, linear.base.bias is None
-
-
-def _alike(linears: list[Any], plain: Mapping[nn.Module, object]) -> bool:
-    return all(linear in plain for linear in linears) and len({*map(_form, linears)}) == 1
 
 
 def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]]:
@@ -143,64 +185,50 @@ def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]
     return list(groups.values())
 
 
+def _convs(resnet: Any) -> list[Any]:
+    """The convolutions of a residual block: two, and a shortcut where its width changes."""
+    convs = resnet.conv1, resnet.conv2, resnet.conv_shortcut
+    return [conv for conv in convs if conv is not None]
+
+
+def _resnet(block: Block, module: nn.Module, times: Mapping[nn.Module, Tensor]) -> Forward:
+    def forward(input_tensor: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
+        return block(input_tensor, times[module])
+
+    return forward
+
+
+def _first_block(block: Any, shared: Shared) -> Forward:
+    general = partial(type(block).forward, block)
+
+    def forward(hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shared.read_time(temb)
+        return general(hidden_states, temb, *args, **kwargs)
+
+    return forward
+
+
+def _is(module: nn.Module, cls: type) -> bool:
+    return type(module) is cls and not is_hooked(module)
+
+
 def _is_usual_attention(module: Any) -> bool:
+    unset = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
     return (
-        type(module) is Attention
+        _is(module, Attention)
         and type(module.processor) is AttnProcessor2_0
-        and not is_hooked(module)
-        and all(
-            getattr(module, name, None) is None
-            for name in ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
-        )
+        and all(getattr(module, name, None) is None for name in unset)
         and not module.residual_connection
         and module.rescale_output_factor == 1
         and module.to_out[1].p == 0
         and module.to_k is not None
-        and module.to_k.out_features == module.to_q.out_features
+        and module.inner_kv_dim == module.inner_dim
     )
-
-
-def _self_attention(attention: Any, stack: Stack) -> Forward:
-    heads, to_out, general = attention.heads, attention.to_out[0], type(attention).forward
-
-    def forward(
-        hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, **more: Any,
-    ) -> Tensor:  # fmt: skip
-        if attention_mask is not None or encoder_hidden_states is not None:
-            return general(attention, hidden_states, encoder_hidden_states, attention_mask, **more)
-        return to_out(_attend(heads, *stack(hidden_states)))
-
-    return forward
-
-
-def _cross_attention(
-    attention: Any, keys_values: Mapping[nn.Module, tuple[Tensor, ...]]
-) -> Forward:
-    heads, to_q, to_out = attention.heads, attention.to_q, attention.to_out[0]
-    general = type(attention).forward
-
-    def forward(
-        hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, **more: Any,
-    ) -> Tensor:  # fmt: skip
-        if attention_mask is not None:
-            return general(attention, hidden_states, encoder_hidden_states, attention_mask, **more)
-        return to_out(_attend(heads, to_q(hidden_states), *keys_values[attention]))
-
-    return forward
-
-
-def _attend(heads: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention of (B, tokens, width)."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _is_usual_resnet(module: Any) -> bool:
     return (
-        type(module) is ResnetBlock2D
-        and not is_hooked(module)
+        _is(module, ResnetBlock2D)
         and module.time_embedding_norm == "default"
         and module.time_emb_proj is not None
         and not (module.skip_time_act or module.up or module.down)
@@ -213,38 +241,41 @@ def _is_usual_resnet(module: Any) -> bool:
 
 def _is_frozen_norm(norm: nn.Module) -> bool:
     return (
-        type(norm) is nn.GroupNorm
-        and not is_hooked(norm)
+        isinstance(norm, nn.GroupNorm)
+        and _is(norm, nn.GroupNorm)
         and norm.affine
         and not any(p.requires_grad for p in norm.parameters())
     )
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return NormSilu.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
+def _is_usual_geglu(module: Any) -> bool:
+    return _is(module, GEGLU)
 
 
-def _resnet(block: Any, times: Mapping[nn.Module, Tensor]) -> Forward:
-    norm1, conv1, norm2, conv2 = block.norm1, block.conv1, block.norm2, block.conv2
-    shortcut = block.conv_shortcut
-
-    def forward(input_tensor: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        h = conv1(_norm_silu(norm1, input_tensor)).add_(times[block])
-        h = conv2(_norm_silu(norm2, h))
-        return h.add_(input_tensor if shortcut is None else shortcut(input_tensor))
-
-    return forward
-
-
-def _first_block(block: Any, shared: Shared) -> Forward:
-    general = type(block).forward
-
-    def forward(hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Any:
-        shared.read_time(temb)
-        return general(block, hidden_states, temb, *args, **kwargs)
-
-    return forward
+def _is_usual_block(module: Any) -> bool:
+    return (
+        _is(module, BasicTransformerBlock)
+        and module.norm_type == "layer_norm"
+        and module.pos_embed is None
+        and module.attn2 is not None
+        and not module.only_cross_attention
+        and module._chunk_size is None
+        and [type(part) for part in module.ff.net[:2]] == [GEGLU, nn.Dropout]
+        and len(module.ff.net) == 3
+        and module.ff.net[1].p == 0
+        and not is_hooked(module.ff)
+    )
 
 
-def _geglu(module: Any) -> Forward:
-    return lambda hidden_states: Geglu.apply(module.proj(hidden_states))
+def _is_usual_transformer(module: Any) -> bool:
+    return _is(module, Transformer2DModel) and module.is_input_continuous
+
+
+def _is_pointwise(module: Any) -> bool:
+    """Whether a module is a frozen 1×1 convolution."""
+    return (
+        is_plain_conv(module)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+    )
