@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.average import Average
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.fast.step import FastModel
 from sd_lora.training.fit import Fit
 from sd_lora.training.init_lora import Start
 from sd_lora.training.ledger import Ledger
@@ -69,8 +70,9 @@ class Run:
     component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
     meta_pipeline: the modules that the LoRA is for. fit: the way of a step through the device.
     validation: the images and noise by which the run is measured. ledger: of its images. average:
-    of the steps, which is exported; None for the last step, or the optimiser's own average. saved:
-    the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
+    of the steps, which is exported; None for the last step, or the optimiser's own average.
+    fast_models: the models whose steps take the fast path. saved: the checkpoint to resume. start:
+    the LoRA file to start from. losses: hash of those so far.
     redrawn: steps done before and at the end of each part that was done once more. saved_steps:
     those of this process's checkpoints. schedule: of the sample images. seconds_drawing: spent on
     them. repo: of the hub, or "". recomputed: blocks of the memory budget. scores: or None.
@@ -96,6 +98,7 @@ class Run:
     validation: Validation
     ledger: Ledger
     average: Average | None = None
+    fast_models: Sequence[FastModel] = ()
     fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
     start: Start | None = None
@@ -162,9 +165,10 @@ class Run:
             settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return settings
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters: deltas, and embeddings of new words."""
+        """The trained parameters: deltas, and embeddings of new words; looked for once, which takes
+        as long as a twentieth of a small model's step."""
         tokens = self.text.tokens
         layers = [p for model in self.models.values() for p in lora_layers(model)]
         return [*layers, *(tokens.parameters() if tokens else [])]

@@ -119,14 +119,21 @@ class Copies:
     def __init__(self, factors: Sequence[Factors]) -> None:
         self.factors = list(factors)
         self.masters = [master for f in self.factors for master in f.masters]
-        self._into = [view for f in self.factors for view in f.into]
+        # by `data`, which counts no change: where a model goes forward twice before a step, the
+        # first pass's graph has saved the copies, and finds the same numbers in them
+        self._into = [view.data for f in self.factors for view in f.into]
         self._scales = [s for f in self.factors for s in [*(1.0 for _ in f.scales), *f.scales]]
         self._scaled = [i for i, s in enumerate(self._scales) if s != 1]
-        self._seen: list[int] = []
 
     def refresh(self) -> None:
-        """Copy the masters, and link the copies' gradients to them."""
-        self._copy()
+        """Copy the masters, B with its scale, and link the copies' gradients to them.
+
+        At each forward pass, for no count of a tensor's changes is to be trusted: fused optimisers
+        leave it as it is (torch 2.13).
+        """
+        with torch.no_grad():
+            torch._foreach_copy_(self._into, self.masters)
+            self._scale(self._into)
         linked = iter(_Linked.apply(self, *self.masters))
         for factors in self.factors:
             factors.A, factors.B = next(linked), next(linked)
@@ -135,16 +142,6 @@ class Copies:
         """Let the graph of the last forward pass go."""
         for factors in self.factors:
             factors.A, factors.B = factors.buffers
-
-    @torch.no_grad()
-    def _copy(self) -> None:
-        """Copy the masters, B with its scale, if any has changed."""
-        now = [master._version for master in self.masters]
-        if now == self._seen:  # a second forward pass before the step: the first's graph reads them
-            return
-        self._seen = now
-        torch._foreach_copy_(self._into, self.masters)
-        self._scale(self._into)
 
     def _scale(self, tensors: Sequence[Tensor | None]) -> None:
         """Multiply by s, in place, what belongs to each B."""

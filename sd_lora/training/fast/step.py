@@ -4,7 +4,7 @@ Between steps every module is as it was, so that samples, validation, checkpoint
 nothing of it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -109,6 +109,12 @@ class FastModel:
             for own, _ in self._dicts:
                 del own["forward"]
         self._is_in = False
+
+
+def fast_models(models: Mapping[str, nn.Module]) -> list[FastModel]:
+    """Those of the models that have layers which the fast path takes, component → model."""
+    found = {c: adapted_layers(model).values() for c, model in models.items()}
+    return [FastModel(models[c]) for c, layers in found.items() if any(map(takes, layers))]
 
 
 @contextmanager
