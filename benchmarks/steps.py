@@ -160,7 +160,9 @@ def config_of(arguments: dict[str, Any]) -> Any:
 
 def count() -> None:
     """Operators and saved activations of one sample, float32 factors on a bfloat16 base."""
-    print("| UNet | targets | project | operators | saved MiB | of peft's |\n|---|---|---|---|---|---|")
+    print(
+        "| UNet | targets | project | operators | saved MiB | of peft's |\n|---|---|---|---|---|---|"
+    )
     for family, label, side in (("sd1", "SD1.5 512²", 64), ("sdxl", "SDXL 1024²", 128)):
         config = config_of(CONFIGS[family]["unet"])
         for targets in ("attention", "all"):
@@ -220,7 +222,9 @@ def main() -> None:
     torch.set_num_threads(1)
     print(HEAD)
     real = given.work == "time"
-    config = config_of(CONFIGS["sd1"]["unet"] if real else UNet2DConditionModel.load_config(EMBEDDED))
+    config = config_of(
+        CONFIGS["sd1"]["unet"] if real else UNet2DConditionModel.load_config(EMBEDDED)
+    )
     label, side, batch = ("SD1.5 256²", 32, 1) if real else ("embedded, 64²", 16, 4)
     for targets in given.targets:
         for dtype in given.dtypes:

@@ -114,7 +114,7 @@ def _joined_biases(bases: Sequence[nn.Linear]) -> Tensor | None:
 
 
 class Copies:
-    """All working copies of a model: `refresh` before each forward pass."""
+    """All working copies of a model: `refresh` before each step's forward pass."""
 
     def __init__(self, factors: Sequence[Factors]) -> None:
         self.factors = list(factors)
@@ -128,8 +128,8 @@ class Copies:
     def refresh(self) -> None:
         """Copy the masters, B with its scale, and link the copies' gradients to them.
 
-        At each forward pass, for no count of a tensor's changes is to be trusted: fused optimisers
-        leave it as it is (torch 2.13).
+        In each step, for no count of a tensor's changes is to be trusted: fused optimisers leave it
+        as it is (torch 2.13).
         """
         with torch.no_grad():
             torch._foreach_copy_(self._into, self.masters)
@@ -161,9 +161,7 @@ class Copies:
         there = [i for i, gradient in enumerate(found) if gradient is not None]
         if there and found[there[0]].dtype != self.masters[0].dtype:  # type: ignore[union-attr]
             likes = [self.masters[i] for i in there]
-            flat = likes[0].new_empty(
-                sum(like.numel() for like in likes)
-            )
+            flat = likes[0].new_empty(sum(like.numel() for like in likes))
             parts = flat.split([like.numel() for like in likes])
             wide = [part.view_as(like) for part, like in zip(parts, likes, strict=True)]
             torch._foreach_copy_(wide, [found[i] for i in there])  # type: ignore[arg-type]

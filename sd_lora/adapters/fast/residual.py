@@ -31,7 +31,9 @@ class Convolution:
     def pair(self) -> Pair:
         return (self.factors.A, self.factors.B) if self.factors else (None, None)
 
-    def product(self, x: Tensor, A: Tensor | None, B: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def product(
+        self, x: Tensor, A: Tensor | None, B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """W x + b + B(A x), and A x."""
         base: Any = self.base
         y = torch.conv2d(x, base.weight, base.bias, base.stride, base.padding)

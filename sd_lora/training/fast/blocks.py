@@ -35,9 +35,7 @@ def self_attention(attention: Any, stack: Stack) -> Forward:
     return forward
 
 
-def cross_attention(
-    attention: Any, keys_values: Mapping[nn.Module, tuple[Tensor, ...]]
-) -> Forward:
+def cross_attention(attention: Any, keys_values: Mapping[nn.Module, tuple[Tensor, ...]]) -> Forward:
     """Attention of the text, whose keys and values are there already."""
     heads, to_q, to_out = attention.heads, attention.to_q, attention.to_out[0]
     general = type(attention).forward

@@ -66,7 +66,6 @@ class FastModel:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._applies():
                 self._put_in()
-                self.copies.refresh()
                 self.shared.read_text(*args, **kwargs)
                 return general(*args, **kwargs)
             was_in = self._is_in and not torch.is_grad_enabled()
@@ -78,6 +77,7 @@ class FastModel:
                     self._put_in()
 
         vars(self.model)["forward"] = forward
+        self.copies.refresh()  # here, for a compiler would take the copying into its graph
         return self
 
     def __exit__(self, *_: object) -> None:
