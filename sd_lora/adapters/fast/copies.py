@@ -6,7 +6,7 @@ gradients go back to the trained tensors by one more.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class ConvFactors(Factors):
     """Those of one convolution."""
 
     def __init__(self, layer: AdaptedConv) -> None:
-        weight, delta = layer.base.weight, layer.delta
+        weight, delta = layer.base.weight, cast(Any, layer.delta)
         A, B = (torch.empty_like(t, dtype=weight.dtype) for t in (delta.lora_A, delta.lora_B))
         super().__init__([layer], (A, B), (A, B))
 
@@ -145,10 +145,9 @@ class Copies:
 
     def _scale(self, tensors: Sequence[Tensor | None]) -> None:
         """Multiply by s, in place, what belongs to each B."""
-        there = [i for i in self._scaled if tensors[i] is not None]
+        there = [(t, self._scales[i]) for i in self._scaled if (t := tensors[i]) is not None]
         if there:
-            scales = [self._scales[i] for i in there]
-            torch._foreach_mul_([tensors[i] for i in there], scales)  # type: ignore[arg-type]
+            torch._foreach_mul_([t for t, _ in there], [s for _, s in there])
 
     def gradients(self, of_buffers: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of the masters from those of the copies, which nothing else reads."""
@@ -158,13 +157,13 @@ class Copies:
             for gradient, master in zip(pair, factors.masters[::n], strict=True):
                 of_each = None if gradient is None else gradient.view(n, *master.shape)
                 found += [None] * n if of_each is None else of_each.unbind()
-        there = [i for i, gradient in enumerate(found) if gradient is not None]
-        if there and found[there[0]].dtype != self.masters[0].dtype:  # type: ignore[union-attr]
+        there = {i: gradient for i, gradient in enumerate(found) if gradient is not None}
+        if any(gradient.dtype != self.masters[i].dtype for i, gradient in there.items()):
             likes = [self.masters[i] for i in there]
             flat = likes[0].new_empty(sum(like.numel() for like in likes))
             parts = flat.split([like.numel() for like in likes])
             wide = [part.view_as(like) for part, like in zip(parts, likes, strict=True)]
-            torch._foreach_copy_(wide, [found[i] for i in there])  # type: ignore[arg-type]
+            torch._foreach_copy_(wide, [*there.values()])
             for i, gradient in zip(there, wide, strict=True):
                 found[i] = gradient
         self._scale(found)

@@ -137,7 +137,8 @@ class _Residual(torch.autograd.Function):
         y = block.norm2(middle)[0]
         z = y if A2 is None else F.silu(y)
         dz, pair2 = block.conv2.gradients(g, z, low2, A2, B2, wants_x or wants_time or learns1)
-        dx = dtime = None
+        dx: Any = None
+        dtime = None
         pair1: Pair = (None, None)
         if dz is not None:
             dmiddle = block.norm2.gradient(dz, y, middle, mean2, rstd2)

@@ -44,8 +44,9 @@ class FastModel:
             if layer in parts.inside:
                 continue
             if isinstance(layer, AdaptedConv):
-                factors.append(ConvFactors(own))
-                self.forwards[layer] = adapted_conv(own, factors[-1])
+                conv = ConvFactors(own)
+                factors.append(conv)
+                self.forwards[layer] = adapted_conv(own, conv)
             else:
                 stack = Stack([own])
                 factors.append(stack)

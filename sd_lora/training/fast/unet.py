@@ -78,13 +78,14 @@ class Parts:
         self._plain = plain
         if type(model) is not UNet2DConditionModel:
             return
+        unet: Any = model
         modules = list(model.modules())
         attentions = [m for m in modules if _is_usual_attention(m)]
         self._add_self_attentions([a for a in attentions if not a.is_cross_attention])
         if model.encoder_hid_proj is None:
             self._add_text([a for a in attentions if a.is_cross_attention])
-        if not is_hooked(model.down_blocks[0]):
-            self._add_resnets(model.down_blocks[0], [m for m in modules if _is_usual_resnet(m)])
+        if not is_hooked(unet.down_blocks[0]):
+            self._add_resnets(unet.down_blocks[0], [m for m in modules if _is_usual_resnet(m)])
         for module in modules:
             if _is_usual_geglu(module):
                 self.forwards[module] = blocks.geglu(module)
@@ -123,8 +124,8 @@ class Parts:
     def _add_resnets(self, first: nn.Module, resnets: list[Any]) -> None:
         """Each residual block as one function, and one stack of time projections for a width.
 
-        first: the UNet's first block, which gets the time embedding as all others do, and is outside
-        of every block whose activations are computed again.
+        first: the UNet's first block, which gets the time embedding as all others do, and is
+        outside of every block whose activations are computed again.
         """
         known = [r for r in resnets if all(map(self._is_known, _convs(r)))]
         adapted = [r for r in known if self._alike([r.time_emb_proj])]
