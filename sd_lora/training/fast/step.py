@@ -61,6 +61,9 @@ class FastModel:
         self._outer: Forward | None = None  # accelerate's own wrapping of the model's forward pass
 
     def __enter__(self) -> "FastModel":
+        # first, for it may be out of memory; and not in the forward pass, for a compiler would take
+        # the copying into its graph
+        self.copies.refresh()
         self._outer = vars(self.model).get("forward")
         general = self._outer or self.model.forward
 
@@ -78,7 +81,6 @@ class FastModel:
                     self._put_in()
 
         vars(self.model)["forward"] = forward
-        self.copies.refresh()  # here, for a compiler would take the copying into its graph
         return self
 
     def __exit__(self, *_: object) -> None:
