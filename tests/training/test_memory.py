@@ -42,8 +42,9 @@ def test_a_step_is_counted_as_it_goes(
     options: dict[str, object], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     """The bytes that a real forward and backward pass holds at its peak, text encoder included,
-    with and without checkpointing, are those counted on the meta device within 10 %: the rest, the
-    working copies of the factors, and the gradients. Those of a step's earlier micro-batches are there from its beginning on."""
+    with and without checkpointing, are those counted on the meta device within 10 %: the rest, with
+    working copies of the factors, and the gradients. Those of a step's earlier micro-batches are
+    there from its beginning on."""
     data = images(tmp_path / "data", 8, (64, 128))
     changes: dict[str, object] = {"train_batch_size": 8, "resolution": 128} | options
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "o", train_text_encoder=True, **changes))
