@@ -35,6 +35,7 @@ from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.failure import told_once
+from sd_lora.training.fast.step import fast
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
@@ -264,7 +265,8 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     parts = batch.by_size(run.fit.at_once) if apart else [batch]
     losses = []
     for part in parts:
-        with run.gradient_exchange(batch.last and part is parts[-1]), run.unmasking():
+        exchange = run.gradient_exchange(batch.last and part is parts[-1])
+        with exchange, run.unmasking(), fast(run.fast_models):
             loss = batch_loss(run, part, done) / batch.accumulation_steps
             run.accelerator.backward(loss)
         losses.append(loss.detach())

@@ -27,6 +27,7 @@ from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training.adapt import inject_all, prepare_models
 from sd_lora.training.average import profiles_of
+from sd_lora.training.fast.step import fast, fast_models
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.processes import DTYPES, chosen_precision
 from sd_lora.training.recompute import All, Call, enable_checkpointing
@@ -200,11 +201,13 @@ def count_step(
         earlier = [torch.empty_like(p) for p in layers]
         for parameter, gradient in zip(layers, earlier, strict=True):
             parameter.grad = gradient
-    held = [*frozen, *layers, *earlier, moments, x, *tree_leaves(conditions)]
+    fast_ones = fast_models(adapted)
+    copies = [b for one in fast_ones for f in one.copies.factors for b in f.buffers]
+    held = [*frozen, *layers, *copies, *earlier, moments, x, *tree_leaves(conditions)]
     with HeldBytes(held) as counter:
         if watched:
             enable_checkpointing(adapted, All(), watched(counter))
-        with flash_attention():
+        with flash_attention(), fast(fast_ones):
             if learns:
                 conditions["encoder_hidden_states"] = _encode(config, family, encoders, shape)
             out = unet(x, torch.zeros(shape.number, device="meta"), **conditions).sample

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,7 @@ from sd_lora.training import checkpoint
 from sd_lora.training.average import Average
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
+from sd_lora.training.fast.step import FastModel
 from sd_lora.training.fit import Fit
 from sd_lora.training.init_lora import Start
 from sd_lora.training.ledger import Ledger
@@ -64,16 +65,17 @@ class ImageLost(RunError):
 class Run:
     """Everything that the loop needs.
 
-    emit: tells an event to the listeners; does nothing on other processes than the main one.
-    log: the file of losses. device: facts about it. models: component → injected model. prepared:
-    component → model as Accelerate wrapped it, for those that learn. text: captions → embeddings.
-    meta_pipeline: the modules that the LoRA is for. fit: the way of a step through the device.
-    validation: the images and noise by which the run is measured. ledger: of its images. average:
-    of the steps, which is exported; None for the last step, or the optimiser's own average. saved:
-    the checkpoint to resume. start: the LoRA file to start from. losses: hash of those so far.
-    redrawn: steps done before and at the end of each part that was done once more. saved_steps:
-    those of this process's checkpoints. schedule: of the sample images. seconds_drawing: spent on
-    them. repo: of the hub, or "". recomputed: blocks of the memory budget. scores: or None.
+    emit: tells an event to the listeners; on the main process alone. log: the file of losses.
+    device: facts about it. models: component → injected model. prepared: component → model as
+    Accelerate wrapped it, for those that learn. text: captions → embeddings. meta_pipeline: the
+    modules that the LoRA is for. fit: the way of a step through the device. validation: the images
+    and noise by which the run is measured. ledger: of its images. average: of the steps, which is
+    exported; None for the last step, or the optimiser's own average. saved: the checkpoint to
+    resume. fast_models: on the fast path. start: the LoRA file to start from. losses: hash of those
+    so far. redrawn: steps done before and at the end of each part that was done once more.
+    saved_steps: those of this process's checkpoints. schedule: of the sample images.
+    seconds_drawing: spent on them. repo: of the hub, or "". recomputed: blocks of the memory
+    budget. scores: or None.
     """
 
     plan: Plan
@@ -96,6 +98,7 @@ class Run:
     validation: Validation
     ledger: Ledger
     average: Average | None = None
+    fast_models: Sequence[FastModel] = ()
     fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
     start: Start | None = None
@@ -162,12 +165,11 @@ class Run:
             settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return settings
 
-    @property
+    @cached_property
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters: deltas, and embeddings of new words."""
-        tokens = self.text.tokens
+        """The trained parameters: deltas, and embeddings of new words; 4 ms to look for."""
         layers = [p for model in self.models.values() for p in lora_layers(model)]
-        return [*layers, *(tokens.parameters() if tokens else [])]
+        return [*layers, *(self.text.tokens.parameters() if self.text.tokens else [])]
 
     @property
     def first_step(self) -> int:
@@ -201,8 +203,7 @@ class Run:
 
     @contextlib.contextmanager
     def exportable(self) -> Iterator[None]:
-        """A context in which the main process has all tensors that an export reads: magnitudes are
-        of whole base weights. All processes must enter it."""
+        """A context of all processes; in it the main one has all tensors that an export reads."""
         self._gather_base()
         yield
         if self.joint:
@@ -224,8 +225,7 @@ class Run:
             use_average(self.optimizer)
 
     def next_rate(self) -> None:
-        """Go on with the schedule, also after a first step that was skipped, of which torch warns
-        as of a mistake."""
+        """Go on with the schedule, also after a skipped first step, of which torch would warn."""
         if self.lr_scheduler.last_epoch:
             self.lr_scheduler.step()
             return

@@ -44,6 +44,7 @@ from sd_lora.training.conditioning import (
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
+from sd_lora.training.fast.step import fast_models
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
@@ -174,6 +175,7 @@ def prepare(
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
+        fast_models=fast_models(models),
         saved=saved,
         start=start,
         repo=checked.repo,

@@ -42,8 +42,9 @@ def test_a_step_is_counted_as_it_goes(
     options: dict[str, object], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     """The bytes that a real forward and backward pass holds at its peak, text encoder included,
-    with and without checkpointing, are those counted on the meta device within 10 %: the rest, and
-    the gradients. Those of a step's earlier micro-batches are there from its beginning on."""
+    with and without checkpointing, are those counted on the meta device within 10 %: the rest, with
+    working copies of the factors, and the gradients. Those of a step's earlier micro-batches are
+    there from its beginning on."""
     data = images(tmp_path / "data", 8, (64, 128))
     changes: dict[str, object] = {"train_batch_size": 8, "resolution": 128} | options
     run = prepare(text_to_image(tiny_sd1, data, tmp_path / "o", train_text_encoder=True, **changes))
@@ -51,7 +52,9 @@ def test_a_step_is_counted_as_it_goes(
     for number in range(last):
         loop.accumulate(run, number, run.stream.batch(number), 0)
     batch = run.stream.batch(last)
-    with HeldBytes([p.grad for p in run.parameters if p.grad is not None]) as held:
+    gradients = [p.grad for p in run.parameters if p.grad is not None]
+    copies = [b for one in run.fast_models for f in one.copies.factors for b in f.buffers]
+    with HeldBytes([*gradients, *copies]) as held:
         loop.accumulate(run, last, batch, 0)
     count = count_step(run.config, run.meta_pipeline, Shape(8, batch.items[0].crop.size))
     layers = sum(p.nbytes for p in run.parameters)

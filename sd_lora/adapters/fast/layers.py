@@ -1,0 +1,97 @@
+"""Which layers the fast path takes, and their forward passes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sd_lora.adapters.fast.copies import ConvFactors
+from sd_lora.adapters.fast.products import FrozenConv
+from sd_lora.adapters.layers import AdaptedLayer
+from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
+from sd_lora.adapters.methods import LoRA
+
+Forward = Callable[..., Any]
+
+
+def takes(layer: nn.Module) -> bool:
+    """Whether a layer is plain LoRA on a plain `nn.Linear` or `nn.Conv2d`: no other method, rule,
+    init, dropout or trained bias, nothing quantised, sharded or hooked."""
+    if type(layer) not in (AdaptedLinear, AdaptedConv):
+        return False
+    assert isinstance(layer, AdaptedLayer)
+    if {*layer.deltas} != {"weight"} or type(layer.delta) is not LoRA:
+        return False
+    delta, base = layer.delta, layer.base
+    whole = {name for name, tensor in delta.tensors().items() if tensor is not None}
+    drops = layer.dropout or layer.neuron_dropout or layer.module_dropout or delta.rank_dropout
+    return (
+        whole == {"lora_A", "lora_B"}
+        and not drops
+        and all(p.requires_grad for p in delta.parameters())
+        and (is_plain_conv(base) if isinstance(layer, AdaptedConv) else is_plain_linear(base))
+        and not is_hooked(layer)
+    )
+
+
+def is_usual(layer: AdaptedLayer) -> bool:
+    """Whether a layer computes W + ΔW now: not merged, of strength 1, with all ranks."""
+    return not layer._originals and layer.strength == 1 and layer.rank_mask is None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a call of a module does more than its class says."""
+    hooks = (
+        module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+        module._backward_pre_hooks,
+    )  # fmt: skip
+    # accelerate and diffusers hook a layer by a `forward` in the instance's own dictionary
+    return any(hooks) or "forward" in vars(module)
+
+
+def _has_plain_tensors(module: nn.Module) -> bool:
+    """Frozen parameters of torch's own class and of one float dtype, without parametrisations."""
+    own = [p for p in module._parameters.values() if p is not None]
+    return (
+        module._parameters.get("weight") is not None
+        and not any(p.requires_grad or type(p) is not nn.Parameter for p in own)
+        and len({p.dtype for p in own}) == 1
+        and own[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and not is_hooked(module)
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a frozen `nn.Linear` and nothing else."""
+    return type(module) is nn.Linear and _has_plain_tensors(module)
+
+
+def is_plain_conv(module: nn.Module) -> bool:
+    """Whether a module is a frozen `nn.Conv2d` and nothing else."""
+    return (
+        type(module) is nn.Conv2d
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+        and module.groups == 1
+        and module.dilation == (1, 1)
+        and _has_plain_tensors(module)
+    )
+
+
+def frozen_conv(conv: Any) -> Forward:
+    """W x + b, saving nothing but the weight."""
+    return lambda input: FrozenConv.apply(input, conv.weight, conv.bias, conv.stride, conv.padding)
+
+
+def adapted_conv(layer: Any, factors: ConvFactors) -> Forward:
+    """W x + b + B(A x), of torch's own operators: a function of our own saves no operator here, and
+    its calls cost more (45 µs, benchmarks/README.md)."""
+    base = layer.base
+
+    def forward(input: Tensor) -> Tensor:
+        h = torch.conv2d(input, factors.A, None, base.stride, base.padding)
+        y = torch.conv2d(input, base.weight, base.bias, base.stride, base.padding)
+        return y.add_(torch.conv2d(h, factors.B))
+
+    return forward

@@ -1,0 +1,140 @@
+"""Operators of the fast path: what they compute, what they save, and their gradients.
+
+Frozen tensors get no gradient. The scale s = α/r is in B already (`copies`).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class StackedSum(torch.autograd.Function):
+    """n adapted linears of one input, each sum accumulated inside its GEMM: y_i = W_i x + b_i +
+    B_i(A_i x).
+
+    In: x (…, in); W (n·out, in); bias (n·out) or None; A (n·r, in); B (n, out, r). Out: n tensors
+    (…, out), views of one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+    ) -> tuple[Tensor, ...]:
+        x2 = x.reshape(-1, x.shape[-1])
+        h = x2 @ A.t()  # (N, n·r)
+        y = F.linear(x2, W, bias)  # (N, n·out)
+        outs, r = y.split(B.shape[1], 1), B.shape[2]
+        for out, low, up in zip(outs, h.split(r, 1), B, strict=True):
+            out.addmm_(low, up.t())
+        ctx.save_for_backward(x2, W, A, B, h)
+        ctx.shape = x.shape
+        return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
+        x2, W, A, B, h = ctx.saved_tensors
+        _, out, r = B.shape
+        # layer by layer: on a CPU a batched product of these takes three times as long
+        by_layer = [g.reshape(-1, out) for g in gs]
+        dh = torch.cat([g @ up for g, up in zip(by_layer, B, strict=True)], 1)
+        dB = torch.stack([g.t() @ low for g, low in zip(by_layer, h.split(r, 1), strict=True)])
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dh @ A
+            for g, weight in zip(by_layer, W.split(out), strict=True):
+                dx.addmm_(g, weight)
+            dx = dx.view(ctx.shape)
+        return dx, None, None, dh.t() @ x2, dB
+
+
+class StackedJoint(torch.autograd.Function):
+    """The same from one GEMM, y = [x, h]·[W, B]ᵀ with h = A x.
+
+    Its accumulator is float32, so an update below the last bit of W x in bfloat16 is kept, which a
+    sum of two rounded outputs loses.
+
+    In: x (…, in); WB (n·out, in + n·r), W beside the block diagonal of B; bias (n·out) or None;
+    A (n·r, in); B (n, out, r), the view of the blocks in WB. Out: n tensors (…, out).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, WB: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
+    ) -> tuple[Tensor, ...]:
+        x2 = x.reshape(-1, x.shape[-1])
+        h = x2 @ A.t()  # (N, n·r)
+        y = F.linear(torch.cat([x2, h], 1), WB, bias)
+        # x itself, which attention has saved too, and not the wider copy
+        ctx.save_for_backward(x2, h, WB, A)
+        ctx.shape, ctx.blocks = x.shape, B.shape
+        return tuple(out.view(*x.shape[:-1], -1) for out in y.split(B.shape[1], 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
+        x2, h, WB, A = ctx.saved_tensors
+        (n, out, r), width, dx = ctx.blocks, A.shape[1], None
+        g = gs[0] if n == 1 else torch.cat(gs, -1)
+        g = g.reshape(-1, n * out)
+        if ctx.needs_input_grad[0]:
+            G = g @ WB  # (N, in + n·r): the gradients of x by W, and of h
+            dh = G[:, width:]
+            dx = torch.addmm(G[:, :width], dh, A).view(ctx.shape)
+        else:
+            dh = g @ WB[:, width:]
+        if n == 1:
+            dB = (g.t() @ h).view(n, out, r)
+        else:
+            by_layer = g.view(-1, n, out).permute(1, 2, 0)  # (n, out, N)
+            dB = torch.bmm(by_layer, h.view(-1, n, r).transpose(0, 1))
+        return dx, None, None, dh.t() @ x2, dB
+
+
+class FrozenConv(torch.autograd.Function):
+    """A frozen convolution that saves its weight alone: torch keeps the input, which only a
+    gradient of the weight would need."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, stride: Any, padding: Any
+    ) -> Tensor:
+        ctx.save_for_backward(W)
+        ctx.input, ctx.stride, ctx.padding = x.shape, stride, padding
+        ctx.channels_last = x.dim() == 4 and not x.is_contiguous()
+        return F.conv2d(x, W, bias, stride, padding)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
+        (W,) = ctx.saved_tensors
+        # the kernels read the input's shape and layout, and no number of it
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        like = torch.empty(ctx.input, dtype=g.dtype, device=g.device, memory_format=layout)
+        dx = torch.ops.aten.convolution_backward(
+            g, like, W, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
+            (True, False, False),
+        )[0]  # fmt: skip
+        return dx, None, None, None, None
+
+
+class Geglu(torch.autograd.Function):
+    """a·gelu(b) of h = (a, b) (…, 2·width), Shazeer 2020; gelu(b) is computed again in the
+    backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        a, b = h.chunk(2, -1)
+        return F.gelu(b).mul_(a)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
+        (h,) = ctx.saved_tensors
+        a, b = h.chunk(2, -1)
+        da, db = F.gelu(b).mul_(g), torch.ops.aten.gelu_backward(g * a, b)
+        return torch.cat([da, db], -1)

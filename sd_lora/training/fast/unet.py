@@ -1,0 +1,282 @@
+"""Parts of diffusers' UNet that are computed together, with the layers inside them.
+
+Only exact classes with the settings of Stable Diffusion are taken; all else stays as it is.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from sd_lora.adapters.fast.copies import ConvFactors, Factors, FrozenStack, Stack
+from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
+from sd_lora.adapters.fast.residual import Block, Convolution, Norm
+from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
+from sd_lora.training.fast import blocks
+
+Plain = Collection[nn.Module]
+"""The adapted layers that are plain LoRA."""
+
+
+@dataclass
+class Shared:
+    """Outputs of layers that share one input through the whole model, of the current forward pass:
+    keys and values of the text, by attention, and time projections, by residual block.
+
+    of_text, of_time: stack → the modules that read its outputs, in order.
+    """
+
+    of_text: list[tuple[Stack, list[nn.Module]]] = field(default_factory=list)
+    of_time: list[tuple[Stack | FrozenStack, list[nn.Module]]] = field(default_factory=list)
+    keys_values: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
+    times: dict[nn.Module, Tensor] = field(default_factory=dict)
+
+    def read_text(
+        self, sample: object = None, timestep: object = None,
+        encoder_hidden_states: Any = None, *_: object, **__: object,
+    ) -> None:  # fmt: skip
+        """Compute all keys and values of the text (B, tokens, width), of the UNet's arguments."""
+        for stack, readers in self.of_text:
+            outs = iter(stack(encoder_hidden_states))
+            for reader in readers:
+                self.keys_values[reader] = next(outs), next(outs)
+
+    def read_time(self, temb: Tensor) -> None:
+        """Compute all projections of the time embedding (B, width)."""
+        temb = F.silu(temb)
+        for stack, readers in self.of_time:
+            for reader, out in zip(readers, stack(temb), strict=True):
+                self.times[reader] = out[:, :, None, None]
+
+    def forget(self) -> None:
+        """Let the tensors of the last forward pass go."""
+        self.keys_values.clear()
+        self.times.clear()
+
+
+class Parts:
+    """What is found in a model.
+
+    factors: with working copies. inside: the adapted layers and convolutions that a larger part
+    computes. forwards: module → forward pass. shared: what its layers share.
+    """
+
+    def __init__(self, model: nn.Module, plain: Plain) -> None:
+        self.factors: list[Factors] = []
+        self.inside: set[nn.Module] = set()
+        self.forwards: dict[nn.Module, Forward] = {}
+        self.shared = Shared()
+        self._plain = plain
+        if type(model) is not UNet2DConditionModel:
+            return
+        unet: Any = model
+        modules = list(model.modules())
+        attentions = [m for m in modules if _is_usual_attention(m)]
+        self._add_self_attentions([a for a in attentions if not a.is_cross_attention])
+        if model.encoder_hid_proj is None:
+            self._add_text([a for a in attentions if a.is_cross_attention])
+        if not is_hooked(unet.down_blocks[0]):
+            self._add_resnets(unet.down_blocks[0], [m for m in modules if _is_usual_resnet(m)])
+        for module in modules:
+            if _is_usual_geglu(module):
+                self.forwards[module] = blocks.geglu(module)
+            elif _is_usual_block(module):
+                self.forwards[module] = blocks.transformer_block(module)
+            elif _is_usual_transformer(module):
+                self._add_transformer(module)
+
+    def _stack(self, layers: list[Any]) -> Stack:
+        stack = Stack(layers)
+        self.factors.append(stack)
+        self.inside.update(layers)
+        return stack
+
+    def _alike(self, linears: list[Any]) -> bool:
+        """Whether linears are plain LoRA, and can be one stack."""
+        return all(linear in self._plain for linear in linears) and len({*map(_form, linears)}) == 1
+
+    def _add_self_attentions(self, attentions: list[Any]) -> None:
+        """One stack of query, key and value for each."""
+        for attention in attentions:
+            linears = [attention.to_q, attention.to_k, attention.to_v]
+            if self._alike(linears):
+                self.forwards[attention] = blocks.self_attention(attention, self._stack(linears))
+
+    def _add_text(self, attentions: list[Any]) -> None:
+        """One stack of keys and values for all cross-attentions of a width."""
+        known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
+        for alike in _by(known, lambda a: _form(a.to_k)):
+            stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
+            self.shared.of_text.append((stack, alike))
+            for attention in alike:
+                forward = blocks.cross_attention(attention, self.shared.keys_values)
+                self.forwards[attention] = forward
+
+    def _add_resnets(self, first: nn.Module, resnets: list[Any]) -> None:
+        """Each residual block as one function, and one stack of time projections for a width.
+
+        first: the UNet's first block, which gets the time embedding as all others do, and is
+        outside of every block whose activations are computed again.
+        """
+        known = [r for r in resnets if all(map(self._is_known, _convs(r)))]
+        adapted = [r for r in known if self._alike([r.time_emb_proj])]
+        frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
+        for alike in _by(adapted, lambda r: _form(r.time_emb_proj)):
+            stack = self._stack([r.time_emb_proj for r in alike])
+            self.shared.of_time.append((stack, alike))
+        for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
+            stacked = FrozenStack([r.time_emb_proj for r in alike])
+            self.shared.of_time.append((stacked, alike))
+        for resnet in (*adapted, *frozen):
+            self.forwards[resnet] = _resnet(self._block(resnet), resnet, self.shared.times)
+        self.forwards[first] = _first_block(first, self.shared)
+
+    def _is_known(self, conv: nn.Module) -> bool:
+        return is_plain_conv(conv) or (isinstance(conv, AdaptedConv) and conv in self._plain)
+
+    def _block(self, resnet: Any) -> Block:
+        first, second, *shortcut = (self._convolution(conv) for conv in _convs(resnet))
+        norms = Norm(resnet.norm1), Norm(resnet.norm2)
+        return Block(norms[0], first, norms[1], second, shortcut[0] if shortcut else None)
+
+    def _convolution(self, conv: Any) -> Convolution:
+        self.inside.add(conv)
+        if not isinstance(conv, AdaptedConv):
+            return Convolution(conv, None)
+        factors = ConvFactors(conv)
+        self.factors.append(factors)
+        return Convolution(conv.base, factors)
+
+    def _add_transformer(self, model: Any) -> None:
+        """A transformer whose projections are linear layers, or 1×1 convolutions, which are."""
+        projections = model.proj_in, model.proj_out
+        if all(is_plain_linear(p) or _is_pointwise(p) or p in self._plain for p in projections):
+            project_in, project_out = map(self._projection, projections)
+            self.forwards[model] = blocks.transformer(model, project_in, project_out)
+
+    def _projection(self, module: Any) -> blocks.Project:
+        if isinstance(module, AdaptedConv):
+            return self._stack([module]).forward_of_one()
+        if not isinstance(module, nn.Conv2d):
+            return module
+        self.inside.add(module)
+        weight = module.weight.detach().flatten(1)
+        return lambda tokens: F.linear(tokens, weight, module.bias)
+
+
+def _form(linear: AdaptedLinear) -> tuple[object, ...]:
+    """What linears of a stack have in common."""
+    return linear.delta.shape, linear.delta.rank, linear.base.bias is None
+
+
+def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]]:
+    """Modules grouped by form, in order."""
+    groups: dict[object, list[Any]] = {}
+    for module in modules:
+        groups.setdefault(form(module), []).append(module)
+    return list(groups.values())
+
+
+def _convs(resnet: Any) -> list[Any]:
+    """The convolutions of a residual block: two, and a shortcut where its width changes."""
+    convs = resnet.conv1, resnet.conv2, resnet.conv_shortcut
+    return [conv for conv in convs if conv is not None]
+
+
+def _resnet(block: Block, module: nn.Module, times: Mapping[nn.Module, Tensor]) -> Forward:
+    def forward(input_tensor: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
+        return block(input_tensor, times[module])
+
+    return forward
+
+
+def _first_block(block: Any, shared: Shared) -> Forward:
+    general = partial(type(block).forward, block)
+
+    def forward(hidden_states: Tensor, temb: Tensor, *args: Any, **kwargs: Any) -> Any:
+        shared.read_time(temb)
+        return general(hidden_states, temb, *args, **kwargs)
+
+    return forward
+
+
+def _is(module: nn.Module, cls: type) -> bool:
+    return type(module) is cls and not is_hooked(module)
+
+
+def _is_usual_attention(module: Any) -> bool:
+    unset = ("spatial_norm", "group_norm", "norm_q", "norm_k", "norm_cross")
+    return (
+        _is(module, Attention)
+        and type(module.processor) is AttnProcessor2_0
+        and all(getattr(module, name, None) is None for name in unset)
+        and not module.residual_connection
+        and module.rescale_output_factor == 1
+        and module.to_out[1].p == 0
+        and module.to_k is not None
+        and module.inner_kv_dim == module.inner_dim
+    )
+
+
+def _is_usual_resnet(module: Any) -> bool:
+    return (
+        _is(module, ResnetBlock2D)
+        and module.time_embedding_norm == "default"
+        and module.time_emb_proj is not None
+        and not (module.skip_time_act or module.up or module.down)
+        and module.output_scale_factor == 1
+        and module.dropout.p == 0
+        and type(module.nonlinearity) is nn.SiLU
+        and all(_is_frozen_norm(norm) for norm in (module.norm1, module.norm2))
+    )
+
+
+def _is_frozen_norm(norm: nn.Module) -> bool:
+    return (
+        isinstance(norm, nn.GroupNorm)
+        and _is(norm, nn.GroupNorm)
+        and norm.affine
+        and not any(p.requires_grad for p in norm.parameters())
+    )
+
+
+def _is_usual_geglu(module: Any) -> bool:
+    return _is(module, GEGLU)
+
+
+def _is_usual_block(module: Any) -> bool:
+    return (
+        _is(module, BasicTransformerBlock)
+        and module.norm_type == "layer_norm"
+        and module.pos_embed is None
+        and module.attn2 is not None
+        and not module.only_cross_attention
+        and module._chunk_size is None
+        and [type(part) for part in module.ff.net[:2]] == [GEGLU, nn.Dropout]
+        and len(module.ff.net) == 3
+        and module.ff.net[1].p == 0
+        and not is_hooked(module.ff)
+    )
+
+
+def _is_usual_transformer(module: Any) -> bool:
+    return _is(module, Transformer2DModel) and module.is_input_continuous
+
+
+def _is_pointwise(module: Any) -> bool:
+    """Whether a module is a frozen 1×1 convolution."""
+    return (
+        is_plain_conv(module)
+        and module.kernel_size == (1, 1)
+        and module.stride == (1, 1)
+        and module.padding == (0, 0)
+    )
