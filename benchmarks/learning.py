@@ -3,6 +3,7 @@
     python benchmarks/learning.py run --out FOLDER [--rows ROW…] [--lessons NAME…] [--images 8]
     python benchmarks/learning.py rescore --out FOLDER
     python benchmarks/learning.py table --out FOLDER
+    python benchmarks/learning.py picture --out FOLDER --file PNG [--rows ROW…] [--lessons NAME…]
 
 A cell is one training: a row of settings, a lesson (taught.py), a number of images and a seed. Its
 score (sd_lora/sampling/score.py) is a line of FOLDER/cells.jsonl, its images are in FOLDER/images
@@ -10,7 +11,8 @@ and, with their prompts, a sheet in FOLDER/sheets. Started again, it goes on wit
 missing; several may run side by side with one --out and other rows, lessons or seeds. `rescore`
 scores the images of all cells anew, after a change of the score or its encoder. `table` prints
 means over lessons and seeds with 95 % intervals over the trainings, and the difference from the
-first row, pair by pair.
+first row, pair by pair. `picture` shows the images of the first seed: of each lesson, what was
+trained on, and a line a row of settings.
 """
 
 import argparse
@@ -322,6 +324,38 @@ def write_sheet(
     Sheet(rows, labels, columns, side=96).write(path)
 
 
+def write_picture(args: argparse.Namespace) -> None:
+    """Images of the first set of the first seed, of some rows and lessons."""
+    known = {(d["row"], d["lesson"], d["seed"]): d for d in done_cells(args.out)}
+    rows: list[list[Image.Image | None]] = []
+    labels, columns = [], []
+    for name in args.lessons:
+        lesson, seed, images = LESSONS[name], args.seeds[0], args.images[0]
+        shown = len(lesson.prompts.subject)
+        rows.append([image for image, _ in lesson.images(images)][:shown])
+        labels.append(f"{name}: {shown} of the {images} images that were trained on")
+        for row in args.rows:
+            cell = known[row, name, seed]
+            kept = args.out / "images" / f"{Cell(row, name, images, seed).name}.png"
+            rows.append([*kept_images(kept, lesson.prompts)[0].subject])
+            found = Interval(tuple(cell["score"]["fidelity"]["values"])).text()
+            labels.append(f"{row}: fidelity {found}")
+        columns = [  # the same for all lessons
+            Parameters(
+                text.replace(lesson.word, "…"),
+                i,
+                SAMPLER_STEPS,
+                GUIDANCE,
+                (SIDE, SIDE),
+                str(BASE),
+                name,
+                0,
+            )
+            for i, text in enumerate(lesson.prompts.subject)
+        ]
+    Sheet(rows, labels, columns, side=128).write(args.file)
+
+
 def missing(args: argparse.Namespace) -> Iterator[Cell]:
     """The cells that were asked for and are not done; none where a row changes nothing."""
     done = {(d["row"], d["lesson"], d["images"], d["seed"]) for d in done_cells(args.out)}
@@ -349,9 +383,9 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
     the trainings that both have."""
     cells = list(cells)
     lines = [
-        "| row | lessons | trainings | fidelity | against the first row | prompts | class leak | "
-        "unrelated leak | harm | copies | CPU s |",
-        "|" + "---|" * 11,
+        "| row | lessons | trainings | fidelity | of what is reachable | against the first row | "
+        "prompts | class leak | unrelated leak | harm | copies | CPU s |",
+        "|" + "---|" * 12,
     ]
     for kind in ("subject", "style"):
         among = [c for c in cells if LESSONS[c["lesson"]].kind == kind]
@@ -371,9 +405,10 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
             names = dict.fromkeys(c["lesson"] for c in mine)
             shown = [interval([mean(c, m) for c in mine]) for m in MEASURES]
             copies = statistics.fmean(mean(c, "copies") for c in mine)
+            reached = interval([mean(c, "fidelity") / c["score"]["reachable"] for c in mine])
             seconds = statistics.median(c["cpu_seconds"] for c in mine)
             lines.append(
-                f"| {row} | {', '.join(names)} | {len(mine)} | {shown[0]} | "
+                f"| {row} | {', '.join(names)} | {len(mine)} | {shown[0]} | {reached} | "
                 f"{'' if row == first else interval(pairs)} | {' | '.join(shown[1:])} | "
                 f"{100 * copies:.0f} | {seconds:.0f} |"
             )
@@ -386,7 +421,8 @@ def mean(cell: dict[str, Any], measure: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("run", "rescore", "table"))
+    parser.add_argument("command", choices=("run", "rescore", "table", "picture"))
+    parser.add_argument("--file", type=Path, help="the image that `picture` writes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*RECIPES])
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
@@ -401,6 +437,8 @@ def main() -> None:
         for cell in tqdm(list(missing(args)), "cells"):
             line = run_cell(cell, args.out, features)
             tqdm.write(f"{cell.name}: fidelity {100 * mean(line, 'fidelity'):.0f} %")
+    if args.command == "picture":
+        return write_picture(args)
     print(table(done_cells(args.out)))
 
 

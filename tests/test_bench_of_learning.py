@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "dev"), str(ROOT / "benchmarks")]
@@ -63,6 +64,10 @@ def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch)
         out=tmp_path, rows=["recipe"], lessons=["mascot"], images=[4], seeds=[0]
     )
     assert [*learning.missing(args)] == []
+    shown = argparse.Namespace(**vars(args), file=tmp_path / "picture.png")
+    learning.write_picture(shown)
+    with Image.open(shown.file) as picture:
+        assert picture.height > 2 * 128  # what was trained on, and what the LoRA draws
     damaged = line | {"score": {}}
     (tmp_path / "cells.jsonl").write_text(json.dumps(damaged) + "\n")
     learning.rescore(tmp_path, features)
@@ -79,7 +84,7 @@ def test_the_bench_goes_on_and_the_table_counts(tmp_path: Path) -> None:
 
     def line(row: str, seed: int, fidelity: float) -> str:
         score = {name: {"mean": 0.0} for name in (*learning.MEASURES, "copies")}
-        score["fidelity"] = {"mean": fidelity}
+        score |= {"fidelity": {"mean": fidelity}, "reachable": 0.8}
         cell = vars(learning.Cell(row, "mascot", 8, seed))
         return json.dumps(cell | {"cpu_seconds": 60.0, "score": score}) + "\n"
 
@@ -91,5 +96,5 @@ def test_the_bench_goes_on_and_the_table_counts(tmp_path: Path) -> None:
     )
     assert [*learning.missing(args)] == [learning.Cell("ema", "mascot", 8, 2)]
     table = learning.table(learning.done_cells(tmp_path))
-    assert "| recipe | mascot | 3 | 80 ± 25 |  |" in table  # 4.303 · 0.1 / √3
-    assert "| ema | mascot | 2 | 80 ± 64 | 5 ± 0 |" in table  # 12.706 · 0.0707 / √2
+    assert "| recipe | mascot | 3 | 80 ± 25 | 100 ± 31 |  |" in table  # 4.303 · 0.1 / √3
+    assert "| ema | mascot | 2 | 80 ± 64 | 100 ± 79 | 5 ± 0 |" in table  # 12.706 · 0.0707 / √2
