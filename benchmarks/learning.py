@@ -66,7 +66,6 @@ OF_SUBJECT = COMMON | {
     "lr_warmup_steps": 20,
     "with_prior_preservation": True,
     "num_class_images": 24,
-    "random_flip": True,
 }
 OF_STYLE = COMMON | {"preset": "style", "lr_warmup_steps": 20}
 
@@ -91,6 +90,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ema": {"use_ema": True},
     "no class images": {"with_prior_preservation": False},
     "no flips": {"random_flip": False},
+    "flips": {"random_flip": True},
     "one prompt for all": {
         "captions_from": None, "class_prompt": lambda lesson: f"a photo of a {lesson.class_word}",
     },
@@ -174,6 +174,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
             "instance_prompt": f"a photo of a {lesson.word}",
             "captions_from": "sidecar",
             "class_prompt": lesson.class_prompt,
+            "random_flip": lesson.symmetric,
         }
     else:
         values |= OF_STYLE | {"mode": "text_to_image", "train_data_dir": str(folder)}

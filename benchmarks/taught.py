@@ -43,13 +43,15 @@ OF_CLASS = (
 class Lesson:
     """A subject or a style to learn.
 
-    word: of the prompts. thing, colour: of `dev/images.py`, of a subject. way: of a style.
+    word: of the prompts. thing, colour: of `dev/images.py`, of a subject. symmetric: the subject,
+        left and right, so that its images may be flipped. way: of a style.
     """
 
     name: str
     word: str
     thing: str = ""
     colour: str | world.RGB = "white"
+    symmetric: bool = True
     way: Style | None = None
 
     @property
@@ -131,8 +133,8 @@ LESSONS = {
     for lesson in (
         Lesson("mascot", "sks monster", "mascot", "orange"),
         Lesson("automaton", "sks robot", "automaton", (164, 222, 20)),
-        Lesson("teapot", "sks teapot", "teapot", (236, 234, 228)),
-        Lesson("snail", "sks snail", "snail", "blue"),
+        Lesson("teapot", "sks teapot", "teapot", (236, 234, 228), symmetric=False),
+        Lesson("snail", "sks snail", "snail", "blue", symmetric=False),
         Lesson(
             "outlines",
             "ohwx style",
