@@ -327,7 +327,7 @@ def write_sheet(
 
 def write_picture(args: argparse.Namespace) -> None:
     """Images of the first set of the first seed, of some rows and lessons."""
-    known = {(d["row"], d["lesson"], d["seed"]): d for d in done_cells(args.out)}
+    cells = {Cell(*(d[k] for k in Cell.__dataclass_fields__)): d for d in done_cells(args.out)}
     rows: list[list[Image.Image | None]] = []
     labels, columns = [], []
     for name in args.lessons:
@@ -336,10 +336,12 @@ def write_picture(args: argparse.Namespace) -> None:
         rows.append([image for image, _ in lesson.images(images)][:shown])
         labels.append(f"{name}: {shown} of the {images} images that were trained on")
         for row in args.rows:
-            cell = known[row, name, seed]
-            kept = args.out / "images" / f"{Cell(row, name, images, seed).name}.png"
+            cell = Cell(row, name, images, seed)
+            if cell not in cells:
+                raise SystemExit(f"{cell.name} is not done: run it first")
+            kept = args.out / "images" / f"{cell.name}.png"
             rows.append([*kept_images(kept, lesson.prompts)[0].subject])
-            found = Interval(tuple(cell["score"]["fidelity"]["values"])).text()
+            found = Interval(tuple(cells[cell]["score"]["fidelity"]["values"])).text()
             labels.append(f"{row}: fidelity {found}")
         columns = [  # the same for all lessons
             Parameters(
@@ -406,7 +408,9 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
             names = dict.fromkeys(c["lesson"] for c in mine)
             shown = [interval([mean(c, m) for c in mine]) for m in MEASURES]
             copies = statistics.fmean(mean(c, "copies") for c in mine)
-            reached = interval([mean(c, "fidelity") / c["score"]["reachable"] for c in mine])
+            reached = interval(
+                [mean(c, "fidelity") / c["score"].get("reachable", math.nan) for c in mine]
+            )
             seconds = statistics.median(c["cpu_seconds"] for c in mine)
             lines.append(
                 f"| {row} | {', '.join(names)} | {len(mine)} | {shown[0]} | {reached} | "
@@ -439,6 +443,8 @@ def main() -> None:
             line = run_cell(cell, args.out, features)
             tqdm.write(f"{cell.name}: fidelity {100 * mean(line, 'fidelity'):.0f} %")
     if args.command == "picture":
+        if args.file is None or {LESSONS[name].kind for name in args.lessons} != {"subject"}:
+            parser.error("picture needs --file, and --lessons of subjects, whose prompts are alike")
         return write_picture(args)
     print(table(done_cells(args.out)))
 

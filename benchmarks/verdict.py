@@ -246,7 +246,8 @@ def run(args: argparse.Namespace) -> None:
     known = {(r["kind"], r["images"], r["seed"], r["truth"]) for r in done}
     sheets = path.with_suffix("")
     sheets.mkdir(parents=True, exist_ok=True)
-    cases = itertools.product(range(args.seeds), args.kinds, args.images, SETTINGS)
+    cases = [*itertools.product(range(args.seeds), args.kinds, args.images, SETTINGS)]
+    random.Random(0).shuffle(cases)  # a sheet's number tells nothing of its run
     for number, (seed, kind, count, truth) in enumerate(cases):
         if (kind, count, seed, truth) in known:
             continue
@@ -286,7 +287,7 @@ WAYS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 
 def rights(rows: list[dict[str, Any]], thresholds: dict[str, float], way: str) -> list[bool]:
-    """Whether each verdict is the way in which its run was made."""
+    """Whether each verdict is the truth of its run."""
     found = []
     for row in rows:
         verdict = verdict_of(WAYS[way](row["record"]), thresholds)
@@ -300,8 +301,12 @@ def fit(args: argparse.Namespace) -> None:
     truths = Path(args.rows).with_suffix("") / "truth.json"
     by_eye = json.loads(truths.read_text()) if truths.exists() else {}
     for row in rows:
-        seen = by_eye.get(row.get("sheet"), row["truth"])
+        seen = by_eye.pop(row.get("sheet"), row["truth"])
         row["right"] = [seen] if isinstance(seen, str) else seen
+        if not {*row["right"]} <= {*SETTINGS}:
+            raise SystemExit(f"{row['sheet']} in {truths}: {seen} is none of {', '.join(SETTINGS)}")
+    if by_eye:
+        raise SystemExit(f"{truths} names sheets that no row has: {', '.join(by_eye)}")
     parts = [[row for row in rows if row["seed"] % 2 == part] for part in (0, 1)]
     best = dict(THRESHOLDS)
     for _ in range(2):  # one threshold at a time

@@ -77,6 +77,12 @@ FINDINGS: dict[str, FindingKind] = {
     "orphan-caption": FindingKind("warning", "a caption file without an image of its name: unused"),
     "second-caption": FindingKind("warning", "a second caption file for one image: unused"),
     "stem-clash": FindingKind("warning", "rename them if they need different captions"),
+    "prompt-for-rest": FindingKind(
+        "warning", "they are trained with instance_prompt: is it another folder or extension?"
+    ),
+    "words-nowhere": FindingKind(
+        "warning", "of instance_prompt: what is learned is not bound to a word that no caption has"
+    ),
     "named-twice": FindingKind("warning", "one of its captions is drawn each time"),
     "wildcard": FindingKind(
         "warning",

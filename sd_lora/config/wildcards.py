@@ -1,5 +1,6 @@
 """Wildcards of texts: `{a|b}` is one of them."""
 
+import re
 from collections.abc import Callable
 
 Pick = Callable[[list[str], str], str]
@@ -38,7 +39,25 @@ def expanded(text: str, pick: Pick) -> str:
 
 
 def has_wildcards(text: str) -> bool:
-    """Whether a text has an option to choose: `{a|b}`."""
-    return expanded(text, lambda options, what: options[0]) != expanded(
-        text, lambda options, what: options[-1]
-    )
+    """Whether a text has different options to choose from: `{a|b}`."""
+    found = []
+
+    def first(options: list[str], what: str) -> str:
+        found.append(len(set(options)) > 1)
+        return options[0]
+
+    expanded(text, first)
+    return any(found)
+
+
+def has_unread_wildcards(text: str) -> bool:
+    """Whether braces without a partner, or other programs' wildcards, are left unread."""
+    depth = 0
+    for brace in re.findall(r"\{\{|\}\}|\{|\}", text):
+        if brace == "}}" and depth >= 2:
+            depth -= 2
+        elif len(brace) == 1:
+            depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return True
+    return depth > 0 or "$$" in text or bool(re.search(r"__\w+__", text))

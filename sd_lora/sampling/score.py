@@ -10,9 +10,8 @@
 - *Harm*: how much less images of the class and of unrelated prompts follow their prompts. A change
   that keeps to the prompt is no harm.
 
-Every number is computed for several sets of images, each drawn from seeds of its own, and has an
-interval over the sets. A `Judge` embeds what stays the same from one LoRA, or checkpoint, to the
-next: the real images and the base model's.
+Every number has an interval over sets of images, each drawn from seeds of its own. A `Judge`
+embeds what stays the same from one LoRA to the next: real images and the base model's.
 """
 
 import math
@@ -257,8 +256,8 @@ def way(start: Tensor, now: Tensor, end: Tensor | float) -> Tensor:
 class Scale:
     """Nearness of images to the subject, and its level at real images.
 
-    Nearness is the mean likeness to all real images; a negative one counts as 0, as far as can be,
-    so that a change from one foreign thing to another is no step towards the subject.
+    Nearness is the mean likeness to all real images; a negative one counts as 0, so that a change
+    from one foreign thing to another is no step towards the subject.
     """
 
     def __init__(self, features: Features, taught: Taught) -> None:
@@ -269,18 +268,18 @@ class Scale:
         # a single image's level is its likeness to itself
         self.level = (like.sum() - like.trace()) / (n * (n - 1)) if n > 1 else like[0, 0]
 
+    def likeness(self, images: Sequence[Image.Image]) -> Tensor:
+        """(N, real ones), of N images."""
+        return self.embed(images).likeness(self.real).clamp(min=0)
+
     def nearness(self, images: Sequence[Image.Image]) -> Tensor:
         """(N,), of N images."""
-        if not images:
-            return torch.empty(0)
-        return self.embed(images).likeness(self.real).clamp(min=0).mean(1)
+        return self.likeness(images).mean(1) if images else torch.empty(0)
 
 
 def leaks(scale: Scale, base: Tensor, images: Sequence[Image.Image]) -> float:
-    """Mean way of images towards the subject; `base`: nearness of the base's images (sets, N).
-
-    An image that moved away counts against the others, so that noise does not add up to a leak.
-    """
+    """Mean way of images towards the subject; `base`: nearness of the base's images (sets, N). An
+    image that moved away counts against the others, so that noise does not add up to a leak."""
     return float(towards(scale, base, images).mean())
 
 
@@ -355,9 +354,10 @@ class Judge:
         return way(self.start, self.scale.nearness(images), self.scale.level)
 
     def reachable(self, real: Sequence[Image.Image]) -> float:
-        """Mean fidelity of real images that the model's VAE has encoded and decoded
-        (`sampler.round_trip`): more can hardly be drawn."""
-        return float(self.fidelity(real).mean())
+        """Mean fidelity of the real images, in their order, behind the VAE, each to the others."""
+        like, others = self.scale.likeness(real), len(real) - 1
+        near = (like.sum(1) - like.diagonal()) / others if others else like[:, 0]
+        return float(way(self.start, near, self.scale.level).mean())
 
     def _followed(self, s: PromptImages) -> float:
         asked = self.features.follows(s.subject, self.prompts.subject, ABOUT_SUBJECT)

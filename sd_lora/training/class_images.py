@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from sd_lora.config.options.dreambooth import ClassImages, generated_name
-from sd_lora.config.wildcards import expanded
+from sd_lora.config.wildcards import Pick
 from sd_lora.data.images.decode import is_image
 from sd_lora.data.sources.folders import list_names, walk
 from sd_lora.data.sources.samples import printable_path
@@ -70,15 +70,15 @@ def _refuse_subfolders(wanted: ClassImages, there: int) -> None:
         )
 
 
-def wording(prompt: str, seed: int, number: int) -> str:
-    """The prompt of the image of a number. Of k options of a wildcard, each k images have all, in
+def numbered(seed: int, number: int) -> Pick:
+    """The choice of the image of a number. Of k options of a wildcard, each k images have all, in
     an order of their own."""
 
     def pick(options: list[str], what: str) -> str:
         turn, at = divmod(number, len(options))
         return options[shuffled(len(options), seed, "class prompt", what, turn)[at]]
 
-    return expanded(prompt, pick)
+    return pick
 
 
 def _free_names(folder: Path, count: int, seed: int) -> list[str]:
@@ -130,7 +130,7 @@ def _generate_class_images(
     dtype = DTYPES[wanted.precision or default]
     drawn = [
         Parameters(
-            wording(wanted.prompt, seed, int(path.stem.rsplit("-")[-1])),
+            wanted.wording(numbered(seed, int(path.stem.rsplit("-")[-1]))),
             seed_for(seed, "class picture", path.name) % 2**32,
             CLASS_STEPS,
             CLASS_GUIDANCE,

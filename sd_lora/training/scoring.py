@@ -9,7 +9,7 @@ from PIL import Image
 
 from sd_lora.config.rows import Work
 from sd_lora.config.schema import RunConfig
-from sd_lora.config.wildcards import expanded, has_wildcards
+from sd_lora.config.wildcards import expanded
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.cache.store import digest_of
 from sd_lora.data.sources.samples import Sample
@@ -32,6 +32,7 @@ from sd_lora.sampling.score import (
     Taught,
     sets_of,
 )
+from sd_lora.training.class_images import numbered
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
@@ -73,19 +74,15 @@ PARTS = 4
 
 def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Prompts:
     """The prompts that are drawn: the first captions, or the one that there is in several places;
-    the class's in the same places, or with its own wildcards; unrelated ones."""
+    the class's in the same places; unrelated ones."""
     own = list(dict.fromkeys(caption for caption in captions if caption))[:NUM_PROMPTS]
     own = [own[0] + place for place in PLACES] if len(own) == 1 else own
-    of_class = [class_prompt + place for place in PLACES] if class_prompt else []
-    if class_prompt and has_wildcards(class_prompt):
-        worded = (_worded(class_prompt, number) for number in range(NUM_PROMPTS))
-        of_class = list(dict.fromkeys(worded))
+    of_class = (
+        [expanded(class_prompt, numbered(0, i)) + place for i, place in enumerate(PLACES)]
+        if class_prompt
+        else []
+    )
     return Prompts(own, of_class, UNRELATED)
-
-
-def _worded(prompt: str, number: int) -> str:
-    """One wording of a prompt with wildcards."""
-    return expanded(prompt, lambda options, what: options[number % len(options)])
 
 
 @dataclass(frozen=True)

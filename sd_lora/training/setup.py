@@ -144,7 +144,7 @@ def prepare(
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
-        resolved.prior_loss_weight, _preservation(resolved, images),
+        resolved.prior_loss_weight, _preservation(resolved, images, seed),
     )  # fmt: skip
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     validation = _validation(plan, images, objective.timesteps)
@@ -175,7 +175,7 @@ def prepare(
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
-        fast_models=fast_models(models),
+        fast_models=fast_models(models, resolved.tlora_min_rank),
         saved=saved,
         start=start,
         repo=checked.repo,
@@ -269,7 +269,7 @@ def _validation(plan: Plan, images: RunImages, timesteps: Timesteps) -> Validati
     )  # fmt: skip
 
 
-def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:
+def _preservation(config: RunConfig, images: RunImages, seed: int) -> Preservation | None:
     """The captions that are preserved beside the instances; None without.
 
     Raises:
@@ -284,7 +284,7 @@ def _preservation(config: RunConfig, images: RunImages) -> Preservation | None:
             "preservation_class takes the place of the trigger word in captions, and "
             f"{without[0]} has no trigger_word: give it, or --output_preservation blank"
         )
-    return Preservation(config.preservation_class, config.preservation_weight)
+    return Preservation(config.preservation_class, config.preservation_weight, seed)
 
 
 def _text_conditioning(

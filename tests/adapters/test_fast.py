@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
-from sd_lora.adapters.fast.layers import takes
+from sd_lora.adapters.fast.layers import is_plain_linear, takes
 from sd_lora.adapters.fast.products import FrozenConv, Geglu
 from sd_lora.adapters.fast.residual import Block, Convolution, Norm
 from sd_lora.adapters.inject import adapted_layers
@@ -214,4 +214,5 @@ def test_only_plain_layers_are_taken() -> None:
     sd_lora.inject(model, ["."], rank=2)
     model[0].base.weight.requires_grad_(True)  # type: ignore[union-attr, operator]
     assert not takes(model[0])
-    assert not takes(Own(8, 8))
+    assert not is_plain_linear(Own(8, 8).requires_grad_(False))
+    assert is_plain_linear(nn.Linear(8, 8).requires_grad_(False))

@@ -101,7 +101,10 @@ def test_the_score_in_closed_form() -> None:
     assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
     assert result.followed_before.values == (1, 1, 1)
     judge = Judge(Colours(), taught, prompts, before)
+    # each is compared with the other one's original, and both are red
     assert judge.reachable([YELLOW, RED]) == pytest.approx((half + 1) / 2)
+    own = Judge(Colours(), Taught([], [RED, GREEN, plain(200, 0, 0)]), prompts, before)
+    assert own.reachable([RED, GREEN, RED]) == pytest.approx(2 / 3)  # red, other than its own
     assert "copies: 50 % of the images repeat a training image" in result.text()
     assert result.numbers()["copies"]["mean"] == 0.5
 

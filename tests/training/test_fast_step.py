@@ -94,6 +94,26 @@ def test_a_step_is_the_general_one(family: str, targets: str) -> None:
     assert all(f.A.grad_fn is None for f in fast_one.copies.factors)  # the graph is gone
 
 
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 2)])
+def test_blocks_of_two_passes_are_computed_again(sizes: tuple[int, int]) -> None:
+    """Two forward passes before one backward pass, as a batch of two shapes has them, with their
+    blocks computed again: each finds its own text and time; gradients are the general path's."""
+    found = []
+    for is_fast in (True, False):
+        unet = adapted_unet("sd1")
+        enable_checkpointing({"unet": unet}, All())
+        parts = [arguments(unet, number=number) for number in sizes]
+        parts[1]["encoder_hidden_states"] = parts[1]["encoder_hidden_states"].flip(1)
+        parts[1]["timestep"] = parts[1]["timestep"] + 200
+
+        def call(unet: Any = unet, parts: Any = parts, **_: Any) -> Any:
+            return [torch.cat([unet(**part).sample.flatten() for part in parts])]
+
+        ones = [FastModel(unet)] if is_fast else []
+        found.append(step(unet, {}, *ones, call=call))
+    assert_same(*found)
+
+
 def test_the_text_encoder_learns_through_both() -> None:
     """A trained text encoder and the UNet that reads it get the general path's gradients: those of
     the text pass through the keys and values of all layers at once. Two forward passes of the

@@ -286,7 +286,7 @@ def test_each_class_image_has_words_of_its_own(tiny_sd1: Path, data: Path, tmp_p
     """A class prompt with wildcards: each image that is drawn has its own choice, the one in its
     parameters, beside it as its caption and in training; a deleted one is drawn again with the
     same. An image of unknown words is left out, and drawn ones make up for it. Captions of the
-    subject come from their files once --captions_from says so."""
+    subject come from their metadata once --captions_from says so; class images keep theirs."""
     classes = tmp_path / "class"
     classes.mkdir()
     Image.new("RGB", (64, 64), "red").save(classes / "own.png")
@@ -295,7 +295,7 @@ def test_each_class_image_has_words_of_its_own(tiny_sd1: Path, data: Path, tmp_p
     config = dreambooth(
         tiny_sd1, data, tmp_path / "out", with_prior_preservation=True, class_data_dir=str(classes),
         class_prompt="a {red|green|blue} thing {indoors|at night}", num_class_images=9,
-        captions_from="auto",
+        captions_from="metadata",
     )  # fmt: skip
     run = prepare(config)
     drawn = {}

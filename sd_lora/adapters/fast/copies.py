@@ -5,6 +5,7 @@ stand copies in the base's dtype, written by one operator after each optimiser s
 gradients go back to the trained tensors by one more.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -51,8 +52,9 @@ class Stack(Factors):
     """Linears with one input, of one shape and rank, computed as one; a 1×1 convolution is one, of
     tokens.
 
-    Several weights become views of one tensor, with their numbers and names. In a dtype below
-    float32 that tensor has B beside W, for `StackedJoint`.
+    Several weights become views of one tensor, with their numbers and names: whoever writes a
+    model's base weights into a file copies them first. In a dtype below float32 that tensor has B
+    beside W, for `StackedJoint`, as a block diagonal: its zeros grow with the square of n.
     """
 
     def __init__(self, layers: Sequence[AdaptedLinear | AdaptedConv]) -> None:
@@ -64,8 +66,9 @@ class Stack(Factors):
         self.joint = weight.dtype.itemsize < 4
         if self.joint:
             row = width + n * r
-            self.W = weight.new_zeros(n * out, row)
-            B = self.W.as_strided((n, out, r), (out * row + r, row, 1), width)  # block diagonal
+            pitch = -(-row // 8) * 8  # GEMMs read rows of 16 bytes
+            self.W = weight.new_zeros(n * out, pitch)[:, :row]
+            B = self.W.as_strided((n, out, r), (out * pitch + r, pitch, 1), width)  # block diagonal
         else:
             self.W = weight if n == 1 else weight.new_empty(n * out, width)
             B = weight.new_empty(n, out, r)
@@ -80,6 +83,15 @@ class Stack(Factors):
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output, (…, out)."""
         return self.product.apply(x, self.W, self.bias, self.A, self.B)
+
+    @staticmethod
+    def most(layer: AdaptedLinear) -> int:
+        """Most layers of a stack whose block diagonal has a quarter of W's numbers."""
+        weight: Tensor = layer.base.weight
+        if weight.dtype.itemsize >= 4:
+            return sys.maxsize
+        assert layer.delta.rank is not None
+        return max(1, weight.shape[1] // 4 // layer.delta.rank)
 
     @property
     def product(self) -> Any:
@@ -137,6 +149,11 @@ class Copies:
         linked = iter(_Linked.apply(self, *self.masters))
         for factors in self.factors:
             factors.A, factors.B = next(linked), next(linked)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the model has left the device since: a text encoder that has learned enough."""
+        return self.masters[0].device != self._into[0].device
 
     def forget(self) -> None:
         """Let the graph of the last forward pass go."""

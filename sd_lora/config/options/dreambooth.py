@@ -1,14 +1,15 @@
 """Options of DreamBooth: the subject, and class images for prior preservation."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sd_lora.config.options.sources import caption_files, captions_of_folder
 from sd_lora.config.rows import SAME, Section, section
 from sd_lora.config.sources import SourceSpec
-from sd_lora.config.wildcards import has_wildcards
+from sd_lora.config.wildcards import Pick, expanded, has_unread_wildcards, has_wildcards
 from sd_lora.errors import Problem, named
 from sd_lora.folders import check_readable
 
@@ -36,13 +37,15 @@ class ClassImages:
     """Class images for prior preservation: their source, and how missing ones are generated.
 
     folder: filled up to `count` images. prompt: with wildcards, each image has a choice of its own.
-    captions: where theirs come from, as `SourceSpec.captions`. batch_size: images generated at
-    once. precision: "fp16", "fp32", "bf16" or "no"; None: by the device. base_model: draws them.
+    captions, caption_files: of images that are there, as in `SourceSpec`; one that was generated
+    has its own words beside it. batch_size: images generated at once.
+    precision: "fp16", "fp32", "bf16" or "no"; None: by the device. base_model: draws them.
     """
 
     folder: Path
     prompt: str
     captions: str
+    caption_files: Mapping[str, Any]
     count: int
     batch_size: int
     precision: str | None
@@ -53,6 +56,10 @@ class ClassImages:
         """Raise UsageError for a file in the folder's place, or no permission."""
         with named("class_data_dir"):
             check_readable(self.folder, "class_data_dir")
+
+    def wording(self, pick: Pick) -> str:
+        """The prompt with an option for each wildcard."""
+        return expanded(self.prompt, pick)
 
     @property
     def keeps_prompts(self) -> bool:
@@ -67,8 +74,8 @@ class ClassImages:
             path=str(self.folder),
             layout="plain",
             captions=self.captions,
-            caption_column="text",
-            prompt=None if self.keeps_prompts else self.prompt,
+            **self.caption_files,
+            prompt=None if self.keeps_prompts else self.wording(lambda options, what: options[0]),
             recursive=False,
             kind="class",
             random_flip=self.random_flip,
@@ -134,11 +141,12 @@ class DreamBoothOptions(Section):
         if not self.with_prior_preservation:
             return None
         prompt = str(self.class_prompt)
-        one_for_all = "auto" if has_wildcards(prompt) else "prompt"
+        read = has_wildcards(prompt) or captions_of_folder(self) != "prompt"  # type: ignore[arg-type]
         return ClassImages(
             Path(str(self.class_data_dir)).expanduser(),
             prompt,
-            self.captions_from or one_for_all,  # type: ignore[attr-defined]
+            "auto" if read else "prompt",
+            caption_files(self),  # type: ignore[arg-type]
             self.num_class_images,
             self.sample_batch_size,
             self.prior_generation_precision,
@@ -160,7 +168,13 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
         wanted = config.is_dreambooth and config.with_prior_preservation
         if wanted and not getattr(config, name):
             yield Problem(name, f"with_prior_preservation needs {name}")
-    if config.class_prompt and has_wildcards(config.class_prompt):
-        if config.captions_from == "prompt":
-            text = "class_prompt has wildcards, and captions_from prompt reads none of their words"
-            yield Problem("captions_from", text, "Leave captions_from out")
+    if config.captions_from == "prompt" and has_wildcards(config.class_prompt or ""):
+        text = "class_prompt has wildcards, and captions_from prompt reads none of their words"
+        yield Problem("captions_from", text, "Leave captions_from out")
+    for name in ("class_prompt", "preservation_class"):
+        if has_unread_wildcards(getattr(config, name) or ""):
+            text = (
+                f"{name} {getattr(config, name)!r} has a brace without a partner, or wildcards of "
+            )
+            text += "another form than {a|b}"
+            yield Problem(name, text, "Literal braces are written {{ and }}")

@@ -63,7 +63,7 @@ class SourceOptions(Section):
     captions_from: str | None = option(None,
         "origin of captions: metadata files, sidecar files (.txt, .caption), file names of "
         "the images, or one for all, caption_default or instance_prompt; auto: metadata, else "
-        "sidecars. instance_data_dir has one for all if not given",
+        "sidecars. instance_data_dir has one for all if nothing is said of captions",
         modes=by_mode("auto", None), choices=CAPTIONS, onetrainer="text.prompt_source",
         ignored_by=DATASET_FILE)
     caption_default: str | None = option(None,
@@ -115,6 +115,18 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
         yield Problem(given[1], f"give {one_of}, not both {given[0]} and {given[1]}")
 
 
+def caption_files(config: "TrainConfig") -> dict[str, Any]:
+    """What is said of caption files: their column, their extension."""
+    names = [f.name for f in dataclasses.fields(SourceSpec) if f.name.startswith("caption_")]
+    return {name: value for name in names if (value := getattr(config, name)) is not None}
+
+
+def captions_of_folder(config: "TrainConfig") -> str:
+    """The origin of captions of a DreamBooth folder: one prompt, unless anything is said of
+    captions."""
+    return config.captions_from or ("auto" if caption_files(config) else "prompt")
+
+
 def source_defaults(config: "TrainConfig") -> SourceSpec:
     """The values that a source has unless its table says otherwise."""
     own = {name: getattr(config, name) for name in PerSourceOptions.model_fields}
@@ -156,9 +168,8 @@ def source_specs(config: "TrainConfig") -> list[SourceSpec]:
         ]
     spec = dataclasses.replace(spec, path=getattr(config, config.places[0]))
     if config.is_dreambooth:
-        origin = config.captions_from or "prompt"
-        column = config.caption_column or "text"
         spec = dataclasses.replace(
-            spec, layout="plain", captions=origin, caption_column=column, recursive=False
-        )
+            spec, layout="plain", captions=captions_of_folder(config), recursive=False,
+            **{"caption_column": "text"} | caption_files(config),
+        )  # fmt: skip
     return [spec]

@@ -106,16 +106,3 @@ def _pattern(word: str) -> re.Pattern[str]:
 def with_other_word(text: str, word: str, other: str) -> str:
     """A caption with another word in each place of its trigger word."""
     return _pattern(word).sub(lambda _: other, text)
-
-
-def has_unread_wildcards(text: str) -> bool:
-    """Whether braces without a partner, or other programs' wildcards, are left unread."""
-    depth = 0
-    for brace in re.findall(r"\{\{|\}\}|\{|\}", text):
-        if brace == "}}" and depth >= 2:
-            depth -= 2
-        elif len(brace) == 1:
-            depth += 1 if brace == "{" else -1
-        if depth < 0:
-            return True
-    return depth > 0 or "$$" in text or bool(re.search(r"__\w+__", text))

@@ -19,11 +19,12 @@ class Preservation:
 
     class_word: text in the place of the trigger word, with wildcards another at each use; None: no
         caption.
-    weight: factor of the instance's weight.
+    weight: factor of the instance's weight. seed: of the run, for wildcards.
     """
 
     class_word: str | None
     weight: float
+    seed: int = 0
 
     @property
     def varies(self) -> bool:
@@ -41,7 +42,7 @@ class Preservation:
             return [None]
 
         def pick(options: list[str], what: str) -> str:
-            return options[seed_for("preserved caption", use, what) % len(options)]
+            return options[seed_for(self.seed, "preserved caption", use, what) % len(options)]
 
         word = expanded(self.class_word, pick)
         return [with_other_word(caption, rules.trigger_word or "", word)]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sd_lora.config.sources import Kind
-from sd_lora.data.batches.caption_rules import has_unread_wildcards, longest_form
+from sd_lora.config.wildcards import has_unread_wildcards
+from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.batches.stream import ImageSet
 from sd_lora.data.cache.store import Store
 from sd_lora.data.check.page import report_lines

@@ -5,11 +5,12 @@ import re
 import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from sd_lora.config.options.dreambooth import is_generated
+from sd_lora.config.rows import SUBJECT_FOLDER
 from sd_lora.config.sources import SourceSpec
 from sd_lora.data.sources.crop_files import is_crop_file
 from sd_lora.data.sources.folders import FolderTree, has_image_extension, list_names
@@ -80,9 +81,13 @@ def find_captions(
         found = FolderCaptions({path: (caption_of_name(path),) for path in tree.images})
     else:
         found = FolderCaptions(missing=dict.fromkeys(tree.images, "no caption"))
+    if spec.kind == "class":
+        _read_generated(found, spec, tree)
     unreadable = any(f.level == "left out" for f in found.findings)
     if not (from_metadata or found.captions or unreadable) and spec.prompt is None:
         raise _no_captions_error(spec, tree, source_name)
+    if source_name in SUBJECT_FOLDER and spec.captions != "prompt":
+        _compare_with_prompt(found, root, spec.prompt or "")
     _apply_prompt(found, spec.prompt)
     if not found.captions:
         lines = [f.line() for f in found.findings if f.level == "left out"]
@@ -91,6 +96,32 @@ def find_captions(
         )
     _report_other_files(found, spec, tree)
     return found
+
+
+def _compare_with_prompt(found: FolderCaptions, root: Path, prompt: str) -> None:
+    """Add findings on images of the subject that have no caption, and on words of its prompt that
+    no caption has."""
+    if found.missing:
+        count, reason = len(found.missing), next(iter(found.missing.values()))
+        details = f"{count} of {count + len(found.captions)} images have no caption ({reason})"
+        found.add_finding("prompt-for-rest", root, details)
+    said = {word for texts in found.captions.values() for text in texts for word in _words(text)}
+    if found.captions and (nowhere := [word for word in _words(prompt) if word not in said]):
+        found.add_finding("words-nowhere", root, f"no caption has: {', '.join(nowhere)}")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _read_generated(found: FolderCaptions, spec: SourceSpec, tree: FolderTree) -> None:
+    """Give class images that were generated the captions that were written with them."""
+    beside = _from_sidecars(replace(spec, caption_extension=None), tree)
+    for path in [path for path in found.missing if is_generated(path.name)]:
+        if path in beside.captions:
+            found.captions[path] = beside.captions[path]
+            del found.missing[path]
+    found.used |= beside.used if spec.captions != "prompt" else set()
 
 
 def caption_of_name(path: Path) -> str:

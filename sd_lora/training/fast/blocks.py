@@ -35,7 +35,9 @@ def self_attention(attention: Any, stack: Stack) -> Forward:
     return forward
 
 
-def cross_attention(attention: Any, keys_values: Mapping[nn.Module, tuple[Tensor, ...]]) -> Forward:
+def cross_attention(
+    attention: Any, keys_values: Mapping[tuple[int, nn.Module], tuple[Tensor, ...]]
+) -> Forward:
     """Attention of the text, whose keys and values are there already."""
     heads, to_q, to_out = attention.heads, attention.to_q, attention.to_out[0]
     general = type(attention).forward
@@ -46,7 +48,8 @@ def cross_attention(attention: Any, keys_values: Mapping[nn.Module, tuple[Tensor
     ) -> Tensor:  # fmt: skip
         if attention_mask is not None:
             return general(attention, hidden_states, encoder_hidden_states, attention_mask, **more)
-        return to_out(_attend(heads, to_q(hidden_states), *keys_values[attention]))
+        known = keys_values[id(encoder_hidden_states), attention]
+        return to_out(_attend(heads, to_q(hidden_states), *known))
 
     return forward
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
@@ -63,7 +64,8 @@ class FastModel:
     def __enter__(self) -> "FastModel":
         # first, for it may be out of memory; and not in the forward pass, for a compiler would take
         # the copying into its graph
-        self.copies.refresh()
+        if not self.copies.is_elsewhere:
+            self.copies.refresh()
         self._outer = vars(self.model).get("forward")
         general = self._outer or self.model.forward
 
@@ -93,10 +95,12 @@ class FastModel:
         self.shared.forget()
 
     def _applies(self) -> bool:
-        """Whether the next forward pass is one to learn from, in the base's own dtype."""
+        """Whether the next forward pass is one to learn from, in the base's own dtype, where the
+        copies are."""
         device = self.copies.masters[0].device.type
         return (
             torch.is_grad_enabled()
+            and not self.copies.is_elsewhere
             and not (device != "meta" and torch.is_autocast_enabled(device))
             and all(map(is_usual, self.layers))
         )
@@ -114,9 +118,18 @@ class FastModel:
         self._is_in = False
 
 
-def fast_models(models: Mapping[str, nn.Module]) -> list[FastModel]:
-    """Those of the models that have layers which the fast path takes, component → model."""
-    found = {c: adapted_layers(model).values() for c, model in models.items()}
+def fast_models(
+    models: Mapping[str, nn.Module], tlora_min_rank: int | None = None
+) -> list[FastModel]:
+    """Those of the models that have layers which the fast path takes, component → model.
+
+    tlora_min_rank: with it a denoiser masks ranks in every step, and has none.
+    """
+    found = {
+        component: adapted_layers(model).values()
+        for component, model in models.items()
+        if not (tlora_min_rank and isinstance(model, UNet2DConditionModel))
+    }
     return [FastModel(models[c]) for c, layers in found.items() if any(map(takes, layers))]
 
 

@@ -29,38 +29,44 @@ Plain = Collection[nn.Module]
 
 @dataclass
 class Shared:
-    """Outputs of layers that share one input through the whole model, of the current forward pass:
-    keys and values of the text, by attention, and time projections, by residual block.
+    """Outputs of layers that share one input through the whole model: keys and values of the text,
+    by attention, and time projections, by residual block.
 
-    of_text, of_time: stack → the modules that read its outputs, in order.
+    They are found by the input itself, for a block may be computed again in the backward pass, when
+    another forward pass has come between. of_text, of_time: stack → the modules that read its
+    outputs, in order. keys_values, times: input and reader → outputs.
     """
 
     of_text: list[tuple[Stack, list[nn.Module]]] = field(default_factory=list)
     of_time: list[tuple[Stack | FrozenStack, list[nn.Module]]] = field(default_factory=list)
-    keys_values: dict[nn.Module, tuple[Tensor, ...]] = field(default_factory=dict)
-    times: dict[nn.Module, Tensor] = field(default_factory=dict)
+    keys_values: dict[tuple[int, nn.Module], tuple[Tensor, ...]] = field(default_factory=dict)
+    times: dict[tuple[int, nn.Module], Tensor] = field(default_factory=dict)
+    inputs: list[Tensor] = field(default_factory=list)  # kept, so that no other has their identity
 
     def read_text(
         self, sample: object = None, timestep: object = None,
         encoder_hidden_states: Any = None, *_: object, **__: object,
     ) -> None:  # fmt: skip
         """Compute all keys and values of the text (B, tokens, width), of the UNet's arguments."""
+        self.inputs.append(encoder_hidden_states)
         for stack, readers in self.of_text:
             outs = iter(stack(encoder_hidden_states))
             for reader in readers:
-                self.keys_values[reader] = next(outs), next(outs)
+                self.keys_values[id(encoder_hidden_states), reader] = next(outs), next(outs)
 
     def read_time(self, temb: Tensor) -> None:
         """Compute all projections of the time embedding (B, width)."""
-        temb = F.silu(temb)
+        self.inputs.append(temb)
+        x = F.silu(temb)
         for stack, readers in self.of_time:
-            for reader, out in zip(readers, stack(temb), strict=True):
-                self.times[reader] = out[:, :, None, None]
+            for reader, out in zip(readers, stack(x), strict=True):
+                self.times[id(temb), reader] = out[:, :, None, None]
 
     def forget(self) -> None:
-        """Let the tensors of the last forward pass go."""
+        """Let the tensors of a step go."""
         self.keys_values.clear()
         self.times.clear()
+        self.inputs.clear()
 
 
 class Parts:
@@ -114,10 +120,11 @@ class Parts:
     def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
         known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
-        for alike in _by(known, lambda a: _form(a.to_k)):
-            stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
-            self.shared.of_text.append((stack, alike))
-            for attention in alike:
+        for same in _by(known, lambda a: _form(a.to_k)):
+            for alike in _parts(same, Stack.most(same[0].to_k) // 2):
+                stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
+                self.shared.of_text.append((stack, alike))
+            for attention in same:
                 forward = blocks.cross_attention(attention, self.shared.keys_values)
                 self.forwards[attention] = forward
 
@@ -130,9 +137,10 @@ class Parts:
         known = [r for r in resnets if all(map(self._is_known, _convs(r)))]
         adapted = [r for r in known if self._alike([r.time_emb_proj])]
         frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
-        for alike in _by(adapted, lambda r: _form(r.time_emb_proj)):
-            stack = self._stack([r.time_emb_proj for r in alike])
-            self.shared.of_time.append((stack, alike))
+        for same in _by(adapted, lambda r: _form(r.time_emb_proj)):
+            for alike in _parts(same, Stack.most(same[0].time_emb_proj)):
+                stack = self._stack([r.time_emb_proj for r in alike])
+                self.shared.of_time.append((stack, alike))
         for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
             stacked = FrozenStack([r.time_emb_proj for r in alike])
             self.shared.of_time.append((stacked, alike))
@@ -186,15 +194,23 @@ def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]
     return list(groups.values())
 
 
+def _parts(modules: list[Any], most: int) -> list[list[Any]]:
+    """Modules in parts of at most so many; of one at least."""
+    size = max(1, most)
+    return [modules[i : i + size] for i in range(0, len(modules), size)]
+
+
 def _convs(resnet: Any) -> list[Any]:
     """The convolutions of a residual block: two, and a shortcut where its width changes."""
     convs = resnet.conv1, resnet.conv2, resnet.conv_shortcut
     return [conv for conv in convs if conv is not None]
 
 
-def _resnet(block: Block, module: nn.Module, times: Mapping[nn.Module, Tensor]) -> Forward:
+def _resnet(
+    block: Block, module: nn.Module, times: Mapping[tuple[int, nn.Module], Tensor]
+) -> Forward:
     def forward(input_tensor: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
-        return block(input_tensor, times[module])
+        return block(input_tensor, times[id(temb), module])
 
     return forward
 
