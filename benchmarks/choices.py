@@ -46,6 +46,7 @@ METHODS: dict[str, Row] = {
     "dora": {"use_dora": True},
     "loha": {"method": "loha"},
     "lokr": {"method": "lokr"},
+    "oft": {"method": "oft"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "svd": {"init_lora_weights": "svd"},
     "pissa": {"init_lora_weights": "pissa"},

@@ -235,6 +235,8 @@ def check(request: Request, base: Base) -> None:
             continue
         most = [max(len(m.files) for m in mixes) for mixes in (request.rows, request.beside)]
         several = sum(most) > 1
+        if several and any(delta.of_base for _, _, delta in each(lora.adapter)):
+            faults.append(f"{path} turns the base (OFT), which cannot be added to another file")
         if several and any(delta.magnitude is not None for _, _, delta in each(lora.adapter)):
             faults.append(f"{path} has magnitudes (DoRA), which cannot be added to another file")
     if faults:

@@ -72,6 +72,8 @@ class Delta(nn.Module):
     """The names of the tensors that are not trained."""
     cores: ClassVar[tuple[str, ...]] = ()
     """The names of Tucker cores, the tensors that carry a k×k kernel."""
+    of_base: ClassVar[bool] = False
+    """True if ΔW is a function of the frozen W: `change` then has it, and `weight` has not."""
     rank: int | None = None
     """r; None for a method without rank, whose scale is 1."""
 
@@ -155,9 +157,23 @@ class Delta(nn.Module):
         with without_autocast(next(self.parameters())):
             return (self.scale * self.matrix()).reshape(self.shape)
 
+    def change(self, W: Tensor) -> Tensor:
+        """ΔW on the frozen weight W; of most methods it is the same on any."""
+        return self.weight()
+
+    def by_itself(self) -> Tensor:
+        """The delta as far as it is known without W: ΔW, or of a method `of_base` the map that
+        makes it of W."""
+        return self.weight()
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether W' − W is known on a base alone."""
+        return self.of_base or self.magnitude is not None
+
     def compose(self, W: Tensor, strength: float = 1.0) -> Tensor:
         """W' at the strength 1, else W + strength·(W' − W); float32 or higher."""
-        delta = self.weight()
+        delta = self.change(W)
         W = W.to(torch.promote_types(W.dtype, delta.dtype))
         if self.magnitude is None:
             return W + (delta if strength == 1 else strength * delta)
@@ -168,7 +184,7 @@ class Delta(nn.Module):
     def init_magnitude(self, W: Tensor) -> None:
         """Switch to the rule decompose: m starts as the norm of each output's row of W + ΔW."""
         with torch.no_grad():
-            V = W.to(torch.promote_types(torch.float32, W.dtype)) + self.weight()
+            V = W.to(torch.promote_types(torch.float32, W.dtype)) + self.change(W)
             ones = (1,) * (V.dim() - 1)
             self.magnitude = nn.Parameter(V.new_ones(len(V), *ones))
             self.magnitude.copy_(self._norm_like_magnitude(V))
@@ -217,15 +233,23 @@ class Delta(nn.Module):
             raise ValueError(f"ΔW is {rows}×{columns} and the weight {shape}")
         if len(own_shape) > 2 and _kernel(own_shape) != _kernel(shape):
             raise ValueError(f"ΔW is {own_shape} and the weight {shape}")
+        self._fit_magnitude(shape, None if not from_tensors else (rows, columns))
+
+    def _fit_magnitude(self, shape: tuple[int, ...], at_most: tuple[int, int] | None) -> None:
+        """Set the weight's shape, and give the magnitude its form; see `fit`.
+
+        at_most: rows and columns of ΔW, while the kernel, and so the shape, is not known.
+        """
         self.shape, ones = shape, (1,) * (len(shape) - 1)
-        m = self.magnitude
+        m, rows = self.magnitude, shape[0]
         if m is not None and m.dim() == 0:
             raise ValueError(
                 "the magnitude is one number for the whole weight, not one an output or input"
             )
         if m is None:
             return
-        if from_tensors:  # (1, in, …) cannot be checked before the kernel is known
+        if at_most is not None:  # (1, in, …) cannot be checked before the kernel is known
+            rows, columns = at_most
             if not (m.shape[0] == m.numel() == rows or m.shape[0] == 1 <= m.numel() <= columns):
                 raise ValueError(
                     f"a magnitude of {tuple(m.shape)} does not fit ΔW of {rows}×{columns}"
@@ -253,8 +277,8 @@ class Delta(nn.Module):
         return self.matrix()
 
     def norm(self) -> Tensor:
-        """Frobenius norm of ΔW."""
-        return torch.linalg.vector_norm(self.weight())
+        """Frobenius norm of ΔW, or of the map of a method `of_base`."""
+        return torch.linalg.vector_norm(self.by_itself())
 
     def scale_by(self, ratio: float) -> None:
         """Multiply ΔW by `ratio`, spread evenly over the trained tensors, its factors.

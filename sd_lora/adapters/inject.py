@@ -81,7 +81,8 @@ def inject(
         dropout: probability in [0, 1) of zeroing an input element of the delta in training.
         init: of LoRA: "kaiming" (the default), "gaussian", "orthogonal", "pissa", "loftq".
         seed: of the initial tensors.
-        method: "lora", "lora_fa", "loha", "lokr", "full", or a name given to `register_method`.
+        method: "lora", "lora_fa", "loha", "lokr", "oft", "full", or a name given to
+            `register_method`.
         rule: "add", or "decompose" (DoRA, with any method).
         rule_pattern: pattern → rule of these modules alone, matched as `rank_pattern`.
         rslora: scale by α/√r instead of α/r.
@@ -94,7 +95,7 @@ def inject(
             at the end of a name as `rank_pattern`.
         reference: the model before quantisation, for the init loftq.
         options: of the method: tucker (lora, loha, lokr), factor, full_matrix, decompose_both
-            (lokr).
+            (lokr), block_size, rescaled (oft).
 
     Returns:
         The names of the adapted modules.

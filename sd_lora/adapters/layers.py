@@ -140,7 +140,8 @@ class AdaptedLayer(nn.Module):
         delta: Any = self.deltas[path.replace(".", "/")]
         strength = self.strength if strength is None else strength
         if delta.magnitude is None:
-            dW = delta.weight()
+            of_base = delta.of_base  # else W is not asked for: a quantised one takes time
+            dW = delta.change(self.weight_of(self.base, path)) if of_base else delta.weight()
             return self.swap_layout(self.base, dW if strength == 1 else strength * dW)
         return self.effective_weight(path, strength) - self.swap_layout(
             self.base, self.weight_of(self.base, path)

@@ -136,6 +136,9 @@ def limit_norms(model: nn.Module, max_norm: float) -> int:
     Raises:
         UsageError: a max_norm of 0 or below; a ΔW that cannot be scaled.
     """
+    for name, delta in deltas_of(model).items():
+        if delta.of_base:
+            raise UsageError(f"{name}: {delta.method} turns W, and ΔW has no norm of its own")
     if not max_norm > 0:
         raise UsageError(f"max_norm must be above 0, not {max_norm}")
     count, deltas = 0, deltas_of(model)

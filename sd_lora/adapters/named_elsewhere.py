@@ -31,7 +31,7 @@ def _init(value: Any) -> str:
 
 
 def _algorithm(value: Any) -> str:
-    return _called("method")("lora" if value == "locon" else value)
+    return _called("method")({"locon": "lora", "diag-oft": "oft"}.get(value, value))
 
 
 _DORA = _switch('rule="decompose"')
@@ -68,6 +68,8 @@ ELSEWHERE: Mapping[str, Callable[[Any], str]] = {
     "lokr_factor": _called("factor"),
     "lokr_full_matrix": _switch("full_matrix=True"),
     "lokr_decompose_both": _switch("decompose_both=True"),
+    "oft_block_size": _called("block_size"),
+    "oft_rescaled": _switch("rescaled=True"),
     "fan_in_fan_out": lambda _: "found by itself: leave it out",
 }
 """Name elsewhere → its value there → the same in our words."""

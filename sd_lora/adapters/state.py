@@ -112,8 +112,8 @@ def make_delta(name: str, tensors: Mapping[str, Tensor], are_checked: bool = Fal
     method = method_by_tensor_names(own)
     if method is None:
         raise UsageError(f"{name}: no method has the tensors {', '.join(sorted(tensors))}")
-    parts = {k: _checked(f"{name}.{k}", t, are_checked) for k, t in tensors.items() if k != "alpha"}
-    alpha = _alpha(name, tensors["alpha"]) if "alpha" in tensors else None
+    parts = {k: checked(f"{name}.{k}", t, are_checked) for k, t in tensors.items() if k != "alpha"}
+    alpha = alpha_of(name, tensors["alpha"]) if "alpha" in tensors else None
     if any(tensor.dtype is torch.float64 for tensor in parts.values()):
         parts = {key: tensor.double() for key, tensor in parts.items()}  # they are multiplied
     magnitude = parts.pop("magnitude", None)
@@ -144,7 +144,7 @@ def refuse_overflow(name: str, delta: Delta) -> None:
         )
 
 
-def _checked(key: str, tensor: Tensor, is_finite: bool) -> Tensor:
+def checked(key: str, tensor: Tensor, is_finite: bool) -> Tensor:
     """A delta's tensor, 8-bit numbers as float32; raises UsageError, with the key, for tensors of
     other types, empty ones, and, unless known as finite, NaN or infinite values."""
     if not tensor.is_floating_point():
@@ -160,7 +160,7 @@ def _checked(key: str, tensor: Tensor, is_finite: bool) -> Tensor:
     return tensor
 
 
-def _alpha(name: str, tensor: Tensor) -> float:
+def alpha_of(name: str, tensor: Tensor) -> float:
     """α as a number; raises UsageError, with the name, for other tensors than one finite number."""
     if tensor.numel() != 1 or tensor.is_complex():
         found = f"{tensor.dtype} of the shape {tuple(tensor.shape)}"

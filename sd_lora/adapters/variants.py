@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.adapters import methods as methods  # fills METHODS
+from sd_lora.adapters import oft as oft  # and this one
 from sd_lora.adapters.deltas import METHODS, Delta
 from sd_lora.adapters.named_elsewhere import in_our_words
 from sd_lora.errors import UsageError, did_you_mean

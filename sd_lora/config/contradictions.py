@@ -91,6 +91,6 @@ def _why(other: Option, values: tuple[Any, ...] | None, theirs: Any) -> str:
         return f"with {other.name}"
     if other.kind == "bool":
         return f"with{'' if theirs else 'out'} {other.name}"
-    if theirs is not None and len(values) == len(other.choices) - 1:  # all but one
+    if theirs is not None and 2 * len(values) > len(other.choices):  # the others are fewer
         return f"with {other.name} {theirs}"
     return f"without {other.name} {' or '.join(map(str, values))}"

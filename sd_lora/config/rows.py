@@ -26,7 +26,7 @@ OneTrainer and ai-toolkit (keys of their configurations), SimpleTuner."""
 
 PLAIN_LORA = ("lora", "lora_fa")
 RANKED = (*PLAIN_LORA, "loha", "lokr")
-METHODS = (*RANKED, "full")
+METHODS = (*RANKED, "oft", "full")
 """Name of the adapter methods, here without torch; a test compares them with the table."""
 
 SUBJECT_FOLDER, DATA_SET, DATASET_FILE = (

@@ -34,7 +34,7 @@ from sd_lora.formats.rounding import balanced
 from sd_lora.models.families import family_named
 from sd_lora.models.original_names import Layout
 
-BUILT_IN = ("lora", "lora_fa", "loha", "lokr", "full")
+BUILT_IN = ("lora", "lora_fa", "loha", "lokr", "oft", "full")
 """Methods that other programs know; `register_method` may have added more."""
 
 
@@ -68,7 +68,6 @@ KOHYA = Format("kohya", file_names.KOHYA_END, kohya.write, _TO_FOLDERS)
 LYCORIS = Format("LyCORIS", file_names.LYCORIS_END, lycoris.write, _TO_FOLDERS)
 _TO_COMFYUI = "ComfyUI: copy {file} to models/loras;  Forge: to models/Lora"
 COMFYUI = Format("ComfyUI", file_names.COMFYUI_END, lycoris.write, _TO_COMFYUI)
-
 
 _ONLY_KOHYA = (
     "diffusers does not read kohya's names of {what}: the kohya file is for A1111 and ComfyUI alone"
@@ -114,8 +113,9 @@ def formats_of(adapter: Adapter, naming: Naming | None = None) -> tuple[list[For
     full = {f"{c} {n}.bias" for c, n, delta in each(adapter) if delta.method == "full"}
     biases = {f"{c} {n}" for c, modules in adapter.items() for n in modules if n.endswith(".bias")}
     notes = ["diffusers' load_lora_weights has no form for this kind of delta"]
-    own = sorted({d.method for _, _, d in each(adapter)} - {*BUILT_IN})
-    if own:
+    methods = {delta.method for _, _, delta in each(adapter)}
+    notes += [comfyui.STRENGTH_OF_OFT] * ("oft" in methods)
+    if own := sorted(methods - {*BUILT_IN}):
         notes.append(f"only sd_lora.load_adapter reads the method {' and '.join(own)}")
         return [dataclasses.replace(LYCORIS, use="sd_lora.load_adapter: {file}")], notes
     if comfyui.is_decomposed(adapter):
@@ -142,7 +142,7 @@ def rounded(
         RunError: a value beyond the dtype, with its key.
     """
     for key, tensor in tensors:
-        cast = tensor.to(dtype)
+        cast = tensor if key.endswith(lycoris.NEAR_ONE) else tensor.to(dtype)
         if not torch.isfinite(cast).all():
             largest, limit = tensor.abs().max(), torch.finfo(dtype).max
             raise RunError(

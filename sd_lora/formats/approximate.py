@@ -149,10 +149,10 @@ def nearest(delta: Delta, cut: Cut) -> tuple[Delta, Loss]:
     A delta of the form B·A, with no more ranks than the cut allows, is returned unchanged.
 
     Raises:
-        UsageError: a weight-decomposed delta: its ΔW depends on the base weight.
+        UsageError: a weight-decomposed delta or OFT: its ΔW depends on the base weight.
     """
-    if delta.magnitude is not None:
-        raise UsageError("a weight-decomposed delta (DoRA) has a ΔW only on its base model")
+    if delta.needs_base:
+        raise UsageError("a weight-decomposed delta (DoRA) or OFT has a ΔW on its base model alone")
     factors = delta.low_rank()
     if factors is None:
         return nearest_to(delta.weight(), cut)

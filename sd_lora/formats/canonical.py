@@ -31,12 +31,12 @@ Adapter = Mapping[str, Modules]
 def method_tensors() -> dict[str, str]:
     """Tensor name → method, of all registered methods that files write by these very names.
 
-    LoRA's factors, whole weights, biases and magnitudes have other names in files.
+    LoRA's factors, OFT's blocks, whole weights, biases and magnitudes have other names in files.
     """
     return {
         tensor: name
         for name, method in METHODS.items()
-        if "lora_A" not in method.tensor_names and name != "full"
+        if "lora_A" not in method.tensor_names and name not in ("oft", "full")
         for tensor in method.tensor_names
     }
 

@@ -8,7 +8,7 @@ the right norm there, and stays.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
@@ -23,6 +23,11 @@ from sd_lora.formats.canonical import Adapter, Lazy, Modules, canonical_name, ea
 
 MARK = {"sd_lora_dora": "ComfyUI"}
 """Header of a file whose magnitudes are for ComfyUI."""
+
+STRENGTH_OF_OFT = (
+    "ComfyUI applies the strength of OFT twice, so that 0.5 there is 0.25; Forge does not know OFT"
+)
+"""Of every file of this method, at other strengths than 1."""
 
 _EPSILON = torch.finfo(torch.float32).eps
 
@@ -78,8 +83,27 @@ def _rescaled(component: str, modules: Modules, weight: Weights, name: str) -> D
     if delta.method == "full":  # it has no magnitude in ComfyUI
         return make_delta(f"{component} {name}", {"diff": delta.compose(W) - W})
     if delta.magnitude.shape[0] == len(W):
-        norms = [V.flatten(1).norm(dim=1) for V in (W, W + delta.weight())]
+        norms = [V.flatten(1).norm(dim=1) for V in (W, W + delta.change(W))]
         tiny = torch.finfo(torch.float32).tiny
         ratio = (norms[0] + _EPSILON) / norms[1].clamp(min=tiny)
         delta.magnitude.mul_(ratio.view(delta.magnitude.shape))
     return delta
+
+
+def losses_of_oft(
+    places: Mapping[tuple[str, str], Mapping[str, str]], file: Mapping[str, Tensor]
+) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Losses of OFT in ComfyUI (comfy/weight_adapter/oft.py): it passes over the factors of
+    outputs, and bounds ‖Q‖ by alpha, where others take alpha times the outputs.
+
+    places: component and name → kind of tensor → key.
+    """
+    rescaled = [p for p, kinds in places.items() if "oft_blocks" in kinds and "rescale" in kinds]
+    yield "passes over {n} factors of outputs (rescale)", rescaled
+    bounded = []
+    for place, kinds in places.items():
+        if "oft_blocks" in kinds and "alpha" in kinds:
+            blocks, alpha = file[kinds["oft_blocks"]].float(), float(file[kinds["alpha"]])
+            if blocks.dim() > 2 and 0 < alpha < float((blocks - blocks.mT).norm()):
+                bounded.append(place)
+    yield "bounds {n} rotations otherwise", bounded

@@ -16,7 +16,7 @@ def family_by_tensors(lora: LoRAFile) -> tuple[Family, str] | None:
     unet = lora.adapter.get("unet", {})
     attending = (n for n in unet if re.search(r"\.attn2\.to_[kv]$", n) and len(_shape(unet, n)) > 1)
     name = next(attending, None)
-    width = unet[name].shape[1] if name else None
+    width = unet[name].shape[1] if name else None  # 0 of OFT, which has outputs alone
     known = next((f for f in FAMILIES.values() if f.cross_attention_dim == width), None)
     if "text_encoder_2" in lora.adapter and (known is None or not known.is_xl):
         # the refiner's too; few train that one without its UNet

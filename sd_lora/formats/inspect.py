@@ -346,6 +346,8 @@ def _table(components: list[Block], blocks: list[Block], width: int) -> list[str
                 lines.append(f"{_row('  ' + block.name, block)} {bar}".rstrip())
     if any("+dora" in m for block in components for m in block.methods):
         lines.append("  +dora: ‖ΔW‖ is of the directions alone; their magnitudes need the base")
+    if any(method == "oft" for block in components for method in block.methods):
+        lines.append("  oft: ‖ΔW‖ is of the rotation less the identity; ΔW itself needs the base")
     if any(block.vectors for block in components):
         count = sum(block.vectors for block in components)
         lines.append(f"  with {count} biases and norms among the modules")

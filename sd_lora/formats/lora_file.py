@@ -209,6 +209,9 @@ def _by_names(
     title = max(known, key=lambda t: known[t])
     if known[title] < len(keys) or not keys:
         raise UsageError(f"{path} {_refusal(parsed, known, file.header)}")
+    stages = [key for key in keys if key.endswith(".oft_blocks") and len(file.shape(key)) == 4]
+    if stages and not with_base:
+        raise UsageError(f"{path} is of the method BOFT, {lycoris.WAY_OUT} (key {stages[0]!r})")
     return title, _places(path, parsed[title])
 
 
@@ -315,7 +318,9 @@ def _make(
         parts["magnitude" if flat else kind] = tensor.flatten() if flat else tensor
     title, place = f"{component} {name}" if component else name, (component, name)
     method = of_base.method_of(parts)
-    if method is not None and base is not None:
+    if "oft_blocks" in parts and parts["oft_blocks"].dim() < 4:
+        parts = lycoris.with_rotation(title, parts)
+    elif method is not None and base is not None:
         parts = {"diff": of_base.change(title, method, base(component, name), parts)}
     elif lycoris.SPARSE <= {*parts}:
         parts = lycoris.with_sparse(title, parts)

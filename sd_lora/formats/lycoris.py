@@ -1,17 +1,22 @@
 """LyCORIS' keys, for ComfyUI, A1111 and LyCORIS itself: kohya's names, every method's tensors.
 
-`lora_down/up/mid`, `hada_…`, `lokr_…`, `diff` and `diff_b`, `w_norm` and `b_norm`, `dora_scale`; a
-registered method's tensors by their own names. LoKr's core is multiplied into its factor.
-Each module has its own alpha; for a LoKr of two whole matrices it means nothing, the scale is 1.
+`lora_down/up/mid`, `hada_…`, `lokr_…`, `oft_blocks` and `rescale`, `diff` and `diff_b`, `w_norm`
+and `b_norm`, `dora_scale`; a registered method's tensors by their own names. LoKr's core is
+multiplied into its factor. Each module has its own alpha; for a LoKr of two whole matrices it means
+nothing, the scale is 1. For OFT it bounds the rotation, in LyCORIS, sd-scripts and A1111 by alpha
+times the outputs, in ComfyUI by alpha itself; 0 is no bound, but one of 0 in sd-scripts. So a bound
+is folded into the blocks that are read, and one is written that no reader comes to.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from sd_lora.adapters.deltas import Delta
-from sd_lora.adapters.state import make_delta
+from sd_lora.adapters.oft import OFT
+from sd_lora.adapters.state import alpha_of, checked, make_delta
 from sd_lora.errors import UsageError
 from sd_lora.formats import of_base
 from sd_lora.formats.canonical import Adapter, Modules, each, method_tensors, plain
@@ -32,8 +37,7 @@ _READ = {kind: name for name, kind in _WRITTEN.items()} | {
 _OF_BIAS = ("diff_b", "b_norm")
 
 OTHER_METHODS = {
-    "oft_blocks": "OFT or BOFT",
-    "oft_diag": "OFT",
+    "oft_diag": "OFT, in a form of before 2024",
     "on_input": "(IA)³",
     "a1.weight": "GLoRA",
     "glora_a": "GLoRA",
@@ -45,6 +49,16 @@ WAY_OUT = (
     "whose ΔW depends on the base: `sd-lora convert FILE --model BASE --to lycoris` writes it as "
     "ΔW, and with --rank N --to kohya as the nearest LoRA"
 )
+
+OFT_KINDS = ("oft_blocks", "rescale")
+"""Kinds of OFT's tensors; BOFT has the same, with blocks of one more dimension."""
+
+_LARGEST = 1024
+"""Outputs in a block at most that stands for blocks of one: memory goes by its square."""
+
+NEAR_ONE = ".rescale"
+"""End of keys whose numbers stay float32 in every file: they are 1 but for a small rest, which
+bfloat16 rounds by 0.4 % of the 1."""
 
 SPARSE = {"bias_indices", "bias_values", "bias_size"}
 """Kinds of the sparse remainder of ΔW that LyCORIS' extraction may keep beside a LoCon."""
@@ -70,6 +84,27 @@ def with_sparse(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         rest = torch.zeros(rows, columns)
         rest[places[0], places[1]] = values.flatten()
         return {"diff": matrix + delta.scale * rest.reshape(matrix.shape)}
+
+
+def with_rotation(title: str, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of OFT by a file's blocks, with its bound folded in.
+
+    Raises:
+        UsageError: blocks that are not square.
+    """
+    rest = {k: t for k, t in parts.items() if k not in (*OFT_KINDS, "alpha")}
+    own = {k: checked(f"{title}.{k}", parts[k], False) for k in OFT_KINDS if k in parts}
+    blocks = own["oft_blocks"]
+    if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2]:
+        raise UsageError(f"{title}: oft_blocks {tuple(blocks.shape)} are no square blocks")
+    outputs = len(blocks) * blocks.shape[1]
+    if blocks.shape[1] == 1:  # LyCORIS has 4 of 1 for 4 outputs: as larger ones that do not turn
+        size = next((b for b in range(2, _LARGEST + 1) if outputs % b == 0), None)
+        if size is None:
+            raise UsageError(f"{title}: {outputs} blocks of one output, which do not turn")
+        blocks = blocks.new_zeros(outputs // size, size, size)
+    alpha = alpha_of(title, parts["alpha"]) if "alpha" in parts else 0.0
+    return rest | OFT.of_blocks(blocks, alpha * outputs, own.get("rescale"))
 
 
 def _without_core(core: Tensor, a: Tensor, b: Tensor) -> dict[str, Tensor]:
@@ -99,7 +134,7 @@ def parse(
     stem, _, kind = key.partition(".")
     stem = stem.replace("oft_unet_", "lora_unet_", 1)  # sd-scripts' OFT
     found = (live or {}).get(stem) or from_kohya(stem, layout)
-    kinds = {*method_tensors(), *SPARSE, *(of_base.KINDS if with_base else ())}
+    kinds = {*method_tensors(), *OFT_KINDS, *SPARSE, *(of_base.KINDS if with_base else ())}
     ours = _READ.get(kind) or (kind if kind in kinds else None)
     if found is None or ours is None:
         return None
@@ -130,6 +165,15 @@ def _tensors(name: str, delta: Delta, modules: Modules) -> dict[str, Tensor]:
         assert factors is not None
         A, B, alpha = factors
         kinds = {"lora_down.weight": A, "lora_up.weight": B}
+    if isinstance(delta, OFT):
+        ones = (1,) * (max(2, len(delta.shape)) - 1)
+        blocks = delta.blocks().detach()
+        own = {"oft_blocks": blocks}
+        if delta.rescale is not None:
+            own["rescale"] = delta.rescale.detach().view(-1, *ones)
+        kinds = {k: t for k, t in kinds.items() if k == "magnitude"} | own
+        _, exponent = math.frexp(math.sqrt(2) * float(blocks.norm()))
+        alpha = 2.0 ** max(0, exponent)  # above ‖Q‖, and the same number in every dtype
     if "lokr_t2" in kinds:
         kinds |= _without_core(kinds["lokr_t2"], kinds["lokr_w2_a"], kinds["lokr_w2_b"])
         del kinds["lokr_t2"]

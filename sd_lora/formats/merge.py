@@ -211,8 +211,10 @@ def _sum(
         factor = table.get((component, name), 0.0)
         if factor:
             delta = lora.adapter[component][name]
-            if summands and delta.shape != summands[0][0].shape:
-                _match(lora, component, name, delta, summands[0][0])
+            # of OFT's shape a file has the outputs alone
+            known = [d for d, _ in summands if 0 not in d.shape]
+            if known and 0 not in delta.shape and delta.shape != known[0].shape:
+                _match(lora, component, name, delta, known[0])
             summands.append((delta, factor))
     label = f"{component} {name}"
     by_factors = all(plain(d) is not None and d.magnitude is None for d, _ in summands)
@@ -224,8 +226,9 @@ def _sum(
             raise UsageError(
                 f"{error}. --rank N writes the nearest LoRA of rank N and states its error"
             ) from None
-    total = sum(factor * whole_change(component, name, d, base) for d, factor in summands)
-    return Full(summands[0][0].shape, {"diff": total})  # type: ignore[dict-item]
+    changes = [factor * whole_change(component, name, d, base) for d, factor in summands]
+    shape = max((change.shape for change in changes), key=len)  # 1×1 convolutions come as matrices
+    return Full(tuple(shape), {"diff": sum(change.reshape(shape) for change in changes)})  # type: ignore[dict-item]
 
 
 def _match(lora: LoRAFile, component: str, name: str, delta: Delta, first: Delta) -> None:

@@ -1,6 +1,7 @@
-"""Methods whose ΔW is a function of the frozen weight W: (IA)³, GLoRA, OFT, BOFT.
+"""Methods whose ΔW is a function of the frozen weight W: (IA)³, GLoRA, BOFT.
 
-Their files are read as the ΔW that they are on a base at hand; all four are linear in W.
+Their files are read as the ΔW that they are on a base at hand; all are linear in W. OFT is one too,
+and a method of its own (`sd_lora.adapters.oft`).
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sd_lora.adapters.oft import bounded, turn_of
 from sd_lora.errors import UsageError
 
 Parts = Mapping[str, Tensor]
@@ -35,35 +37,19 @@ def _glora(W: Tensor, parts: Parts) -> Tensor:
     return (moved + (b[0] @ b[1]).reshape(W.shape)) * (alpha / rank)
 
 
-def _rotations(blocks: Tensor, outputs: int, parts: Parts) -> Tensor:
-    """Cayley's R = (I + Q)(I − Q)⁻¹ of Q = B − Bᵀ, whose norm is at most alpha·outputs, if that is
-    above 0.
-    """
-    blocks = blocks.float()
-    Q = blocks - blocks.transpose(-1, -2)
-    limit = float(parts["alpha"]) * outputs if "alpha" in parts else 0.0
-    norm = float(Q.norm()) + 1e-8
-    if 0 < limit < norm:
-        Q = Q * (limit / norm)
-    eye = torch.eye(Q.shape[-1])
-    return (eye + Q) @ torch.linalg.inv(eye - Q)
+def _boft(W: Tensor, parts: Parts) -> Tensor:
+    """(R − I)W, R a product of butterfly stages of blocks along the outputs (Liu et al. 2024).
 
-
-def _oft(W: Tensor, parts: Parts) -> Tensor:
-    """(R − I)W, R of blocks along the outputs (Qiu et al. 2023), or several butterfly stages of
-    them, BOFT (Liu et al. 2024), if the blocks have four dimensions.
+    Each block is R of OFT, transposed; ‖Q‖ over all is at most alpha·outputs, if that is above 0.
     """
-    blocks = parts["oft_blocks"]
-    R = _rotations(blocks, len(W), parts)
-    if blocks.dim() == 3:
-        turned = torch.einsum("knm,kn...->km...", R, W.unflatten(0, (len(R), -1))).flatten(0, 1)
-    else:
-        turned, half = W, R.shape[-1] // 2
-        for stage, rotations in enumerate(R):
-            reach = 2**stage * half
-            mixed = turned.unflatten(0, (-1, 2, reach)).transpose(1, 2).flatten(0, 2)
-            mixed = torch.einsum("bij,bj...->bi...", rotations, mixed.unflatten(0, (len(R[0]), -1)))
-            turned = mixed.flatten(0, 1).unflatten(0, (-1, reach, 2)).transpose(1, 2).flatten(0, 2)
+    Q = bounded(parts["oft_blocks"].float(), float(parts.get("alpha", 0.0)) * len(W))
+    R = (turn_of(Q) + torch.eye(Q.shape[-1])).mT
+    turned, half = W, R.shape[-1] // 2
+    for stage, rotations in enumerate(R):
+        reach = 2**stage * half
+        mixed = turned.unflatten(0, (-1, 2, reach)).transpose(1, 2).flatten(0, 2)
+        mixed = torch.einsum("bij,bj...->bi...", rotations, mixed.unflatten(0, (len(R[0]), -1)))
+        turned = mixed.flatten(0, 1).unflatten(0, (-1, reach, 2)).transpose(1, 2).flatten(0, 2)
     if "rescale" in parts:
         turned = turned * parts["rescale"].to(W).reshape(-1, *[1] * (W.dim() - 1))
     return turned - W
@@ -82,7 +68,7 @@ class Method:
 METHODS = (
     Method("(IA)³", ("weight", "on_input"), (), _ia3),
     Method("GLoRA", tuple(f"{x}{i}.weight" for x in "ab" for i in "12"), ("alpha",), _glora),
-    Method("OFT or BOFT", ("oft_blocks",), ("rescale", "alpha"), _oft),
+    Method("BOFT", ("oft_blocks",), ("rescale", "alpha"), _boft),
 )
 
 KINDS = frozenset(kind for method in METHODS for kind in (*method.needs, *method.may))

@@ -30,6 +30,7 @@ from sd_lora.formats.adapter_files import (
     write_file,
 )
 from sd_lora.formats.canonical import Adapter, Lazy, count, each
+from sd_lora.formats.lycoris import NEAR_ONE
 from sd_lora.formats.names import naming_of
 from sd_lora.formats.verify import Verified, fitted, misfits, verify
 from sd_lora.models.families import Family
@@ -147,7 +148,7 @@ def _inexpressible(adapter: Adapter, to: str) -> str:
     if not kinds:
         return f"{to}'s readers take no text encoder of which so little is adapted: --to kohya"
     what = ", ".join(f"{count} × {kind}" for kind, count in sorted(kinds.items()))
-    base = " and --model MODEL" if "DoRA" in kinds else ""
+    base = " and --model MODEL" if {"DoRA", "oft"} & {*kinds} else ""
     vectors = ", --drop_vectors leaves biases and norms out" if "bias or norm" in kinds else ""
     return (
         f"{to}'s readers have no form for {what}. --rank N{base} writes the nearest plain LoRA and "
@@ -231,7 +232,8 @@ def check_place(adapter: Adapter, output: Output, family: Family, what: str) -> 
 
 
 def _is_exact(tensors: Iterator[tuple[str, Tensor]], dtype: torch.dtype) -> bool:
-    return all(torch.equal(t.to(dtype).to(t.dtype), t) for _, t in tensors)
+    rounded = (t for key, t in tensors if not key.endswith(NEAR_ONE))
+    return all(torch.equal(t.to(dtype).to(t.dtype), t) for t in rounded)
 
 
 class Spool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sd_lora.errors import counted
-from sd_lora.formats import checkpoint_keys, comfyui, diffusers, positions, reader_names
+from sd_lora.formats import checkpoint_keys, comfyui, diffusers, lycoris, positions, reader_names
 from sd_lora.formats.canonical import method_tensors
 from sd_lora.formats.kohya import diffusers_reads
 from sd_lora.formats.lora_file import LoRAFile, kinds_and_keys
@@ -134,7 +134,7 @@ def _diffusers(given: Given) -> Iterator[Loss]:
     lora, kinds = given.lora, given.kinds
     labels = {"loha": "LoHa", "lokr": "LoKr"}
     beyond = {tensor: labels.get(method, method) for tensor, method in method_tensors().items()}
-    beyond |= {"lora_mid": "Tucker cores", "diff": "full weights"}
+    beyond |= {"lora_mid": "Tucker cores", "diff": "full weights", "oft_blocks": "OFT"}
     if found := dict.fromkeys(label for kind, label in beyond.items() if kind in kinds):
         raise Refused(f"refuses the file ({', '.join(found)})")
     if lora.embeddings:
@@ -262,6 +262,7 @@ def _off_by_alpha(given: Given) -> Iterator[Place]:
 
 def _comfyui(given: Given) -> Iterator[Loss]:
     yield from _by_comfyui(given, reader_names.comfyui)
+    yield from comfyui.losses_of_oft(given.places, given.lora.file)
 
 
 def _forge(given: Given) -> Iterator[Loss]:
@@ -269,10 +270,13 @@ def _forge(given: Given) -> Iterator[Loss]:
     put aside whole.
     """
     known = [p for p in given.places if given.stems(p) <= reader_names.forge(given.base, *p)]
-    taken = {k for p in known for kind, k in given.places[p].items() if _has_end(k, kind, ())}
+    mine = ((k, kind) for p in known for kind, k in given.places[p].items())
+    taken = {k for k, kind in mine if _has_end(k, kind, ()) and kind not in lycoris.OFT_KINDS}
     unknown = [key for key in given.keys if key not in taken] + given.lora.embeddings
     if len(unknown) > 12:
         raise Refused(f"loads nothing: it does not know {len(unknown)} keys, and 12 are its limit")
+    turned = [p for p, kinds in given.places.items() if "oft_blocks" in kinds]
+    yield "does not know the method oft of {modules}", turned
     yield from _by_comfyui(given, reader_names.forge, ())
 
 

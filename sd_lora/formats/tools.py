@@ -94,7 +94,8 @@ def convert(
         output: path, format and dtype.
         family: "sd1", "sd2", "sdxl" or "sdxl_refiner", where the file does not name it.
         cut: ranks for approximating deltas without a form in the format; the rest stays exact.
-        base: the base model, needed for the ΔW of a weight-decomposed delta, and ComfyUI's form.
+        base: the base model, needed for the ΔW of a weight-decomposed delta or OFT, and ComfyUI's
+            form.
         drop_vectors: leave out biases and norms, for which a plain LoRA has no form.
         progress: shows the work.
 
@@ -132,7 +133,7 @@ def convert(
 
 
 def _is_not_plain(delta: Delta) -> bool:
-    return len(delta.shape) > 1 and (delta.magnitude is not None or plain(delta) is None)
+    return len(delta.shape) > 1 and (delta.needs_base or plain(delta) is None)
 
 
 def _has_no_diffusers_form(delta: Delta) -> bool:
@@ -178,15 +179,16 @@ def whole_change(
     """W' − W of a delta, in its own shape.
 
     Raises:
-        UsageError: a weight-decomposed delta without a base model, or with another shape than the
-            base's.
+        UsageError: a weight-decomposed delta or OFT without a base model, or with another shape
+            than the base's.
     """
-    if delta.magnitude is None:
+    if not delta.needs_base:
         return delta.weight()
     if base is None:
+        what = f"of the method {delta.method}" if delta.of_base else "weight-decomposed (DoRA)"
         raise UsageError(
-            f"{component} {name} is weight-decomposed (DoRA): its ΔW depends on the base model, so "
-            "give the base as --model"
+            f"{component} {name} is {what}: its ΔW depends on the base model, so give the base as "
+            "--model"
         )
     W = base.weight(component, name).float()
     try:
@@ -231,8 +233,8 @@ def resize(
         words = "comparing singular values"
         for component, name, delta in progress(each(lora.adapter), count(lora.adapter), words):
             if len(delta.shape) > 1:
-                own = delta.magnitude is None
-                change = None if own else whole_change(component, name, delta, base)
+                of_base = delta.needs_base
+                change = whole_change(component, name, delta, base) if of_base else None
                 spectra[component, name] = Spectrum.of(delta, change)
         ranks = shared_ranks(spectra, mean_rank)
     origin = origin_of(lora, row)
@@ -265,7 +267,7 @@ def cut_to(
             near, own = delta, (ranks or {}).get((component, name))
             mine = cut if own is None else Cut(rank=own)
             if only(delta):
-                if delta.magnitude is None:
+                if not delta.needs_base:
                     near, loss = nearest(delta, mine)
                 else:
                     near, loss = nearest_to(whole_change(component, name, delta, base), mine)

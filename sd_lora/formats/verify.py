@@ -135,7 +135,7 @@ def _errors(want: Delta, have: Delta) -> list[float]:
     exact = [copy.deepcopy(delta).double() for delta in (want, have)]
     factors = [delta.low_rank() for delta in exact]
     if factors[0] is None or factors[1] is None:
-        errors = [error(exact[0].weight(), exact[1].weight())]
+        errors = [error(*(delta.by_itself() for delta in exact))]
     else:
         (A, B), (C, D) = ((f.flatten(1) for f in pair) for pair in factors if pair)
         if len(B) != len(D) or A.shape[1] != C.shape[1]:
@@ -230,7 +230,7 @@ def published_for(adapter: Adapter, family: Family) -> MetaPipeline:
         shape = unet["conv_in"].shape
     except UsageError:  # a broken delta is reported elsewhere
         return base
-    return base.with_inputs(shape[1]) if len(shape) > 1 else base
+    return base.with_inputs(shape[1]) if len(shape) > 1 and shape[1] else base
 
 
 def is_other_base(wrong: Sequence[str], adapter: Adapter) -> bool:

@@ -57,6 +57,8 @@ def inject_all(
         "factor": config.lokr_factor,
         "full_matrix": config.lokr_full_matrix,
         "decompose_both": config.lokr_decompose_both,
+        "block_size": config.oft_block_size,
+        "rescaled": config.oft_rescaled,
     }
     shared |= {name: value for name, value in options.items() if value}
     file = saved or config.init_path if config.init_lora else None

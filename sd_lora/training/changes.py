@@ -26,9 +26,10 @@ def changes_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         for name, layer in layers.items():
             part = block_of(component, names[name], count)
             for path, delta in layer.deltas_by_path().items():
-                weight = layer.weight_of(layer.base, path).float().norm()
+                W = layer.weight_of(layer.base, path).float()
+                own = delta.change(W).norm() if delta.of_base else delta.norm()
                 change, base = squares.get(part, (0.0, 0.0))
-                squares[part] = change + float(delta.norm()) ** 2, base + float(weight) ** 2
+                squares[part] = change + float(own) ** 2, base + float(W.norm()) ** 2
         found[component] = {
             part: math.sqrt(change / base) if base else 0.0
             for part, (change, base) in sorted(squares.items(), key=lambda item: order_of(item[0]))

@@ -13,6 +13,7 @@ from torch import nn
 from sd_lora.adapters.deltas import Delta
 from sd_lora.adapters.inject import adapted_layers, delta_name
 from sd_lora.adapters.layers import AdaptedLayer
+from sd_lora.adapters.oft import OFT
 from sd_lora.adapters.targets import PRESETS
 from sd_lora.config.rows import MODES
 from sd_lora.config.schema import OPTIONS
@@ -263,5 +264,7 @@ def _flags(adapter: Adapter) -> Iterator[str]:
     if any(component != "unet" for component in adapter):
         yield "--train_text_encoder"
     yield from (f"--{option} {rank}" for option, rank in ranks.items() if rank)
+    sizes = [delta.block_size for _, _, delta in each(adapter) if isinstance(delta, OFT)]
+    yield from (f"--oft_block_size {size}" for size in {max(sizes, default=0)} - {0})
     if any(delta.magnitude is not None for _, _, delta in each(adapter)):
         yield "--use_dora"

@@ -87,14 +87,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lokr full matrix": {"method": "lokr", "options": {"full_matrix": True}},
     "lokr both": {"method": "lokr", "options": {"decompose_both": True, "factor": 4}},
     "lokr tucker": {"method": "lokr", "options": {"tucker": True, "factor": 2}},
+    "oft": {"method": "oft", "options": {"block_size": 4}},
+    "oft rescaled": {"method": "oft", "options": {"block_size": 6, "rescaled": True}},
     "full": {"method": "full"},
 }
 RULES = ("add", "decompose")
 
 
 def cannot(layer: str, variant: str) -> bool:
-    """The one combination that is refused: a Kronecker product cannot leave out one row."""
-    return layer == "embedding padding_idx" and variant.startswith("lokr")
+    """The combinations that are refused: a Kronecker product cannot leave out one row, and a
+    rotation of all."""
+    return layer == "embedding padding_idx" and variant.startswith(("lokr", "oft"))
 
 
 def build(

@@ -118,6 +118,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"rule": "decompose"},
     "loha": {"method": "loha"},
     "lokr": {"method": "lokr", "factor": 2},
+    "oft": {"method": "oft"},
     "full": {"method": "full", "train_bias": "all"},
 }
 OTHER = {  # besides lora, each model has one more
@@ -127,7 +128,7 @@ OTHER = {  # besides lora, each model has one more
     "UNet1DModel": "lokr",
     "UNet3DConditionModel": "DoRA",
     "UNetMotionModel": "loha",
-    "UNetSpatioTemporalConditionModel": "lokr",
+    "UNetSpatioTemporalConditionModel": "oft",
 }
 CELLS = [(name, variant) for name in MODELS for variant in ("lora", OTHER[name])]
 

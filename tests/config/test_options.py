@@ -63,7 +63,8 @@ def test_five_mistakes_in_a_file_are_told_at_once(
             "--rank_pattern 'to_q' is not pattern=number",
             "rank must be a whole number, not '4'",
             "lora_dropout must be at least 0 and below 1, not 1.5",
-            "method is one of lora, lora_fa, loha, lokr, full, not 'lokar'. Did you mean lokr?",
+            "method is one of lora, lora_fa, loha, lokr, oft, full, not 'lokar'. "
+            "Did you mean lokr?",
             "lr_power has no effect without lr_scheduler polynomial. Leave it out",
         ]
     )

@@ -109,6 +109,14 @@ READERS = {
     "alphas": ("LyCORIS", {}, ("diffusers", r"takes \d+ modules at another strength")),
     "loha": ("LyCORIS", {"method": "loha"}, ("diffusers", r"refuses the file \(LoHa\)")),
     "lokr": ("LyCORIS", {"method": "lokr"}, ("diffusers", r"refuses the file \(LoKr\)")),
+    "oft": ("LyCORIS", {"method": "oft"}, ("diffusers", r"refuses the file \(OFT\)")),
+    "oft in ComfyUI": ("LyCORIS", {"method": "oft"}, ("ComfyUI", "exact")),
+    "oft in Forge": ("LyCORIS", {"method": "oft"}, ("Forge", r"does not know \d+ keys")),
+    "oft rescaled": (
+        "LyCORIS",
+        {"method": "oft", "rescaled": True},
+        ("ComfyUI", r"passes over \d+ factors of outputs"),
+    ),
     "dora": ("LyCORIS", {"rule": "decompose"}, ("diffusers", r"drops \d+ dora_scale")),
     "dora in A1111": ("LyCORIS", {"rule": "decompose"}, ("A1111", r"normalises \d+ weight-dec")),
 }

@@ -180,15 +180,19 @@ METHODS: dict[str, dict[str, Any]] = {
     "lokr both": {"method": "lokr", "rank": 1, "alpha": 3.0, "factor": 4, "decompose_both": True},
     "lokr whole": {"method": "lokr", "rank": 1, "full_matrix": True},
     "lokr tucker": {"method": "lokr", "rank": 1, "alpha": 3.0, "factor": 2, "tucker": True},
+    "oft": {"method": "oft", "rank": 1, "block_size": 4},
+    "oft rescaled": {"method": "oft", "rank": 1, "rescaled": True},
     "full, biases and norms": {"method": "full", "train_bias": "all", "modules_to_save": ["norm."]},
 }
+CHANGED = ("pissa", "lokr tucker", "oft", "oft rescaled")
+"""Methods whose tensors are others in LyCORIS' files."""
 
 
 @pytest.mark.parametrize("case", METHODS)
 def test_every_method_is_read_as_it_was_written(case: str, tmp_path: Path) -> None:
     """One module of each kind of SDXL's three components, by every method: each file that there is
     for it gives back the same ΔW to 1e-6, and LyCORIS' every tensor to the last bit (a PiSSA
-    becomes a LoRA of rank 2r, and a LoKr's core a part of its factor)."""
+    becomes a LoRA of rank 2r, a LoKr's core a part of its factor, and a divisor of OFT's)."""
     if case == "full, biases and norms":
         given = whole("sdxl")
     else:
@@ -198,7 +202,7 @@ def test_every_method_is_read_as_it_was_written(case: str, tmp_path: Path) -> No
     for kind in {*kinds, files.LYCORIS}:
         lora = through(tmp_path / "x.safetensors", kind, given, "sdxl")
         assert same(given, lora.adapter)
-        whole_tensors = kind is files.LYCORIS and case not in ("pissa", "lokr tucker")
+        whole_tensors = kind is files.LYCORIS and case not in CHANGED
         assert not whole_tensors or identical(given, lora.adapter)
 
 

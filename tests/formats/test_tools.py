@@ -119,17 +119,18 @@ def test_convert_says_what_has_no_form(tiny_sd1: Path, tmp_path: Path) -> None:
             tools.convert(source, output(tmp_path / "b.safetensors", tiny_sd1, to=to))
 
 
-@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+@pytest.mark.parametrize("kind", ["loha", "lokr", "oft", "dora"])
 def test_approximation_is_the_best_of_its_rank(kind: str, tiny_sd1: Path, tmp_path: Path) -> None:
-    """The plain LoRA of LoHa, LoKr and DoRA is as near as singular values allow (Eckart–Young), and
-    the stated error is the measured one; of DoRA, the change is that on the base's own weights."""
+    """The plain LoRA of LoHa, LoKr, OFT and DoRA is as near as singular values allow (Eckart and
+    Young), and the stated error is the measured one; of OFT and DoRA, the change is that on the
+    base's own weights."""
     options = {"method": "lora", "rule": "decompose"} if kind == "dora" else {"method": kind}
     adapter = trained(tiny_sd1, text=False, **options)
     form = files.DIFFUSERS if kind == "dora" else files.LYCORIS
     source = saved(tmp_path / "a.safetensors", form, adapter, tiny_sd1)
     base = Checkpoint(tiny_sd1)
     out = output(tmp_path / "b.safetensors", tiny_sd1, to="kohya")
-    if kind == "dora":
+    if kind in ("dora", "oft"):
         with pytest.raises(sd_lora.UsageError, match="depends on the base model.*--model"):
             tools.convert(source, out, cut=Cut(rank=5))
     result = tools.convert(source, out, cut=Cut(rank=5), base=base)
@@ -508,7 +509,7 @@ def test_extract_says_what_no_lora_can_hold(tiny_sd1: Path, tmp_path: Path) -> N
         extract.extract(base, Checkpoint(tmp_path / "deeper"), other, Cut(rank=8))
 
 
-@pytest.mark.parametrize("method", ["lora", "loha", "dora", "lokr"])
+@pytest.mark.parametrize("method", ["lora", "loha", "dora", "lokr", "oft"])
 def test_bake_into_a_folder_is_the_merged_model(
     method: str, tiny_sd1: Path, tmp_path: Path
 ) -> None:

@@ -38,14 +38,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tiny_sd1: Path, folder: Path) -> dict[str, Path]:
-    """Kind → LoRA file with random ΔW: diffusers', kohya's, LyCORIS' DoRA and LoKr, and kohya's
-    with a text encoder."""
+    """Kind → LoRA file with random ΔW: diffusers', kohya's, LyCORIS' DoRA, LoKr and OFT, and
+    kohya's with a text encoder."""
     images(folder / "data", 2)
     found = {}
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"rank_pattern": {"conv1": 4}},
         "dora": {"rule": "decompose"},
         "lokr": {"method": "lokr", "conv_rank": None},
+        "oft": {"method": "oft", "conv_rank": None, "block_size": 8},
         "text": {},
     }
     for name, options in kinds.items():
@@ -94,6 +95,7 @@ def deltas(run: Run) -> Adapter:
         ("lycoris", OPEN),
         ("dora", OPEN | {"use_dora": True}),
         ("lokr", OPEN | {"method": "lokr"}),
+        ("oft", OPEN | {"method": "oft", "oft_block_size": 8}),
         ("text", OPEN | {"train_text_encoder": True, "clip_skip": 1}),
         ("plain_kohya", {"rank": 5, "conv_rank": 4, "lora_alpha": 7.0, "targets": "all"}),
         ("lycoris", {"conv_rank": 4, "use_rslora": True, "train_text_encoder": True}),
@@ -108,7 +110,7 @@ def test_step_0_is_the_file(
     parameters, which then learn. Without flags the modules, ranks and scales are the file's."""
     run = prepare(run_from(tiny_sd1, folder, files[kind], **changes))
     injected = [delta for modules in deltas(run).values() for delta in modules.values()]
-    assert all(float(delta.weight().detach().norm()) == 0 for delta in injected)
+    assert all(float(delta.norm().detach()) == 0 for delta in injected)
     run.restore()
     file = open_lora(files[kind]).adapter
     for component, ours in deltas(run).items():
@@ -117,11 +119,12 @@ def test_step_0_is_the_file(
             assert theirs.keys() == ours.keys()
         for name, delta in ours.items():
             if name not in theirs:
-                assert float(delta.weight().detach().norm()) == 0
+                assert float(delta.norm().detach()) == 0
                 continue
             want = theirs[name]
             want.fit(delta.shape)
-            assert (delta.weight() - want.weight()).norm() < 1e-6 * want.weight().norm()
+            error = (delta.by_itself() - want.by_itself()).norm()
+            assert error < 1e-6 * want.norm()
             if "rank" in changes and changes["rank"] is None:
                 assert delta.rank == want.rank
                 assert delta.scale == pytest.approx(want.scale)
@@ -148,6 +151,7 @@ def test_step_0_is_the_file(
         ("plain", {"targets": "attention", "conv_rank": None}, r"conv1 is not adapted"),
         ("dora", {}, r"has a magnitude \(--use_dora\).*--use_dora"),
         ("lokr", {}, r"is of the method lokr, and lora here.*--method lokr"),
+        ("oft", OPEN | {"method": "oft"}, r"of other shapes.*--method oft --oft_block_size 8"),
         ("plain", {"method": "loha"}, r"is of the method lora, and loha here"),
     ],
 )

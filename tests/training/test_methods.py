@@ -37,6 +37,11 @@ RUNS: dict[str, tuple[dict, list[str]]] = {
         {"method": "lokr", "lokr_full_matrix": True, "use_dora": True},
         [COMFYUI, *LYCORIS],
     ),
+    "oft": ({"method": "oft", "targets": "all", "learning_rate": 1e-3}, LYCORIS),
+    "oft, rescaled": (
+        {"method": "oft", "oft_block_size": 8, "oft_rescaled": True, "train_bias": "lora_only"},
+        LYCORIS,
+    ),
     "full": ({"method": "full", "targets": "attention+.*norm.*"}, LYCORIS),
     "biases and norms": ({"train_bias": "all", "modules_to_save": "conv_norm_out"}, LYCORIS),
 }
@@ -134,8 +139,9 @@ def test_dora_loads_in_diffusers(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         },
         {"method": "lokr", "rank_dropout": 0.2, "module_dropout": 0.2, "use_dora": True, "rank": 2},
         {"init_lora_weights": "pissa", "lora_dropout": 0.1},
+        {"method": "oft", "oft_rescaled": True, "lora_dropout": 0.1, "module_dropout": 0.2},
     ],
-    ids=["lora", "lokr", "pissa"],
+    ids=["lora", "lokr", "pissa", "oft"],
 )
 def test_resuming_is_exact_with_every_option(
     options: dict, tiny_sd1: Path, data: Path, tmp_path: Path
@@ -225,6 +231,15 @@ def test_8bit_adam_trains(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
             ["--method", "lokr", "--lokr_full_matrix", "--lokr_decompose_both"],
             "lokr_decompose_both has no effect",
         ),
+        (["--method", "oft", "--rank", "8"], "rank has no effect with method oft"),
+        (["--method", "oft", "--oft_block_size", "1"], "oft_block_size must be at least 2"),
+        (["--method", "oft", "--use_dora"], "use_dora has no effect with method oft"),
+        (["--method", "oft", "--scale_weight_norms", "1"], "scale_weight_norms has no effect with"),
+        (
+            ["--method", "oft", "--rank_dropout", "0.1"],
+            "rank_dropout has no effect with method oft",
+        ),
+        (["--oft_rescaled"], "oft_rescaled has no effect without method oft"),
         (["--lr_pattern", "to_q=inf"], "lr_pattern 'to_q' must be above 0"),
         (["--method", "loha", "--init_lora_weights", "pissa"], "init_lora_weights has no effect"),
         (["--method", "full", "--use_tucker"], "use_tucker has no effect with method full"),

@@ -56,12 +56,13 @@ class AdapterOptions(Section):
         "alphas by module: pattern=alpha …, as in peft",
         requires={"method": RANKED})
     method: str = option("lora",
-        "form of the delta: lora, lora_fa (A is frozen), loha, lokr, full (full rank)",
+        "form of the delta: lora, lora_fa (A is frozen), loha, lokr, oft (outputs turned in "
+        "blocks), full (full rank)",
         choices=METHODS, kohya="network_module", onetrainer="peft_type", ai_toolkit="network.type")
     use_dora: bool = option(False,
-        "train a magnitude per output beside the direction (DoRA), with any method",
-        summary=("method", "with magnitudes (DoRA)"), scripts="D", onetrainer="lora_decompose",
-        simpletuner=SAME)
+        "train a magnitude per output beside the direction (DoRA), with any method but oft",
+        unless={"method": ("oft",)}, summary=("method", "with magnitudes (DoRA)"), scripts="D",
+        onetrainer="lora_decompose", simpletuner=SAME)
     use_rslora: bool = option(False,
         "scale by alpha / sqrt(rank) instead of alpha / rank",
         requires={"method": RANKED}, summary=("method", "scaled by alpha / sqrt(rank)"))
@@ -96,6 +97,13 @@ class AdapterOptions(Section):
     lokr_decompose_both: bool = option(False,
         "give lokr's first factor the rank too",
         requires={"method": ("lokr",), "lokr_full_matrix": (False,)}, onetrainer=SAME)
+    oft_block_size: int | None = option(None,
+        "outputs that oft turns together, at most: each layer has its largest divisor up to this; "
+        "16, and no more than the blocks, if not given",
+        ge=2, requires={"method": ("oft",)}, onetrainer=SAME)
+    oft_rescaled: bool = option(False,
+        "train a factor of each output beside oft's rotation",
+        requires={"method": ("oft",)}, summary=("method", "with factors of outputs"))
     lora_dropout: float = option(0.0,
         "probability of dropping an input element of the delta",
         ge=0, lt=1, scripts="CD", simpletuner=SAME)

@@ -137,7 +137,7 @@ class TrainingOptions(SavingOptions):
         summary=("optimiser", "factors of the decay by module {}"))
     scale_weight_norms: float | None = option(None,
         "scale each delta down to this Frobenius norm after each step; off if not given",
-        gt=0, header="ss_scale_weight_norms", kohya=SAME)
+        gt=0, unless={"method": ("oft",)}, header="ss_scale_weight_norms", kohya=SAME)
     scale_lr: bool = option(False,
         "multiply the learning rates by batch x accumulation x processes",
         scripts="ABCD", onetrainer="learning_rate_scaler")

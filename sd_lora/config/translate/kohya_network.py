@@ -1,8 +1,9 @@
 """sd-scripts' networks: `network_module`, and the parts of `network_args`.
 
-Of networks.lora, networks.lora_fa, and LyCORIS (lycoris.kohya).
+Of networks.lora, networks.lora_fa, networks.oft, and LyCORIS (lycoris.kohya).
 """
 
+import math
 from typing import Any
 
 from sd_lora.config.translate.blocks import BLOCKS, block_targets
@@ -13,6 +14,7 @@ from sd_lora.config.translate.rows import (
     absent,
     is_off,
     needless,
+    number,
     otherwise,
     read_with,
     switch,
@@ -22,7 +24,10 @@ from sd_lora.config.translate.rows import (
 METHODS = {"networks.lora": "lora", "networks.lora_fa": "lora_fa"}
 """Network module of sd-scripts → method."""
 
-ALGORITHMS = {"lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "full": "full"}
+ALGORITHMS = {
+    "lora": "lora", "locon": "lora", "loha": "loha", "lokr": "lokr", "diag-oft": "oft",
+    "full": "full",
+}  # fmt: skip
 """Algorithm of LyCORIS → method."""
 
 PRESETS = {
@@ -46,6 +51,8 @@ def _network(value: Any, given: Given) -> Taken:
     if is_lycoris(given):
         return _lycoris(given)
     module = str(value)
+    if module == "networks.oft":
+        return _oft(given)
     method, known = METHODS.get(module, "lora"), module in METHODS
     conv = "" if is_off(given.get("conv_dim")) else "+conv"
     values = {"method": method, "targets": f"transformer{conv}"}
@@ -54,6 +61,27 @@ def _network(value: Any, given: Given) -> Taken:
     if not known:
         reason = "is not there: plain LoRA of the transformers is written instead"
     return Taken("otherwise" if known else "absent", values, reason)
+
+
+def _oft(given: Given) -> Taken:
+    """sd-scripts' OFT, whose switches count as on with any text, as bool("False") does there."""
+    linear, conv = (str(given.get(f"enable_{kind}") or "") for kind in ("all_linear", "conv"))
+    targets = ("transformer" if linear else "attention") + "+conv" * bool(conv)
+    return Taken(
+        "otherwise",
+        {"method": "oft", "targets": targets},
+        "is method oft of the modules that it adapts; in blocks of one size, and not network_dim "
+        "of them, and without the bound that network_alpha is there",
+    )
+
+
+def oft_size(dim: Any) -> tuple[dict[str, Any], str]:
+    """The size of blocks that a dim of LyCORIS' diag-oft is, and what a rate is there."""
+    size = number(dim or 0)
+    if size < 2:
+        return {}, ""
+    further = 4 * math.sqrt(size - 1)
+    return {"oft_block_size": int(size)}, f"; a rate turns outputs {further:.3g} times as far there"
 
 
 def _lycoris(given: Given) -> Taken:
@@ -69,7 +97,8 @@ def _lycoris(given: Given) -> Taken:
         found = f"method {values['method']} of targets {targets}"
         text = f"{' and '.join(missing)} is not there; {found} is written instead"
         return Taken("absent", values, f"has a part without counterpart: {text}")
-    return Taken("otherwise", values, f"is algo {algorithm}, preset {preset}")
+    size, rate = oft_size(given.get("network_dim")) if algorithm == "diag-oft" else ({}, "")
+    return Taken("otherwise", values | size, f"is algo {algorithm}, preset {preset}{rate}")
 
 
 def _factor(value: Any, given: Given) -> Taken:
@@ -108,8 +137,10 @@ NETWORK: dict[str, Row] = {
     "use_scalar": absent("is not there: B starts at zero"),
     "rank_dropout_scale": absent("is not there: dropped ranks are rescaled"),
     "bypass_mode": needless("is a way of computing there"),
-    "constraint": absent("belongs to oft, which is not there"),
-    "rescaled": absent("belongs to oft, which is not there"),
+    "constraint": absent("is not there: a rotation has no bound"),
+    "rescaled": switch("--oft_rescaled", "is called so here", oft_rescaled=True),
+    "enable_all_linear": read_with("network_module", "--targets"),
+    "enable_conv": read_with("network_module", "--targets"),
     "block_size": needless("belongs to dylora"),
     "unit": needless("belongs to dylora"),
     "train_on_input": needless("belongs to ia3"),

@@ -367,6 +367,8 @@ def defaults(given: Given) -> dict[str, Any]:
         "text_encoder.stop_training_after": 30,
         "text_encoder.stop_training_after_unit": "EPOCH",
     }
+    if str(given.get("peft_type")).upper() == "OFT_2":
+        found |= {"oft_block_size": 32, "oft_scaled": False}
     if FAMILIES.get(str(given.get("model_type")).lower()) == "sdxl":
         found["text_encoder_2.train"] = True
     return {name: value for name, value in found.items() if name not in given}

@@ -1,5 +1,6 @@
 """OneTrainer's keys of the adapter: method, layers, ranks, text encoders."""
 
+import math
 import re
 from typing import Any
 
@@ -8,9 +9,9 @@ from sd_lora.config.translate.rows import (
     Row,
     Taken,
     absent,
-    among,
     is_off,
     needless,
+    number,
     otherwise,
     read_with,
     taking,
@@ -61,6 +62,41 @@ def _of_lokr(option: str) -> Row:
     return Row(f"--{option}", "", take)
 
 
+def _method(value: Any, given: Given) -> Taken:
+    word = str(value).lower()
+    if word in ("lora", "loha", "lokr"):
+        return Taken("same", {"method": word})
+    if word in ("oft_2", "oft"):
+        reason = "turns the outputs of a layer here, its inputs there"
+        return Taken("otherwise", {"method": "oft"}, reason)
+    return Taken("absent", reason=f"{NOT_THERE}: LoRA is written instead")
+
+
+def _is_oft(given: Given) -> bool:
+    return str(given.get("peft_type")).upper().startswith("OFT")
+
+
+def _oft_block_size(value: Any, given: Given) -> Taken:
+    if not _is_oft(given) or is_off(value):
+        return Taken("needless", reason="belongs to OFT")
+    return Taken("same", {"oft_block_size": value})
+
+
+def _oft_scaled(value: Any, given: Given) -> Taken:
+    if not _is_oft(given) or truth(value):
+        return Taken("needless", reason="is always so here, or belongs to OFT")
+    size = max(2, number(given.get("oft_block_size") or 32))
+    further = 2 * math.sqrt(size - 1)
+    reason = f"is always so here: without it, a rate turns {further:.3g} times as far"
+    return Taken("absent", reason=reason)
+
+
+def _oft_block_share(value: Any, given: Given) -> Taken:
+    if not _is_oft(given) or is_off(value):
+        return Taken("needless", reason="is off, or belongs to OFT")
+    return Taken("absent", reason="is not there: each block has a rotation of its own")
+
+
 def _dropout(value: Any, given: Given) -> Taken:
     if is_off(value):
         return Taken("needless", reason="is off")
@@ -94,9 +130,7 @@ def encoder_rank(second: bool) -> Row:
 
 
 NETWORK: dict[str, Row] = {
-    "peft_type": among(
-        "method", {"lora": "lora", "loha": "loha", "lokr": "lokr"}, "",
-        f"{NOT_THERE}: LoRA is written instead"),
+    "peft_type": taking("--method", "", _method),
     "layer_filter_preset": taking("--targets", "", _targets),
     "layer_filter": read_with("layer_filter_preset", "--targets"),
     "layer_filter_regex": read_with("layer_filter_preset", "--targets"),
@@ -117,8 +151,9 @@ NETWORK: dict[str, Row] = {
     "lokr_weight_decompose": _of_lokr("use_dora"),
     "lokr_dora_on_output": needless("is always so here"),
     "lokr_vec_trick": needless("is a way of computing there"),
-    **dict.fromkeys(("oft_block_size", "oft_block_share", "oft_scaled"), needless(
-        "belongs to OFT")),
+    "oft_block_size": taking("--oft_block_size", "", _oft_block_size),
+    "oft_scaled": taking("", "is always so here", _oft_scaled),
+    "oft_block_share": taking("", "is not there", _oft_block_share),
     "text_encoder.train": encoder_rank(False),
     "text_encoder_2.train": encoder_rank(True),
 }  # fmt: skip

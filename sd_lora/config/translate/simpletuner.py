@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from sd_lora.config.rows import SCHEDULES
-from sd_lora.config.translate.kohya_network import ALGORITHMS
+from sd_lora.config.translate.kohya_network import ALGORITHMS, oft_size
 from sd_lora.config.translate.rates import argument_text, optimizer, own_rate
 from sd_lora.config.translate.rows import (
     Given,
@@ -105,6 +105,8 @@ def _lycoris(value: Any, given: Given) -> Taken:
     whole_matrix = algorithm == "lokr" and number(table.get("linear_dim", 0)) >= 10000
     if whole_matrix:  # a rank above every layer's: the second factor is whole
         found = {"method": "lokr", "lokr_full_matrix": True}
+    size, rate = oft_size(table.get("linear_dim")) if algorithm == "diag-oft" else ({}, "")
+    found |= size
     if algorithm == "lokr" and number(table.get("factor", -1)) >= 1:
         found["lokr_factor"] = table["factor"]
     preset = table.get("apply_preset") or {}
@@ -114,7 +116,7 @@ def _lycoris(value: Any, given: Given) -> Taken:
     found["targets"] = "attention" if attention else "transformer+conv" if conv else "transformer"
     losses = [key for key in preset if key not in ("target_module", "module_algo_map")]
     losses += ["module_algo_map"] * (preset.get("module_algo_map") not in (None, {}))
-    reason = f"is method {found['method']}" + (
+    reason = f"is method {found['method']}{rate}" + (
         f"; not there: {', '.join(losses)}" if losses else ""
     )
     if algorithm not in ALGORITHMS:

@@ -126,6 +126,7 @@ VALUES: dict[tuple[str, str], tuple[Any, Any, dict[str, Any]]] = {
     ("kohya", "max_token_length"): (225, 225, {}),
     ("onetrainer", "layer_filter_preset"): ("attn-mlp", "transformer", {}),
     ("onetrainer", "peft_type"): ("LOHA", "loha", {}),
+    ("onetrainer", "oft_block_size"): (32, 32, {"peft_type": "OFT_2"}),
     ("onetrainer", "lokr_use_tucker"): (True, True, {"peft_type": "LOKR"}),
     ("onetrainer", "lokr_decompose_factor"): (8, 8, {"peft_type": "LOKR"}),
     ("onetrainer", "lokr_full_matrix"): (True, True, {"peft_type": "LOKR"}),

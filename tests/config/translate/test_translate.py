@@ -133,6 +133,11 @@ def test_what_is_not_said_is_their_default() -> None:
          {"rank": 16, "conv_rank": 8, "conv_alpha": 1.0, "targets": "transformer+conv"}),
         ({"network_module": "lycoris.kohya", "network_args": "algo=lokr preset=attn-mlp factor=8"},
          {"method": "lokr", "targets": "transformer", "lokr_factor": 8}),
+        ({"network_module": "lycoris.kohya", "network_dim": "5",
+          "network_args": "algo=diag-oft rescaled=True constraint=0.01"},
+         {"method": "oft", "targets": "all", "oft_block_size": 5, "oft_rescaled": True}),
+        ({"network_module": "networks.oft", "network_dim": 8, "network_args": "enable_conv=True"},
+         {"method": "oft", "targets": "attention+conv"}),
         ({"network_module": "lycoris.kohya", "network_args": ["algo=full"], "network_dim": 8},
          {"method": "full", "targets": "all"}),
         ({"optimizer_args": ["betas=0.9,0.99", "weight_decay=0.1", "eps=1e-6"]},
@@ -149,8 +154,32 @@ def test_settings_that_mean_several_options(more: dict[str, Any], values: dict[s
     others = {"num_train_epochs": "max_train_steps", "sources": "train_data_dir"}
     assert all(gone not in found for name, gone in others.items() if name in values)
     assert ("text_encoder_lr" in found) == ("text_encoder_lr" in values)
-    if values.get("method") == "full":  # alpha and rank mean nothing there
+    if values.get("method") in ("full", "oft"):  # alpha and rank mean nothing there
         assert not {"rank", "lora_alpha"} & found.keys()
+
+
+@pytest.mark.parametrize("scaled", [None, False, True])
+def test_onetrainers_oft(scaled: bool | None) -> None:
+    """OneTrainer's OFT is method oft with its block size, 32 if not given, and without rank and
+    alpha; its rate means the same where it is scaled by the block, and else the answer says how
+    many times as far it turns there: 2√31."""
+    settings: dict[str, Any] = {"peft_type": "OFT_2", "oft_block_share": True}
+    settings |= {} if scaled is None else {"oft_scaled": scaled, "oft_block_size": 8}
+    found = translate(PEERS["onetrainer"], settings)
+    size = 32 if scaled is None else 8
+    assert found.values["method"] == "oft"
+    assert found.values["oft_block_size"] == size
+    assert not {"rank", "lora_alpha"} & {*found.values}
+    answers = {line.name: line.taken for line in found.lines}
+    assert answers["oft_block_share"].kind == "absent"
+    assert answers["peft_type"].reason == "turns the outputs of a layer here, its inputs there"
+    said = answers.get("oft_scaled")
+    if scaled:
+        assert said is not None
+        assert said.kind == "needless"
+    elif scaled is False:
+        assert said is not None
+        assert "turns 5.29 times as far" in said.reason
 
 
 @pytest.mark.parametrize(
