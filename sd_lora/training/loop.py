@@ -261,7 +261,7 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
         draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
         again = ("draw", draw) if draw else ()
         torch.manual_seed(seed_for(run.plan.seed, "dropout", number, process, *again))
-    apart = run.fit.at_once or run.config.tlora_min_rank  # masks are those of one part
+    apart = run.fit.at_once or run.config.masks_ranks  # masks are those of one part
     parts = batch.by_size(run.fit.at_once) if apart else [batch]
     losses = []
     for part in parts:

@@ -201,7 +201,7 @@ def count_step(
         earlier = [torch.empty_like(p) for p in layers]
         for parameter, gradient in zip(layers, earlier, strict=True):
             parameter.grad = gradient
-    fast_ones = fast_models(adapted, config.tlora_min_rank)
+    fast_ones = fast_models(adapted, config.masks_ranks)
     copies = [b for one in fast_ones for f in one.copies.factors for b in f.buffers]
     held = [*frozen, *layers, *copies, *earlier, moments, x, *tree_leaves(conditions)]
     with HeldBytes(held) as counter:

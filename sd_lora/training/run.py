@@ -335,7 +335,7 @@ class Run:
         try:
             yield
         finally:
-            if self.config.tlora_min_rank:
+            if self.config.masks_ranks:
                 unmask_ranks(self.models["unet"])
 
     def _average(self, error: object, *_: object) -> None:

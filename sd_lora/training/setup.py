@@ -175,7 +175,7 @@ def prepare(
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
-        fast_models=fast_models(models, resolved.tlora_min_rank),
+        fast_models=fast_models(models, resolved.masks_ranks),
         saved=saved,
         start=start,
         repo=checked.repo,

@@ -164,6 +164,11 @@ class AdapterOptions(Section):
         return self.train_text_encoder or self.token_abstraction is not None
 
     @property
+    def masks_ranks(self) -> bool:
+        """Whether each step masks ranks of the denoiser."""
+        return self.tlora_min_rank is not None
+
+    @property
     def new_words(self) -> list[str]:
         """The words of pivotal tuning."""
         return [word.strip() for word in (self.token_abstraction or "").split(",") if word.strip()]

@@ -118,17 +118,15 @@ class FastModel:
         self._is_in = False
 
 
-def fast_models(
-    models: Mapping[str, nn.Module], tlora_min_rank: int | None = None
-) -> list[FastModel]:
+def fast_models(models: Mapping[str, nn.Module], masks_ranks: bool = False) -> list[FastModel]:
     """Those of the models that have layers which the fast path takes, component → model.
 
-    tlora_min_rank: with it a denoiser masks ranks in every step, and has none.
+    masks_ranks: whether each step masks ranks of the denoiser, which then has none.
     """
     found = {
         component: adapted_layers(model).values()
         for component, model in models.items()
-        if not (tlora_min_rank and isinstance(model, UNet2DConditionModel))
+        if not (masks_ranks and isinstance(model, UNet2DConditionModel))
     }
     return [FastModel(models[c]) for c, layers in found.items() if any(map(takes, layers))]
 
