@@ -325,6 +325,13 @@ def write_sheet(
     Sheet(rows, labels, columns, side=96).write(path)
 
 
+SHOWN_AS = {
+    "recipe": "attention, feed-forward and convolutions, rank 16",
+    "attention": "attention alone, rank 79, as many parameters",
+}
+"""Row → its words in a picture, for readers who do not know the table."""
+
+
 def write_picture(args: argparse.Namespace) -> None:
     """Images of the first set of the first seed, of some rows and lessons."""
     cells = {Cell(*(d[k] for k in Cell.__dataclass_fields__)): d for d in done_cells(args.out)}
@@ -342,7 +349,7 @@ def write_picture(args: argparse.Namespace) -> None:
             kept = args.out / "images" / f"{cell.name}.png"
             rows.append([*kept_images(kept, lesson.prompts)[0].subject])
             found = Interval(tuple(cells[cell]["score"]["fidelity"]["values"])).text()
-            labels.append(f"{row}: fidelity {found}")
+            labels.append(f"{SHOWN_AS.get(row, row)}: fidelity {found}")
         columns = [  # the same for all lessons
             Parameters(
                 text.replace(lesson.word, "…"),
