@@ -198,8 +198,8 @@ def main(argv: Sequence[str]) -> None:
     write_whole(folder / SCORE, (json.dumps(numbers, indent=2) + "\n").encode())
     print(outcome.text())
     print(
-        f"  real images that this model's VAE has encoded and decoded: fidelity {reachable:.0%}; "
-        "more can hardly be drawn"
+        "  real images that this model's VAE has encoded and decoded: fidelity "
+        f"{100 * reachable:.0f} %; more can hardly be drawn"
     )
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "

@@ -58,7 +58,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
         "score.json",
     } <= names  # fmt: skip
     numbers = json.loads((tmp_path / "demo" / "score.json").read_text())
-    assert f"fidelity {numbers['reachable']:.0%}; more can hardly" in out
+    assert f"fidelity {100 * numbers['reachable']:.0f} %; more can hardly" in out
     assert numbers["fidelity"].keys() == {"mean", "low", "high", "values"}
     assert len(numbers["fidelity"]["values"]) == 3
     with Image.open(tmp_path / "demo" / "before_after.png") as sheet:
