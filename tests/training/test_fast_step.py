@@ -1,12 +1,12 @@
 """The fast path of a step: the general path's losses and gradients, with fewer operators."""
 
-from collections import Counter
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers, deltas_of
@@ -15,6 +15,8 @@ from sd_lora.training.fast.step import FastModel, fast, fast_models
 from sd_lora.training.memory import flash_attention
 from sd_lora.training.recompute import All, enable_checkpointing
 from tests.tiny import build_text_encoder, build_tokenizer, build_unet
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def adapted_unet(
@@ -225,30 +227,18 @@ def test_bfloat16_is_no_worse() -> None:
     assert error(ours) < 1.1 * error(general)
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that are neither views nor allocations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> object:
-        if not (func.is_view or "view" in str(func) or "empty" in str(func)):
-            self.names[str(func)] += 1
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize(("family", "most"), [("sd1", 0.57), ("sdxl", 0.55)])
+@pytest.mark.parametrize(("family", "most"), [("sd1", 0.55), ("sdxl", 0.53)])
 def test_operators_are_counted(family: str, most: float) -> None:
-    """With everything adapted on a bfloat16 base a step takes at most this share of the general
-    path's operators: self-attention has one projection, the text one for each width, the time
-    embedding one silu, and nothing is divided by 1."""
+    """With everything adapted on a bfloat16 base, at a rank as small beside the width as that of
+    published models, a step takes at most this share of the general path's operators:
+    self-attention has one projection, the text one for each width, the time embedding one silu, and
+    nothing is divided by 1."""
+    from steps import Operators
+
     counts = []
     with torch.device("meta"), flash_attention():
         for is_fast in (True, False):
-            unet = adapted_unet(family, dtype=torch.bfloat16)
+            unet = adapted_unet(family, dtype=torch.bfloat16, rank=1)
             ones, given = [FastModel(unet)] * is_fast, arguments(unet, torch.bfloat16)
             with Operators() as operators, fast(ones):
                 unet(**given).sample.float().square().mean().backward()

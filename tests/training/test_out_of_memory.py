@@ -137,7 +137,7 @@ def test_the_trial_changes_no_bit(
 def test_a_fitted_run_is_the_same_run(
     tiny_sd1: Path, data: Path, tmp_path: Path, on_card: OnCard
 ) -> None:
-    """On a card that holds a third of the largest batch, --fit auto takes checkpointing and two
+    """On a card for less than half of the largest batch, --fit auto takes checkpointing and two
     images at once: losses and factors are those of the large card within float order. Summary, log
     and checkpoint say so, and a run resumed on the large card without --fit gives the same bits."""
     on_card(lambda done: float("inf"))

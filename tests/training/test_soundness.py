@@ -66,18 +66,21 @@ def test_a_ruined_model_is_not_saved(tiny_sd1: Path, data: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("rate", "message"),
+    ("optimizer", "rate", "message"),
     [
-        (1e38, "modules hold NaN or infinite values after step 1"),
-        (1e12, "after step 1 the loss .* is nan"),
+        ("torch.optim.Adam", 1e38, "the update of step 1 is beyond float32"),
+        ("adamw", 1e38, "modules hold NaN or infinite values after step 1"),
+        ("adamw", 1e12, "after step 1 the loss .* is nan"),
     ],
 )
 def test_a_rate_that_ruins_the_last_step(
-    rate: float, message: str, tiny_sd1: Path, data: Path, tmp_path: Path
+    optimizer: str, rate: float, message: str, tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
     """A run whose only step ruins the model ends with an error, and leaves neither checkpoint nor
     LoRA file."""
-    config = text_to_image(tiny_sd1, data, tmp_path, learning_rate=rate, max_train_steps=1)
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, optimizer=optimizer, learning_rate=rate, max_train_steps=1
+    )
     with pytest.raises(RunError, match=message):
         sd_lora.train(config)
     assert not list(tmp_path.rglob("*.safetensors"))

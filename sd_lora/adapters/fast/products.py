@@ -1,4 +1,4 @@
-"""Operators of the fast path: what they compute, what they save, and their gradients.
+"""Operators of the fast path, with the tensors that each saves and its gradients.
 
 Frozen tensors get no gradient. The scale s = α/r is in B already (`copies`).
 """

@@ -116,7 +116,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
 
 
 def caption_files(config: "TrainConfig") -> dict[str, Any]:
-    """What is said of caption files: their column, their extension."""
+    """The column and extension of caption files, where they are given."""
     names = [f.name for f in dataclasses.fields(SourceSpec) if f.name.startswith("caption_")]
     return {name: value for name in names if (value := getattr(config, name)) is not None}
 

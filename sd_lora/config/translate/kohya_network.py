@@ -76,7 +76,7 @@ def _oft(given: Given) -> Taken:
 
 
 def oft_size(dim: Any) -> tuple[dict[str, Any], str]:
-    """The size of blocks that a dim of LyCORIS' diag-oft is, and what a rate is there."""
+    """The size of blocks that a dim of LyCORIS' diag-oft is, and words on its rates."""
     size = number(dim or 0)
     if size < 2:
         return {}, ""

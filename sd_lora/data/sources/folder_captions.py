@@ -116,12 +116,13 @@ def _words(text: str) -> list[str]:
 
 def _read_generated(found: FolderCaptions, spec: SourceSpec, tree: FolderTree) -> None:
     """Give class images that were generated the captions that were written with them."""
-    beside = _from_sidecars(replace(spec, caption_extension=None), tree)
-    for path in [path for path in found.missing if is_generated(path.name)]:
-        if path in beside.captions:
-            found.captions[path] = beside.captions[path]
-            del found.missing[path]
-    found.used |= beside.used if spec.captions != "prompt" else set()
+    stems = {path.with_suffix("") for path in found.missing if is_generated(path.name)}
+    alone = replace(tree, files=[file for file in tree.files if file.with_suffix("") in stems])
+    beside = _from_sidecars(replace(spec, caption_extension=None), alone)
+    for path, captions in beside.captions.items():
+        found.captions[path] = captions
+        del found.missing[path]
+    found.used |= beside.used
 
 
 def caption_of_name(path: Path) -> str:

@@ -70,10 +70,10 @@ class Shared:
 
 
 class Parts:
-    """What is found in a model.
+    """The parts of a model that are computed together.
 
     factors: with working copies. inside: the adapted layers and convolutions that a larger part
-    computes. forwards: module → forward pass. shared: what its layers share.
+    computes. forwards: module → forward pass. shared: outputs that its layers share.
     """
 
     def __init__(self, model: nn.Module, plain: Plain) -> None:
@@ -182,7 +182,7 @@ class Parts:
 
 
 def _form(linear: AdaptedLinear) -> tuple[object, ...]:
-    """What linears of a stack have in common."""
+    """The shape, rank and bias that linears of a stack share."""
     return linear.delta.shape, linear.delta.rank, linear.base.bias is None
 
 

@@ -107,6 +107,26 @@ def test_a_prompt_is_the_caption_of_what_has_none(tmp_path: Path) -> None:
     ]
 
 
+def test_generated_class_images_keep_their_words(tmp_path: Path) -> None:
+    """A class image that was generated has the words written beside it, whatever the others'
+    captions come from; a user's own text file there is a note where it is not read."""
+    for name in ("class-0-00000", "class-0-00001", "own"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"words of {name}")
+    (tmp_path / "class-0-00001.txt").unlink()
+    found = opened(tmp_path, captions="prompt", prompt="a dog", kind="class")
+    assert captions(found) == {
+        "class-0-00000.png": ("words of class-0-00000",),
+        "class-0-00001.png": ("a dog",),
+        "own.png": ("a dog",),
+    }
+    assert codes(found) == [("note", "sidecar-ignored", "own.txt")]
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "own.png", "text": "mine"}')
+    found = opened(tmp_path, captions="auto", prompt="a dog", kind="class")
+    assert captions(found)["class-0-00000.png"] == ("words of class-0-00000",)
+    assert captions(found)["own.png"] == ("mine",)
+
+
 def test_links(tmp_path: Path) -> None:
     """Links in a loop end, each folder is read once and under its own name, broken links are
     reported, and two names of one file are two images."""
