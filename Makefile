@@ -1,4 +1,4 @@
-# make demo | test | check | compat | audit | fix | clean. Each makes .venv by itself.
+# make demo | test | check | compat | gpu | audit | fix | clean. Each makes .venv by itself.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,7 +6,7 @@ export HF_HUB_OFFLINE ?= 1
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check compat audit fix clean
+.PHONY: demo test check compat gpu audit fix clean
 .DEFAULT_GOAL := demo
 
 # torch by itself first: CPU machines take the pinned build, and nothing later may replace it
@@ -35,6 +35,11 @@ compat: $(VENV)/.ready
 	bash .ci/wheel
 	bash .ci/floors
 
+# tests and measurements that need a GPU, in under six minutes; results in gpu_output
+gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -q -m gpu
+	$(BIN)/python benchmarks/gpu.py --out gpu_output --seconds 240
+
 # published vulnerabilities of the pinned libraries; asks PyPI
 audit: $(VENV)/.ready
 	$(BIN)/pip install --quiet pip-audit
@@ -45,5 +50,5 @@ fix: $(VENV)/.ready
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo_output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
+	rm -rf $(VENV) demo_output gpu_output .pytest_cache .ruff_cache .mypy_cache .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,265 @@
+"""What a GPU does with us: runs, steps against peft's, memory against what `check` counts.
+
+    python benchmarks/gpu.py --out FOLDER [--seconds 300]
+
+`make gpu` runs the tests that need a GPU before it. Parts come in the order of what one wants to
+know first; one that fails is a line, and the rest goes on; when the seconds are spent, what is left
+out is said. FOLDER/gpu.json has all numbers, FOLDER/gpu.md the tables for README.md. UNets are of
+the published sizes with random weights. Without a GPU everything is done at tiny sizes, to try it.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from steps import RANK, Candidate, conditions, config_of
+from torch.nn.utils import clip_grad_norm_
+
+from sd_lora.config.command_line import parse
+from sd_lora.models.families import FAMILIES
+from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.published_configs import CONFIGS
+from sd_lora.training.fast.step import fast
+from sd_lora.training.memory import GIB, Shape, StepBytes, count_step
+
+ROOT = Path(__file__).parent.parent
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPE = torch.bfloat16
+SIDES = {"sd1": 512, "sdxl": 1024}
+"""Pixels of an image's side, of a family."""
+TINY = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}
+"""SD 1.5's UNet where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A step to be measured."""
+
+    family: str
+    targets: str
+    batch: int
+    checkpointed: bool = False
+
+
+CELLS = (
+    Cell("sd1", "attention", 1),
+    Cell("sdxl", "all", 1),
+    Cell("sd1", "all", 8),
+    Cell("sdxl", "all", 1, checkpointed=True),
+    Cell("sd1", "all", 1),
+    Cell("sdxl", "attention", 1),
+    Cell("sd1", "attention", 8),
+    Cell("sdxl", "all", 4),
+    Cell("sd1", "all", 4),
+    Cell("sd1", "all", 16),
+)
+"""In the order of what is wanted first; the goals are about these."""
+NAMES = ("ours", "general", "peft")
+
+
+@dataclass
+class Found:
+    """Numbers by name, written after each, so that a killed run keeps them."""
+
+    folder: Path
+    numbers: dict[str, Any] = field(default_factory=dict)
+
+    def say(self, name: str, value: object) -> None:
+        self.numbers[name] = value
+        print(f"{name}: {value}", flush=True)
+        text = json.dumps(self.numbers, indent=1)
+        (self.folder / "gpu.json").write_text(text + "\n", encoding="utf-8")
+
+    def attempt(self, name: str, work: Callable[[], object]) -> None:
+        """Do a part; an error is its line."""
+        try:
+            work()
+        except Exception as error:
+            self.say(name, f"FAILED: {type(error).__name__}: {str(error)[:300]}")
+        gc.collect()
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def synchronise() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def median_seconds(work: Callable[[], object], count: int) -> float:
+    """Median wall-clock seconds of a work, the device's part included."""
+    times = []
+    for _ in range(count):
+        synchronise()
+        started = time.perf_counter()
+        work()
+        synchronise()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def machine() -> str:
+    name = torch.cuda.get_device_name() if CUDA else "no GPU"
+    python = sys.version.split()[0]
+    return f"{name}, torch {torch.__version__}, peft {peft.__version__}, Python {python}"
+
+
+def product_rate() -> float:
+    """TFLOP/s of a bfloat16 product of 8192² matrices: what the card reaches."""
+    n = 8192 if CUDA else 256
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPE) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * n**3 / median_seconds(lambda: a @ b, 10) / 1e12
+
+
+def runs(found: Found) -> None:
+    """Whole runs on the embedded base, as users start them: the loss and a step's seconds."""
+    for precision in ("no", "bf16", "fp16") if CUDA else ("no",):
+        out = found.folder / f"run-{precision}"
+        command = [
+            sys.executable, "-m", "sd_lora", "train", "--config",
+            "sample_data/configs/dreambooth.toml", "--mixed_precision", precision,
+            "--output_dir", str(out), "--max_train_steps", "100" if CUDA else "4",
+            "--lr_warmup_steps", "0", "--num_validation_images", "0", "--report_to", "none",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = (done.stdout + done.stderr).strip().splitlines()[-3:]
+            found.say(f"run, {precision}", f"FAILED ({done.returncode}): {' | '.join(last)}")
+            continue
+        lines = (out / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+        half = len(losses) // 2
+        first, last_half = statistics.fmean(losses[:half]), statistics.fmean(losses[half:])
+        found.say(f"run, {precision}", {"loss, halves": [round(first, 4), round(last_half, 4)]})
+
+
+def counted(cell: Cell) -> StepBytes:
+    """The step as `sd-lora check` counts it, beside its optimiser."""
+    side = SIDES[cell.family]
+    words = f"data --model m --prompt p --rank {RANK} --targets {cell.targets} --no-train_text_encoder"
+    words += " --mixed_precision bf16"
+    words += "" if cell.checkpointed else " --no-gradient_checkpointing"
+    config = parse(words.split()).resolve(cell.family, side)
+    return count_step(
+        config, MetaPipeline.of_family(FAMILIES[cell.family]), Shape(cell.batch, (side, side))
+    )
+
+
+class Step:
+    """A whole step of a candidate: forward, backward, clipping and AdamW."""
+
+    def __init__(self, name: str, config: Any, cell: Cell, given: dict[str, Any]) -> None:
+        with torch.device(DEVICE):
+            self.candidate = Candidate(name, config, cell.targets, DTYPE)
+        if cell.checkpointed:
+            self.candidate.unet.enable_gradient_checkpointing()
+        self.given, trained = given, self.candidate.trained
+        self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
+
+    def __call__(self) -> None:
+        with fast(self.candidate.fast):
+            self.candidate.forward(self.given).backward()
+        clip_grad_norm_(self.candidate.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def steps(found: Found, cell: Cell) -> dict[str, Any]:
+    """A step by each candidate, in turns: milliseconds, the peak on the card, and of ours the rate
+    and the peak that was counted."""
+    config = config_of(CONFIGS[cell.family]["unet"] if CUDA else CONFIGS["sd1"]["unet"] | TINY)
+    side = SIDES[cell.family] // 8 if CUDA else 8
+    with torch.device(DEVICE):
+        given = conditions(config, DTYPE, side, cell.batch)
+    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    peaks = {}
+    for turn in (NAMES, NAMES[::-1]):
+        for name in turn:
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
+            step = Step(name, config, cell, given)
+            for _ in range(3 if CUDA else 1):
+                step()
+            seconds[name].append(median_seconds(step, 8 if CUDA else 1))
+            if CUDA:
+                peaks[name] = torch.cuda.max_memory_allocated() / GIB
+            del step
+            gc.collect()
+            if CUDA:
+                torch.cuda.empty_cache()
+    best = {name: min(values) for name, values in seconds.items()}
+    row: dict[str, Any] = asdict(cell) | {
+        "family": cell.family if CUDA else "tiny",
+        "ms": {name: round(1e3 * value, 1) for name, value in best.items()},
+        "ours over peft": round(best["ours"] / best["peft"], 3),
+        "peak GiB": {name: round(value, 2) for name, value in peaks.items()},
+    }
+    if CUDA:
+        count = counted(cell)
+        rate = count.flop / best["ours"] / 1e12
+        row |= {"TFLOP/s": round(rate, 1), "counted peak GiB": round(count.peak / GIB, 2)}
+        row |= {"of the card's rate": round(rate / found.numbers["product, TFLOP/s"], 3)}
+    return row
+
+
+HEAD = (
+    "| UNet | targets | batch | checkpointed | ours ms | general ms | peft ms | ours ÷ peft | "
+    "ours GiB | peft GiB | counted GiB | TFLOP/s | of the card's rate |\n|" + "---|" * 13
+)
+
+
+def table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield HEAD
+    for row in rows:
+        ms, peak = row["ms"], row["peak GiB"]
+        cells = (
+            row["family"], row["targets"], row["batch"], "yes" if row["checkpointed"] else "no",
+            *(ms[name] for name in NAMES), row["ours over peft"], peak.get("ours", ""),
+            peak.get("peft", ""), row.get("counted peak GiB", ""), row.get("TFLOP/s", ""),
+            row.get("of the card's rate", ""),
+        )  # fmt: skip
+        yield "| " + " | ".join(str(cell) for cell in cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300.0, help="after which no part begins")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    started, found, rows = time.monotonic(), Found(args.out), []
+    found.say("machine", machine())
+    found.say("product, TFLOP/s", round(product_rate(), 1))
+    found.attempt("runs", lambda: runs(found))
+    for cell in CELLS if CUDA else CELLS[:4:3]:
+        name = " ".join(str(value) for value in asdict(cell).values())
+        if time.monotonic() - started > args.seconds:
+            found.say(f"step {name}", "left out: no seconds left")
+            continue
+
+        def measure(cell: Cell = cell, name: str = name) -> None:
+            rows.append(steps(found, cell))
+            found.say(f"step {name}", rows[-1])
+
+        found.attempt(f"step {name}", measure)
+    text = "\n".join([found.numbers["machine"], "", *table(rows)])
+    (args.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
