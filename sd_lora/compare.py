@@ -35,7 +35,7 @@ OF_MEASURE = ("model", "data", "objective")
 OF_TRAINING = (
     "with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images",
     "sample_batch_size", "prior_loss_weight", "prior_generation_precision", "output_preservation",
-    "preservation_class", "preservation_weight", "edm2_loss_weighting",
+    "preservation_class", "preservation_sampler_steps", "preservation_weight", "edm2_loss_weighting",
 )  # fmt: skip
 """Options of these sections that are of training alone."""
 

@@ -126,6 +126,24 @@ def target_of(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> 
     return TARGETS[schedule.prediction_type](x0 / schedule.data_std, noise, alpha, sigma)
 
 
+def denoised(
+    answer: Tensor, x_t: Tensor, t: Tensor, schedule: NoiseSchedule
+) -> tuple[Tensor, Tensor]:
+    """x0 / data_std and noise, (B, C, H, W) float32, that an output of the UNet stands for.
+
+    answer, x_t: the UNet's output and input (B, C, H, W). t: timesteps (B,).
+
+    Each target is a·x0 + b·ε, and x_t is α·x0 + σ·ε: two equations for two unknowns.
+    """
+    alpha, sigma = schedule.coefficients(t, x_t.dim())
+    one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+    target = TARGETS[schedule.prediction_type]
+    a, b = target(one, zero, alpha, sigma), target(zero, one, alpha, sigma)
+    answer, x_t = answer.float(), x_t.float()
+    determinant = alpha * b - sigma * a
+    return (b * x_t - sigma * answer) / determinant, (alpha * answer - a * x_t) / determinant
+
+
 def sample_losses(
     prediction: Tensor,
     target: Tensor,

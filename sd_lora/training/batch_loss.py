@@ -1,13 +1,14 @@
 """The loss of a micro-batch: noise, timesteps and conditions of items, the UNet, the objective."""
 
 from contextlib import nullcontext
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from sd_lora.adapters.merging import mask_ranks, switched_off, whole_ranks
 from sd_lora.data.batches.stream import Batch
-from sd_lora.diffusion.loss import sample_losses, target_of, weighted_loss
+from sd_lora.diffusion.loss import denoised, sample_losses, target_of, weighted_loss
 from sd_lora.training.run import Run
 
 
@@ -35,6 +36,9 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
     t = objective.timesteps.draw(addresses, strata, pixels).to(device)
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
+    places = [i for i, item in enumerate(items) if item.preserves]
+    if places and run.config.preservation_sampler_steps:
+        noisy[places] = _drawn_by_base(run, batch.part(places), noise[places], t[places], step)
     x_t = run.unet_input(noisy, batch)
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
@@ -42,7 +46,7 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
         mask_ranks(run.models["unet"], 1 - t / schedule.num_timesteps, run.config.tlora_min_rank)
     prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
     target, mask = target_of(x0, noise, t, schedule), drawn.mask
-    if places := [i for i, item in enumerate(items) if item.preserves]:
+    if places:
         target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
         if mask is not None:
             mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
@@ -68,3 +72,23 @@ def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> T
     timesteps = run.objective.schedule.timesteps[t]
     with switched_off(run.models["unet"]) as unet, whole_ranks(unet):
         return unet(x_t, timesteps, **conditions.arguments()).sample.float()
+
+
+@torch.no_grad()
+def _drawn_by_base(run: Run, batch: Batch, noise: Tensor, t: Tensor, step: int) -> Tensor:
+    """x_t (B, C, H, W) on the base model's own way from pure noise to an image of the preserved
+    caption: `preservation_sampler_steps` steps of DDIM (Song et al. 2021, equation 12, without
+    noise) from the last timestep to t (B,), without guidance.
+
+    noise: that of the items (B, C, H, W), where the way begins.
+    """
+    schedule, steps = run.objective.schedule, run.config.preservation_sampler_steps
+    last = torch.full_like(t, schedule.num_timesteps - 1)
+    levels = [last + (t - last) * k // steps for k in range(steps + 1)]
+    x = noise
+    for now, following in pairwise(levels):
+        answer = _base_answer(run, batch, run.unet_input(x, batch), now, step)
+        x0, epsilon = denoised(answer, x, now, schedule)
+        alpha, sigma = schedule.coefficients(following)
+        x = alpha * x0 + sigma * epsilon
+    return x

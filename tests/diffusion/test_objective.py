@@ -5,7 +5,7 @@ import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler
 from diffusers.training_utils import compute_snr
 
-from sd_lora.diffusion.loss import target_of, weighted_loss
+from sd_lora.diffusion.loss import denoised, target_of, weighted_loss
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.diffusion.weightings import WEIGHTINGS
 from sd_lora.errors import UsageError
@@ -45,6 +45,33 @@ def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
     target = target_of(x0, noise, T, NoiseSchedule.of(sample))
     stepped = sample.step(target[2:3], 250, schedule.add_noise(x0, noise, T)[2:3])
     torch.testing.assert_close(stepped.pred_original_sample, x0[2:3])
+
+
+@pytest.mark.parametrize(
+    "kind", ["epsilon", "v_prediction", "sample", "flow_prediction", "edm", "edm v_prediction"]
+)
+def test_an_output_stands_for_latents_and_noise(kind: str) -> None:
+    """Latents and noise come back from their target and x_t, for every kind of prediction and at
+    zero terminal SNR, where v alone is left of the latents."""
+    if kind.startswith("edm"):
+        predicts = kind.removeprefix("edm ").replace("edm", "epsilon")
+        schedule = NoiseSchedule.of(EDMEulerScheduler(prediction_type=predicts))
+    else:
+        zero = kind == "v_prediction"
+        schedule = NoiseSchedule.of(
+            DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=zero)
+        )
+        assert schedule.zero_terminal_snr is zero
+    g = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, len(T), 4, 8, 8, generator=g)
+    x0 = x0 * schedule.data_std
+    x_t, target = schedule.add_noise(x0, noise, T), target_of(x0, noise, T, schedule)
+    found, found_noise = denoised(target, x_t, T, schedule)
+    alpha, sigma = schedule.coefficients(T)
+    # an error of float32 is divided by α or σ, whichever the prediction leaves
+    torch.testing.assert_close(found, x0 / schedule.data_std, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found_noise, noise, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(alpha * found + sigma * found_noise, x_t, rtol=1e-5, atol=1e-5)
 
 
 def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
@@ -322,16 +322,20 @@ def test_each_class_image_has_words_of_its_own(tiny_sd1: Path, data: Path, tmp_p
         assert image.text["parameters"].split("\n")[0] == drawn[min(drawn)]
 
 
-@pytest.mark.parametrize("kind", ["class", "blank"])
+@pytest.mark.parametrize(("kind", "steps"), [("class", 0), ("blank", 0), ("class", 4)])
 def test_preserved_answers_are_the_bases(
-    kind: str, tiny_sd1: Path, data: Path, tmp_path: Path
+    kind: str, steps: int, tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
     """Beside each instance the same image, noise and timestep are trained on the bare pipeline's
-    answer to the preserved caption. While the adapter is zero that costs nothing; later the loss is
-    that of the instances plus the weighted mean of the difference, computed by two models, also
-    for adapters that start from the base's weights."""
+    answer to the preserved caption; with sampler steps the latents that diffusers' DDIM has drawn
+    with the bare pipeline by then, from the same noise. While the adapter is zero that costs
+    nothing; later the loss is that of the instances plus the weighted mean of the difference,
+    computed by two models, also for adapters that start from the base's weights."""
     more = {"preservation_class": "dog"} if kind == "class" else {}
+    if steps:  # at timestep 199, four steps of diffusers' five
+        more |= {"preservation_sampler_steps": steps, "min_timestep": 199, "max_timestep": 200}
     options = {"trigger_word": "sks", "train_batch_size": 2}
+    options |= {name: more.pop(name) for name in ("min_timestep", "max_timestep") if name in more}
     run = prepare(
         text_to_image(
             tiny_sd1, data, tmp_path / "a", output_preservation=kind, preservation_weight=0.5,
@@ -355,8 +359,17 @@ def test_preserved_answers_are_the_bases(
     x0 = run.latents.latents(part.items, part.loaded).x0
     objective = run.objective
     t = objective.timesteps.draw(addresses)
-    x_t = objective.schedule.add_noise(x0, objective.noise.draw(x0, addresses), t)
+    noise = objective.noise.draw(x0, addresses)
+    x_t = objective.schedule.add_noise(x0, noise, t)
     arguments = run.conditions(part.items, 0).arguments()
+    if steps:
+        ddim = DDIMScheduler.from_config(run.parts.scheduler.config, clip_sample=False)
+        ddim.set_timesteps(5)
+        x_t = noise
+        for now in (999, 799, 599, 399):
+            with torch.no_grad():
+                answer = plain.models["unet"](x_t, now, **arguments).sample
+            x_t = ddim.step(answer, now, x_t).prev_sample
     with torch.no_grad():
         base = plain.models["unet"](x_t, t, **arguments).sample
         now = run.models["unet"](x_t, t, **arguments).sample
