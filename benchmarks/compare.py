@@ -30,7 +30,8 @@ from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import load_parts
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import load_features
-from sd_lora.sampling.score import SETS, score
+from sd_lora.sampling.judge import score
+from sd_lora.sampling.score import SETS
 
 Changes = dict[str, object]
 ATTENTION: Changes = {"targets": "attention", "rank": 79, "lora_alpha": 79.0}

@@ -149,7 +149,9 @@ def runs(found: Found) -> None:
 def counted(cell: Cell) -> StepBytes:
     """The step as `sd-lora check` counts it, beside its optimiser."""
     side = SIDES[cell.family]
-    words = f"data --model m --prompt p --rank {RANK} --targets {cell.targets} --no-train_text_encoder"
+    words = (
+        f"data --model m --prompt p --rank {RANK} --targets {cell.targets} --no-train_text_encoder"
+    )
     words += " --mixed_precision bf16"
     words += "" if cell.checkpointed else " --no-gradient_checkpointing"
     config = parse(words.split()).resolve(cell.family, side)

@@ -39,9 +39,11 @@ from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
+from sd_lora.sampling.interval import Interval
+from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import round_trip, sample
-from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, sets_of
+from sd_lora.sampling.score import PromptImages, Prompts, Taught, sets_of
 from sd_lora.training.loop import train
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
@@ -101,18 +103,27 @@ RECIPES: dict[str, dict[str, Any]] = {
 """Name → options that differ from the recipe of subjects or styles; a value may be one for each."""
 
 CONSTANT = RECIPES["constant, 600 steps"]
+PRESERVED: dict[str, Any] = {
+    "with_prior_preservation": False,
+    "train_text_encoder": False,
+    "output_preservation": "class",
+    "preservation_class": lambda lesson: f"{{big |}}{{{COLOURS}}} {lesson.class_word}",
+    "trigger_word": lambda lesson: lesson.word,
+}
 SHORT: dict[str, dict[str, Any]] = {
     "600 steps, debiased": CONSTANT | {"debiased_estimation_loss": True},
     "600 steps, no text encoder": CONSTANT | {"train_text_encoder": False},
     "600 steps, 96 class images": CONSTANT | {"num_class_images": 96},
-    "600 steps, class preserved": CONSTANT
-    | {
-        "with_prior_preservation": False,
-        "train_text_encoder": False,
-        "output_preservation": "class",
-        "preservation_class": lambda lesson: f"{{big |}}{{{COLOURS}}} {lesson.class_word}",
-        "trigger_word": lambda lesson: lesson.word,
-    },
+    "600 steps, class preserved": CONSTANT | PRESERVED,
+    "600 steps, class preserved, drawn in 2": CONSTANT
+    | PRESERVED
+    | {"preservation_sampler_steps": 2},
+    "600 steps, class preserved, drawn in 4": CONSTANT
+    | PRESERVED
+    | {"preservation_sampler_steps": 4},
+    "600 steps, class preserved, drawn in 8": CONSTANT
+    | PRESERVED
+    | {"preservation_sampler_steps": 8},
 }
 """Name → options that differ from the recipe, for first looks at half the cost; a value may be a
 function of the lesson."""
@@ -287,7 +298,7 @@ def score_of(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
     after = kept_images(out / "images" / f"{cell.name}.png", lesson.prompts)
     judge = Judge(features, taught, lesson.prompts, stored_sets(out, lesson))
     reachable = judge.reachable(round_trip(load_parts(str(BASE)), taught.real))
-    return judge.score(after).numbers() | {"reachable": reachable}
+    return judge.judge(after)[1].numbers() | {"reachable": reachable}
 
 
 def rescore(out: Path, features: Features) -> None:

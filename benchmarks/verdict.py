@@ -42,7 +42,7 @@ from PIL import Image, ImageOps
 from sd_lora.config.schema import TrainConfig
 from sd_lora.report.verdict import GOOD, OVER, THRESHOLDS, UNDER, verdict_of
 from sd_lora.sample import Loras, Mix
-from sd_lora.sampling.score import Judge
+from sd_lora.sampling.judge import Judge
 from sd_lora.training.loop import train
 from sd_lora.training.scores import difference, merit
 from sd_lora.training.scoring import drawn_sets, taught_to
@@ -182,7 +182,7 @@ def other_seeds(config: TrainConfig, paths: list[Path | None]) -> dict[str, Any]
         for path in paths:
             mix = Mix(((path, 1.0),)) if path else Mix()
             loras.put_on(mix)
-            seen.append(scale.by_image(drawn_sets(run, prompts, mix.label)[1:]))
+            seen.append(scale.judge(drawn_sets(run, prompts, mix.label)[1:])[0])
         return {"merits": [merit(v) for v in seen], "difference": difference(seen[0], seen[-1])}
 
 

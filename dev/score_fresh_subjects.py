@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from sd_lora.sampling.features import Features, load_features
-from sd_lora.sampling.score import Scale, Taught, way
+from sd_lora.sampling.judge import Scale, way
+from sd_lora.sampling.score import Taught
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

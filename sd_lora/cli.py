@@ -190,12 +190,15 @@ def _report(argv: Sequence[str]) -> None:
     parser.add_argument("runs", type=as_path, nargs="+", help="output folders of runs")
     parser.add_argument(
         "--out", type=as_path,
-        help="the page (default: report.html in the run's folder; for several runs here)",
+        help="the page (default: report.html in the run's folder; of several runs, runs.html here)",
     )  # fmt: skip
     args = parser.parse(argv)
-    from sd_lora.report.run_page import PAGE, write_page
+    from sd_lora.report.record import RECORD
+    from sd_lora.report.run_page import PAGE, SEVERAL, write_page
 
-    out = args.out or (args.runs[0] / PAGE if len(args.runs) == 1 else Path(PAGE))
+    out = args.out or (args.runs[0] / PAGE if len(args.runs) == 1 else Path(SEVERAL))
+    if len(args.runs) > 1 and out.name == PAGE and (out.parent / RECORD).is_file():
+        raise UsageError(f"{out} is the page of the run in that folder: give another --out")
     write_page(args.runs, out)
     print(f"look at {out}")
 

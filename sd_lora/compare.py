@@ -24,7 +24,7 @@ from sd_lora.report.events import Event, Listener, Progress, StepDone, TrainingS
 from sd_lora.report.intervals import interval
 from sd_lora.report.verdict import percent
 from sd_lora.sample import Loras, Mix
-from sd_lora.sampling.score import student
+from sd_lora.sampling.interval import student
 from sd_lora.tool_flags import measuring
 from sd_lora.training.loop import train
 from sd_lora.training.setup import prepared_run
@@ -35,7 +35,8 @@ OF_MEASURE = ("model", "data", "objective")
 OF_TRAINING = (
     "with_prior_preservation", "class_data_dir", "class_prompt", "num_class_images",
     "sample_batch_size", "prior_loss_weight", "prior_generation_precision", "output_preservation",
-    "preservation_class", "preservation_sampler_steps", "preservation_weight", "edm2_loss_weighting",
+    "preservation_class", "preservation_sampler_steps", "preservation_weight",
+    "edm2_loss_weighting",
 )  # fmt: skip
 """Options of these sections that are of training alone."""
 

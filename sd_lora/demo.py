@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -17,20 +18,13 @@ from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
+from sd_lora.report.run_page import PAGE
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import load_features
+from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import round_trip, sample
-from sd_lora.sampling.score import (
-    KIND_SEEDS,
-    SETS,
-    Judge,
-    PromptImages,
-    Prompts,
-    Score,
-    Taught,
-    sets_of,
-)
+from sd_lora.sampling.score import KIND_SEEDS, SETS, PromptImages, Prompts, Score, Taught, sets_of
 from sd_lora.terminal import Terminal
 from sd_lora.training.loop import train
 
@@ -72,6 +66,15 @@ def find_sample_data() -> Path:
 
 STEPS = 20
 """Sampler steps of the demo's images."""
+
+LOOKS: dict[str, Any] = {
+    "score_every": 600,
+    "score_class_prompt": "a photo of a monster",
+    "validation_steps": 12,
+    "keep_best": True,
+}
+"""How the run looks at its own images, for its page, its verdict and its best checkpoint: about 7 s
+each time."""
 
 FIRST_SEEDS = {SUBJECT: 0, CLASS: KIND_SEEDS, UNRELATED: 2 * KIND_SEEDS}
 """Prompts → the seed of the first one's image in the first set."""
@@ -160,7 +163,7 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     after = draw_sets(tuned, side, guidance, SETS)
     features = load_features(sample_data / "encoder")
     judge = Judge(features, images, PROMPTS, before)
-    result, reachable = judge.score(after), judge.reachable(round_trip(tuned, images.real))
+    result, reachable = judge.judge(after)[1], judge.reachable(round_trip(tuned, images.real))
 
     def row(p: PromptImages) -> list[Image.Image]:
         return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
@@ -188,6 +191,7 @@ def main(argv: Sequence[str]) -> None:
         "download.\n"
     )
     config = demo_config(sample_data, args.output_dir)
+    config = config.replace(**LOOKS, score_features=str(sample_data / "encoder"))
     with Terminal() as terminal:
         result = train(config, [terminal])
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
@@ -203,7 +207,8 @@ def main(argv: Sequence[str]) -> None:
     )
     print(
         f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
-        "the subject there after,\nand not before? do the other prompts still look as they did?\n\n"
+        "the subject there after,\nand not before? do the other prompts still look as they did? "
+        f"The run's own page is {folder / PAGE}.\n\n"
         "next, on your own images (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "
         "checkpoint):\n"
         # this Python's path, since `make demo` activates no environment; one line for every shell

@@ -19,8 +19,9 @@ from sd_lora.report.sheets import Sheet
 from sd_lora.report.strengths import Judged
 from sd_lora.sample import Loras, Mix, fitting
 from sd_lora.sampling.features import Features
+from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.sampler import can_generate_images
-from sd_lora.sampling.score import Judge, Prompts
+from sd_lora.sampling.score import Prompts
 from sd_lora.training.changes import changes_of
 from sd_lora.training.measure import measured
 from sd_lora.training.run import Run
@@ -58,7 +59,7 @@ def judge(
 
     with prepared_run(config, [of_images]) as run:
         _refuse_misfits(files, run)
-        prompts = prompts_for(run.validation.captions, class_prompt)
+        prompts = prompts_for(run.validation.captions, run.config.subject_prompt, class_prompt)
         if features:
             _refuse_undrawn(prompts, run)
         for finding in run.summary.findings:
@@ -116,15 +117,19 @@ def _look(
 ) -> Sheet:
     """Draw the prompts by the base and by each file at each strength, and score them."""
     loras.put_on(Mix())
-    before = drawn_sets(run, prompts, "drawing by the base")
-    scale = Judge(features, taught_to(run, prompts), prompts, before)
+    rounds = 1 + sum(len(one.strengths) for one in found)
+    before = drawn_sets(run, prompts, f"drawing, 1 of {rounds}: by the base")
+    number = 1
+    scale = Judge(features, taught_to(run), prompts, before)
     for one in found:
         one.images[0.0] = before
         for strength in one.strengths:
             mix = Mix(((one.path, strength),))
             loras.put_on(mix)
-            one.images[strength] = drawn_sets(run, prompts, f"drawing by {mix.label}")
-            one.scores[strength] = scale.score(one.images[strength])
+            number += 1
+            label = f"drawing, {number} of {rounds}: by {mix.label}"
+            one.images[strength] = drawn_sets(run, prompts, label)
+            one.values[strength], one.scores[strength] = scale.judge(one.images[strength])
     return _sheet(run, prompts, found)
 
 

@@ -22,6 +22,7 @@ from sd_lora.report.events import (
     ValidationDone,
     Warned,
 )
+from sd_lora.report.record import kept_steps
 from sd_lora.report.summary import duration, verified_files
 from sd_lora.report.verdict import verdict_of
 from sd_lora.streams import encode_everything
@@ -119,11 +120,12 @@ class Terminal:
             lines[0] += f"; {share} % of the time in samples"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
-        if self._measured and self._exported:
+        if self._exported:
             facts = {
-                "validation": self._measured.record,
+                "validation": self._measured.record if self._measured else {},
                 "changes": self._exported.changes,
                 "scores": self._scored,
+                "checkpoints": kept_steps(event.page.parent) if event.page else [],
             }
             if verdict := verdict_of(facts):
                 lines.append(f"  {verdict.text}")

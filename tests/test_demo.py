@@ -13,6 +13,7 @@ import sd_lora
 from sd_lora.cli import main
 from sd_lora.config.command_line import parse
 from sd_lora.demo import demo_config, evaluate, find_sample_data
+from tests.report.test_run_page import data_of
 
 pytestmark = pytest.mark.slow
 
@@ -37,11 +38,13 @@ def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """`sd-lora demo` leaves both LoRA files, the sheet and the score, and says what is next."""
+    """`sd-lora demo` leaves both LoRA files, the sheet, the score, and the run's page with the
+    images that it has scored, says the verdict by them, and what is next."""
     import sd_lora.demo as demo
 
     short = demo.demo_config
     monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setitem(demo.LOOKS, "validation_steps", 1)
     monkeypatch.setattr(
         demo, "demo_config", lambda folder, out: short(folder, out, max_train_steps=3)
     )
@@ -49,6 +52,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     out = capsys.readouterr().out
     assert "fidelity:" in out
     assert "Not seen:" in out
+    assert "By its images, undertrained: fidelity is" in out
+    assert "'Scored images'" in str(data_of((tmp_path / "demo" / "report.html").read_text()))
     command = shlex.split(re.search(r"next, on your own images.*\n +(.*)", out)[1])
     assert command[:4] == [sys.executable, "-m", "sd_lora", "train"]
     assert parse(command[4:]).instance_prompt == "a photo of sks dog"

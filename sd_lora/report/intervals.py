@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 
+from sd_lora.sampling.interval import student
+
 
 def interval(now: Sequence[float], before: Sequence[float]) -> tuple[float, float]:
-    """Mean difference of losses on the same images and noise, and 1.96 standard errors of it.
+    """Mean difference of numbers in pairs, such as losses on the same images and noise, and half of
+    its 95 % interval (Student's t).
 
     Differences in pairs: the timesteps' own spread, tenfold, cancels out.
     """
@@ -13,7 +16,7 @@ def interval(now: Sequence[float], before: Sequence[float]) -> tuple[float, floa
     count = len(differences)
     mean = sum(differences) / count
     variance = sum((d - mean) ** 2 for d in differences) / (count - 1)
-    return mean, 1.96 * math.sqrt(variance / count)
+    return mean, student(count - 1) * math.sqrt(variance / count)
 
 
 def is_better(now: Sequence[float], before: Sequence[float]) -> bool:

@@ -1,5 +1,6 @@
 """The curves of a run's validation and scores on its page."""
 
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -29,12 +30,14 @@ def by_step(record: Mapping[str, Any]) -> Curves:
 
 
 def by_timestep(record: Mapping[str, Any]) -> Curves:
-    """The last validation loss of the group that is compared, by timestep, and the base model's.
+    """The validation loss by timestep of the group that is compared, after the step that is
+    exported, and the base model's.
 
     record: as of `by_step`.
     """
     with suppress(LookupError, TypeError, AttributeError):
-        group, last = record["judged_by"], record["rows"][-1]
+        group, rows = record["judged_by"], {row["step"]: row for row in record["rows"]}
+        last = rows[record.get("exported", max(rows))]
         return {
             "timestep": [(first + end) / 2 for first, end in record["timesteps"]],
             f"after {_number(last['step']):g} steps": [*map(_number, last[group]["levels"])],
@@ -46,12 +49,14 @@ def by_timestep(record: Mapping[str, Any]) -> Curves:
 SCORED = {
     "fidelity": "fidelity", "followed": "prompts followed", "class_leak": "class leak",
     "unrelated_leak": "unrelated leak", "harm": "harm", "copies": "copies",
+    "similarity": "similarity", "drift": "drift",
 }  # fmt: skip
 """Measure of a score → its words."""
 
 
 def scores_by_step(record: Mapping[str, Any]) -> Curves:
-    """The numbers of the scores by step, in percent, and the merit.
+    """The numbers of the scores by step, in percent, half of the interval of each where there is
+    one, and the merit.
 
     record: "scores" of `report.json`; nothing for one of another form.
     """
@@ -61,9 +66,15 @@ def scores_by_step(record: Mapping[str, Any]) -> Curves:
             str(record[name])
         curves = {"step": [_number(row["step"]) for row in rows]}
         for name, words in SCORED.items():
-            found = [_number(row["score"][name]["mean"]) for row in rows]
+            found = [_number(row["score"].get(name, {}).get("mean")) for row in rows]
             if any(value is not None for value in found):
                 curves[words] = [None if value is None else 100 * value for value in found]
+                lows = [_number(row["score"].get(name, {}).get("low")) for row in rows]
+                if any(low is not None for low in lows):
+                    curves[f"{words} ±"] = [
+                        None if value is None or low is None else 100 * (value - low)
+                        for value, low in zip(found, lows, strict=True)
+                    ]
         curves["merit"] = [100 * row["merit"] for row in rows]
         return curves if rows else {}
     return {}
@@ -87,9 +98,17 @@ def _shortest(name: str, names: Sequence[str]) -> str:
     return end.replace(",", "?")  # commas part names
 
 
+def _picture(value: object) -> str:
+    """A picture in a data URI; "" for anything else."""
+    return value if isinstance(value, str) and _PICTURE.fullmatch(value) else ""
+
+
+_PICTURE = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
+
+
 def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
     """The rows of the table of images: name, name of the file alone, times seen, loss against the
-    rest and its change, in words, and the finding.
+    rest and its change, in words, the finding, and the picture in a data URI, or "".
 
     ledger: of `report.json`; nothing for one of another form.
     """
@@ -102,6 +121,7 @@ def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
                 "loss": f"{image['loss']:.2f}",
                 "change": f"{image['change']:.2f}",
                 "finding": str(image["finding"]),
+                "picture": _picture(image.get("picture")),
             }
             for image in ledger
         ]

@@ -32,7 +32,7 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
-    "validation": {}, "scores": {}, "ledger": [],
+    "validation": {}, "scores": {}, "ledger": [], "checkpoints": [],
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -101,6 +101,7 @@ class Record:
     def write(self) -> None:
         """Write the file, whole or not at all; raises RunError on a failed write."""
         self.facts["seconds"] = self._before + time.monotonic() - self._since
+        self.facts["checkpoints"] = kept_steps(self.folder)
         text = json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / RECORD, text.encode())
 
@@ -110,6 +111,12 @@ class Record:
             text = text.replace(place, name)
         home = str(Path.home())
         return text if home in ("/", "\\") else text.replace(home, "~")
+
+
+def kept_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in an output folder."""
+    names = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
+    return sorted(int(name) for name in names if name.isdecimal())
 
 
 def places_of(config: TrainConfig) -> dict[str, str]:

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shlex
 import time
 import warnings
@@ -17,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from PIL import Image
@@ -42,17 +44,23 @@ from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration
 from sd_lora.report.verdict import verdict_of
 
-PAGE, SAMPLES = "report.html", "samples"
+PAGE, SEVERAL, SAMPLES = "report.html", "runs.html", "samples"
 HERE = Path(__file__).parent
 
 MOST_POINTS = 2000
 """Points of a curve: a longer log is averaged over as many steps as needed."""
 
-MOST_BYTES = 9_000_000
-"""Bytes of all images of a page; beyond, they are made smaller, and then fewer."""
+MOST_BYTES = 7_000_000
+"""Bytes of all samples of a page; beyond, they are made smaller, and then fewer."""
 
-SIDES = {512: 60_000, 384: 36_000, 256: 18_000, 160: 8_000, 96: 4_000}
-"""Side of a sample on the page → about its bytes there."""
+SIDES = (512, 384, 256, 160, 96)
+"""Sides of a sample on the page, the first that fits."""
+
+TRIED = 12
+"""Samples by whose bytes the others' are judged."""
+
+SHEET_SIDE, MOST_SHEETS = 1400, 12
+"""Width of a sheet of scored images on the page, and the most of them: about 2 MB."""
 
 REWRITE_EVERY = 30.0
 """Seconds between two writes of the page while a run goes on."""
@@ -149,8 +157,8 @@ def _finite(value: object) -> float | None:
 
 
 def data_uri(path: Path, side: int) -> str:
-    """An image as WebP in a data URI, at most `side` pixels, a small one without loss; grey for one
-    that cannot be read."""
+    """An image as WebP in a data URI, at most `side` pixels; one of at most 128 without loss; grey
+    for one that cannot be read."""
     try:
         return _encoded(path, path.stat().st_mtime_ns, side)
     except OSError:
@@ -160,29 +168,50 @@ def data_uri(path: Path, side: int) -> str:
 @lru_cache(maxsize=4096)
 def _encoded(path: Path, written: int, side: int) -> str:
     with Image.open(path) as image:
-        small = image.convert("RGB")
+        size, small = image.size, image.convert("RGB")
     small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _uri(small)
+    return _uri(small, lossless=max(size) <= 128)
 
 
-def _uri(image: Image.Image) -> str:
+def _uri(image: Image.Image, lossless: bool = False) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88, method=4, lossless=max(image.size) <= 128)
+    image.save(buffer, "WEBP", quality=88, method=4, lossless=lossless)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _fitting(drawn: Sequence[Drawn]) -> tuple[list[Drawn], int]:
     """The samples that a page holds, and the side of their images: smaller ones if there are many,
-    and of still more every second, third, … step, always with the first and the last."""
-    count = sum(len(files) for d in drawn for files in d.images.values())
-    side = next((side for side, size in SIDES.items() if count * size <= MOST_BYTES), min(SIDES))
-    every = -(-count * SIDES[side] // MOST_BYTES)
+    and of still more every second, third, … step, always with the first and the last. Their bytes
+    are those of TRIED of them."""
+    files = [path for d in drawn for images in d.images.values() for path in images]
+    some = files[:: max(1, -(-len(files) // TRIED))]
+    for side in SIDES:
+        total = len(files) * fmean([len(data_uri(path, side)) for path in some] or [0])
+        if total <= MOST_BYTES:
+            break
+    every = math.ceil(total / MOST_BYTES)
     if every <= 1:
         return [*drawn], side
     return [
         Drawn(d.prompts, {s: d.images[s] for s in {*d.steps[::every], *d.steps[-1:]}})
         for d in drawn
     ], side
+
+
+def sheets_of(folder: Path, last: int) -> Drawn:
+    """The sheets of scored images, `samples/score-000100.png`; of many some, with the last one.
+
+    last: number of steps done.
+    """
+    found = {}
+    for path in sorted((folder / SAMPLES).glob("score-*.png")):
+        number = path.stem.removeprefix("score-")
+        if number.isdecimal() and int(number) <= last:
+            found[int(number)] = [path]
+    steps = [*found]
+    kept = {*steps[:: max(1, -(-len(steps) // MOST_SHEETS))], *steps[-1:]}
+    words = "images that are scored, of the first seeds, below those of the folder and the base's"
+    return Drawn([words] if found else [], {step: found[step] for step in sorted(kept)})
 
 
 def differing_options(folders: Sequence[Path]) -> dict[str, list[str]]:
@@ -231,33 +260,55 @@ def page_of(folders: Sequence[Path]) -> str:
             "compare": _compare(folders[number], images[number]),
             "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
-            "prompts": drawn[number].prompts,
-            "steps": drawn[number].steps,
+            "unet": unet_of(record["changes"]),
+            "drawn": {
+                title: {"prompts": d.prompts, "steps": d.steps, "images": _uris(d, pixels)}
+                for title, d, pixels in (
+                    ("Samples", drawn[number], side),
+                    ("Scored images", sheets_of(folders[number], record["step"]), SHEET_SIDE),
+                )
+                if d.steps
+            },
         }
         for number, record in enumerate(records)
     ]
-    pictures = [
-        {step: [data_uri(path, side) for path in files] for step, files in d.images.items()}
-        for d in drawn
-    ]
-    data = [
-        {
-            name: run[name]
-            for name in ("name", "curves", "measured", "scored", "by_timestep", "steps")
-        }
-        | {"images": images}
-        for run, images in zip(runs, pictures, strict=True)
-    ]
+    shown = ("name", "curves", "measured", "scored", "by_timestep", "drawn")
+    data = [{name: run[name] for name in shown} for run in runs]
     script = (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8")
     return template_at(HERE / "run_page.html.j2").render(
         duration=duration,
         runs=runs,
-        pictures=pictures,
         differing=differing_options(folders) if len(folders) > 1 else {},
         data=_for_script(data),
         uplot=script,
         uplot_css=(HERE / "uplot" / "uPlot.min.css").read_text("utf-8"),
     )
+
+
+def _uris(drawn: Drawn, side: int) -> dict[int, list[str]]:
+    return {step: [data_uri(path, side) for path in drawn.images[step]] for step in drawn.steps}
+
+
+def unet_of(changes: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The UNet's parts as boxes of a drawing: name, change, and place, from (0, 0) at the top left:
+    down to the middle and up again. Nothing where its parts are not known."""
+    found = changes.get("unet")
+    if not isinstance(found, Mapping):
+        return []
+    named = {m[0]: (m[1], int(m[2] or 0)) for name in found if (m := _BLOCK.fullmatch(str(name)))}
+    depth = 1 + max((number for _, number in named.values()), default=0)
+    places = {
+        name: {"down": (i, i), "mid": (depth, depth), "up": (depth + 1 + i, depth - 1 - i)}[side]
+        for name, (side, i) in named.items()
+    }
+    most = max((found[name] for name in places), default=0) or 1
+    return [
+        {"name": name, "change": found[name], "share": found[name] / most, "x": x, "y": y}
+        for name, (x, y) in places.items()
+    ]
+
+
+_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d{1,2}))?")
 
 
 def _compare(folder: Path, images: Sequence[Mapping[str, Any]]) -> str:

@@ -4,14 +4,16 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sd_lora.report.intervals import interval, is_better
-from sd_lora.report.verdict import GOOD, OVER, UNDER, Verdict, percent
+from sd_lora.report.verdict import GOOD, OVER, THRESHOLDS, UNDER, Verdict, percent, too_much
 from sd_lora.sampling.score import PromptImages, Score
 
-HALF_WAY = 0.5
-"""Fidelity below which a LoRA is called undertrained at any strength."""
+AS_NEAR = 0.1
+"""Most fidelity less, in the mean, with which images can pass for as near to the subject; the
+verdict of a run calls more of it lost (`most_lost`)."""
 
 
 @dataclass
@@ -19,7 +21,8 @@ class Judged:
     """A LoRA file by strength; strength 0 is the base.
 
     losses: strength → loss of each item. changes: component → part → ‖ΔW‖ / ‖W‖. images: strength →
-    sets of images. scores: strength → their score. The last two are empty without features.
+    sets of images. scores, values: strength → their score, and the measures of each image (see
+    `Judge.judge`). The last three are empty without features.
     """
 
     path: Path
@@ -27,6 +30,7 @@ class Judged:
     changes: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     images: dict[float, list[PromptImages]] = field(default_factory=dict)
     scores: dict[float, Score] = field(default_factory=dict)
+    values: dict[float, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
     @property
     def strengths(self) -> list[float]:
@@ -49,12 +53,20 @@ class Judged:
 
     @property
     def nearest(self) -> float | None:
-        """The least strength whose images are as near to the subject as the nearest ones, by the
-        interval of these; None without images."""
+        """The least strength whose images are as near to the subject as the nearest ones: the
+        difference, image by image, is within its interval; None without images."""
         if not self.scores:
             return None
-        least = max(self.scores.values(), key=lambda score: score.fidelity.mean).fidelity.low
-        return min(s for s, score in self.scores.items() if score.fidelity.mean >= least)
+        near = {strength: values["fidelity"] for strength, values in self.values.items()}
+        nearest = max(near, key=lambda strength: fmean(near[strength]))
+
+        def is_as_near(strength: float) -> bool:
+            if len(near[strength]) < 2:
+                return fmean(near[strength]) >= fmean(near[nearest])
+            less, half = interval(near[nearest], near[strength])
+            return less <= min(half, AS_NEAR)
+
+        return min(filter(is_as_near, near))
 
     @property
     def verdict(self) -> Verdict:
@@ -113,11 +125,12 @@ def by_loss(judged: Judged) -> Verdict:
         else:
             why += ", and no other strength is better"
     numbers = {"gain": -gain, "gain_doubt": doubt, "best_strength": best}
-    return Verdict(state, f"By the loss of these images, {state}: {why}.", numbers)
+    return Verdict(state, f"By the loss of these images, {state}: {why}.", "", numbers)
 
 
 def by_images(judged: Judged) -> Verdict:
-    """The verdict by the images that were drawn."""
+    """The verdict by the images that were drawn, of the strength to take; what is too much in the
+    images of a run is too much here."""
     near, at_one = judged.nearest or 1.0, judged.scores[1.0]
     found = judged.scores[near]
     worse = [
@@ -139,12 +152,24 @@ def by_images(judged: Judged) -> Verdict:
         state = OVER
         why = f"strength {near:g} is as near to the subject ({found.fidelity.text()}, at 1 "
         why += f"{at_one.fidelity.text()}), and strength 1 has {', '.join(worse)}"
-    elif at_one.fidelity.high < HALF_WAY:
+    elif at_one.fidelity.mean < THRESHOLDS["least_fidelity"]:
         state = UNDER
         why += ", less than half of the way to real images"
     numbers = {"fidelity": at_one.fidelity.mean, "nearest_strength": near}
-    advice = f" Take it at strength {near:g}." * (state != UNDER or near > 1)
-    return Verdict(state, f"By its images, {state}: {why}.{advice}", numbers)
+    advice = f"Take it at strength {near:g}." * (state != UNDER or near > 1)
+    if over := too_much(_numbers(found)):
+        state, why = OVER, f"{why}; at strength {near:g} {'; '.join(over)}"
+        advice = f"Take it at less strength than {near:g}, or train it shorter or at a lower rate."
+    return Verdict(state, f"By its images, {state}: {why}.", advice, numbers)
+
+
+def _numbers(score: Score) -> dict[str, float]:
+    """The numbers of a score that can be too much, those that are known, as a run's verdict has
+    them."""
+    named = {"copies": score.copies, "leak": score.unrelated_leak, "harm": score.harm}
+    known = {name: one for name, one in named.items() if not math.isnan(one.mean)}
+    doubts = {f"{n}_doubt": one.half for n, one in known.items() if math.isfinite(one.half)}
+    return {name: one.mean for name, one in known.items()} | doubts
 
 
 def best_of(found: Sequence[Judged]) -> str:

@@ -6,9 +6,9 @@ how often it is right.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 UNDER, GOOD, OVER = "undertrained", "trained", "overtrained"
@@ -39,8 +39,10 @@ most_lost: fall of the merit, beyond its interval, since the best step, above wh
 far.
 most_copies: share of the subject's images that repeat a training image, above which it is learned
 by heart.
-most_leak, most_harm: leak into unrelated images, and what other prompts are followed less, above
-which the LoRA overrides the base.
+most_leak, most_harm: of a subject, leak into unrelated images, and what other prompts are followed
+less, above which the LoRA overrides the base. A style is meant to reach all prompts.
+
+Copies, leak and harm are above their number where the whole of their interval is.
 
 Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
 far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most
@@ -55,11 +57,17 @@ CALIBRATED = ("encoder of drawings",)
 
 @dataclass(frozen=True)
 class Verdict:
-    """state: UNDER, GOOD or OVER. text: a paragraph. numbers: those that it was made of."""
+    """state: UNDER, GOOD or OVER. found, advice: sentences. numbers: those that it was made of."""
 
     state: str
-    text: str
+    found: str
+    advice: str
     numbers: Mapping[str, float]
+
+    @property
+    def text(self) -> str:
+        """The paragraph."""
+        return f"{self.found} {self.advice}".strip()
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -106,9 +114,10 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a verdict by scores of images; none where there are fewer than two, or they
     have another form.
 
-    fidelity, copies, leak (of unrelated prompts), harm: of the last one, or of the one that was
-    exported. class_leak: where there are images of the class. lost: of the merit since the best
-    step, lost_doubt: half its interval. best, last: steps.
+    fidelity, copies, harm, leak (of unrelated prompts, of a subject) and class_leak, those that are
+    known: of the last score, or of the one that was exported. …_doubt: half the interval of each,
+    0 of one set of seeds. lost: of the merit since the best step, lost_doubt: half its interval.
+    best, last: steps.
     """
     with suppress(LookupError, TypeError, ValueError, AttributeError):
         measured = record["scores"]
@@ -118,22 +127,19 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         last = measured.get("exported", max(rows))
         if record.get("ended") and "exported" not in measured and last < record["step"]:
             return {}  # of an earlier part of the run, which scored
-        means = {name: value["mean"] for name, value in rows[last]["score"].items()}
-        counts = "unrelated_leak" in measured["measures"]  # a style is meant to reach all prompts
+        named = {"fidelity": "fidelity", "copies": "copies", "harm": "harm"}
+        named["class_leak"] = "class_leak"
+        if "unrelated_leak" in measured["measures"]:  # a style is meant to reach all prompts
+            named["leak"] = "unrelated_leak"
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
-        found = {
-            "fidelity": means["fidelity"],
-            "copies": means["copies"],
-            "leak": (means["unrelated_leak"] or 0.0) if counts else 0.0,
-            "harm": means["harm"] or 0.0,
-            "lost": -lost,
-            "lost_doubt": doubt,
-            "best": measured["best"],
-            "last": last,
-        }
-        if means["class_leak"] is not None:
-            found["class_leak"] = means["class_leak"]
-        return {name: float(value) for name, value in found.items()}
+        found = {"lost": -lost, "lost_doubt": doubt, "best": measured["best"], "last": last}
+        for name, key in named.items():
+            told = rows[last]["score"][key]
+            if told["mean"] is None:
+                continue
+            low = told.get("low")
+            found |= {name: told["mean"], f"{name}_doubt": 0 if low is None else told["mean"] - low}
+        return {name: float(value) for name, value in found.items()} if "fidelity" in found else {}
     return {}
 
 
@@ -141,40 +147,71 @@ def verdict_of(
     record: Mapping[str, Any], thresholds: Mapping[str, float] = THRESHOLDS
 ) -> Verdict | None:
     """The verdict on a run, by scores of its images where it has them, else by its losses; None
-    where its record has too little to judge by."""
+    where its record has too little to judge by. While the run goes on it advises nothing."""
+    kept = record.get("checkpoints", ())
     if seen := scored_numbers_of(record):
         known = record["scores"].get("features") in CALIBRATED
-        return _by_images(seen, thresholds, "" if known else " (thresholds of drawings)")
-    measured = numbers_of(record)
-    return _by_loss(measured, thresholds) if measured else None
+        verdict = _by_images(seen, thresholds, "" if known else " (thresholds of drawings)", kept)
+    elif measured := numbers_of(record):
+        verdict = _by_loss(measured, thresholds, kept)
+    else:
+        return None
+    if record.get("ended") is not False:
+        return verdict
+    found = verdict.found[0].lower() + verdict.found[1:]
+    return replace(verdict, found=f"So far, {found}", advice="The run goes on.")
 
 
-def _by_images(n: Mapping[str, float], t: Mapping[str, float], doubt: str) -> Verdict:
+TOO_MUCH = (
+    ("copies", "most_copies", "{} of the images repeat a training image"),
+    ("leak", "most_leak", "other prompts went {} of the way to what was learned"),
+    ("harm", "most_harm", "other prompts are followed {} less than by the base"),
+)
+"""Number, its threshold, and the sentence of what is above it."""
+
+
+def too_much(n: Mapping[str, float], t: Mapping[str, float] = THRESHOLDS) -> list[str]:
+    """What is too much in the images of a LoRA, in words; harm counts beside a leak alone, for a
+    style changes other prompts rightly.
+
+    n: numbers, and half the interval of each as …_doubt. t: thresholds.
+    """
+    return [
+        text.format(_around(n, name))
+        for name, limit, text in TOO_MUCH
+        if n.get(name, 0.0) - n.get(f"{name}_doubt", 0.0) > t[limit]
+        and (name != "harm" or "leak" in n)
+    ]
+
+
+def _around(n: Mapping[str, float], name: str) -> str:
+    """A number with its interval, where there is one."""
+    doubt = n.get(f"{name}_doubt", 0.0)
+    return f"{percent(n[name])} ± {percent(doubt)}" if doubt else percent(n[name])
+
+
+def _by_images(
+    n: Mapping[str, float], t: Mapping[str, float], doubt: str, kept: Collection[int]
+) -> Verdict:
     """The verdict by scores of images. doubt: words of features that are not calibrated."""
-    over, under = [], []
+    over, under = too_much(n, t), []
     if n["lost"] > max(n["lost_doubt"], t["most_lost"]):
-        over.append(
+        over.insert(
+            0,
             f"since step {n['best']:.0f} the images have lost {percent(n['lost'])} ± "
-            f"{percent(n['lost_doubt'])} of fidelity less leak and harm"
+            f"{percent(n['lost_doubt'])} of fidelity less leak and harm",
         )
-    if n["copies"] > t["most_copies"]:
-        over.append(f"{percent(n['copies'])} of the images repeat a training image")
-    if n["leak"] > t["most_leak"]:
-        over.append(f"other prompts went {percent(n['leak'])} of the way to what was learned")
-    if n["harm"] > t["most_harm"]:
-        over.append(f"other prompts are followed {percent(n['harm'])} less than by the base")
-    seen = f"fidelity is {percent(n['fidelity'])} (0 % the base's images, 100 % real ones)"
+    seen = f"fidelity is {_around(n, 'fidelity')} (0 % the base's images, 100 % real ones)"
     if n["fidelity"] < t["least_fidelity"]:
         under.append(seen)
     state = OVER if over else UNDER if under else GOOD
-    told = f"{seen}, leak into other prompts {percent(n['leak'])}, harm {percent(n['harm'])}"
-    if "class_leak" in n:
-        told += f", leak into the class {percent(n['class_leak'])}"
-    reasons = "; ".join(over or under or [told])
-    return Verdict(state, f"By its images{doubt}, {state}: {reasons}. {_advice(state, n)}", n)
+    named = {"leak": "leak into other prompts", "harm": "harm", "class_leak": "leak into the class"}
+    told = [seen, *(f"{words} {_around(n, name)}" for name, words in named.items() if name in n)]
+    reasons = "; ".join(over or under or [", ".join(told)])
+    return Verdict(state, f"By its images{doubt}, {state}: {reasons}.", _advice(state, n, kept), n)
 
 
-def _by_loss(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
+def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[int]) -> Verdict:
     """The verdict by losses."""
     over, under = [], []
     if n["rise"] > max(n["rise_doubt"], t["most_rise"]):
@@ -208,7 +245,7 @@ def _by_loss(n: Mapping[str, float], t: Mapping[str, float]) -> Verdict:
     state = OVER if over else UNDER if under else GOOD
     settled = f"the validation loss fell by {percent(n['gain'])} and has settled"
     reasons = "; ".join(over or under or [settled])
-    return Verdict(state, f"{_HEADS[state]}: {reasons}. {_advice(state, n)}", n)
+    return Verdict(state, f"{_HEADS[state]}: {reasons}.", _advice(state, n, kept), n)
 
 
 _HEADS = {
@@ -218,14 +255,20 @@ _HEADS = {
 }
 
 
-def _advice(state: str, n: Mapping[str, float]) -> str:
-    """The file to take, its strength, and the remedy."""
+def _advice(state: str, n: Mapping[str, float], kept: Collection[int]) -> str:
+    """The file to take, its strength, and the remedy. kept: steps of the checkpoints that are
+    there."""
     best, last = round(n["best"]), round(n["last"])
     if state == UNDER:
         return "Go on with more --steps, or raise --learning_rate."
     less = "try the last file at less strength (sd-lora sample --strengths 0.4 0.6 0.8 1)"
+    if state == OVER and best in kept and 0 < best < last:
+        return f"Take step {best} (sd-lora export checkpoint-{best}), or {less}."
     if state == OVER and 0 < best < last:
-        return f"Take the step {best} (--keep_best keeps it), or {less}."
+        return (
+            f"Step {best} was better, and no checkpoint of it is left (--keep_best keeps it): "
+            f"{less}, or train anew."
+        )
     if state == OVER:
         return f"Take an earlier step or a lower --learning_rate, or {less}."
     if 0 < best < last:

@@ -5,8 +5,9 @@ CLIP, SigLIP or another vision model of transformers, for photographs and real b
 """
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -59,6 +60,25 @@ class Drawn:
         return (above + self.comparison.likeness(self.layouts, other.layouts)) / 2
 
 
+class Seen(Protocol):
+    """N images as features see them, each embedded once.
+
+    subject: looks that are alike for images of one subject. style: for images of one style.
+    """
+
+    @property
+    def subject(self) -> Looks: ...
+
+    @property
+    def style(self) -> Looks: ...
+
+    def follows(self, prompts: Sequence[str], about: Collection[str] = ()) -> Tensor:
+        """How well each image shows its prompt, (N,), from 0 to 1; NaN where it cannot be told.
+
+        about: names of the questions that count; all by default.
+        """
+
+
 class Features(Protocol):
     """The look of images, and how well images follow their prompts.
 
@@ -68,19 +88,8 @@ class Features(Protocol):
     name: str
     blind: str
 
-    def subject(self, images: Sequence[Image.Image]) -> Looks:
-        """Looks that are alike for images of one subject."""
-
-    def style(self, images: Sequence[Image.Image]) -> Looks:
-        """Looks that are alike for images of one style."""
-
-    def follows(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
-    ) -> Tensor:
-        """How well each image shows its prompt, (N,), from 0 to 1; NaN where it cannot be told.
-
-        about: names of the questions that count; all by default.
-        """
+    def look(self, images: Sequence[Image.Image]) -> Seen:
+        """The images as they are seen."""
 
 
 class DrawingFeatures:
@@ -96,31 +105,46 @@ class DrawingFeatures:
         self.encoder = encoder.eval()
 
     @torch.no_grad()
-    def _encoded(
-        self, images: Sequence[Image.Image]
-    ) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    def look(self, images: Sequence[Image.Image]) -> "SeenDrawings":
         x = torch.stack([pixels(image, SIDE) for image in images])
-        return [self.encoder(part) for part in x.split(BATCH)]
+        layouts, styles, answers = zip(
+            *(self.encoder(part) for part in x.split(BATCH)), strict=True
+        )
+        chances = {
+            name: torch.cat([part[name] for part in answers]).softmax(1) for name in answers[0]
+        }
+        return SeenDrawings(self.encoder, torch.cat(layouts), torch.cat(styles), chances)
 
+
+@dataclass(frozen=True)
+class SeenDrawings:
+    """Drawings as their encoder sees them.
+
+    layouts: (N, LAYOUT, 11, 11). styles: (N, D). chances: question → probability of each of its
+    answers, (N, answers).
+    """
+
+    encoder: DrawingEncoder
+    layouts: Tensor
+    styles: Tensor
+    chances: Mapping[str, Tensor]
+
+    @cached_property
     @torch.no_grad()
-    def subject(self, images: Sequence[Image.Image]) -> Drawn:
-        layouts = torch.cat([layouts for layouts, _, _ in self._encoded(images)])
-        return Drawn(self.encoder.embedded(layouts), layouts, self.encoder.comparison)
+    def subject(self) -> Drawn:
+        vectors = self.encoder.embedded(self.layouts)
+        return Drawn(vectors, self.layouts, self.encoder.comparison)
 
-    def style(self, images: Sequence[Image.Image]) -> Vectors:
-        return Vectors(torch.cat([style for _, style, _ in self._encoded(images)]))
+    @property
+    def style(self) -> Vectors:
+        return Vectors(self.styles)
 
-    def follows(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
-    ) -> Tensor:
+    def follows(self, prompts: Sequence[str], about: Collection[str] = ()) -> Tensor:
         """Mean probability of the answers that the prompt names."""
-        parts = [answers for _, _, answers in self._encoded(images)]
-        logits = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        chances = {name: out.softmax(1) for name, out in logits.items()}
         means = []
         for i, prompt in enumerate(prompts):
             asked = self.encoder.asked(prompt)
-            right = [chances[n][i, k] for n, k in asked.items() if not about or n in about]
+            right = [self.chances[n][i, k] for n, k in asked.items() if not about or n in about]
             means.append(torch.stack(right).mean() if right else torch.tensor(torch.nan))
         return torch.stack(means)
 
@@ -132,14 +156,14 @@ class ModelFeatures:
     probability, by its own logits, of the image's prompt among all those of the same call.
     """
 
-    def __init__(self, model: Any, processor: Any, tokenizer: Any | None, name: str) -> None:
+    def __init__(self, model: Any, processor: Any, tokenizer: Any, name: str) -> None:
         self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
         self.name, self.device = name, model.device
         unseen = "" if tokenizer else "whether prompts are followed (the model reads no text), "
         self.blind = f"{unseen}where things stand, and differences that {name} was not trained on"
 
     @torch.no_grad()
-    def subject(self, images: Sequence[Image.Image]) -> Vectors:
+    def look(self, images: Sequence[Image.Image]) -> "SeenByModel":
         parts = []
         rgb = [image.convert("RGB") for image in images]
         for start in range(0, len(rgb), BATCH):
@@ -150,24 +174,38 @@ class ModelFeatures:
             else:
                 out = self.model(pixel_values=x)
             parts.append(F.normalize(pooled(out).float().cpu(), dim=1))
-        return Vectors(torch.cat(parts))
-
-    style = subject
+        return SeenByModel(self, Vectors(torch.cat(parts)))
 
     @torch.no_grad()
-    def follows(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
-    ) -> Tensor:
-        known = list(dict.fromkeys(prompts))
-        if self.tokenizer is None or len(known) == 1:  # there is no other prompt to tell it from
-            return torch.full((len(images),), torch.nan)
-        words = self.tokenizer(known, padding="max_length", truncation=True, return_tensors="pt")
+    def logits(self, seen: Vectors, prompts: Sequence[str]) -> Tensor:
+        """The model's own logits of images and prompts (N, M)."""
+        words = self.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt")
         words = words.to(self.device)
         inputs = {"input_ids": words.input_ids, "attention_mask": words.get("attention_mask")}
         text = F.normalize(pooled(self.model.get_text_features(**inputs)).float().cpu(), dim=1)
-        logits = self.model.logit_scale.exp().cpu() * self.subject(images).of @ text.T
+        return self.model.logit_scale.exp().cpu() * seen.of @ text.T
+
+
+@dataclass(frozen=True)
+class SeenByModel:
+    """Images as a vision model sees them."""
+
+    features: ModelFeatures
+    subject: Vectors
+
+    @property
+    def style(self) -> Vectors:
+        return self.subject
+
+    def follows(self, prompts: Sequence[str], about: Collection[str] = ()) -> Tensor:
+        """Probability of the image's prompt among all those of the call; NaN of a model without a
+        text encoder, and of a single prompt, which there is no other to tell from."""
+        known = list(dict.fromkeys(prompts))
+        if self.features.tokenizer is None or len(known) == 1:
+            return torch.full((len(prompts),), torch.nan)
+        chances = self.features.logits(self.subject, known).softmax(1)
         own = torch.tensor([known.index(prompt) for prompt in prompts])
-        return logits.softmax(1)[torch.arange(len(images)), own]
+        return chances[torch.arange(len(prompts)), own]
 
 
 def pooled(out: Any) -> Tensor:

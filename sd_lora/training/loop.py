@@ -40,7 +40,7 @@ from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.losses import LossLog, skips
-from sd_lora.training.measure import validate_if_due
+from sd_lora.training.measure import validate_if_due, validation_is_due
 from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
@@ -68,7 +68,7 @@ from sd_lora.training.saving import (
     save_checkpoint,
     save_lora,
 )
-from sd_lora.training.scoring import draw_base, score_if_due
+from sd_lora.training.scoring import draw_base, score_if_due, score_is_due
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trackers import start_trackers, tracker_errors
@@ -235,6 +235,9 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
         wishes = requests.take_save() or minutes_are_over(config, saved_at), requests.wants_sample
         stopping, is_time, drawing = agreed(run, bool(requests.reason), *wishes)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
+        looks = validation_is_due(run, done) or score_is_due(run, done)
+        if looks or drawing or samples_are_due(run, done):
+            log.flush()  # trackers take steps in their order alone
         validate_if_due(run, done)  # before the checkpoint, which has its losses and scores
         score_if_due(run, done)
         saving |= is_best(run, done)

@@ -23,12 +23,17 @@ from sd_lora.training.validation import Losses
 
 def validate_if_due(run: Run, step: int) -> None:
     """Validate after a step where that, or a score, is due: a verdict is of both."""
+    if validation_is_due(run, step):
+        validate(run, step)
+
+
+def validation_is_due(run: Run, step: int) -> bool:
+    """Whether the model is to be measured after a step."""
     validation, scores, num_steps = run.validation, run.scores, run.plan.num_steps
     due = validation.is_due(step, num_steps)
     if scores and validation.every and step not in validation.rows:
         due |= scores.is_due(step, num_steps)
-    if due:
-        validate(run, step)
+    return due
 
 
 def validate(run: Run, step: int) -> None:

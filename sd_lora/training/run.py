@@ -75,7 +75,7 @@ class Run:
     so far. redrawn: steps done before and at the end of each part that was done once more.
     saved_steps: those of this process's checkpoints. schedule: of the sample images.
     seconds_drawing: spent on them. repo: of the hub, or "". recomputed: blocks of the memory
-    budget. scores: or None.
+    budget. scores: or None. thumbnails: index → picture.
     """
 
     plan: Plan
@@ -109,6 +109,7 @@ class Run:
     repo: str = ""
     recomputed: Recomputed | None = None
     scores: Scores | None = None
+    thumbnails: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.schedule = SampleSchedule(self.plan, 0)
@@ -194,8 +195,7 @@ class Run:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def batch(self, number: int) -> Batch | None:
-        """This process's part of a micro-batch; None where an image of it is lost, here or on a
-        process that does joint work."""
+        """This process's part of a micro-batch; None where an image of a joint one is lost."""
         batch = None
         with contextlib.suppress(RunError):
             batch = self.stream.batch(number)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from sd_lora.report.intervals import interval
 from sd_lora.sampling.features import Features
-from sd_lora.sampling.score import MERIT, Judge, PromptImages, Prompts
+from sd_lora.sampling.judge import MERIT, Judge
+from sd_lora.sampling.score import PromptImages, Prompts
 
 SIGNS = MERIT["subject"]
 """Measure → its sign; those of a style are among them."""

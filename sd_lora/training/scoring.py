@@ -1,6 +1,7 @@
 """Scoring of a run: its prompts are drawn by the base and after some steps, and scored."""
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +21,10 @@ from sd_lora.report.events import ImagesScored, Warned, counting
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features
+from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
-from sd_lora.sampling.score import (
-    KIND_SEEDS,
-    SETS,
-    Judge,
-    PromptImages,
-    Prompts,
-    Score,
-    Taught,
-    sets_of,
-)
+from sd_lora.sampling.score import KIND_SEEDS, SETS, PromptImages, Prompts, Score, Taught, sets_of
 from sd_lora.training.class_images import numbered
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
@@ -55,15 +48,17 @@ PLACES = (
 """Behind a caption that all images share, and behind the class's prompt: Ruiz et al. 2023,
 "DreamBooth", section 4, puts the subject elsewhere as well."""
 
-UNRELATED = (
-    "a photo of a red car on the grass",
-    "a photo of a yellow star on a blue background",
-    "a photo of a house in the snow",
-    "a photo of a green tree on a white background",
-    "a photo of a fish",
-    "a photo of a boat at night",
-)
-"""Prompts of other things, which a LoRA should leave alone."""
+UNRELATED = {
+    "car": "a photo of a red car on the grass",
+    "star": "a photo of a yellow star on a blue background",
+    "house": "a photo of a house in the snow",
+    "tree": "a photo of a green tree on a white background",
+    "fish": "a photo of a fish",
+    "boat": "a photo of a boat at night",
+}
+"""Thing → a prompt of it, which a LoRA of something else should leave alone."""
+
+_WORD = re.compile(r"\w+")
 
 AT_ONCE = 4
 """Images drawn together."""
@@ -72,17 +67,23 @@ PARTS = 4
 """Scores of a run after its start, where no option says when."""
 
 
-def prompts_for(captions: Sequence[str | None], class_prompt: str | None) -> Prompts:
-    """The prompts that are drawn: the first captions, or the one that there is in several places;
-    the class's in the same places; unrelated ones."""
-    own = list(dict.fromkeys(caption for caption in captions if caption))[:NUM_PROMPTS]
-    own = [own[0] + place for place in PLACES] if len(own) == 1 else own
+def prompts_for(
+    captions: Sequence[str | None], instance_prompt: str | None, class_prompt: str | None
+) -> Prompts:
+    """The prompts that are drawn: the instance prompt, or the one caption that there is, in several
+    places, else the first captions; the class's in the same places; unrelated ones, of things that
+    no caption and no prompt names."""
+    own = list(dict.fromkeys(caption for caption in captions if caption))
+    named = {word for text in (*own, class_prompt or "") for word in _WORD.findall(text.lower())}
+    unrelated = [t for thing, t in UNRELATED.items() if not named & {thing, f"{thing}s"}]
+    one = instance_prompt or (own[0] if len(own) == 1 else None)
+    own = [one + place for place in PLACES] if one else own[:NUM_PROMPTS]
     of_class = (
         [expanded(class_prompt, numbered(0, i)) + place for i, place in enumerate(PLACES)]
         if class_prompt
         else []
     )
-    return Prompts(own, of_class, UNRELATED)
+    return Prompts(own, of_class, unrelated)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def planned_scores(
         return None
     if not can_generate_images(family):
         raise _refused(f"{family.label} draws no image from a prompt, and so none is scored")
-    prompts = prompts_for(_captions(samples), config.score_class_prompt or config.class_prompt)
+    class_prompt = config.score_class_prompt or config.class_prompt
+    prompts = prompts_for(_captions(samples), config.subject_prompt, class_prompt)
     if not prompts.subject:
         raise _refused("captions are drawn and scored, and no image has one")
     try:
@@ -152,11 +154,8 @@ def share_of(run: Run, scores: Scores) -> float:
     return run.schedule.share_of(times * scores.num_images * a_image)
 
 
-def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
-    """The images that a run is to learn, and those held out of it.
-
-    By its own caption an image is repeated rightly: then no copies are looked for.
-    """
+def taught_to(run: Run, kind: str = "subject") -> Taught:
+    """The images that a run is to learn, with their captions, and those held out of it."""
 
     def shown(samples: Sequence[Sample]) -> list[Image.Image]:
         found = [image for s in samples[:NUM_REAL] if (image := reference_of(run, s))]
@@ -167,8 +166,7 @@ def taught_to(run: Run, prompts: Prompts, kind: str = "subject") -> Taught:
     instances = run.images.instances.samples
     real = shown(instances)
     held_out = shown(run.images.held_out.set.samples) if run.images.held_out else []
-    others = set(prompts.subject).difference(_captions(instances))
-    return Taught(real if others else [], held_out or real, kind)
+    return Taught(real, held_out or real, kind, frozenset(_captions(instances)))
 
 
 def drawn_sets(
@@ -221,7 +219,7 @@ def draw_base(run: Run) -> None:
         return
     with memory_for("drawing images to score", run.config), timed_drawing(run):
         before = _drawn(run, scores, "images to score, by the base")
-    taught = taught_to(run, scores.prompts, run.config.score_kind)
+    taught = taught_to(run, run.config.score_kind)
     scores.judge = Judge(scores.features, taught, scores.prompts, before)
     scores.base = before
     scores.taught = shown_real(run, len(columns_of(run, scores.prompts)))
@@ -231,11 +229,16 @@ def _drawn(run: Run, scores: Scores, label: str) -> list[PromptImages]:
     return drawn_sets(run, scores.prompts, label, scores.sets, drawn_at_once(run))
 
 
+def score_is_due(run: Run, step: int) -> bool:
+    """Whether images are to be drawn and scored after a step."""
+    return run.scores is not None and run.scores.is_due(step, run.plan.num_steps)
+
+
 def score_if_due(run: Run, step: int) -> None:
     """Draw and score images after a step where that is due, and tell of them. All processes must
     do it. Too little memory for it costs a warning and not the run."""
     scores = run.scores
-    if scores is None or not scores.is_due(step, run.plan.num_steps):
+    if scores is None or not score_is_due(run, step):
         return
 
     def score() -> tuple[dict[str, list[float]], Score]:
@@ -247,7 +250,7 @@ def score_if_due(run: Run, step: int) -> None:
             images = scores.base if is_base else _drawn(run, scores, label)
         if run.main:
             _write_sheet(run, scores, images, step)
-        return scores.judge.by_image(images), scores.judge.score(images)
+        return scores.judge.judge(images)
 
     try:
         values, found = score() if run.joint else on_main(run.accelerator, score)

@@ -217,11 +217,11 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
-    draws_preserved = resolved.preserves and resolved.preservation_sampler_steps
-    if draws_preserved and not can_generate_images(base.family):
+    steps = resolved.preservation_sampler_steps
+    if steps and not can_generate_images(base.family):
         raise UsageError(
-            f"preservation_sampler_steps {resolved.preservation_sampler_steps}: {base.family.label} "
-            "cannot draw images alone. Give 0, which preserves answers to your own images"
+            f"preservation_sampler_steps {steps}: {base.family.label} cannot draw images alone. "
+            "Give 0, which preserves answers to your own images"
         )
     plan = Plan.of(resolved, images.instances, accelerator.num_processes)
     factor_of(resolved, plan.num_steps)  # a file of points is read now, before the model

@@ -42,7 +42,7 @@ SETTLED = [1.0, 0.85, 0.82, 0.81, 0.81]
         (record(SETTLED, 200), GOOD, "The steps 200 and 400 differ by nothing that matters"),
         (record([1.0, 0.995, 0.99, 0.99, 0.99], 0), UNDER, "fell by 1.0 % ± 2.0 %, which may be"),
         (record([1.0, 0.95, 0.9, 0.85, 0.8], 400), UNDER, "25 % of the fall of the validation"),
-        (record(SETTLED, 100, (0.05, 0.01)), OVER, "risen by 5.0 % ± 1.0 % since step 100. Take"),
+        (record(SETTLED, 100, (0.05, 0.01)), OVER, "risen by 5.0 % ± 1.0 % since step 100. Step"),
         (record(SETTLED, 100, (0.05, 0.06)), GOOD, "differ by nothing that matters"),
         (record(SETTLED, 400, held_out=[1.0] * 5), OVER, "by 0.0 % on those held out"),
         (record([1.0, 0.3, 0.2, 0.2, 0.2], 400), OVER, "fell by 80 %, as far as it falls when"),
@@ -81,13 +81,15 @@ def scored(
     copies: float = 0.0,
     since_best: tuple[float, float] = (0.0, 0.0),
     best: int = 400,
+    width: float = 0.0,
 ) -> dict[str, Any]:
     """A run with scores at the steps 0 and 400; its losses say that it is undertrained."""
     numbers = {
         "fidelity": fidelity, "class_leak": None, "unrelated_leak": leak, "harm": harm,
         "copies": copies,
     }  # fmt: skip
-    score = {name: {"mean": value} for name, value in numbers.items()}
+    lows = {name: None if value is None else value - width for name, value in numbers.items()}
+    score = {name: {"mean": value, "low": lows[name]} for name, value in numbers.items()}
     rows = [{"step": step, "merit": 0.5, "score": score} for step in (0, 400)]
     measures = ["fidelity", "unrelated_leak", "harm"]
     scores = {"rows": rows, "best": best, "since_best": [*since_best], "measures": measures}
@@ -102,6 +104,8 @@ def scored(
         (scored(leak=0.5), OVER, "other prompts went 50 % of the way to what was learned"),
         (scored(harm=0.3), OVER, "other prompts are followed 30 % less than by the base"),
         (scored(copies=1.0), OVER, "100 % of the images repeat a training image"),
+        (scored(leak=0.5, width=0.125), OVER, "went 50 % ± 12 % of the way to what was learned"),
+        (scored(leak=0.5, width=0.3), GOOD, "leak into other prompts 50 % ± 30 %, harm 1.0 % ± 30"),
         (scored(since_best=(-0.2, 0.1), best=100), OVER, "since step 100 the images have lost"),
         (scored(since_best=(-0.04, 0.01), best=100), GOOD, "100 and 400 differ by nothing that"),
         (scored(since_best=(-0.2, 0.3), best=100), GOOD, "100 and 400 differ by nothing that"),
@@ -122,12 +126,44 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
 
 
 def test_a_style_may_reach_other_prompts() -> None:
-    """A leak into other prompts, no part of a style's merit, makes no style overtrained."""
-    run = scored(leak=0.9)
+    """A leak into other prompts, no part of a style's merit, and what they show less of their own
+    for it make no style overtrained; the leak is not told as if there were none."""
+    run = scored(leak=0.9, harm=0.4)
     run["scores"]["measures"].remove("unrelated_leak")
     verdict = verdict_of(run)
     assert verdict is not None
     assert verdict.state == GOOD
+    assert "leak" not in verdict.text
+
+
+def test_what_is_not_known_is_not_told() -> None:
+    """Numbers that a model of images cannot tell are in no sentence, as 0 or otherwise."""
+    run = scored()
+    for row in run["scores"]["rows"]:
+        for name in ("harm", "copies", "unrelated_leak"):
+            row["score"][name] = {"mean": None, "low": None}
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.text.endswith("100 % real ones). Take the last file at strength 1.")
+
+
+def test_a_run_that_goes_on_gets_no_advice() -> None:
+    """A verdict in mid-run says so, and names no file: there is none yet."""
+    verdict = verdict_of(scored() | {"ended": False})
+    assert verdict is not None
+    assert verdict.text.startswith("So far, by its images")
+    assert verdict.text.endswith(" The run goes on.")
+
+
+def test_advice_names_what_is_there() -> None:
+    """The better step is named with its command where its checkpoint is left, and else with the
+    flag that would have kept it."""
+    run = record(SETTLED, 100, (0.05, 0.01))
+    gone, there = verdict_of(run), verdict_of(run | {"checkpoints": [100, 400]})
+    assert gone is not None
+    assert there is not None
+    assert "Step 100 was better, and no checkpoint of it is left (--keep_best" in gone.text
+    assert "Take step 100 (sd-lora export checkpoint-100), or" in there.text
 
 
 def test_too_little_is_no_verdict() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sd_lora.sampling.features import Features, load_features
-from sd_lora.sampling.score import Scale, Taught, copied, leaks, way
+from sd_lora.sampling.judge import Scale, copied, towards, way
+from sd_lora.sampling.score import Taught
 from tests.sampling import fakes
 from tests.sampling.fakes import Images
 
@@ -122,7 +123,7 @@ def test_leak_agrees_with_the_eye(features: Features) -> None:
         base = torch.stack([scale.nearness(fakes.cells(f"base-{kind}-{i}")) for i in range(3)])
         assert sheets.keys() == MARKS["leak"][kind].keys()
         for name, sheet in sheets.items():
-            scores.append(leaks(scale, base, sheet))
+            scores.append(float(towards(scale.nearness(sheet), base, scale.level).mean()))
             marks.append(by_eye("leak", kind, name))
     assert len(marks) >= 24
     assert spearman(scores, marks) > 0.8, list(zip(scores, marks, strict=True))

@@ -47,12 +47,12 @@ def test_drawings_have_unit_vectors_each_for_itself(
 ) -> None:
     """Embeddings have length 1; likeness does not depend on the other images of the call, and is
     the same for a mirrored image and the other way round."""
-    for embed in (lambda i: drawings.subject(i).vectors, lambda i: drawings.style(i).of):
+    for embed in (lambda i: drawings.look(i).subject.vectors, lambda i: drawings.look(i).style.of):
         together = embed(some)
         torch.testing.assert_close(together.norm(dim=1), torch.ones(3))
         alone = torch.cat([embed([image]) for image in some])
         torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4)
-    seen, one = drawings.subject(some), drawings.subject(some[1:2])
+    seen, one = drawings.look(some).subject, drawings.look(some[1:2]).subject
     whole = seen.likeness(seen)
     torch.testing.assert_close(whole, whole.T)
     torch.testing.assert_close(whole[:, 1:2], seen.likeness(one), atol=1e-5, rtol=1e-4)
@@ -86,7 +86,7 @@ def test_a_prompt_asks_for_answers(drawings: DrawingFeatures, prompt: str, asked
     found = encoder.asked(prompt)
     words = [encoder.questions[name]["answers"][k] for name, k in found.items()]
     assert ", ".join(words) == asked
-    assert bool(torch.isnan(drawings.follows([Image.new("RGB", (64, 64))], [prompt]))) == (
+    assert bool(torch.isnan(drawings.look([Image.new("RGB", (64, 64))]).follows([prompt]))) == (
         not asked
     )
 
@@ -139,9 +139,9 @@ def test_clip_and_siglip_from_disk(
     words = features.tokenizer(prompts[:2], padding="max_length", return_tensors="pt")
     with torch.no_grad():
         out = features.model(pixel_values=x, **words)
-    torch.testing.assert_close(features.subject(some).of, F.normalize(out.image_embeds))
+    torch.testing.assert_close(features.look(some).subject.of, F.normalize(out.image_embeds))
     own = out.logits_per_image.softmax(1)[torch.arange(3), torch.tensor([0, 1, 0])]
-    torch.testing.assert_close(features.follows(some, prompts), own)
+    torch.testing.assert_close(features.look(some).follows(prompts), own)
 
 
 def test_dino_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
@@ -152,8 +152,8 @@ def test_dino_from_disk(tmp_path: Path, some: list[Image.Image]) -> None:
     x = features.processor(images=some, return_tensors="pt").pixel_values
     with torch.no_grad():
         out = features.model(pixel_values=x).pooler_output
-    torch.testing.assert_close(features.subject(some).of, F.normalize(out))
-    assert features.follows(some, ["a"] * 3).isnan().all()
+    torch.testing.assert_close(features.look(some).subject.of, F.normalize(out))
+    assert features.look(some).follows(["a"] * 3).isnan().all()
     assert "reads no text" in features.blind
 
 
@@ -170,7 +170,7 @@ def test_a_model_without_its_pooler(tmp_path: Path, some: list[Image.Image]) -> 
     save_processor(tmp_path, "ViTImageProcessor", 32)
     state = torch.get_rng_state()
     squares = [image.resize((32, 32)) for image in some]
-    one, other = (load_features(tmp_path).subject(squares).of for _ in range(2))
+    one, other = (load_features(tmp_path).look(squares).subject.of for _ in range(2))
     assert torch.equal(one, other)
     assert torch.equal(state, torch.get_rng_state())
     weights = load_file(tmp_path / "model.safetensors")

@@ -13,31 +13,37 @@ from torch import Tensor
 
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.features import Vectors
+from sd_lora.sampling.interval import Interval
+from sd_lora.sampling.judge import Judge, copied, score
 from sd_lora.sampling.sampler import round_trip, sample
-from sd_lora.sampling.score import Interval, Judge, PromptImages, Prompts, Taught, copied, score
+from sd_lora.sampling.score import PromptImages, Prompts, Score, Taught
 from tests.tiny import pipeline_of
 
 CPU = torch.device("cpu")
 SIZE = (64, 64)
 
 
+class SeenColours:
+    """An image's embedding is its mean colour; it follows its prompt as far as that colour's red is
+    the number that the prompt says."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        means = np.stack([np.asarray(i, dtype=np.float32).mean((0, 1)) for i in images])
+        self.red = torch.from_numpy(means[:, 0])
+        self.subject = self.style = Vectors(F.normalize(torch.from_numpy(means)))
+
+    def follows(self, prompts: Sequence[str], about: Collection[str] = ()) -> Tensor:
+        return 1 - (self.red - torch.tensor([float(p) for p in prompts])).abs() / 255
+
+
 class Colours:
-    """Features in closed form: an image's embedding is its mean colour; it follows its prompt as
-    far as that colour's red is the number that the prompt says."""
+    """Features in closed form, and how many images they have looked at."""
 
-    name, blind = "colours", "shapes"
+    name, blind, seen = "colours", "shapes", 0
 
-    def subject(self, images: Sequence[Image.Image]) -> Vectors:
-        means = [np.asarray(i, dtype=np.float32).mean((0, 1)) for i in images]
-        return Vectors(F.normalize(torch.from_numpy(np.stack(means))))
-
-    style = subject
-
-    def follows(
-        self, images: Sequence[Image.Image], prompts: Sequence[str], about: Collection[str] = ()
-    ) -> Tensor:
-        red = torch.tensor([float(np.asarray(i)[..., 0].mean()) for i in images])
-        return 1 - (red - torch.tensor([float(p) for p in prompts])).abs() / 255
+    def look(self, images: Sequence[Image.Image]) -> SeenColours:
+        self.seen += len(images)
+        return SeenColours(images)
 
 
 def plain(*colour: int) -> Image.Image:
@@ -100,6 +106,9 @@ def test_the_score_in_closed_form() -> None:
     # one of three images is red, and its prompt asks for none
     assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
     assert result.followed_before.values == (1, 1, 1)
+    # both real images are red: cosine 1 of red ones, 1/√2 of yellow ones
+    assert result.similarity.values == pytest.approx((half, (1 + half) / 2, 1))
+    assert result.drift.values == pytest.approx((0, 0, 0))
     judge = Judge(Colours(), taught, prompts, before)
     # each is compared with the other one's original, and both are red
     assert judge.reachable([YELLOW, RED]) == pytest.approx((half + 1) / 2)
@@ -109,8 +118,19 @@ def test_the_score_in_closed_form() -> None:
     assert result.numbers()["copies"]["mean"] == 0.5
 
 
+def test_drift_is_pefts() -> None:
+    """Of images of unrelated prompts alone, (1 − mean cosine) / 2 of each and the base's from the
+    same seed, as peft's image benchmark has it (method_comparison/image-gen/run.py)."""
+    prompts = Prompts(["255"], ["0"], ["0", "0"])
+    before = [PromptImages([GREEN], [GREEN], [GREEN, YELLOW])]
+    after = [PromptImages([RED], [RED], [RED, YELLOW])]
+    result = score(Colours(), Taught([RED]), prompts, before, after)
+    assert result.drift.values == pytest.approx(((1 - (0 + 1) / 2) / 2,))
+
+
 def test_the_values_of_each_image() -> None:
-    """Their means are the score's numbers, of harm over all images, but a copy is worth nothing."""
+    """Their means are the score's numbers, of harm over all images, but a copy is worth nothing.
+    Each image is looked at once for all of them."""
     prompts = Prompts(["255"] * 2, ["0"] * 2, ["0"])
     before = [PromptImages([GREEN] * 2, [GREEN] * 2, [GREEN])] * 2
     after = [
@@ -118,8 +138,11 @@ def test_the_values_of_each_image() -> None:
         PromptImages([YELLOW, YELLOW], [GREEN, RED], [GREEN]),
     ]
     real = [plain(250, 0, 0), plain(200, 0, 0)]
-    judge = Judge(Colours(), Taught([RED], real), prompts, before)
-    values, whole = judge.by_image(after), judge.score(after)
+    colours = Colours()
+    judge = Judge(colours, Taught([RED], real), prompts, before)
+    assert colours.seen == 2 + 2 * 5
+    values, whole = judge.judge(after)
+    assert colours.seen == 2 + 4 * 5
     half = 1 / math.sqrt(2)
     assert values["fidelity"] == pytest.approx([half, 0, half, half])
     assert whole.fidelity.mean == pytest.approx((3 * half + 1) / 4)
@@ -127,7 +150,7 @@ def test_the_values_of_each_image() -> None:
         mean = sum(values[name]) / len(values[name])
         assert mean == pytest.approx(whole.intervals[name].mean)
     assert len(values["harm"]) == 2 * 3
-    style = Judge(Colours(), Taught([RED], real, "style"), prompts, before).by_image(after)
+    style, _ = Judge(Colours(), Taught([RED], real, "style"), prompts, before).judge(after)
     assert [*style] == ["fidelity", "harm"]  # a style is meant to reach other prompts
     assert max(values["harm"]) > 0
 
@@ -139,7 +162,7 @@ def test_a_judge_of_one_set_and_of_the_subject_alone() -> None:
     judge = Judge(
         Colours(), Taught([RED]), Prompts(["255"], [], []), [PromptImages([GREEN], [], [])]
     )
-    first, second = (judge.score([PromptImages([image], [], [])]) for image in (YELLOW, RED))
+    first, second = (judge.judge([PromptImages([image], [], [])])[1] for image in (YELLOW, RED))
     assert first.fidelity.values == pytest.approx((1 / math.sqrt(2),))
     assert (second.fidelity.values, second.copies.values) == ((1,), (1,))
     assert math.isnan(first.class_leak.mean + first.harm.mean)
@@ -147,6 +170,28 @@ def test_a_judge_of_one_set_and_of_the_subject_alone() -> None:
     assert "no interval" in first.text()
     assert first.numbers()["harm"]["mean"] is first.numbers()["fidelity"]["high"] is None
     assert judge.fidelity([YELLOW, RED, GREEN]).tolist() == pytest.approx([1 / math.sqrt(2), 1, 0])
+
+
+def test_an_image_may_be_repeated_by_its_caption() -> None:
+    """Copies are looked for among the prompts that are no captions of training images; where all
+    are, they are not told, and a repeated image keeps its worth."""
+    prompts, before = Prompts(["255", "250"], [], []), [PromptImages([GREEN] * 2, [], [])]
+    after = [PromptImages([RED, RED], [], [])]
+
+    def judged(*captions: str) -> tuple[list[float], Score]:
+        judge = Judge(Colours(), Taught([RED], captions=captions), prompts, before)
+        values, whole = judge.judge(after)
+        return values["fidelity"], whole
+
+    values, whole = judged()
+    assert (values, whole.copies.values) == ([0, 0], (1,))
+    values, whole = judged("255")
+    assert (values, whole.copies.values) == ([1, 0], (1,))
+    values, whole = judged("255", "250")
+    assert values == [1, 1]
+    assert math.isnan(whole.copies.mean)
+    assert "copies: not looked for" in whole.text()
+    assert whole.numbers()["copies"]["mean"] is None
 
 
 def test_sets_that_do_not_fit_are_refused() -> None:

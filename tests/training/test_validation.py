@@ -115,7 +115,7 @@ def test_the_interval_is_of_pairs() -> None:
     now = [b - 0.01 - 0.001 * (-1) ** i for i, b in enumerate(before)]
     mean, half = interval(now, before)
     assert mean == pytest.approx(-0.01)
-    assert half == pytest.approx(1.96 * 0.001 * math.sqrt(4 / 3) / 2)
+    assert half == pytest.approx(3.182 * 0.001 * math.sqrt(4 / 3) / 2)
 
 
 def losses_of(steps: int) -> list[tuple[list[BatchItem], torch.Tensor, torch.Tensor]]:
@@ -274,4 +274,6 @@ def test_the_difference_of_merits_is_of_pairs() -> None:
     assert merit(before) == pytest.approx(0.5 - 0.2)
     mean, half = difference(now, before)
     assert mean == pytest.approx(0.1 - 0.2)
-    assert half == pytest.approx(1.96 * 0.1)  # harms differ by 0.1 and 0.3, fidelities by 0.1 twice
+    assert half == pytest.approx(
+        12.706 * 0.1
+    )  # harms differ by 0.1 and 0.3, fidelities by 0.1 twice

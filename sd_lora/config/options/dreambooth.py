@@ -127,8 +127,9 @@ class DreamBoothOptions(Section):
 
     @property
     def subject_prompt(self) -> str | None:
-        """The prompt of the one subject, with its word; None for captions of their own."""
-        return self.instance_prompt
+        """The prompt of the one subject, with its word; None for captions of their own, and where
+        the images are checked without one."""
+        return None if self.lacks_prompt else self.instance_prompt
 
     @property
     def lacks_prompt(self) -> bool:
