@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from choices import METHODS, OBJECTIVES, OPTIMIZERS
 from PIL import Image
@@ -45,6 +46,7 @@ from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import round_trip, sample
 from sd_lora.sampling.score import PromptImages, Prompts, Taught, sets_of
 from sd_lora.training.loop import train
+from sd_lora.training.optimizer_rows import OPTIMIZERS as OPTIMIZER_ROWS
 
 SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
 BASE = SAMPLE_DATA / "tiny-sd"
@@ -114,16 +116,13 @@ SHORT: dict[str, dict[str, Any]] = {
     "600 steps, debiased": CONSTANT | {"debiased_estimation_loss": True},
     "600 steps, no text encoder": CONSTANT | {"train_text_encoder": False},
     "600 steps, 96 class images": CONSTANT | {"num_class_images": 96},
-    "600 steps, class preserved": CONSTANT | PRESERVED,
-    "600 steps, class preserved, drawn in 2": CONSTANT
-    | PRESERVED
-    | {"preservation_sampler_steps": 2},
-    "600 steps, class preserved, drawn in 4": CONSTANT
-    | PRESERVED
-    | {"preservation_sampler_steps": 4},
-    "600 steps, class preserved, drawn in 8": CONSTANT
-    | PRESERVED
-    | {"preservation_sampler_steps": 8},
+    "600 steps, class preserved": CONSTANT | PRESERVED | {"preservation_sampler_steps": 0},
+    **{
+        f"600 steps, class preserved, drawn in {steps}": CONSTANT
+        | PRESERVED
+        | {"preservation_sampler_steps": steps}
+        for steps in (2, 4, 8)
+    },
 }
 """Name → options that differ from the recipe, for first looks at half the cost; a value may be a
 function of the lesson."""
@@ -206,7 +205,7 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
 OF_SUBJECTS_ALONE = {
     "with_prior_preservation", "random_flip", "train_text_encoder", "text_encoder_lr",
     "num_class_images", "output_preservation", "preservation_class", "trigger_word",
-    "captions_from", "class_prompt",
+    "captions_from", "class_prompt", "preservation_sampler_steps",
 }  # fmt: skip
 """Class images and flips are for subjects, and a style's recipe trains no text encoder."""
 
@@ -298,7 +297,18 @@ def score_of(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
     after = kept_images(out / "images" / f"{cell.name}.png", lesson.prompts)
     judge = Judge(features, taught, lesson.prompts, stored_sets(out, lesson))
     reachable = judge.reachable(round_trip(load_parts(str(BASE)), taught.real))
-    return judge.judge(after)[1].numbers() | {"reachable": reachable}
+    found = judge.judge(after)[1].numbers() | {"reachable": reachable}
+    before = stored_sets(out, lesson)
+    for name, kind in (("class_change", "of_class"), ("rest_change", "unrelated")):
+        pairs = [(getattr(a, kind), getattr(b, kind)) for a, b in zip(after, before, strict=True)]
+        found[name] = {"mean": statistics.fmean(change(*pair) for pair in pairs)}
+    return found
+
+
+def change(now: Sequence[Image.Image], before: Sequence[Image.Image]) -> float:
+    """Mean difference of all pixels of images and the base's from the same seeds, from 0 to 1."""
+    a, b = (np.stack([np.asarray(i, float) for i in images]) for images in (now, before))
+    return float(np.abs(a - b).mean()) / 255
 
 
 def rescore(out: Path, features: Features) -> None:
@@ -396,7 +406,12 @@ def interval(values: Sequence[float]) -> str:
     return Interval(known).text().replace(" %", "") if known else "-"
 
 
-MEASURES = ("fidelity", "followed", "class_leak", "unrelated_leak", "harm")
+MEASURES = {
+    "fidelity": "fidelity", "followed": "prompts", "class_leak": "class leak",
+    "unrelated_leak": "unrelated leak", "harm": "harm", "class_change": "change of the class",
+    "rest_change": "of the rest",
+}  # fmt: skip
+"""Measure → its words in the table. Changes are of pixels, from the base's images."""
 
 
 def table(cells: Iterable[dict[str, Any]]) -> str:
@@ -405,8 +420,8 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
     cells = list(cells)
     lines = [
         "| row | lessons | trainings | fidelity | of what is reachable | against the first row | "
-        "prompts | class leak | unrelated leak | harm | copies | CPU s |",
-        "|" + "---|" * 12,
+        f"{' | '.join([*MEASURES.values()][1:])} | copies | CPU s | bytes |",
+        "|" + "---|" * (9 + len(MEASURES) - 1),
     ]
     for kind in ("subject", "style"):
         among = [c for c in cells if LESSONS[c["lesson"]].kind == kind]
@@ -433,13 +448,18 @@ def table(cells: Iterable[dict[str, Any]]) -> str:
             lines.append(
                 f"| {row} | {', '.join(names)} | {len(mine)} | {shown[0]} | {reached} | "
                 f"{'' if row == first else interval(pairs)} | {' | '.join(shown[1:])} | "
-                f"{100 * copies:.0f} | {seconds:.0f} |"
+                f"{100 * copies:.0f} | {seconds:.0f} | {state_bytes(row):g} |"
             )
     return "\n".join(lines)
 
 
 def mean(cell: dict[str, Any], measure: str) -> float:
-    return float(cell["score"][measure]["mean"])
+    return float(cell["score"].get(measure, {"mean": math.nan})["mean"])
+
+
+def state_bytes(row: str) -> float:
+    """Bytes of the optimiser's state a parameter."""
+    return OPTIMIZER_ROWS[ROWS[row].get("optimizer", "adamw")].state_bytes
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ def other_seeds(config: TrainConfig, paths: list[Path | None]) -> dict[str, Any]
         prompts, loras, seen = run.scores.prompts, Loras(run.parts), []
         loras.put_on(Mix())
         before = drawn_sets(run, prompts, "base")[1:]
-        taught = taught_to(run, prompts, config.score_kind)
+        taught = taught_to(run, config.score_kind)
         scale = Judge(run.scores.features, taught, prompts, before)
         for path in paths:
             mix = Mix(((path, 1.0),)) if path else Mix()

@@ -217,7 +217,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
-    steps = resolved.preservation_sampler_steps
+    steps = resolved.preserves and resolved.preservation_sampler_steps
     if steps and not can_generate_images(base.family):
         raise UsageError(
             f"preservation_sampler_steps {steps}: {base.family.label} cannot draw images alone. "

@@ -331,9 +331,10 @@ def test_preserved_answers_are_the_bases(
     with the bare pipeline by then, from the same noise. While the adapter is zero that costs
     nothing; later the loss is that of the instances plus the weighted mean of the difference,
     computed by two models, also for adapters that start from the base's weights."""
-    more = {"preservation_class": "dog"} if kind == "class" else {}
+    more: dict = {"preservation_class": "dog"} if kind == "class" else {}
+    more["preservation_sampler_steps"] = steps
     if steps:  # at timestep 199, four steps of diffusers' five
-        more |= {"preservation_sampler_steps": steps, "min_timestep": 199, "max_timestep": 200}
+        more |= {"min_timestep": 199, "max_timestep": 200}
     options = {"trigger_word": "sks", "train_batch_size": 2}
     options |= {name: more.pop(name) for name in ("min_timestep", "max_timestep") if name in more}
     run = prepare(

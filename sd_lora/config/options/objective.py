@@ -129,9 +129,9 @@ class ObjectiveOptions(Section):
         "dog' others at each use",
         requires={"output_preservation": ("class",)},
         ai_toolkit="train.diff_output_preservation_class")
-    preservation_sampler_steps: int = option(0,
-        "steps in which the base draws, from noise, the image whose answer is preserved; 4 to 8; "
-        "0 for your own image, noised",
+    preservation_sampler_steps: int = option(2,
+        "steps in which the base draws, from noise, the image whose answer is preserved; 0 for "
+        "your own image, noised",
         ge=0, requires={"output_preservation": None},
         summary=("objective", "drawn in {} steps"))
     preservation_weight: float = option(1.0,

@@ -324,9 +324,11 @@ AI_TOOLKIT: dict[str, Row] = {
         "is always so here for text encoders that do not learn"),
     "train.unload_text_encoder": needless("is not needed: their embeddings are cached"),
     "train.diff_output_preservation": switch(
-        "--output_preservation class", "is a kind of preservation", output_preservation="class"),
+        "--output_preservation class", "is a kind of preservation", output_preservation="class",
+        preservation_sampler_steps=0),
     "train.blank_prompt_preservation": switch(
-        "--output_preservation blank", "is a kind of preservation", output_preservation="blank"),
+        "--output_preservation blank", "is a kind of preservation", output_preservation="blank",
+        preservation_sampler_steps=0),
     **{f"train.{kind}_preservation_multiplier": otherwise(
         "preservation_weight", "is one for both kinds", number)
        for kind in ("diff_output", "blank_prompt")},

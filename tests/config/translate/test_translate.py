@@ -204,7 +204,7 @@ def test_onetrainers_oft(scaled: bool | None) -> None:
                         "train.diff_output_preservation_class": "dog",
                         "train.diff_output_preservation_multiplier": 0.5},
          {"output_preservation": "class", "preservation_class": "dog",
-          "preservation_weight": 0.5}),
+          "preservation_weight": 0.5, "preservation_sampler_steps": 0}),
         ("simpletuner", {"loss_type": "smooth_l1", "input_perturbation": 0.1},
          {"loss_type": "smooth_l1", "input_perturbation": 0.1}),
     ],
