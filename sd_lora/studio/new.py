@@ -1,8 +1,10 @@
 """The page of a new training: the form, its checks as one types, import, and the start."""
 
+import json
 import re
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,12 +22,13 @@ from sd_lora.data.sources.folder_captions import CAPTION_EXTENSIONS
 from sd_lora.data.sources.folders import has_image_extension
 from sd_lora.data.sources.metadata_files import is_metadata
 from sd_lora.errors import UsageError
-from sd_lora.models.families import FAMILIES
+from sd_lora.models.families import FAMILIES, detect_family
 from sd_lora.studio.chooser import models_in
 from sd_lora.studio.form import FOLDER, TRAINERS, imported, request_of, sections
 from sd_lora.studio.keeper import last_lines
-from sd_lora.studio.opened import open_result
+from sd_lora.studio.opened import NotOpened, inside, open_result
 from sd_lora.studio.page import action, gone, page, problem, render, see, studio_of
+from sd_lora.studio.store import Store
 
 DRAFT = "draft"
 
@@ -70,8 +73,20 @@ def _about(
         "purposes": {name: preset(name).title for name in PRESETS},
         "titles": TITLES,
         "families": [(FAMILIES[name], side) for name, side in SIDES.items()],
+        "chosen": _family_of(given.get("pretrained_model_name_or_path", "").strip(), store),
         "swap": swap,
     }
+
+
+def _family_of(model: str, store: Store) -> str:
+    """The family of a base model's folder, an opened or an offered one; "" for others, for a single
+    file and a hub id, which the check reads."""
+    with suppress(OSError, ValueError, UsageError, NotOpened):
+        offered = model in models_in(store.opened())
+        folder = Path(model) if offered else inside(store, model)
+        config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
+        return detect_family(config).name if isinstance(config, dict) else ""
+    return ""
 
 
 @page

@@ -23,7 +23,7 @@ def page(given: dict[str, str]) -> str:
     values = {
         "given": given, "asked": Request([], None, {}), "problems": {}, "others": [],
         "sections": fields, "purposes": {}, "titles": TITLES, "models": [], "trainers": [],
-        "families": [],
+        "families": [], "chosen": "",
         "said": "", "swap": False, "pages": {"/new": "New"}, "here": "/new", "version": "",
         "at_work": 0,
     }  # fmt: skip

@@ -27,6 +27,7 @@ from sd_lora.studio.try_it import grid_of
 from sd_lora.training.interruption import SAMPLE_FILE
 from tests.studio.conftest import Served, busy
 
+MODEL = "pretrained_model_name_or_path"
 FORM = {"Content_Type": "application/x-www-form-urlencoded"}
 
 
@@ -380,7 +381,14 @@ def test_the_projects_own_base_and_images_are_offered(studio: Served, root: Path
     for kind, path in (("model", "tiny-sd"), ("folder", "dreambooth/instance")):
         page = studio.ask(f"/choose?kind={kind}&field=f-folder")[1]
         assert f'data-choose="{root / "sample_data" / path}"' in page
-    assert str(root / "sample_data/tiny-sd") in studio.ask("/new")[1]
+    base = str(root / "sample_data/tiny-sd")
+    assert base in studio.ask("/new")[1]
+    looked = {name: post(studio, "/new/look", **{MODEL: model})[1] for name, model in
+              (("ours", base), ("hub", "someone/sdxl"), ("closed", "/etc"))}  # fmt: skip
+    assert {name: "your model is one" in text for name, text in looked.items()} == {
+        "ours": True, "hub": False, "closed": False,
+    }  # fmt: skip
+    assert "<b>Stable Diffusion 1.x</b>" in looked["ours"].partition('class="chosen"')[2][:2000]
     assert "sample_data" not in studio.ask("/choose?kind=file&field=f-lora")[1]
 
 
