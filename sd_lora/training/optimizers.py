@@ -11,7 +11,7 @@ from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
-from sd_lora.config.optimizers import is_import_path
+from sd_lora.config.optimizers import is_import_path, row_called
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.errors import UsageError, install_line
 from sd_lora.models.new_tokens import NewTokens
@@ -181,7 +181,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
         raise UsageError(
             f"optimizer {config.optimizer} keeps its state in memory that an NVIDIA GPU shares "
             f"with the CPU, and this run is on {device.type}. Take "
-            f"{config.optimizer.removeprefix('paged')}"
+            f"{(row_called(config.optimizer) or '').removeprefix('paged')}"
         )
     if is_import_path(config.optimizer):
         try:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.config.command_line import parse
+from sd_lora.config.optimizers import IMPORTED, optimizer_facts
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
@@ -306,6 +307,20 @@ def test_riemannian_steps_do_not_depend_on_the_split(drawn: tuple[Tensor, list[T
         (["--optimizer_args", "betas=0.9,0.99"], "betas is .*adam_beta1 and .*adam_beta2 here"),
         (["--optimizer_args", "amsgrad"], "'amsgrad' is not key=value"),
         (["--optimizer", "adamwriemannian", "--method", "loha"], "method loha has none"),
+        (["--optimizer", "pytorch_optimizer.Prodigy", "--learning_rate", "1e-4"], "1 is usual"),
+        (["--optimizer", "prodigyopt.Prodigy", "--loraplus_lr_ratio", "16"], "ratio excludes"),
+        (["--optimizer", "dadaptation.DAdaptLion", "--learning_rate", "1e-4"], "1 is usual"),
+        (["--optimizer", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "cosine"],
+         "lr_scheduler cosine excludes pytorch_optimizer.ScheduleFreeAdamW, which averages"),
+        (["--optimizer", "schedulefree.AdamWScheduleFree", "--use_ema"], "use_ema excludes"),
+        (["--optimizer", "schedulefree.RAdamScheduleFree", "--scale_weight_norms", "1"],
+         "another point"),
+        (["--optimizer", "pytorch_optimizer.AdaFactor", "--learning_rate", "1e-3"],
+         "learning_rate excludes relative_step"),
+        (["--optimizer", "torch.optim.NAdam", "--adam_beta1", "0.5"],
+         "adam_beta1 does not reach torch.optim.NAdam.*--optimizer_args betas="),
+        (["--optimizer", "torch.optim.NAdam", "--adam_epsilon", "1e-4"],
+         "adam_epsilon does not reach .*--optimizer_args eps="),
     ],
 )  # fmt: skip
 def test_traps_are_refused(words: list[str], found: str) -> None:
@@ -326,6 +341,27 @@ def test_an_optimisers_usual_rate_and_schedule_stand_for_a_presets() -> None:
     assert (config.learning_rate, config.text_encoder_lr) == (1e-4, 5e-5)
 
 
+def test_a_row_and_its_class_by_path_have_the_same_traps() -> None:
+    """Facts by which combinations are refused are a row's for the class of that name in any
+    package; arguments are the class's own; other classes have none of them."""
+    for path, row in (
+        ("pytorch_optimizer.Prodigy", "prodigy"),
+        ("prodigyplus.ProdigyPlusScheduleFree", "prodigyplusschedulefree"),
+        ("pytorch_optimizer.ScheduleFreeAdamW", "adamwschedulefree"),
+        ("schedulefree.AdamWScheduleFree", "adamwschedulefree"),
+        ("bitsandbytes.optim.PagedLion8bit", "pagedlion8bit"),
+    ):
+        ours, theirs = optimizer_facts(row, None), optimizer_facts(path, None)
+        for fact in ("finds_rate", "one_rate", "averages", "own_steps", "on_gpu"):
+            assert getattr(theirs, fact) is getattr(ours, fact), (path, fact)
+        assert (theirs.args, theirs.package, theirs.moments) == ((), None, False)
+    plain = optimizer_facts("prodigyplus.ProdigyPlusScheduleFree", {"use_schedulefree": False})
+    assert not plain.averages
+    assert not optimizer_facts("pytorch_optimizer.AdaFactor", {"relative_step": False}).own_steps
+    for path in ("torch.optim.NAdam", "torch.optim.Adafactor", "pytorch_optimizer.Lamb"):
+        assert optimizer_facts(path, None) == IMPORTED
+
+
 @pytest.mark.parametrize(
     ("optimizer", "args", "found"),
     [
@@ -339,6 +375,7 @@ def test_an_optimisers_usual_rate_and_schedule_stand_for_a_presets() -> None:
         ("adamwriemannian", {"damping": 0}, "damping must be above 0"),
         ("adafactor", {"warmup_init": True}, "requires"),
         ("pagedadamw8bit", None, "NVIDIA GPU .* Take adamw8bit"),
+        ("bitsandbytes.optim.PagedAdamW8bit", None, "NVIDIA GPU .* Take adamw8bit"),
     ],
 )
 def test_a_broken_optimiser_is_told_before_anything_is_loaded(
