@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from sd_lora.diffusion.loss import TARGETS, target_of
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
 from sd_lora.models.load import load_parts
-from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.sampler import rescaled, sample
 from tests.diffusion.items import losses_of
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
@@ -157,12 +158,27 @@ def drawing(kind: str) -> DiffusionPipeline:
     return pipeline
 
 
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.7, 1.0])
+def test_guidance_is_rescaled_as_diffusers_does(phi: float) -> None:
+    """A guided prediction of each image is diffusers' `rescale_noise_cfg` of it, and for φ = 1 it
+    has the conditional one's standard deviation."""
+    generator = torch.Generator().manual_seed(0)
+    conditional, guided = torch.randn(2, 3, 4, 8, 6, generator=generator) * torch.tensor(3.0)
+    guided = guided * torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1, 1) + 0.5
+    ours = rescaled(guided, conditional, phi)
+    want = rescale_noise_cfg(guided, conditional, phi)
+    torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6)
+    if phi == 1:
+        for mine, theirs in zip(ours, conditional, strict=True):
+            torch.testing.assert_close(mine.std(), theirs.std(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm", "flow"])
 def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     """An image of ours is that of diffusers' own pipeline with the same noise, guidance and
-    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR, EDM's formulation and
-    flow matching included, and inpainting models that paint the whole image (mask white, strength
-    1)."""
+    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR with the paper's rescaled
+    guidance, EDM's formulation and flow matching included, and inpainting models that paint the
+    whole image (mask white, strength 1)."""
     drawing(kind).save_pretrained(tmp_path)
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
@@ -189,6 +205,8 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
         options |= {"image": Image.fromarray(random), "strength": 1.0}
         options |= {"mask_image": Image.new("L", (64, 64), 255)}
     pipeline.set_progress_bar_config(disable=True)
+    if kind == "sdxl-v":  # zero terminal SNR
+        options["guidance_rescale"] = 0.7
     made = pipeline(prompts, num_inference_steps=6, latents=torch.stack(noise), **options)
     for mine, their in zip(ours, made.images, strict=True):
         mine, their = (np.asarray(image, dtype=np.int16) for image in (mine, their))

@@ -298,6 +298,10 @@ class ValidationOptions(ValidationLossOptions):
     validation_guidance_scale: float = option(7.5,
         "guidance scale of the sample images",
         may_change=True, simpletuner="validation_guidance", ai_toolkit="sample.guidance_scale")
+    validation_guidance_rescale: float | None = option(None,
+        "share of the way by which guidance is scaled back to the contrast of the prediction "
+        "without it (phi); 0.7 with zero terminal SNR, else 0, if not given",
+        ge=0, le=1, may_change=True, simpletuner=SAME)
     # fmt: on
 
     @property
