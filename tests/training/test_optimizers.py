@@ -1,7 +1,6 @@
 """Optimisers: each lowers a fixed problem's loss, keeps its state where and as it should, resumes
 to the bit, and does its paper's step."""
 
-import copy
 import json
 import math
 import re
@@ -31,6 +30,7 @@ from sd_lora.training.optimizers import (
     optimizer_of,
 )
 from sd_lora.training.setup import prepare
+from sd_lora.training.state_files import read_state, write_state
 from tests.training.runs import images, text_to_image
 
 PLACES = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
@@ -92,18 +92,20 @@ def plain(state: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_it_learns_and_resumes_to_the_bit(name: str) -> None:
+def test_it_learns_and_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
     """Each optimiser lowers the loss of a fixed problem; its state is tensors beside plain numbers,
-    on the parameters' device, of the bytes a parameter that its row says; from the state it goes on
-    to the bit, in bfloat16 too, where torch's own loading changes the dtype."""
+    on the parameters' device, of the bytes a parameter that its row says; from the state as a
+    checkpoint has it on disk it goes on to the bit, in bfloat16 too, where torch's own loading
+    changes the dtype. The parameters stay float32."""
     finds = config_of(name).optimizer_facts.finds_rate
     config = config_of(name, None if finds else 1e-2)
     problem = Problem(config)
     before = problem.loss().item()
     problem.steps(30)
 
-    state = copy.deepcopy(problem.optimizer.state_dict())
-    tensors = plain(state["state"])
+    write_state(tmp_path, problem.optimizer.state_dict())
+    state = read_state(tmp_path)
+    tensors = plain(problem.optimizer.state_dict()["state"])
     assert all(tensor.device == problem.A.device for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parameters = problem.A.numel() + problem.B.numel()
@@ -117,6 +119,7 @@ def test_it_learns_and_resumes_to_the_bit(name: str) -> None:
     assert [tensor.dtype for tensor in loaded] == [tensor.dtype for tensor in tensors]
     for each in (problem, again):
         each.steps(60 if finds else 10)
+        assert each.A.dtype == each.B.dtype == torch.float32
     assert torch.equal(problem.A, again.A)
     assert torch.equal(problem.B, again.B)
     with averaged(problem.optimizer):
@@ -207,9 +210,24 @@ def prodigy(p: Tensor, grads: list[Tensor]) -> Tensor:
     return p
 
 
+def dadapt(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Adam with D-Adaptation (Defazio and Mishchenko 2023), with a decoupled decay; the estimate's
+    product is scaled by the second moments before the step, as in the authors' code."""
+    d, r, beta = 1e-6, 0.0, math.sqrt(0.999)
+    m, v, s = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for g in grads:
+        r = beta * r + (1 - beta) * d * (g * s / (v.sqrt() + 1e-8)).sum().item()
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * g**2
+        s = beta * s + (1 - beta) * d * g
+        p = p - d * DECAY * p - m / (v.sqrt() + 1e-8)
+        d = max(d, r / ((1 - beta) * s.abs().sum().item()))
+    return p
+
+
 PAPERS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
     "adamw": adamw, "lion": lion, "adafactor": adafactor, "came": came,
-    "adamwschedulefree": schedule_free, "prodigy": prodigy,
+    "adamwschedulefree": schedule_free, "prodigy": prodigy, "dadaptadam": dadapt,
+    "adamw8bit": adamw, "lion8bit": lion,  # tensors below 4,096 numbers stay in 32 bits
 }  # fmt: skip
 
 
@@ -245,13 +263,15 @@ def test_steps_are_those_of_the_paper(name: str, drawn: tuple[Tensor, list[Tenso
     torch.testing.assert_close(stepped(name, p, grads), PAPERS[name](p, grads), atol=1e-6, rtol=0)
 
 
-def test_muon_orthogonalises_each_factor(drawn: tuple[Tensor, list[Tensor]]) -> None:
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 3), (6, 4, 1, 1)])
+def test_muon_orthogonalises_each_factor(shape: tuple[int, ...]) -> None:
     """The first step has the gradient's singular vectors and near equal singular values: of length
-    0.2 · √max(m, n) each, so that the root mean square is that of AdamW's steps."""
-    p, grads = drawn
-    step = (p * (1 - LR * DECAY) - stepped("muon", p, grads[:1])) / LR
-    U, _, V = torch.linalg.svd(grads[0], full_matrices=False)
-    inner = U.T @ step @ V.T / (0.2 * math.sqrt(6))
+    0.2 · √max(m, n) each, so that the root mean square is that of AdamW's steps. A factor of a
+    convolution is the matrix of its first dimension by all others."""
+    p, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    step = ((p * (1 - LR * DECAY) - stepped("muon", p, [grad])) / LR).flatten(1)
+    U, _, V = torch.linalg.svd(grad.flatten(1), full_matrices=False)
+    inner = U.T @ step @ V.T / (0.2 * math.sqrt(max(step.shape)))
     assert (inner - inner.diagonal().diag()).abs().max() < 0.02  # its iterations are in bfloat16
     assert 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.3
 
