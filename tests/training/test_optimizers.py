@@ -451,6 +451,39 @@ def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path)
     assert current_rates(optimizer) == {"A": 1e-6, "B": 1e-6}
 
 
+@pytest.mark.parametrize(("warmup", "rate"), [(False, 1e-2), (True, 1e-6)])
+def test_relative_steps_are_logged(warmup: bool, rate: float) -> None:
+    """With relative_step the logged rate is the size of Adafactor's step, whose first one moves
+    each element of a vector by exactly that; it falls as 1 / √step, and where it warms up it grows
+    by 1e-6 a step."""
+    config = config_of("adafactor", optimizer_args={"relative_step": True, "warmup_init": warmup})
+    vector = nn.Parameter(torch.zeros(5))
+    group = {"params": [vector], "lr": 1.0, "weight_decay": 0.0, "name": "A", "multiple": 1.0}
+    optimizer = optimizer_of(config).build([group], config, {})
+    assert current_rates(optimizer) == {"A": rate}
+    vector.grad = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.1])
+    optimizer.step()
+    assert current_rates(optimizer) == {"A": rate}
+    torch.testing.assert_close(vector.detach(), -rate * vector.grad.sign(), rtol=1e-5, atol=0)
+    optimizer.state[vector]["step"] = 40_000
+    assert current_rates(optimizer)["A"] == pytest.approx(0.005)
+
+
+def test_a_shared_rate_is_logged() -> None:
+    """With split_groups_mean the groups of prodigyplus step by the harmonic mean of the rates that
+    they find: that is logged, and not each group's own."""
+    args = {"split_groups": True, "split_groups_mean": True, "d0": 1e-4}
+    problem = Problem(config_of("prodigyplusschedulefree", optimizer_args=args))
+    problem.steps(20)
+    found = [group["d"] for group in problem.optimizer.param_groups]
+    assert found[0] != found[1]
+    mean = 2 / (1 / found[0] + 1 / found[1])
+    assert current_rates(problem.optimizer) == {
+        "A": pytest.approx(mean),
+        "B": pytest.approx(mean),
+    }
+
+
 def test_the_page_has_every_optimiser(root: Path) -> None:
     """docs/optimizers.md has a row for each optimiser and schedule, with the table's bytes."""
     page = (root / "docs" / "optimizers.md").read_text(encoding="utf-8")
