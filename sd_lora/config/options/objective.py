@@ -86,7 +86,7 @@ class ObjectiveOptions(Section):
         gt=0)
     debiased_estimation_loss: bool = option(False,
         "weight the losses by 1 / sqrt(SNR), of the noise's error: more for noisy timesteps",
-        header="ss_debiased_estimation", kohya=SAME)
+        header="ss_debiased_estimation")
     p2_gamma: float | None = option(None,
         "gamma of P2 weighting, which counts nearly clean images less; 1 is usual; off if not "
         "given",
