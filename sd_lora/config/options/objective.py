@@ -150,7 +150,8 @@ class ObjectiveOptions(Section):
         requires={"noise_offset": None}, header="ss_adaptive_noise_scale",
         header_form="if given", summary=("objective", "{:g} × the mean latent"), kohya=SAME)
     multires_noise_iterations: int = option(0,
-        "coarser noises added to the noise (pyramid noise), at most; 6 to 10 is usual; 0 for none",
+        "noises added to the noise, the first as fine, each next one coarser (pyramid noise), at "
+        "most; 6 to 10 is usual; 0 for none",
         ge=0, header="ss_multires_noise_iterations", header_form="if given",
         summary=("objective", "{} noises of a pyramid"), kohya=SAME)
     multires_noise_discount: float = option(0.3,
