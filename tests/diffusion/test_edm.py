@@ -57,9 +57,9 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
     sigma = scheduler.sigmas[999 - T].view(-1, 1, 1, 1)  # its schedule starts with much noise
     noisy = scheduler.add_noise(x0, noise, scheduler.timesteps[999 - T])
     want = scheduler.precondition_inputs(noisy, sigma)
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     told = scheduler.precondition_noise(sigma.flatten())
-    torch.testing.assert_close(ours.timesteps, told, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.timesteps, told, rtol=1e-6, atol=1e-6)
     target = TARGETS[ours.prediction_type](x0 / data_std, noise, *ours.coefficients(T))
     denoised = scheduler.precondition_outputs(noisy, target, sigma)
     torch.testing.assert_close(denoised, x0, rtol=0, atol=2e-5)
@@ -80,7 +80,7 @@ def test_edm_style_weights_are_the_scripts(kind: str) -> None:
     sigma = scheduler.sigmas[999 - T].view(-1, 1, 1, 1)
     noisy = scheduler.add_noise(x0, noise, scheduler.timesteps[999 - T])
     want = noisy / (sigma**2 + 1).sqrt()
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     denoised = noisy - sigma * out
     if kind == "v_prediction":
         denoised = noisy / (sigma**2 + 1) - out * sigma / (sigma**2 + 1).sqrt()
@@ -98,7 +98,7 @@ def test_zero_terminal_snr() -> None:
     scheduler = DDPMScheduler(**vp("v_prediction", zero_snr=True))
     ours, x0, noise, out = NoiseSchedule.of(scheduler), *drawn()
     want = scheduler.add_noise(x0, noise, T)
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     velocity = scheduler.get_velocity(x0, noise, T)
     assert losses_of(velocity, x0, noise, T, ours).max() < 1e-10
     assert torch.equal(ours.add_noise(x0, noise, T)[-1], noise[-1])
@@ -124,7 +124,7 @@ def test_flow_matching_is_diffusers(shift: float) -> None:
     torch.testing.assert_close(ours.timesteps, theirs.timesteps.flip(0), rtol=1e-6, atol=1e-4)
     want = theirs.scale_noise(x0, theirs.timesteps.flip(0), noise)
     x_t = ours.add_noise(x0, noise, T)
-    torch.testing.assert_close(x_t, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x_t, want, rtol=1e-6, atol=1e-6)
     target = target_of(x0, noise, T, ours)
     assert torch.equal(target, noise - x0)
     torch.testing.assert_close(x_t - ours.sigma.view(-1, 1, 1, 1) * target, x0, rtol=0, atol=2e-6)
