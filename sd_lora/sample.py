@@ -4,7 +4,7 @@ import argparse
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from sd_lora.formats.verify import misfits
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Base, Parts, find_base
 from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.noise_scheduler import usual_rescale
 from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.report.summary import duration
 from sd_lora.sampling.parameters import Parameters
@@ -131,6 +132,7 @@ class Request:
 
     rows, beside: LoRA files of rows and of columns; one empty mix is the base alone.
     prompts, seeds: of columns, each prompt with each seed. size: width and height in pixels.
+    guidance_rescale: None until the model is read: its own.
     """
 
     model: str
@@ -144,6 +146,7 @@ class Request:
     negative: str
     clip_skip: int
     low_memory: bool
+    guidance_rescale: float | None
 
     @property
     def columns(self) -> list[tuple[Mix, str, int]]:
@@ -164,6 +167,7 @@ class Request:
             negative=self.negative,
             strengths=row.beside(beside).strengths,
             beside=beside.label if beside.files else "",
+            guidance_rescale=self.guidance_rescale or 0.0,
         )
 
 
@@ -193,6 +197,7 @@ def draw(parts: Parts, request: Request, device: torch.device) -> Iterator[list[
                     negative=request.negative or None,
                     steps=request.steps,
                     guidance_scale=request.guidance,
+                    guidance_rescale=request.guidance_rescale,
                     batch_size=batch_size,
                     apart=request.low_memory,
                     on_step=bar.update,
@@ -264,6 +269,7 @@ def run(args: argparse.Namespace) -> str:
         args.negative,
         args.clip_skip,
         args.low_memory,
+        args.guidance_rescale,
     )
     check(request, base)
     device = known_device(args.device) if args.device else best_device()
@@ -272,6 +278,8 @@ def run(args: argparse.Namespace) -> str:
     try:
         with told_by(partial(_out_of_memory, request, device)):
             parts = base.load(dtype=dtype)
+            if request.guidance_rescale is None:
+                request = replace(request, guidance_rescale=usual_rescale(parts.scheduler))
             for row, images in zip(request.rows, draw(parts, request, device), strict=True):
                 drawn.append(images)
                 for column, image in zip(request.columns, images, strict=True):

@@ -36,6 +36,13 @@ def _weight(text: str) -> float:
     return weight
 
 
+def _share(text: str) -> float:
+    share = _weight(text)
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"a share is from 0 to 1, not {text!r}")
+    return share
+
+
 class ToolParser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **options})
@@ -233,6 +240,8 @@ def sample_parser() -> ToolParser:
     )
     add("--steps", type=_count, default=25, help="of DPM-Solver++ (default: 25)")
     add("--guidance", type=_weight, default=7.5, help="classifier-free guidance (default: 7.5)")
+    rescale = "scale it back, from 0 to 1 (default: 0.7 with zero terminal SNR, else 0)"
+    add("--guidance_rescale", type=_share, metavar="PHI", help=rescale)
     add("--clip_skip", type=_skip, default=0, help="layers to skip, counted from 0 (default: 0)")
     add("--out", type=as_path, default=Path("grid.png"), help="the grid (default: grid.png)")
     add("--images", type=as_path, metavar="FOLDER", help="write each image alone as well, numbered")

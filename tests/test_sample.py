@@ -1,5 +1,6 @@
 """`sd-lora sample`: each image is that of the model with the files' ΔW in its weights."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,25 @@ def test_cells_are_images_of_the_weights(tiny_sd1: Path, loras: list[Path], tmp_
     assert all(np.abs(x - y).max() <= 2 for x, y in zip(cells[2:], together, strict=True))
     again = drawn(tmp_path / "low", "--model", tiny_sd1, *words, *prompt, "--low_memory")
     assert all(np.abs(x - y).max() <= 2 for x, y in zip(cells, again, strict=True))
+
+
+def test_guidance_is_rescaled_by_the_model_or_as_asked(
+    tiny: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model with zero terminal SNR draws with guidance rescaled by 0.7, and its images say so;
+    another share changes them, 0 is plain guidance, and one above 1 is refused."""
+    words = ("--model", tiny("sdxl-v"), "--prompt", "a thing")
+    (first, _), (same, _), (plain, _) = (
+        drawn(tmp_path / f"{number}", *words, *more)
+        for number, more in enumerate(((), ("--guidance_rescale", 0.7), ("--guidance_rescale", 0)))
+    )
+    assert np.array_equal(first, same)
+    assert not np.array_equal(first, plain)
+    texts = [Image.open(tmp_path / f"{n}" / "00000.png").info["parameters"] for n in range(3)]
+    assert ["CFG Rescale: 0.7" in text for text in texts] == [True, True, False]
+    refused = ["sample", "--model", "m", "--prompt", "a", "--guidance_rescale", "1.5"]
+    assert main(refused) == 2
+    assert "a share is from 0 to 1, not '1.5'" in capsys.readouterr().err
 
 
 def test_faults_come_at_once_and_before_the_model(

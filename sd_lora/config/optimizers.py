@@ -122,6 +122,18 @@ OPTIMIZERS: dict[str, Optimizer] = {
 IMPORTED = Optimizer()
 """An optimiser by its import path: its arguments are checked when it is imported."""
 
+_KIN: dict[str, Optimizer] = {
+    "schedulefree": Optimizer(averages=True),
+    "prodigy": Optimizer(finds_rate=True, one_rate=True),
+    "dadapt": Optimizer(finds_rate=True, one_rate=True),
+}
+"""Part of a class's name that tells of its kind → facts of an imported class that is no row: of
+ScheduleFreeSGD, DAdaptLion, ProdigyVariant."""
+
+_RELATIVE = "pytorch_optimizer"
+"""The package whose Adafactor takes steps of its own size where `relative_step` is not given, and
+no heed of the learning rate; that of transformers refuses a rate then."""
+
 _VARIANTS: dict[tuple[str, str, bool], dict[str, Any]] = {
     ("adafactor", "relative_step", True): {
         "finds_rate": True, "one_rate": True, "own_steps": True,
@@ -137,12 +149,38 @@ def is_import_path(name: str) -> bool:
 
 
 def optimizer_facts(name: str, args: Mapping[str, Any] | None) -> Optimizer:
-    """The facts of an optimiser with its arguments."""
-    facts = OPTIMIZERS.get(name, IMPORTED)
+    """The facts of an optimiser with its arguments.
+
+    An imported class has those of the row that has its name, whichever package it comes from: a
+    Prodigy finds its rate by any path.
+    """
+    row, args = row_called(name), dict(args or {})
+    facts = OPTIMIZERS[row] if row else _kin(name)
+    if is_import_path(name):
+        facts = replace(facts, args=(), package=None, moments=False, names={})
+        if row == "adafactor" and name.startswith(_RELATIVE):
+            args = {"relative_step": True} | args
     for (of, arg, value), changes in _VARIANTS.items():
-        if name == of and (args or {}).get(arg) is value:
+        if row == of and args.get(arg) is value:
             facts = replace(facts, **changes)
     return facts
+
+
+def row_called(name: str) -> str | None:
+    """The row of `OPTIMIZERS` that an optimiser's name, or the class's of an import path, is here
+    or elsewhere; None if it is none."""
+    return name if name in OPTIMIZERS else called_elsewhere(_class(name))
+
+
+def _class(path: str) -> str:
+    """The last name of an import path."""
+    return path.rpartition(".")[2]
+
+
+def _kin(path: str) -> Optimizer:
+    """The facts that the name of an imported class tells."""
+    name = canonical(_class(path)) if is_import_path(path) else ""
+    return next((facts for part, facts in _KIN.items() if part in name), IMPORTED)
 
 
 def canonical(name: str) -> str:

@@ -135,10 +135,10 @@ def section(name: str) -> Callable[..., Any]:
         help: str,
         *,
         ge: float | None = None, gt: float | None = None, lt: float | None = None,
-        multiple_of: int | None = None, choices: tuple[str, ...] = (), or_import_path: bool = False,
-        modes: Mapping[str, Any] | None = None, sdxl: Mapping[str, Any] | None = None,
-        of_scripts: Mapping[str, Any] | None = None, only: Mode | None = None,
-        requires: Mapping[str, tuple[Any, ...] | None] | None = None,
+        le: float | None = None, multiple_of: int | None = None, choices: tuple[str, ...] = (),
+        or_import_path: bool = False, modes: Mapping[str, Any] | None = None,
+        sdxl: Mapping[str, Any] | None = None, of_scripts: Mapping[str, Any] | None = None,
+        only: Mode | None = None, requires: Mapping[str, tuple[Any, ...] | None] | None = None,
         unless: Mapping[str, tuple[Any, ...]] | None = None,
         only_warns: bool = False, without_gpu: str | Mapping[Any, str] = "",
         may_change: bool = False, less_memory: Mapping[Work, tuple[int, Any]] | None = None,
@@ -154,7 +154,7 @@ def section(name: str) -> Callable[..., Any]:
 
         Args:
             default: its value if it is not given; None if it is known only later.
-            help: its meaning, with its unit. ge, gt, lt, multiple_of: its range.
+            help: its meaning, with its unit. ge, gt, lt, le, multiple_of: its range.
             choices: its allowed values. or_import_path: whether a class's path is one, too.
             modes: defaults by mode, in place of `default`.
             sdxl: mode → default for SDXL, known when the base model is.
@@ -198,7 +198,7 @@ def section(name: str) -> Callable[..., Any]:
             "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
             "former_values": dict(former_values or {}), "scripts": scripts, "names": names,
         }  # fmt: skip
-        bounds: Any = {"ge": ge, "gt": gt, "lt": lt, "multiple_of": multiple_of}
+        bounds: Any = {"ge": ge, "gt": gt, "lt": lt, "le": le, "multiple_of": multiple_of}
         return Field(default, description=help, json_schema_extra=extra, **bounds)
 
     return option
@@ -250,7 +250,7 @@ class Option:
         bounds = {
             key: getattr(rule, key)
             for rule in info.metadata
-            for key in ("ge", "gt", "lt", "multiple_of")
+            for key in ("ge", "gt", "lt", "le", "multiple_of")
             if hasattr(rule, key)
         }
         extra["choices"] = tuple(extra["choices"])
@@ -307,7 +307,8 @@ class Option:
 
     def range_text(self) -> str:
         """The range in words: "at least 0 and below 1"; empty if there is none."""
-        words = {"ge": "at least", "gt": "above", "lt": "below", "multiple_of": "a multiple of"}
+        words = {"ge": "at least", "gt": "above", "lt": "below", "le": "at most"}
+        words["multiple_of"] = "a multiple of"
         return " and ".join(f"{words[key]} {bound:g}" for key, bound in self.range.items())
 
 

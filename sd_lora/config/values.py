@@ -162,7 +162,7 @@ def _problem(option: Option, details: Any) -> Problem:
         return Problem(name, f"{name} holds a NUL character: {value!r}")
     if details["type"] == "finite_number":
         return Problem(name, f"{name} must be a finite number, not {value}")
-    if details["type"] in ("greater_than", "greater_than_equal", "less_than", "multiple_of"):
+    if details["type"].startswith(("greater_than", "less_than", "multiple_of")):
         return Problem(name, f"{name} must be {option.range_text()}, not {value}")
     return Problem(name, f"{name} must be {TYPES[option.kind]}, not {value!r}")
 

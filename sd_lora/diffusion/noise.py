@@ -110,8 +110,9 @@ def with_offset(
 
 
 def pyramid(settings: Noise, noise: Tensor, x0: Tensor, address: Address, _: Generator) -> Tensor:
-    """The noise with coarser ones added, each two to four times as coarse as the one before, scaled
-    to standard deviation 1.
+    """The noise with others added, scaled to standard deviation 1: the n-th, from 0, is rⁿ times as
+    coarse and dⁿ times as strong as the noise itself, with an r of its own drawn from 2 to 4, until
+    one has a side of 1. The 0th is as fine, so that one alone changes nothing.
 
     Whitaker 2023, "Multi-Resolution Noise for Diffusion Model Training"; sd-scripts'
     `--multires_noise_iterations`, where the deviation is that of the whole batch.

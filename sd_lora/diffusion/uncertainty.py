@@ -95,8 +95,11 @@ class Uncertainty:
         self.gradient.add_(of_u @ self.features[t])
 
     def step(self) -> None:
-        """Take a step of Adam, and begin the next sum."""
-        self.optimizer.step()
+        """Take a step of Adam, and begin the next sum; none for a gradient that is not finite, of
+        which Adam's moments would not be rid again. An infinite loss gives one, in float16 too
+        where the scaler of the LoRA's gradients leaves out that step by itself."""
+        if torch.isfinite(self.gradient).all():
+            self.optimizer.step()
         self.forget()
         self._renew()
 

@@ -21,6 +21,13 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     return by_class or config.get("prediction_type") == FLOW or bool(config.get("use_flow_sigmas"))
 
 
+def usual_rescale(scheduler: DDPMScheduler | EDMEulerScheduler) -> float:
+    """φ of rescaled guidance for a model by its scheduler: 0.7 with zero terminal SNR (Lin et al.
+    2023, section 3.4), else 0."""
+    ends_in_noise = scheduler.config.get("rescale_betas_zero_snr") and not is_flow(scheduler.config)
+    return 0.7 if ends_in_noise else 0.0
+
+
 def dynamic_shift(config: Mapping[str, Any], pixels: int) -> float:
     """The shift of the noise levels of an image of so many pixels, by a scheduler with
     `use_dynamic_shifting`: diffusers' `calculate_shift` and FlowMatchEulerDiscreteScheduler, with a

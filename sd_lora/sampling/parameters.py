@@ -27,6 +27,7 @@ class Parameters:
     negative: the negative prompt.
     strengths: name and strength of each LoRA file, for A1111's tags behind the prompt.
     beside: names of the LoRA files of this column alone, on a sheet of several columns.
+    guidance_rescale: φ of rescaled guidance.
     """
 
     prompt: str
@@ -41,6 +42,7 @@ class Parameters:
     negative: str = ""
     strengths: tuple[tuple[str, float], ...] = ()
     beside: str = ""
+    guidance_rescale: float = 0.0
 
     @property
     def place(self) -> str:
@@ -67,6 +69,8 @@ class Parameters:
             "Model": _name(self.model),
             "RNG": "CPU",
         }
+        if self.guidance_rescale:
+            settings["CFG Rescale"] = f"{self.guidance_rescale:g}"
         if self.clip_skip:
             settings["Clip skip"] = self.clip_skip + 1  # A1111 counts from 1
         if self.lora:

@@ -27,6 +27,7 @@ from sd_lora.models.caption_encoder import (
 )
 from sd_lora.models.families import INPAINTING, Family
 from sd_lora.models.load import Parts
+from sd_lora.models.noise_scheduler import dynamic_shift, usual_rescale
 
 
 @contextmanager
@@ -60,6 +61,7 @@ def sample(
     negative: Caption = None,
     steps: int = 25,
     guidance_scale: float = 7.5,
+    guidance_rescale: float | None = None,
     batch_size: int = 4,
     apart: bool = False,
     on_step: Callable[[], object] = lambda: None,
@@ -80,6 +82,7 @@ def sample(
         negative: the prompt that guidance leads away from; None: no prompt.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance.
+        guidance_rescale: φ of `rescaled`; None: the model's own, `usual_rescale`.
         batch_size: images at once.
         apart: UNet and VAE are on the device one after the other, and images come at the end.
         on_step: called after each denoising step of each batch; `num_denoising_steps` says how
@@ -97,7 +100,8 @@ def sample(
         embeddings = dict(
             encode_in_batches(caption_encoder, parts.text_encoders, [negative, *prompts])
         )
-    sampler = Sampler(parts, size, steps, guidance_scale, device)
+    phi = usual_rescale(parts.scheduler) if guidance_rescale is None else guidance_rescale
+    sampler = Sampler(parts, size, steps, guidance_scale, phi, device)
     chunks = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]
 
     def drawn(chunk: slice) -> Tensor:
@@ -130,6 +134,7 @@ class Sampler:
     size: width and height in pixels.
     steps: denoising steps.
     guidance_scale: of classifier-free guidance.
+    guidance_rescale: φ of `rescaled`.
     device: where to compute.
     """
 
@@ -137,6 +142,7 @@ class Sampler:
     size: tuple[int, int]
     steps: int
     guidance_scale: float
+    guidance_rescale: float
     device: torch.device
 
     @torch.no_grad()
@@ -155,7 +161,7 @@ class Sampler:
         dtype = unet.conv_in.weight.dtype  # the base's: LoRA parameters are always float32
         uncropped = Geometry((height, width), (0, 0), (height, width))
         conditions = collate(texts, [uncropped] * len(texts), parts.family).to(self.device, dtype)
-        scheduler = _scheduler(parts)
+        scheduler = _scheduler(parts, self.size)
         scheduler.set_timesteps(self.steps, device=self.device)
         shape = (unet.config.out_channels, h, w)
         noise = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -167,16 +173,38 @@ class Sampler:
             out = unet(x_in, t, **conditions.arguments()).sample
             unconditional, conditional = out.float().chunk(2)
             prediction = unconditional + self.guidance_scale * (conditional - unconditional)
+            prediction = rescaled(prediction, conditional, self.guidance_rescale)
             x = scheduler.step(prediction, t, x).prev_sample
             on_step()
         return x
 
 
-def _scheduler(parts: Parts) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
-    """DPM-Solver++ (2M) with the model's own noise schedule."""
+def rescaled(guided: Tensor, conditional: Tensor, phi: float) -> Tensor:
+    """A guided prediction (B, …) with φ of its way to the standard deviation of the conditional
+    one, each item by itself.
+
+    Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", section 3.4,
+    equations 15 and 16. Guidance enlarges the prediction; where the first step starts from pure
+    noise, that overexposes images.
+    """
+    if not phi:
+        return guided
+    dims = tuple(range(1, guided.dim()))
+    ratio = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (phi * ratio + 1 - phi)
+
+
+def _scheduler(
+    parts: Parts, size: tuple[int, int]
+) -> DPMSolverMultistepScheduler | EDMDPMSolverMultistepScheduler:
+    """DPM-Solver++ (2M) with the model's own noise schedule, for images of a size in pixels, by
+    which some flow-matching models shift their noise levels."""
+    config = parts.scheduler.config
+    of_size = {"flow_shift": dynamic_shift(config, size[0] * size[1])}
+    changes = of_size if config.get("use_dynamic_shifting") else {}
     edm = isinstance(parts.scheduler, EDMEulerScheduler)
     cls = EDMDPMSolverMultistepScheduler if edm else DPMSolverMultistepScheduler
-    return cls.from_config(parts.scheduler.config)
+    return cls.from_config({**config, **changes})
 
 
 def _inpainting_channels(parts: Parts, size: tuple[int, int], device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from sd_lora.files import write_whole
 from sd_lora.models.caption_encoder import CaptionEncoder
 from sd_lora.models.families import Family
 from sd_lora.models.load import Parts
+from sd_lora.models.noise_scheduler import usual_rescale
 from sd_lora.report.events import Listener, tracked
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.parameters import Parameters
@@ -137,6 +138,7 @@ def _generate_class_images(
             (resolution, resolution),
             wanted.base_model,
             clip_skip=caption_encoder.clip_skip,
+            guidance_rescale=usual_rescale(parts.scheduler),
         )
         for path in paths
     ]

@@ -39,7 +39,7 @@ from sd_lora.training.output_folder import moved, take_place, unverified_folder
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
-from sd_lora.training.samples import prompts_of
+from sd_lora.training.samples import guidance_rescale_of, prompts_of
 
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
 
@@ -178,6 +178,8 @@ def usage(run: Run, files: Sequence[Verified], words: Sequence[Path]) -> list[st
         str(DTYPES[run.accelerator.mixed_precision]).removeprefix("torch."),
     )
     arguments: dict[str, object] = {}
+    if rescale := guidance_rescale_of(run):
+        arguments["guidance_rescale"] = rescale
     skipped = run.text.caption_encoder.clip_skip
     if skipped and parts.family.is_xl:
         arguments["clip_skip"] = skipped

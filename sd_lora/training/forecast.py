@@ -100,6 +100,23 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
             yield Finding("no-effect", name, f"{value} has no effect {why}; {remedy}")
 
 
+def _idle_objective(plan: Plan) -> Iterator[Finding]:
+    """Options of noise and timesteps with a value that changes nothing."""
+    config = plan.config
+    images = min(plan.samples_per_step, len(plan.images.entries))
+    for name, idle, why in (
+        ("multires_noise_iterations", config.multires_noise_iterations == 1,
+         "1 adds a noise as fine as the noise itself, which is plain noise again; take 6 to 10"),
+        ("immiscible_noise", config.immiscible_noise == 1,
+         "the nearest of 1 noise is that noise; take 4 to 16"),
+        ("stratified_timesteps", config.stratified_timesteps and images == 1,
+         "a step has 1 image, which has all the timesteps for itself; take a larger batch, or "
+         "gradient_accumulation_steps"),
+    ):  # fmt: skip
+        if idle:
+            yield Finding("no-effect", name, why)
+
+
 def _few_steps(plan: Plan) -> Iterator[Finding]:
     """A run too short to learn anything at its rate."""
     rates = learning_rates(plan.config, ["unet"], plan.samples_per_step)
@@ -153,6 +170,7 @@ LEFTOVERS = {
 CHECKS: tuple[Callable[[Plan], Iterator[Finding]], ...] = (
     _long_warmup,
     _without_effect,
+    _idle_objective,
     _few_steps,
     _large_batch,
 )

@@ -48,7 +48,8 @@ def factor_of(config: RunConfig, num_steps: int) -> Factor:
 
 
 def _of_diffusers(config: RunConfig, warmup: int, num_steps: int) -> Factor:
-    """A schedule of diffusers; the polynomial one ends at 1e-7 beside a rate of 1e-3."""
+    """A schedule of diffusers. Its polynomial one ends at a rate of 1e-7 whatever the first one is,
+    here at 1e-4 of any rate, which is the same beside 1e-3."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)  # of which it takes that rate
     schedule = get_scheduler(
         config.lr_scheduler,

@@ -11,7 +11,7 @@ from torch import nn
 
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.targets import match_names
-from sd_lora.config.optimizers import is_import_path
+from sd_lora.config.optimizers import is_import_path, row_called
 from sd_lora.config.schema import OPTIONS, RunConfig, TrainConfig
 from sd_lora.errors import UsageError, install_line
 from sd_lora.models.new_tokens import NewTokens
@@ -114,8 +114,20 @@ def grouped(
 
 
 def current_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Group → its learning rate now; with an optimiser that finds its rate, of the one it found."""
-    return {g["name"]: g["lr"] * float(g.get("d", 1.0)) for g in optimizer.param_groups}
+    """Group → its learning rate now: with an optimiser that finds its rate, of the one it found;
+    with Adafactor's relative steps their size, which `scale_parameter` multiplies by each tensor's
+    own."""
+    return {g["name"]: _rate(g, optimizer.state) for g in optimizer.param_groups}
+
+
+def _rate(group: Mapping[str, Any], state: Mapping[Any, Any]) -> float:
+    """The learning rate of a group's last step; of the first one before it."""
+    if group.get("relative_step"):  # ρ of Shazeer and Stern 2018, section 8
+        step = state.get(group["params"][0], {}).get("step") or group.get("step") or 1
+        return min(1e-6 * step if group["warmup_init"] else 1e-2, step**-0.5)
+    means = group.get("split_groups") and group.get("split_groups_mean")
+    shared = group.get("shared_d") if means else None  # prodigyplus: one rate from all groups
+    return float(group["lr"] * (group.get("d", 1.0) if shared is None else shared))
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
@@ -181,7 +193,7 @@ def check_optimizer(config: RunConfig, device: torch.device) -> None:
         raise UsageError(
             f"optimizer {config.optimizer} keeps its state in memory that an NVIDIA GPU shares "
             f"with the CPU, and this run is on {device.type}. Take "
-            f"{config.optimizer.removeprefix('paged')}"
+            f"{(row_called(config.optimizer) or '').removeprefix('paged')}"
         )
     if is_import_path(config.optimizer):
         try:

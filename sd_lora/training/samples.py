@@ -18,6 +18,7 @@ from sd_lora.data.images.decode import colour, decode_with_mask
 from sd_lora.data.sources.samples import Sample
 from sd_lora.errors import Problem, RunError, UsageError
 from sd_lora.findings import Finding
+from sd_lora.models.noise_scheduler import usual_rescale
 from sd_lora.report.events import SamplesDrawn, Warned, counting
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.report.sheets import Sheet, write_image
@@ -55,6 +56,7 @@ class Wanted:
             run.text.caption_encoder.clip_skip,
             asked.negative,
             () if asked.strength == 1 else ((name, asked.strength),),
+            guidance_rescale=guidance_rescale_of(run),
         )
 
     def with_seed(self, seed: int) -> "Wanted":
@@ -78,6 +80,12 @@ def wanted_samples(run: Run, now: Sequence[SamplePrompt] = ()) -> list[Wanted]:
         wanted = [pairs[i % len(pairs)] for i in range(count)]
         wanted += itertools.islice(_one_a_caption(classes.samples), 1) if classes else []
     return [w if w.asked.seed is not None else w.with_seed(i) for i, w in enumerate(wanted)]
+
+
+def guidance_rescale_of(run: Run) -> float:
+    """φ of the sample images' rescaled guidance: the one asked for, or the base's."""
+    own = run.config.validation_guidance_rescale
+    return usual_rescale(run.parts.scheduler) if own is None else own
 
 
 def prompts_of(run: Run) -> list[str]:
@@ -164,6 +172,7 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
                     negative=negative or None,
                     steps=steps,
                     guidance_scale=guidance,
+                    guidance_rescale=guidance_rescale_of(run),
                     batch_size=at_once,
                     on_step=advance,
                 )

@@ -15,6 +15,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
 )
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from PIL import Image
 from torch import Tensor
 
@@ -22,7 +23,7 @@ from sd_lora.diffusion.loss import TARGETS, target_of
 from sd_lora.diffusion.schedule import NoiseSchedule
 from sd_lora.errors import UsageError
 from sd_lora.models.load import load_parts
-from sd_lora.sampling.sampler import sample
+from sd_lora.sampling.sampler import rescaled, sample
 from tests.diffusion.items import losses_of
 from tests.tiny import KINDS, build_pipeline, pipeline_of
 
@@ -56,9 +57,9 @@ def test_edm_is_diffusers(kind: str, schedule: str, data_std: float) -> None:
     sigma = scheduler.sigmas[999 - T].view(-1, 1, 1, 1)  # its schedule starts with much noise
     noisy = scheduler.add_noise(x0, noise, scheduler.timesteps[999 - T])
     want = scheduler.precondition_inputs(noisy, sigma)
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     told = scheduler.precondition_noise(sigma.flatten())
-    torch.testing.assert_close(ours.timesteps, told, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.timesteps, told, rtol=1e-6, atol=1e-6)
     target = TARGETS[ours.prediction_type](x0 / data_std, noise, *ours.coefficients(T))
     denoised = scheduler.precondition_outputs(noisy, target, sigma)
     torch.testing.assert_close(denoised, x0, rtol=0, atol=2e-5)
@@ -79,7 +80,7 @@ def test_edm_style_weights_are_the_scripts(kind: str) -> None:
     sigma = scheduler.sigmas[999 - T].view(-1, 1, 1, 1)
     noisy = scheduler.add_noise(x0, noise, scheduler.timesteps[999 - T])
     want = noisy / (sigma**2 + 1).sqrt()
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     denoised = noisy - sigma * out
     if kind == "v_prediction":
         denoised = noisy / (sigma**2 + 1) - out * sigma / (sigma**2 + 1).sqrt()
@@ -97,7 +98,7 @@ def test_zero_terminal_snr() -> None:
     scheduler = DDPMScheduler(**vp("v_prediction", zero_snr=True))
     ours, x0, noise, out = NoiseSchedule.of(scheduler), *drawn()
     want = scheduler.add_noise(x0, noise, T)
-    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     velocity = scheduler.get_velocity(x0, noise, T)
     assert losses_of(velocity, x0, noise, T, ours).max() < 1e-10
     assert torch.equal(ours.add_noise(x0, noise, T)[-1], noise[-1])
@@ -123,7 +124,7 @@ def test_flow_matching_is_diffusers(shift: float) -> None:
     torch.testing.assert_close(ours.timesteps, theirs.timesteps.flip(0), rtol=1e-6, atol=1e-4)
     want = theirs.scale_noise(x0, theirs.timesteps.flip(0), noise)
     x_t = ours.add_noise(x0, noise, T)
-    torch.testing.assert_close(x_t, want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(x_t, want, rtol=1e-6, atol=1e-6)
     target = target_of(x0, noise, T, ours)
     assert torch.equal(target, noise - x0)
     torch.testing.assert_close(x_t - ours.sigma.view(-1, 1, 1, 1) * target, x0, rtol=0, atol=2e-6)
@@ -157,12 +158,27 @@ def drawing(kind: str) -> DiffusionPipeline:
     return pipeline
 
 
+@pytest.mark.parametrize("phi", [0.0, 0.3, 0.7, 1.0])
+def test_guidance_is_rescaled_as_diffusers_does(phi: float) -> None:
+    """A guided prediction of each image is diffusers' `rescale_noise_cfg` of it, and for φ = 1 it
+    has the conditional one's standard deviation."""
+    generator = torch.Generator().manual_seed(0)
+    conditional, guided = torch.randn(2, 3, 4, 8, 6, generator=generator) * torch.tensor(3.0)
+    guided = guided * torch.tensor([1.0, 2.0, 5.0]).view(3, 1, 1, 1) + 0.5
+    ours = rescaled(guided, conditional, phi)
+    want = rescale_noise_cfg(guided, conditional, phi)
+    torch.testing.assert_close(ours, want, rtol=1e-6, atol=1e-6)
+    if phi == 1:
+        for mine, theirs in zip(ours, conditional, strict=True):
+            torch.testing.assert_close(mine.std(), theirs.std(), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", [*(k for k in KINDS if k != "refiner"), "edm", "flow"])
 def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
     """An image of ours is that of diffusers' own pipeline with the same noise, guidance and
-    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR, EDM's formulation and
-    flow matching included, and inpainting models that paint the whole image (mask white, strength
-    1)."""
+    sampler, to 1 of 255 in every pixel: of every kind, zero terminal SNR with the paper's rescaled
+    guidance, EDM's formulation and flow matching included, and inpainting models that paint the
+    whole image (mask white, strength 1)."""
     drawing(kind).save_pretrained(tmp_path)
     parts = load_parts(str(tmp_path))
     prompts, seeds, options = ["a cat", "a dog, by the sea"], [3, 4], {"guidance_scale": 3.0}
@@ -189,6 +205,8 @@ def test_samples_are_the_pipelines(kind: str, tmp_path: Path) -> None:
         options |= {"image": Image.fromarray(random), "strength": 1.0}
         options |= {"mask_image": Image.new("L", (64, 64), 255)}
     pipeline.set_progress_bar_config(disable=True)
+    if kind == "sdxl-v":  # zero terminal SNR
+        options["guidance_rescale"] = 0.7
     made = pipeline(prompts, num_inference_steps=6, latents=torch.stack(noise), **options)
     for mine, their in zip(ours, made.images, strict=True):
         mine, their = (np.asarray(image, dtype=np.int16) for image in (mine, their))

@@ -35,7 +35,7 @@ def test_noising_and_targets_equal_diffusers(scheduler: DDPMScheduler) -> None:
     x0, noise = torch.randn(2, len(T), 4, 8, 8, generator=g)
     schedule = NoiseSchedule.of(scheduler)
     want = scheduler.add_noise(x0, noise, T)
-    torch.testing.assert_close(schedule.add_noise(x0, noise, T), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(schedule.add_noise(x0, noise, T), want, rtol=1e-6, atol=1e-6)
     v = scheduler.get_velocity(x0, noise, T)
     schedule = predicting("v_prediction", scheduler)
     assert losses_of(v, x0, noise, T, schedule).max() < 1e-10
@@ -87,11 +87,11 @@ def test_prediction_type_comes_from_the_model(scheduler: DDPMScheduler) -> None:
 def test_min_snr_weights_equal_the_scripts(scheduler: DDPMScheduler) -> None:
     """min(SNR, γ)/SNR for epsilon and min(SNR, γ)/(SNR + 1) for v, with diffusers' SNR."""
     snr = compute_snr(scheduler, T)
-    torch.testing.assert_close(NoiseSchedule.of(scheduler).snr[T], snr, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(NoiseSchedule.of(scheduler).snr[T], snr, rtol=1e-6, atol=0)
     clipped = torch.minimum(snr, torch.full_like(snr, 5.0))
     for kind, want in (("epsilon", clipped / snr), ("v_prediction", clipped / (snr + 1))):
         weights = predicting(kind, scheduler, "min_snr", gamma=5.0).weights[T]
-        torch.testing.assert_close(weights, want, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(weights, want, rtol=1e-6, atol=0)
 
 
 OTHERS = {
@@ -112,10 +112,11 @@ def test_weightings_are_one_objective_for_all_predictions(
     those of v and of x₀ weight the same error alike: of a guess of x₀, ‖ε − ε̂‖², ‖v − v̂‖² and
     ‖x₀ − x̂₀‖² times their weights are equal."""
     parameters, of_epsilon = OTHERS[weighting]
-    snr = compute_snr(scheduler, T).double()
+    bar = scheduler.alphas_cumprod[T].double()
+    snr = bar / (1 - bar)
     of_noise = predicting("epsilon", scheduler, weighting, **parameters)
     wanted = of_epsilon(snr)
-    torch.testing.assert_close(of_noise.weights[T].double(), wanted, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(of_noise.weights[T].double(), wanted, rtol=1e-6, atol=0)
     of_v = predicting("v_prediction", scheduler, weighting, **parameters)
     x0, noise, guess = torch.randn(3, len(T), 4, 8, 8, generator=torch.Generator().manual_seed(0))
     alpha, sigma = of_v.coefficients(T)

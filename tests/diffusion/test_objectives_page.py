@@ -52,6 +52,35 @@ def test_the_weights_are_the_codes(page: str) -> None:
         assert cells.split(" | ") == ours, name
 
 
+def test_the_factors_of_stratified_timesteps_are_exact(page: str) -> None:
+    """Of n samples that share the timesteps, the variance of their mean is that of n independent
+    ones divided by the variance over the mean variance within the n strata: each factor of the
+    page is that number, from the quantiles of u at 48,000 even places; of a straight line n²."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = NoiseSchedule.of(DDPMScheduler(**betas), "min_snr", gamma=5.0)
+    error = schedule.snr.double() / (1 + schedule.snr.double())
+    courses = {
+        "a straight line in t": torch.arange(1000).double(),
+        "SNR / (1 + SNR), about an SD model's own error": error,
+        "the same with min-SNR 5": error * schedule.weights,
+    }
+    (table,) = re.findall(r"^\| n \| (.*) \|$", page, re.MULTILINE)
+    counts = [int(n) for n in table.split(" | ")]
+    assert counts == [1, 2, 3, 4, 6, 8, 16]
+    t = Timesteps(0, 1000).of((torch.arange(48_000, dtype=torch.float64) + 0.5) / 48_000)
+    for name, course in courses.items():
+        (cells,) = re.findall(rf"^\| {re.escape(name)} \| (.*) \|$", page, re.MULTILINE)
+        values = course[t]
+        exact = [
+            float(values.var(correction=0) / values.view(n, -1).var(1, correction=0).mean())
+            for n in counts
+        ]
+        shown = [f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" for value in exact]
+        assert [cell.removesuffix(".0") for cell in shown] == cells.split(" | "), name
+        if name == "a straight line in t":
+            assert exact == pytest.approx([n**2 for n in counts], rel=1e-3)
+
+
 def test_the_quarters_are_the_codes(page: str) -> None:
     """The shares of draws in each quarter of the timesteps, by distribution."""
     rows = re.findall(r"^\| `(\w+)`.*\| (\d+), (\d+), (\d+), (\d+) % \|$", page, re.MULTILINE)

@@ -1,5 +1,7 @@
 """Loss weights that are learned: they become the inverse of the mean loss at each timestep."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -63,6 +65,24 @@ def test_values_stay_and_gradients_are_weighted(schedule: NoiseSchedule) -> None
     torch.testing.assert_close(uncertainty.gradient, wanted)
     uncertainty.forget()
     assert not uncertainty.gradient.any()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_a_loss_that_is_not_finite_is_forgotten(schedule: NoiseSchedule, share: float) -> None:
+    """A step with an infinite loss, of a preserved item too, leaves u as it was, to the bit, and
+    the steps after it go on as if it had not been."""
+    t = torch.tensor([10, 700])
+    seen = [torch.tensor([0.3, 0.9]), torch.tensor([0.2, 1.1])]
+    other, plain = Uncertainty(schedule, 0, 1000), Uncertainty(schedule, 0, 1000)
+    for losses in (seen[0], torch.tensor([math.inf, 0.9]), seen[1]):
+        other.observe(losses, t, torch.tensor([share, 0.5]))
+        other.step()
+    for losses in seen:
+        plain.observe(losses, t, torch.tensor([share, 0.5]))
+        plain.step()
+    assert torch.equal(other.u, plain.u)
+    assert torch.isfinite(other.weights).all()
+    assert other.u.any()
 
 
 def test_features_are_finite_at_both_ends() -> None:

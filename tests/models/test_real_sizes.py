@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 import sd_lora
@@ -85,6 +86,22 @@ def test_presets_of_the_unets(family: str) -> None:
         if (family, preset) in SIZES:
             assert math.ceil(2 * want / MIB) == SIZES[family, preset]
         sd_lora.eject(unet)
+
+
+@pytest.mark.parametrize(("preset", "number"), [("blora_content", 0), ("blora_style", 1)])
+def test_blora_trains_the_blocks_of_the_paper(preset: str, number: int) -> None:
+    """Content is the attention of SDXL's `up_blocks.0.attentions.0`, style that of `.1` (Frenkel et
+    al. 2024, section 4.1, and `BLOCKS` of the authors' code): every linear layer of diffusers'
+    Attention there, and nothing else in the UNet."""
+    unet = on_meta("sdxl", "unet")
+    block = unet.get_submodule(f"up_blocks.0.attentions.{number}")
+    wanted = {
+        linear
+        for attention in block.modules() if isinstance(attention, Attention)
+        for linear in attention.modules() if isinstance(linear, nn.Linear)
+    }  # fmt: skip
+    assert {unet.get_submodule(name) for name in select(unet, preset)} == wanted
+    assert len(wanted) == 80
 
 
 @pytest.mark.parametrize(("family", "component"), TEXT)

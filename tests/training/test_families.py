@@ -22,6 +22,7 @@ from sd_lora.sampling.sampler import sample
 from sd_lora.training import loop
 from sd_lora.training.data import base_of
 from sd_lora.training.interruption import Requests, listening
+from sd_lora.training.samples import prompts_of, wanted_samples
 from sd_lora.training.setup import Run, prepare
 from tests.training.runs import dreambooth, images, text_to_image, trained_adapter
 
@@ -99,6 +100,36 @@ def test_zero_terminal_snr_is_read_and_asked_for(tiny: Folder, data: Path, tmp_p
     assert (schedule.alpha[-1], schedule.prediction_type) == (0, "v_prediction")
 
 
+def drawn_timesteps(run: Run, steps: int, size: tuple[int, int] = (64, 64)) -> list[float]:
+    """The timesteps that the UNet is told while a sample image is drawn."""
+    told: list[float] = []
+    hook = run.parts.unet.register_forward_pre_hook(lambda m, args: told.append(float(args[1])))
+    encoder, device, prompt = run.text.caption_encoder, torch.device("cpu"), prompts_of(run)[0]
+    list(sample(run.parts, encoder, [prompt], [0], size=size, device=device, steps=steps))
+    hook.remove()
+    return told
+
+
+def test_samples_start_in_pure_noise_with_zero_terminal_snr(
+    tiny: Folder, data: Path, tmp_path: Path
+) -> None:
+    """After --rescale_betas_zero_snr sampling starts at the last timestep, by trailing spacing
+    (Lin et al. 2023, section 3.3), and guidance is rescaled by 0.7, or as asked; without it the
+    sampler does not start there, and guidance is plain."""
+    config = text_to_image(tiny("sd2"), data, tmp_path, num_validation_images=1)
+    zero = config.replace(rescale_betas_zero_snr=True)
+    run = prepare(zero)
+    assert drawn_timesteps(run, 4) == [999, 749, 499, 249]
+    (wanted, *_) = wanted_samples(run)
+    assert wanted.parameters(run, 0).guidance_rescale == 0.7
+    assert "CFG Rescale: 0.7" in wanted.parameters(run, 0).text()
+    run = prepare(zero.replace(validation_guidance_rescale=0.0))
+    assert wanted.parameters(run, 0).guidance_rescale == 0
+    run = prepare(config)
+    assert drawn_timesteps(run, 4)[0] < 999
+    assert wanted.parameters(run, 0).guidance_rescale == 0
+
+
 def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path: Path) -> None:
     """An SDXL base is trained by flow matching where its scheduler says so, with its shift, which
     may depend on an image's size, or the user does; other families are refused, and a shift without
@@ -114,15 +145,20 @@ def test_flow_matching_is_read_and_asked_for(tiny: Folder, data: Path, tmp_path:
     told = prepare(text_to_image(folder, data, tmp_path))
     assert torch.equal(told.objective.schedule.sigma, run.objective.schedule.sigma)
     assert math.isfinite(loop.batch_loss(told, told.stream.batch(0), 0))
-    diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True).save_pretrained(
-        folder / "scheduler"
-    )
-    told = prepare(text_to_image(folder, data, tmp_path))
+    diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_image_seq_len=4, max_image_seq_len=64
+    ).save_pretrained(folder / "scheduler")
+    told = prepare(text_to_image(folder, data, tmp_path, num_validation_images=1))
     own, size_shift = base_of(told.config).resolution, told.objective.timesteps.size_shift
-    of_own = math.exp(0.5 + 0.65 * (own**2 / 256 - 256) / 3840)
+    of_own = math.exp(0.5 + 0.65 * (own**2 / 256 - 4) / 60)
     assert told.given_noise_settings["flow_shift"] == pytest.approx(of_own)
-    assert size_shift((2 * own) ** 2) == pytest.approx(math.exp(0.65 * 3 * own**2 / 256 / 3840))
+    assert size_shift((2 * own) ** 2) == pytest.approx(math.exp(0.65 * 3 * own**2 / 256 / 60))
     assert "shifted by size" in told.summary.rows["objective"]
+    odds = [
+        [t / (1000 - t) for t in drawn_timesteps(told, 4, (side, side))[1:]] for side in (64, 128)
+    ]  # of a shift s: s·u / (1 − u); timesteps are whole numbers
+    for small, large in zip(*odds, strict=True):
+        assert large / small == pytest.approx(math.exp(0.65 * 3 * 64**2 / 256 / 60), rel=0.02)
     for base, options, message in [
         (folder, {"resolution_shift": True}, "use_dynamic_shifting.*Leave it out"),
         ("sd1", given, "only those of Stable Diffusion XL"),

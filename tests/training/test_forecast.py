@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +37,25 @@ def checked(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Checked
     words = dreambooth(tiny_sd1, images(folder / "data", 11), folder / "out", train_batch_size=4)
     config = words.replace(max_train_steps=None, num_train_epochs=1)
     return check(config, page=False)
+
+
+@pytest.mark.parametrize(
+    ("option", "idle", "works"),
+    [
+        ("multires_noise_iterations", {"multires_noise_iterations": 1},
+         {"multires_noise_iterations": 2}),
+        ("immiscible_noise", {"immiscible_noise": 1}, {"immiscible_noise": 2}),
+        ("stratified_timesteps", {"stratified_timesteps": True, "train_batch_size": 1},
+         {"stratified_timesteps": True, "train_batch_size": 1, "gradient_accumulation_steps": 2}),
+    ],
+)  # fmt: skip
+def test_noise_and_timesteps_that_change_nothing_are_told(
+    checked: Checked, option: str, idle: dict[str, Any], works: dict[str, Any]
+) -> None:
+    """Values without effect are named with the reason, and those beside them are not."""
+    for options, wanted in ((idle, [option]), (works, [])):
+        found = warnings_of(changed(checked.plan, **options), CPU, USUAL_WIDTH)
+        assert [f.name for f in found if f.code == "no-effect"] == wanted
 
 
 def changed(plan: Plan, **options: object) -> Plan:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
 
 import sd_lora
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
@@ -214,6 +215,26 @@ def test_gradient_checkpointing_changes_nothing(tiny_sd1: Path, data: Path, tmp_
     optimise(run)
     loop.export(run, 6, run.output_dir)
     assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
+
+
+@pytest.mark.parametrize(("timestep", "learning"), [(0, 4), (500, 2), (999, 1)])
+def test_few_ranks_learn_from_noisy_items(
+    tiny_sd1: Path, data: Path, tmp_path: Path, timestep: int, learning: int
+) -> None:
+    """T-LoRA's mask of a run (Soboleva et al. 2025, section 3.2): of rank 4 with a least of 1 all
+    ranks learn from a clean item, 1 + ⌊(1 − 500/1000) · 3⌋ from one in the middle, and the least
+    from one in pure noise: B's gradients of the others are zero."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, rank=4, tlora_min_rank=1, min_timestep=timestep,
+        max_timestep=timestep + 1,
+    )  # fmt: skip
+    run = prepare(config)
+    batch = run.stream.batch(0)
+    assert batch is not None
+    loop.batch_loss(run, batch, 0).backward()
+    for name, delta in deltas_of(run.models["unet"]).items():
+        ranks = [bool(column.any()) for column in delta.lora_B.grad.movedim(1, 0)]
+        assert ranks == [True] * learning + [False] * (4 - learning), name
 
 
 def test_loss_falls_on_a_small_set(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:

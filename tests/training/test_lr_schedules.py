@@ -12,7 +12,7 @@ from sd_lora.config.command_line import parse
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
-from sd_lora.training.lr_schedules import SHAPES, build_lr_scheduler, factor_of, read_points
+from sd_lora.training.lr_schedules import SHAPES, build_lr_scheduler, read_points
 
 STEPS, WARMUP, LEAST = 40, 8, 0.1
 RATE = 1e-3
@@ -141,10 +141,3 @@ def test_a_schedule_without_its_shape_is_refused(words: list[str], found: str) -
     """A missing or useless shape is a mistake of the command."""
     with pytest.raises(UsageError, match=found):
         parse(["--model", "m", "--train_data_dir", "d", *words])
-
-
-def test_a_schedule_counts_optimiser_steps() -> None:
-    """Its factors depend on the number of optimiser steps alone: not on accumulation."""
-    one, four = (config_of("cosine", gradient_accumulation_steps=n) for n in (1, 4))
-    for step in range(STEPS):
-        assert factor_of(one, STEPS)(step) == factor_of(four, STEPS)(step)

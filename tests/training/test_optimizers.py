@@ -1,7 +1,6 @@
 """Optimisers: each lowers a fixed problem's loss, keeps its state where and as it should, resumes
 to the bit, and does its paper's step."""
 
-import copy
 import json
 import math
 import re
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 import sd_lora
 from sd_lora.config.command_line import parse
+from sd_lora.config.optimizers import IMPORTED, optimizer_facts
 from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
@@ -30,6 +30,7 @@ from sd_lora.training.optimizers import (
     optimizer_of,
 )
 from sd_lora.training.setup import prepare
+from sd_lora.training.state_files import read_state, write_state
 from tests.training.runs import images, text_to_image
 
 PLACES = {"pretrained_model_name_or_path": "m", "train_data_dir": "d"}
@@ -91,18 +92,20 @@ def plain(state: Any) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("name", ON_CPU)
-def test_it_learns_and_resumes_to_the_bit(name: str) -> None:
+def test_it_learns_and_resumes_to_the_bit(name: str, tmp_path: Path) -> None:
     """Each optimiser lowers the loss of a fixed problem; its state is tensors beside plain numbers,
-    on the parameters' device, of the bytes a parameter that its row says; from the state it goes on
-    to the bit, in bfloat16 too, where torch's own loading changes the dtype."""
+    on the parameters' device, of the bytes a parameter that its row says; from the state as a
+    checkpoint has it on disk it goes on to the bit, in bfloat16 too, where torch's own loading
+    changes the dtype. The parameters stay float32."""
     finds = config_of(name).optimizer_facts.finds_rate
     config = config_of(name, None if finds else 1e-2)
     problem = Problem(config)
     before = problem.loss().item()
     problem.steps(30)
 
-    state = copy.deepcopy(problem.optimizer.state_dict())
-    tensors = plain(state["state"])
+    write_state(tmp_path, problem.optimizer.state_dict())
+    state = read_state(tmp_path)
+    tensors = plain(problem.optimizer.state_dict()["state"])
     assert all(tensor.device == problem.A.device for tensor in tensors)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     parameters = problem.A.numel() + problem.B.numel()
@@ -116,6 +119,7 @@ def test_it_learns_and_resumes_to_the_bit(name: str) -> None:
     assert [tensor.dtype for tensor in loaded] == [tensor.dtype for tensor in tensors]
     for each in (problem, again):
         each.steps(60 if finds else 10)
+        assert each.A.dtype == each.B.dtype == torch.float32
     assert torch.equal(problem.A, again.A)
     assert torch.equal(problem.B, again.B)
     with averaged(problem.optimizer):
@@ -206,9 +210,24 @@ def prodigy(p: Tensor, grads: list[Tensor]) -> Tensor:
     return p
 
 
+def dadapt(p: Tensor, grads: list[Tensor]) -> Tensor:
+    """Adam with D-Adaptation (Defazio and Mishchenko 2023), with a decoupled decay; the estimate's
+    product is scaled by the second moments before the step, as in the authors' code."""
+    d, r, beta = 1e-6, 0.0, math.sqrt(0.999)
+    m, v, s = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
+    for g in grads:
+        r = beta * r + (1 - beta) * d * (g * s / (v.sqrt() + 1e-8)).sum().item()
+        m, v = 0.9 * m + 0.1 * d * g, 0.999 * v + 0.001 * g**2
+        s = beta * s + (1 - beta) * d * g
+        p = p - d * DECAY * p - m / (v.sqrt() + 1e-8)
+        d = max(d, r / ((1 - beta) * s.abs().sum().item()))
+    return p
+
+
 PAPERS: dict[str, Callable[[Tensor, list[Tensor]], Tensor]] = {
     "adamw": adamw, "lion": lion, "adafactor": adafactor, "came": came,
-    "adamwschedulefree": schedule_free, "prodigy": prodigy,
+    "adamwschedulefree": schedule_free, "prodigy": prodigy, "dadaptadam": dadapt,
+    "adamw8bit": adamw, "lion8bit": lion,  # tensors below 4,096 numbers stay in 32 bits
 }  # fmt: skip
 
 
@@ -244,13 +263,15 @@ def test_steps_are_those_of_the_paper(name: str, drawn: tuple[Tensor, list[Tenso
     torch.testing.assert_close(stepped(name, p, grads), PAPERS[name](p, grads), atol=1e-6, rtol=0)
 
 
-def test_muon_orthogonalises_each_factor(drawn: tuple[Tensor, list[Tensor]]) -> None:
+@pytest.mark.parametrize("shape", [(4, 6), (4, 2, 3, 3), (6, 4, 1, 1)])
+def test_muon_orthogonalises_each_factor(shape: tuple[int, ...]) -> None:
     """The first step has the gradient's singular vectors and near equal singular values: of length
-    0.2 · √max(m, n) each, so that the root mean square is that of AdamW's steps."""
-    p, grads = drawn
-    step = (p * (1 - LR * DECAY) - stepped("muon", p, grads[:1])) / LR
-    U, _, V = torch.linalg.svd(grads[0], full_matrices=False)
-    inner = U.T @ step @ V.T / (0.2 * math.sqrt(6))
+    0.2 · √max(m, n) each, so that the root mean square is that of AdamW's steps. A factor of a
+    convolution is the matrix of its first dimension by all others."""
+    p, grad = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
+    step = ((p * (1 - LR * DECAY) - stepped("muon", p, [grad])) / LR).flatten(1)
+    U, _, V = torch.linalg.svd(grad.flatten(1), full_matrices=False)
+    inner = U.T @ step @ V.T / (0.2 * math.sqrt(max(step.shape)))
     assert (inner - inner.diagonal().diag()).abs().max() < 0.02  # its iterations are in bfloat16
     assert 0.6 < inner.diagonal().min() <= inner.diagonal().max() < 1.3
 
@@ -306,6 +327,20 @@ def test_riemannian_steps_do_not_depend_on_the_split(drawn: tuple[Tensor, list[T
         (["--optimizer_args", "betas=0.9,0.99"], "betas is .*adam_beta1 and .*adam_beta2 here"),
         (["--optimizer_args", "amsgrad"], "'amsgrad' is not key=value"),
         (["--optimizer", "adamwriemannian", "--method", "loha"], "method loha has none"),
+        (["--optimizer", "pytorch_optimizer.Prodigy", "--learning_rate", "1e-4"], "1 is usual"),
+        (["--optimizer", "prodigyopt.Prodigy", "--loraplus_lr_ratio", "16"], "ratio excludes"),
+        (["--optimizer", "dadaptation.DAdaptLion", "--learning_rate", "1e-4"], "1 is usual"),
+        (["--optimizer", "pytorch_optimizer.ScheduleFreeAdamW", "--lr_scheduler", "cosine"],
+         "lr_scheduler cosine excludes pytorch_optimizer.ScheduleFreeAdamW, which averages"),
+        (["--optimizer", "schedulefree.AdamWScheduleFree", "--use_ema"], "use_ema excludes"),
+        (["--optimizer", "schedulefree.RAdamScheduleFree", "--scale_weight_norms", "1"],
+         "another point"),
+        (["--optimizer", "pytorch_optimizer.AdaFactor", "--learning_rate", "1e-3"],
+         "learning_rate excludes relative_step"),
+        (["--optimizer", "torch.optim.NAdam", "--adam_beta1", "0.5"],
+         "adam_beta1 does not reach torch.optim.NAdam.*--optimizer_args betas="),
+        (["--optimizer", "torch.optim.NAdam", "--adam_epsilon", "1e-4"],
+         "adam_epsilon does not reach .*--optimizer_args eps="),
     ],
 )  # fmt: skip
 def test_traps_are_refused(words: list[str], found: str) -> None:
@@ -326,6 +361,27 @@ def test_an_optimisers_usual_rate_and_schedule_stand_for_a_presets() -> None:
     assert (config.learning_rate, config.text_encoder_lr) == (1e-4, 5e-5)
 
 
+def test_a_row_and_its_class_by_path_have_the_same_traps() -> None:
+    """Facts by which combinations are refused are a row's for the class of that name in any
+    package; arguments are the class's own; other classes have none of them."""
+    for path, row in (
+        ("pytorch_optimizer.Prodigy", "prodigy"),
+        ("prodigyplus.ProdigyPlusScheduleFree", "prodigyplusschedulefree"),
+        ("pytorch_optimizer.ScheduleFreeAdamW", "adamwschedulefree"),
+        ("schedulefree.AdamWScheduleFree", "adamwschedulefree"),
+        ("bitsandbytes.optim.PagedLion8bit", "pagedlion8bit"),
+    ):
+        ours, theirs = optimizer_facts(row, None), optimizer_facts(path, None)
+        for fact in ("finds_rate", "one_rate", "averages", "own_steps", "on_gpu"):
+            assert getattr(theirs, fact) is getattr(ours, fact), (path, fact)
+        assert (theirs.args, theirs.package, theirs.moments) == ((), None, False)
+    plain = optimizer_facts("prodigyplus.ProdigyPlusScheduleFree", {"use_schedulefree": False})
+    assert not plain.averages
+    assert not optimizer_facts("pytorch_optimizer.AdaFactor", {"relative_step": False}).own_steps
+    for path in ("torch.optim.NAdam", "torch.optim.Adafactor", "pytorch_optimizer.Lamb"):
+        assert optimizer_facts(path, None) == IMPORTED
+
+
 @pytest.mark.parametrize(
     ("optimizer", "args", "found"),
     [
@@ -339,6 +395,7 @@ def test_an_optimisers_usual_rate_and_schedule_stand_for_a_presets() -> None:
         ("adamwriemannian", {"damping": 0}, "damping must be above 0"),
         ("adafactor", {"warmup_init": True}, "requires"),
         ("pagedadamw8bit", None, "NVIDIA GPU .* Take adamw8bit"),
+        ("bitsandbytes.optim.PagedAdamW8bit", None, "NVIDIA GPU .* Take adamw8bit"),
     ],
 )
 def test_a_broken_optimiser_is_told_before_anything_is_loaded(
@@ -392,6 +449,39 @@ def test_every_groups_rate_is_logged(tiny_sd1: Path, data: Path, tmp_path: Path)
     assert [row["lr/unet ×16"] for row in rows] == pytest.approx([16e-3, 8e-3])
     optimizer = Problem(config_of("prodigy")).optimizer
     assert current_rates(optimizer) == {"A": 1e-6, "B": 1e-6}
+
+
+@pytest.mark.parametrize(("warmup", "rate"), [(False, 1e-2), (True, 1e-6)])
+def test_relative_steps_are_logged(warmup: bool, rate: float) -> None:
+    """With relative_step the logged rate is the size of Adafactor's step, whose first one moves
+    each element of a vector by exactly that; it falls as 1 / √step, and where it warms up it grows
+    by 1e-6 a step."""
+    config = config_of("adafactor", optimizer_args={"relative_step": True, "warmup_init": warmup})
+    vector = nn.Parameter(torch.zeros(5))
+    group = {"params": [vector], "lr": 1.0, "weight_decay": 0.0, "name": "A", "multiple": 1.0}
+    optimizer = optimizer_of(config).build([group], config, {})
+    assert current_rates(optimizer) == {"A": rate}
+    vector.grad = torch.tensor([1.0, -2.0, 0.5, 3.0, -0.1])
+    optimizer.step()
+    assert current_rates(optimizer) == {"A": rate}
+    torch.testing.assert_close(vector.detach(), -rate * vector.grad.sign(), rtol=1e-5, atol=0)
+    optimizer.state[vector]["step"] = 40_000
+    assert current_rates(optimizer)["A"] == pytest.approx(0.005)
+
+
+def test_a_shared_rate_is_logged() -> None:
+    """With split_groups_mean the groups of prodigyplus step by the harmonic mean of the rates that
+    they find: that is logged, and not each group's own."""
+    args = {"split_groups": True, "split_groups_mean": True, "d0": 1e-4}
+    problem = Problem(config_of("prodigyplusschedulefree", optimizer_args=args))
+    problem.steps(20)
+    found = [group["d"] for group in problem.optimizer.param_groups]
+    assert found[0] != found[1]
+    mean = 2 / (1 / found[0] + 1 / found[1])
+    assert current_rates(problem.optimizer) == {
+        "A": pytest.approx(mean),
+        "B": pytest.approx(mean),
+    }
 
 
 def test_the_page_has_every_optimiser(root: Path) -> None:

@@ -106,6 +106,7 @@ def test_the_code_after_a_run(
         assert prediction_type(header, FAMILIES["sdxl"]) == "flow_prediction"
     if kind == "sd2":
         assert pipe.scheduler.config.rescale_betas_zero_snr
+        assert pipe.guidance_rescale == 0.7
         encoder = parts.caption_encoder(clip_skip=1)
         ((_, ours),) = encode_in_batches(encoder, parts.text_encoders, ["a photo"])
         theirs, _ = pipe.encode_prompt("a photo", "cpu", 1, False)

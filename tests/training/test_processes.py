@@ -1,6 +1,7 @@
 """Several processes of one run: they train as one, read the data once, and end together."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -316,7 +317,8 @@ def test_two_processes_with_prior_preservation(
 def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """So for SDXL with both text encoders, one of which stops, new words, captions of several
     pieces and half of them dropped, a frozen A and magnitudes, by diffusers' command for it: a
-    process whose captions are all dropped does not leave the other waiting."""
+    process whose captions are all dropped does not leave the other waiting. The schedule counts
+    optimiser steps: a warm-up of 2 and a cosine over the other 6 of 8, for one and for two."""
     data = images(tmp_path / "data", size=(96, 64))
     script = "train_dreambooth_lora_sdxl.py"
     common = [
@@ -327,6 +329,7 @@ def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: 
         "--max_token_length", "225", "--caption_dropout", "0.5", "--random_flip", "--seed", "3",
         "--learning_rate", "1e-3", "--text_encoder_lr", "1e-3", "--max_train_steps", "8",
         "--num_validation_images", "0", "--resolution", "64", "--method", "lora_fa", "--use_dora",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "2",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     alone = ["--train_batch_size", "2", "--output_dir", str(one)]
@@ -335,6 +338,11 @@ def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: 
     launch = Launch(2, [*common, *together], tmp_path / "said", script)
     assert launch.wait() == [0, 0], launch.text
     assert_same(one, two)
+    cosine = [(1 + math.cos(math.pi * step / 6)) / 2 for step in range(6)]
+    for folder in (one, two):
+        lines = (folder / "training_log.jsonl").read_text().splitlines()
+        rates = [json.loads(line)["lr"] for line in lines]
+        assert rates == pytest.approx([1e-3 * factor for factor in (0, 0.5, *cosine)])
     words = [load_file(f / f"{f.name}_thing.safetensors") for f in (one, two)]
     for key in ("clip_l", "clip_g"):
         torch.testing.assert_close(words[0][key], words[1][key], rtol=0, atol=1e-4)

@@ -9,7 +9,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sd_lora
+from sd_lora.adapters.state import load_lora_state_dict
+from sd_lora.config.optimizers import OPTIMIZERS
+from sd_lora.models.load import load_parts
 from sd_lora.report.events import Event, StepDone, Warned
+from sd_lora.sampling.sampler import sample
 from sd_lora.training import interruption
 from sd_lora.training.sample_schedule import (
     DECODE_FORWARDS,
@@ -18,6 +22,7 @@ from sd_lora.training.sample_schedule import (
     SampleSchedule,
 )
 from sd_lora.training.setup import prepare
+from sd_lora.training.state_files import read_state
 from tests.training.runs import images, text_to_image
 
 
@@ -81,6 +86,56 @@ def test_samples_change_nothing(
     assert finding.line().startswith("the file sample: line 1: --s is a whole number from 1 to 200")
     assert not (out / "sample").exists()
     assert list((out / "logs").rglob("events*"))
+
+
+AVERAGING: dict[str, dict[str, object]] = {
+    "moving average": {"use_ema": True, "learning_rate": 3e-2},
+    "adamwschedulefree": {"optimizer": "adamwschedulefree", "learning_rate": 3e-2},
+    "prodigyplusschedulefree": {
+        "optimizer": "prodigyplusschedulefree", "optimizer_args": {"d0": 1e-2},
+        "learning_rate": 1.0,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", AVERAGING)
+def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Where other weights are exported than are trained, a run with samples and validation every
+    second step has the losses and the LoRA file of one without, to the bit; the sample of its last
+    step is that of its file in a fresh base, pixel by pixel, and not that of the trained
+    weights."""
+    options = AVERAGING[kind] | {"max_train_steps": 4, "lr_warmup_steps": 0}
+    if package := OPTIMIZERS[str(options.get("optimizer", "adamw"))].package:
+        pytest.importorskip(package[0])
+    looks: dict[str, object] = {
+        "num_validation_images": 1,
+        "validation_steps": 2,
+        "sample_every": 2,
+    }
+    looks |= {"validation_prompt": "a photo", "validate_every": 2}
+    looked, plain = tmp_path / "1" / "out", tmp_path / "2" / "out"
+    sd_lora.train(text_to_image(tiny_sd1, data, looked, **options, **looks))
+    sd_lora.train(text_to_image(tiny_sd1, data, plain, **options, validate_every=0))
+    log, file = "training_log.jsonl", "pytorch_lora_weights.safetensors"
+    assert (looked / log).read_bytes() == (plain / log).read_bytes()
+    tensors, others = load_file(looked / file), load_file(plain / file)
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+    parts = load_parts(str(tiny_sd1))
+    sd_lora.load_adapter(parts.models, looked / file)
+
+    def drawn() -> bytes:
+        encoder, device = parts.caption_encoder(), torch.device("cpu")
+        (image,) = sample(parts, encoder, ["a photo"], [0], size=(64, 64), device=device, steps=2)
+        return image.tobytes()
+
+    with Image.open(looked / "samples" / "step-000004" / "00.png") as image:
+        shown = image.tobytes()
+    assert shown == drawn()
+    trained = read_state(looked / "checkpoint-4")["trained"]["factors"]
+    factors = {key.removeprefix("unet/"): value for key, value in trained.items()}
+    load_lora_state_dict(parts.unet, factors)
+    assert shown != drawn()
 
 
 def test_samples_are_drawn_where_the_work_allows_it(

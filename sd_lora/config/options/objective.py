@@ -86,7 +86,7 @@ class ObjectiveOptions(Section):
         gt=0)
     debiased_estimation_loss: bool = option(False,
         "weight the losses by 1 / sqrt(SNR), of the noise's error: more for noisy timesteps",
-        header="ss_debiased_estimation", kohya=SAME)
+        header="ss_debiased_estimation")
     p2_gamma: float | None = option(None,
         "gamma of P2 weighting, which counts nearly clean images less; 1 is usual; off if not "
         "given",
@@ -150,7 +150,8 @@ class ObjectiveOptions(Section):
         requires={"noise_offset": None}, header="ss_adaptive_noise_scale",
         header_form="if given", summary=("objective", "{:g} × the mean latent"), kohya=SAME)
     multires_noise_iterations: int = option(0,
-        "coarser noises added to the noise (pyramid noise), at most; 6 to 10 is usual; 0 for none",
+        "noises added to the noise, the first as fine, each next one coarser (pyramid noise), at "
+        "most; 6 to 10 is usual; 0 for none",
         ge=0, header="ss_multires_noise_iterations", header_form="if given",
         summary=("objective", "{} noises of a pyramid"), kohya=SAME)
     multires_noise_discount: float = option(0.3,
@@ -298,6 +299,10 @@ class ValidationOptions(ValidationLossOptions):
     validation_guidance_scale: float = option(7.5,
         "guidance scale of the sample images",
         may_change=True, simpletuner="validation_guidance", ai_toolkit="sample.guidance_scale")
+    validation_guidance_rescale: float | None = option(None,
+        "share of the way by which guidance is scaled back to the contrast of the prediction "
+        "without it (phi); 0.7 with zero terminal SNR, else 0, if not given",
+        ge=0, le=1, may_change=True, simpletuner=SAME)
     # fmt: on
 
     @property

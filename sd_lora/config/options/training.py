@@ -12,6 +12,7 @@ from sd_lora.config.optimizers import (
     WITHOUT_MOMENTS,
     Optimizer,
     canonical,
+    is_import_path,
     optimizer_facts,
 )
 from sd_lora.config.options.saving import SavingOptions
@@ -311,6 +312,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
         text = f"memory_budget must be a size above 0, not {config.memory_budget!r}"
         yield Problem("memory_budget", text, "Write 8GB or 7.5GB")
     yield from _arguments(config)
+    yield from _moments(config)
     yield from _rates(config)
     yield from _schedules(config)
     name, facts = config.optimizer, config.optimizer_facts
@@ -342,6 +344,16 @@ def _arguments(config: "TrainConfig") -> Iterator[Problem]:
             near = did_you_mean(key, taken).strip()
             rest = f"{name} takes {', '.join(taken)}" if taken else f"{name} takes none"
             yield Problem("optimizer_args", f"{key} is no argument of {name}", near or rest)
+
+
+def _moments(config: "TrainConfig") -> Iterator[Problem]:
+    """Options of AdamW's moments with an imported class, whose arguments nobody knows here."""
+    betas, name = "betas=0.9,0.99", config.optimizer
+    own = {"adam_beta1": betas, "adam_beta2": betas, "adam_epsilon": "eps=1e-6"}
+    for option, argument in own.items() if is_import_path(name) else ():
+        if getattr(config, option) != TrainingOptions.model_fields[option].default:
+            text = f"{option} does not reach {name}, a class by its import path"
+            yield Problem(option, text, f"Give the class's own: --optimizer_args {argument}")
 
 
 RATES = ("learning_rate", "text_encoder_lr", "text_encoder_2_lr", "embedding_lr")

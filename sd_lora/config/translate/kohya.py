@@ -201,6 +201,9 @@ KOHYA: dict[str, Row] = NETWORK | {
     # model
     "v2": needless("is not needed: the family is read from the model"),
     "sdxl": switch("--family", "is the script's family", family="sdxl"),
+    "debiased_estimation_loss": switch("--debiased_estimation_loss",
+        "weights v-prediction as epsilon, by √SNR / (SNR + 1); there 1 / (SNR + 1), up to SNR 1000",
+        debiased_estimation_loss=True),
     "v_parameterization": switch(
         "--prediction_type v_prediction", "is a type of prediction", prediction_type="v_prediction"
     ),

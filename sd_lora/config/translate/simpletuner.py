@@ -334,7 +334,7 @@ SIMPLETUNER: dict[str, Row] = {
         "needless", reason="is off") if is_off(value) else Taken(
         "otherwise", {"num_validation_images": 0}, "is a number of samples")),
     **dict.fromkeys(("validation_negative_prompt", "validation_prompt_library",
-        "user_prompt_library", "validation_guidance_rescale", "validation_noise_scheduler",
+        "user_prompt_library", "validation_noise_scheduler",
         "eval_dataset_id"), absent(_SAMPLES)),
     **dict.fromkeys(("validation_resolution", "validation_seed", "validation_randomize",
         "validation_on_startup", "validation_torch_compile", "disable_benchmark",

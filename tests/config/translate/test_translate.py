@@ -192,6 +192,7 @@ def test_onetrainers_oft(scaled: bool | None) -> None:
         ("onetrainer", {"timestep_distribution": "HEAVY_TAIL", "noising_weight": 1.0},
          {"timestep_sampling": "mode", "mode_scale": 1.0}),
         ("onetrainer", {"loss_weight_fn": "P2", "loss_weight_strength": 1}, {"p2_gamma": 1.0}),
+        ("sd-scripts", {"debiased_estimation_loss": True}, {"debiased_estimation_loss": True}),
         ("onetrainer", {"loss_weight_fn": "DEBIASED_ESTIMATION"},
          {"debiased_estimation_loss": True}),
         ("onetrainer", {"mse_strength": 0, "mae_strength": 1}, {"loss_type": "l1"}),
@@ -215,6 +216,13 @@ def test_objectives_of_each_trainer(
     """Timesteps, weights, losses, noise and preservation are the options that mean the same."""
     found = translate(PEERS[peer], settings).values
     assert found | values == found
+
+
+def test_debiased_estimation_of_v_prediction_is_said_to_differ() -> None:
+    """sd-scripts weights v otherwise than epsilon; the answer says both weights, and that SNR is
+    cut there. OneTrainer's says so too."""
+    table = to_table(translate(PEERS["sd-scripts"], {"debiased_estimation_loss": True}))
+    assert "by √SNR / (SNR + 1); there 1 / (SNR + 1), up to SNR 1000" in table
 
 
 def test_several_resolutions_and_masks_of_each_trainer(tmp_path: Path) -> None:
