@@ -30,7 +30,12 @@ from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS
-from sd_lora.training.samples import drawn_at_once, reference_of, timed_drawing
+from sd_lora.training.samples import (
+    drawn_at_once,
+    guidance_rescale_of,
+    reference_of,
+    timed_drawing,
+)
 from sd_lora.training.scores import Scores
 
 NUM_PROMPTS = 6
@@ -134,7 +139,8 @@ def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
     every = config.score_every or math.ceil(run.plan.num_steps / PARTS)
     digests = [sample.digest for sample in run.images.instances.samples]
     held_out = run.images.held_out.set.samples if run.images.held_out else []
-    drawn = (config.validation_steps, config.validation_guidance_scale, _side(run))
+    guidance = (config.validation_guidance_scale, guidance_rescale_of(run))
+    drawn = (config.validation_steps, *guidance, _side(run))
     identity = digest_of(
         str(config.score_features), planned.features.name, config.score_kind,
         str(config.score_sets), *map(str, planned.prompts.kinds), *digests,
@@ -187,6 +193,7 @@ def drawn_sets(
                 device=run.accelerator.device,
                 steps=steps,
                 guidance_scale=run.config.validation_guidance_scale,
+                guidance_rescale=guidance_rescale_of(run),
                 batch_size=at_once,
                 on_step=advance,
             )
@@ -201,7 +208,7 @@ def columns_of(run: Run, prompts: Prompts, step: int = 0) -> list[Parameters]:
         Parameters(
             text, KIND_SEEDS * kind + i, config.validation_steps,
             config.validation_guidance_scale, (side, side), config.base_model,
-            run.output_dir.resolve().name, step,
+            run.output_dir.resolve().name, step, guidance_rescale=guidance_rescale_of(run),
         )
         for kind, texts in enumerate(prompts.kinds)
         for i, text in enumerate(texts)
