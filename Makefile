@@ -35,7 +35,7 @@ compat: $(VENV)/.ready
 	bash .ci/wheel
 	bash .ci/floors
 
-# tests and measurements that need a GPU, in under six minutes; results in gpu_output
+# tests and measurements that need a GPU; after four minutes no part begins. Results in gpu_output
 gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -q -m gpu
 	$(BIN)/python benchmarks/gpu.py --out gpu_output --seconds 240

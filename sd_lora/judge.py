@@ -25,7 +25,14 @@ from sd_lora.sampling.score import Prompts
 from sd_lora.training.changes import changes_of
 from sd_lora.training.measure import measured
 from sd_lora.training.run import Run
-from sd_lora.training.scoring import columns_of, drawn_sets, prompts_for, shown_real, taught_to
+from sd_lora.training.scoring import (
+    columns_of,
+    drawn_sets,
+    prompts_for,
+    shown_real,
+    subject_prompt_of,
+    taught_to,
+)
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.validation import TRAINED
 
@@ -36,6 +43,7 @@ def judge(
     strengths: Sequence[float],
     features: Features | None = None,
     class_prompt: str | None = None,
+    kind: str = "subject",
     listeners: Sequence[Listener] = (),
 ) -> tuple[list[Judged], Sheet | None]:
     """Measure LoRA files, and draw and score their images where there are features.
@@ -44,6 +52,7 @@ def judge(
         config: of a run on the images, for data, precision and objective; it trains nothing.
         strengths: to measure, beside 0 and 1.
         class_prompt: the subject's without its own word: "a photo of a dog".
+        kind: what the images share: "subject" or "style".
 
     Returns:
         The files by strength, and the sheet of the first set of images.
@@ -59,12 +68,16 @@ def judge(
 
     with prepared_run(config, [of_images]) as run:
         _refuse_misfits(files, run)
-        prompts = prompts_for(run.validation.captions, run.config.subject_prompt, class_prompt)
+        samples = run.images.instances.samples
+        own = subject_prompt_of(run.config, samples)
+        prompts = prompts_for(run.validation.captions, own, class_prompt)
         if features:
             _refuse_undrawn(prompts, run)
         for finding in run.summary.findings:
             of_images(FindingMade(finding))
-        found, loras = [Judged(path) for path in files], Loras(run.parts)
+        looks = features.name if features else ""
+        found = [Judged(path, kind=kind, features=looks) for path in files]
+        loras = Loras(run.parts)
         loras.put_on(Mix())
         base = losses_of(run)
         with counting(run.emit, "measuring", len(found) * len(some), "strength") as advance:
@@ -120,7 +133,7 @@ def _look(
     rounds = 1 + sum(len(one.strengths) for one in found)
     before = drawn_sets(run, prompts, f"drawing, 1 of {rounds}: by the base")
     number = 1
-    scale = Judge(features, taught_to(run), prompts, before)
+    scale = Judge(features, taught_to(run, found[0].kind), prompts, before)
     for one in found:
         one.images[0.0] = before
         for strength in one.strengths:

@@ -48,7 +48,13 @@ def judge(argv: Sequence[str]) -> None:
         features = load_features(args.features) if args.features else None
         with Terminal() as terminal:
             found, sheet = of_files.judge(
-                args.files, config, args.strengths, features, args.class_prompt, [terminal]
+                args.files,
+                config,
+                args.strengths,
+                features,
+                args.class_prompt,
+                args.kind,
+                [terminal],
             )
     if args.json:
         print(json.dumps([one.numbers() for one in found], indent=2))

@@ -302,6 +302,8 @@ def judge_parser() -> ToolParser:
         metavar="TEXT",
         help='for the leak into its class, "a photo of a dog"; with --features',
     )
+    kinds = "what the images share; a style may reach other prompts (default: subject)"
+    add("--kind", choices=("subject", "style"), default="subject", help=kinds)
     add(
         "--out",
         type=as_path,

@@ -16,9 +16,10 @@ from sd_lora.report.strengths import Judged, best_of
 from sd_lora.report.verdict import GOOD, OVER, UNDER
 from sd_lora.sampling.interval import Interval
 from sd_lora.sampling.score import Score
-from sd_lora.training.scoring import PLACES, prompts_for
+from sd_lora.training.scoring import PLACES, prompts_for, subject_prompt_of
+from sd_lora.training.setup import prepare
 from tests.formats.trained import saved, trained
-from tests.training.runs import images, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 ENCODER = Path(__file__).parent.parent / "sample_data" / "encoder"
 
@@ -199,9 +200,12 @@ def score(fidelity: float, leak: float = 0.0, copies: float = 0.0) -> Score:
 
 
 def add(found: Judged, strength: float, one: Score) -> None:
-    """Give a file its score at a strength, each image of a set having the set's fidelity."""
+    """Give a file its score at a strength, each image of a set having the set's fidelity, less the
+    share of copies, which count 0."""
+    found.features = "encoder of drawings"
     found.scores[strength] = one
-    found.values[strength] = {"fidelity": one.fidelity.values}
+    pairs = zip(one.fidelity.values, one.copies.values, strict=True)
+    found.values[strength] = {"fidelity": [f * (1 - max(0.0, c)) for f, c in pairs]}
 
 
 @pytest.mark.parametrize(
@@ -210,7 +214,7 @@ def add(found: Judged, strength: float, one: Score) -> None:
         ((score(0.6), score(0.9), score(0.9)), GOOD, "fidelity is 90 % ± 2. Take it at strength 1"),
         ((score(0.3), score(0.6), score(0.9)), UNDER, "60 % ± 2 at strength 1 and 90 % ± 2 at 1.5"),
         ((score(0.9), score(0.9, 0.2), score(0.9, 0.4)), OVER, "has class leak 20 % ± 2 and not 0"),
-        ((score(0.9), score(0.9, 0.0, 0.5), score(0.9)), OVER, "has copies 50 % ± 2 and not 0 %"),
+        ((score(0.9), score(0.9, 0.0, 0.3), score(0.8)), OVER, "has copies 30 % ± 2 and not 0 %"),
         ((score(0.9), score(0.9), score(0.9)), GOOD, "Take it at strength 0.5."),
         ((score(0.1), score(0.2), score(0.2)), UNDER, "less than half of the way to real images."),
     ],
@@ -226,15 +230,27 @@ def test_the_verdict_by_images(scores: tuple[Score, ...], state: str, words: str
 
 
 def test_too_much_is_too_much_at_any_strength() -> None:
-    """Where less strength is less near, the strength to take still has what a run's verdict calls
-    too much, and the words are the same; an interval that reaches below the number is no proof."""
+    """What a run's verdict calls too much is too much here, in the same words, at strength 1; a
+    strength beyond it that has too much is not taken; an interval that reaches below the number is
+    no proof; a style may reach other prompts; thresholds that were not measured are told so."""
     found = by_loss(half=0.9, whole=0.8, more=0.85)
     add(found, 0.5, score(0.3))
     add(found, 1.0, score(0.9, copies=1.0))
     assert found.verdict.state == OVER
-    assert "at strength 1 100 % ± 2.0 % of the images repeat a training" in found.verdict.text
+    assert "100 % ± 2.0 % of the images repeat a training" in found.verdict.text
+    assert found.verdict.text.endswith("at a lower rate: no strength here is good.")
     found.scores[1.0] = replace(score(0.9), copies=Interval((0.2, 1.0, 0.6)))
+    found.values[1.0] = {"fidelity": [0.9] * 3}
     assert found.verdict.state == GOOD
+    leaks = [replace(score(f), unrelated_leak=score(leak).fidelity) for f, leak in
+             ((0.3, 0.0), (0.8, 0.05), (0.95, 0.3))]  # fmt: skip
+    for strength, one in zip((0.5, 1.0, 1.5), leaks, strict=True):
+        add(found, strength, one)
+    assert (found.verdict.state, found.nearest) == (GOOD, 1.0)
+    found.kind = "style"
+    assert (found.verdict.state, found.nearest) == (UNDER, 1.5)
+    found.features = "dinov2"
+    assert found.verdict.text.startswith("By its images (thresholds of drawings), undertrained")
 
 
 def test_as_near_is_by_the_image() -> None:
@@ -263,6 +279,11 @@ def test_the_best_of_several_files() -> None:
     assert best_of(files).startswith(
         "Of these files take checkpoint-2 at strength 1: fidelity 89 %"
     )
+    add(files[2], 1.0, score(0.97, copies=1.0))  # learned by heart, and the nearest
+    assert best_of(files).startswith("Of these files take checkpoint-1 at strength 1")
+    for one in files:
+        add(one, 1.0, score(0.97, copies=1.0))
+    assert best_of(files).startswith("Of these files none is good at any strength")
 
 
 def test_prompts_ask_for_other_places() -> None:
@@ -282,9 +303,26 @@ def test_prompts_ask_for_other_places() -> None:
     assert told.subject == one.subject
 
 
+def test_the_prompt_of_a_subject_is_as_its_captions_are(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """With the trigger word in front, as it is trained: what training never saw is not drawn."""
+    config = dreambooth(
+        tiny_sd1, data, tmp_path, instance_prompt="a photo of a dog", trigger_word="sks",
+        captions_from="prompt",
+    )  # fmt: skip
+    run = prepare(config)
+    own = subject_prompt_of(run.config, run.images.instances.samples)
+    assert own == "sks, a photo of a dog"
+    assert own in {item.caption for item in run.stream.batch(0).items}
+
+
 def test_prompts_of_other_things_name_no_thing_that_is_taught() -> None:
-    """A thing that a caption or the class names is drawn for no leak."""
-    assert len(prompts_for(["a photo of sks dog"], None, None).unrelated) == 6
-    left = prompts_for(["sks Car.", "two sks boats"], None, "a photo of a fish").unrelated
-    assert len(left) == 3
+    """A thing that a caption, the instance prompt or the class names is drawn for no leak, and
+    another one takes its place."""
+    first = prompts_for(["a photo of sks dog"], None, None).unrelated
+    assert len(first) == 6
+    left = prompts_for(["sks boats"], "a photo of sks Car.", "a photo of a fish").unrelated
+    assert len(left) == 6
+    assert len({*first, *left}) == 9
     assert not [text for text in left if "car" in text or "boat" in text or "fish" in text]

@@ -106,7 +106,7 @@ def _picture(value: object) -> str:
 _PICTURE = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
 
 
-def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
+def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:
     """The rows of the table of images: name, name of the file alone, times seen, loss against the
     rest and its change, in words, the finding, and the picture in a data URI, or "".
 
@@ -121,7 +121,7 @@ def images_of(ledger: Sequence[Any]) -> list[dict[str, Any]]:
                 "loss": f"{image['loss']:.2f}",
                 "change": f"{image['change']:.2f}",
                 "finding": str(image["finding"]),
-                "picture": _picture(image.get("picture")),
+                "picture": _picture(image.get("picture")) if pictures else "",
             }
             for image in ledger
         ]

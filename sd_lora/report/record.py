@@ -101,7 +101,6 @@ class Record:
     def write(self) -> None:
         """Write the file, whole or not at all; raises RunError on a failed write."""
         self.facts["seconds"] = self._before + time.monotonic() - self._since
-        self.facts["checkpoints"] = kept_steps(self.folder)
         text = json.dumps(self.facts, indent=1, ensure_ascii=False, allow_nan=False)
         write_whole(self.folder / RECORD, text.encode())
 
@@ -139,7 +138,8 @@ def texts_in(value: Any) -> Iterator[str]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a run, with `EMPTY` for each fact that is missing or of another type.
+    """The record of a run, with `EMPTY` for each fact that is missing or of another type, and the
+    steps of the checkpoints that are there.
 
     Raises:
         UsageError: no folder, a folder without a record, or a record that cannot be read.
@@ -160,7 +160,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         if isinstance(found.get(name), number if isinstance(usual, float) else type(usual))
         else usual
         for name, usual in EMPTY.items()
-    }
+    } | {"checkpoints": kept_steps(folder)}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -50,17 +50,15 @@ HERE = Path(__file__).parent
 MOST_POINTS = 2000
 """Points of a curve: a longer log is averaged over as many steps as needed."""
 
-MOST_BYTES = 7_000_000
-"""Bytes of all samples of a page; beyond, they are made smaller, and then fewer."""
+MOST_BYTES, SHEET_BYTES = 5_500_000, 1_500_000
+"""Bytes of all samples of a page, and of all sheets of scored images; beyond, they are made
+smaller, and then fewer. Pictures of 200 images, curves and their tables take less than 2 MB."""
 
-SIDES = (512, 384, 256, 160, 96)
-"""Sides of a sample on the page, the first that fits."""
+SIDES, SHEET_SIDES = (512, 384, 256, 160, 96), (1400, 1000, 700)
+"""Longest sides of a sample and of a sheet on the page, the first that fits."""
 
 TRIED = 12
-"""Samples by whose bytes the others' are judged."""
-
-SHEET_SIDE, MOST_SHEETS = 1400, 12
-"""Width of a sheet of scored images on the page, and the most of them: about 2 MB."""
+"""Images by whose bytes the others' are judged."""
 
 REWRITE_EVERY = 30.0
 """Seconds between two writes of the page while a run goes on."""
@@ -179,17 +177,19 @@ def _uri(image: Image.Image, lossless: bool = False) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _fitting(drawn: Sequence[Drawn]) -> tuple[list[Drawn], int]:
-    """The samples that a page holds, and the side of their images: smaller ones if there are many,
-    and of still more every second, third, … step, always with the first and the last. Their bytes
-    are those of TRIED of them."""
+def _fitting(
+    drawn: Sequence[Drawn], sides: Sequence[int] = SIDES, most: int = MOST_BYTES
+) -> tuple[list[Drawn], int]:
+    """The images that a page holds of all runs, and their side: smaller ones if there are many, and
+    of still more every second, third, … step, always with the first and the last. Their bytes are
+    those of TRIED of them."""
     files = [path for d in drawn for images in d.images.values() for path in images]
     some = files[:: max(1, -(-len(files) // TRIED))]
-    for side in SIDES:
+    for side in sides:
         total = len(files) * fmean([len(data_uri(path, side)) for path in some] or [0])
-        if total <= MOST_BYTES:
+        if total <= most:
             break
-    every = math.ceil(total / MOST_BYTES)
+    every = math.ceil(total / most)
     if every <= 1:
         return [*drawn], side
     return [
@@ -199,19 +199,14 @@ def _fitting(drawn: Sequence[Drawn]) -> tuple[list[Drawn], int]:
 
 
 def sheets_of(folder: Path, last: int) -> Drawn:
-    """The sheets of scored images, `samples/score-000100.png`; of many some, with the last one.
-
-    last: number of steps done.
-    """
+    """The sheets of scored images, `samples/score-000100.png`. last: number of steps done."""
     found = {}
     for path in sorted((folder / SAMPLES).glob("score-*.png")):
         number = path.stem.removeprefix("score-")
         if number.isdecimal() and int(number) <= last:
             found[int(number)] = [path]
-    steps = [*found]
-    kept = {*steps[:: max(1, -(-len(steps) // MOST_SHEETS))], *steps[-1:]}
     words = "images that are scored, of the first seeds, below those of the folder and the base's"
-    return Drawn([words] if found else [], {step: found[step] for step in sorted(kept)})
+    return Drawn([words] if found else [], found)
 
 
 def differing_options(folders: Sequence[Path]) -> dict[str, list[str]]:
@@ -245,7 +240,9 @@ def page_of(folders: Sequence[Path]) -> str:
     names = _names(folders)
     found = [samples_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
     drawn, side = _fitting(found)
-    images = [images_of(record["ledger"]) for record in records]
+    scored = [sheets_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
+    sheets, sheet_side = _fitting(scored, SHEET_SIDES, SHEET_BYTES)
+    images = [images_of(record["ledger"], pictures=len(folders) == 1) for record in records]
     logs = [LogFile(folder / RUN_LOG).rows() for folder in folders]
     runs = [
         {
@@ -265,7 +262,7 @@ def page_of(folders: Sequence[Path]) -> str:
                 title: {"prompts": d.prompts, "steps": d.steps, "images": _uris(d, pixels)}
                 for title, d, pixels in (
                     ("Samples", drawn[number], side),
-                    ("Scored images", sheets_of(folders[number], record["step"]), SHEET_SIDE),
+                    ("Scored images", sheets[number], sheet_side),
                 )
                 if d.steps
             },

@@ -5,22 +5,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from sd_lora.report.intervals import interval, is_better
-from sd_lora.report.verdict import GOOD, OVER, THRESHOLDS, UNDER, Verdict, percent, too_much
+from sd_lora.report.verdict import (
+    CALIBRATED,
+    GOOD,
+    OVER,
+    THRESHOLDS,
+    UNDER,
+    Verdict,
+    percent,
+    too_much,
+)
 from sd_lora.sampling.score import PromptImages, Score
+
+Key = TypeVar("Key", int, float)
 
 AS_NEAR = 0.1
 """Most fidelity less, in the mean, with which images can pass for as near to the subject; the
 verdict of a run calls more of it lost (`most_lost`)."""
+
+ALIKE = 0.02
+"""Fidelity less that no eye sees, whatever its interval."""
 
 
 @dataclass
 class Judged:
     """A LoRA file by strength; strength 0 is the base.
 
-    losses: strength → loss of each item. changes: component → part → ‖ΔW‖ / ‖W‖. images: strength →
+    kind: "subject" or "style". features: name of those that scored. losses: strength → loss of each
+    item. changes: component → part → ‖ΔW‖ / ‖W‖. images: strength →
     sets of images. scores, values: strength → their score, and the measures of each image (see
     `Judge.judge`). The last three are empty without features.
     """
@@ -31,6 +46,8 @@ class Judged:
     images: dict[float, list[PromptImages]] = field(default_factory=dict)
     scores: dict[float, Score] = field(default_factory=dict)
     values: dict[float, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    kind: str = "subject"
+    features: str = ""
 
     @property
     def strengths(self) -> list[float]:
@@ -51,22 +68,34 @@ class Judged:
         better = [s for s in self.strengths if is_better(self.losses[s], self.losses[1.0])]
         return min(better, key=lambda s: sum(self.losses[s]), default=1.0)
 
+    def too_much(self, strength: float) -> list[str]:
+        """What is too much in the images at a strength, in words, as in a run's; a style is meant
+        to reach other prompts."""
+        score = self.scores[strength]
+        named = {"copies": score.copies}
+        if self.kind == "subject":
+            named |= {"leak": score.unrelated_leak, "harm": score.harm}
+        known = {name: one for name, one in named.items() if not math.isnan(one.mean)}
+        doubts = {f"{n}_doubt": one.half for n, one in known.items() if math.isfinite(one.half)}
+        return too_much({name: one.mean for name, one in known.items()} | doubts)
+
+    @property
+    def fine(self) -> list[float]:
+        """The strengths whose images have too much of nothing."""
+        return [strength for strength in self.scores if not self.too_much(strength)]
+
     @property
     def nearest(self) -> float | None:
-        """The least strength whose images are as near to the subject as the nearest ones: the
-        difference, image by image, is within its interval; None without images."""
+        """The least strength whose images are as near to the subject as the nearest ones, of the
+        fine strengths, or of all where none is fine; None without images."""
         if not self.scores:
             return None
-        near = {strength: values["fidelity"] for strength, values in self.values.items()}
-        nearest = max(near, key=lambda strength: fmean(near[strength]))
+        near = {strength: self.near_at(strength) for strength in self.fine or self.scores}
+        return min(as_near(near))
 
-        def is_as_near(strength: float) -> bool:
-            if len(near[strength]) < 2:
-                return fmean(near[strength]) >= fmean(near[nearest])
-            less, half = interval(near[nearest], near[strength])
-            return less <= min(half, AS_NEAR)
-
-        return min(filter(is_as_near, near))
+    def near_at(self, strength: float) -> Sequence[float]:
+        """Fidelity of each image at a strength, of copies 0."""
+        return self.values[strength]["fidelity"]
 
     @property
     def verdict(self) -> Verdict:
@@ -128,53 +157,69 @@ def by_loss(judged: Judged) -> Verdict:
     return Verdict(state, f"By the loss of these images, {state}: {why}.", "", numbers)
 
 
+def as_near(near: Mapping[Key, Sequence[float]]) -> list[Key]:
+    """The keys of images that are as near to the subject as the nearest ones: the difference, image
+    by image, is within its interval and small, or so small that it does not matter.
+
+    near: key → fidelity of each image, of the same prompts and seeds.
+    """
+    nearest = max(near, key=lambda key: fmean(near[key]))
+
+    def is_as_near(key: Key) -> bool:
+        if len(near[key]) < 2:
+            return fmean(near[key]) >= fmean(near[nearest])
+        less, half = interval(near[nearest], near[key])
+        return less <= max(ALIKE, min(half, AS_NEAR))
+
+    return [key for key in near if is_as_near(key)]
+
+
 def by_images(judged: Judged) -> Verdict:
-    """The verdict by the images that were drawn, of the strength to take; what is too much in the
-    images of a run is too much here."""
-    near, at_one = judged.nearest or 1.0, judged.scores[1.0]
+    """The verdict by the images that were drawn, at strength 1, and the strength to take."""
+    near, at_one, least = judged.nearest or 1.0, judged.scores[1.0], THRESHOLDS["least_fidelity"]
     found = judged.scores[near]
-    worse = [
-        f"{name} {then.text()} and not {now.text()}"
-        for name, then, now in (
-            ("copies", at_one.copies, found.copies),
-            ("class leak", at_one.class_leak, found.class_leak),
-            ("unrelated leak", at_one.unrelated_leak, found.unrelated_leak),
-            ("harm", at_one.harm, found.harm),
-        )
-        if then.mean - now.mean > max(then.half, now.half)
-    ]
     state, why = GOOD, f"fidelity is {at_one.fidelity.text()}"
-    if near > 1:
+    if over := judged.too_much(1.0):
+        state, why = OVER, f"{why}; {'; '.join(over)}"
+        why += f"; at strength {near:g} fidelity is {found.fidelity.text()}" * (near != 1)
+    elif near > 1:
         state = UNDER
         why = f"fidelity is {at_one.fidelity.text()} at strength 1 and {found.fidelity.text()} at "
         why += f"{near:g}"
-    elif near < 1 and worse:
+    elif near < 1 and (worse := _worse(at_one, found)):
         state = OVER
         why = f"strength {near:g} is as near to the subject ({found.fidelity.text()}, at 1 "
-        why += f"{at_one.fidelity.text()}), and strength 1 has {', '.join(worse)}"
-    elif at_one.fidelity.mean < THRESHOLDS["least_fidelity"]:
+        why += f"{at_one.fidelity.text()}{', its copies counting 0' * (at_one.copies.mean > 0)}), "
+        why += f"and strength 1 has {', '.join(worse)}"
+    elif at_one.fidelity.mean < least:
         state = UNDER
         why += ", less than half of the way to real images"
     numbers = {"fidelity": at_one.fidelity.mean, "nearest_strength": near}
     advice = f"Take it at strength {near:g}." * (state != UNDER or near > 1)
-    if over := too_much(_numbers(found)):
-        state, why = OVER, f"{why}; at strength {near:g} {'; '.join(over)}"
-        advice = f"Take it at less strength than {near:g}, or train it shorter or at a lower rate."
-    return Verdict(state, f"By its images, {state}: {why}.", advice, numbers)
+    if not judged.fine or (state == OVER and found.fidelity.mean < least):
+        advice = "Train it shorter or at a lower rate: no strength here is good."
+    doubt = "" if judged.features in CALIBRATED else " (thresholds of drawings)"
+    return Verdict(state, f"By its images{doubt}, {state}: {why}.", advice, numbers)
 
 
-def _numbers(score: Score) -> dict[str, float]:
-    """The numbers of a score that can be too much, those that are known, as a run's verdict has
-    them."""
-    named = {"copies": score.copies, "leak": score.unrelated_leak, "harm": score.harm}
-    known = {name: one for name, one in named.items() if not math.isnan(one.mean)}
-    doubts = {f"{n}_doubt": one.half for n, one in known.items() if math.isfinite(one.half)}
-    return {name: one.mean for name, one in known.items()} | doubts
+def _worse(then: Score, now: Score) -> list[str]:
+    """What one score has more of than another, beyond its interval, in words."""
+    return [
+        f"{name} {a.text()} and not {b.text()}"
+        for name, a, b in (
+            ("copies", then.copies, now.copies),
+            ("class leak", then.class_leak, now.class_leak),
+            ("unrelated leak", then.unrelated_leak, now.unrelated_leak),
+            ("harm", then.harm, now.harm),
+        )
+        if a.mean - b.mean > max(a.half, b.half)
+    ]
 
 
 def best_of(found: Sequence[Judged]) -> str:
     """The file to take of several, in words: by images the one with the least leak and harm of
-    those that are as near to the subject as any; by the loss the least one, if beyond chance."""
+    those that are fine at some strength and there as near to the subject as any; by the loss the
+    least one, if beyond chance."""
 
     def near(one: Judged) -> Score:
         return one.scores[one.nearest or 1.0]
@@ -185,8 +230,11 @@ def best_of(found: Sequence[Judged]) -> str:
         return sum(value for value in known if not math.isnan(value))
 
     if all(one.scores for one in found):
-        least = max(map(near, found), key=lambda score: score.fidelity.mean).fidelity.low
-        taken = min((o for o in found if near(o).fidelity.mean >= least), key=side_effects)
+        fine = {i: one for i, one in enumerate(found) if one.fine}
+        if not fine:
+            return "Of these files none is good at any strength: train shorter or at a lower rate."
+        close = as_near({i: one.near_at(one.nearest or 1.0) for i, one in fine.items()})
+        taken = min((fine[i] for i in close), key=side_effects)
         why = told(near(taken))
         return f"Of these files take {taken.path} at strength {taken.nearest:g}: {why}."
     taken = min(found, key=lambda one: sum(one.losses[one.best]))

@@ -114,10 +114,10 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a verdict by scores of images; none where there are fewer than two, or they
     have another form.
 
-    fidelity, copies, harm, leak (of unrelated prompts, of a subject) and class_leak, those that are
-    known: of the last score, or of the one that was exported. …_doubt: half the interval of each,
-    0 of one set of seeds. lost: of the merit since the best step, lost_doubt: half its interval.
-    best, last: steps.
+    fidelity, copies, harm and leak (of unrelated prompts) of a subject, changed (the harm of a
+    style, which is meant to reach all prompts) and class_leak, those that are known: of the last
+    score, or of the one that was exported. …_doubt: half the interval of each, 0 of one set of
+    seeds. lost: of the merit since the best step, lost_doubt: half its interval. best, last: steps.
     """
     with suppress(LookupError, TypeError, ValueError, AttributeError):
         measured = record["scores"]
@@ -127,10 +127,9 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         last = measured.get("exported", max(rows))
         if record.get("ended") and "exported" not in measured and last < record["step"]:
             return {}  # of an earlier part of the run, which scored
-        named = {"fidelity": "fidelity", "copies": "copies", "harm": "harm"}
-        named["class_leak"] = "class_leak"
-        if "unrelated_leak" in measured["measures"]:  # a style is meant to reach all prompts
-            named["leak"] = "unrelated_leak"
+        of_subject = "unrelated_leak" in measured["measures"]
+        named = {"fidelity": "fidelity", "copies": "copies", "class_leak": "class_leak"}
+        named |= {"leak": "unrelated_leak", "harm": "harm"} if of_subject else {"changed": "harm"}
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
         found = {"lost": -lost, "lost_doubt": doubt, "best": measured["best"], "last": last}
         for name, key in named.items():
@@ -147,7 +146,7 @@ def verdict_of(
     record: Mapping[str, Any], thresholds: Mapping[str, float] = THRESHOLDS
 ) -> Verdict | None:
     """The verdict on a run, by scores of its images where it has them, else by its losses; None
-    where its record has too little to judge by. While the run goes on it advises nothing."""
+    where its record has too little to judge by. Of a run that has not ended it advises nothing."""
     kept = record.get("checkpoints", ())
     if seen := scored_numbers_of(record):
         known = record["scores"].get("features") in CALIBRATED
@@ -159,7 +158,7 @@ def verdict_of(
     if record.get("ended") is not False:
         return verdict
     found = verdict.found[0].lower() + verdict.found[1:]
-    return replace(verdict, found=f"So far, {found}", advice="The run goes on.")
+    return replace(verdict, found=f"So far, {found}", advice="The run has not ended.")
 
 
 TOO_MUCH = (
@@ -171,16 +170,15 @@ TOO_MUCH = (
 
 
 def too_much(n: Mapping[str, float], t: Mapping[str, float] = THRESHOLDS) -> list[str]:
-    """What is too much in the images of a LoRA, in words; harm counts beside a leak alone, for a
-    style changes other prompts rightly.
+    """What is too much in the images of a LoRA, in words.
 
-    n: numbers, and half the interval of each as …_doubt. t: thresholds.
+    n: numbers, of a style neither leak nor harm, and half the interval of each as …_doubt. t:
+    thresholds.
     """
     return [
         text.format(_around(n, name))
         for name, limit, text in TOO_MUCH
         if n.get(name, 0.0) - n.get(f"{name}_doubt", 0.0) > t[limit]
-        and (name != "harm" or "leak" in n)
     ]
 
 
@@ -195,7 +193,7 @@ def _by_images(
 ) -> Verdict:
     """The verdict by scores of images. doubt: words of features that are not calibrated."""
     over, under = too_much(n, t), []
-    if n["lost"] > max(n["lost_doubt"], t["most_lost"]):
+    if is_worse := n["lost"] > max(n["lost_doubt"], t["most_lost"]):
         over.insert(
             0,
             f"since step {n['best']:.0f} the images have lost {percent(n['lost'])} ± "
@@ -205,16 +203,21 @@ def _by_images(
     if n["fidelity"] < t["least_fidelity"]:
         under.append(seen)
     state = OVER if over else UNDER if under else GOOD
-    named = {"leak": "leak into other prompts", "harm": "harm", "class_leak": "leak into the class"}
+    named = {
+        "leak": "leak into other prompts", "harm": "harm", "changed": "harm",
+        "class_leak": "leak into the class",
+    }  # fmt: skip
     told = [seen, *(f"{words} {_around(n, name)}" for name, words in named.items() if name in n)]
     reasons = "; ".join(over or under or [", ".join(told)])
-    return Verdict(state, f"By its images{doubt}, {state}: {reasons}.", _advice(state, n, kept), n)
+    return Verdict(
+        state, f"By its images{doubt}, {state}: {reasons}.", _advice(state, n, kept, is_worse), n
+    )
 
 
 def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[int]) -> Verdict:
     """The verdict by losses."""
     over, under = [], []
-    if n["rise"] > max(n["rise_doubt"], t["most_rise"]):
+    if is_worse := n["rise"] > max(n["rise_doubt"], t["most_rise"]):
         over.append(
             f"the validation loss has risen by {percent(n['rise'])} ± {percent(n['rise_doubt'])} "
             f"since step {n['best']:.0f}"
@@ -245,7 +248,7 @@ def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[in
     state = OVER if over else UNDER if under else GOOD
     settled = f"the validation loss fell by {percent(n['gain'])} and has settled"
     reasons = "; ".join(over or under or [settled])
-    return Verdict(state, f"{_HEADS[state]}: {reasons}.", _advice(state, n, kept), n)
+    return Verdict(state, f"{_HEADS[state]}: {reasons}.", _advice(state, n, kept, is_worse), n)
 
 
 _HEADS = {
@@ -255,16 +258,19 @@ _HEADS = {
 }
 
 
-def _advice(state: str, n: Mapping[str, float], kept: Collection[int]) -> str:
-    """The file to take, its strength, and the remedy. kept: steps of the checkpoints that are
-    there."""
+def _advice(state: str, n: Mapping[str, float], kept: Collection[int], is_worse: bool) -> str:
+    """The file to take, its strength, and the remedy.
+
+    kept: steps of the checkpoints that are there. is_worse: whether the last step is worse than the
+    best one, beyond chance.
+    """
     best, last = round(n["best"]), round(n["last"])
     if state == UNDER:
         return "Go on with more --steps, or raise --learning_rate."
     less = "try the last file at less strength (sd-lora sample --strengths 0.4 0.6 0.8 1)"
-    if state == OVER and best in kept and 0 < best < last:
-        return f"Take step {best} (sd-lora export checkpoint-{best}), or {less}."
-    if state == OVER and 0 < best < last:
+    if state == OVER and is_worse and best in kept and 0 < best < last:
+        return f"Take step {best} (sd-lora export RUN/checkpoint-{best}), or {less}."
+    if state == OVER and is_worse and 0 < best < last:
         return (
             f"Step {best} was better, and no checkpoint of it is left (--keep_best keeps it): "
             f"{less}, or train anew."

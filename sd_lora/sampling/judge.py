@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sd_lora.sampling.features import Features, Looks, Seen
+from sd_lora.sampling.features import Features, Looks, Seen, Vectors
 from sd_lora.sampling.interval import Interval
 from sd_lora.sampling.score import PromptImages, Prompts, Score, Taught
 
@@ -80,6 +80,11 @@ class Scale:
 
     def _looks(self, seen: Seen) -> Looks:
         return {"subject": seen.subject, "style": seen.style}[self.kind]
+
+    @property
+    def has_cosines(self) -> bool:
+        """Whether likeness is a cosine of embeddings, as in published measures."""
+        return isinstance(self.real, Vectors) and self.kind == "subject"
 
     def likeness_of(self, one: Seen, other: Seen) -> Tensor:
         """(N, M), of N images and M others, below 0 as well."""
@@ -252,15 +257,21 @@ class Judge:
             base_leak=Interval(tuple(torch.tensor(own).nanmean(0).tolist())),
             harm=Interval(tuple(w - n for w, n in zip(was, now.nanmean(1).tolist(), strict=True))),
             followed_before=Interval(was),
-            similarity=_means([self.scale.likeness_of(s.own, self.scale.seen) for s in seen]),
+            similarity=_means([self._similarity(s) for s in seen]),
             drift=_means([self._drift(s, b) for s, b in zip(seen, self.before, strict=True)]),
             blind=self.features.blind,
         )
         return {name: values[name] for name in MERIT[self.taught.kind]}, whole
 
+    def _similarity(self, now: SeenSet) -> Tensor:
+        """(N, real ones): cosines of the subject's images and real ones."""
+        if not self.scale.has_cosines:
+            return torch.empty(0)
+        return self.scale.likeness_of(now.own, self.scale.seen)
+
     def _drift(self, now: SeenSet, before: SeenSet) -> Tensor:
         """(N,): of each image of an unrelated prompt from the base's, from 0 to 1."""
-        if now.others is None or before.others is None:
+        if now.others is None or before.others is None or not self.scale.has_cosines:
             return torch.empty(0)
         like = self.scale.likeness_of(now.others, before.others).diagonal()
         return (1 - like[len(now.of_class) :]) / 2

@@ -110,8 +110,8 @@ class Score:
         away; base_leak: the same among the base model's own images of the same prompts.
     harm: what the images of other prompts show less of their prompts than the base model's;
         followed_before: what the base model's show.
-    similarity: mean likeness of the subject's images and real ones. drift: of unrelated images from
-        the base model's, half of one less their likeness.
+    similarity: mean cosine of the subject's images and real ones. drift: of unrelated images from
+        the base model's, half of one less their cosine. NaN where features have no cosine.
     blind: differences that the features do not see.
     """
 
@@ -146,10 +146,11 @@ class Score:
             f"the way to the subject (the base's own images: {self.base_leak.text()})",
             f"  harm: other prompts followed {self.harm.text()} less than by the base "
             f"({self.followed_before.text()})",
-            f"  as others measure it: similarity to real images {self.similarity.text()}, drift of "
-            f"unrelated ones {self.drift.text()}",
             f"  {over}. Not seen: {self.blind}",
         ]
+        if not math.isnan(self.similarity.mean):
+            drift = f", drift of unrelated ones {self.drift.text()}"
+            lines.append(f"  cosines: similarity to real images {self.similarity.text()}{drift}")
         return "\n".join(lines)
 
     def line(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from sd_lora.adapters.merging import mask_ranks, switched_off, whole_ranks
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import denoised, sample_losses, target_of, weighted_loss
+from sd_lora.diffusion.noise import Noise
 from sd_lora.training.run import Run
 
 
@@ -38,7 +39,7 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
     places = [i for i, item in enumerate(items) if item.preserves]
     if places and run.config.preservation_sampler_steps:
-        noisy[places] = _drawn_by_base(run, batch.part(places), noise[places], t[places], step)
+        noisy[places] = _drawn_by_base(run, batch.part(places), x0[places], t[places], step)
     x_t = run.unet_input(noisy, batch)
     conditions = run.conditions(items, step)
     unet = run.prepared["unet"]
@@ -75,20 +76,22 @@ def _base_answer(run: Run, batch: Batch, x_t: Tensor, t: Tensor, step: int) -> T
 
 
 @torch.no_grad()
-def _drawn_by_base(run: Run, batch: Batch, noise: Tensor, t: Tensor, step: int) -> Tensor:
+def _drawn_by_base(run: Run, batch: Batch, x0: Tensor, t: Tensor, step: int) -> Tensor:
     """x_t (B, C, H, W) on the base model's own way from pure noise to an image of the preserved
     caption: `preservation_sampler_steps` steps of DDIM (Song et al. 2021, equation 12, without
     noise) from the last timestep to t (B,), without guidance.
 
-    noise: that of the items (B, C, H, W), where the way begins.
+    x0: latents of the items' images (B, C, H, W), of which the form counts. The way begins in plain
+    noise of the items' addresses, as an image's does, whatever noise is trained on.
     """
     schedule, steps = run.objective.schedule, run.config.preservation_sampler_steps
     last = torch.full_like(t, schedule.num_timesteps - 1)
     levels = [last + (t - last) * k // steps for k in range(steps + 1)]
-    x = noise
+    addresses = [item.address for item in batch.items]
+    x = Noise().draw(x0, addresses).to(x0.device)
     for now, following in pairwise(levels):
         answer = _base_answer(run, batch, run.unet_input(x, batch), now, step)
-        x0, epsilon = denoised(answer, x, now, schedule)
+        found, epsilon = denoised(answer, x, now, schedule)
         alpha, sigma = schedule.coefficients(following)
-        x = alpha * x0 + sigma * epsilon
+        x = alpha * found + sigma * epsilon
     return x

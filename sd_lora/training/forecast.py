@@ -103,7 +103,9 @@ def _without_effect(plan: Plan) -> Iterator[Finding]:
 def _idle_objective(plan: Plan) -> Iterator[Finding]:
     """Options of noise and timesteps with a value that changes nothing."""
     config = plan.config
-    images = min(plan.samples_per_step, len(plan.images.entries))
+    images = plan.samples_per_step
+    if config.bucket_leftovers != "repeat":  # else copies fill the batch
+        images = min(images, len(plan.images.entries))
     for name, idle, why in (
         ("multires_noise_iterations", config.multires_noise_iterations == 1,
          "1 adds a noise as fine as the noise itself, which is plain noise again; take 6 to 10"),

@@ -60,8 +60,15 @@ UNRELATED = {
     "tree": "a photo of a green tree on a white background",
     "fish": "a photo of a fish",
     "boat": "a photo of a boat at night",
+    "cup": "a photo of a blue cup on a white background",
+    "flower": "a photo of a red flower on the grass",
+    "mushroom": "a photo of a mushroom at night",
+    "cat": "a photo of a cat on the beach",
+    "heart": "a photo of a pink heart on a grey background",
+    "robot": "a photo of a robot in the snow",
 }
-"""Thing → a prompt of it, which a LoRA of something else should leave alone."""
+"""Thing → a prompt of it, which a LoRA of something else should leave alone; the first NUM_PROMPTS
+that are not spoken of are drawn."""
 
 _WORD = re.compile(r"\w+")
 
@@ -79,7 +86,8 @@ def prompts_for(
     places, else the first captions; the class's in the same places; unrelated ones, of things that
     no caption and no prompt names."""
     own = list(dict.fromkeys(caption for caption in captions if caption))
-    named = {word for text in (*own, class_prompt or "") for word in _WORD.findall(text.lower())}
+    spoken = (*own, instance_prompt or "", class_prompt or "")
+    named = {word for text in spoken for word in _WORD.findall(text.lower())}
     unrelated = [t for thing, t in UNRELATED.items() if not named & {thing, f"{thing}s"}]
     one = instance_prompt or (own[0] if len(own) == 1 else None)
     own = [one + place for place in PLACES] if one else own[:NUM_PROMPTS]
@@ -88,7 +96,15 @@ def prompts_for(
         if class_prompt
         else []
     )
-    return Prompts(own, of_class, unrelated)
+    return Prompts(own, of_class, unrelated[:NUM_PROMPTS])
+
+
+def subject_prompt_of(config: RunConfig, samples: Sequence[Sample]) -> str | None:
+    """The prompt of the one subject as its captions are made, with trigger word, prefix and suffix,
+    the longest of its wildcards' words; None without one."""
+    if config.subject_prompt is None or not samples:
+        return None
+    return longest_form((config.subject_prompt,), samples[0].source.rules)[0]
 
 
 @dataclass(frozen=True)
@@ -113,7 +129,8 @@ def planned_scores(
     if not can_generate_images(family):
         raise _refused(f"{family.label} draws no image from a prompt, and so none is scored")
     class_prompt = config.score_class_prompt or config.class_prompt
-    prompts = prompts_for(_captions(samples), config.subject_prompt, class_prompt)
+    own = subject_prompt_of(config, samples)
+    prompts = prompts_for(_captions(samples), own, class_prompt)
     if not prompts.subject:
         raise _refused("captions are drawn and scored, and no image has one")
     try:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+from contextlib import suppress
 from typing import Any
 
 from PIL import Image
@@ -21,7 +22,9 @@ def add_thumbnails(run: Run, images: list[dict[str, Any]]) -> None:
     for row in images:
         index = row["index"]
         if index not in run.thumbnails:
-            run.thumbnails[index] = _thumbnail(run, index)
+            run.thumbnails[index] = ""
+            with suppress(Exception):  # a run does not end for want of its page
+                run.thumbnails[index] = _thumbnail(run, index)
         if picture := run.thumbnails[index]:
             row["picture"] = picture
 

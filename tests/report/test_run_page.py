@@ -15,12 +15,7 @@ from sd_lora.cli import main
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event
 from sd_lora.report.run_page import (
-    MOST_BYTES,
-    SIDES,
-    Drawn,
-    _fitting,
     curves_of,
-    data_uri,
     page_of,
     unet_of,
 )
@@ -38,10 +33,16 @@ def data_of(page: str) -> list[dict]:
     return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
 
 
-def test_the_page_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_of_a_run(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The curves are the log's numbers, the images the written ones to the last bit, of the steps
     0, 4 and 6; the table has each number of the curves; changes are of every part; nothing on the
-    page asks for another place. `sd-lora report` writes the same, and compares two runs."""
+    page asks for another place. `sd-lora report` compares two runs on a page of its own, and never
+    writes it over a run's."""
     page = (run / "report.html").read_text("utf-8")
     (data,) = data_of(page)
     log = [json.loads(line) for line in (run / "training_log.jsonl").read_text().splitlines()]
@@ -63,8 +64,11 @@ def test_the_page_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not re.search(r"""(?:src|href|url\()\s*=?\s*["']?(?:https?:)?//""", page)
     other = tmp_path / "other"
     shutil.copytree(run, other)
-    assert main(["report", str(run), str(other), "--out", str(tmp_path / "both.html")]) == 0
-    assert [d["name"] for d in data_of((tmp_path / "both.html").read_text())] == ["out", "other"]
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(run), str(other)]) == 0
+    assert [d["name"] for d in data_of((tmp_path / "runs.html").read_text())] == ["out", "other"]
+    assert main(["report", str(run), str(other), "--out", str(other / "report.html")]) == 2
+    assert "is the page of the run in that folder" in capsys.readouterr().err
 
 
 def test_a_long_log_is_thinned_and_smoothed() -> None:
@@ -127,23 +131,50 @@ def test_odd_folders_are_told_or_shown(run: Path, tmp_path: Path) -> None:
             page_of(broken)
 
 
-def test_a_page_stays_below_ten_megabytes(tmp_path: Path) -> None:
-    """Images of noise, the worst there are for a coder, are made smaller and then thinned, the
-    first and the last step among them; 20 steps of four stay whole at a side that fits."""
+def test_a_page_stays_below_ten_megabytes(run: Path, tmp_path: Path) -> None:
+    """A page of noise, the worst there is for a coder: 20 steps of 24 samples, 40 sheets of scored
+    images, 200 images of the ledger, 5,000 logged steps; and two such runs side by side. The first
+    and the last step are among those shown."""
     rng = np.random.default_rng(0)
-    noise = [rng.integers(0, 255, (512, 512, 3), dtype=np.uint8) for _ in range(4)]
-    for i, pixels in enumerate(noise):
-        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
-    files = [tmp_path / f"{i}.png" for i in range(4)]
-    few, side = _fitting([Drawn([""] * 4, dict.fromkeys(range(20), files))])
-    assert (len(few[0].steps), side) == (20, 256)
-    many = Drawn([""] * 4, dict.fromkeys(range(0, 6000, 10), files))
-    (shown,), side = _fitting([many])
-    assert side == min(SIDES)
-    assert [shown.steps[0], shown.steps[-1]] == [0, 5990]
-    for found, at in ((few[0], 256), (shown, side)):
-        size = sum(len(data_uri(path, at)) for files in found.images.values() for path in files)
-        assert 0.2 * MOST_BYTES < size < 1.05 * MOST_BYTES
+
+    def noise(width: int, height: int) -> Image.Image:
+        return Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "samples")
+    samples, sheet, sheet_bytes = [noise(256, 256) for _ in range(3)], noise(2304, 400), b""
+    for step in range(20):
+        place = folder / "samples" / f"step-{step:06}"
+        place.mkdir(parents=True)
+        for i in range(24):
+            samples[i % 3].save(place / f"{i:02}.png")
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", compress_level=1)
+    sheet_bytes = buffer.getvalue()
+    for step in range(40):
+        (folder / "samples" / f"score-{step:06}.png").write_bytes(sheet_bytes)
+    buffer = io.BytesIO()
+    noise(96, 64).save(buffer, "WEBP", quality=80)
+    picture = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    record = json.loads((folder / "report.json").read_text())
+    record["ledger"] = [
+        {"name": f"{i}.png", "seen": 1, "loss": 1, "change": 1, "finding": "", "picture": picture}
+        for i in range(200)
+    ]
+    record["step"] = 5000
+    (folder / "report.json").write_text(json.dumps(record))
+    with (folder / "training_log.jsonl").open("a") as file:
+        for step in range(7, 5001):
+            row = {"step": step, "loss": 0.123456 + step, "lr": 1.23456e-4, "grad_norm": 0.654321}
+            file.write(json.dumps(row) + "\n")
+    one, two = page_of([folder]), page_of([folder, folder])
+    assert 4_000_000 < len(one.encode()) < 10_000_000
+    assert len(two.encode()) < 10_000_000
+    for data in data_of(one) + data_of(two):
+        for drawn, last in ((data["drawn"]["Samples"], 19), (data["drawn"]["Scored images"], 39)):
+            assert [drawn["steps"][0], drawn["steps"][-1]] == [0, last]
+    assert one.count(picture) == 200
 
 
 def test_the_unet_is_drawn_by_its_parts() -> None:

@@ -152,7 +152,22 @@ def test_a_run_that_goes_on_gets_no_advice() -> None:
     verdict = verdict_of(scored() | {"ended": False})
     assert verdict is not None
     assert verdict.text.startswith("So far, by its images")
-    assert verdict.text.endswith(" The run goes on.")
+    assert verdict.text.endswith(" The run has not ended.")
+
+
+def test_a_step_that_is_better_by_chance_is_not_named() -> None:
+    """Images that are copies at each step: an earlier one that was better by chance is no advice;
+    harm counts also where no unrelated prompt tells of a leak."""
+    run = scored(copies=1.0, since_best=(-0.001, 0.5), best=100) | {"checkpoints": [100]}
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert "Take an earlier step or a lower --learning_rate" in verdict.text
+    run = scored(harm=0.6)
+    for row in run["scores"]["rows"]:
+        row["score"]["unrelated_leak"] = {"mean": None, "low": None}
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.state == OVER
 
 
 def test_advice_names_what_is_there() -> None:
@@ -163,7 +178,7 @@ def test_advice_names_what_is_there() -> None:
     assert gone is not None
     assert there is not None
     assert "Step 100 was better, and no checkpoint of it is left (--keep_best" in gone.text
-    assert "Take step 100 (sd-lora export checkpoint-100), or" in there.text
+    assert "Take step 100 (sd-lora export RUN/checkpoint-100), or" in there.text
 
 
 def test_too_little_is_no_verdict() -> None:

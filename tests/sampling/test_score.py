@@ -126,6 +126,9 @@ def test_drift_is_pefts() -> None:
     after = [PromptImages([RED], [RED], [RED, YELLOW])]
     result = score(Colours(), Taught([RED]), prompts, before, after)
     assert result.drift.values == pytest.approx(((1 - (0 + 1) / 2) / 2,))
+    assert "drift of unrelated ones 25 %" in result.text()
+    style = score(Colours(), Taught([RED], kind="style"), prompts, before, after)
+    assert math.isnan(style.drift.mean + style.similarity.mean)  # they are of subjects
 
 
 def test_the_values_of_each_image() -> None:

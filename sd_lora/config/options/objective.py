@@ -121,7 +121,8 @@ class ObjectiveOptions(Section):
         ge=0, lt=1, summary=("objective", "{:g} outside masks"), onetrainer=SAME)
     output_preservation: str | None = option(None,
         "keep the base's own answers, without class images: to captions with the class in the "
-        "place of the trigger word, or to no caption (blank). Each step costs about twice as much",
+        "place of the trigger word, or to no caption (blank). Each step costs about three times "
+        "as much",
         choices=("class", "blank"),
         summary=("objective", "answers to the {} caption preserved"))
     preservation_class: str | None = option(None,
