@@ -161,6 +161,10 @@ def verdict_of(
     return replace(verdict, found=f"So far, {found}", advice="The run has not ended.")
 
 
+CLASS_TAKEN = 0.5
+"""Leak into the class above which a verdict speaks of it. It makes no run overtrained: without class
+images each run has it at once, and some want it."""
+
 TOO_MUCH = (
     ("copies", "most_copies", "{} of the images repeat a training image"),
     ("leak", "most_leak", "other prompts went {} of the way to what was learned"),
@@ -209,9 +213,13 @@ def _by_images(
     }  # fmt: skip
     told = [seen, *(f"{words} {_around(n, name)}" for name, words in named.items() if name in n)]
     reasons = "; ".join(over or under or [", ".join(told)])
-    return Verdict(
-        state, f"By its images{doubt}, {state}: {reasons}.", _advice(state, n, kept, is_worse), n
-    )
+    words = f"By its images{doubt}, {state}: {reasons}."
+    if n.get("class_leak", 0.0) - n.get("class_leak_doubt", 0.0) > CLASS_TAKEN:
+        words += (
+            f" Other things of its class are drawn as it ({_around(n, 'class_leak')} of the way): "
+            "class images or --output_preservation keep them as they were."
+        )
+    return Verdict(state, words, _advice(state, n, kept, is_worse), n)
 
 
 def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[int]) -> Verdict:

@@ -136,6 +136,18 @@ def test_a_style_may_reach_other_prompts() -> None:
     assert "leak" not in verdict.text
 
 
+def test_a_class_that_is_taken_is_spoken_of() -> None:
+    """Where other things of the class are drawn as the subject, the verdict says so and what keeps
+    them; that alone makes nothing overtrained."""
+    run = scored()
+    for row in run["scores"]["rows"]:
+        row["score"]["class_leak"] = {"mean": 0.9, "low": 0.8}
+    verdict = verdict_of(run)
+    assert verdict is not None
+    assert verdict.state == GOOD
+    assert "its class are drawn as it (90 % ± 10.0 % of the way): class images or" in verdict.text
+
+
 def test_what_is_not_known_is_not_told() -> None:
     """Numbers that a model of images cannot tell are in no sentence, as 0 or otherwise."""
     run = scored()
