@@ -346,7 +346,16 @@ def write_sheet(
     Sheet(rows, labels, columns, side=96).write(path)
 
 
+def shown_of(whole: Any, others: bool) -> list[Any]:
+    """The subject's images or prompts of a set, and some of the class and of other things."""
+    return (
+        [*whole.subject, *whole.of_class[:3], *whole.unrelated[:3]] if others else [*whole.subject]
+    )
+
+
 SHOWN_AS = {
+    "600 steps, no text encoder": "one of 24 class images beside each",
+    "600 steps, class preserved, drawn in 2": "--output_preservation class, no class images",
     "recipe": "attention, feed-forward and convolutions, rank 16",
     "attention": "attention alone, rank 79, as many parameters",
 }
@@ -360,15 +369,19 @@ def write_picture(args: argparse.Namespace) -> None:
     labels, columns = [], []
     for name in args.lessons:
         lesson, seed, images = LESSONS[name], args.seeds[0], args.images[0]
-        shown = len(lesson.prompts.subject)
-        rows.append([image for image, _ in lesson.images(images)][:shown])
-        labels.append(f"{name}: {shown} of the {images} images that were trained on")
+        texts = shown_of(lesson.prompts, args.all)
+        real = [image for image, _ in lesson.images(images)][: len(texts)]
+        rows.append([*real, *[None] * (len(texts) - len(real))])
+        labels.append(f"{name}: {len(real)} of the {images} images that were trained on")
+        if args.all:
+            rows.append(shown_of(stored_sets(args.out, lesson)[0], args.all))
+            labels.append("the base")
         for row in args.rows:
             cell = Cell(row, name, images, seed)
             if cell not in cells:
                 raise SystemExit(f"{cell.name} is not done: run it first")
             kept = args.out / "images" / f"{cell.name}.png"
-            rows.append([*kept_images(kept, lesson.prompts)[0].subject])
+            rows.append(shown_of(kept_images(kept, lesson.prompts)[0], args.all))
             found = Interval(tuple(cells[cell]["score"]["fidelity"]["values"])).text()
             labels.append(f"{SHOWN_AS.get(row, row)}: fidelity {found}")
         columns = [  # the same for all lessons
@@ -382,7 +395,7 @@ def write_picture(args: argparse.Namespace) -> None:
                 name,
                 0,
             )
-            for i, text in enumerate(lesson.prompts.subject)
+            for i, text in enumerate(texts)
         ]
     Sheet(rows, labels, columns, side=128).write(args.file)
 
@@ -466,6 +479,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("command", choices=("run", "rescore", "table", "picture"))
     parser.add_argument("--file", type=Path, help="the image that `picture` writes")
+    parser.add_argument("--all", action="store_true", help="the class and other things, too")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=[*RECIPES])
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])

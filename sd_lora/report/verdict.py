@@ -162,8 +162,8 @@ def verdict_of(
 
 
 CLASS_TAKEN = 0.5
-"""Leak into the class above which a verdict speaks of it. It makes no run overtrained: without class
-images each run has it at once, and some want it."""
+"""Leak into the class above which a verdict speaks of it. It makes no run overtrained: without
+class images each run has it at once, and some want it."""
 
 TOO_MUCH = (
     ("copies", "most_copies", "{} of the images repeat a training image"),
