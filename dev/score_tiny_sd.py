@@ -7,8 +7,11 @@ and textures no training has, and on folders of images named by --unseen.
 
 The UNet: a classifier, trained here on drawn scenes and shown to be right on scenes that it has
 not seen, is asked about images of prompts: the thing, its colour, the background, how many, where,
-how big, in which style. Everything goes into the pipeline folder's training.json; WORK/wrong.png
-shows the images whose thing or colour is judged wrong.
+how big, in which style. Half of what it learns from has been through the VAE, as all has that it
+is asked about: trained on clean drawings alone, it was right about the colour of 96.6 % of unseen
+clean ones and of 94.8 % of the same ones after the VAE, which no UNet could pass. Everything goes
+into the pipeline folder's training.json; WORK/wrong.png shows the images whose thing or colour is
+judged wrong.
 """
 
 import argparse
@@ -22,7 +25,7 @@ import numpy as np
 import patterns
 import torch
 import torch.nn.functional as F
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image, ImageChops, ImageDraw
 from pretrain_tiny_sd import (
     GUIDANCE,
@@ -34,11 +37,15 @@ from pretrain_tiny_sd import (
     save_whole,
     scene_of,
 )
-from pretrain_vae import NUM_UNSEEN, lr_at, pixel_error, to_unit
+from pretrain_vae import lr_at, pixel_error, to_unit
 from torch import Tensor, nn
 from tqdm import tqdm
 
-JUDGE_STEPS = 4000
+JUDGE_STEPS = 6000
+NUM_DECODED = 12_000
+"""Drawings that the judge sees as the VAE gives them back."""
+NUM_FRESH = 2000
+"""Drawings that the judge is tried on: at 98 % right, this says it within 0.3 % (one sigma)."""
 
 # ---------------------------------------------------------------------------------------------
 # The VAE
@@ -168,13 +175,17 @@ class Judge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 128)
-        layers: list[nn.Module] = []
+        widths = (32, 64, 96, 128)
+
+        def layer(a: int, b: int, stride: int) -> list[nn.Module]:
+            return [nn.Conv2d(a, b, 3, stride, 1), nn.GroupNorm(8, b), nn.SiLU()]
+
+        layers = layer(3, widths[0], 2)
         for a, b in zip(widths, widths[1:], strict=False):
-            layers += [nn.Conv2d(a, b, 3, 2, 1), nn.GroupNorm(8, b), nn.SiLU()]
+            layers += [*layer(a, a, 1), *layer(a, b, 2)]
         self.body = nn.Sequential(*layers, nn.Flatten())
         self.heads = nn.ModuleDict(
-            {name: nn.Linear(128 * 16, len(words)) for name, words in QUESTIONS.items()}
+            {name: nn.Linear(widths[-1] * 16, len(words)) for name, words in QUESTIONS.items()}
         )
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
@@ -193,31 +204,64 @@ def only(wanted: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
     return {q: torch.where(mask, w, -100) for q, w in wanted.items()}
 
 
-def train_judge(args: argparse.Namespace) -> tuple[Judge, dict[str, float]]:
-    """Returns the classifier, and how often it is right on drawings that it has not seen."""
+@torch.no_grad()
+def through_vae(vae: AutoencoderKL, pixels: np.ndarray) -> np.ndarray:
+    """Returns images (N, 64, 64, 3), 0 to 255, as the VAE gives them back."""
+    out = []
+    for start in tqdm(range(0, len(pixels), 64), "decoded drawings", mininterval=30):
+        latents = vae.encode(to_unit(pixels[start : start + 64])).latent_dist.mean
+        image = (vae.decode(latents).sample / 2 + 0.5).clamp(0, 1) * 255
+        out.append(image.round().permute(0, 2, 3, 1).to(torch.uint8).numpy())
+    return np.concatenate(out)
+
+
+def train_judge(args: argparse.Namespace, vae: AutoencoderKL) -> Judge:
+    """Returns the classifier, trained on drawings of which a half is decoded."""
     pixels, _ = draw_scenes(args)
     first = first_seed(args)
-    wanted = numbers_of([scene_of(first + i) for i in range(NUM_SCENES + NUM_UNSEEN)])
+    scenes = [scene_of(first + i) for i in range(NUM_SCENES)]
+    wanted = numbers_of(scenes)
     torch.manual_seed(args.seed)
     judge, kept = Judge(), args.work / "judge.pt"
     if kept.is_file():
         judge.load_state_dict(torch.load(kept))
-    else:
-        optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.01, fused=True)
-        for step in tqdm(range(JUDGE_STEPS), "judge", mininterval=30):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, JUDGE_STEPS, 2e-3, 0.5)
-            pick = torch.randint(NUM_SCENES, (64,))
-            out = judge(to_unit(pixels[pick.numpy()]))
-            said = {q: w[pick] for q, w in wanted.items()}
-            losses = [F.cross_entropy(out[q], said[q], reduction="sum") / 64 for q in QUESTIONS]
-            torch.stack(losses).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        save_whole(judge.state_dict(), kept)
-    with torch.no_grad():
-        out = judge.eval()(to_unit(pixels[NUM_SCENES:]))
-    return judge, share_right(out, {q: w[NUM_SCENES:] for q, w in wanted.items()})
+        return judge
+    decoded = args.work / "decoded.npy"
+    if not decoded.is_file():
+        np.save(decoded, through_vae(vae, pixels[:NUM_DECODED]))
+    decoded_pixels = np.load(decoded)
+    textured = torch.tensor([1.0 if s.texture == "plain" else 3.0 for s in scenes])
+    optimizer = torch.optim.AdamW(judge.parameters(), 2e-3, weight_decay=0.05, fused=True)
+    for step in tqdm(range(JUDGE_STEPS), "judge", mininterval=30):
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, JUDGE_STEPS, 2e-3, 0.5)
+        clean = textured.multinomial(32, replacement=True)
+        through = textured[:NUM_DECODED].multinomial(32, replacement=True)
+        shown = np.concatenate([pixels[clean.numpy()], decoded_pixels[through.numpy()]])
+        pick = torch.cat([clean, through])
+        out = judge(to_unit(shown))
+        said = {q: w[pick] for q, w in wanted.items()}
+        losses = [F.cross_entropy(out[q], said[q], reduction="sum") / 64 for q in QUESTIONS]
+        torch.stack(losses).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    save_whole(judge.state_dict(), kept)
+    return judge
+
+
+@torch.no_grad()
+def try_judge(judge: Judge, vae: AutoencoderKL) -> dict[str, dict[str, float]]:
+    """Returns how often the judge is right on drawings that it has not seen, as they are drawn and
+    as the VAE gives them back; the second is what a perfect UNet would get."""
+    scenes = [images.random_scene(random.Random(3 * 10**9 + i)) for i in range(NUM_FRESH)]
+    pixels = np.stack([np.asarray(images.draw(scene)) for scene in scenes])
+    wanted = numbers_of(scenes)
+    return {
+        "judge on unseen drawings": share_right(judge(to_unit(pixels)), wanted),
+        "judge on unseen drawings after the VAE": share_right(
+            judge(to_unit(through_vae(vae, pixels))), wanted
+        ),
+    }
 
 
 def write_wrong(
@@ -270,7 +314,7 @@ def named_folder(text: str) -> tuple[str, Path]:
 
 def main() -> None:
     p = parser()
-    p.add_argument("--prompts", type=int, default=256)
+    p.add_argument("--prompts", type=int, default=512)
     p.add_argument(
         "--unseen", type=named_folder, action="append", default=[], metavar="NAME=FOLDER"
     )
@@ -280,9 +324,9 @@ def main() -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(args.out, torch_dtype=torch.float32, **off)
     score: dict[str, object] = {"round trip": score_vae(pipeline, dict(args.unseen))}
     print(score, flush=True)
-    judge, on_drawings = train_judge(args)
-    score |= {"judge on unseen drawings": on_drawings, "prompts": args.prompts}
-    print(on_drawings, flush=True)
+    judge = train_judge(args, pipeline.vae).eval()
+    score |= try_judge(judge, pipeline.vae) | {"prompts": args.prompts}
+    print(score, flush=True)
     score[f"guidance {GUIDANCE:g}"] = score_unet(
         pipeline, judge, args.prompts, GUIDANCE, args.work / "wrong.png"
     )
