@@ -67,15 +67,6 @@ def find_sample_data() -> Path:
 STEPS = 20
 """Sampler steps of the demo's images."""
 
-LOOKS: dict[str, Any] = {
-    "score_every": 600,
-    "score_class_prompt": "a photo of a monster",
-    "validation_steps": 12,
-    "keep_best": True,
-}
-"""How the run looks at its own images, for its page, its verdict and its best checkpoint: about 7 s
-each time."""
-
 FIRST_SEEDS = {SUBJECT: 0, CLASS: KIND_SEEDS, UNRELATED: 2 * KIND_SEEDS}
 """Prompts → the seed of the first one's image in the first set."""
 
@@ -142,6 +133,14 @@ def demo_config(sample_data: Path, output_dir: str, **changes: object) -> TrainC
     return TrainConfig(**(values | changes))
 
 
+def watched(sample_data: Path) -> dict[str, Any]:
+    """The options of sample_data/watched.toml, with absolute paths: how the demo's run looks at its
+    own images."""
+    values = read_config_file(str(sample_data / "watched.toml"))
+    values["score_features"] = str(sample_data.parent / values["score_features"])
+    return values
+
+
 def taught(sample_data: Path) -> Taught:
     """The images that a run of `demo_config` is trained on, and the subject's held-out images."""
     folders = (sample_data / "dreambooth" / name for name in ("instance", "holdout"))
@@ -191,7 +190,7 @@ def main(argv: Sequence[str]) -> None:
         "download.\n"
     )
     config = demo_config(sample_data, args.output_dir)
-    config = config.replace(**LOOKS, score_features=str(sample_data / "encoder"))
+    config = config.replace(**watched(sample_data))
     with Terminal() as terminal:
         result = train(config, [terminal])
     print("\ndrawing the same prompts with the same seeds before and after, and scoring …")

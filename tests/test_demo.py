@@ -44,7 +44,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
 
     short = demo.demo_config
     monkeypatch.setattr(demo, "STEPS", 2)
-    monkeypatch.setitem(demo.LOOKS, "validation_steps", 1)
+    looks = demo.watched
+    monkeypatch.setattr(demo, "watched", lambda folder: looks(folder) | {"validation_steps": 1})
     monkeypatch.setattr(
         demo, "demo_config", lambda folder, out: short(folder, out, max_train_steps=3)
     )

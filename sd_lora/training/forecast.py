@@ -113,7 +113,7 @@ def _idle_objective(plan: Plan) -> Iterator[Finding]:
          "the nearest of 1 noise is that noise; take 4 to 16"),
         ("stratified_timesteps", config.stratified_timesteps and images == 1,
          "a step has 1 image, which has all the timesteps for itself; take a larger batch, or "
-         "gradient_accumulation_steps"),
+         "accumulate"),
     ):  # fmt: skip
         if idle:
             yield Finding("no-effect", name, why)
