@@ -283,6 +283,11 @@ def test_timesteps_are_those_that_the_user_and_the_family_have(
         loop.batch_loss(run, run.stream.batch(i), 0)
     assert min(told) >= 300
     assert max(told) < 400
+    preserved = {"output_preservation": "blank"}  # which the refiner cannot draw by itself
+    with pytest.raises(sd_lora.UsageError, match="cannot draw images alone. Give 0"):
+        prepare(text_to_image(tiny("refiner"), data, tmp_path, **preserved))
+    preserved["preservation_sampler_steps"] = 0
+    prepare(text_to_image(tiny("refiner"), data, tmp_path, **preserved))
     with pytest.raises(sd_lora.UsageError, match="the model has 1000"):
         prepare(text_to_image(tiny("sd1"), data, tmp_path, max_timestep=1001))
 

@@ -16,6 +16,7 @@ from torch.nn.utils import get_total_norm
 
 import sd_lora
 from sd_lora.adapters.inject import deltas_of
+from sd_lora.diffusion.noise import Noise
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
 from sd_lora.models.load import load_parts
@@ -343,20 +344,29 @@ def test_each_class_image_has_words_of_its_own(tiny_sd1: Path, data: Path, tmp_p
         assert image.text["parameters"].split("\n")[0] == drawn[min(drawn)]
 
 
-@pytest.mark.parametrize(("kind", "steps"), [("class", 0), ("blank", 0), ("class", 4)])
+@pytest.mark.parametrize(
+    ("kind", "steps", "changes"),
+    [
+        ("class", 0, {}),
+        ("blank", 0, {}),
+        ("class", 4, {"noise_offset": 0.3}),
+        ("blank", 4, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
+    ],
+)
 def test_preserved_answers_are_the_bases(
-    kind: str, steps: int, tiny_sd1: Path, data: Path, tmp_path: Path
+    kind: str, steps: int, changes: dict, tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
     """Beside each instance the same image, noise and timestep are trained on the bare pipeline's
     answer to the preserved caption; with sampler steps the latents that diffusers' DDIM has drawn
-    with the bare pipeline by then, from the same noise. While the adapter is zero that costs
+    with the bare pipeline by then, from plain noise at the same address, also of a v model that
+    begins at zero SNR. While the adapter is zero that costs
     nothing; later the loss is that of the instances plus the weighted mean of the difference,
     computed by two models, also for adapters that start from the base's weights."""
     more: dict = {"preservation_class": "dog"} if kind == "class" else {}
     more["preservation_sampler_steps"] = steps
     if steps:  # at timestep 199, four steps of diffusers' five
         more |= {"min_timestep": 199, "max_timestep": 200}
-    options = {"trigger_word": "sks", "train_batch_size": 2}
+    options = {"trigger_word": "sks", "train_batch_size": 2, **changes}
     options |= {name: more.pop(name) for name in ("min_timestep", "max_timestep") if name in more}
     run = prepare(
         text_to_image(
@@ -387,7 +397,7 @@ def test_preserved_answers_are_the_bases(
     if steps:
         ddim = DDIMScheduler.from_config(run.parts.scheduler.config, clip_sample=False)
         ddim.set_timesteps(5)
-        x_t = noise
+        x_t = Noise().draw(x0, addresses)
         for now in (999, 799, 599, 399):
             with torch.no_grad():
                 answer = plain.models["unet"](x_t, now, **arguments).sample
