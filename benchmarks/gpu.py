@@ -38,7 +38,11 @@ DEVICE = "cuda" if CUDA else "cpu"
 DTYPE = torch.bfloat16
 SIDES = {"sd1": 512, "sdxl": 1024}
 """Pixels of an image's side, of a family."""
-TINY = {"block_out_channels": (32, 64, 64, 64), "cross_attention_dim": 64}
+TINY = {
+    "block_out_channels": (32, 64), "cross_attention_dim": 64, "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
 """SD 1.5's UNet where there is no GPU."""
 
 

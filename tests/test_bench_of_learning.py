@@ -64,10 +64,10 @@ def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch)
         out=tmp_path, rows=["recipe"], lessons=["mascot"], images=[4], seeds=[0]
     )
     assert [*learning.missing(args)] == []
-    shown = argparse.Namespace(**vars(args), file=tmp_path / "picture.png")
+    shown = argparse.Namespace(**vars(args), file=tmp_path / "picture.png", all=True)
     learning.write_picture(shown)
     with Image.open(shown.file) as picture:
-        assert picture.height > 2 * 128  # what was trained on, and what the LoRA draws
+        assert picture.height > 3 * 128  # what was trained on, the base, and what the LoRA draws
     damaged = line | {"score": {}}
     (tmp_path / "cells.jsonl").write_text(json.dumps(damaged) + "\n")
     learning.rescore(tmp_path, features)
