@@ -28,6 +28,7 @@ OPTIMIZERS: dict[str, Row] = {
     "adafactor": {"optimizer": "adafactor"},
     "came": {"optimizer": "came"},
     "came, rate / 2": {"optimizer": "came", **_rates(0.5)},
+    "came, rate / 10": {"optimizer": "came", **_rates(0.1)},
     "lion, rate / 5": {"optimizer": "lion", **_rates(0.2)},
     "lion8bit, rate / 5": {"optimizer": "lion8bit", **_rates(0.2)},
     "prodigy": {"optimizer": "prodigy", **_FOUND},
