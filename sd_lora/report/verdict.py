@@ -217,7 +217,7 @@ def _by_images(
     if n.get("class_leak", 0.0) - n.get("class_leak_doubt", 0.0) > CLASS_TAKEN:
         words += (
             f" Other things of its class are drawn as it ({_around(n, 'class_leak')} of the way): "
-            "class images or preserved answers keep them as they were (docs/objectives.md)."
+            "class images or preserved answers keep what their captions say (docs/objectives.md)."
         )
     return Verdict(state, words, _advice(state, n, kept, is_worse), n)
 
