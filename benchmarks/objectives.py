@@ -102,6 +102,8 @@ HALVES = {"whole images": {}, "the upper half, by masks": {"mask_folder": "masks
 
 
 GREEN, CYAN = images.COLOURS["green"], images.COLOURS["cyan"]
+BELOW = ("orange", "purple", "cyan")
+"""The subject's colours below its eyes."""
 
 
 def near(shown: np.ndarray, colour: images.RGB) -> float:
@@ -110,10 +112,12 @@ def near(shown: np.ndarray, colour: images.RGB) -> float:
 
 
 def row(name: str, shown: Sequence[Image.Image]) -> str:
-    """Share of the hat's green where hats are, and of the feet's cyan where feet are."""
+    """Share of the hat's green where hats are, of the feet's cyan where feet are, and of the
+    subject's orange, purple and cyan in the lower half."""
     pixels = np.asarray(shown, float)
     hat, feet = near(pixels[:, :24, 20:44], GREEN), near(pixels[:, 40:], CYAN)
-    return f"| {name} | {hat:.3f} | {feet:.3f} |"
+    below = sum(near(pixels[:, 32:], images.COLOURS[name]) for name in BELOW)
+    return f"| {name} | {hat:.3f} | {feet:.3f} | {below:.3f} |"
 
 
 def masked(folder: Path, steps: int) -> None:
