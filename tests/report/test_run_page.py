@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -197,12 +198,18 @@ def test_a_browser_shows_the_page(run: Path) -> None:
     a slider, asks for nothing elsewhere, has nothing to complain of, and fits a phone, in light and
     in dark; tables equal the data."""
     webdriver = pytest.importorskip("selenium.webdriver")
+    waits = pytest.importorskip("selenium.webdriver.support.wait")
     options = webdriver.ChromeOptions()
     for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
         options.add_argument(word)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     browser = webdriver.Chrome(options=options)
+
+    def fits(page: Any) -> bool:
+        return page.execute_script("return document.documentElement.scrollWidth <= 390")
+
     try:
+        wait = waits.WebDriverWait(browser, 20)
         browser.get((run / "report.html").as_uri())
         (data,) = data_of((run / "report.html").read_text("utf-8"))
         assert len(browser.find_elements("css selector", "canvas")) == 3
@@ -228,8 +235,7 @@ def test_a_browser_shows_the_page(run: Path) -> None:
             browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
             metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
             browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            width = browser.execute_script("return document.documentElement.scrollWidth")
-            assert width <= 390
+            wait.until(fits)  # charts are drawn anew at another width
         sent = [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
         asked = [
             m["params"]["request"]["url"]
