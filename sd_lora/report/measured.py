@@ -103,7 +103,7 @@ def _picture(value: object) -> str:
     return value if isinstance(value, str) and _PICTURE.fullmatch(value) else ""
 
 
-_PICTURE = re.compile(r"data:image/webp;base64,[A-Za-z0-9+/=]+")
+_PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:

@@ -1,7 +1,7 @@
-"""The judge of a LoRA's images: what it sees of each, and the score made of it.
+"""The judge of a LoRA's images, and the score that it makes of them.
 
-A `Judge` embeds what stays the same from one LoRA to the next, real images and the base model's,
-and each other image once.
+A `Judge` embeds each image once: real ones and the base model's, which all LoRAs share, when it is
+made, the others when they are judged.
 """
 
 import math
@@ -26,9 +26,9 @@ MERIT = {
     "subject": {"fidelity": 1, "unrelated_leak": -1, "harm": -1},
     "style": {"fidelity": 1, "harm": -1},
 }
-"""Kind → measure → its sign in the merit of a LoRA: what is learned less what it cost. The class's
-leak is no part: without class images every run has it at once, and some want it; what the class's
-prompts lose by it is harm. A style is meant to reach other prompts."""
+"""Kind → measure → its sign in the merit of a LoRA: its gain less its cost. The class's leak is no
+part: without class images every run has it at once, and some want it; the loss of the class's
+prompts by it is harm. A style is meant to reach other prompts."""
 
 ABOUT_SUBJECT = ("background", "count")
 """Questions about the subject's images: its thing and colours are learned, not asked for."""

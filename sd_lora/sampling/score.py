@@ -14,7 +14,7 @@
   prompt and the base's from the same seed, in the mean (peft's image benchmark).
 
 Every number has an interval over sets of images, each drawn from seeds of its own. A `Judge`
-embeds what stays the same from one LoRA to the next: real images and the base model's.
+embeds real images and the base model's once, for they stay from one LoRA to the next.
 """
 
 import math
@@ -108,8 +108,8 @@ class Score:
     followed: how well the subject's images show the background and number asked for.
     class_leak, unrelated_leak: way of these images towards the subject, below 0 where they moved
         away; base_leak: the same among the base model's own images of the same prompts.
-    harm: what the images of other prompts show less of their prompts than the base model's;
-        followed_before: what the base model's show.
+    harm: how much less the images of other prompts follow them than the base model's;
+        followed_before: how well the base model's do.
     similarity: mean cosine of the subject's images and real ones. drift: of unrelated images from
         the base model's, half of one less their cosine. NaN where features have no cosine.
     blind: differences that the features do not see.

@@ -1,12 +1,11 @@
 """Small pictures of a run's images, for its page: whole, and pale outside the crop."""
 
-import base64
-import io
 from contextlib import suppress
 from typing import Any
 
 from PIL import Image
 
+from sd_lora.data.check.page import data_uri
 from sd_lora.training.run import Run
 from sd_lora.training.samples import reference_of
 
@@ -42,6 +41,4 @@ def _thumbnail(run: Run, index: int) -> str:
     kept = whole.crop(tuple(round(scale * value) for value in box))  # type: ignore[arg-type]
     shown = Image.blend(whole, Image.new("RGB", whole.size, "#808080"), 0.7)
     shown.paste(kept, (round(scale * left), round(scale * top)))
-    buffer = io.BytesIO()
-    shown.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_uri(shown)

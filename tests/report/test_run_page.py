@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from sd_lora.cli import main
+from sd_lora.data.check.page import data_uri as thumbnail_uri
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event
 from sd_lora.report.run_page import (
@@ -155,9 +156,7 @@ def test_a_page_stays_below_ten_megabytes(run: Path, tmp_path: Path) -> None:
     sheet_bytes = buffer.getvalue()
     for step in range(40):
         (folder / "samples" / f"score-{step:06}.png").write_bytes(sheet_bytes)
-    buffer = io.BytesIO()
-    noise(96, 64).save(buffer, "WEBP", quality=80)
-    picture = "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    picture = thumbnail_uri(noise(96, 64))
     record = json.loads((folder / "report.json").read_text())
     record["ledger"] = [
         {"name": f"{i}.png", "seen": 1, "loss": 1, "change": 1, "finding": "", "picture": picture}
