@@ -79,11 +79,11 @@ def _about(
 
 
 def _family_of(model: str, store: Store) -> str:
-    """The family of a base model's folder, an opened or an offered one; "" for others, for a single
-    file and a hub id, which the check reads."""
+    """The family of a base model's folder, an opened one or the project's own; "" for others, for a
+    single file and a hub id, which the check reads."""
     with suppress(OSError, ValueError, UsageError, NotOpened):
-        offered = model in models_in(store.opened())
-        folder = Path(model) if offered else inside(store, model)
+        is_own = model in models_in(())  # no folder is searched: this is asked as one types
+        folder = Path(model) if is_own else inside(store, model)
         config = json.loads((folder / "unet" / "config.json").read_text(encoding="utf-8"))
         return detect_family(config).name if isinstance(config, dict) else ""
     return ""
