@@ -22,13 +22,23 @@ import shutil
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from cells import (
+    BASE,
+    SAMPLE_DATA,
+    Cell,
+    done_cells,
+    draw_sets,
+    keep_images,
+    kept_images,
+    stored_sets,
+)
 from choices import METHODS, OBJECTIVES, OPTIMIZERS
+from learning_sheets import write_picture, write_sheet
 from PIL import Image
 from taught import COLOURS, LESSONS, Lesson
 from tqdm import tqdm
@@ -37,22 +47,14 @@ from sd_lora.config.schema import TrainConfig
 from sd_lora.data.cache.store import digest_of
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
-from sd_lora.models.load import Parts, load_parts
-from sd_lora.report.sheets import Sheet
+from sd_lora.models.load import load_parts
 from sd_lora.sampling.features import Features, load_features
 from sd_lora.sampling.interval import Interval
 from sd_lora.sampling.judge import Judge
-from sd_lora.sampling.parameters import Parameters
-from sd_lora.sampling.sampler import round_trip, sample
-from sd_lora.sampling.score import PromptImages, Prompts, Taught, sets_of
+from sd_lora.sampling.sampler import round_trip
+from sd_lora.sampling.score import Taught
 from sd_lora.training.loop import train
 from sd_lora.training.optimizer_rows import OPTIMIZERS as OPTIMIZER_ROWS
-
-SAMPLE_DATA = Path(__file__).parent.parent / "sample_data"
-BASE = SAMPLE_DATA / "tiny-sd"
-GUIDANCE, SAMPLER_STEPS, SETS = 4.0, 20, 3
-SIDE = 64
-"""Pixels of an image's side."""
 
 COMMON = {
     "resolution": 64,
@@ -136,33 +138,6 @@ NEEDED_BY = {
 """Option → options that mean nothing where it is off."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One training."""
-
-    row: str
-    lesson: str
-    images: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.row}, {self.lesson}, {self.images} images, seed {self.seed}"
-
-
-def done_cells(out: Path) -> list[dict[str, Any]]:
-    """The lines of finished cells; the last one may be torn by a kill."""
-    path = out / "cells.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
-
-
 def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> TrainConfig:
     """The training of a cell, its images written into `work`. steps: instead of the row's."""
     lesson = LESSONS[cell.lesson]
@@ -219,55 +194,8 @@ def changes(row: str, lesson: Lesson) -> dict[str, Any]:
     return options
 
 
-def draw_sets(parts: Parts, prompts: Prompts) -> list[PromptImages]:
-    """SETS sets of images of all prompts, each image with a seed of its own."""
-
-    def images(texts: Sequence[str], first: int) -> Iterator[Image.Image]:
-        return sample(
-            parts, parts.caption_encoder(), texts, range(first, first + len(texts)),
-            size=(SIDE, SIDE), device=torch.device("cpu"), steps=SAMPLER_STEPS,
-            guidance_scale=GUIDANCE,
-        )  # fmt: skip
-
-    return sets_of(prompts, images, SETS)
-
-
-def stored_sets(out: Path, lesson: Lesson) -> list[PromptImages]:
-    """The base's own images of a lesson's prompts, drawn once."""
-    path = out / "base" / f"{lesson.name}.png"
-    if not path.is_file():
-        keep_images(path, draw_sets(load_parts(str(BASE)), lesson.prompts))
-    return kept_images(path, lesson.prompts)
-
-
-def keep_images(path: Path, sets: Sequence[PromptImages]) -> None:
-    """Write the images of all sets side by side into one file, a set a line."""
-    rows = [[*one.subject, *one.of_class, *one.unrelated] for one in sets]
-    whole = Image.new("RGB", (SIDE * len(rows[0]), SIDE * len(rows)))
-    for y, row in enumerate(rows):
-        for x, image in enumerate(row):
-            whole.paste(image, (SIDE * x, SIDE * y))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # several processes may write the same images; none reads half a file
-    part = path.with_suffix(f".{time.time_ns()}.png")
-    whole.save(part)
-    part.replace(path)
-
-
-def kept_images(path: Path, prompts: Prompts) -> list[PromptImages]:
-    """The images that `keep_images` wrote."""
-    with Image.open(path) as file:
-        whole = file.convert("RGB")
-    a, b = len(prompts.subject), len(prompts.subject) + len(prompts.of_class)
-    sets = []
-    for y in range(0, whole.height, SIDE):
-        row = [whole.crop((x, y, x + SIDE, y + SIDE)) for x in range(0, whole.width, SIDE)]
-        sets.append(PromptImages(row[:a], row[a:b], row[b:]))
-    return sets
-
-
 def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None) -> dict[str, Any]:
-    """Train, draw, score; the cell's line."""
+    """Train, draw, score; the cell's line. steps: instead of the row's."""
     lesson = LESSONS[cell.lesson]
     work = out / "work" / f"{cell.name}"
     shutil.rmtree(work, ignore_errors=True)
@@ -318,86 +246,6 @@ def rescore(out: Path, features: Features) -> None:
         cell = Cell(*(line[name] for name in Cell.__dataclass_fields__))
         line["score"] = score_of(cell, out, features)
     write_whole(out / "cells.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
-
-
-def write_sheet(
-    path: Path,
-    lesson: Lesson,
-    trained: Sequence[Image.Image],
-    before: PromptImages,
-    after: Sequence[PromptImages],
-) -> None:
-    """Training images; the base's images; the LoRA's of each set of seeds."""
-
-    def row(images: PromptImages) -> list[Image.Image]:
-        return [*images.subject, *images.of_class[:3], *images.unrelated[:3]]
-
-    prompts = lesson.prompts
-    shown = (*prompts.subject, *prompts.of_class[:3], *prompts.unrelated[:3])
-    columns = [
-        Parameters(text, i, SAMPLER_STEPS, GUIDANCE, (SIDE, SIDE), str(BASE), lesson.name, 0)
-        for i, text in enumerate(shown)
-    ]
-    real: list[Image.Image | None] = [*trained[: len(shown)]]
-    real += [None] * (len(shown) - len(real))
-    rows = [real, row(before), *(row(images) for images in after)]
-    labels = ["trained on", "the base", *(f"LoRA, seeds {1000 * i} …" for i in range(len(after)))]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Sheet(rows, labels, columns, side=96).write(path)
-
-
-def shown_of(whole: Any, others: bool) -> list[Any]:
-    """The subject's images or prompts of a set, and some of the class and of other things."""
-    return (
-        [*whole.subject, *whole.of_class[:3], *whole.unrelated[:3]] if others else [*whole.subject]
-    )
-
-
-SHOWN_AS = {
-    "600 steps, no text encoder": "one of 24 class images beside each",
-    "600 steps, class preserved, drawn in 2": "--output_preservation class, no class images",
-    "recipe": "attention, feed-forward and convolutions, rank 16",
-    "attention": "attention alone, rank 79, as many parameters",
-}
-"""Row → its words in a picture, for readers who do not know the table."""
-
-
-def write_picture(args: argparse.Namespace) -> None:
-    """Images of the first set of the first seed, of some rows and lessons."""
-    cells = {Cell(*(d[k] for k in Cell.__dataclass_fields__)): d for d in done_cells(args.out)}
-    rows: list[list[Image.Image | None]] = []
-    labels, columns = [], []
-    for name in args.lessons:
-        lesson, seed, images = LESSONS[name], args.seeds[0], args.images[0]
-        texts = shown_of(lesson.prompts, args.all)
-        real = [image for image, _ in lesson.images(images)][: len(texts)]
-        rows.append([*real, *[None] * (len(texts) - len(real))])
-        labels.append(f"{name}: {len(real)} of the {images} images that were trained on")
-        if args.all:
-            rows.append(shown_of(stored_sets(args.out, lesson)[0], args.all))
-            labels.append("the base")
-        for row in args.rows:
-            cell = Cell(row, name, images, seed)
-            if cell not in cells:
-                raise SystemExit(f"{cell.name} is not done: run it first")
-            kept = args.out / "images" / f"{cell.name}.png"
-            rows.append(shown_of(kept_images(kept, lesson.prompts)[0], args.all))
-            found = Interval(tuple(cells[cell]["score"]["fidelity"]["values"])).text()
-            labels.append(f"{SHOWN_AS.get(row, row)}: fidelity {found}")
-        columns = [  # the same for all lessons
-            Parameters(
-                text.replace(lesson.word, "…"),
-                i,
-                SAMPLER_STEPS,
-                GUIDANCE,
-                (SIDE, SIDE),
-                str(BASE),
-                name,
-                0,
-            )
-            for i, text in enumerate(texts)
-        ]
-    Sheet(rows, labels, columns, side=128).write(args.file)
 
 
 def missing(args: argparse.Namespace) -> Iterator[Cell]:
@@ -485,6 +333,7 @@ def main() -> None:
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
     parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, help="instead of the rows'; one FOLDER, one number")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "rescore":
@@ -492,7 +341,7 @@ def main() -> None:
     if args.command == "run":
         features = load_features(SAMPLE_DATA / "encoder")
         for cell in tqdm(list(missing(args)), "cells"):
-            line = run_cell(cell, args.out, features)
+            line = run_cell(cell, args.out, features, args.steps)
             tqdm.write(f"{cell.name}: fidelity {100 * mean(line, 'fidelity'):.0f} %")
     if args.command == "picture":
         if args.file is None or {LESSONS[name].kind for name in args.lessons} != {"subject"}:

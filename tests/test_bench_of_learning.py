@@ -48,12 +48,13 @@ def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch)
     run, to the last digit."""
     import argparse
 
+    import cells
     import learning
 
     from sd_lora.sampling.features import load_features
 
-    monkeypatch.setattr(learning, "SAMPLER_STEPS", 1)
-    monkeypatch.setattr(learning, "SETS", 1)
+    monkeypatch.setattr(cells, "SAMPLER_STEPS", 1)
+    monkeypatch.setattr(cells, "SETS", 1)
     monkeypatch.setitem(learning.OF_SUBJECT, "num_class_images", 4)
     cell = learning.Cell("recipe", "mascot", 4, 0)
     features = load_features(learning.SAMPLE_DATA / "encoder")
