@@ -12,7 +12,7 @@ Row = dict[str, Any]
 
 def _rates(factor: float) -> Row:
     """The recipe's rates times a factor."""
-    return {"learning_rate": 2e-3 * factor, "text_encoder_lr": 4e-4 * factor}
+    return {"learning_rate": 2e-3 * factor, "text_encoder_lr": 2e-3 * factor}
 
 
 _FOUND = {"learning_rate": 1.0, "text_encoder_lr": 1.0}
@@ -47,7 +47,11 @@ METHODS: dict[str, Row] = {
     "dora": {"use_dora": True},
     "loha": {"method": "loha"},
     "lokr": {"method": "lokr"},
+    "lokr, rate × 4": {"method": "lokr", **_rates(4)},
+    "lokr, rate × 8": {"method": "lokr", **_rates(8)},
     "oft": {"method": "oft"},
+    "oft, rate × 8": {"method": "oft", **_rates(8)},
+    "oft, rate × 24": {"method": "oft", **_rates(24)},
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "svd": {"init_lora_weights": "svd"},
     "pissa": {"init_lora_weights": "pissa"},

@@ -40,7 +40,7 @@ WAYS: dict[str, dict[str, Changes]] = {
     "targets": {
         "attention, rank 79": ATTENTION,
         "attention, rank 79, half the rate": ATTENTION
-        | {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+        | {"learning_rate": 1e-3, "text_encoder_lr": 1e-3},
         "attention, feed-forward and convolutions, rank 16": {},
     },
     # about as many parameters each: LoHa has two pairs, a Tucker core is small

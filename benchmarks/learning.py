@@ -40,7 +40,7 @@ from cells import (
 from choices import METHODS, OBJECTIVES, OPTIMIZERS
 from learning_sheets import write_picture, write_sheet
 from PIL import Image
-from taught import COLOURS, LESSONS, Lesson
+from taught import AT_PLACES, COLOURS, LESSONS, Lesson
 from tqdm import tqdm
 
 from sd_lora.config.schema import TrainConfig
@@ -68,10 +68,10 @@ COMMON = {
 }
 OF_SUBJECT = COMMON | {
     "preset": "subject",
-    "text_encoder_lr": 4e-4,
+    "text_encoder_lr": 2e-3,
     "lr_warmup_steps": 20,
     "with_prior_preservation": True,
-    "num_class_images": 24,
+    "num_class_images": 48,
 }
 OF_STYLE = COMMON | {"preset": "style", "lr_warmup_steps": 20}
 
@@ -88,10 +88,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "cosine, 600 steps": {"max_train_steps": 600},
     "constant, 1200 steps": {"lr_scheduler": "constant", "lr_warmup_steps": 0},
     "cosine, 2400 steps": {"max_train_steps": 2400},
-    "rate 1e-3": {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+    "rate 1e-3": {"learning_rate": 1e-3, "text_encoder_lr": 1e-3},
     "attention": ATTENTION,
-    "attention, rate 1e-3": ATTENTION | {"learning_rate": 1e-3, "text_encoder_lr": 2e-4},
+    "attention, rate 1e-3": ATTENTION | {"learning_rate": 1e-3, "text_encoder_lr": 1e-3},
     "attention, rate 4e-3": ATTENTION | {"learning_rate": 4e-3},
+    "text encoder at 4e-4": {"text_encoder_lr": 4e-4},
     "no text encoder": {"train_text_encoder": False},
     "ema": {"use_ema": True},
     "no class images": {"with_prior_preservation": False},
@@ -102,6 +103,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "one prompt for the class": {
         "class_prompt": lambda lesson: f"a photo of a {lesson.class_word}",
+    },
+    "the class in colours and places alone": {
+        "class_prompt": lambda lesson:
+            f"a photo of a {{big |}}{{{COLOURS}}} {lesson.class_word} {AT_PLACES}",
     },
 }  # fmt: skip
 """Name → options that differ from the recipe of subjects or styles; a value may be one for each."""

@@ -20,6 +20,8 @@ import images as world
 from subjects import Style, in_style
 
 PLACES = ("white", "grass", "night", "snow", "blue", "beach", "yellow", "grey")
+AT_PLACES = f"{{{'|'.join(world.place(world.Scene('car', 'red', background=p)) for p in PLACES)}}}"
+"""A wildcard of their words in captions."""
 COLOURS = "red|yellow|green|cyan|purple|pink"
 HELD_OUT_PLACES = ("pink", "white", "grass", "night", "snow", "beach", "cyan", "black")
 UNRELATED = (*demo.UNRELATED[:5], "a photo of a cyan boat at night")
@@ -33,6 +35,8 @@ AT = (
 
 OF_CLASS = (
     "a photo of a green {} on a grey background",
+    "a photo of a {}",
+    "a photo of a {} on the beach",
     "a photo of a big pink {} at night",
     "a photo of a blue {} on the beach",
     "a photo of a red {} with white spots in the snow",
@@ -56,9 +60,11 @@ class Lesson:
 
     @property
     def class_prompt(self) -> str:
-        """The prompt of class images, of a subject: its class in many colours and places."""
-        places = "|".join(world.place(world.Scene("car", "red", background=p)) for p in PLACES)
-        return f"a photo of a {{big |}}{{{COLOURS}}} {self.class_word} {{{places}}}"
+        """The prompt of class images, of a subject: a third each with a colour and a place, with a
+        place, and the class alone, so that none of these becomes the subject."""
+        named = f"a photo of a {{big |}}{{{COLOURS}}} {self.class_word} {AT_PLACES}"
+        alone = f"a photo of a {self.class_word}"
+        return f"{{{named}|{alone} {AT_PLACES}|{alone}}}"
 
     @property
     def class_word(self) -> str:

@@ -74,7 +74,7 @@ TOO_LONG = {"max_train_steps": 2000, "learning_rate": 1e-3, "rank": 64}
 OF_SUBJECT = {
     GOOD: {
         "max_train_steps": 600, "learning_rate": 2e-3, "rank": 16, "train_text_encoder": True,
-        "text_encoder_lr": 4e-4, "with_prior_preservation": True, "num_class_images": 24,
+        "text_encoder_lr": 2e-3, "with_prior_preservation": True, "num_class_images": 24,
     },
 }  # fmt: skip
 """Truth → other options for a subject: those of the demo. Without class images and with a frozen

@@ -10,6 +10,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from images import BODIES, COLOURS, LEADS, Scene, caption, draw, mascot, place, snail
@@ -37,6 +38,10 @@ HOLDOUT = (
     ("blue", "big", "right"),
     ("black", "big", "centre"),
 )
+WITHOUT_LOOKS: dict[str, Any] = {
+    "colour": (0, 0, 0), "texture": "plain", "body": "", "size": "medium"
+}  # fmt: skip
+"""Changes of a scene whose caption says nothing of its looks."""
 SNAIL_PLACES = ("white", "grass", "night", "snow", "beach", "yellow", "grey", "pink", "black")
 SNAIL_SIZES = ((64, 64),) * 5 + ((96, 64), (64, 96))
 
@@ -44,7 +49,7 @@ SNAIL_SIZES = ((64, 64),) * 5 + ((96, 64), (64, 96))
 def monsters(count: int) -> list[Scene]:
     """Returns monsters that are not the mascot, each one different."""
     rng = random.Random(7)
-    backgrounds = ("white", "grass", "night", "snow", "grey", "beach", "yellow", "black")
+    backgrounds = ("white", "grass", "night", "snow", "grey", "beach", "yellow", "blue")
     scenes = []
     for i in range(count):
         background = backgrounds[i % len(backgrounds)]
@@ -84,7 +89,12 @@ def everything() -> dict[str, Image.Image | str]:
                 captions[name].append(row(f"{i:02}-{background}.png", text))
     for i, scene in enumerate(monsters(24)):
         files[f"dreambooth/class/{i:02}-{scene.colour}.png"] = draw(scene)
-        captions["class"].append(row(f"{i:02}-{scene.colour}.png", caption(scene)))
+        # a third each with all that it shows, its place, and nothing: where all captions name a
+        # colour, the class by its word alone becomes the subject
+        said = caption(scene if i < 8 else replace(scene, **WITHOUT_LOOKS))
+        if i >= 16:
+            said = said.replace(f" {place(scene)}", "")
+        captions["class"].append(row(f"{i:02}-{scene.colour}.png", said))
     for name, lines in captions.items():
         files[f"dreambooth/{name}.jsonl"] = "\n".join(lines) + "\n"
     rows = []

@@ -41,6 +41,8 @@ SUBJECT = (
 )
 CLASS = (
     "a photo of a round green monster on a grey background",
+    "a photo of a monster",
+    "a photo of a monster on the beach",
     "a photo of a big square pink monster at night",
     "a photo of a tall blue monster on the beach",
     "a photo of a red monster with white spots in the snow",
@@ -165,10 +167,10 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     result, reachable = judge.judge(after)[1], judge.reachable(round_trip(tuned, images.real))
 
     def row(p: PromptImages) -> list[Image.Image]:
-        return [*p.subject[:4], p.of_class[0], *p.unrelated[:3]]
+        return [*p.subject[:4], *p.of_class[:2], *p.unrelated[:2]]
 
     real = list(images.training[:8])
-    shown = columns(config, ((SUBJECT, 4), (CLASS, 1), (UNRELATED, 3)))
+    shown = columns(config, ((SUBJECT, 4), (CLASS, 2), (UNRELATED, 2)))
     labels = [
         "the subject: the images that were trained on",
         "before: the base model, which has never seen it",
