@@ -71,7 +71,7 @@ from sd_lora.training.saving import (
 from sd_lora.training.scoring import draw_base, score_if_due, score_is_due
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
-from sd_lora.training.trackers import start_trackers, tracker_errors
+from sd_lora.training.trackers import end_trackers, start_trackers
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
 LOG_EVERY = 10
@@ -167,7 +167,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
             after = draw_samples(run, AFTER) if finished and run.joint else None
         run.release_distributed()
         if not finished:
-            run.accelerator.end_training()
+            end_trackers(run.accelerator, run.emit)
             reason = requests.reason or "interrupted by another process"
             if run.main:
                 requests.forget_file()
@@ -179,8 +179,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.seconds_drawing))
-        with tracker_errors(run.accelerator):
-            run.accelerator.end_training()
+        end_trackers(run.accelerator, run.emit)
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )
