@@ -27,6 +27,7 @@ from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
 from sd_lora.sampling.score import KIND_SEEDS, SETS, PromptImages, Prompts, Score, Taught, sets_of
 from sd_lora.training.class_images import numbered
+from sd_lora.training.looks import timed
 from sd_lora.training.out_of_memory import is_out_of_memory, let_go, memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
@@ -35,7 +36,6 @@ from sd_lora.training.samples import (
     drawn_at_once,
     guidance_rescale_of,
     reference_of,
-    timed_drawing,
 )
 from sd_lora.training.scores import Scores
 
@@ -260,7 +260,12 @@ def draw_base(run: Run) -> None:
     scores = run.scores
     if scores is None or not (run.main or run.joint):
         return
-    with memory_for("drawing images to score", run.config), timed_drawing(run):
+    with timed(run, "scores"):
+        _draw_base(run, scores)
+
+
+def _draw_base(run: Run, scores: Scores) -> None:
+    with memory_for("drawing images to score", run.config):
         before = _drawn(run, scores, "images to score, by the base")
     taught = taught_to(run, run.config.score_kind)
     scores.judge = looked(
@@ -290,7 +295,7 @@ def score_if_due(run: Run, step: int) -> None:
         judge = scores.judge
         assert judge is not None
         work: Work = "drawing images to score"
-        with memory_for(work, run.config), run.averaged(), timed_drawing(run):
+        with memory_for(work, run.config), run.averaged():
             is_base = step == 0 and run.start is None  # ΔW is 0
             label = f"images to score, at step {step}"
             images = scores.base if is_base else _drawn(run, scores, label)
@@ -299,7 +304,8 @@ def score_if_due(run: Run, step: int) -> None:
         return looked(run, scores.features, lambda: judge.judge(images))
 
     try:
-        values, found = score() if run.joint else on_main(run.accelerator, score)
+        with timed(run, "scores"):
+            values, found = score() if run.joint else on_main(run.accelerator, score)
     except RunError as error:
         if run.joint:
             raise
