@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from sd_lora.training.run import Run
-from sd_lora.training.sample_schedule import DECODE_FORWARDS
 
 MOST = 0.1
 """Share of the work above which the summary names the frequency that costs no more."""
@@ -31,12 +30,13 @@ def timed(run: Run, kind: str) -> Iterator[None]:
 class Look:
     """One way to look at a run.
 
-    kind: its name. flag: of the steps between two. forwards: passes of the UNet, each time.
-    at_ends: times before and after the steps, which no frequency changes. between: in mid-run.
+    kind: its name. verb: --VERB_every are the steps between two. forwards: passes of the UNet, each
+    time. at_ends: times before and after the steps, which no frequency changes. between: in
+    mid-run.
     """
 
     kind: str
-    flag: str
+    verb: str
     forwards: int
     at_ends: int
     between: int
@@ -49,15 +49,14 @@ class Look:
 
 def looks_of(run: Run) -> list[Look]:
     """The looks that a run plans, those that it does at all."""
-    steps, config = run.plan.num_steps, run.config
-    found = [Look("samples", "sample_every", run.schedule.forwards, 2, len(run.schedule.steps))]
+    steps = run.plan.num_steps
+    found = [Look("samples", "sample", run.schedule.forwards, 2, len(run.schedule.steps))]
     if every := run.validation.every:
         items = sum(map(len, run.validation.items.values())) // run.plan.num_processes
-        found.append(Look("validation", "validate_every", items, 2, math.ceil(steps / every) - 1))
+        found.append(Look("validation", "validate", items, 2, math.ceil(steps / every) - 1))
     if scores := run.scores:
-        a_image = 2 * config.validation_steps + DECODE_FORWARDS
         times = math.ceil(steps / scores.every) - 1
-        found.append(Look("scores", "score_every", scores.num_images * a_image, 2, times))
+        found.append(Look("scores", "score", scores.forwards, 2, times))
     return [look for look in found if look.forwards]
 
 
@@ -74,23 +73,19 @@ def too_many_looks(looks: Sequence[Look], steps: int, training: int) -> str:
     room = MOST / (1 - MOST) * training - (work - dearest.work)
     between = math.floor(room / dearest.forwards) - dearest.at_ends
     if between > 0:
-        remedy = f"--{dearest.flag} {math.ceil(steps / (between + 1))} would take less"
+        remedy = f"--{dearest.verb}_every {math.ceil(steps / (between + 1))} would take less"
     elif dearest.kind == "validation":
-        remedy = "--validate_every 0 leaves it out"
+        remedy = f"--{dearest.verb}_every 0 leaves it out"
     else:
         remedy = (
-            "even before and after alone they are as much: take fewer images "
-            f"({_FEWER[dearest.kind]}), fewer --validation_steps, or more --steps"
+            f"even before and after alone the {dearest.kind} are as much: draw fewer images, with "
+            "fewer sampler steps, or train longer"
         )
     parts = ", ".join(f"{look.kind} {_percent(look.work, work + training)}" for look in looks)
     return (
         f"about {_percent(work, work + training)} of the time are for looking at the run "
         f"({parts}): {remedy}"
     )
-
-
-_FEWER = {"samples": "--num_validation_images", "scores": "--score_sets"}
-"""Kind of look → the option of its images."""
 
 
 def _percent(part: int, whole: int) -> str:

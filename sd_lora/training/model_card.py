@@ -103,7 +103,9 @@ def _without_place(run: Run, line: str) -> str:
     """A line without the folders of this machine. The output folder is the repository of a run that
     is pushed."""
     config, out = run.config, run.output_dir
-    line = line.replace(f", cache_dir={config.cache_dir!r}", "")
+    for name, value in config.hub_options.items():
+        if value and Path(value).expanduser().is_dir():  # the cache of this machine
+            line = line.replace(f", {name}={value!r}", "")
     for place in (f"{out.resolve()}{os.sep}", f"{out}{os.sep}"):
         line = line.replace(place, "")
     for folder in (out.resolve(), out):

@@ -168,7 +168,7 @@ def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
     )  # fmt: skip
     return Scores(
         planned.features, planned.prompts, every, config.score_sets, identity,
-        config.early_stopping_patience,
+        2 * config.validation_steps + DECODE_FORWARDS, config.early_stopping_patience,
     )  # fmt: skip
 
 
@@ -176,8 +176,7 @@ def share_of(run: Run, scores: Scores) -> float:
     """Share of the run's work that drawing the scores' images is."""
     steps = run.plan.num_steps
     times = 1 + math.ceil(steps / scores.every)
-    a_image = 2 * run.config.validation_steps + DECODE_FORWARDS
-    return run.schedule.share_of(times * scores.num_images * a_image)
+    return run.schedule.share_of(times * scores.forwards)
 
 
 def taught_to(run: Run, kind: str = "subject") -> Taught:

@@ -16,10 +16,10 @@ TRAINING = 2 * STEPS
 
 
 def of_samples(between: int, forwards: int = 20) -> Look:
-    return Look("samples", "sample_every", forwards, 2, between)
+    return Look("samples", "sample", forwards, 2, between)
 
 
-VALIDATION = Look("validation", "validate_every", 32, 2, 1)
+VALIDATION = Look("validation", "validate", 32, 2, 1)
 
 
 @pytest.mark.parametrize("between", range(1, 60))
@@ -41,8 +41,8 @@ def test_the_frequency_that_is_named_takes_less(between: int) -> None:
 def test_looks_that_no_frequency_makes_cheap() -> None:
     """Where the samples before and after alone are too much, other options are named; a validation
     can be left out."""
-    assert "fewer --validation_steps" in too_many_looks([of_samples(0, 200)], STEPS, TRAINING)
-    dear = Look("validation", "validate_every", 200, 2, 0)
+    assert "fewer sampler steps" in too_many_looks([of_samples(0, 200)], STEPS, TRAINING)
+    dear = Look("validation", "validate", 200, 2, 0)
     assert "--validate_every 0" in too_many_looks([dear], STEPS, TRAINING)
     assert too_many_looks([], STEPS, TRAINING) == ""
 
