@@ -162,6 +162,9 @@ FINDINGS: dict[str, FindingKind] = {
         "warning", "nothing of it is drawn, and the run goes on: write the file once more"
     ),
     "not-pushed": FindingKind("warning"),
+    "tracker-lost": FindingKind(
+        "warning", "this tracker gets no more of the run, which goes on; its log and page have all"
+    ),
     "best-gone": FindingKind("warning", "the files are of the last step: the best one is lost"),
     # the machine
     "fp16-on-cpu": FindingKind(

@@ -7,6 +7,7 @@ by the base and at each strength, and scored (sampling/score.py).
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -28,6 +29,7 @@ from sd_lora.training.run import Run
 from sd_lora.training.scoring import (
     columns_of,
     drawn_sets,
+    looked,
     prompts_for,
     shown_real,
     subject_prompt_of,
@@ -133,7 +135,8 @@ def _look(
     rounds = 1 + sum(len(one.strengths) for one in found)
     before = drawn_sets(run, prompts, f"drawing, 1 of {rounds}: by the base")
     number = 1
-    scale = Judge(features, taught_to(run, found[0].kind), prompts, before)
+    taught = taught_to(run, found[0].kind)
+    scale = looked(run, features, lambda: Judge(features, taught, prompts, before))
     for one in found:
         one.images[0.0] = before
         for strength in one.strengths:
@@ -141,8 +144,9 @@ def _look(
             loras.put_on(mix)
             number += 1
             label = f"drawing, {number} of {rounds}: by {mix.label}"
-            one.images[strength] = drawn_sets(run, prompts, label)
-            one.values[strength], one.scores[strength] = scale.judge(one.images[strength])
+            one.images[strength] = drawn = drawn_sets(run, prompts, label)
+            judged = looked(run, features, partial(scale.judge, drawn))
+            one.values[strength], one.scores[strength] = judged
     return _sheet(run, prompts, found)
 
 

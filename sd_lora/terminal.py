@@ -23,7 +23,7 @@ from sd_lora.report.events import (
     Warned,
 )
 from sd_lora.report.record import kept_steps
-from sd_lora.report.summary import duration, verified_files
+from sd_lora.report.summary import duration, shares_of, verified_files
 from sd_lora.report.verdict import verdict_of
 from sd_lora.streams import encode_everything
 
@@ -115,9 +115,8 @@ class Terminal:
             known = v.first == v.first  # else NaN
             before = f"{v.first:.4f} in the first steps, " * known
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
-        if event.drawing:
-            share = round(100 * event.drawing / max(event.seconds, event.drawing))
-            lines[0] += f"; {share} % of the time in samples"
+        if shares := shares_of(event.spent, event.seconds):
+            lines[0] += f"; {shares}"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if self._exported:

@@ -210,13 +210,14 @@ class Pushed:
 @dataclass(frozen=True)
 class RunEnded:
     """A run that did all its steps. seconds: of this process. sheet: samples before and after.
-    page: the run on one page. drawing: seconds of it in sample images."""
+    page: the run on one page. spent: kind of work → its seconds:
+    training, samples, validation, scores."""
 
     seconds: float
     sheet: Path | None
     digest: Digest
     page: Path | None = None
-    drawing: float = 0.0
+    spent: Mapping[str, float] = field(default_factory=dict)
 
 
 Event = (

@@ -32,7 +32,7 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
-    "validation": {}, "scores": {}, "ledger": [], "checkpoints": [],
+    "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -86,6 +86,7 @@ class Record:
                 facts["changes"] = event.changes
             case RunEnded():
                 facts["ended"] = True
+                facts["spent"] = {kind: round(time, 3) for kind, time in event.spent.items()}
 
     def _go_on(self, first_step: int) -> None:
         """Take over the time and the warnings of a resumed run's earlier part."""

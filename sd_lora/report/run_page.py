@@ -41,7 +41,7 @@ from sd_lora.report.events import (
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.measured import by_step, by_timestep, images_of, scores_by_step
 from sd_lora.report.record import Record, read_json, read_record, texts_in
-from sd_lora.report.summary import duration
+from sd_lora.report.summary import duration, shares_of
 from sd_lora.report.verdict import verdict_of
 
 PAGE, SEVERAL, SAMPLES = "report.html", "runs.html", "samples"
@@ -331,9 +331,11 @@ def _for_script(data: object) -> str:
 
 
 def _rate(record: Mapping[str, Any], rows: int) -> str:
-    """Steps a second over the whole run, in words."""
+    """Steps a second over the whole run, and its time by kinds of work, in words."""
     seconds = record["seconds"]
-    return f"{rows / seconds:.3g} steps/s" if seconds and rows else ""
+    rate = [f"{rows / seconds:.3g} steps/s"] if seconds and rows else []
+    spent = {kind: s for kind, s in record["spent"].items() if isinstance(s, int | float)}
+    return "; ".join([*rate, *filter(None, [shares_of(spent, 0)])])
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:

@@ -58,3 +58,13 @@ def verified_files(files: "Sequence[Verified]") -> str:
         f"({f.error_text})"
         for f in files
     )
+
+
+def shares_of(spent: Mapping[str, float], seconds: float) -> str:
+    """The time of a run by kinds of work: "of the time 88 % in training, 7 % in samples"; "" where
+    none is known. spent: kind → seconds, of all."""
+    known = {kind: time for kind, time in spent.items() if time > 0}
+    whole = max(seconds, sum(known.values()))
+    ranked = sorted(known, key=lambda kind: -known[kind])
+    parts = (f"{100 * known[kind] / whole:.0f} % in {kind}" for kind in ranked)
+    return f"of the time {', '.join(parts)}" if known else ""

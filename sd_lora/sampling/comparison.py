@@ -117,7 +117,8 @@ class Comparison(nn.Module):
         return self.layers(((measured - self.middle) / self.spread).clamp(-5, 5))[:, 0]
 
     def likeness(self, a: Tensor, b: Tensor) -> Tensor:
-        """Likeness, 0 to 1, of each of N layouts to each of M, (N, M)."""
-        rows = torch.arange(len(a) * len(b)).split(PAIRS)
+        """Likeness, 0 to 1, of each of N layouts to each of M, (N, M), where the weights are."""
+        a, b = (layouts.to(self.middle.device) for layouts in (a, b))
+        rows = torch.arange(len(a) * len(b), device=a.device).split(PAIRS)
         pairs = [measures(a[r // len(b)], b[r % len(b)]) for r in rows]
         return self(torch.cat(pairs)).sigmoid().view(len(a), len(b))

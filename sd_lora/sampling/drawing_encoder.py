@@ -59,7 +59,7 @@ def cut_out(x: Tensor, chance: Tensor) -> Tensor:
     REACH root mean squares of the distance from it.
     """
     mask = (2 * chance / chance.amax((2, 3), keepdim=True).clamp(min=0.2) - 0.6).clamp(0, 1)
-    at = (torch.arange(SIDE, dtype=torch.float32) + 0.5) * 2 / SIDE - 1
+    at = (torch.arange(SIDE, dtype=torch.float32, device=x.device) + 0.5) * 2 / SIDE - 1
     inside = torch.ones_like(mask[:, 0])
     for _ in range(3):  # what lies beyond the square is no part of the subject
         weight = mask[:, 0] * inside + 1e-6
@@ -86,7 +86,7 @@ def layout(alone: Tensor) -> Tensor:
     oriented gradients"), of the mask and of its enlargement.
     """
     mask, rgb = alone[:, 3:4], alone[:, :3]
-    levels = torch.linspace(-1, 1, 3).view(1, 1, 3, 1, 1)
+    levels = torch.linspace(-1, 1, 3, device=alone.device).view(1, 1, 3, 1, 1)
     near = torch.softmax(-2 * ((rgb / mask.clamp(min=0.05))[:, :, None] - levels).square(), 2)
     r, g, b = near[:, 0, :, None, None], near[:, 1, None, :, None], near[:, 2, None, None, :]
     colours = (r * g * (b * mask[:, None, None])).flatten(1, 3)
@@ -95,10 +95,11 @@ def layout(alone: Tensor) -> Tensor:
     steepest = (dx.square() + dy.square()).argmax(1, keepdim=True)
     dx, dy = dx.gather(1, steepest), dy.gather(1, steepest)
     square = dx.square() + dy.square() + 1e-8
-    turns = (torch.arange(8) * math.pi / 4).view(1, 8, 1, 1)
+    turns = (torch.arange(8, device=alone.device) * math.pi / 4).view(1, 8, 1, 1)
     along = (dx.square() - dy.square()) * turns.cos() + 2 * dx * dy * turns.sin()
     edges = F.pad((along / square).clamp(min=0).square() * square.sqrt(), (1, 1, 1, 1))
-    points, pixels = torch.arange(3.0, SIDE, 6.0), torch.arange(float(SIDE))
+    ends = ((3.0, SIDE, 6.0), (float(SIDE),))
+    points, pixels = (torch.arange(*end, device=alone.device) for end in ends)
     weights = torch.exp(-(pixels - points[:, None]).square() / 18) / 7.52
     maps = torch.cat([colours, edges, alone[:, 3:].clamp(min=0)], 1)
     return (weights @ (maps @ weights.T)).clamp(min=0).sqrt()
@@ -149,6 +150,11 @@ class DrawingEncoder(nn.Module):
         self.answers = nn.ModuleDict(
             {name: nn.Linear(16 * c, len(q["answers"])) for name, q in questions.items()}
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.comparison.middle.device
 
     def maps(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Maps of an image at 16×16, 8×8 and 4×4 pixels."""

@@ -5,7 +5,8 @@ CLIP, SigLIP or another vision model of transformers, for photographs and real b
 """
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -57,7 +58,7 @@ class Drawn:
     def likeness(self, other: "Drawn") -> Tensor:
         cosine = self.vectors @ other.vectors.T
         above = (cosine - OTHERS).clamp(min=0) / (1 - OTHERS)
-        return (above + self.comparison.likeness(self.layouts, other.layouts)) / 2
+        return (above + self.comparison.likeness(self.layouts, other.layouts).cpu()) / 2
 
 
 class Seen(Protocol):
@@ -80,13 +81,16 @@ class Seen(Protocol):
 
 
 class Features(Protocol):
-    """The look of images, and how well images follow their prompts.
+    """The look of images, and how well images follow their prompts. All results are on the CPU.
 
     name: of the model. blind: differences that it does not see, as a sentence's end.
     """
 
     name: str
     blind: str
+
+    def to(self, device: torch.device | str) -> None:
+        """Compute on a device from now on."""
 
     def look(self, images: Sequence[Image.Image]) -> Seen:
         """The images as they are seen."""
@@ -104,16 +108,22 @@ class DrawingFeatures:
     def __init__(self, encoder: DrawingEncoder) -> None:
         self.encoder = encoder.eval()
 
+    def to(self, device: torch.device | str) -> None:
+        self.encoder.to(device)
+
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image]) -> "SeenDrawings":
-        x = torch.stack([pixels(image, SIDE) for image in images])
+        x = torch.stack([pixels(image, SIDE) for image in images]).to(self.encoder.device)
         layouts, styles, answers = zip(
             *(self.encoder(part) for part in x.split(BATCH)), strict=True
         )
         chances = {
-            name: torch.cat([part[name] for part in answers]).softmax(1) for name in answers[0]
+            name: torch.cat([part[name] for part in answers]).softmax(1).cpu()
+            for name in answers[0]
         }
-        return SeenDrawings(self.encoder, torch.cat(layouts), torch.cat(styles), chances)
+        return SeenDrawings(
+            self.encoder, torch.cat(layouts).cpu(), torch.cat(styles).cpu(), chances
+        )
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class SeenDrawings:
     @cached_property
     @torch.no_grad()
     def subject(self) -> Drawn:
-        vectors = self.encoder.embedded(self.layouts)
+        vectors = self.encoder.embedded(self.layouts.to(self.encoder.device)).cpu()
         return Drawn(vectors, self.layouts, self.encoder.comparison)
 
     @property
@@ -158,9 +168,13 @@ class ModelFeatures:
 
     def __init__(self, model: Any, processor: Any, tokenizer: Any, name: str) -> None:
         self.model, self.processor, self.tokenizer = model.eval(), processor, tokenizer
-        self.name, self.device = name, model.device
+        self.name, self.device = name, torch.device("cpu")
         unseen = "" if tokenizer else "whether prompts are followed (the model reads no text), "
         self.blind = f"{unseen}where things stand, and differences that {name} was not trained on"
+
+    def to(self, device: torch.device | str) -> None:
+        self.model.to(device)
+        self.device = torch.device(device)
 
     @torch.no_grad()
     def look(self, images: Sequence[Image.Image]) -> "SeenByModel":
@@ -223,10 +237,20 @@ def pixels(image: Image.Image, side: int) -> Tensor:
     return x.view(side, side, 3).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
-    """Features of the model in a folder: the encoder of drawings, or a model of transformers.
+@contextmanager
+def placed(features: Features, device: torch.device | str) -> Iterator[None]:
+    """Let features compute on a device in a block; behind it they are on the CPU again, and take
+    no room beside a training."""
+    try:
+        features.to(device)
+        yield
+    finally:
+        features.to("cpu")
 
-    device: of a model of transformers; the encoder of drawings is small and stays on the CPU.
+
+def load_features(folder: Path) -> Features:
+    """Features of the model in a folder, on the CPU: the encoder of drawings, or a model of
+    transformers.
 
     Raises:
         UsageError: the folder holds neither.
@@ -238,7 +262,7 @@ def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
             "(DINO, CLIP, SigLIP), as `save_pretrained` writes it"
         )
     try:
-        return _opened(folder, config, device)
+        return _opened(folder, config)
     except UsageError:
         raise
     except Exception as error:  # foreign files: any error is the folder's fault
@@ -246,7 +270,7 @@ def load_features(folder: Path, device: torch.device | str = "cpu") -> Features:
         raise UsageError(f"{folder} cannot be opened as a vision model: {text}") from None
 
 
-def _opened(folder: Path, config: Path, device: torch.device | str) -> Features:
+def _opened(folder: Path, config: Path) -> Features:
     if json.loads(config.read_text(encoding="utf-8")).get("model_type") == "drawing_encoder":
         return DrawingFeatures(load_encoder(folder))
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
@@ -264,4 +288,4 @@ def _opened(folder: Path, config: Path, device: torch.device | str) -> Features:
     tokenizer = None
     if hasattr(model, "get_text_features"):
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    return ModelFeatures(model.to(device), processor, tokenizer, model.config.model_type)
+    return ModelFeatures(model, processor, tokenizer, model.config.model_type)

@@ -39,6 +39,7 @@ from sd_lora.training.fast.step import fast
 from sd_lora.training.going_back import go_back, start_of
 from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
+from sd_lora.training.looks import timed
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.measure import validate_if_due, validation_is_due
 from sd_lora.training.model_card import write_card
@@ -71,7 +72,7 @@ from sd_lora.training.saving import (
 from sd_lora.training.scoring import draw_base, score_if_due, score_is_due
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
-from sd_lora.training.trackers import start_trackers, tracker_errors
+from sd_lora.training.trackers import end_trackers, start_trackers
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
 LOG_EVERY = 10
@@ -155,7 +156,8 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
                 show_missing_samples(run)
             validate_if_due(run, run.first_step)
             score_if_due(run, run.first_step)
-            done = train_steps(run, log, requests)
+            with timed(run, "training"):
+                done = train_steps(run, log, requests)
         if run.judged.ended_after(done):
             done = end_at_best(run)
         finished = done == run.plan.num_steps
@@ -167,7 +169,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
             after = draw_samples(run, AFTER) if finished and run.joint else None
         run.release_distributed()
         if not finished:
-            run.accelerator.end_training()
+            end_trackers(run.accelerator, run.emit)
             reason = requests.reason or "interrupted by another process"
             if run.main:
                 requests.forget_file()
@@ -178,9 +180,8 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         digest = run.digest()
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
-        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.seconds_drawing))
-        with tracker_errors(run.accelerator):
-            run.accelerator.end_training()
+        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.spent))
+        end_trackers(run.accelerator, run.emit)
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )

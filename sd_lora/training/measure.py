@@ -15,6 +15,7 @@ from sd_lora.data.batches.stream import BatchItem, ImageSet
 from sd_lora.diffusion.loss import sample_losses, target_of
 from sd_lora.models.families import INPAINTING
 from sd_lora.report.events import ValidationDone
+from sd_lora.training.looks import timed
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import evaluating
@@ -40,7 +41,7 @@ def validate(run: Run, step: int) -> None:
     """Measure the model after a step, as it would be exported, and tell the losses; the base model
     too, the first time. All processes must do it, each measures a part."""
     validation = run.validation
-    with memory_for("checking the model", run.config):
+    with memory_for("checking the model", run.config), timed(run, "validation"):
         if validation.base is None:
             with ExitStack() as stack:
                 for model in run.models.values():

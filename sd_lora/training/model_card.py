@@ -10,6 +10,7 @@ from huggingface_hub import ModelCardData
 from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
 from sd_lora.hub import is_hub_id
+from sd_lora.report.record import places_of
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.training.output_folder import CARD
 from sd_lora.training.run import Run
@@ -53,7 +54,8 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
     shown: sample images, in the order of their prompts.
     """
     config, family, name = run.config, run.parts.family, run.output_dir.resolve().name
-    base = config.base_model if is_hub_id(config.base_model) else None
+    here = Path(config.base_model).expanduser().exists()  # a folder's name may look like an id
+    base = config.base_model if is_hub_id(config.base_model) and not here else None
     words = _trigger_words(run)
     xl = "stable-diffusion-xl" if family.name.startswith("sdxl") else "stable-diffusion"
     prompts = [wanted.asked.prompt for wanted in wanted_samples(run)] if shown else []
@@ -98,10 +100,17 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _without_place(run: Run, line: str) -> str:
-    """A line without the folders of this machine: of the output, and of the base model."""
-    out, base = run.output_dir, Path(run.config.base_model).expanduser()
+    """A line without the folders of this machine. The output folder is the repository of a run that
+    is pushed."""
+    config, out = run.config, run.output_dir
+    for name, value in config.hub_options.items():
+        if value and Path(value).expanduser().is_dir():  # the cache of this machine
+            line = line.replace(f", {name}={value!r}", "")
     for place in (f"{out.resolve()}{os.sep}", f"{out}{os.sep}"):
         line = line.replace(place, "")
     for folder in (out.resolve(), out):
-        line = line.replace(str(folder), ".")
-    return line.replace(run.config.base_model, base.name) if base.exists() else line
+        line = line.replace(str(folder), run.repo or ".")
+    for place, name in places_of(config).items():
+        line = line.replace(place, name)
+    base = Path(config.base_model).expanduser()
+    return line.replace(config.base_model, base.name) if base.exists() else line

@@ -74,7 +74,7 @@ class Run:
     resume. fast_models: on the fast path. start: the LoRA file to start from. losses: hash of those
     so far. redrawn: steps done before and at the end of each part that was done once more.
     saved_steps: those of this process's checkpoints. schedule: of the sample images.
-    seconds_drawing: spent on them. repo: of the hub, or "". recomputed: blocks of the memory
+    spent: kind of work → its seconds. repo: of the hub, or "". recomputed: blocks of the memory
     budget. scores: or None. thumbnails: index → picture.
     """
 
@@ -105,7 +105,7 @@ class Run:
     losses: str = ""
     redrawn: list[tuple[int, int]] = field(default_factory=list)
     saved_steps: list[int] = field(default_factory=list)
-    seconds_drawing: float = 0.0
+    spent: dict[str, float] = field(default_factory=dict)
     repo: str = ""
     recomputed: Recomputed | None = None
     scores: Scores | None = None

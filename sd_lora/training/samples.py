@@ -1,7 +1,6 @@
 """Sample images that a run draws: before, during and after training."""
 
 import itertools
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
 from sd_lora.training.interruption import SAMPLE_FILE, Requests
+from sd_lora.training.looks import timed
 from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS, SampleSchedule
@@ -159,7 +159,7 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
     )
     images: list[Image.Image] = []
     bar = counting(run.emit, label, total, "denoising step")
-    with timed_drawing(run), bar as advance:
+    with timed(run, "samples"), bar as advance:
         for (size, steps, guidance, negative, strength), group, at_once in groups:
             with _strength(run, strength):
                 images += sample(
@@ -177,14 +177,6 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
                     on_step=advance,
                 )
     return images
-
-
-@contextmanager
-def timed_drawing(run: Run) -> Iterator[None]:
-    """Count the time of a block as spent on drawing."""
-    started = time.monotonic()
-    yield
-    run.seconds_drawing += time.monotonic() - started
 
 
 def drawn_at_once(run: Run) -> int:

@@ -45,7 +45,8 @@ class Scores:
 
     every: steps between two. sets: images of each prompt, each from its own seed. identity: digest
     of all that makes two scores comparable: features, kind, prompts, images that are taught and the
-    way in which others are drawn. patience: scores in a row without a better one that end the run;
+    way in which others are drawn. a_image: forward passes of the UNet for one. patience: scores in
+    a row without a better one that end the run;
     None: any number. judge: compares images with the base's. base: these. taught: the sheets' row
     of images that are trained. The three are None or empty on processes that draw nothing, and
     before the base is drawn. rows: step → values of each image. told: step → numbers of its score.
@@ -56,6 +57,7 @@ class Scores:
     every: int
     sets: int
     identity: str
+    a_image: int
     patience: int | None = None
     judge: Judge | None = None
     base: Sequence[PromptImages] = field(default=(), repr=False)
@@ -67,6 +69,11 @@ class Scores:
     def num_images(self) -> int:
         """Images of each score."""
         return self.sets * sum(map(len, self.prompts.kinds))
+
+    @property
+    def forwards(self) -> int:
+        """Forward passes of the UNet for each score."""
+        return self.num_images * self.a_image
 
     def text(self, share: float) -> str:
         """The scores to come in words. share: of the run's time."""

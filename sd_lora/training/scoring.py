@@ -2,9 +2,10 @@
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image
 
@@ -20,13 +21,14 @@ from sd_lora.models.families import Family
 from sd_lora.report.events import ImagesScored, Warned, counting
 from sd_lora.report.run_page import SAMPLES
 from sd_lora.report.sheets import Sheet
-from sd_lora.sampling.features import Features, load_features
+from sd_lora.sampling.features import Features, load_features, placed
 from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
 from sd_lora.sampling.score import KIND_SEEDS, SETS, PromptImages, Prompts, Score, Taught, sets_of
 from sd_lora.training.class_images import numbered
-from sd_lora.training.out_of_memory import memory_for
+from sd_lora.training.looks import timed
+from sd_lora.training.out_of_memory import is_out_of_memory, let_go, memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.sample_schedule import DECODE_FORWARDS
@@ -34,9 +36,10 @@ from sd_lora.training.samples import (
     drawn_at_once,
     guidance_rescale_of,
     reference_of,
-    timed_drawing,
 )
 from sd_lora.training.scores import Scores
+
+T = TypeVar("T")
 
 NUM_PROMPTS = 6
 """Most captions that are drawn."""
@@ -165,7 +168,7 @@ def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
     )  # fmt: skip
     return Scores(
         planned.features, planned.prompts, every, config.score_sets, identity,
-        config.early_stopping_patience,
+        2 * config.validation_steps + DECODE_FORWARDS, config.early_stopping_patience,
     )  # fmt: skip
 
 
@@ -173,8 +176,7 @@ def share_of(run: Run, scores: Scores) -> float:
     """Share of the run's work that drawing the scores' images is."""
     steps = run.plan.num_steps
     times = 1 + math.ceil(steps / scores.every)
-    a_image = 2 * run.config.validation_steps + DECODE_FORWARDS
-    return run.schedule.share_of(times * scores.num_images * a_image)
+    return run.schedule.share_of(times * scores.forwards)
 
 
 def taught_to(run: Run, kind: str = "subject") -> Taught:
@@ -236,15 +238,38 @@ def _side(run: Run) -> int:
     return run.images.crop_settings.resolution
 
 
+def looked(run: Run, features: Features, work: Callable[[], T]) -> T:
+    """The result of work with features, which are on the run's device meanwhile: beside the models,
+    of which no step needs memory then. On the CPU where there is no room for them, and where the
+    device lacks an operator, as MPS does."""
+    device = run.accelerator.device
+    try:
+        with placed(features, device):
+            return work()
+    except RuntimeError as error:
+        lacking = is_out_of_memory(error) or isinstance(error, NotImplementedError)
+        if device.type == "cpu" or not lacking:
+            raise
+        let_go(error)
+    return work()
+
+
 def draw_base(run: Run) -> None:
     """Draw the base's images, before anything is trained or restored; its score is step 0's."""
     scores = run.scores
     if scores is None or not (run.main or run.joint):
         return
-    with memory_for("drawing images to score", run.config), timed_drawing(run):
+    with timed(run, "scores"):
+        _draw_base(run, scores)
+
+
+def _draw_base(run: Run, scores: Scores) -> None:
+    with memory_for("drawing images to score", run.config):
         before = _drawn(run, scores, "images to score, by the base")
     taught = taught_to(run, run.config.score_kind)
-    scores.judge = Judge(scores.features, taught, scores.prompts, before)
+    scores.judge = looked(
+        run, scores.features, lambda: Judge(scores.features, taught, scores.prompts, before)
+    )
     scores.base = before
     scores.taught = shown_real(run, len(columns_of(run, scores.prompts)))
 
@@ -266,18 +291,20 @@ def score_if_due(run: Run, step: int) -> None:
         return
 
     def score() -> tuple[dict[str, list[float]], Score]:
-        assert scores.judge is not None
+        judge = scores.judge
+        assert judge is not None
         work: Work = "drawing images to score"
-        with memory_for(work, run.config), run.averaged(), timed_drawing(run):
+        with memory_for(work, run.config), run.averaged():
             is_base = step == 0 and run.start is None  # ΔW is 0
             label = f"images to score, at step {step}"
             images = scores.base if is_base else _drawn(run, scores, label)
         if run.main:
             _write_sheet(run, scores, images, step)
-        return scores.judge.judge(images)
+        return looked(run, scores.features, lambda: judge.judge(images))
 
     try:
-        values, found = score() if run.joint else on_main(run.accelerator, score)
+        with timed(run, "scores"):
+            values, found = score() if run.joint else on_main(run.accelerator, score)
     except RunError as error:
         if run.joint:
             raise

@@ -153,10 +153,9 @@ def prepare(
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
-    told: list[Listener] = [log, Trackers(accelerator), *listeners]
     run = Run(
         plan=plan,
-        emit=to_all(told if accelerator.is_main_process else []),
+        emit=_to_all(log, accelerator, listeners),
         log=log,
         accelerator=accelerator,
         device=checked.device,
@@ -184,6 +183,14 @@ def prepare(
     run.schedule, run.scores = schedule_of(run), scores_of(run, checked.scores)
     summarise(run, caches, checked.base.notes())
     return run
+
+
+def _to_all(log: LogFile, accelerator: Accelerator, listeners: Sequence[Listener]) -> Listener:
+    """Tells the log, the trackers and the listeners, on the main process alone."""
+    told: list[Listener] = [log, *listeners]
+    emit = to_all(told if accelerator.is_main_process else [])
+    told.insert(1, Trackers(accelerator, emit))
+    return emit
 
 
 def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:

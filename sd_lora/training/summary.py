@@ -17,6 +17,7 @@ from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.training.caches import Caches
 from sd_lora.training.data import RunImages
 from sd_lora.training.forecast import forecast_rows, given_options
+from sd_lora.training.looks import looks_of, too_many_looks
 from sd_lora.training.model_card import is_foreign
 from sd_lora.training.output_folder import CARD, replacement_note
 from sd_lora.training.plan import Plan
@@ -61,7 +62,16 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     if run.schedule.forwards:
         rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)
-    notes = [*config.notes, *base_notes, *format_notes, *_notes(run), *caches.notes]
+    per_process = run.schedule.training
+    looks = too_many_looks(looks_of(run), run.plan.num_steps, per_process)
+    notes = [
+        *([looks] if looks else []),
+        *config.notes,
+        *base_notes,
+        *format_notes,
+        *_notes(run),
+        *caches.notes,
+    ]
     run.summary.notes += [*replacement_note(config, run.saved.path if run.saved else None), *notes]
     if run.start:
         run.summary.notes.append(run.start.note)

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,22 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from PIL import Image
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError, UsageError, install_line
 from sd_lora.files import write_fault
-from sd_lora.report.events import Event, ImagesScored, SamplesDrawn, StepsLogged, ValidationDone
+from sd_lora.findings import Finding
+from sd_lora.report.events import (
+    Event,
+    ImagesScored,
+    Listener,
+    SamplesDrawn,
+    StepsLogged,
+    ValidationDone,
+    Warned,
+)
 from sd_lora.report.summary import Summary
 
 
@@ -73,6 +84,12 @@ def _comet_images(tracker: Any, name: str, images: Sequence[Image.Image], step: 
         tracker.tracker.log_image(image, name=f"{name}/{i}", step=step)
 
 
+def _mlflow_name(name: str) -> str:
+    """A name that MLflow takes: letters, digits and some signs, and no folder "lr" of its store of
+    files beside the file "lr". "lr/unet ×16, decay ×0" is "lr_unet x16 decay x0"."""
+    return re.sub(r"[^\w .:/-]", "", name.replace("lr/", "lr_", 1).replace("×", "x"))
+
+
 def _stacked(images: Sequence[Image.Image]) -> np.ndarray:
     """(N, H, W, 3), of images of one size."""
     return np.stack([np.asarray(image) for image in images])
@@ -86,6 +103,7 @@ class Tracker:
     the command that shows its runs; {folder} is where its files are. id_of: the id of its run, by
     which a resumed one goes on in it. going_on: id → arguments of its start. The last two are None
     where the run is the folder. fixed: whether the options of a run that goes on stay as they were.
+    named: name of a number → the one that the tracker takes.
     """
 
     log_images: Callable[[Any, str, Sequence[Image.Image], int], None]
@@ -93,6 +111,7 @@ class Tracker:
     id_of: Callable[[Any], str] | None = None
     going_on: Callable[[str], dict[str, Any]] | None = None
     fixed: bool = False
+    named: Callable[[str], str] = str
 
 
 KNOWN: dict[str, Tracker] = {
@@ -117,6 +136,7 @@ KNOWN: dict[str, Tracker] = {
         id_of=lambda run: run.info.run_id,
         going_on=lambda id: {"run_id": id},
         fixed=True,
+        named=_mlflow_name,
     ),
     # https://comet.com/docs/v2/api-and-sdk/python-sdk/reference/start
     "comet_ml": Tracker(
@@ -126,6 +146,9 @@ KNOWN: dict[str, Tracker] = {
     ),
 }
 """Accelerate's name → tracker; W&B and Comet print the address of a run by themselves."""
+
+OTHER = Tracker(lambda *_: None)
+"""Any other one that `report_to all` finds: it gets numbers alone."""
 
 
 def start_trackers(
@@ -169,39 +192,100 @@ def tracker_runs(accelerator: Accelerator) -> dict[str, str]:
     return {tracker.name: row.id_of(tracker.tracker) for tracker, row in known if row.id_of}
 
 
-class Trackers:
-    """Accelerate's trackers as a listener: losses, rates, validation, and sample images."""
+class Lost(GeneralTracker):
+    """Stands for a tracker that has failed, and takes nothing more; its run can go on later."""
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    requires_logging_directory = False
+
+    def __init__(self, failed: GeneralTracker) -> None:
+        super().__init__(_blank=True)
+        self.name, self.run = failed.name, failed.tracker
+
+    @property
+    def tracker(self) -> Any:
+        return self.run
+
+
+def _each(
+    accelerator: Accelerator, work: Callable[[GeneralTracker, Tracker], None], tell: Listener
+) -> None:
+    """Do some work with each tracker. One that fails, such as a server that is gone, costs a
+    warning, and is left alone from then on; a disk that refuses a tracker's files is an error."""
+    for i, tracker in enumerate(accelerator.trackers):
+        if isinstance(tracker, Lost):
+            continue
+        try:
+            work(tracker, KNOWN.get(tracker.name, OTHER))
+        except Exception as error:  # of a library and of the network
+            if isinstance(error, OSError) and tracker.requires_logging_directory:
+                raise
+            accelerator.trackers[i] = Lost(tracker)
+            text = str(error).strip().partition("\n")[0] or type(error).__name__
+            tell(Warned([Finding("tracker-lost", tracker.name, text)]))
+
+
+def end_trackers(accelerator: Accelerator, tell: Listener) -> None:
+    """Let the trackers write the rest and end, as `_each`.
+
+    Raises:
+        RunError: a disk that refuses a tracker's files.
+    """
+    with tracker_errors(accelerator):
+        if accelerator.is_main_process:
+            _each(accelerator, lambda tracker, _: tracker.finish(), tell)
+        accelerator.trackers.clear()
+        accelerator.end_training()
+
+
+class Trackers:
+    """Accelerate's trackers as a listener: losses, rates, validation, and sample images.
+
+    tell: takes the warning on a tracker that fails.
+    """
+
+    def __init__(self, accelerator: Accelerator, tell: Listener) -> None:
+        self.accelerator, self.tell = accelerator, tell
 
     def __call__(self, event: Event) -> None:
         """Log steps, validations and samples; raises RunError if the disk refuses them."""
         with tracker_errors(self.accelerator):
             self._log(event)
 
+    def _numbers(self, numbers: Mapping[str, float], step: int) -> None:
+        """Log the numbers of a step, by name."""
+
+        def log(tracker: GeneralTracker, row: Tracker) -> None:
+            tracker.log({row.named(name): value for name, value in numbers.items()}, step=step)
+
+        _each(self.accelerator, log, self.tell)
+
     def _log(self, event: Event) -> None:
         match event:
             case StepsLogged():
                 for record in event.records:
-                    self.accelerator.log(record.numbers(), step=record.step)
+                    self._numbers(record.numbers(), record.step)
             case ValidationDone():
                 means = {
                     f"validation/{group.replace(' ', '_')}": sum(losses) / len(losses)
                     for group, losses in event.losses.items()
                 }
-                self.accelerator.log(means, step=event.step)
+                self._numbers(means, event.step)
             case ImagesScored():
                 score = {
                     f"score/{name}": values.mean
                     for name, values in event.score.intervals.items()
                     if math.isfinite(values.mean)
                 }
-                self.accelerator.log(score, step=event.step)
+                self._numbers(score, event.step)
             case SamplesDrawn():
                 for size in dict.fromkeys(image.size for image in event.images):
                     alike = [image for image in event.images if image.size == size]
-                    name = f"samples/{size[0]}x{size[1]}"
-                    for tracker in self.accelerator.trackers:
-                        if tracker.name in KNOWN:
-                            KNOWN[tracker.name].log_images(tracker, name, alike, event.step)
+                    self._images(f"samples/{size[0]}x{size[1]}", alike, event.step)
+
+    def _images(self, name: str, images: Sequence[Image.Image], step: int) -> None:
+        """Log images of one size."""
+        _each(
+            self.accelerator,
+            lambda tracker, row: row.log_images(tracker, name, images, step),
+            self.tell,
+        )

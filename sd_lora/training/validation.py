@@ -121,7 +121,10 @@ class Validation:
         """The measurements to come of a run. asked: steps between two, None: of small cost. wanted:
         whether something rests on them, also in a short run. patience: see the class."""
         groups = {TRAINED: trained} | ({HELD_OUT: held_out} if held_out else {})
-        every = math.ceil(COST * NUM_ITEMS * len(groups) / samples_per_step)
+        between = COST * NUM_ITEMS * len(groups)  # images
+        every = math.ceil(between / samples_per_step)
+        if number := samples_per_step * num_steps // between:  # evenly: one is at the end anyway
+            every = math.ceil(num_steps / number)
         if asked is not None:
             every = asked
         elif every > num_steps and not (held_out or wanted):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_events_hold_the_numbers_and_files(told: tuple[list[Event], Path, str]) 
     (ended,) = (e for e in events if isinstance(e, RunEnded))
     (planned,) = (e for e in events if isinstance(e, RunPlanned))
     assert planned.summary.rows["images"] == "6"
+    assert ended.spent.keys() == {"training", "samples"}
+    assert 0 < min(ended.spent.values()) <= sum(ended.spent.values()) < ended.seconds
+    assert json.loads((out / "report.json").read_text())["spent"].keys() == ended.spent.keys()
+    assert re.search(r"\d+ % in samples", (out / "report.html").read_text(encoding="utf-8"))
     paths = [f.path for f in exported.files]
     paths += [e.path for e in events if isinstance(e, CheckpointSaved)]
     paths += [e.sheet for e in events if isinstance(e, RunEnded) and e.sheet]

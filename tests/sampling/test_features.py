@@ -1,7 +1,10 @@
 """Features of images: the encoder of drawings, and vision models of transformers from disk."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -23,7 +27,15 @@ from transformers import (
 
 from sd_lora.errors import UsageError
 from sd_lora.sampling.drawing_encoder import cut_out
-from sd_lora.sampling.features import DrawingFeatures, ModelFeatures, load_features
+from sd_lora.sampling.features import (
+    DrawingFeatures,
+    ModelFeatures,
+    Seen,
+    SeenDrawings,
+    load_features,
+    placed,
+)
+from sd_lora.training.scoring import looked
 
 ROOT = Path(__file__).parents[2]
 
@@ -184,3 +196,76 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     """The message names the folder and what it should hold."""
     with pytest.raises(UsageError, match="holds no config.json"):
         load_features(tmp_path)
+
+
+def without_numbers(model: torch.nn.Module) -> FakeTensorMode:
+    """Take a model's numbers away: its tensors are fake ones, buffers all, of the mode returned."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            module._parameters.pop(name, None)
+            module._buffers[name] = None if tensor is None else fake.from_tensor(tensor.detach())
+    return fake
+
+
+def devices_of(seen: Seen, prompts: list[str]) -> set[str]:
+    """Where everything is that is told of images."""
+    likeness = (look.likeness(look) for look in (seen.subject, seen.style))
+    return {found.device.type for found in (*likeness, seen.follows(prompts))}
+
+
+@pytest.mark.parametrize("kind", ["drawings", "dino", "clip"])
+def test_features_compute_where_they_are_placed(
+    kind: str, tmp_path: Path, some: list[Image.Image]
+) -> None:
+    """In a block all of a model's weights are on the device, no operator meets tensors of two
+    devices, and results are on the CPU; behind it the model is back. A fake device
+    stands for a card: its tensors have no numbers, and refuse those of others."""
+    torch.manual_seed(0)
+    if kind == "dino":
+        save_dino(tmp_path)
+    if kind == "clip":
+        save_two_towers(tmp_path, CLIPModel, CLIPConfig)
+    features = load_features(ROOT / "sample_data" / "encoder" if kind == "drawings" else tmp_path)
+    model = features.encoder if isinstance(features, DrawingFeatures) else features.model
+    prompts = ["a red car", "a cat in the snow", "a red car"]
+    with without_numbers(model), placed(features, "lazy"):
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"lazy"}
+        assert devices_of(features.look(some), prompts) == {"cpu"}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+class Full(DrawingFeatures):
+    """Features on a card that has no room for their work."""
+
+    at = "cpu"
+
+    def to(self, device: torch.device | str) -> None:
+        self.at = str(device)
+
+    def look(self, images: Sequence[Image.Image]) -> SeenDrawings:
+        if self.at != "cpu":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().look(images)
+
+
+def test_a_full_card_leaves_features_on_the_cpu(
+    drawings: DrawingFeatures, some: list[Image.Image]
+) -> None:
+    """A run looks at its images on its device; where that has no room it does so on the CPU, with
+    the result that features have there. Another error stays one."""
+    features = Full(drawings.encoder)
+    run: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")))
+    places = []
+
+    def work() -> Seen:
+        places.append(features.at)
+        return features.look(some)
+
+    found = looked(run, features, work)
+    assert places == ["cuda", "cpu"]
+    want = drawings.look(some).subject
+    assert torch.equal(found.subject.likeness(want), want.likeness(want))
+    with pytest.raises(ZeroDivisionError):
+        looked(run, features, lambda: 1 / 0)
+    assert features.at == "cpu"

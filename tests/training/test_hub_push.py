@@ -2,6 +2,7 @@
 
 import base64
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,16 +22,22 @@ from tests.training.runs import dreambooth, images, text_to_image
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
 
+COMMIT = "a" * 40
+"""Of the base model on the stand-in."""
+
 
 class Hub(ThreadingHTTPServer):
     """A stand-in for the hub's API: one user, one token, repositories as dictionaries of files.
 
-    refuses: whether commits fail.
+    private: repositories that were made so. refuses: whether commits fail. public: id of a base
+    model → its folder, whose files have to be in the cache.
     """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answer)
         self.repos: dict[str, dict[str, bytes]] = {"other/taken": {}}
+        self.private = set[str]()
+        self.public: dict[str, Path] = {}
         self.refuses = False
 
     @property
@@ -62,7 +69,20 @@ class _Answer(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
+    def do_HEAD(self) -> None:
+        """Facts about a file of a public model, by which the cache knows that it has the newest."""
+        repo, _, file = self.path.removeprefix("/").partition("/resolve/")
+        found = self.server.public[repo] / file.partition("/")[2]
+        known = {"ETag": '"1"', "X-Repo-Commit": COMMIT, "Content-Length": "1"}
+        self.send_response(200 if found.is_file() else 404)
+        for key, value in (known if found.is_file() else {"X-Error-Code": "EntryNotFound"}).items():
+            self.send_header(key, value)
+        self.end_headers()
+
     def do_GET(self) -> None:
+        asked = self.path.removeprefix("/api/models/").partition("/revision/")[0]
+        if asked in self.server.public:
+            return self._send(200, {"id": asked, "sha": COMMIT, "siblings": []})
         if self.headers.get("authorization") != f"Bearer {TOKEN}":
             return self._send(401, {"error": "Invalid user token."})
         if self.path == "/api/whoami-v2":
@@ -79,6 +99,7 @@ class _Answer(BaseHTTPRequestHandler):
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
             status = 409 if repo in self.server.repos else 200
             self.server.repos.setdefault(repo, {})
+            self.server.private |= {repo} if "private" in (*asked, *asked.values()) else set()
             return self._send(status, {"url": f"{self.server.url}/{repo}", "error": "is there"})
         if self.path == "/api/validate-yaml":  # of a card's header
             return self._send(200, {"errors": [], "warnings": []})
@@ -103,6 +124,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     yield server
     server.shutdown()
@@ -114,38 +137,57 @@ def files_of(folder: Path) -> dict[str, bytes]:
             for p in folder.rglob("*") if p.is_file()}  # fmt: skip
 
 
+def publish(hub: Hub, name: str, base: Path, cache: Path) -> None:
+    """Put a base model onto the stand-in, and into a cache in the hub's own layout."""
+    home = cache / f"models--{name.replace('/', '--')}"
+    shutil.copytree(base, home / "snapshots" / COMMIT)
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text(COMMIT)
+    hub.public[name] = base
+
+
 def test_a_run_is_pushed(
     tiny_sd1: Path, tmp_path: Path, hub: Hub, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The card, the LoRA files and the last samples are in the repository as they are in the
-    folder; the card's header has what the hub's page reads, and the images that it shows are there.
-    Neither the token nor a path of this machine is in a file of the run or on its output."""
+    """The card, the LoRA files and the last samples are in the private repository that
+    --hub_model_id names, as they are in the folder. The card's header, read by the hub's own class,
+    is all that the hub's page shows: base model, licence, tags, trigger words, and images that are
+    there. Neither the token nor a path of this machine is in a file of the run or on its output."""
     out, events = tmp_path / "out", list[Event]()
+    publish(hub, "someone/small-sd", tiny_sd1, tmp_path / "cache")
     config = dreambooth(
-        tiny_sd1, images(tmp_path / "data", 2), out, max_train_steps=1, push_to_hub=True,
-        hub_token=TOKEN, num_validation_images=1, validation_steps=1,
+        Path("someone/small-sd"), images(tmp_path / "data", 2), out, max_train_steps=1,
+        cache_dir=str(tmp_path / "cache"), push_to_hub=True, hub_token=TOKEN,
+        hub_model_id="me/robot", hub_private_repo=True, num_validation_images=1, validation_steps=1,
+        trigger_word="vexa",
     )  # fmt: skip
     with Terminal() as terminal:
         sd_lora.train(config, [events.append, terminal])
-    pushed, here = hub.repos["me/out"], files_of(out)
+    assert {*hub.repos} == {"other/taken", "me/robot"}
+    assert hub.private == {"me/robot"}
+    pushed, here = hub.repos["me/robot"], files_of(out)
     lora = {"pytorch_lora_weights.safetensors", "out_kohya.safetensors"}
     assert pushed.keys() == {"README.md", "samples/step-000001/00.png", *lora}
     assert all(here[name] == data for name, data in pushed.items())
-    assert [e.address for e in events if isinstance(e, Pushed)] == [f"{hub.url}/me/out"]
+    assert [e.address for e in events if isinstance(e, Pushed)] == [f"{hub.url}/me/robot"]
     card = ModelCard(pushed["README.md"].decode())
-    header = card.data.to_dict()
-    assert header["library_name"] == "diffusers"
-    assert header["license"] == "creativeml-openrail-m"
-    assert header["instance_prompt"] == "a photo of sks thing"
-    assert {"lora", "stable-diffusion", "text-to-image"} <= {*header["tags"]}
-    assert "base_model" not in header  # a folder here
-    (shown,) = header["widget"]
-    assert shown["text"] == "a photo of sks thing"
-    assert shown["output"]["url"] in pushed
-    assert "load_lora_weights" in card.text
+    assert card.data.to_dict() == {
+        "base_model": "someone/small-sd",
+        "instance_prompt": "a photo of sks thing",
+        "library_name": "diffusers",
+        "license": "creativeml-openrail-m",
+        "tags": ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers",
+                 "lora", "sd_lora"],
+        "widget": [{"text": "a photo of sks thing",
+                    "output": {"url": "samples/step-000001/00.png"}}],
+    }  # fmt: skip
+    assert "- `a photo of sks thing`\n- `vexa`\n" in card.text
+    assert "[someone/small-sd](https://huggingface.co/someone/small-sd)" in card.text
+    assert "from_pretrained('someone/small-sd', dtype=torch.float32)\n" in card.text
+    assert "load_lora_weights('me/robot', weight_name='pytorch_lora_weights.saf" in card.text
     printed = capsys.readouterr()
     said = (printed.out + printed.err).encode()
-    assert f"on the hub: {hub.url}/me/out".encode() in said
+    assert f"on the hub: {hub.url}/me/robot".encode() in said
     assert [name for name, data in here.items() if TOKEN.encode() in data] == []
     assert TOKEN.encode() not in said
     assert str(tmp_path).encode() not in pushed["README.md"]
@@ -160,8 +202,8 @@ def test_a_run_is_pushed(
 
 
 def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub) -> None:
-    """The LoRA is written, and a warning says what failed and the command that pushes later. A
-    README.md of the user's own stays as it was."""
+    """The LoRA is written, and a warning says what failed and the command that pushes later, to the
+    repository of the folder's name. A README.md of the user's own stays as it was."""
     hub.refuses = True
     warned: list[str] = []
 
@@ -174,13 +216,13 @@ def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub
     (out / "README.md").write_text("notes of my own")
     sd_lora.train(
         text_to_image(tiny_sd1, images(tmp_path / "data", 2), out, max_train_steps=1,
-                      push_to_hub=True, hub_token=TOKEN, hub_model_id="me/robot"),
+                      push_to_hub=True, hub_token=TOKEN),
         [listen],
     )  # fmt: skip
     assert (out / "pytorch_lora_weights.safetensors").is_file()
     assert (out / "README.md").read_text() == "notes of my own"
-    assert warned[-1].startswith("me/robot: the hub says 403, Storage is full.")
-    assert f"later: hf upload me/robot {out} . --include README.md --include" in warned[-1]
+    assert warned[-1].startswith("me/out: the hub says 403, Storage is full.")
+    assert f"later: hf upload me/out {out} . --include README.md --include" in warned[-1]
 
 
 @pytest.mark.parametrize(

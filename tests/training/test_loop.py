@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.utils import get_total_norm
@@ -19,6 +20,7 @@ from sd_lora.adapters.inject import deltas_of
 from sd_lora.diffusion.noise import Noise
 from sd_lora.formats import verify
 from sd_lora.formats.canonical import read_models
+from sd_lora.hub import is_hub_id
 from sd_lora.models.load import load_parts
 from sd_lora.training import loop
 from sd_lora.training.checkpoint_folders import checkpoints
@@ -90,7 +92,8 @@ def test_the_files_are_what_was_trained(
     precision: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a whole run, both files load into a pipeline from disk as the ΔW that were in memory,
-    convolutions and text encoder included; factors stay float32 always; loss is logged."""
+    convolutions and text encoder included; factors stay float32 always; loss is logged. The model
+    card takes a base's folder for no model of the hub, though its path has the form of an id."""
     trained = {}
     export = loop.export
 
@@ -101,9 +104,12 @@ def test_the_files_are_what_was_trained(
         return export(run, *where)
 
     monkeypatch.setattr(loop, "export", spy)
+    monkeypatch.chdir(tiny_sd1.parents[1])
+    base = tiny_sd1.relative_to(tiny_sd1.parents[1])
+    assert is_hub_id(str(base))
     result = sd_lora.train(
         text_to_image(
-            tiny_sd1, data, tmp_path / "mine", mixed_precision=precision, train_text_encoder=True,
+            base, data, tmp_path / "mine", mixed_precision=precision, train_text_encoder=True,
             conv_rank=2, conv_alpha=1.0, num_validation_images=2, validation_steps=2,
         )
     )  # fmt: skip
@@ -113,6 +119,10 @@ def test_the_files_are_what_was_trained(
         "digest.json", "pytorch_lora_weights.safetensors", "training_log.jsonl", "report.html",
         "report.json",
     }  # fmt: skip
+    card = ModelCard.load(tmp_path / "mine" / "README.md")
+    assert card.data.base_model is None
+    assert f"A LoRA for {base.name} (" in card.text
+    assert str(base) not in card.text
     assert [f.modules for f in result.files] == [112, 112]
     for path in (tmp_path / "mine", tmp_path / "mine" / "mine_kohya.safetensors"):
         pipeline = StableDiffusionPipeline.from_pretrained(

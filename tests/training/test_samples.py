@@ -1,5 +1,6 @@
 """Sample images are drawn when they are due or asked for, and change nothing."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,19 +142,25 @@ def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_p
 def test_samples_are_drawn_where_the_work_allows_it(
     tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
-    """By themselves, sets of samples, those before and after among them, are at most a tenth of the
-    forward passes of the steps, evenly over the run; steps and epochs, if given, are kept."""
+    """By themselves, sets of samples, those before and after among them, are at most SHARE of the
+    forward passes of the steps, evenly over the run, so that the summary has no note on their time,
+    as it has on a validation each step; steps and epochs, if given, are kept."""
     config = text_to_image(
-        tiny_sd1, data, tmp_path, train_batch_size=3, max_train_steps=200, num_validation_images=2,
+        tiny_sd1, data, tmp_path, train_batch_size=5, max_train_steps=200, num_validation_images=2,
         validation_steps=3,
     )  # fmt: skip
     run = prepare(config)
     assert run.schedule.forwards == 2 * (2 * 3 + DECODE_FORWARDS)
     assert run.schedule.steps == [40, 80, 120, 160]
-    work = 200 * 3 * STEP_FORWARDS
+    work = 200 * 5 * STEP_FORWARDS
     assert (len(run.schedule.steps) + 2) * run.schedule.forwards <= SHARE * work
     assert (len(run.schedule.steps) + 3) * run.schedule.forwards > SHARE * work
     assert run.summary.rows["samples"] == run.schedule.text
+    assert run.validation.every == 100  # not 77, and one more at the end
+    assert not [note for note in run.summary.notes if "looking at the run" in note]
+    (note,) = (note for note in prepare(config.replace(validate_every=1)).summary.notes
+               if "looking at the run" in note)  # fmt: skip
+    assert re.search(r"\(samples . %, validation 7. %\): --validate_every \d+ would", note)
     for changes, steps in (
         ({"sample_every": 80}, [80, 160]),
         ({"sample_every": 0}, []),

@@ -209,6 +209,7 @@ def test_a_run_ends_early_by_its_scores(tiny_sd1: Path, data: Path, tmp_path: Pa
     )
     result = sd_lora.train(config)
     record = json.loads((folder / "report.json").read_text())
+    assert record["spent"].keys() == {"training", "validation", "scores"}
     merits = {row["step"]: row["merit"] for row in record["scores"]["rows"]}
     best = max(merits, key=merits.__getitem__)
     assert 0 < best <= 7
