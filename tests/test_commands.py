@@ -1,5 +1,6 @@
 """The tools from the command line: what people type, what they read, and the exit codes."""
 
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from sd_lora.cli import main
 from sd_lora.formats import adapter_files as files
 from tests.formats.trained import saved, trained
+from tests.training.launches import Apart
 from tests.training.runs import images
 
 
@@ -146,12 +148,12 @@ def test_an_interrupted_tool_leaves_nothing(lora: Path, tiny_sd1: Path, tmp_path
     """SIGTERM in the middle of the work ends it with 143 and no file beside the output."""
     words = ["resize", str(lora), "--rank", "2", "--model", str(tiny_sd1)]
     words += ["--out", str(tmp_path / "out" / "b.safetensors")]
-    code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *words])
-    while process.poll() is None and not list((tmp_path).glob("out/.sd-lora-*/*")):
+    apart = Apart([words], tmp_path / "said")
+    (process,) = apart.processes
+    while process.is_alive() and not list((tmp_path).glob("out/.sd-lora-*/*")):
         time.sleep(0.001)
     process.terminate()
-    assert process.wait(60) == 143
+    assert apart.wait() == [143], apart.text
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -210,15 +212,18 @@ def test_a_full_disk_leaves_nothing(tiny_sd1: Path, tmp_path: Path) -> None:
             assert sorted(tmp_path.rglob("*")) == before, words
 
 
-def test_output_goes_anywhere(lora: Path, tiny_sd1: Path) -> None:
+def test_output_goes_anywhere(lora: Path, tiny_sd1: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Into a pipe that closes early, and into a console that has no ‖ or ▇: no traceback."""
+    words = ["inspect", str(lora), "--model", str(tiny_sd1)]
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert main(words) == 0
+    narrow.flush()
+    assert b"down_blocks.0" in narrow.buffer.getvalue()
+    monkeypatch.undo()
     code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
-    words = [sys.executable, "-c", code, "inspect", str(lora), "--model", str(tiny_sd1)]
-    narrow = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run(words, capture_output=True, text=True, env=narrow)
-    assert done.returncode == 0
-    assert "down_blocks.0" in done.stdout
-    pipe = subprocess.Popen([*words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", code, *words, "--json"]
+    pipe = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert pipe.stdout is not None
     pipe.stdout.close()
     assert b"Traceback" not in pipe.stderr.read()  # type: ignore[union-attr]

@@ -85,17 +85,18 @@ def test_every_command_is_looked_at() -> None:
     assert len(OURS) > 25
 
 
-@pytest.fixture
-def place(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with all that the snippets name, to run them in: models, images with captions, LoRA
-    files, the clone's sample data."""
-    (tmp_path / "sample_data").symlink_to(ROOT / "sample_data")
+@pytest.fixture(scope="module")
+def stock(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the snippets name: models, images with captions, LoRA files, the
+    clone's sample data."""
+    folder = tmp_path_factory.mktemp("stock")
+    (folder / "sample_data").symlink_to(ROOT / "sample_data")
     for model in ("MODEL", "BASE", "TUNED", "sd15.safetensors", "stable-diffusion-v1-5"):
-        shutil.copytree(tiny_sd1, tmp_path / model)
-    tuned = tmp_path / "TUNED" / "unet" / "diffusion_pytorch_model.safetensors"
+        shutil.copytree(tiny_sd1, folder / model)
+    tuned = folder / "TUNED" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({k: t + 0.01 * torch.randn_like(t) for k, t in load_file(tuned).items()}, tuned)
-    for folder in ("my_dog", "images", "dogs"):
-        for path in images(tmp_path / folder, 2).glob("*.png"):
+    for name in ("my_dog", "images", "dogs"):
+        for path in images(folder / name, 2).glob("*.png"):
             path.with_suffix(".txt").write_text("a photo", encoding="utf-8")
     for name, method in {"my-dog": "lora", "loha": "loha", "dora": "lora"}.items():
         parts = load_parts(str(tiny_sd1))
@@ -104,12 +105,19 @@ def place(tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
                            rule="decompose" if name == "dora" else "add")  # fmt: skip
             for parameter in sd_lora.lora_layers(parts.models[component]):
                 nn.init.normal_(parameter, std=0.1)
-        sd_lora.save_adapter(parts.models, tmp_path / name, family="sd1")
+        sd_lora.save_adapter(parts.models, folder / name, family="sd1")
     for name in ("some", "my", "a", "b", "big"):
-        source = tmp_path / "my-dog" / "my-dog_kohya.safetensors"
-        shutil.copy(source, tmp_path / f"{name}.safetensors")
-    shutil.copy(tmp_path / "loha" / "loha_lycoris.safetensors", tmp_path / "loha.safetensors")
-    shutil.copy(tmp_path / "dora" / "dora_lycoris.safetensors", tmp_path / "dora.safetensors")
+        source = folder / "my-dog" / "my-dog_kohya.safetensors"
+        shutil.copy(source, folder / f"{name}.safetensors")
+    shutil.copy(folder / "loha" / "loha_lycoris.safetensors", folder / "loha.safetensors")
+    shutil.copy(folder / "dora" / "dora_lycoris.safetensors", folder / "dora.safetensors")
+    return folder
+
+
+@pytest.fixture
+def place(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the stock, to run a snippet in."""
+    shutil.copytree(stock, tmp_path, symlinks=True, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -187,6 +195,7 @@ def test_training(line: tuple[str, ...], place: Path, monkeypatch: pytest.Monkey
     if "--steps" in words:  # one option by two flags is an error
         words[words.index("--steps")] = "--max_train_steps"
     words += [*SMALL.split(), *["--num_class_images", "2"] * ("--class_data_dir" in words)]
+    words += ["--validation_steps", "1"] * ("--score_features" in words)  # images of the score
     if name in SCRIPTS:
         monkeypatch.setattr(sys, "argv", [name, *words])
         assert cli.train_script(name) == 0

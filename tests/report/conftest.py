@@ -20,7 +20,7 @@ def told(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list
     config = text_to_image(
         tiny_sd1, images(folder / "images"), folder / "out", train_batch_size=3,
         checkpointing_steps=3, validation_prompt="a photo", num_validation_images=1,
-        validation_steps=1, validation_epochs=2,
+        validation_steps=1, validation_epochs=2, targets="attention+conv",
     )  # fmt: skip
     printed = io.StringIO()
     with redirect_stdout(printed), Terminal() as terminal:

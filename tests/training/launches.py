@@ -146,6 +146,44 @@ class Launch(Processes):
         self._store.kill()
 
 
+class Apart(Processes):
+    """Commands of `sd-lora`, each in a process that knows of no other one.
+
+    said, first: as of `Launch`; the rank is the command's number.
+    """
+
+    def __init__(
+        self,
+        commands: Sequence[Sequence[str]],
+        said: Path,
+        first: Callable[[int], None] = lambda rank: None,
+    ) -> None:
+        said.mkdir(parents=True, exist_ok=True)
+        self.said, self.first = said, first
+        self.processes = [
+            FORK.Process(target=self._run, args=one, daemon=True) for one in enumerate(commands)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def _run(self, number: int, command: Sequence[str]) -> None:
+        _forget()
+        code = 70
+        with (self.said / f"{number}.txt").open("w") as file:
+            sys.stdout = sys.stderr = file
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            try:
+                self.first(number)
+                code = main(command)
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            file.flush()
+        os._exit(code)
+
+
 class TwoHosts(Processes):
     """Two launchers of torchrun on this machine, each with processes of its own, as on two hosts.
 

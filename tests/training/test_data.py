@@ -7,8 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,12 +19,14 @@ from safetensors.torch import load_file
 import sd_lora
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.cache import text_embeddings as embeddings
+from sd_lora.data.cache.encode import Latents
 from sd_lora.data.cache.store import Store
 from sd_lora.errors import RunError, UsageError
 from sd_lora.training import caches, loop
 from sd_lora.training.setup import Run, prepare
 from tests.data.check.torture import make_torture
-from tests.training.runs import dreambooth, images, text_to_image
+from tests.training.launches import Apart
+from tests.training.runs import FEW, dreambooth, images, text_to_image
 
 SHAPES = [(64, 64), (96, 64), (64, 96), (64, 64), (128, 40), (64, 64), (96, 64)]
 
@@ -196,63 +196,53 @@ def test_one_edit_is_one_entry(tiny_sd1: Path, mixed: Path, tmp_path: Path) -> N
     assert count(clip_skip=1) == ("7 of 7", "0 of 7")
 
 
-CACHING = """
-import sys
-from sd_lora.data.cache.encode import Latents
-from sd_lora.training.setup import prepare
-from tests.training.runs import text_to_image
-from pathlib import Path
-
-model, data, output, encoded, at_once = sys.argv[1:]
-encode = Latents.encode
-Latents.at_once = lambda self, size: int(at_once)
-
-def counted(self, pixels, names):
-    moments = encode(self, pixels, names)
-    with open(encoded, "a") as file:
-        file.write("\\n".join(names) + "\\n")
-    return moments
-
-Latents.encode = counted
-prepare(text_to_image(Path(model), Path(data), Path(output), data_cache_dir=output + "/cache"))
-print("done", flush=True)
-"""
-
-
-@pytest.mark.launch
-def test_a_kill_loses_one_batch_at_most(tiny_sd1: Path, root: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_a_kill_loses_one_batch_at_most(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Killed by SIGKILL in the middle of caching in batches of five, as a GPU has them, a run has
     kept all that it encoded but one batch at most; the next one computes only what is missing."""
-    data = images(tmp_path / "images", 150)
+    data = images(tmp_path / "images", 60)
     counter, output = tmp_path / "encoded", tmp_path / "out"
-    command = [
-        sys.executable, "-c", CACHING, str(tiny_sd1), str(data), str(output), str(counter),
-        "5",
-    ]  # fmt: skip
-    process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    encode = Latents.encode
+
+    def counted(self: Latents, pixels: torch.Tensor, names: list[str]) -> torch.Tensor:
+        moments = encode(self, pixels, names)
+        with open(counter, "a", encoding="utf-8") as file:
+            file.write("\n".join(names) + "\n")
+        return moments
+
+    monkeypatch.setattr(Latents, "encode", counted)
+    monkeypatch.setattr(Latents, "at_once", lambda self, size: 5)
+    config = text_to_image(tiny_sd1, data, output, data_cache_dir=str(output / "cache"))
+    process = os.fork()
+    if not process:
+        try:
+            prepare(config)
+        finally:
+            os._exit(1)
     deadline = time.monotonic() + 120
     latents = output / "cache" / "latents"
     while sum(1 for _ in latents.glob("*/[0-9a-f]*")) < 20:  # nothing slower: it is a race
-        assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+        time.sleep(0.005)
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
     kept = entries(output / "cache", "latents")
     encoded = len(counter.read_text().splitlines())
-    assert 20 <= len(kept) < 150
+    assert 20 <= len(kept) < 60
     assert encoded - len(kept) <= 5
     counter.unlink()
-    subprocess.run(command, cwd=root, check=True, capture_output=True)
-    assert len(counter.read_text().splitlines()) == 150 - len(kept)
+    prepare(config)
+    assert len(counter.read_text().splitlines()) == 60 - len(kept)
     whole = entries(output / "cache", "latents")
-    assert len(whole) == 150
+    assert len(whole) == 60
     assert all(whole[name] == entry for name, entry in kept.items())
 
 
-@pytest.mark.launch
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_runs_that_share_a_cache_do_not_harm_each_other(
-    tiny_sd1: Path, mixed: Path, root: Path, tmp_path: Path
+    tiny_sd1: Path, mixed: Path, tmp_path: Path
 ) -> None:
     """Two runs that fill one cache at the same time, one of which empties it as they go, since its
     limit is a few bytes, both train what a run by itself does, to the last bit."""
@@ -260,23 +250,17 @@ def test_runs_that_share_a_cache_do_not_harm_each_other(
         run_of(tiny_sd1, mixed, tmp_path / "alone", max_train_steps=6, cache_latents="no")
     )
     flags = (
-        f"--pretrained_model_name_or_path {tiny_sd1} --train_data_dir {mixed} --resolution 64 "
-        "--train_batch_size 2 --max_train_steps 6 --learning_rate 1e-3 --targets attention+conv "
-        f"--seed 0 --num_validation_images 0 --report_to none --data_cache_dir {tmp_path}/shared"
+        f"train --pretrained_model_name_or_path {tiny_sd1} --train_data_dir {mixed} --seed 0 "
+        "--resolution 64 --train_batch_size 2 --max_train_steps 6 --learning_rate 1e-3 "
+        f"--num_validation_images 0 --report_to none --data_cache_dir {tmp_path}/shared"
     ).split()
-    processes = []
-    for name, more in (("a", []), ("tight", ["--data_cache_limit", "1e-9"])):
-        code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "train", *flags, *more]
-        command += ["--output_dir", str(tmp_path / name)]
-        processes.append(
-            subprocess.Popen(
-                command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-            )
-        )
-    for process in processes:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-2000:]
+    flags += ["--targets", FEW]
+    commands = [
+        [*flags, "--output_dir", str(tmp_path / "a")],
+        [*flags, "--output_dir", str(tmp_path / "tight"), "--data_cache_limit", "1e-9"],
+    ]
+    apart = Apart(commands, tmp_path / "said")
+    assert apart.wait(300) == [0, 0], apart.text
     for name in ("a", "tight"):
         assert_same_bits(tmp_path / "alone", tmp_path / name)
 
@@ -739,7 +723,8 @@ def test_a_dreambooth_run_with_class_images_of_other_shapes(
     assert loop.batch_loss(run, run.stream.batch(0), 0) > 0
 
 
-def test_ctrl_c_in_the_check_ends_it(tiny_sd1: Path, root: Path, tmp_path: Path) -> None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
+def test_ctrl_c_in_the_check_ends_it(tiny_sd1: Path, tmp_path: Path) -> None:
     """SIGINT while images are checked ends the command at once, with its usual exit code and no
     traceback."""
     folder = tmp_path / "many"
@@ -749,19 +734,16 @@ def test_ctrl_c_in_the_check_ends_it(tiny_sd1: Path, root: Path, tmp_path: Path)
         shutil.copy(folder / "0.jpg", folder / f"{i}.jpg")
         with open(folder / f"{i}.jpg", "ab") as file:
             file.write(bytes([i]))  # another content
-    code = "import sys; from sd_lora.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, "check", "--pretrained_model_name_or_path", str(tiny_sd1),
-         "--train_data_dir", str(folder), "--caption_default", "noise", "--no_page",
-         "--data_cache_dir", str(tmp_path / "c")],
-        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    words = ["check", "--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir",
+             str(folder), "--caption_default", "noise", "--no_page", "--data_cache_dir",
+             str(tmp_path / "c")]  # fmt: skip
+    apart = Apart([words], tmp_path / "said")
+    (process,) = apart.processes
     deadline = time.monotonic() + 100
     while not entries(tmp_path / "c", "facts"):
         assert time.monotonic() < deadline
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=20)
-    assert process.returncode == 130
-    assert "Traceback" not in err
+    assert apart.wait(20) == [130]
+    assert "Traceback" not in apart.text

@@ -70,7 +70,8 @@ def files(tiny_sd1: Path, folder: Path) -> dict[str, Path]:
 
 
 def run_from(tiny_sd1: Path, folder: Path, file: Path, **changes: object) -> TrainConfig:
-    values: dict[str, object] = {"rank": 2, "conv_rank": 3, "max_train_steps": 1}
+    values: dict[str, object] = {"targets": "attention+conv", "rank": 2, "conv_rank": 3}
+    values["max_train_steps"] = 1
     return text_to_image(
         tiny_sd1,
         folder / "data",

@@ -1,5 +1,6 @@
 """Pivotal tuning: new words trained beside the LoRA, through whole runs."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,24 +111,28 @@ def test_words_alone_leave_the_encoders_alone(tiny: Folder, data: Path, tmp_path
 def test_words_resume_exactly_and_stop(
     stop: int | None, tiny: Folder, data: Path, tmp_path: Path
 ) -> None:
-    """Six steps are two, four and a resumption of each, to the last bit; after the stop step the
-    words do not change and the rest does. `sd-lora export` writes the words of a checkpoint."""
+    """Six steps are those of a resumption after two and after four, to the last bit; after the stop
+    step the words do not change and the rest does. `sd-lora export` writes the words of a
+    checkpoint."""
     options = WORDS | {
         "train_text_encoder": True, "checkpointing_steps": 2, "embedding_stop_step": stop,
+        "max_train_steps": 6,
     }  # fmt: skip
+    whole = tmp_path / "whole"
+    sd_lora.train(dreambooth(tiny("sd1"), data, whole, **options))
     ends = {}
-    for name, cut in (("whole", None), ("cut2", 2), ("cut4", 4)):
-        more = {}
-        if cut:
-            sd_lora.train(
-                dreambooth(tiny("sd1"), data, tmp_path / name, **options, max_train_steps=cut)
-            )
-            more = {"resume_from_checkpoint": "latest"}
-        sd_lora.train(
-            dreambooth(tiny("sd1"), data, tmp_path / name, **options, max_train_steps=6, **more)
-        )
-        words = load_file(tmp_path / name / f"{name}_dog.safetensors")["<dog>"]
-        ends[name] = (words, trained_of(tmp_path / name, 6))
+    for start in (6, 2, 4) if stop else (6, 4):
+        folder, name = whole, "whole"
+        if start < 6:
+            name = f"cut{start}"
+            folder = Path(shutil.copytree(whole, tmp_path / name))
+            for later in range(start + 2, 8, 2):
+                shutil.rmtree(folder / f"checkpoint-{later}")
+            (folder / "whole_dog.safetensors").unlink()
+            more = {"resume_from_checkpoint": f"checkpoint-{start}"}
+            sd_lora.train(dreambooth(tiny("sd1"), data, folder, **options, **more))
+        words = load_file(folder / f"{name}_dog.safetensors")["<dog>"]
+        ends[name] = (words, trained_of(folder, 6))
     for words, factors in ends.values():
         assert torch.equal(words, ends["whole"][0])
         assert all(torch.equal(factors[k], ends["whole"][1][k]) for k in factors)

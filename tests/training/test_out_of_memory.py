@@ -25,7 +25,7 @@ from sd_lora.training.memory import HeldBytes
 from sd_lora.training.out_of_memory import is_out_of_memory, wanted
 from sd_lora.training.run import Run
 from sd_lora.training.setup import prepare
-from tests.conftest import ROOT
+from tests.training.launches import Launch
 from tests.training.runs import images, text_to_image
 
 OnCard = Callable[[Callable[[int], float]], list[int]]
@@ -84,7 +84,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, data: Path, output: Path, **changes: object) -> TrainConfig:
-    return text_to_image(model, data, output, train_text_encoder=True, **changes)
+    """A run whose activations the limits of these tests were measured by."""
+    options: dict[str, object] = {"targets": "attention+conv", "train_text_encoder": True}
+    return text_to_image(model, data, output, **(options | changes))
 
 
 def ready(config: TrainConfig) -> Run:
@@ -264,51 +266,39 @@ def test_a_real_limit(tiny_sd1: Path, tmp_path: Path) -> None:
     assert re.search(r"memory +gradient checkpointing\n", done.stdout)
 
 
-TWO = """
-import sys
-from sd_lora import cli
-from sd_lora.training import loop
-from tests.training.test_out_of_memory import Card
+def second_on_a_card(rank: int) -> None:
+    """Put what the second of two processes tries on a small card; steps go through the engine's
+    wrapper, tries do not."""
+    original = loop.accumulate
 
-original = loop.accumulate
+    def limited(run: Any, *args: Any) -> Tensor:
+        tried = run.prepared["unet"] is run.models["unet"]
+        with Card(1.8e6 if tried and rank else float("inf")):
+            return original(run, *args)
 
-def limited(run, *args):
-    tried = run.prepared["unet"] is run.models["unet"]  # steps go through the engine's wrapper
-    with Card(1.8e6 if tried and run.accelerator.process_index else float("inf")):
-        return original(run, *args)
-
-loop.accumulate = limited
-for more in ([], ["--fit", "auto"]):
-    print("code", cli.main([*sys.argv[1:], *more]), flush=True)
-"""
+    loop.accumulate = limited
 
 
-@pytest.mark.launch
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 def test_processes_fit_together(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Of two processes the second has a small card: both end before the first step with its
     message; with --fit auto both take the way that it needs, and the losses are those of one
     process with both batches."""
-    program, out = tmp_path / "program.py", tmp_path / "out"
-    program.write_text(TWO)
+    out = tmp_path / "out"
     words = (
         f"train --mode text_to_image --model {tiny_sd1} --train_data_dir {data} --resolution 64 "
         f"--targets attention+conv --train_text_encoder --batch 2 --steps 3 --lr 1e-3 "
         f"--num_validation_images 0 --report_to none --output_dir {out} --seed 0"
-    )
-    torchrun = Path(sys.executable).parent / "torchrun"
-    done = subprocess.run(
-        [torchrun, "--nproc_per_node", "2", program, *words.split()], capture_output=True,
-        text=True, cwd=ROOT, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-5000:]
-    assert sorted(re.findall("code (.)", done.stdout)) == ["0", "0", "2", "2"]
+    ).split()
+    launch = Launch(2, words, tmp_path / "refused", first=second_on_a_card)
+    assert launch.wait(300) == [2, 2], launch.text
     refused = (
         "error: out of memory in the run's largest batch, tried before step 1: on process 1, 2 im"
     )
-    assert done.stderr.count(refused) == 1  # told by the first to know it
-    assert re.search(r"memory +gradient checkpointing, 1 image at once\n", done.stdout)
+    assert launch.text.count(refused) == 1  # told by the first to know it
+    launch = Launch(2, [*words, "--fit", "auto"], tmp_path / "fitted", first=second_on_a_card)
+    assert launch.wait(300) == [0, 0], launch.text
+    assert re.search(r"memory +gradient checkpointing, 1 image at once\n", launch.text)
     lines = (out / "training_log.jsonl").read_text().splitlines()
     alone = steps(ready(config(tiny_sd1, data, tmp_path / "one", max_train_steps=3)))
     assert [json.loads(line)["loss"] for line in lines] == pytest.approx(alone, rel=1e-4)

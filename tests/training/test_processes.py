@@ -23,7 +23,7 @@ from sd_lora.formats.lora_file import open_lora
 from sd_lora.training.processes import chosen_precision
 from sd_lora.training.sharding import check_even, shards
 from tests.training.launches import Launch, Processes, TwoHosts, accelerate_launch, free_port
-from tests.training.runs import dreambooth, images, text_to_image
+from tests.training.runs import FEW, dreambooth, images, text_to_image
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes are forked")
 IMAGES, STEPS = 18, 4  # 12 images and 6 in turn: with 4 processes parts of 3, then of 1 and 2
@@ -40,7 +40,7 @@ class Runs(NamedTuple):
         return [
             "train", "--pretrained_model_name_or_path", str(self.model), "--train_data_dir",
             str(self.data), "--caption_column", "text", "--resolution", "64", "--rank", "2",
-            "--learning_rate", "1e-3", "--targets", "attention", "--seed", "0",
+            "--learning_rate", "1e-3", "--targets", FEW, "--seed", "0",
             "--num_validation_images", "0", "--report_to", "none", "--max_train_steps", str(STEPS),
             "--checkpointing_steps", "2", "--train_batch_size", str(batch), "--output_dir",
             str(self.folder / name), "--data_cache_dir", str(self.folder / "cache"), *more,
@@ -299,7 +299,7 @@ def test_two_processes_with_prior_preservation(
         "--with_prior_preservation", "--class_data_dir", str(class_dir), "--class_prompt",
         "a photo of a monster", "--num_class_images", "5", "--sample_batch_size", "2",
         "--resolution", "64", "--learning_rate", "1e-3", "--rank", "8", "--targets",
-        "attention+conv", "--train_text_encoder", "--seed", "0", "--max_train_steps", "4",
+        FEW, "--train_text_encoder", "--seed", "0", "--max_train_steps", "4",
         "--num_validation_images", "0", "--edm2_loss_weighting",
     ]  # fmt: skip
     two = [*common, "--train_batch_size", "2", "--output_dir", str(tmp_path / "two")]
@@ -324,7 +324,7 @@ def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: 
     common = [
         "--pretrained_model_name_or_path", str(tiny("sdxl")), "--instance_data_dir", str(data),
         "--instance_prompt", "a photo of <thing> " + "and so on " * 20, "--targets",
-        "attention+conv", "--train_text_encoder", "--text_encoder_stop_step", "3",
+        FEW, "--train_text_encoder", "--text_encoder_stop_step", "3",
         "--text_encoder_2_stop_step", "100", "--token_abstraction", "<thing>",
         "--max_token_length", "225", "--caption_dropout", "0.5", "--random_flip", "--seed", "3",
         "--learning_rate", "1e-3", "--text_encoder_lr", "1e-3", "--max_train_steps", "8",

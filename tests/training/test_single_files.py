@@ -63,9 +63,10 @@ def tokenizer(folder: Path) -> str:
 def test_a_single_file_trains_as_its_folder(
     kind: str, both: Callable[[str], tuple[Path, Path]], data: Path, tmp_path: Path
 ) -> None:
-    """A run from the single file, UNet and text encoders, attention + convolutions, has the losses
-    and the LoRA of the run from the folder of the same weights, to the last bit; nothing is looked
-    for in the hub. So, too, of small-sd, KOALA, SSD-1B and Segmind-Vega, whose UNets lack parts."""
+    """A run from the single file, UNet and text encoders, attention and convolutions, has the
+    losses and the LoRA of the run from the folder of the same weights, to the last bit; nothing is
+    looked for in the hub. So, too, of small-sd, KOALA, SSD-1B and Segmind-Vega, whose UNets lack
+    parts."""
     folder, file = both(kind)
     options = SAID[kind] | {"train_text_encoder": True, "max_train_steps": 3, "resolution": 64}
     results = {}

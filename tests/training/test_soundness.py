@@ -244,7 +244,9 @@ def test_modules_without_a_gradient(tiny_sd1: Path, data: Path, tmp_path: Path) 
     """In the first step B alone has a gradient, and that is no warning; a module of which no factor
     has one is named."""
     events: list[object] = []
-    config = text_to_image(tiny_sd1, data, tmp_path, train_text_encoder=True)
+    config = text_to_image(
+        tiny_sd1, data, tmp_path, train_text_encoder=True, targets="attention+conv"
+    )
     run = prepare(config)
     run.emit = events.append
     loop.accumulate(run, 0, run.stream.batch(0), 0)

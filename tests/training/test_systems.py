@@ -16,7 +16,7 @@ import sd_lora
 from sd_lora.cli import main
 from sd_lora.models.load import load_parts
 from sd_lora.training import checkpoint
-from tests.training.runs import images, text_to_image
+from tests.training.runs import FEW, images, text_to_image
 
 
 def held(place: Path | str) -> set[str]:
@@ -58,7 +58,7 @@ def test_a_resumed_checkpoint_can_be_pruned(tiny_sd1: Path, tmp_path: Path) -> N
     )
     sd_lora.train(config)
     parts = load_parts(str(tiny_sd1))
-    sd_lora.inject(parts.models["unet"], targets="attention+conv", rank=4)
+    sd_lora.inject(parts.models["unet"], targets=[FEW], rank=4)
     saved = checkpoint.read(tmp_path / "out" / "checkpoint-1", {"unet": parts.models["unet"]})
     assert saved.factors["unet"]
     assert held(tmp_path / "out") == set()
