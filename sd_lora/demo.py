@@ -69,7 +69,7 @@ def find_sample_data() -> Path:
 STEPS = 20
 """Sampler steps of the demo's images."""
 
-FIRST_SEEDS = {SUBJECT: 0, CLASS: KIND_SEEDS, UNRELATED: 2 * KIND_SEEDS}
+FIRST_SEEDS: dict[tuple[str, ...], int] = {SUBJECT: 0, CLASS: KIND_SEEDS, UNRELATED: 2 * KIND_SEEDS}
 """Prompts → the seed of the first one's image in the first set."""
 
 PROMPTS = Prompts(SUBJECT, CLASS, UNRELATED)
