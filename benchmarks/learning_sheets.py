@@ -49,7 +49,7 @@ def shown_of(whole: Any, others: bool) -> list[Any]:
 
 
 SHOWN_AS = {
-    "600 steps, no text encoder": "one of 24 class images beside each",
+    "600 steps, no text encoder": "one of the class images beside each",
     "600 steps, class preserved, drawn in 2": "--output_preservation class, no class images",
     "recipe": "attention, feed-forward and convolutions, rank 16",
     "attention": "attention alone, rank 79, as many parameters",
