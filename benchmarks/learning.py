@@ -338,7 +338,7 @@ def main() -> None:
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
     parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="instead of the rows'; one FOLDER, one number")
+    parser.add_argument("--steps", type=int, help="not the rows'; with its own --out")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "rescore":
