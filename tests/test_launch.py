@@ -99,8 +99,8 @@ def test_accelerate_launch(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_killed_run_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGTERM to the running script leaves a checkpoint and exit code 3; the same command with
-    --resume_from_checkpoint latest finishes."""
+    """SIGTERM to the running script leaves a checkpoint and exit code 3; its function, called here,
+    in another process, with the same flags and --resume_from_checkpoint latest, finishes."""
     out = tmp_path / "cut"
     command = [
         str(BIN / "python"), "train_scripts/train_text_to_image_lora.py", *TEXT_TO_IMAGE,

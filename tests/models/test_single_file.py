@@ -271,7 +271,10 @@ def same(model: nn.Module, other: nn.Module, dtype: torch.dtype, through: torch.
 
 @pytest.mark.parametrize(
     ("family", "suffix"),
-    [*((f, ".safetensors") for f in (*FAMILIES, *CUT)), *((f, ".ckpt") for f in ("sd2", "sdxl"))],
+    [
+        *((family, ".safetensors") for family in (*FAMILIES, *CUT)),
+        *((family, ".ckpt") for family in ("sd1", "sd2", "sdxl")),
+    ],
 )
 def test_all_parts_come_back(family: str, suffix: str, tmp_path: Path) -> None:
     """Every part of every family has the weights that were written, bit for bit, and the

@@ -14,9 +14,12 @@ from sd_lora.formats.canonical import Adapter, canonical_name
 FEW = (
     r"(down_blocks\.0|mid_block)\..*(to_(q|k|v|out\.0)|conv1|time_emb_proj|downsamplers\.0\.conv)"
     r"|down_blocks\.1\..*conv_shortcut"
+    r"|up_blocks\.1\.(attentions\.1\..*to_q|resnets\.1\.conv(1|_shortcut)|upsamplers\.0\.conv)"
 )
-"""A quarter of the modules of attention+conv, of each of their kinds; a run's verification takes
-time by the module, and is half of a tiny run."""
+"""A quarter of the modules of attention+conv; a run's verification takes time by the module, and is
+half of a tiny run. On the way down and in the middle: linear layers of self- and cross-attention,
+3×3 and strided convolutions, time projections, a 1×1 shortcut. On the way up: queries of both
+attentions, a 3×3 convolution and a 1×1 shortcut that read a skip connection, an upsampler's."""
 
 
 def images(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> Path:

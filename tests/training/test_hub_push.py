@@ -4,7 +4,7 @@ import base64
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from sd_lora.cli import main
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event, Pushed, Warned
 from sd_lora.terminal import Terminal
-from sd_lora.training.hub_push import check_hub
+from sd_lora.training import loop
+from sd_lora.training.hub_push import check_hub, push
+from sd_lora.training.run import Run
 from tests.training.runs import dreambooth, images, text_to_image
 
 TOKEN = "hf_" + "s3cretS3cret" * 3
@@ -98,8 +100,11 @@ class _Answer(BaseHTTPRequestHandler):
             asked = json.loads(body)
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
             status = 409 if repo in self.server.repos else 200
-            self.server.repos.setdefault(repo, {})
-            self.server.private |= {repo} if "private" in (*asked, *asked.values()) else set()
+            if status == 200:
+                # newer clients say it by "visibility"
+                private = asked.get("private") is True or asked.get("visibility") == "private"
+                self.server.private |= {repo} if private else set()
+                self.server.repos[repo] = {}
             return self._send(status, {"url": f"{self.server.url}/{repo}", "error": "is there"})
         if self.path == "/api/validate-yaml":  # of a card's header
             return self._send(200, {"errors": [], "warnings": []})
@@ -194,6 +199,7 @@ def test_a_run_is_pushed(
     later = ["push", str(out), "--repo", "me/later", "--token", TOKEN]  # once more, by hand
     assert main(later) == 0
     assert hub.repos["me/later"] == pushed
+    assert hub.private == {"me/robot"}  # and none without --hub_private_repo
     assert main(["push", str(tmp_path), "--repo", "me/none"]) == 2
     (out / "out_kohya.safetensors").unlink()
     assert main([*later[:-3], "me/lost", "--token", TOKEN]) == 1
@@ -201,16 +207,28 @@ def test_a_run_is_pushed(
     assert TOKEN not in "".join(capsys.readouterr())
 
 
-def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub) -> None:
+def test_a_push_that_fails_costs_no_run(
+    tiny_sd1: Path, tmp_path: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The LoRA is written, and a warning says what failed and the command that pushes later, to the
-    repository of the folder's name. A README.md of the user's own stays as it was."""
+    public repository of the folder's name. A README.md of the user's own stays as it was. The same
+    push to a hub that takes it brings the files there."""
     hub.refuses = True
-    warned: list[str] = []
+    warned, addresses = list[str](), list[str]()
 
     def listen(event: Event) -> None:
         if isinstance(event, Warned):
             warned.extend(finding.line() for finding in event.findings)
+        if isinstance(event, Pushed):
+            addresses.append(event.address)
 
+    def twice(run: Run, files: Sequence[Path]) -> None:
+        push(run, files)
+        assert hub.repos["me/out"] == {}
+        hub.refuses = False
+        push(run, files)
+
+    monkeypatch.setattr(loop, "push", twice)
     out = tmp_path / "out"
     out.mkdir()
     (out / "README.md").write_text("notes of my own")
@@ -223,6 +241,15 @@ def test_a_push_that_fails_costs_no_run(tiny_sd1: Path, tmp_path: Path, hub: Hub
     assert (out / "README.md").read_text() == "notes of my own"
     assert warned[-1].startswith("me/out: the hub says 403, Storage is full.")
     assert f"later: hf upload me/out {out} . --include README.md --include" in warned[-1]
+    pushed = hub.repos["me/out"]
+    assert pushed.keys() == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        "out_kohya.safetensors",
+    }
+    assert all((out / name).read_bytes() == data for name, data in pushed.items())
+    assert addresses == [f"{hub.url}/me/out"]
+    assert hub.private == set()
 
 
 @pytest.mark.parametrize(

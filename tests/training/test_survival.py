@@ -11,11 +11,11 @@ from tests.training.survival import CLOCK, Trial, inputs
 def test_a_killed_run_ends_as_an_undisturbed_one(
     mode: str, rounds: int, tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL thirty times: three times within each of caching, class images, saves, exports,
-    samples and the log, and at any moment, and twice within each that a run on captioned images
-    has. The same command each time comes to the end,
-    and every file that the run leaves, the last checkpoints included, is byte for byte the one of a
-    run that nobody killed. `benchmarks/survival.py` does the same for hours."""
+    """SIGKILL 31 times: in each phase of a run (caching, saves, exports, the log; with class
+    images, these and samples too) and at any moment, twice in captioned mode and three times in
+    DreamBooth. The same command each time comes to the end, and every file that the run leaves, the
+    last checkpoints included, is byte for byte the one of a run that nobody killed.
+    `benchmarks/survival.py` does the same for hours."""
     killed_often(mode, tiny_sd1, tmp_path, monkeypatch, rounds)
 
 
