@@ -172,13 +172,6 @@ def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
     )  # fmt: skip
 
 
-def share_of(run: Run, scores: Scores) -> float:
-    """Share of the run's work that drawing the scores' images is."""
-    steps = run.plan.num_steps
-    times = 1 + math.ceil(steps / scores.every)
-    return run.schedule.share_of(times * scores.forwards)
-
-
 def taught_to(run: Run, kind: str = "subject") -> Taught:
     """The images that a run is to learn, with their captions, and those held out of it."""
 

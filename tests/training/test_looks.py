@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,12 +40,39 @@ def test_the_frequency_that_is_named_takes_less(between: int) -> None:
 
 
 def test_looks_that_no_frequency_makes_cheap() -> None:
-    """Where the samples before and after alone are too much, other options are named; a validation
-    can be left out."""
-    assert "fewer sampler steps" in too_many_looks([of_samples(0, 200)], STEPS, TRAINING)
+    """Where the samples or scores before and after alone are too much, other options are named; a
+    validation can be left out, and then the samples can stay."""
+    alone = "before and after training alone take more than a tenth: "
+    text = too_many_looks([of_samples(0, 200)], STEPS, TRAINING)
+    assert f"the samples {alone}--num_validation_images 1 or 0" in text
+    scores = Look("scores", "score", 200, 2, 3)
+    assert f"the scores {alone}--score_sets 1, " in too_many_looks([scores], STEPS, TRAINING)
     dear = Look("validation", "validate", 200, 2, 0)
-    assert "--validate_every 0" in too_many_looks([dear], STEPS, TRAINING)
+    for looks in ([dear], [of_samples(2), dear]):
+        text = too_many_looks(looks, STEPS, TRAINING)
+        assert text.endswith("): --validate_every 0 leaves the validation out")
+    two = [of_samples(0, 60), Look("scores", "score", 70, 2, 0)]
+    assert f"samples and scores {alone}--score_sets 1, " in too_many_looks(two, STEPS, TRAINING)
     assert too_many_looks([], STEPS, TRAINING) == ""
+
+
+@pytest.mark.parametrize("between", [12, 30, 99])
+@pytest.mark.parametrize("validations", [6, 12, 40])
+def test_two_dear_looks_share_the_tenth(between: int, validations: int) -> None:
+    """Where either alone is too much, a frequency is named for each, more of both than the start
+    and the end, and with them the two take a tenth at most."""
+    looks = [of_samples(between), Look("validation", "validate", 32, 2, validations)]
+    text = too_many_looks(looks, STEPS, TRAINING)
+    assert "alone" not in text
+    found = re.search(r"\): --\w+_every \d+ and --\w+_every \d+ would take less$", text)
+    assert found, text
+    every = {verb: int(n) for verb, n in re.findall(r"--(\w+)_every (\d+)", text)}
+    times = {verb: len(range(n, STEPS, n)) for verb, n in every.items()}
+    assert min(times.values()) > 0
+    fewer = [replace(look, between=times[look.verb]) for look in looks]
+    assert not too_many_looks(fewer, STEPS, TRAINING)
+    work = sum(look.work for look in looks)
+    assert f"about {round(100 * work / (work + TRAINING))} % of the time is for looking" in text
 
 
 def test_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
