@@ -163,7 +163,8 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     "not-pushed": FindingKind("warning"),
     "tracker-lost": FindingKind(
-        "warning", "this tracker gets no more of the run, which goes on; its log and page have all"
+        "warning",
+        "what it has not yet got of this run is lost to it; the log and the page have all",
     ),
     "best-gone": FindingKind("warning", "the files are of the last step: the best one is lost"),
     # the machine
