@@ -186,11 +186,12 @@ def prepare(
 
 
 def _to_all(log: LogFile, accelerator: Accelerator, listeners: Sequence[Listener]) -> Listener:
-    """Tells the log, the trackers and the listeners, on the main process alone."""
-    told: list[Listener] = [log, *listeners]
-    emit = to_all(told if accelerator.is_main_process else [])
-    told.insert(1, Trackers(accelerator, emit))
-    return emit
+    """A listener that tells the log, the trackers and the listeners, on the main process alone.
+    All but the trackers hear of one that fails."""
+    if not accelerator.is_main_process:
+        return to_all([])
+    trackers = Trackers(accelerator, to_all([log, *listeners]))
+    return to_all([log, trackers, *listeners])
 
 
 def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:
