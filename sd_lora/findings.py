@@ -179,6 +179,9 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     # images that are measured
     "held-out": FindingKind("note", "validated and not trained: --holdout 0 trains all"),
+    "scored-on-cpu": FindingKind(
+        "warning", "images are looked at on the CPU for the rest of the run, which takes longer"
+    ),
     "not-scored": FindingKind("warning", "this step has no score, and the run goes on"),
     "none-better": FindingKind(
         "warning", "no step was better than the start: the files are of the last one"

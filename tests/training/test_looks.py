@@ -7,9 +7,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from sd_lora.report.events import Event, Warned
 from sd_lora.report.summary import shares_of
 from sd_lora.training.looks import MOST, Look, timed, too_many_looks
+from sd_lora.training.scoring import looked
 
 STEPS = 1000
 TRAINING = 2 * STEPS
@@ -73,6 +76,56 @@ def test_two_dear_looks_share_the_tenth(between: int, validations: int) -> None:
     assert not too_many_looks(fewer, STEPS, TRAINING)
     work = sum(look.work for look in looks)
     assert f"about {round(100 * work / (work + TRAINING))} % of the time is for looking" in text
+
+
+class Moved:
+    """Features that know where they were moved."""
+
+    def __init__(self) -> None:
+        self.places: list[str] = []
+
+    def to(self, device: object) -> None:
+        self.places.append(str(device))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("full\nat 7"),
+                                   NotImplementedError("no such operator on MPS")])  # fmt: skip
+def test_a_device_that_cannot_look_is_told_once(error: Exception) -> None:
+    """The first score that finds no room, or no operator, on the device is made on the CPU, with
+    the reason in a warning; later ones do not try the device again."""
+    told: list[Event] = []
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("mps")), emit=told.append,
+        scores=SimpleNamespace(on_cpu=False),
+    )  # fmt: skip
+    features: Any = Moved()
+
+    def work() -> str:
+        if features.places[-1] != "cpu":
+            raise error
+        return "done"
+
+    assert [looked(run, features, work) for _ in range(3)] == ["done"] * 3
+    assert features.places == ["mps", "cpu"]
+    (warned,) = told
+    assert isinstance(warned, Warned)
+    (finding,) = warned.findings
+    reason = str(error).partition("\n")[0]
+    assert (finding.code, finding.name, finding.details) == ("scored-on-cpu", "mps", reason)
+
+
+def test_a_fault_of_the_work_is_no_lack_of_the_device() -> None:
+    """Another error goes on to the caller."""
+    accelerator = SimpleNamespace(device=torch.device("mps"))
+    run: Any = SimpleNamespace(accelerator=accelerator, scores=None)
+    features: Any = Moved()
+
+    def fault() -> None:
+        raise RuntimeError("of shapes")
+
+    with pytest.raises(RuntimeError, match="of shapes"):
+        looked(run, features, fault)
+    assert features.places == ["mps", "cpu"]
 
 
 def test_time_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
