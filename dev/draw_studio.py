@@ -30,7 +30,7 @@ OPTIONS = {
     "f-max_train_steps": "400",
     "f-train_batch_size": "4",
     "f-learning_rate": "2e-3",
-    "f-text_encoder_lr": "4e-4",
+    "f-text_encoder_lr": "2e-3",
     "f-validation_prompt": "a photo of a sks monster on the grass",
     "f-num_validation_images": "5",
     "f-validation_steps": "12",

@@ -163,7 +163,8 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     "not-pushed": FindingKind("warning"),
     "tracker-lost": FindingKind(
-        "warning", "this tracker gets no more of the run, which goes on; its log and page have all"
+        "warning",
+        "what it has not yet got of this run is lost to it; the log and the page have all",
     ),
     "best-gone": FindingKind("warning", "the files are of the last step: the best one is lost"),
     # the machine
@@ -178,6 +179,9 @@ FINDINGS: dict[str, FindingKind] = {
     ),
     # images that are measured
     "held-out": FindingKind("note", "validated and not trained: --holdout 0 trains all"),
+    "scored-on-cpu": FindingKind(
+        "warning", "images are looked at on the CPU for the rest of the run, which takes longer"
+    ),
     "not-scored": FindingKind("warning", "this step has no score, and the run goes on"),
     "none-better": FindingKind(
         "warning", "no step was better than the start: the files are of the last one"

@@ -210,8 +210,8 @@ class Pushed:
 @dataclass(frozen=True)
 class RunEnded:
     """A run that did all its steps. seconds: of this process. sheet: samples before and after.
-    page: the run on one page. spent: kind of work → its seconds:
-    training, samples, validation, scores."""
+    page: the run on one page. spent: kind of work → its seconds in this process: training, samples,
+    validation, scores."""
 
     seconds: float
     sheet: Path | None

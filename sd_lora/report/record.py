@@ -33,6 +33,7 @@ EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
     "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
+    "process_seconds": 0.0,
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -87,6 +88,7 @@ class Record:
             case RunEnded():
                 facts["ended"] = True
                 facts["spent"] = {kind: round(time, 3) for kind, time in event.spent.items()}
+                facts["process_seconds"] = round(event.seconds, 3)
 
     def _go_on(self, first_step: int) -> None:
         """Take over the time and the warnings of a resumed run's earlier part."""

@@ -331,11 +331,12 @@ def _for_script(data: object) -> str:
 
 
 def _rate(record: Mapping[str, Any], rows: int) -> str:
-    """Steps a second over the whole run, and its time by kinds of work, in words."""
+    """Steps a second over the whole run, and the time of the process that ended it by kinds of
+    work, in words."""
     seconds = record["seconds"]
     rate = [f"{rows / seconds:.3g} steps/s"] if seconds and rows else []
     spent = {kind: s for kind, s in record["spent"].items() if isinstance(s, int | float)}
-    return "; ".join([*rate, *filter(None, [shares_of(spent, 0)])])
+    return "; ".join([*rate, *filter(None, [shares_of(spent, record["process_seconds"])])])
 
 
 def write_page(folders: Sequence[Path], path: Path) -> None:

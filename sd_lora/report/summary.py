@@ -61,8 +61,12 @@ def verified_files(files: "Sequence[Verified]") -> str:
 
 
 def shares_of(spent: Mapping[str, float], seconds: float) -> str:
-    """The time of a run by kinds of work: "of the time 88 % in training, 7 % in samples"; "" where
-    none is known. spent: kind → seconds, of all."""
+    """The time of a process by kinds of work: "of the time 88 % in training, 7 % in samples"; ""
+    where none is known.
+
+    spent: kind → seconds. seconds: of all that the process did, other work too; of a resumed run
+    neither has those before. 0: not known, as in records of earlier versions.
+    """
     known = {kind: time for kind, time in spent.items() if time > 0}
     whole = max(seconds, sum(known.values()))
     ranked = sorted(known, key=lambda kind: -known[kind])

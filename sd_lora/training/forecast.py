@@ -140,14 +140,14 @@ def _narrow_base(plan: Plan, width: int) -> Iterator[Finding]:
     """Rates of full-size models with a small one, such as the embedded base.
 
     On the embedded base (48 channels), 400 steps on its subject at 1e-4 leave a plain monster, and
-    at 2e-3, with 4e-4 for the text encoder, teach hat, bands and feet.
+    the demo's recipe, at 2e-3 for UNet and text encoder, teaches hat, bands and feet.
     """
     rate = learning_rates(plan.config, ["unet"], plan.samples_per_step)["unet"]
     if width >= USUAL_WIDTH / 2 or rate >= 5e-4:
         return
     details = (
         f"{rate:g} suits Stable Diffusion's width, {USUAL_WIDTH} channels; this base has {width} "
-        "and needs about 2e-3: --lr 2e-3 --text_encoder_lr 4e-4"
+        "and needs about 2e-3: --lr 2e-3 --text_encoder_lr 2e-3"
     )
     yield Finding("narrow-base", "learning rate", details)
 

@@ -180,8 +180,8 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         digest = run.digest()
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
+        end_trackers(run.accelerator, run.emit)  # a warning of one comes before the last lines
         run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.spent))
-        end_trackers(run.accelerator, run.emit)
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )

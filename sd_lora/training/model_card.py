@@ -1,12 +1,15 @@
 """The model card: README.md beside the LoRA files, with the header that the hub's page reads."""
 
 import os
+import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
 from sd_lora.hub import is_hub_id
@@ -75,7 +78,8 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
     lines += ["<Gallery />", ""] if images else []
     if words:
         lines += ["## Trigger words", "", *(f"- `{word}`" for word in words), ""]
-    lines += ["## How to use it", "", "```", *(_without_place(run, u) for u in usage), "```", ""]
+    plain = partial(without_place, config=config, repo=run.repo)
+    lines += ["## How to use it", "", "```", *(plain(line) for line in usage), "```", ""]
     lines += ["## Training", "", *(f"- {k}: {v}" for k, v in _facts(run).items()), ""]
     return "\n".join(lines)
 
@@ -94,22 +98,20 @@ def _facts(run: Run) -> dict[str, Any]:
     """Rows of the card on the training."""
     config, rows = run.config, run.summary.rows
     names = ("images", "batch", "method", "objective", "seed")
-    return {name: _without_place(run, rows[name]) for name in names if name in rows} | {
+    return {name: without_place(rows[name], config, run.repo) for name in names if name in rows} | {
         "learning rate": f"{config.learning_rate_of('unet'):g}",
     }
 
 
-def _without_place(run: Run, line: str) -> str:
-    """A line without the folders of this machine. The output folder is the repository of a run that
-    is pushed."""
-    config, out = run.config, run.output_dir
-    for name, value in config.hub_options.items():
-        if value and Path(value).expanduser().is_dir():  # the cache of this machine
-            line = line.replace(f", {name}={value!r}", "")
-    for place in (f"{out.resolve()}{os.sep}", f"{out}{os.sep}"):
-        line = line.replace(place, "")
-    for folder in (out.resolve(), out):
-        line = line.replace(str(folder), run.repo or ".")
+def without_place(line: str, config: TrainConfig, repo: str) -> str:
+    """A line without the folders of this machine. repo: of a run that is pushed, which is the
+    output folder there; or ""."""
+    out, whole = str(config.output_path), str(config.output_path.resolve())
+    for name, value in config.hub_places.items():
+        line = line.replace(f", {name}={value!r}", "")
+    line = line.replace(repr(whole), repr(repo or "."))  # quoted: a part of a name stays
+    line = line.replace(f"{whole}{os.sep}", "")
+    line = re.sub(rf"^(\s*){re.escape(out + os.sep)}", r"\1", line)  # of a file, as it was given
     for place, name in places_of(config).items():
         line = line.replace(place, name)
     base = Path(config.base_model).expanduser()

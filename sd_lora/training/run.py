@@ -75,7 +75,7 @@ class Run:
     so far. redrawn: steps done before and at the end of each part that was done once more.
     saved_steps: those of this process's checkpoints. schedule: of the sample images.
     spent: kind of work → its seconds. repo: of the hub, or "". recomputed: blocks of the memory
-    budget. scores: or None. thumbnails: index → picture.
+    budget. scores: or None. thumbnails: index → its small image.
     """
 
     plan: Plan

@@ -45,18 +45,18 @@ class SampleSchedule:
         if epochs and config.names_prompts:
             every = epochs * self.plan.epochs.num_steps
             return [*range(every, last, every)]
-        sets = min(MOST_SETS, int(SHARE * self.training / self.forwards) - 2)
+        sets = min(MOST_SETS, int(SHARE * self.training_forwards / self.forwards) - 2)
         return [round(last * i / (sets + 1)) for i in range(1, sets + 1)]
 
     @property
-    def training(self) -> int:
+    def training_forwards(self) -> int:
         """Forward passes of the training steps, on this process."""
         per_step = self.plan.samples_per_step // self.plan.num_processes * STEP_FORWARDS
         return self.plan.num_steps * per_step
 
     def share_of(self, forwards: int) -> float:
         """Share of the whole work that so many forward passes are, beside the training steps."""
-        return forwards / (forwards + self.training)
+        return forwards / (forwards + self.training_forwards)
 
     @property
     def text(self) -> str:

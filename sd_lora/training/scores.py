@@ -50,6 +50,7 @@ class Scores:
     None: any number. judge: compares images with the base's. base: these. taught: the sheets' row
     of images that are trained. The three are None or empty on processes that draw nothing, and
     before the base is drawn. rows: step → values of each image. told: step → numbers of its score.
+    on_cpu: whether images are looked at there, since the device cannot.
     """
 
     features: Features
@@ -64,6 +65,7 @@ class Scores:
     taught: Sequence[Image.Image | None] = field(default=(), repr=False)
     rows: dict[int, Values] = field(default_factory=dict)
     told: dict[int, Mapping[str, Any]] = field(default_factory=dict)
+    on_cpu: bool = False
 
     @property
     def num_images(self) -> int:

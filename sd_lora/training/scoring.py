@@ -172,13 +172,6 @@ def scores_of(run: Run, planned: PlannedScores | None) -> Scores | None:
     )  # fmt: skip
 
 
-def share_of(run: Run, scores: Scores) -> float:
-    """Share of the run's work that drawing the scores' images is."""
-    steps = run.plan.num_steps
-    times = 1 + math.ceil(steps / scores.every)
-    return run.schedule.share_of(times * scores.forwards)
-
-
 def taught_to(run: Run, kind: str = "subject") -> Taught:
     """The images that a run is to learn, with their captions, and those held out of it."""
 
@@ -241,8 +234,10 @@ def _side(run: Run) -> int:
 def looked(run: Run, features: Features, work: Callable[[], T]) -> T:
     """The result of work with features, which are on the run's device meanwhile: beside the models,
     of which no step needs memory then. On the CPU where there is no room for them, and where the
-    device lacks an operator, as MPS does."""
-    device = run.accelerator.device
+    device lacks an operator, as MPS does; with a warning, and for the rest of the run."""
+    device, scores = run.accelerator.device, run.scores
+    if scores and scores.on_cpu:
+        return work()
     try:
         with placed(features, device):
             return work()
@@ -250,7 +245,11 @@ def looked(run: Run, features: Features, work: Callable[[], T]) -> T:
         lacking = is_out_of_memory(error) or isinstance(error, NotImplementedError)
         if device.type == "cpu" or not lacking:
             raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         let_go(error)
+    run.emit(Warned([Finding("scored-on-cpu", device.type, reason)]))
+    if scores:
+        scores.on_cpu = True
     return work()
 
 

@@ -186,11 +186,12 @@ def prepare(
 
 
 def _to_all(log: LogFile, accelerator: Accelerator, listeners: Sequence[Listener]) -> Listener:
-    """Tells the log, the trackers and the listeners, on the main process alone."""
-    told: list[Listener] = [log, *listeners]
-    emit = to_all(told if accelerator.is_main_process else [])
-    told.insert(1, Trackers(accelerator, emit))
-    return emit
+    """A listener that tells the log, the trackers and the listeners, on the main process alone.
+    All but the trackers hear of one that fails."""
+    if not accelerator.is_main_process:
+        return to_all([])
+    trackers = Trackers(accelerator, to_all([log, *listeners]))
+    return to_all([log, trackers, *listeners])
 
 
 def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:
@@ -236,7 +237,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         progress = checkpoint.read_progress(saved_path)
         checkpoint.check_continues(progress, plan.progress(0), plan.num_steps, saved_path)
         if progress.step == plan.num_steps:
-            draws = bool(resolved.num_validation_images) and can_generate_images(base.family)
+            draws = resolved.draws_samples and can_generate_images(base.family)
             refuse_finished(resolved, saved_path, draws)
     device = Device.of(accelerator.device, accelerator.mixed_precision)
     warnings = [
@@ -367,5 +368,5 @@ def _cache_embeddings(
         return
     with memory_for("encoding captions", config):
         caches.fill_embeddings(text)
-    if not ((config.num_validation_images or config.score_features) and draws_samples):
+    if not ((config.draws_samples or config.score_features) and draws_samples):
         text.free_encoders()

@@ -23,7 +23,6 @@ from sd_lora.training.output_folder import CARD, replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
-from sd_lora.training.scoring import share_of
 from sd_lora.training.sharding import shard_bytes
 
 
@@ -57,15 +56,16 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     rows["objective"] = ", ".join(objective)
     if run.validation.every:
         rows["validation"] = run.validation.text
+    looks = looks_of(run)
     if run.scores:
-        rows["scores"] = run.scores.text(share_of(run, run.scores))
+        rows["scores"] = run.scores.text(run.schedule.share_of(looks["scores"].work))
     if run.schedule.forwards:
         rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)
-    per_process = run.schedule.training
-    looks = too_many_looks(looks_of(run), run.plan.num_steps, per_process)
+    steps, forwards = run.plan.num_steps, run.schedule.training_forwards
+    too_many = too_many_looks(looks.values(), steps, forwards)
     notes = [
-        *([looks] if looks else []),
+        *([too_many] if too_many else []),
         *config.notes,
         *base_notes,
         *format_notes,

@@ -26,7 +26,7 @@ from sd_lora.report.events import (
     tracked,
 )
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.summary import duration
+from sd_lora.report.summary import duration, shares_of
 from tests.training.runs import images, text_to_image
 
 STEPS = 6
@@ -78,8 +78,9 @@ def test_events_hold_the_numbers_and_files(told: tuple[list[Event], Path, str]) 
     assert planned.summary.rows["images"] == "6"
     assert ended.spent.keys() == {"training", "samples"}
     assert 0 < min(ended.spent.values()) <= sum(ended.spent.values()) < ended.seconds
-    assert json.loads((out / "report.json").read_text())["spent"].keys() == ended.spent.keys()
-    assert re.search(r"\d+ % in samples", (out / "report.html").read_text(encoding="utf-8"))
+    record = json.loads((out / "report.json").read_text())
+    assert record["spent"].keys() == ended.spent.keys()
+    assert record["process_seconds"] == round(ended.seconds, 3)
     paths = [f.path for f in exported.files]
     paths += [e.path for e in events if isinstance(e, CheckpointSaved)]
     paths += [e.sheet for e in events if isinstance(e, RunEnded) and e.sheet]
@@ -87,6 +88,19 @@ def test_events_hold_the_numbers_and_files(told: tuple[list[Event], Path, str]) 
     assert len(paths) == 6
     assert ended.sheet in paths
     assert all(path.exists() for path in paths)
+
+
+def test_the_page_and_the_terminal_tell_shares_of_one_whole(
+    told: tuple[list[Event], Path, str],
+) -> None:
+    """Both are of all seconds of the process, of which loading and verifying are a part too."""
+    events, out, printed = told
+    (ended,) = (e for e in events if isinstance(e, RunEnded))
+    record = json.loads((out / "report.json").read_text())
+    assert shares_of(ended.spent, ended.seconds) in printed
+    text = shares_of(record["spent"], record["process_seconds"])
+    assert text in (out / "report.html").read_text(encoding="utf-8")
+    assert sum(map(int, re.findall(r"(\d+) %", text))) < 100
 
 
 def test_progress_is_counted_to_its_end(told: tuple[list[Event], Path, str]) -> None:

@@ -16,6 +16,7 @@ from sd_lora.models.load import load_parts
 from sd_lora.report.events import Event, StepDone, Warned
 from sd_lora.sampling.sampler import sample
 from sd_lora.training import interruption
+from sd_lora.training.looks import Look, looks_of
 from sd_lora.training.sample_schedule import (
     DECODE_FORWARDS,
     SHARE,
@@ -169,3 +170,6 @@ def test_samples_are_drawn_where_the_work_allows_it(
         plan = replace(run.plan, config=run.config.replace(**changes))
         assert SampleSchedule(plan, run.schedule.forwards).steps == steps
     assert SampleSchedule(run.plan, 0).steps == []
+    assert looks_of(run)["validation"] == Look("validation", "validate", 32, 2, 1)
+    run.plan = replace(run.plan, config=run.config.replace(init_lora="started from"))
+    assert {look.at_ends for look in looks_of(run).values()} == {2, 3}  # samples: of the base alone

@@ -1,5 +1,6 @@
 """Trackers: each gets all numbers and images in order; one that fails costs no run."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,21 +14,25 @@ from accelerate.utils import LoggerType
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import sd_lora
 from sd_lora.config.rows import TRACKERS
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import RunError
 from sd_lora.report.events import (
     Event,
     ImagesScored,
+    RunEnded,
     SamplesDrawn,
     StepRecord,
     StepsLogged,
     ValidationDone,
     Warned,
 )
+from sd_lora.report.record import RECORD
 from sd_lora.report.summary import Summary
 from sd_lora.sampling.interval import Interval
 from sd_lora.sampling.score import Score
+from sd_lora.terminal import Terminal
 from sd_lora.training.trackers import (
     KNOWN,
     Trackers,
@@ -36,6 +41,7 @@ from sd_lora.training.trackers import (
     tracker_runs,
     trackers,
 )
+from tests.training.runs import images, text_to_image
 
 
 def test_every_tracker_has_its_row() -> None:
@@ -260,7 +266,7 @@ def test_a_tracker_that_fails_costs_no_run(
     assert [step for step, _ in runs["mlflow"].told] == [0, 0, 0]  # images of before
     assert (2, "loss") in runs["wandb"].told
     first, second = warned
-    assert first.startswith("mlflow: no route to host; this tracker gets no more of the run")
+    assert first.startswith("mlflow: no route to host; what it has not yet got of this run is lost")
     assert second.startswith("comet_ml: division by zero")
 
     other = started(tmp_path / "full")
@@ -272,3 +278,24 @@ def test_a_tracker_that_fails_costs_no_run(
     monkeypatch.setattr(writer, "add_scalar", full)
     with pytest.raises(RunError, match="tracker's files in .*full could not be written"):
         Trackers(other, tell)(events()[2])
+
+
+def test_a_tracker_that_fails_at_its_end_is_told_before_the_last_lines(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The end of the run is its last event, so that the record and the last lines have the warning
+    of a tracker that could not end."""
+    monkeypatch.setattr(tracking.TensorBoardTracker, "finish", lambda self: 1 / 0)
+    out, told = tmp_path / "out", list[Event]()
+    config = text_to_image(
+        tiny_sd1, images(tmp_path / "images", 4), out, max_train_steps=1, report_to="tensorboard"
+    )
+    with Terminal() as terminal:
+        sd_lora.train(config, [told.append, terminal])
+    warned, last = told[-2:]
+    assert isinstance(warned, Warned)
+    assert isinstance(last, RunEnded)
+    line = "tensorboard: division by zero; what it has not yet got of this run is lost to it; "
+    assert any(str(w).startswith(line) for w in json.loads((out / RECORD).read_text())["warnings"])
+    assert re.search(r"warnings, above: .*tracker-lost", capsys.readouterr().out)

@@ -312,6 +312,11 @@ class ValidationOptions(ValidationLossOptions):
         return read_prompts(self.sample_prompts) if self.sample_prompts else []
 
     @property
+    def draws_samples(self) -> bool:
+        """Whether any sample images are asked for."""
+        return bool(self.num_validation_images)
+
+    @property
     def names_prompts(self) -> bool:
         """Whether samples have prompts of their own."""
         return bool(self.validation_prompt or self.sample_prompts)

@@ -159,7 +159,12 @@ class ModelOptions(Section):
     @property
     def hub_options(self) -> dict[str, str | None]:
         """Options of diffusers' `from_pretrained` for files of the hub."""
-        return {"revision": self.revision, "variant": self.variant, "cache_dir": self.cache_dir}
+        return {"revision": self.revision, "variant": self.variant, **self.hub_places}
+
+    @property
+    def hub_places(self) -> dict[str, str | None]:
+        """Those of `hub_options` that are places of this machine."""
+        return {"cache_dir": self.cache_dir}
 
     def with_base(self: T, name: str) -> T:
         """The same options for another base model: a folder, a file or a hub id."""

@@ -18,8 +18,8 @@ class ValidationLossOptions(Section):
     # fmt: off
     validate_every: int | None = option(None,
         "optimiser steps between validations, whose loss is on fixed noise that is never trained; "
-        "0 for none; evenly, each after 384 images seen or more (768 with images held out), if not "
-        "given",
+        "0 for none; if not given, spread evenly over the run, at least 384 images apart (768 with "
+        "images held out); a run that is resumed with more steps validates at others",
         ge=0, may_change=True, kohya="validate_every_n_steps")
     holdout: int | None = option(None,
         "images that are validated and not trained; if not given, none of fewer than 40, of more "
