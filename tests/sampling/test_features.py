@@ -253,10 +253,13 @@ def test_a_full_card_leaves_features_on_the_cpu(
     drawings: DrawingFeatures, some: list[Image.Image]
 ) -> None:
     """A run looks at its images on its device; where that has no room it does so on the CPU, with
-    the result that features have there. Another error stays one."""
-    features = Full(drawings.encoder)
-    run: Any = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cuda")))
-    places = []
+    the result that features have there, warns once, and stays there. Another error stays one."""
+    features, told, places = Full(drawings.encoder), [], []
+    run: Any = SimpleNamespace(
+        accelerator=SimpleNamespace(device=torch.device("cuda")),
+        scores=SimpleNamespace(on_cpu=False),
+        emit=told.append,
+    )
 
     def work() -> Seen:
         places.append(features.at)
@@ -266,6 +269,10 @@ def test_a_full_card_leaves_features_on_the_cpu(
     assert places == ["cuda", "cpu"]
     want = drawings.look(some).subject
     assert torch.equal(found.subject.likeness(want), want.likeness(want))
+    looked(run, features, work)
+    assert places == ["cuda", "cpu", "cpu"]
+    assert [finding.code for event in told for finding in event.findings] == ["scored-on-cpu"]
+    run.scores.on_cpu = False
     with pytest.raises(ZeroDivisionError):
         looked(run, features, lambda: 1 / 0)
     assert features.at == "cpu"
