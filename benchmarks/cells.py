@@ -24,16 +24,23 @@ SIDE = 64
 
 @dataclass(frozen=True)
 class Cell:
-    """One training."""
+    """One training. steps: in place of the row's, where given."""
 
     row: str
     lesson: str
     images: int
     seed: int
+    steps: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.row}, {self.lesson}, {self.images} images, seed {self.seed}"
+        length = f", {self.steps} steps" if self.steps else ""
+        return f"{self.row}, {self.lesson}, {self.images} images, seed {self.seed}{length}"
+
+
+def cell_of(line: dict[str, Any]) -> Cell:
+    """The cell of a line."""
+    return Cell(*(line.get(name) for name in Cell.__dataclass_fields__))  # type: ignore[arg-type]
 
 
 def done_cells(out: Path) -> list[dict[str, Any]]:

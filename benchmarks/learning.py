@@ -31,6 +31,7 @@ from cells import (
     BASE,
     SAMPLE_DATA,
     Cell,
+    cell_of,
     done_cells,
     draw_sets,
     keep_images,
@@ -143,8 +144,8 @@ NEEDED_BY = {
 """Option → options that mean nothing where it is off."""
 
 
-def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> TrainConfig:
-    """The training of a cell, its images written into `work`. steps: instead of the row's."""
+def config_of(cell: Cell, out: Path, work: Path) -> TrainConfig:
+    """The training of a cell, its images written into `work`."""
     lesson = LESSONS[cell.lesson]
     folder = work / "images"
     folder.mkdir(parents=True)
@@ -177,8 +178,8 @@ def config_of(cell: Cell, out: Path, work: Path, steps: int | None = None) -> Tr
     for option, others in NEEDED_BY.items():
         if values.get(option) is False:
             values = {k: v for k, v in values.items() if k not in others}
-    if steps:
-        values["max_train_steps"] = steps
+    if cell.steps:
+        values["max_train_steps"] = cell.steps
     return TrainConfig(**values)
 
 
@@ -199,14 +200,14 @@ def changes(row: str, lesson: Lesson) -> dict[str, Any]:
     return options
 
 
-def run_cell(cell: Cell, out: Path, features: Features, steps: int | None = None) -> dict[str, Any]:
-    """Train, draw, score; the cell's line. steps: instead of the row's."""
+def run_cell(cell: Cell, out: Path, features: Features) -> dict[str, Any]:
+    """Train, draw, score; the cell's line."""
     lesson = LESSONS[cell.lesson]
     work = out / "work" / f"{cell.name}"
     shutil.rmtree(work, ignore_errors=True)
     before = stored_sets(out, lesson)
     started, cpu = time.monotonic(), time.process_time()
-    result = train(config_of(cell, out, work, steps), [])
+    result = train(config_of(cell, out, work), [])
     seconds, cpu = time.monotonic() - started, time.process_time() - cpu
     tuned = load_parts(str(BASE))
     load_adapter(tuned.models, result.files[0].path)
@@ -248,21 +249,21 @@ def rescore(out: Path, features: Features) -> None:
     """Score all cells anew, from their images."""
     lines = done_cells(out)
     for line in tqdm(lines, "cells"):
-        cell = Cell(*(line[name] for name in Cell.__dataclass_fields__))
+        cell = cell_of(line)
         line["score"] = score_of(cell, out, features)
     write_whole(out / "cells.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def missing(args: argparse.Namespace) -> Iterator[Cell]:
     """The cells that were asked for and are not done; none where a row changes nothing."""
-    done = {(d["row"], d["lesson"], d["images"], d["seed"]) for d in done_cells(args.out)}
+    done = {cell_of(line) for line in done_cells(args.out)}
     for seed in args.seeds:
         for images in args.images:
             for lesson in args.lessons:
                 for row in args.rows:
-                    cell = Cell(row, lesson, images, seed)
+                    cell = Cell(row, lesson, images, seed, args.steps)
                     same = bool(ROWS[row]) and not changes(row, LESSONS[lesson])
-                    if not same and tuple(vars(cell).values()) not in done:
+                    if not same and cell not in done:
                         yield cell
 
 
@@ -338,7 +339,7 @@ def main() -> None:
     parser.add_argument("--lessons", nargs="+", choices=LESSONS, default=[*LESSONS])
     parser.add_argument("--images", nargs="+", type=int, default=[4, 8, 30])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, help="not the rows'; with its own --out")
+    parser.add_argument("--steps", type=int, help="of all rows, not their own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.command == "rescore":
@@ -346,13 +347,13 @@ def main() -> None:
     if args.command == "run":
         features = load_features(SAMPLE_DATA / "encoder")
         for cell in tqdm(list(missing(args)), "cells"):
-            line = run_cell(cell, args.out, features, args.steps)
+            line = run_cell(cell, args.out, features)
             tqdm.write(f"{cell.name}: fidelity {100 * mean(line, 'fidelity'):.0f} %")
     if args.command == "picture":
         if args.file is None or {LESSONS[name].kind for name in args.lessons} != {"subject"}:
             parser.error("picture needs --file, and --lessons of subjects, whose prompts are alike")
         return write_picture(args)
-    print(table(done_cells(args.out)))
+    print(table(c for c in done_cells(args.out) if c.get("steps") == args.steps))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import BASE, GUIDANCE, SAMPLER_STEPS, SIDE, Cell, done_cells, kept_images, stored_sets
+from cells import (
+    BASE,
+    GUIDANCE,
+    SAMPLER_STEPS,
+    SIDE,
+    Cell,
+    cell_of,
+    done_cells,
+    kept_images,
+    stored_sets,
+)
 from PIL import Image
 from taught import LESSONS, Lesson
 
@@ -59,7 +69,7 @@ SHOWN_AS = {
 
 def write_picture(args: argparse.Namespace) -> None:
     """Images of the first set of the first seed, of some rows and lessons."""
-    cells = {Cell(*(d[k] for k in Cell.__dataclass_fields__)): d for d in done_cells(args.out)}
+    cells = {cell_of(line): line for line in done_cells(args.out)}
     rows: list[list[Image.Image | None]] = []
     labels, columns = [], []
     for name in args.lessons:
@@ -72,7 +82,7 @@ def write_picture(args: argparse.Namespace) -> None:
             rows.append(shown_of(stored_sets(args.out, lesson)[0], args.all))
             labels.append("the base")
         for row in args.rows:
-            cell = Cell(row, name, images, seed)
+            cell = Cell(row, name, images, seed, args.steps)
             if cell not in cells:
                 raise SystemExit(f"{cell.name} is not done: run it first")
             kept = args.out / "images" / f"{cell.name}.png"

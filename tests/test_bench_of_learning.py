@@ -45,8 +45,8 @@ def test_lessons_hold_nothing_out_that_is_trained() -> None:
 
 def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch) -> None:
     """Two steps of training, and one sampler step of one set of images: a cell's line, sheet and
-    images are there, nothing is missing then, and a score from the images on disk is that of the
-    run, to the last digit."""
+    images are there, nothing is missing then but the cell of as many steps as its row says, and a
+    score from the images on disk is that of the run, to the last digit."""
     import argparse
 
     import cells
@@ -57,15 +57,17 @@ def test_a_cell_runs_and_its_images_are_scored_anew(tmp_path: Path, monkeypatch)
     monkeypatch.setattr(cells, "SAMPLER_STEPS", 1)
     monkeypatch.setattr(cells, "SETS", 1)
     monkeypatch.setitem(learning.OF_SUBJECT, "num_class_images", 4)
-    cell = learning.Cell("recipe", "mascot", 4, 0)
+    cell = learning.Cell("recipe", "mascot", 4, 0, steps=2)
     features = load_features(learning.SAMPLE_DATA / "encoder")
-    line = learning.run_cell(cell, tmp_path, features, steps=2)
+    line = learning.run_cell(cell, tmp_path, features)
     assert (tmp_path / "sheets" / f"{cell.name}.png").is_file()
     assert not (tmp_path / "work" / cell.name).exists()
     args = argparse.Namespace(
-        out=tmp_path, rows=["recipe"], lessons=["mascot"], images=[4], seeds=[0]
+        out=tmp_path, rows=["recipe"], lessons=["mascot"], images=[4], seeds=[0], steps=2
     )
     assert [*learning.missing(args)] == []
+    rows_own = argparse.Namespace(**vars(args) | {"steps": None})
+    assert [*learning.missing(rows_own)] == [learning.Cell("recipe", "mascot", 4, 0)]
     shown = argparse.Namespace(**vars(args), file=tmp_path / "picture.png", all=True)
     learning.write_picture(shown)
     with Image.open(shown.file) as picture:
@@ -94,7 +96,12 @@ def test_the_bench_goes_on_and_the_table_counts(tmp_path: Path) -> None:
     lines += [line("ema", seed, f) for seed, f in enumerate((0.75, 0.85))]
     (tmp_path / "cells.jsonl").write_text("".join(lines) + line("ema", 2, 0.95)[:40])
     args = argparse.Namespace(
-        out=tmp_path, rows=["recipe", "ema"], lessons=["mascot"], images=[8], seeds=[0, 1, 2]
+        out=tmp_path,
+        rows=["recipe", "ema"],
+        lessons=["mascot"],
+        images=[8],
+        seeds=[0, 1, 2],
+        steps=None,
     )
     assert [*learning.missing(args)] == [learning.Cell("ema", "mascot", 8, 2)]
     table = learning.table(learning.done_cells(tmp_path))
