@@ -34,10 +34,13 @@ OPTIMIZERS: dict[str, Row] = {
     "prodigy": {"optimizer": "prodigy", **_FOUND},
     "prodigyplusschedulefree": {"optimizer": "prodigyplusschedulefree", **_LEVEL, **_FOUND},
     "dadaptadam": {"optimizer": "dadaptadam", **_FOUND},
+    "dadaptadam, rate / 10": {
+        "optimizer": "dadaptadam", "learning_rate": 0.1, "text_encoder_lr": 0.1,
+    },
     "soap": {"optimizer": "soap"},
     "muon": {"optimizer": "muon"},
     "muon, rate / 2": {"optimizer": "muon", **_rates(0.5)},
-}
+}  # fmt: skip
 """Name → options. The recipe is AdamW's; paged ones are the same numbers elsewhere. Bytes of state
 a parameter stand in `sd_lora.training.optimizer_rows.OPTIMIZERS`."""
 
