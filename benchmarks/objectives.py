@@ -116,7 +116,7 @@ def row(name: str, shown: Sequence[Image.Image]) -> str:
     subject's orange, purple and cyan in the lower half."""
     pixels = np.asarray(shown, float)
     hat, feet = near(pixels[:, :24, 20:44], GREEN), near(pixels[:, 40:], CYAN)
-    below = sum(near(pixels[:, 32:], images.COLOURS[name]) for name in BELOW)
+    below = sum(near(pixels[:, 32:], images.COLOURS[colour]) for colour in BELOW)
     return f"| {name} | {hat:.3f} | {feet:.3f} | {below:.3f} |"
 
 

@@ -71,6 +71,24 @@ class Processes:
         """All that the processes have said."""
         return "".join(path.read_text() for path in sorted(self.said.iterdir()))
 
+    def _end_with(self, number: int, work: Callable[[], int]) -> None:
+        """Do the work of this forked process, with all that it says in the file of its number, and
+        end with the exit code that the work returns; with 70 where it raises an error."""
+        _forget()
+        code = 70
+        with (self.said / f"{number}.txt").open("w") as file:
+            sys.stdout = sys.stderr = file
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            try:
+                code = work()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            except BaseException:
+                traceback.print_exc()
+            file.flush()
+        os._exit(code)
+
 
 def accelerate_launch(config: Path) -> tuple[argparse.Namespace, dict[str, str]]:
     """How `accelerate launch` reads a configuration: its flags, and the variables that it sets."""
@@ -123,23 +141,14 @@ class Launch(Processes):
             self.processes.append(process)
 
     def _run(self, rank: int, command: Sequence[str], own: dict[str, str]) -> None:
-        _forget()
         os.environ |= own
-        code = 70
-        with (self.said / f"{rank}.txt").open("w") as file:
-            sys.stdout = sys.stderr = file
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            try:
-                self.first(rank)
-                sys.argv[1:] = command
-                code = train_script(self.script) if self.script else main(command)
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            file.flush()
-        os._exit(code)
+
+        def work() -> int:
+            self.first(rank)
+            sys.argv[1:] = command
+            return train_script(self.script) if self.script else main(command)
+
+        self._end_with(rank, work)
 
     def kill(self) -> None:
         super().kill()
@@ -167,21 +176,11 @@ class Apart(Processes):
             process.start()
 
     def _run(self, number: int, command: Sequence[str]) -> None:
-        _forget()
-        code = 70
-        with (self.said / f"{number}.txt").open("w") as file:
-            sys.stdout = sys.stderr = file
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            try:
-                self.first(number)
-                code = main(command)
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                traceback.print_exc()
-            file.flush()
-        os._exit(code)
+        def work() -> int:
+            self.first(number)
+            return main(command)
+
+        self._end_with(number, work)
 
 
 class TwoHosts(Processes):
