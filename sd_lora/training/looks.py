@@ -56,7 +56,7 @@ class Look:
 
 def looks_of(run: Run) -> dict[str, Look]:
     """Kind → the look of it that a run plans, of those that it does at all; of this process's
-    work, as `SampleSchedule.training_forwards`."""
+    work, as `training_forwards`."""
     steps = run.plan.num_steps
     # the base and, where that is another model, the one at step 0; then the last one
     ends = 3 if run.config.init_path else 2

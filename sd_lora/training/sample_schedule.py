@@ -10,6 +10,9 @@ SHARE = 0.06
 """Share of a run's work that samples take at most, where no option says when they are drawn: with
 the validation's 0.04 a run is looked at for less than a tenth of its time."""
 
+MOST_IMAGES = 4
+"""Sample images of a set, where no option says how many."""
+
 MOST_SETS = 8
 """Sets of samples in mid-run, where no option says when: the page shows a row for each."""
 
@@ -19,6 +22,24 @@ weights, which costs one as well. Recomputed activations would be a third, so it
 
 DECODE_FORWARDS = 4
 """Decoding an image in forward passes of the UNet: for SD 1 at 512 pixels 2.5 TFLOP for 0.8."""
+
+
+def training_forwards(plan: Plan) -> int:
+    """Forward passes that the training steps of a run are worth, on this process."""
+    images = plan.samples_per_step // plan.num_processes
+    if plan.config.class_images:
+        images *= 2  # one of the class beside each
+    return plan.num_steps * images * STEP_FORWARDS
+
+
+def usual_number(plan: Plan, an_image: int, beside: int) -> int:
+    """Sample images of what is learned in each set, where no option says how many: as many of 1 to
+    MOST_IMAGES as keep the sets before and after below SHARE.
+
+    an_image: forward passes of the UNet for one. beside: other images of a set.
+    """
+    room = SHARE * training_forwards(plan) / 2 / an_image
+    return max(1, min(MOST_IMAGES, int(room) - beside))
 
 
 @dataclass(frozen=True)
@@ -45,18 +66,12 @@ class SampleSchedule:
         if epochs and config.names_prompts:
             every = epochs * self.plan.epochs.num_steps
             return [*range(every, last, every)]
-        sets = min(MOST_SETS, int(SHARE * self.training_forwards / self.forwards) - 2)
+        sets = min(MOST_SETS, int(SHARE * training_forwards(self.plan) / self.forwards) - 2)
         return [round(last * i / (sets + 1)) for i in range(1, sets + 1)]
-
-    @property
-    def training_forwards(self) -> int:
-        """Forward passes of the training steps, on this process."""
-        per_step = self.plan.samples_per_step // self.plan.num_processes * STEP_FORWARDS
-        return self.plan.num_steps * per_step
 
     def share_of(self, forwards: int) -> float:
         """Share of the whole work that so many forward passes are, beside the training steps."""
-        return forwards / (forwards + self.training_forwards)
+        return forwards / (forwards + training_forwards(self.plan))
 
     @property
     def text(self) -> str:

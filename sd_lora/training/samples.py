@@ -27,7 +27,7 @@ from sd_lora.training.interruption import SAMPLE_FILE, Requests
 from sd_lora.training.looks import timed
 from sd_lora.training.output_folder import SHEET
 from sd_lora.training.run import Run
-from sd_lora.training.sample_schedule import DECODE_FORWARDS, SampleSchedule
+from sd_lora.training.sample_schedule import DECODE_FORWARDS, SampleSchedule, usual_number
 
 AFTER = "samples after training"
 """Label of the bar of the last samples."""
@@ -64,16 +64,29 @@ class Wanted:
         return replace(self, asked=replace(self.asked, seed=seed))
 
 
+def _number(run: Run) -> int:
+    """Sample images of what is learned in each set, where no prompts are asked for."""
+    asked, of_class = run.config.num_validation_images, bool(run.images.classes)
+    if asked is not None:
+        return asked
+    return usual_number(run.plan, _forwards(run.config.validation_steps), beside=int(of_class))
+
+
+def _forwards(sampler_steps: int) -> int:
+    """Forward passes of the UNet for an image, whose guidance takes two a sampler step."""
+    return 2 * sampler_steps + DECODE_FORWARDS
+
+
 def wanted_samples(run: Run, now: Sequence[SamplePrompt] = ()) -> list[Wanted]:
     """The sample images of a run, with the seeds 0, 1, 2, … where no other is asked for.
 
-    One a prompt of `sample_prompts`; else `num_validation_images` of the subject, and where class
-    images are trained, one more by a class prompt, to show what the class has become. now: other
-    prompts, in place of the run's.
+    One a prompt of `sample_prompts`; else `num_validation_images` of what is learned, and where
+    class images are trained, one more by a class prompt, to show what the class has become. now:
+    other prompts, in place of the run's.
     """
-    count, classes, pairs = run.config.num_validation_images, run.images.classes, _of_subject(run)
-    if not count:
+    if not run.config.draws_samples:
         return []
+    count, classes, pairs = _number(run), run.images.classes, _of_subject(run)
     if asked := now or run.asked_prompts:
         wanted = [Wanted(prompt, pairs[i % len(pairs)].reference) for i, prompt in enumerate(asked)]
     else:
@@ -101,7 +114,7 @@ def _of_subject(run: Run) -> list[Wanted]:
     prompt = config.validation_prompt or config.subject_prompt
     given = SamplePrompt(prompt or "")
     each = (Wanted(given, s) for s in instances) if prompt else _one_a_caption(instances)
-    number = max(1, config.num_validation_images, len(run.asked_prompts))
+    number = max(1, _number(run), len(run.asked_prompts))
     return list(itertools.islice(each, number))
 
 
@@ -134,7 +147,7 @@ def schedule_of(run: Run) -> SampleSchedule:
         return SampleSchedule(run.plan, 0)
     area = run.images.crop_settings.resolution**2
     drawn = [wanted.parameters(run, 0) for wanted in wanted_samples(run)]
-    cost = ((2 * p.steps + DECODE_FORWARDS) * p.size[0] * p.size[1] / area for p in drawn)
+    cost = (_forwards(p.steps) * p.size[0] * p.size[1] / area for p in drawn)
     return SampleSchedule(run.plan, round(sum(cost)))
 
 

@@ -23,6 +23,7 @@ from sd_lora.training.output_folder import CARD, replacement_note
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import DTYPES
 from sd_lora.training.run import Run
+from sd_lora.training.sample_schedule import training_forwards
 from sd_lora.training.sharding import shard_bytes
 
 
@@ -62,7 +63,7 @@ def summarise(run: Run, caches: Caches, base_notes: Sequence[str]) -> None:
     if run.schedule.forwards:
         rows["samples"] = run.schedule.text
     rows["seed"] = str(run.plan.seed)
-    steps, forwards = run.plan.num_steps, run.schedule.training_forwards
+    steps, forwards = run.plan.num_steps, training_forwards(run.plan)
     too_many = too_many_looks(looks.values(), steps, forwards)
     notes = [
         *([too_many] if too_many else []),

@@ -22,10 +22,13 @@ from sd_lora.training.sample_schedule import (
     SHARE,
     STEP_FORWARDS,
     SampleSchedule,
+    training_forwards,
+    usual_number,
 )
+from sd_lora.training.samples import wanted_samples
 from sd_lora.training.setup import prepare
 from sd_lora.training.state_files import read_state
-from tests.training.runs import images, text_to_image
+from tests.training.runs import dreambooth, images, text_to_image
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +141,30 @@ def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_p
     factors = {key.removeprefix("unet/"): value for key, value in trained.items()}
     load_lora_state_dict(parts.unet, factors)
     assert shown != drawn()
+
+
+def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Where no option says how many, a set has 1 to MOST_IMAGES samples of what is learned, the
+    most with which those before and after are at most SHARE of the forward passes of the steps, one
+    of the class among them; class images double the steps' passes."""
+    options = {"num_validation_images": None, "train_batch_size": 1}
+    config = text_to_image(tiny_sd1, data, tmp_path, **options)
+    run = prepare(config)
+    an_image = 2 * config.validation_steps + DECODE_FORWARDS
+    for steps, expected in ((10, 1), (1799, 1), (1800, 2), (2700, 3), (3600, 4), (99_999, 4)):
+        run.plan = replace(run.plan, num_steps=steps)
+        drawn = wanted_samples(run)
+        assert len(drawn) == expected == usual_number(run.plan, an_image, 0)
+        if 1 < expected < 4:
+            room = SHARE * training_forwards(run.plan)
+            assert 2 * len(drawn) * an_image <= room < 2 * (len(drawn) + 1) * an_image
+    plan = replace(run.plan, num_steps=1800)
+    assert usual_number(plan, an_image, 1) == 1
+    of_class = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "a dog",
+                "train_batch_size": 1}  # fmt: skip
+    subject = dreambooth(tiny_sd1, data, tmp_path, **of_class)
+    assert usual_number(replace(plan, config=subject), an_image, 1) == 3  # room for four
+    assert prepare(config.replace(num_validation_images=0)).schedule.forwards == 0
 
 
 def test_samples_are_drawn_where_the_work_allows_it(

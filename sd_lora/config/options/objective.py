@@ -277,11 +277,12 @@ class ValidationOptions(ValidationLossOptions):
         "themselves, such as a dog on a beach (docs/training.md#samples)",
         may_change=True, kohya=SAME, onetrainer="samples", ai_toolkit="sample.prompts",
         main="file of prompts with their size, seed, …", in_record="name")
-    num_validation_images: int = option(4,
+    num_validation_images: int | None = option(None,
         "sample images before, during and after training, and with class images one more of the "
-        "class; 0 for none",
+        "class; 0 for none; if not given, as many of 1 to 4 as keep those before and after below "
+        "10 % of the time",
         less_memory={"drawing sample images": (1, 0)},
-        ge=0, may_change=True, scripts="ABCD", simpletuner=SAME)
+        ge=0, of_scripts=by_mode(4, 4), may_change=True, scripts="ABCD", simpletuner=SAME)
     sample_every: int | None = option(None,
         "steps between samples during training, 0 for none; if not given, as many as keep samples "
         "below 10 % of the time. Now: a file named sample in the output "
@@ -314,7 +315,7 @@ class ValidationOptions(ValidationLossOptions):
     @property
     def draws_samples(self) -> bool:
         """Whether any sample images are asked for."""
-        return bool(self.num_validation_images)
+        return self.num_validation_images != 0
 
     @property
     def names_prompts(self) -> bool:
@@ -351,7 +352,7 @@ def contradictions(config: "TrainConfig") -> Iterator[Problem]:
 def _samples(config: "TrainConfig") -> Iterator[Problem]:
     """Yield prompts of no sample images, two of their kinds, and mistakes in a file of them."""
     for name in ("validation_prompt", "sample_prompts"):
-        if getattr(config, name) and not config.num_validation_images:
+        if getattr(config, name) and not config.draws_samples:
             text = f"{name} has no effect with num_validation_images 0"
             yield Problem(name, text, "Leave it out")
     if config.sample_prompts and config.validation_prompt:

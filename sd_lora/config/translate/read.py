@@ -205,15 +205,16 @@ def _of_words(words: list[str], peer: str | None, folder: Path) -> Settings:
 
 
 def _of_script(program: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options that the name of a script of diffusers stands for: mode, family, and the length of a
-    run where none is given."""
+    """Options that the name of a script of diffusers stands for: mode, family, and its defaults; a
+    length only where none is given."""
     script = SCRIPTS.get(ADVANCED.get(program, program))
     if script is None:
         return {}
     fixed: dict[str, Any] = {"mode": script.mode}
     fixed |= {"family": script.family} if script.family else {}
-    if "max_train_steps" not in values:
-        fixed |= {n: o.of_scripts[script.mode] for n, o in OPTIONS.items() if o.of_scripts}
+    fixed |= {n: o.of_scripts[script.mode] for n, o in OPTIONS.items() if o.of_scripts}
+    if "max_train_steps" in values:
+        del fixed["num_train_epochs"]
     return fixed
 
 

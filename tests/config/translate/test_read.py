@@ -68,10 +68,12 @@ def test_the_words_of_a_command() -> None:
         "mode": "dreambooth",
         "family": "sdxl",
         "num_train_epochs": 1,
+        "num_validation_images": 4,
         "validation_epochs": 50,
     }
     settings = read("python train_text_to_image_lora.py --max_train_steps 5".split())
-    assert settings.fixed == {"mode": "text_to_image"}
+    samples = {"num_validation_images": 4, "validation_epochs": 1}
+    assert settings.fixed == {"mode": "text_to_image", **samples}
     assert read(["simpletuner", "train", "--model_family=sdxl"]).peer == "simpletuner"
 
 
