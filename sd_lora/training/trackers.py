@@ -25,6 +25,7 @@ from sd_lora.report.events import (
     Listener,
     SamplesDrawn,
     StepsLogged,
+    TrainingStarted,
     ValidationDone,
     Warned,
 )
@@ -60,28 +61,51 @@ def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
         ) from None
 
 
-def _tensorboard_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
-    tracker.log_images({name: _stacked(images)}, step=step, dataformats="NHWC")
+@dataclass(frozen=True)
+class Shown:
+    """Sample images of one size, after a step. name: of the set. prompts: one an image."""
+
+    name: str
+    images: Sequence[Image.Image]
+    prompts: Sequence[str]
+    step: int
+
+    @property
+    def each(self) -> Iterator[tuple[str, Image.Image, str]]:
+        """Yield a name of its own, the image and its prompt."""
+        for i, (image, prompt) in enumerate(zip(self.images, self.prompts, strict=True)):
+            yield f"{self.name}/{i}", image, prompt
 
 
-def _wandb_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
-    tracker.log_images({name: _stacked(images)}, step=step)
+def _tensorboard_images(tracker: Any, shown: Shown) -> None:
+    stacked = np.stack([np.asarray(image) for image in shown.images])
+    tracker.log_images({shown.name: stacked}, step=shown.step, dataformats="NHWC")
+    lines = "\n".join(f"{i}. {prompt}" for i, prompt in enumerate(shown.prompts))
+    tracker.writer.add_text(f"{shown.name}/prompts", lines, shown.step)
 
 
-def _trackio_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
+def _wandb_images(tracker: Any, shown: Shown) -> None:
+    wrap = importlib.import_module("wandb").Image
+    listed = [wrap(image, caption=prompt) for _, image, prompt in shown.each]
+    tracker.log({shown.name: listed}, step=shown.step)
+
+
+def _trackio_images(tracker: Any, shown: Shown) -> None:
     wrap = importlib.import_module("trackio").Image
-    tracker.tracker.log({f"{name}/{i}": wrap(image) for i, image in enumerate(images)}, step=step)
+    found = {name: wrap(image, caption=prompt) for name, image, prompt in shown.each}
+    tracker.tracker.log(found, step=shown.step)
 
 
-def _mlflow_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
-    log_image = importlib.import_module("mlflow").log_image
-    for i, image in enumerate(images):
-        log_image(image, key=f"{name}/{i}", step=step)
+def _mlflow_images(tracker: Any, shown: Shown) -> None:
+    log_image = importlib.import_module("mlflow").log_image  # takes no caption
+    for name, image, _ in shown.each:
+        log_image(image, key=name, step=shown.step)
 
 
-def _comet_images(tracker: Any, name: str, images: Sequence[Image.Image], step: int) -> None:
-    for i, image in enumerate(images):
-        tracker.tracker.log_image(image, name=f"{name}/{i}", step=step)
+def _comet_images(tracker: Any, shown: Shown) -> None:
+    for name, image, prompt in shown.each:
+        of = {"prompt": prompt}
+        tracker.tracker.log_image(image, name=name, step=shown.step, metadata=of)
 
 
 def _mlflow_name(name: str) -> str:
@@ -90,23 +114,18 @@ def _mlflow_name(name: str) -> str:
     return re.sub(r"[^\w .:/-]", "", name.replace("lr/", "lr_", 1).replace("×", "x"))
 
 
-def _stacked(images: Sequence[Image.Image]) -> np.ndarray:
-    """(N, H, W, 3), of images of one size."""
-    return np.stack([np.asarray(image) for image in images])
-
-
 @dataclass(frozen=True)
 class Tracker:
     """One of Accelerate's trackers.
 
-    log_images: logs images of one size; of the tracker, a name, the images, the step. looked_at:
-    the command that shows its runs; {folder} is where its files are. id_of: the id of its run, by
-    which a resumed one goes on in it. going_on: id → arguments of its start. The last two are None
-    where the run is the folder. fixed: whether the options of a run that goes on stay as they were.
+    log_images: logs images of one size, with their prompts where it takes them. looked_at: the
+    command that shows its runs; {folder} is where its files are. id_of: the id of its run, by which
+    a resumed one goes on in it. going_on: id → arguments of its start. The last two are None where
+    the run is the folder. fixed: whether the options of a run that goes on stay as they were.
     named: name of a number → the one that the tracker takes.
     """
 
-    log_images: Callable[[Any, str, Sequence[Image.Image], int], None]
+    log_images: Callable[[Any, Shown], None]
     looked_at: str = ""
     id_of: Callable[[Any], str] | None = None
     going_on: Callable[[str], dict[str, Any]] | None = None
@@ -244,7 +263,7 @@ class Trackers:
     """
 
     def __init__(self, accelerator: Accelerator, tell: Listener) -> None:
-        self.accelerator, self.tell = accelerator, tell
+        self.accelerator, self.tell, self.first_step = accelerator, tell, 0
 
     def __call__(self, event: Event) -> None:
         """Log steps, validations and samples; raises RunError if the disk refuses them."""
@@ -277,15 +296,17 @@ class Trackers:
                     if math.isfinite(values.mean)
                 }
                 self._numbers(score, event.step)
-            case SamplesDrawn():
+            case TrainingStarted():
+                self.first_step = event.first_step
+            case SamplesDrawn() if (
+                event.step >= self.first_step
+            ):  # the run that is gone on with has them
                 for size in dict.fromkeys(image.size for image in event.images):
-                    alike = [image for image in event.images if image.size == size]
-                    self._images(f"samples/{size[0]}x{size[1]}", alike, event.step)
+                    self._images(event, size)
 
-    def _images(self, name: str, images: Sequence[Image.Image], step: int) -> None:
-        """Log images of one size."""
-        _each(
-            self.accelerator,
-            lambda tracker, row: row.log_images(tracker, name, images, step),
-            self.tell,
-        )
+    def _images(self, event: SamplesDrawn, size: tuple[int, int]) -> None:
+        """Log the images of one size."""
+        pairs = zip(event.images, event.prompts, strict=True)
+        images, prompts = zip(*(pair for pair in pairs if pair[0].size == size), strict=True)
+        shown = Shown(f"samples/{size[0]}x{size[1]}", images, prompts, event.step)
+        _each(self.accelerator, lambda tracker, row: row.log_images(tracker, shown), self.tell)

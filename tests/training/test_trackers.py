@@ -25,6 +25,7 @@ from sd_lora.report.events import (
     SamplesDrawn,
     StepRecord,
     StepsLogged,
+    TrainingStarted,
     ValidationDone,
     Warned,
 )
@@ -101,6 +102,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.told: Told = []
+        self.captions: list[str] = []
         self.ended = False
         self.info = SimpleNamespace(run_id="run-1")
 
@@ -113,8 +115,13 @@ class Recorder:
     def log_metric(self, name: str, value: float, step: int) -> None:
         self.told.append((step, name))
 
-    def log_image(self, image: Image.Image, name: str, step: int) -> None:
+    def log_image(self, image: Image.Image, name: str, step: int, metadata: dict[str, str]) -> None:
         self.told.append((step, name))
+        self.captions.append(metadata["prompt"])
+
+    def wrapped(self, image: Image.Image, caption: str) -> Image.Image:
+        self.captions.append(caption)
+        return image
 
     def set_step(self, step: int) -> None:
         pass
@@ -164,7 +171,7 @@ def stand_in(name: str, run: Recorder) -> ModuleType:
     found: Any = MLflow(run) if name == "mlflow" else ModuleType(name)
     found.init = found.start = lambda **options: run
     found.config = SimpleNamespace(update=lambda values, **options: run.log_parameters(values))
-    found.Image, found.__version__ = (lambda image: image), "3.58.8"
+    found.Image, found.__version__ = run.wrapped, "3.58.8"
     return found
 
 
@@ -212,7 +219,8 @@ def events() -> list[Event]:
 def test_each_tracker_gets_the_same_in_order(runs: dict[str, Recorder], tmp_path: Path) -> None:
     """Losses, one line of rates a group, validation, scores and images reach all five, each by the
     calls that its library takes, with steps that never fall (W&B drops those that do) and names
-    that it accepts; a number that is not known is none. TensorBoard's are read from its files."""
+    that it accepts; a number that is not known is none. Images have their prompts, where a library
+    takes them. TensorBoard's are read from its files."""
     accelerator = started(tmp_path)
     listen = Trackers(accelerator, lambda event: pytest.fail(str(event)))
     for event in events():
@@ -234,10 +242,23 @@ def test_each_tracker_gets_the_same_in_order(runs: dict[str, Recorder], tmp_path
         assert "score/drift" not in told
         shown = [step for step, what in run.told if what.startswith("samples/8x8")]
         assert shown == ([0, 2] if name == "wandb" else [0, 0, 2, 2])  # W&B: a list of images
+        assert run.captions == ([] if name == "mlflow" else ["a", "c", "b"] * 2)
     read = EventAccumulator(str(tmp_path / "sd_lora")).Reload()
     assert numbers | scores <= {*read.Tags()["scalars"]}
     assert [scalar.value for scalar in read.Scalars("validation/held_out")] == [3.0, 2.0]
     assert [image.step for image in read.Images("samples/8x8")] == [0, 2]
+    (text, _) = read.Tensors("samples/8x8/prompts/text_summary")
+    assert text.tensor_proto.string_val == [b"0. a\n1. c"]
+
+
+def test_a_resumed_run_sends_no_samples_again(runs: dict[str, Recorder], tmp_path: Path) -> None:
+    """The samples of the base, which a resumed run draws for its sheet, reach no tracker that has
+    them; those of the step that it goes on from, which may be missing, do."""
+    listen = Trackers(started(tmp_path), lambda event: pytest.fail(str(event)))
+    before, *_, after = events()
+    for event in (TrainingStarted(2, 4), before, after):
+        listen(event)
+    assert {step for run in runs.values() for step, _ in run.told} == {2}
 
 
 def test_a_tracker_that_fails_costs_no_run(
