@@ -36,13 +36,19 @@ def test_bytes_are_counted_as_they_are_held() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2, "rank": 64}],
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2, "rank": 64},
+        {"mixed_precision": "bf16", "targets": "transformer+conv"},
+        {"use_dora": True, "targets": "all", "gradient_checkpointing": True},
+    ],
 )
 def test_a_step_is_counted_as_it_goes(
     options: dict[str, object], tiny_sd1: Path, tmp_path: Path
 ) -> None:
     """The bytes that a real forward and backward pass holds at its peak, text encoder included,
-    with and without checkpointing, are those counted on the meta device within 10 %: the rest, with
+    with and without checkpointing, are those counted on the meta device within 2 %: the rest, with
     working copies of the factors, and the gradients. Those of a step's earlier micro-batches are
     there from its beginning on."""
     data = images(tmp_path / "data", 8, (64, 128))
@@ -54,12 +60,14 @@ def test_a_step_is_counted_as_it_goes(
     batch = run.stream.batch(last)
     gradients = [p.grad for p in run.parameters if p.grad is not None]
     copies = [b for one in run.fast_models for f in one.copies.factors for b in f.buffers]
-    with HeldBytes([*gradients, *copies]) as held:
+    weights = [p for m in run.parts.models.values() for p in (*m.parameters(), *m.buffers())]
+    alone = HeldBytes(weights)  # an operator on a view of one would count it
+    with HeldBytes([*weights, *gradients, *copies]) as held:
         loop.accumulate(run, last, batch, 0)
     count = count_step(run.config, run.meta_pipeline, Shape(8, batch.items[0].crop.size))
     layers = sum(p.nbytes for p in run.parameters)
     assert count.trained == 4 * layers
-    assert count.rest + layers == pytest.approx(held.peak, rel=0.1)
+    assert count.rest + layers == pytest.approx(held.peak - alone.now, rel=0.02)
 
 
 def test_operations_are_those_of_torch() -> None:
