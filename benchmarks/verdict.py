@@ -60,7 +60,7 @@ SCORES, SAMPLER_STEPS = 4, 12
 SETTINGS: dict[str, dict[str, Any]] = {
     UNDER: {"max_train_steps": 24, "learning_rate": 5e-4, "rank": 8},
     GOOD: {"max_train_steps": 300, "learning_rate": 1e-3, "rank": 8},
-    OVER: {"max_train_steps": 400, "learning_rate": 1e-3, "rank": 64},
+    OVER: {"max_train_steps": 1000, "learning_rate": 1.5e-3, "rank": 64},
 }
 """Truth → options of the run that is made so. At 2e-3 the longest ones diverge, to sixteen times
 the base's loss, which needs no verdict."""
@@ -275,6 +275,7 @@ GRID = {
     "most_lost": (0.0, 0.05, 0.1, 0.15, 0.2, 0.3),
     "most_copies": (math.inf, 0.1, 0.3, 0.5),
     "most_leak": (math.inf, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
+    "most_redrawn": (math.inf, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6),
     "most_harm": (math.inf, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
 }
 

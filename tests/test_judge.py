@@ -193,6 +193,7 @@ def score(fidelity: float, leak: float = 0.0, copies: float = 0.0) -> Score:
         zero,
         zero,
         all_of_it,
+        zero,
         all_of_it,
         zero,
         "",
@@ -249,6 +250,10 @@ def test_too_much_is_too_much_at_any_strength() -> None:
     assert (found.verdict.state, found.nearest) == (GOOD, 1.0)
     found.kind = "style"
     assert (found.verdict.state, found.nearest) == (UNDER, 1.5)
+    found.kind = "subject"
+    add(found, 1.0, replace(score(0.8), redrawn=score(0.7).fidelity))
+    assert "images of other things are 70 % ± 2.0 % unlike the base's" in found.verdict.text
+    found.kind = "style"
     found.features = "dinov2"
     assert found.verdict.text.startswith("By its images (thresholds of drawings), undertrained")
 

@@ -48,7 +48,7 @@ def by_timestep(record: Mapping[str, Any]) -> Curves:
 
 SCORED = {
     "fidelity": "fidelity", "followed": "prompts followed", "class_leak": "class leak",
-    "unrelated_leak": "unrelated leak", "harm": "harm", "copies": "copies",
+    "unrelated_leak": "unrelated leak", "harm": "harm", "redrawn": "redrawn", "copies": "copies",
     "similarity": "similarity", "drift": "drift",
 }  # fmt: skip
 """Measure of a score → its words."""

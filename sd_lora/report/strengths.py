@@ -74,7 +74,7 @@ class Judged:
         score = self.scores[strength]
         named = {"copies": score.copies}
         if self.kind == "subject":
-            named |= {"leak": score.unrelated_leak, "harm": score.harm}
+            named |= {"leak": score.unrelated_leak, "harm": score.harm, "redrawn": score.redrawn}
         known = {name: one for name, one in named.items() if not math.isnan(one.mean)}
         doubts = {f"{n}_doubt": one.half for n, one in known.items() if math.isfinite(one.half)}
         return too_much({name: one.mean for name, one in known.items()} | doubts)
@@ -211,6 +211,7 @@ def _worse(then: Score, now: Score) -> list[str]:
             ("class leak", then.class_leak, now.class_leak),
             ("unrelated leak", then.unrelated_leak, now.unrelated_leak),
             ("harm", then.harm, now.harm),
+            ("redrawn", then.redrawn, now.redrawn),
         )
         if a.mean - b.mean > max(a.half, b.half)
     ]
@@ -253,6 +254,7 @@ def told(score: Score) -> str:
         "class leak": score.class_leak,
         "unrelated leak": score.unrelated_leak,
         "harm": score.harm,
+        "redrawn": score.redrawn,
     }
     return ", ".join(
         f"{name} {one.text()}" for name, one in named.items() if not math.isnan(one.mean)

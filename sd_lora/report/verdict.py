@@ -24,6 +24,7 @@ THRESHOLDS = {
     "most_copies": 0.5,
     "most_leak": 0.25,
     "most_harm": 0.25,
+    "most_redrawn": 0.5,
 }
 """Name → number. With 1 as the base model's validation loss:
 
@@ -41,8 +42,10 @@ most_copies: share of the subject's images that repeat a training image, above w
 by heart.
 most_leak, most_harm: of a subject, leak into unrelated images, and what other prompts are followed
 less, above which the LoRA overrides the base. A style is meant to reach all prompts.
+most_redrawn: of a subject, unlikeness of unrelated images to the base's from the same seed, above
+which the same is said.
 
-Copies, leak and harm are above their number where the whole of their interval is.
+Copies, leak, harm and redrawn are above their number where the whole of their interval is.
 
 Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
 far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most
@@ -110,13 +113,17 @@ def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     return {}
 
 
+OF_SUBJECT = {"leak": "unrelated_leak", "harm": "harm", "redrawn": "redrawn"}
+"""Number of the verdict on a subject → its measure."""
+
+
 def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a verdict by scores of images; none where there are fewer than two, or they
     have another form.
 
-    fidelity, copies, harm and leak (of unrelated prompts) of a subject, changed (the harm of a
-    style, which is meant to reach all prompts) and class_leak, those that are known: of the last
-    score, or of the one that was exported. …_doubt: half the interval of each, 0 of one set of
+    fidelity, copies, harm, leak and redrawn (of unrelated prompts) of a subject, changed (the harm
+    of a style, which is meant to reach all prompts) and class_leak, those that are known: of the
+    last score, or of the one that was exported. …_doubt: half the interval of each, 0 of one set of
     seeds. lost: of the merit since the best step, lost_doubt: half its interval. best, last: steps.
     """
     with suppress(LookupError, TypeError, ValueError, AttributeError):
@@ -129,11 +136,11 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
             return {}  # of an earlier part of the run, which scored
         of_subject = "unrelated_leak" in measured["measures"]
         named = {"fidelity": "fidelity", "copies": "copies", "class_leak": "class_leak"}
-        named |= {"leak": "unrelated_leak", "harm": "harm"} if of_subject else {"changed": "harm"}
+        named |= OF_SUBJECT if of_subject else {"changed": "harm"}
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
         found = {"lost": -lost, "lost_doubt": doubt, "best": measured["best"], "last": last}
         for name, key in named.items():
-            told = rows[last]["score"][key]
+            told = rows[last]["score"].get(key, {"mean": None})  # an older record lacks some
             if told["mean"] is None:
                 continue
             low = told.get("low")
@@ -169,6 +176,7 @@ TOO_MUCH = (
     ("copies", "most_copies", "{} of the images repeat a training image"),
     ("leak", "most_leak", "other prompts went {} of the way to what was learned"),
     ("harm", "most_harm", "other prompts are followed {} less than by the base"),
+    ("redrawn", "most_redrawn", "images of other things are {} unlike the base's of the same seed"),
 )
 """Number, its threshold, and the sentence of what is above it."""
 
@@ -209,7 +217,7 @@ def _by_images(
     state = OVER if over else UNDER if under else GOOD
     named = {
         "leak": "leak into other prompts", "harm": "harm", "changed": "harm",
-        "class_leak": "leak into the class",
+        "class_leak": "leak into the class", "redrawn": "other images redrawn",
     }  # fmt: skip
     told = [seen, *(f"{words} {_around(n, name)}" for name, words in named.items() if name in n)]
     reasons = "; ".join(over or under or [", ".join(told)])

@@ -257,6 +257,7 @@ class Judge:
             base_leak=Interval(tuple(torch.tensor(own).nanmean(0).tolist())),
             harm=Interval(tuple(w - n for w, n in zip(was, now.nanmean(1).tolist(), strict=True))),
             followed_before=Interval(was),
+            redrawn=_means([self._redrawn(s, b) for s, b in zip(seen, self.before, strict=True)]),
             similarity=_means([self._similarity(s) for s in seen]),
             drift=_means([self._drift(s, b) for s, b in zip(seen, self.before, strict=True)]),
             blind=self.features.blind,
@@ -268,6 +269,14 @@ class Judge:
         if not self.scale.has_cosines:
             return torch.empty(0)
         return self.scale.likeness_of(now.own, self.scale.seen)
+
+    def _redrawn(self, now: SeenSet, before: SeenSet) -> Tensor:
+        """(N,): unlikeness of each image of an unrelated prompt to the base's, from 0 to 1."""
+        if now.others is None or before.others is None:
+            return torch.empty(0)
+        was = before.others.subject
+        like = now.others.subject.likeness(was).diagonal() / was.likeness(was).diagonal()
+        return (1 - like[len(now.of_class) :]).clamp(0, 1)
 
     def _drift(self, now: SeenSet, before: SeenSet) -> Tensor:
         """(N,): of each image of an unrelated prompt from the base's, from 0 to 1."""

@@ -9,6 +9,9 @@
 - *Leak*: how far images of the class and of unrelated prompts have moved towards the subject.
 - *Harm*: how much less images of the class and of unrelated prompts follow their prompts. A change
   that keeps to the prompt is no harm.
+- *Redrawn*: how unlike an image of an unrelated prompt is to the base model's from the same seed.
+  It sees what is neither leak nor harm: patterns and colours of the subject on other things, and
+  images that fall apart.
 - *Similarity* and *drift*, as others publish them for DINO: the mean cosine of the subject's images
   and real ones (Ruiz et al. 2023, section 4.1), and (1 − cosine) / 2 of an image of an unrelated
   prompt and the base's from the same seed, in the mean (peft's image benchmark).
@@ -110,6 +113,7 @@ class Score:
         away; base_leak: the same among the base model's own images of the same prompts.
     harm: how much less the images of other prompts follow them than the base model's;
         followed_before: how well the base model's do.
+    redrawn: unlikeness of unrelated images to the base model's from the same seeds, 0 to 1.
     similarity: mean cosine of the subject's images and real ones. drift: of unrelated images from
         the base model's, half of one less their cosine. NaN where features have no cosine.
     blind: differences that the features do not see.
@@ -123,6 +127,7 @@ class Score:
     base_leak: Interval
     harm: Interval
     followed_before: Interval
+    redrawn: Interval
     similarity: Interval
     drift: Interval
     blind: str
@@ -146,6 +151,7 @@ class Score:
             f"the way to the subject (the base's own images: {self.base_leak.text()})",
             f"  harm: other prompts followed {self.harm.text()} less than by the base "
             f"({self.followed_before.text()})",
+            f"  redrawn: other things are {self.redrawn.text()} unlike the base's of the same seed",
             f"  {over}. Not seen: {self.blind}",
         ]
         if not math.isnan(self.similarity.mean):
@@ -156,9 +162,10 @@ class Score:
     def line(self) -> str:
         """All of it in a line."""
         leak = f"leak class {self.class_leak.text()}, unrelated {self.unrelated_leak.text()}"
+        after = f"harm {self.harm.text()}, redrawn {self.redrawn.text()}"
         return (
             f"fidelity {self.fidelity.text()}, copies {self.copies.text()}, prompts followed "
-            f"{self.followed.text()}, {leak}, harm {self.harm.text()}"
+            f"{self.followed.text()}, {leak}, {after}"
         )
 
     def numbers(self) -> dict[str, dict[str, float | None | tuple[float | None, ...]]]:

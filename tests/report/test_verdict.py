@@ -79,6 +79,7 @@ def scored(
     leak: float = 0.02,
     harm: float = 0.01,
     copies: float = 0.0,
+    redrawn: float = 0.3,
     since_best: tuple[float, float] = (0.0, 0.0),
     best: int = 400,
     width: float = 0.0,
@@ -86,7 +87,7 @@ def scored(
     """A run with scores at the steps 0 and 400; its losses say that it is undertrained."""
     numbers = {
         "fidelity": fidelity, "class_leak": None, "unrelated_leak": leak, "harm": harm,
-        "copies": copies,
+        "copies": copies, "redrawn": redrawn,
     }  # fmt: skip
     lows = {name: None if value is None else value - width for name, value in numbers.items()}
     score = {name: {"mean": value, "low": lows[name]} for name, value in numbers.items()}
@@ -103,6 +104,7 @@ def scored(
         (scored(fidelity=0.3), UNDER, "fidelity is 30 %"),
         (scored(leak=0.5), OVER, "other prompts went 50 % of the way to what was learned"),
         (scored(harm=0.3), OVER, "other prompts are followed 30 % less than by the base"),
+        (scored(redrawn=0.7), OVER, "other things are 70 % unlike the base's of the same seed"),
         (scored(copies=1.0), OVER, "100 % of the images repeat a training image"),
         (scored(leak=0.5, width=0.125), OVER, "went 50 % ± 12 % of the way to what was learned"),
         (scored(leak=0.5, width=0.3), GOOD, "leak into other prompts 50 % ± 30 %, harm 1.0 % ± 30"),
@@ -154,6 +156,7 @@ def test_what_is_not_known_is_not_told() -> None:
     for row in run["scores"]["rows"]:
         for name in ("harm", "copies", "unrelated_leak"):
             row["score"][name] = {"mean": None, "low": None}
+        row["score"].pop("redrawn", None)  # as in a record of an earlier version
     verdict = verdict_of(run)
     assert verdict is not None
     assert verdict.text.endswith("100 % real ones). Take the last file at strength 1.")

@@ -106,6 +106,7 @@ def test_the_score_in_closed_form() -> None:
     # one of three images is red, and its prompt asks for none
     assert result.harm.values == pytest.approx((0, 1 / 3, 1 / 3))
     assert result.followed_before.values == (1, 1, 1)
+    assert result.redrawn.values == (0, 0, 0)
     # both real images are red: cosine 1 of red ones, 1/√2 of yellow ones
     assert result.similarity.values == pytest.approx((half, (1 + half) / 2, 1))
     assert result.drift.values == pytest.approx((0, 0, 0))
@@ -118,17 +119,21 @@ def test_the_score_in_closed_form() -> None:
     assert result.numbers()["copies"]["mean"] == 0.5
 
 
-def test_drift_is_pefts() -> None:
-    """Of images of unrelated prompts alone, (1 − mean cosine) / 2 of each and the base's from the
-    same seed, as peft's image benchmark has it (method_comparison/image-gen/run.py)."""
+def test_redrawn_and_drift_of_unrelated_images() -> None:
+    """Of images of unrelated prompts alone, redrawn is one less the mean likeness of each and the
+    base's from the same seed. Drift is half of that where likeness is a cosine, as peft's image
+    benchmark has it (method_comparison/image-gen/run.py)."""
     prompts = Prompts(["255"], ["0"], ["0", "0"])
     before = [PromptImages([GREEN], [GREEN], [GREEN, YELLOW])]
     after = [PromptImages([RED], [RED], [RED, YELLOW])]
     result = score(Colours(), Taught([RED]), prompts, before, after)
     assert result.drift.values == pytest.approx(((1 - (0 + 1) / 2) / 2,))
     assert "drift of unrelated ones 25 %" in result.text()
+    assert result.redrawn.values == pytest.approx((0.5,))
+    assert "other things are 50 % unlike the base's of the same seed" in result.text()
     style = score(Colours(), Taught([RED], kind="style"), prompts, before, after)
     assert math.isnan(style.drift.mean + style.similarity.mean)  # they are of subjects
+    assert style.redrawn == result.redrawn
 
 
 def test_the_values_of_each_image() -> None:

@@ -202,7 +202,7 @@ def events() -> list[Event]:
     one = Interval((0.5,))
     names = (
         "fidelity", "copies", "followed", "class_leak", "unrelated_leak", "base_leak", "harm",
-        "followed_before", "similarity", "drift",
+        "followed_before", "redrawn", "similarity", "drift",
     )  # fmt: skip
     score = Score(**dict.fromkeys(names, one) | {"drift": Interval((float("nan"),))}, blind="")
     images = [Image.new("RGB", size) for size in ((8, 8), (8, 16), (8, 8))]
