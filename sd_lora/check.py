@@ -124,7 +124,7 @@ def check(
         thumbnails=keep if page else None,
     )  # fmt: skip
     images.check_sources()
-    plan = Plan.of(config, images.instances, num_processes)
+    plan = Plan.of(config, images.instances, num_processes, images.has_classes)
     rows = {"model": _model(config, base)}
     rows |= data_rows(plan, images)
     if config.lacks_prompt:

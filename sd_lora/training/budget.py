@@ -193,7 +193,5 @@ def within_budget(
 def largest_shape(plan: Plan) -> Shape:
     """The images of a run's largest micro-batch on a process: of its largest bucket, with as many
     class images or preserved ones."""
-    config = plan.config
-    beside = bool(config.class_images) + config.preserves
-    number = plan.epochs.batch // plan.num_processes * (1 + beside)
+    number = plan.epochs.batch // plan.num_processes * (1 + plan.beside)
     return Shape(number, max(plan.epochs.buckets, key=lambda size: size[0] * size[1]))

@@ -265,6 +265,11 @@ class RunImages:
         return self.by_kind["class"].set if "class" in self.by_kind else None
 
     @property
+    def has_classes(self) -> bool:
+        """Whether class images are trained, those included that the run has still to draw."""
+        return bool(self.classes or self.config.class_images)
+
+    @property
     def num_class_images(self) -> int:
         """Number of usable class images."""
         return len(self.classes.samples) if self.classes else 0

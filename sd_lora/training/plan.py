@@ -20,7 +20,7 @@ class Plan:
     """The arithmetic of a run.
 
     images: the instances. epochs: the samples of each batch. num_steps: optimiser steps of the
-    whole run.
+    whole run. has_classes: whether an image of the class goes through the model beside each.
     """
 
     config: RunConfig
@@ -28,9 +28,12 @@ class Plan:
     epochs: Epochs
     num_processes: int
     num_steps: int
+    has_classes: bool = False
 
     @classmethod
-    def of(cls, config: RunConfig, images: ImageSet, num_processes: int) -> "Plan":
+    def of(
+        cls, config: RunConfig, images: ImageSet, num_processes: int, has_classes: bool = False
+    ) -> "Plan":
         epochs = Epochs(
             [images.buckets[index] for index in images.entries],
             config.train_batch_size * num_processes,
@@ -45,7 +48,7 @@ class Plan:
         if not num_steps:
             _, length = config.default_length
             num_steps = length.num_steps(len(images.samples), epochs.batch * epochs.accumulation)
-        return cls(config, images, epochs, num_processes, num_steps)
+        return cls(config, images, epochs, num_processes, num_steps, has_classes)
 
     @property
     def seed(self) -> int:
@@ -54,6 +57,11 @@ class Plan:
     @property
     def samples_per_step(self) -> int:
         return self.epochs.batch * self.epochs.accumulation
+
+    @property
+    def beside(self) -> int:
+        """Images that go through the UNet beside each one: of the class, and itself once more."""
+        return self.has_classes + self.config.preserves
 
     @property
     def num_samples(self) -> int:

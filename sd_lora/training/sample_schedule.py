@@ -26,9 +26,7 @@ DECODE_FORWARDS = 4
 
 def training_forwards(plan: Plan) -> int:
     """Forward passes that the training steps of a run are worth, on this process."""
-    images = plan.samples_per_step // plan.num_processes
-    if plan.config.class_images:
-        images *= 2  # one of the class beside each
+    images = plan.samples_per_step // plan.num_processes * (1 + plan.beside)
     return plan.num_steps * images * STEP_FORWARDS
 
 

@@ -221,7 +221,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     images.check_sources()
     scores = planned_scores(resolved, base.family, images.instances.samples)
     if sharded and accelerator.num_processes > 1:
-        check_even(resolved, bool(crop_settings.step))
+        check_even(resolved, bool(crop_settings.step), images.has_classes)
     check_sample_sizes(resolved.asked_prompts, base.pixels_per_latent)
     if resolved.class_images:
         check_class_images(resolved.class_images, images.num_class_images, base.family)
@@ -231,7 +231,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
             f"preservation_sampler_steps {steps}: {base.family.label} cannot draw images alone. "
             "Give 0, which preserves answers to your own images"
         )
-    plan = Plan.of(resolved, images.instances, accelerator.num_processes)
+    plan = Plan.of(resolved, images.instances, accelerator.num_processes, images.has_classes)
     factor_of(resolved, plan.num_steps)  # a file of points is read now, before the model
     if saved_path:
         progress = checkpoint.read_progress(saved_path)

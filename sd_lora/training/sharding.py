@@ -73,11 +73,12 @@ _REFUSED = {
 """Flag of the launcher's environment → the reason why it is refused, with the way to its end."""
 
 
-def check_even(config: RunConfig, has_buckets: bool) -> None:
+def check_even(config: RunConfig, has_buckets: bool, has_classes: bool) -> None:
     """Refuse options with which processes make different numbers of forward passes, each an
     exchange of the sharded UNet, which all processes must make; and a count of a whole UNet.
 
-    has_buckets: whether images are of several shapes.
+    has_buckets: whether images are of several shapes. has_classes: whether class images are
+    trained.
 
     Raises:
         UsageError: all of these options at once, with the way out.
@@ -87,7 +88,7 @@ def check_even(config: RunConfig, has_buckets: bool) -> None:
     if config.output_preservation:
         text = "output_preservation computes some images twice, others not"
         problems.append(Problem("output_preservation", f"{text}, {way}"))
-    if config.class_images and has_buckets:
+    if has_classes and has_buckets:
         text = "class images of several shapes take a pass each beside the others"
         problems.append(Problem("with_prior_preservation", f"{text}, {way} (or without buckets)"))
     if config.memory_budget:

@@ -353,9 +353,10 @@ def test_unequal_work_is_refused_with_a_sharded_base(root: Path) -> None:
     numbers of forward passes, each an exchange: they are refused, and squares are not."""
     of_class = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "a thing"}
     plain = dreambooth(root, root, root / "out", **of_class)
-    check_even(plain.resolve("sd1", 64), has_buckets=False)
+    check_even(plain.resolve("sd1", 64), has_buckets=False, has_classes=True)
+    check_even(plain.resolve("sd1", 64), has_buckets=True, has_classes=False)
     with pytest.raises(sd_lora.UsageError, match="class images of several shapes"):
-        check_even(plain.resolve("sd1", 64), has_buckets=True)
+        check_even(plain.resolve("sd1", 64), has_buckets=True, has_classes=True)
     kept = text_to_image(root, root, root / "out", output_preservation="blank")
     with pytest.raises(sd_lora.UsageError, match="output_preservation computes some images twice"):
-        check_even(kept.resolve("sd1", 64), has_buckets=False)
+        check_even(kept.resolve("sd1", 64), has_buckets=False, has_classes=True)

@@ -16,6 +16,7 @@ from sd_lora.models.load import load_parts
 from sd_lora.report.events import Event, StepDone, Warned
 from sd_lora.sampling.sampler import sample
 from sd_lora.training import interruption
+from sd_lora.training.budget import largest_shape
 from sd_lora.training.looks import Look, looks_of
 from sd_lora.training.sample_schedule import (
     DECODE_FORWARDS,
@@ -28,7 +29,7 @@ from sd_lora.training.sample_schedule import (
 from sd_lora.training.samples import wanted_samples
 from sd_lora.training.setup import prepare
 from sd_lora.training.state_files import read_state
-from tests.training.runs import dreambooth, images, text_to_image
+from tests.training.runs import images, text_to_image
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_p
 def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Where no option says how many, a set has 1 to MOST_IMAGES samples of what is learned, the
     most with which those before and after are at most SHARE of the forward passes of the steps, one
-    of the class among them; class images double the steps' passes."""
+    of the class among them. Class images, of a source too, and preservation double these."""
     options = {"num_validation_images": None, "train_batch_size": 1}
     config = text_to_image(tiny_sd1, data, tmp_path, **options)
     run = prepare(config)
@@ -158,12 +159,16 @@ def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path
         if 1 < expected < 4:
             room = SHARE * training_forwards(run.plan)
             assert 2 * len(drawn) * an_image <= room < 2 * (len(drawn) + 1) * an_image
-    plan = replace(run.plan, num_steps=1800)
-    assert usual_number(plan, an_image, 1) == 1
-    of_class = {"with_prior_preservation": True, "class_data_dir": "c", "class_prompt": "a dog",
-                "train_batch_size": 1}  # fmt: skip
-    subject = dreambooth(tiny_sd1, data, tmp_path, **of_class)
-    assert usual_number(replace(plan, config=subject), an_image, 1) == 3  # room for four
+    of_class = images(tmp_path / "class", 4, (128, 128))
+    sources = [{"path": str(data)}, {"path": str(of_class), "kind": "class"}]
+    beside = prepare(config.replace(train_data_dir=None, sources=sources))
+    assert training_forwards(beside.plan) == 6 * 2 * STEP_FORWARDS
+    assert largest_shape(beside.plan).number == 2
+    plan = replace(beside.plan, num_steps=1800)
+    assert usual_number(plan, an_image, 1) == 3  # room for four, one of the class
+    assert len(wanted_samples(replace(beside, plan=plan))) == 4
+    plan = replace(run.plan, config=run.config.replace(output_preservation="blank"))
+    assert training_forwards(plan) == 2 * training_forwards(run.plan)
     assert prepare(config.replace(num_validation_images=0)).schedule.forwards == 0
 
 
