@@ -76,7 +76,9 @@ class Terminal:
                 self._scored = event.record
                 self._say(f"step {event.step}: {event.score.line()}")
             case BestTaken():
+                self._close()
                 self._scored = event.record
+                self._say(event.text())
             case Exported():
                 self._exported = event
             case Pushed():
@@ -120,14 +122,17 @@ class Terminal:
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if self._exported:
-            facts = {
+            facts: dict[str, Any] = {
                 "validation": self._measured.record if self._measured else {},
                 "changes": self._exported.changes,
                 "scores": self._scored,
-                "checkpoints": kept_steps(event.page.parent) if event.page else [],
+                "files": [file.path.name for file in self._exported.files],
             }
+            if event.page:
+                folder = event.page.parent
+                facts |= {"folder": str(folder), "checkpoints": kept_steps(folder)}
             if verdict := verdict_of(facts):
-                lines.append(f"  {verdict.text}")
+                lines.append(f"  verdict: {verdict.text}")
         if seen := [str(path) for path in (event.sheet, event.page) if path]:
             lines.append(f"  look at {' and '.join(seen)}")
         if self._pushed:

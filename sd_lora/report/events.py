@@ -176,11 +176,19 @@ class ImagesScored:
 
 @dataclass(frozen=True)
 class BestTaken:
-    """A run that ends early takes its step with the best score. record: all scores, as of
-    `ImagesScored`."""
+    """A run that ends early after step `ended` takes its best one. record: all scores, as of
+    `ImagesScored`; empty without scores."""
 
     step: int
+    ended: int
     record: Mapping[str, Any]
+
+    def text(self) -> str:
+        """Why the run has ended, and of which step its files are."""
+        return (
+            f"ended early after step {self.ended}: nothing better since step {self.step}, of which "
+            "the files are"
+        )
 
 
 @dataclass(frozen=True)

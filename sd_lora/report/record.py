@@ -33,7 +33,7 @@ EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
     "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
-    "process_seconds": 0.0,
+    "process_seconds": 0.0, "early": "",
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -75,8 +75,11 @@ class Record:
                 facts["replayed"] = known
             case ValidationDone():
                 facts["validation"] = event.record
-            case ImagesScored() | BestTaken():
+            case ImagesScored():
                 facts["scores"] = event.record
+            case BestTaken():
+                facts["early"] = event.text()
+                facts["scores"] = event.record or facts.get("scores", {})
             case LedgerRead():
                 facts["ledger"] = [
                     {**image, "name": self._shown(image["name"])} for image in event.images

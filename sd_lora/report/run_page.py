@@ -252,7 +252,7 @@ def page_of(folders: Sequence[Path]) -> str:
             "curves": curves_of(logs[number]),
             "measured": by_step(record["validation"]),
             "scored": scores_by_step(record["scores"]),
-            "verdict": verdict_of(record),
+            "verdict": verdict_of({**record, "folder": folders[number].name}),
             "images": images[number],
             "compare": _compare(folders[number], images[number]),
             "by_timestep": by_timestep(record["validation"]),

@@ -12,6 +12,7 @@ from sd_lora.report.verdict import (
     CALIBRATED,
     GOOD,
     OVER,
+    ROUGH,
     THRESHOLDS,
     UNDER,
     Verdict,
@@ -198,7 +199,7 @@ def by_images(judged: Judged) -> Verdict:
     advice = f"Take it at strength {near:g}." * (state != UNDER or near > 1)
     if not judged.fine or (state == OVER and found.fidelity.mean < least):
         advice = "Train it shorter or at a lower rate: no strength here is good."
-    doubt = "" if judged.features in CALIBRATED else " (thresholds of drawings)"
+    doubt = "" if judged.features in CALIBRATED else ROUGH
     return Verdict(state, f"By its images{doubt}, {state}: {why}.", advice, numbers)
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-UNDER, GOOD, OVER = "undertrained", "trained", "overtrained"
+UNDER, GOOD, OVER = "undertrained", "well trained", "overtrained"
 
 THRESHOLDS = {
     "still_falling": 0.10,
@@ -57,6 +57,9 @@ subject. The other rules are intervals of differences, and need no number.
 CALIBRATED = ("encoder of drawings",)
 """Features for which the thresholds of images were measured."""
 
+ROUGH = " (limits measured on drawings: a rough guess here)"
+"""Behind the verdict by other features."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -71,6 +74,24 @@ class Verdict:
     def text(self) -> str:
         """The paragraph."""
         return f"{self.found} {self.advice}".strip()
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a run's output folder holds, as its advice names it.
+
+    name: of the folder. file: the LoRA file. checkpoints: their steps.
+    """
+
+    name: str
+    file: str
+    checkpoints: Collection[int]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "Folder":
+        """That of a record, whose folder and files may not be known."""
+        files = record.get("files") or ("the LoRA file",)
+        return cls(record.get("folder", "RUN"), str(files[0]), record.get("checkpoints", ()))
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -154,12 +175,12 @@ def verdict_of(
 ) -> Verdict | None:
     """The verdict on a run, by scores of its images where it has them, else by its losses; None
     where its record has too little to judge by. Of a run that has not ended it advises nothing."""
-    kept = record.get("checkpoints", ())
+    there = Folder.of(record)
     if seen := scored_numbers_of(record):
         known = record["scores"].get("features") in CALIBRATED
-        verdict = _by_images(seen, thresholds, "" if known else " (thresholds of drawings)", kept)
+        verdict = _by_images(seen, thresholds, "" if known else ROUGH, there)
     elif measured := numbers_of(record):
-        verdict = _by_loss(measured, thresholds, kept)
+        verdict = _by_loss(measured, thresholds, there)
     else:
         return None
     if record.get("ended") is not False:
@@ -201,15 +222,15 @@ def _around(n: Mapping[str, float], name: str) -> str:
 
 
 def _by_images(
-    n: Mapping[str, float], t: Mapping[str, float], doubt: str, kept: Collection[int]
+    n: Mapping[str, float], t: Mapping[str, float], doubt: str, there: Folder
 ) -> Verdict:
     """The verdict by scores of images. doubt: words of features that are not calibrated."""
     over, under = too_much(n, t), []
     if is_worse := n["lost"] > max(n["lost_doubt"], t["most_lost"]):
         over.insert(
             0,
-            f"since step {n['best']:.0f} the images have lost {percent(n['lost'])} ± "
-            f"{percent(n['lost_doubt'])} of fidelity less leak and harm",
+            f"since step {n['best']:.0f} the merit, fidelity less leak and harm, has fallen by "
+            f"{percent(n['lost'])} ± {percent(n['lost_doubt'])}",
         )
     seen = f"fidelity is {_around(n, 'fidelity')} (0 % the base's images, 100 % real ones)"
     if n["fidelity"] < t["least_fidelity"]:
@@ -219,7 +240,14 @@ def _by_images(
         "leak": "leak into other prompts", "harm": "harm", "changed": "harm",
         "class_leak": "leak into the class", "redrawn": "other images redrawn",
     }  # fmt: skip
-    told = [seen, *(f"{words} {_around(n, name)}" for name, words in named.items() if name in n)]
+    told = [
+        seen,
+        *(
+            f"{words} {_around(n, name)}" if n[name] > 0 else f"no {words}"
+            for name, words in named.items()
+            if name in n
+        ),
+    ]
     reasons = "; ".join(over or under or [", ".join(told)])
     words = f"By its images{doubt}, {state}: {reasons}."
     if n.get("class_leak", 0.0) - n.get("class_leak_doubt", 0.0) > CLASS_TAKEN:
@@ -227,10 +255,10 @@ def _by_images(
             f" Other things of its class are drawn as it ({_around(n, 'class_leak')} of the way): "
             "class images or preserved answers keep what their captions say (docs/objectives.md)."
         )
-    return Verdict(state, words, _advice(state, n, kept, is_worse), n)
+    return Verdict(state, words, _advice(state, n, there, is_worse), n)
 
 
-def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[int]) -> Verdict:
+def _by_loss(n: Mapping[str, float], t: Mapping[str, float], there: Folder) -> Verdict:
     """The verdict by losses."""
     over, under = [], []
     if is_worse := n["rise"] > max(n["rise_doubt"], t["most_rise"]):
@@ -259,43 +287,36 @@ def _by_loss(n: Mapping[str, float], t: Mapping[str, float], kept: Collection[in
     elif share > t["still_falling"] and n["late"] > n["late_doubt"]:
         under.append(
             f"{percent(share)} of the fall of the validation loss came in the last quarter of the "
-            "steps, and it goes on"
+            "steps: it was still falling at the end"
         )
     state = OVER if over else UNDER if under else GOOD
     settled = f"the validation loss fell by {percent(n['gain'])} and has settled"
     reasons = "; ".join(over or under or [settled])
-    return Verdict(state, f"{_HEADS[state]}: {reasons}.", _advice(state, n, kept, is_worse), n)
+    words = f"By the loss alone, a rough guess, {state}: {reasons}."
+    return Verdict(state, words, _advice(state, n, there, is_worse), n)
 
 
-_HEADS = {
-    UNDER: "By the loss alone (not calibrated yet), undertrained",
-    GOOD: "By the loss alone (not calibrated yet), trained",
-    OVER: "By the loss alone (not calibrated yet), overtrained",
-}
-
-
-def _advice(state: str, n: Mapping[str, float], kept: Collection[int], is_worse: bool) -> str:
-    """The file to take, its strength, and the remedy.
-
-    kept: steps of the checkpoints that are there. is_worse: whether the last step is worse than the
-    best one, beyond chance.
-    """
+def _advice(state: str, n: Mapping[str, float], there: Folder, is_worse: bool) -> str:
+    """The file to take, its strength, and the remedy. is_worse: whether the last step is worse than
+    the best one, beyond chance."""
     best, last = round(n["best"]), round(n["last"])
     if state == UNDER:
         return "Go on with more --steps, or raise --learning_rate."
-    less = "try the last file at less strength (sd-lora sample --strengths 0.4 0.6 0.8 1)"
-    if state == OVER and is_worse and best in kept and 0 < best < last:
-        return f"Take step {best} (sd-lora export RUN/checkpoint-{best}), or {less}."
+    less = f"less strength (sd-lora judge {there.name} --model M --images FOLDER says how much)"
+    if state == OVER and is_worse and best in there.checkpoints and 0 < best < last:
+        taken = f"sd-lora export {there.name}/checkpoint-{best}"
+        return f"Take step {best} ({taken}), or try {there.file} at {less}."
     if state == OVER and is_worse and 0 < best < last:
         return (
             f"Step {best} was better, and no checkpoint of it is left (--keep_best keeps it): "
-            f"{less}, or train anew."
+            f"try {there.file} at {less}, or train anew."
         )
     if state == OVER:
-        return f"Take an earlier step or a lower --learning_rate, or {less}."
+        return f"Take an earlier step or a lower --learning_rate, or try {there.file} at {less}."
     if 0 < best < last:
-        return f"The steps {best} and {last} differ by nothing that matters: take the last file."
-    return "Take the last file at strength 1."
+        same = f"The steps {best} and {last} differ by nothing that matters"
+        return f"{same}: take {there.file}, of step {last}, at strength 1."
+    return f"Take {there.file}, of step {last}, at strength 1."
 
 
 def percent(share: float) -> str:

@@ -63,7 +63,7 @@ class Progress:
     @property
     def verdict(self) -> str:
         """The verdict on the validations so far, or ""."""
-        verdict = verdict_of(self.record)
+        verdict = verdict_of({**self.record, "folder": Path(self.job.folder).name})
         return verdict.text if verdict else ""
 
     @property

@@ -113,7 +113,7 @@ def end_at_best(run: Run) -> int:
     """
     best = run.judged.best
     path = run.output_dir / f"{PREFIX}{best}"
-    steps = max(run.judged.rows)
+    steps = ended = max(run.judged.rows)
     if best and on_main(run.accelerator, lambda: path.is_dir() and not fault(path)):
         losses, scores = run.validation.record(), run.scores.record() if run.scores else {}
         run.load(checkpoint.read(path, run.models))
@@ -121,8 +121,8 @@ def end_at_best(run: Run) -> int:
         if best in run.validation.rows:
             record = {**run.validation.record(), "rows": losses["rows"], "exported": best}
             run.emit(ValidationDone(best, run.validation.rows[best], record))
-        if scores:
-            run.emit(BestTaken(best, {**scores, "exported": best}))
+        taken = {**scores, "exported": best} if scores else {}
+        run.emit(BestTaken(best, ended, taken))
     elif best:
         run.emit(Warned([Finding("best-gone", path.name)]))
     else:

@@ -29,6 +29,7 @@ def record(
             "since_three_quarters": [losses[-1] - losses[3 * len(losses) // 4], 0.01],
         },
         "changes": {"unet": {"down_blocks.0": change}},
+        "files": ["a.safetensors", "a_kohya.safetensors"], "folder": "out",
     }  # fmt: skip
 
 
@@ -38,7 +39,7 @@ SETTLED = [1.0, 0.85, 0.82, 0.81, 0.81]
 @pytest.mark.parametrize(
     ("run", "state", "words"),
     [
-        (record(SETTLED, 400), GOOD, "fell by 19 % and has settled. Take the last file at"),
+        (record(SETTLED, 400), GOOD, "fell by 19 % and has settled. Take a.safetensors, of"),
         (record(SETTLED, 200), GOOD, "The steps 200 and 400 differ by nothing that matters"),
         (record([1.0, 0.995, 0.99, 0.99, 0.99], 0), UNDER, "fell by 1.0 % ± 2.0 %, which may be"),
         (record([1.0, 0.95, 0.9, 0.85, 0.8], 400), UNDER, "25 % of the fall of the validation"),
@@ -108,7 +109,7 @@ def scored(
         (scored(copies=1.0), OVER, "100 % of the images repeat a training image"),
         (scored(leak=0.5, width=0.125), OVER, "went 50 % ± 12 % of the way to what was learned"),
         (scored(leak=0.5, width=0.3), GOOD, "leak into other prompts 50 % ± 30 %, harm 1.0 % ± 30"),
-        (scored(since_best=(-0.2, 0.1), best=100), OVER, "since step 100 the images have lost"),
+        (scored(since_best=(-0.2, 0.1), best=100), OVER, "harm, has fallen by 20 %"),
         (scored(since_best=(-0.04, 0.01), best=100), GOOD, "100 and 400 differ by nothing that"),
         (scored(since_best=(-0.2, 0.3), best=100), GOOD, "100 and 400 differ by nothing that"),
     ],
@@ -120,7 +121,9 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
     assert verdict is not None
     assert verdict.state == state
     assert words in verdict.text
-    assert verdict.text.startswith("By its images (thresholds of drawings), ")
+    assert verdict.text.startswith(
+        "By its images (limits measured on drawings: a rough guess here), "
+    )
     run["scores"]["features"] = "encoder of drawings"
     own = verdict_of(run, THRESHOLDS | thresholds)
     assert own is not None
@@ -159,7 +162,9 @@ def test_what_is_not_known_is_not_told() -> None:
         row["score"].pop("redrawn", None)  # as in a record of an earlier version
     verdict = verdict_of(run)
     assert verdict is not None
-    assert verdict.text.endswith("100 % real ones). Take the last file at strength 1.")
+    assert verdict.text.endswith(
+        "100 % real ones). Take a.safetensors, of step 400, at strength 1."
+    )
 
 
 def test_a_run_that_goes_on_gets_no_advice() -> None:
@@ -193,7 +198,7 @@ def test_advice_names_what_is_there() -> None:
     assert gone is not None
     assert there is not None
     assert "Step 100 was better, and no checkpoint of it is left (--keep_best" in gone.text
-    assert "Take step 100 (sd-lora export RUN/checkpoint-100), or" in there.text
+    assert "Take step 100 (sd-lora export out/checkpoint-100), or" in there.text
 
 
 def test_too_little_is_no_verdict() -> None:

@@ -16,6 +16,7 @@ from sd_lora.data.images.buckets import Crop
 from sd_lora.errors import UsageError
 from sd_lora.report.events import TrainingStarted, Warned
 from sd_lora.report.intervals import interval
+from sd_lora.terminal import Terminal
 from sd_lora.training.checkpoint_folders import find
 from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
 from sd_lora.training.scores import difference, merit
@@ -161,11 +162,14 @@ def test_the_ledger_names_the_odd_images() -> None:
     assert odd == {"3.png": FIGHTS, "7.png": BY_HEART}
 
 
-def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_ends_early_at_its_best(
+    tiny_sd1: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A run whose rate ruins it after two good steps ends by its patience, and its LoRA file and
     digest are those of a run of its best step; the best checkpoint outlives a limit of one, and is
-    named for resuming. Started again, it writes the same file, and trains no step; where the best
-    checkpoint is gone, a warning says that the files are of the last one."""
+    named for resuming. Terminal and page say when it ended, and of which step the files are.
+    Started again, it writes the same file, and trains no step; where the best checkpoint is gone, a
+    warning says that the files are of the last one."""
     rules = {
         "learning_rate": 1e-3, "lr_scheduler": "piecewise_constant",
         "lr_step_rules": "1:2,1000:6,1", "validate_every": 1, "targets": "attention", "rank": 2,
@@ -173,12 +177,16 @@ def test_a_run_ends_early_at_its_best(tiny_sd1: Path, data: Path, tmp_path: Path
     folder = tmp_path / "early" / "same"
     patient = {"early_stopping_patience": 2, "checkpoints_total_limit": 1}
     config = text_to_image(tiny_sd1, data, folder, **rules, **patient, max_train_steps=12)
-    result = sd_lora.train(config)
+    with Terminal() as terminal:
+        result = sd_lora.train(config, [terminal])
     best = json.loads((folder / "best.json").read_text())["step"]
     assert 1 <= best <= 3
     measured = json.loads((folder / "report.json").read_text())["validation"]
     assert measured["rows"][-1]["step"] == best + 2
     assert measured["exported"] == best
+    early = f"ended early after step {best + 2}: nothing better since step {best}, of which the"
+    assert early in (folder / "report.html").read_text()
+    assert early in capsys.readouterr().out
     kept = sorted(path.name for path in folder.glob("checkpoint-*"))
     assert kept == sorted(f"checkpoint-{step}" for step in (best, best + 2))
     assert find(folder, "best").path == folder / f"checkpoint-{best}"
@@ -217,6 +225,7 @@ def test_a_run_ends_early_by_its_scores(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert record["scores"]["exported"] == record["scores"]["best"] == best
     told = json.loads((folder / "best.json").read_text())
     assert (told["step"], told["merit"]) == (best, pytest.approx(merits[best]))
+    assert record["early"].startswith(f"ended early after step {best + 2}: ")
     short = tmp_path / "short" / "same"
     plain = {name: value for name, value in rules.items() if name not in SCORED}
     whole = sd_lora.train(text_to_image(tiny_sd1, data, short, **plain, max_train_steps=best))
