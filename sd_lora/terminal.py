@@ -6,6 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from sd_lora.data.check.page import printable
+from sd_lora.files import size_text
 from sd_lora.report.events import (
     BestTaken,
     Event,
@@ -119,6 +120,8 @@ class Terminal:
             lines[0] += f"; loss on the same images and noise: {before}{v.trained:.4f} after"
         if shares := shares_of(event.spent, event.seconds):
             lines[0] += f"; {shares}"
+        if event.peak_bytes:
+            lines[0] += f"; at most {size_text(event.peak_bytes)} of memory"
         if self._exported:
             lines += [verified_files(self._exported.files), *self._exported.usage]
         if self._exported:

@@ -219,13 +219,15 @@ class Pushed:
 class RunEnded:
     """A run that did all its steps. seconds: of this process. sheet: samples before and after.
     page: the run on one page. spent: kind of work → its seconds in this process: training, samples,
-    validation, scores."""
+    validation, scores. peak_bytes: most memory that the process had at once, on its device if that
+    has its own; 0 where the system does not tell."""
 
     seconds: float
     sheet: Path | None
     digest: Digest
     page: Path | None = None
     spent: Mapping[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
 
 
 Event = (

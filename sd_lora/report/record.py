@@ -33,7 +33,7 @@ EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
     "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
-    "process_seconds": 0.0, "early": "",
+    "process_seconds": 0.0, "early": "", "peak_bytes": 0,
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
 
@@ -92,6 +92,7 @@ class Record:
                 facts["ended"] = True
                 facts["spent"] = {kind: round(time, 3) for kind, time in event.spent.items()}
                 facts["process_seconds"] = round(event.seconds, 3)
+                facts["peak_bytes"] = event.peak_bytes
 
     def _go_on(self, first_step: int) -> None:
         """Take over the time and the warnings of a resumed run's earlier part."""

@@ -26,7 +26,7 @@ from PIL import Image
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.check.page import template_at
 from sd_lora.errors import RunError, UsageError
-from sd_lora.files import write_whole
+from sd_lora.files import size_text, write_whole
 from sd_lora.folders import RUN_LOG
 from sd_lora.report.events import (
     CheckpointSaved,
@@ -331,10 +331,12 @@ def _for_script(data: object) -> str:
 
 
 def _rate(record: Mapping[str, Any], rows: int) -> str:
-    """Steps a second over the whole run, and the time of the process that ended it by kinds of
-    work, in words."""
+    """Steps a second over the whole run, and memory and time, by kinds of work, of the process that
+    ended it, in words."""
     seconds = record["seconds"]
     rate = [f"{rows / seconds:.3g} steps/s"] if seconds and rows else []
+    if peak := record["peak_bytes"]:
+        rate.append(f"at most {size_text(peak)} of memory")
     spent = {kind: s for kind, s in record["spent"].items() if isinstance(s, int | float)}
     return "; ".join([*rate, *filter(None, [shares_of(spent, record["process_seconds"])])])
 

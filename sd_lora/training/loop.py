@@ -42,6 +42,7 @@ from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.looks import timed
 from sd_lora.training.losses import LossLog, skips
 from sd_lora.training.measure import validate_if_due, validation_is_due
+from sd_lora.training.memory import peak_of
 from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import (
@@ -181,7 +182,8 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
         seconds = time.monotonic() - started
         end_trackers(run.accelerator, run.emit)  # a warning of one comes before the last lines
-        run.emit(RunEnded(seconds, sheet, digest, run.output_dir / PAGE, run.spent))
+        page, peak = run.output_dir / PAGE, peak_of(run.accelerator.device)
+        run.emit(RunEnded(seconds, sheet, digest, page, run.spent, peak))
         return Result(
             run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
         )

@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -260,6 +261,20 @@ def count_vae(vae: nn.Module, work: Callable[[nn.Module], object]) -> int:
     with torch.no_grad(), HeldBytes([*vae.parameters()]) as counter:
         work(vae)
     return counter.peak
+
+
+def peak_of(device: torch.device) -> int:
+    """Most bytes that this process has held at once: on a card those that torch reserved, else of
+    the whole process, libraries and mapped files too; 0 where the system does not tell."""
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).max_memory_reserved(device))
+    if device.type != "cpu":
+        return 0
+    status = Path("/proc/self/status")  # of Linux; psutil has the peak of Windows alone
+    if not status.exists():
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def room_of(device: torch.device, held: int) -> int | None:

@@ -295,6 +295,8 @@ class Trackers:
                     for name, values in event.score.intervals.items()
                     if math.isfinite(values.mean)
                 }
+                if rows := event.record.get("rows"):
+                    score["score/merit"] = rows[-1]["merit"]
                 self._numbers(score, event.step)
             case TrainingStarted():
                 self.first_step = event.first_step

@@ -14,7 +14,7 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.training import loop
 from sd_lora.training.cards import CARDS, Card, card_named
 from sd_lora.training.data import base_of
-from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step
+from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step, peak_of
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
 
@@ -127,3 +127,17 @@ def test_a_run_is_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None:
     assert "with --gradient_checkpointing (a third slower) it takes" in predicted(spared.peak / GIB)
     assert predicted(1).endswith("no flags here are enough")
     assert [p.numbers()["fits"] for p in found] == [True, False, False]
+
+
+def test_the_peak_is_that_of_the_system() -> None:
+    """On a CPU the peak is what the system tells of the process by another call, and stays when
+    memory is given back; of a device without a count there is none."""
+    resource = pytest.importorskip("resource")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("Linux tells it")
+    held = torch.ones(2**26)  # 256 MiB
+    del held
+    most = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert peak_of(torch.device("cpu")) == pytest.approx(most, rel=0.01)
+    assert peak_of(torch.device("cpu")) > 2**28
+    assert peak_of(torch.device("meta")) == 0

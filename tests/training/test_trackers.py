@@ -211,7 +211,7 @@ def events() -> list[Event]:
         ValidationDone(0, {"trained": [1.0, 2.0], "held out": [3.0]}, {}),
         StepsLogged((record(1), record(2))),
         ValidationDone(2, {"trained": [1.0, 1.0], "held out": [2.0]}, {}),
-        ImagesScored(2, score, {}),
+        ImagesScored(2, score, {"rows": [{"step": 2, "merit": 0.4}]}),
         SamplesDrawn(2, ["a", "b", "c"], images),
     ]
 
@@ -230,7 +230,7 @@ def test_each_tracker_gets_the_same_in_order(runs: dict[str, Recorder], tmp_path
     end_trackers(accelerator, lambda event: pytest.fail(str(event)))
     numbers = {"loss", "lr", "lr/unet", "lr/unet ×16, decay ×0", "grad_norm",
                "validation/trained", "validation/held_out"}  # fmt: skip
-    scores = {f"score/{name}" for name in ("fidelity", "harm", "similarity")}
+    scores = {f"score/{name}" for name in ("fidelity", "harm", "similarity", "merit")}
     for name, run in runs.items():
         assert run.ended
         assert run.options["rank"] == 4

@@ -225,6 +225,7 @@ def test_a_run_ends_early_by_its_scores(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert record["scores"]["exported"] == record["scores"]["best"] == best
     told = json.loads((folder / "best.json").read_text())
     assert (told["step"], told["merit"]) == (best, pytest.approx(merits[best]))
+    assert record["peak_bytes"] > 2**20
     assert record["early"].startswith(f"ended early after step {best + 2}: ")
     short = tmp_path / "short" / "same"
     plain = {name: value for name, value in rules.items() if name not in SCORED}
