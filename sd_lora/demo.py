@@ -18,14 +18,17 @@ from sd_lora.errors import UsageError
 from sd_lora.files import write_whole
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.models.load import Parts, load_parts
+from sd_lora.report.record import read_json, read_record
 from sd_lora.report.run_page import PAGE
 from sd_lora.report.sheets import Sheet
+from sd_lora.report.verdict import verdict_of
 from sd_lora.sampling.features import load_features
 from sd_lora.sampling.judge import Judge
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import round_trip, sample
 from sd_lora.sampling.score import KIND_SEEDS, SETS, PromptImages, Prompts, Score, Taught, sets_of
 from sd_lora.terminal import Terminal
+from sd_lora.training.checkpoint_folders import BEST_FILE
 from sd_lora.training.loop import train
 
 SCORE = "score.json"
@@ -179,6 +182,18 @@ def evaluate(config: TrainConfig, lora: Path, sample_data: Path) -> tuple[Score,
     return result, reachable, Sheet([real, row(before[0]), row(after[0])], labels, shown, side=160)
 
 
+def ending(folder: Path) -> str:
+    """The best checkpoint of the run, by its own scores, and its verdict."""
+    record, path = read_record(folder), folder / BEST_FILE
+    verdict = verdict_of({**record, "folder": str(folder)})
+    lines = [f"verdict: {verdict.text}"] if verdict else []
+    if path.is_file():  # else no step was better than the base
+        best = read_json(path)
+        merit = f"{100 * best['merit']:.0f} % (fidelity less leak and harm)"
+        lines.insert(0, f"best checkpoint: {best['checkpoint']}, merit {merit}")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
     """Train, draw, score, and name the images to look at."""
     parser = argparse.ArgumentParser(prog="sd-lora demo", description=__doc__)
@@ -195,7 +210,11 @@ def main(argv: Sequence[str]) -> None:
     config = config.replace(**watched(sample_data))
     with Terminal() as terminal:
         result = train(config, [terminal])
-    print("\ndrawing the same prompts with the same seeds before and after, and scoring …")
+    print(
+        "\nscoring once more, more strictly: the file is loaded into a fresh base and draws three "
+        "sets of images, which are\ncompared with 8 images of the subject that were not trained; "
+        "the run has compared one set with the trained ones …"
+    )
     outcome, reachable, sheet = evaluate(config, result.files[0].path, sample_data)
     folder = Path(args.output_dir)
     sheet.write(folder / "before_after.png")
@@ -207,7 +226,8 @@ def main(argv: Sequence[str]) -> None:
         f"{100 * reachable:.0f} %; more can hardly be drawn"
     )
     print(
-        f"\n{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
+        f"\n{ending(folder)}\n\n"
+        f"{time.monotonic() - started:.0f} s in all. Look at {folder / 'before_after.png'}: is "
         "the subject there after,\nand not before? do the other prompts still look as they did? "
         f"The run's own page is {folder / PAGE}.\n\n"
         "next, on your own images (any Stable Diffusion 1.x, 2.x or XL: a folder, a hub id or a "

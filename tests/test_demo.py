@@ -39,7 +39,7 @@ def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """`sd-lora demo` leaves both LoRA files, the sheet, the score, and the run's page with the
-    images that it has scored, says the verdict by them, and what is next."""
+    images that it has scored, says the best checkpoint, the verdict by them, and what is next."""
     import sd_lora.demo as demo
 
     short = demo.demo_config
@@ -53,7 +53,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) ->
     out = capsys.readouterr().out
     assert "fidelity:" in out
     assert "Not seen:" in out
-    assert "By its images, undertrained: fidelity is" in out
+    assert out.count("verdict: By its images, undertrained: fidelity is") == 2
+    end = out[out.rindex("can hardly be drawn") :]
+    best = tmp_path / "demo" / "best.json"
+    assert best.exists() == (f"best checkpoint: checkpoint-{3}, merit" in end)
+    assert "verdict: " in end
     assert "'Scored images'" in str(data_of((tmp_path / "demo" / "report.html").read_text()))
     command = shlex.split(re.search(r"next, on your own images.*\n +(.*)", out)[1])
     assert command[:4] == [sys.executable, "-m", "sd_lora", "train"]
