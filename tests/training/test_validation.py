@@ -258,12 +258,16 @@ def test_features_that_cannot_serve_are_told_early(
 
 def test_scores_of_another_kind_are_left_out(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """A run that is resumed with scores of another kind, or with its first ones between two, begins
-    them anew and does not compare the two; keeping the best needs no validation where there are
-    scores."""
+    them anew and does not compare the two. Where images are scored the best checkpoint is kept,
+    with no validation and no option, and not where the option says so."""
     rules = {"targets": "attention", "rank": 2, "checkpointing_steps": 2, "validate_every": 0}
     config = text_to_image(tiny_sd1, data, tmp_path / "run", **rules, max_train_steps=2)
-    config = config.replace(**SCORED | {"score_every": 1, "keep_best": True})
+    assert not config.keeps_best
+    config = config.replace(**SCORED | {"score_every": 1})
     sd_lora.train(config)
+    assert (tmp_path / "run" / "best.json").is_file()
+    assert config.keeps_best
+    assert not config.replace(keep_best=False).keeps_best
     more = {"max_train_steps": 4, "resume_from_checkpoint": "latest"}
     for number, changes in enumerate(
         ({"score_class_prompt": "a photo of a thing"}, {"score_kind": "style"}, {"score_every": 3})

@@ -42,9 +42,10 @@ class ValidationLossOptions(Section):
         "prompt of the subject's class, 'a photo of a dog', for the leak into it; class_prompt if "
         "not given",
         requires={"score_features": None}, may_change=True)
-    keep_best: bool = option(False,
+    keep_best: bool | None = option(None,
         "save a checkpoint, and keep it, at each validation whose loss is the best so far, or "
-        "each score that is; best.json names it, and a run resumes it by the name best",
+        "each score that is; best.json names it, and a run resumes it by the name best; if not "
+        "given, where images are scored",
         may_change=True)
     early_stopping_patience: int | None = option(None,
         "validations (scores, where images are scored) in a row without a better one after which "
@@ -54,8 +55,9 @@ class ValidationLossOptions(Section):
 
     @property
     def keeps_best(self) -> bool:
-        """Whether checkpoints of the best validation are saved and kept."""
-        return self.keep_best or self.early_stopping_patience is not None
+        """Whether checkpoints of the best validation or score are saved and kept."""
+        asked = bool(self.score_features) if self.keep_best is None else self.keep_best
+        return asked or self.early_stopping_patience is not None
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
