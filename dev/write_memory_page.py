@@ -83,6 +83,8 @@ def settings(family: str) -> list[Setting]:
         Setting(family, "subject, `--batch 1`", subject, 1),
         Setting(family, "subject, with class images", subject, 4),
         Setting(family, f"subject, `{NO_CHECKPOINTS}`", f"{subject} {NO_CHECKPOINTS}", 2),
+        Setting(family, "subject, `--base_precision int8`", f"{subject} --base_precision int8", 2),
+        Setting(family, "subject, `--base_precision nf4`", f"{subject} --base_precision nf4", 2),
         Setting(
             family, "subject in float32 (`--mixed_precision no`)",
             "--preset subject --mixed_precision no", 2,

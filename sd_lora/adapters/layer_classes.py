@@ -30,6 +30,7 @@ _MATRIX_LAYERS: dict[str, type[AdaptedLayer]] = {
     "bitsandbytes.nn.modules.Linear4bit": AdaptedQuantized,
     "bitsandbytes.nn.modules.LinearNF4": AdaptedQuantized,
     "bitsandbytes.nn.modules.LinearFP4": AdaptedQuantized,
+    "sd_lora.models.quantized_base.QuantizedLinear": AdaptedQuantized,
 }
 """Layer class → adapted class, of layers with a weight matrix.
 

@@ -1,4 +1,4 @@
-"""Linear layers with a quantised frozen weight: bitsandbytes int8, nf4 and fp4, and torchao."""
+"""Linear layers with a quantised frozen weight: ours, bitsandbytes int8, nf4 and fp4, torchao."""
 
 from typing import Any
 
@@ -15,6 +15,8 @@ def dequantize(base: Any) -> Tensor:
         ValueError: a weight without quantised values yet, or in a form without gradients.
     """
     weight = base.weight
+    if hasattr(base, "whole"):  # a run's `base_precision`
+        return base.whole()
     if hasattr(weight, "quant_state"):  # bitsandbytes, 4 bit
         from bitsandbytes.functional import dequantize_4bit
 

@@ -26,6 +26,7 @@ from sd_lora.data.images.buckets import Size
 from sd_lora.models.caption_encoder import PIECE
 from sd_lora.models.families import Family
 from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.quantized_base import quantize_base
 from sd_lora.training.adapt import inject_all, prepare_models
 from sd_lora.training.average import profiles_of
 from sd_lora.training.fast.step import fast, fast_models
@@ -181,6 +182,8 @@ def count_step(
     encoders = {name: models[name] for name in family.text_encoders if name in models}
     for model in models.values():
         model.requires_grad_(False)
+    if config.base_precision:
+        quantize_base(models["unet"], config.base_precision)
     adapted = inject_all(config, family, models, 0)
     accelerator: Any = SimpleNamespace(
         mixed_precision=precision, device=torch.device("meta"), prepare_model=lambda model: model

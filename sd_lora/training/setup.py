@@ -23,6 +23,7 @@ from sd_lora.folders import RUN_LOG, disown, own
 from sd_lora.formats.metadata import date
 from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.load import Base, Parts
+from sd_lora.models.quantized_base import quantize_base
 from sd_lora.report.events import Listener, Warned, to_all
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
@@ -318,13 +319,16 @@ def _text_conditioning(
 def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
     with memory_for("loading the base model", config), without_fsdp():
-        return base.load(
+        parts = base.load(
             dtype=weight_dtype(accelerator),
             vae_dtype=vae_dtype(config),
             tokenizer_name=config.tokenizer_name,
             zero_terminal_snr=config.rescale_betas_zero_snr,
             flow_shift=config.flow_shift,
         )
+        if config.base_precision:
+            quantize_base(parts.unet, config.base_precision, accelerator.device)
+        return parts
 
 
 def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning) -> None:

@@ -91,6 +91,9 @@ def check_even(config: RunConfig, has_buckets: bool, has_classes: bool) -> None:
     if has_classes and has_buckets:
         text = "class images of several shapes take a pass each beside the others"
         problems.append(Problem("with_prior_preservation", f"{text}, {way} (or without buckets)"))
+    if config.base_precision:
+        text = "base_precision stores weights as bytes, which are not split"
+        problems.append(Problem("base_precision", f"{text}, {way}"))
     if config.memory_budget:
         text = "memory_budget counts the whole UNet on each process"
         problems.append(Problem("memory_budget", f"{text}, {way}"))

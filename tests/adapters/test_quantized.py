@@ -16,6 +16,7 @@ import sd_lora
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.quantized import AdaptedQuantized, dequantize
+from sd_lora.models.quantized_base import QuantizedLinear
 from tests.adapters.layers import randomise_model
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -52,6 +53,10 @@ def int4() -> nn.Module:
     return by_torchao(config)
 
 
+def stored(form: str) -> nn.Module:
+    return QuantizedLinear(whole(), form)
+
+
 # how far a value may be from its quantised one, in units of the largest of its block: half of the
 # widest gap between codes (NF4's is 1 − 0.6962, FP4's 1 − 2/3; bitsandbytes rounds the row's scale
 # for int8 in half precision), and the size of the block
@@ -61,6 +66,10 @@ BASES: dict[str, tuple[Callable[[], nn.Module], float, int]] = {
     "bitsandbytes fp4": (lambda: four_bits("fp4"), 0.5 / 3, 64),
     "torchao int8": (lambda: by_torchao(torchao.Int8WeightOnlyConfig()), 0.5 / 127, IN),
     "torchao int4": (int4, 0.5 / 7, 32),
+    "base_precision int8": (lambda: stored("int8"), 0.5 / 127, IN),
+    "base_precision nf4": (lambda: stored("nf4"), 0.5 * (1 - 0.6962), 64),
+    # float8_e4m3fn has 4 bits of mantissa: half a step of the largest's binade, 256 to 448 in 32
+    "base_precision fp8": (lambda: stored("fp8"), 16 / 448, IN),
 }
 bases = pytest.mark.parametrize("base", BASES)
 METHODS: dict[str, dict[str, Any]] = {
@@ -94,6 +103,8 @@ def inputs() -> Tensor:
 def bits(layer: Any) -> list[Tensor]:
     """Returns copies of all that a quantised layer computes with."""
     weight = layer.weight
+    if isinstance(layer, QuantizedLinear):
+        return [weight.data.clone(), layer.scale.clone(), layer.bias.clone()]
     if hasattr(weight, "quant_state"):
         return [weight.data.clone(), weight.quant_state.absmax.clone(), layer.bias.clone()]
     if hasattr(weight, "SCB"):

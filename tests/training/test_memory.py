@@ -41,6 +41,8 @@ def test_bytes_are_counted_as_they_are_held() -> None:
         {"gradient_checkpointing": True},
         {"gradient_accumulation_steps": 2, "rank": 64},
         {"mixed_precision": "bf16", "targets": "transformer+conv"},
+        {"base_precision": "int8", "targets": "attention+conv"},
+        {"base_precision": "nf4", "mixed_precision": "bf16", "gradient_checkpointing": True},
         {"use_dora": True, "targets": "all", "gradient_checkpointing": True},
     ],
 )

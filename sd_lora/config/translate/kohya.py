@@ -12,6 +12,7 @@ from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
 from sd_lora.config.translate.prompts import of_file
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
+    STORED,
     Given,
     Row,
     Taken,
@@ -295,8 +296,8 @@ KOHYA: dict[str, Row] = NETWORK | {
     # precision and speed
     "full_fp16": absent(_FLOAT32),
     "full_bf16": absent(_FLOAT32),
-    "fp8_base": absent("is not there: the base is float32, fp16 or bf16"),
-    "fp8_base_unet": absent("is not there: the base is float32, fp16 or bf16"),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet"), switch(
+        "--base_precision", STORED, base_precision="fp8")),
     "xformers": needless(_SDPA),
     "sdpa": needless(_SDPA),
     "mem_eff_attn": needless(_SDPA),

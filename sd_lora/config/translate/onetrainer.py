@@ -26,6 +26,7 @@ from sd_lora.config.translate.rows import (
     other_model,
     otherwise,
     read_with,
+    stored_in,
     switch,
     taking,
     truth,
@@ -259,7 +260,10 @@ ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     **{f"{part}.stop_training_after_unit": read_with("stop_training_after")
        for part in ("text_encoder", "text_encoder_2")},
     **{f"{part}.{key}": needless("is not needed: mixed_precision says it")
-       for part in ("unet", "text_encoder", "text_encoder_2") for key in ("weight_dtype",)},
+       for part in ("text_encoder", "text_encoder_2") for key in ("weight_dtype",)},
+    "unet.weight_dtype": stored_in(
+        {"int_8": "int8", "float_8": "fp8", "nfloat_4": "nf4"},
+        plain=("float_32", "float_16", "bfloat_16", "tfloat_32")),
     **{f"{part}.gradient_checkpointing": read_with("unet.gradient_checkpointing")
        for part in ("text_encoder", "text_encoder_2", "vae")},
     **{f"{part}.{key}": absent(NOT_THERE, idle=(1, 1.0))

@@ -112,6 +112,28 @@ def otherwise(name: str, reason: str, convert: Callable[[Any], Any] = lambda val
     return Row(f"--{name}", reason, take)
 
 
+STORED = "is the storage of the linear layers of the UNet's transformers alone"
+"""Predicate of a base in few bits elsewhere, which `base_precision` is here."""
+
+
+def stored_in(choices: Mapping[str, str], plain: Collection[str] = ()) -> Row:
+    """The precision in which a base is stored.
+
+    choices: value there, in small letters → value of `base_precision`. plain: float precisions,
+    which `mixed_precision` says here.
+    """
+
+    def take(value: Any, given: Given) -> Taken:
+        word = str(value).lower()
+        if is_off(value) or word in plain:
+            return Taken("needless", reason="is not needed: mixed_precision says it")
+        if word in choices:
+            return Taken("otherwise", {"base_precision": choices[word]}, STORED)
+        return Taken("absent", reason="is int8, fp8 or nf4 here")
+
+    return Row("--base_precision", STORED, take)
+
+
 def of_steps(reason: str, *names: str) -> Row:
     """A number of steps that is that of several options; an off value asks for nothing."""
 

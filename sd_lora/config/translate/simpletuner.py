@@ -24,6 +24,7 @@ from sd_lora.config.translate.rows import (
     other_model,
     otherwise,
     read_with,
+    stored_in,
     taking,
     truth,
     whole,
@@ -299,7 +300,9 @@ SIMPLETUNER: dict[str, Row] = {
     "vae_dtype": among(
         "vae_precision", {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}, "",
         "is fp32 here"),
-    "base_model_precision": absent("is not there", idle=("no_change",)),
+    "base_model_precision": stored_in(
+        {"int8-quanto": "int8", "int8-torchao": "int8", "fp8-quanto": "fp8", "fp8-torchao": "fp8",
+         "nf4-bnb": "nf4"}, plain=("no_change",)),
     "text_encoder_1_precision": absent("is not there", idle=("no_change",)),
     "text_encoder_2_precision": absent("is not there", idle=("no_change",)),
     "base_model_default_dtype": needless("is not needed: mixed_precision says it"),

@@ -119,6 +119,7 @@ def test_what_is_not_said_is_their_default() -> None:
          {"lr_warmup_steps": 0.05, "max_train_steps": 2000}),
         ({"resolution": "768,512"}, {"resolution": 624}),
         ({"clip_skip": 2}, {"clip_skip": 1}),
+        ({"fp8_base": True}, {"base_precision": "fp8"}),
         ({"masked_loss": True, "conditioning_data_dir": "masks"}, {"mask_folder": "masks"}),
         ({"conditioning_data_dir": "masks"}, {}),
         ({"loss_type": "huber", "huber_c": "0.2", "huber_scale": 1}, {
@@ -206,6 +207,11 @@ def test_onetrainers_oft(scaled: bool | None) -> None:
                         "train.diff_output_preservation_multiplier": 0.5},
          {"output_preservation": "class", "preservation_class": "dog",
           "preservation_weight": 0.5, "preservation_sampler_steps": 0}),
+        ("onetrainer", {"unet": {"weight_dtype": "NFLOAT_4"}}, {"base_precision": "nf4"}),
+        ("ai-toolkit", {"model.quantize": True}, {"base_precision": "fp8"}),
+        ("ai-toolkit", {"model.quantize": True, "model.qtype": "qint8"},
+         {"base_precision": "int8"}),
+        ("simpletuner", {"base_model_precision": "int8-quanto"}, {"base_precision": "int8"}),
         ("simpletuner", {"loss_type": "smooth_l1", "input_perturbation": 0.1},
          {"loss_type": "smooth_l1", "input_perturbation": 0.1}),
     ],
@@ -213,7 +219,8 @@ def test_onetrainers_oft(scaled: bool | None) -> None:
 def test_objectives_of_each_trainer(
     peer: str, settings: dict[str, Any], values: dict[str, Any]
 ) -> None:
-    """Timesteps, weights, losses, noise and preservation are the options that mean the same."""
+    """Timesteps, weights, losses, noise, preservation and the base's storage are the options that
+    mean the same."""
     found = translate(PEERS[peer], settings).values
     assert found | values == found
 
