@@ -323,6 +323,16 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
 
 
+def test_mistakes_of_prompts_to_try_are_told(studio: Served) -> None:
+    """A grid whose prompts cannot be read is not begun, and each mistake is told with its line."""
+    before = len(stored(studio).jobs("kind = 'sample'"))
+    status, page, _ = post(studio, "/try", model="m", prompts="a cat --w 60\na dog\na hen --x 1")
+    assert status == 400
+    assert "line 1: --w is a multiple of 8 from 8 to 8192, not 60" in page
+    assert "line 3: --x is no setting of a prompt" in page
+    assert len(stored(studio).jobs("kind = 'sample'")) == before
+
+
 def test_single_images_of_a_grid_are_compared(studio: Served) -> None:
     """The page gets the row of each file at each strength, from low to high, as `sample` draws
     them, and the columns of prompts that have seeds of their own; a grid of one image is
