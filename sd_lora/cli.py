@@ -243,19 +243,13 @@ _STUDIO = (
 
 
 def _sample(argv: Sequence[str]) -> None:
+    from sd_lora.config.sample_prompts import SamplePrompt, read_file
     from sd_lora.tool_flags import check_sheet, sample_parser
 
     args = sample_parser().parse(argv)
-    if args.prompts:
-        from sd_lora.files import utf8_text
-
-        try:
-            text = utf8_text(args.prompts)
-        except UsageError as error:
-            raise UsageError(f"{args.prompts} {error}") from None
-        lines = (line.strip() for line in text.splitlines())
-        args.prompt += [line for line in lines if line]
-    if not args.prompt:
+    prompts = [SamplePrompt(text) for text in args.prompt]
+    prompts += read_file(args.prompts) if args.prompts else []
+    if not prompts:
         raise UsageError("give a prompt: --prompt 'a photo of a cat'")
     check_sheet(args.out, args.overwrite)
     from sd_lora.folders import check_writable
@@ -270,7 +264,7 @@ def _sample(argv: Sequence[str]) -> None:
     with quick_imports():
         from sd_lora.sample import run
 
-    print(run(args))
+    print(run(args, prompts))
 
 
 def _judge(argv: Sequence[str]) -> None:

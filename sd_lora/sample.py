@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ from tqdm.auto import tqdm
 from sd_lora.adapters.inject import eject
 from sd_lora.adapters.merging import set_strength
 from sd_lora.adapters.state import combine, load_lora_state_dict, lora_state_dict
+from sd_lora.config.sample_prompts import SamplePrompt, size_faults, with_seeds
 from sd_lora.errors import RunError, UsageError
 from sd_lora.formats.adapter_files import load_adapter
 from sd_lora.formats.canonical import each
@@ -30,6 +32,7 @@ from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.report.summary import duration
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
+from sd_lora.tool_flags import MOST_STRENGTH
 from sd_lora.training.out_of_memory import OutOfMemory, told_by, wanted
 from sd_lora.training.processes import DTYPES
 
@@ -52,6 +55,10 @@ class Mix:
     def label(self) -> str:
         """The files with their strengths: "my-style 0.5"; "the base" without any."""
         return ", ".join(f"{n} {s:g}" for n, s in self.strengths) or "the base"
+
+    def times(self, strength: float) -> "Mix":
+        """The files at `strength` times their strengths; none of them at 0."""
+        return Mix(tuple((path, strength * own) for path, own in self.files if strength))
 
     def beside(self, other: "Mix") -> "Mix":
         """Both together."""
@@ -127,46 +134,89 @@ class Loras:
 
 
 @dataclass(frozen=True)
-class Request:
-    """The images to draw.
+class Column:
+    """A column of a grid.
 
-    rows, beside: LoRA files of rows and of columns; one empty mix is the base alone.
-    prompts, seeds: of columns, each prompt with each seed. size: width and height in pixels.
-    guidance_rescale: None until the model is read: its own.
+    beside: LoRA files that are added to those of each row. asked: the prompt, with its seed and
+    its strength, which multiplies that of each row's files. size: width and height in pixels.
+    steps, guidance, negative: the prompt's own, or the flags'.
     """
 
-    model: str
-    rows: Sequence[Mix]
-    beside: Sequence[Mix]
-    prompts: Sequence[str]
-    seeds: Sequence[int]
+    beside: Mix
+    asked: SamplePrompt
     size: tuple[int, int]
     steps: int
     guidance: float
     negative: str
+
+    @property
+    def seed(self) -> int:
+        """Of the noise."""
+        return self.asked.seed or 0
+
+    def mix(self, row: Mix) -> Mix:
+        """The LoRA files of its image in a row."""
+        return row.times(self.asked.strength).beside(self.beside)
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Settings that images of one call of the sampler share."""
+        strength = self.asked.strength
+        return self.beside, strength, self.size, self.steps, self.guidance, self.negative
+
+
+def columns_of(
+    args: argparse.Namespace, prompts: Sequence[SamplePrompt], beside: Sequence[Mix], side: int
+) -> list[Column]:
+    """The columns of a grid; a prompt's seeds stand side by side, and what it does not say is by
+    the flags.
+
+    beside: LoRA files, a group of columns each. side: of an image in pixels, by default.
+    """
+    width, height = args.size or (side, side)
+    return [
+        Column(
+            files,
+            asked,
+            (asked.width or width, asked.height or height),
+            asked.steps or args.steps,
+            args.guidance if asked.guidance is None else asked.guidance,
+            asked.negative or args.negative,
+        )
+        for files in beside
+        for asked in with_seeds(prompts, args.seeds)
+    ]
+
+
+@dataclass(frozen=True)
+class Request:
+    """The images to draw.
+
+    rows: LoRA files; an empty mix is the base alone. guidance_rescale: None until the model is
+    read: its own.
+    """
+
+    model: str
+    rows: Sequence[Mix]
+    columns: Sequence[Column]
     clip_skip: int
     low_memory: bool
     guidance_rescale: float | None
 
-    @property
-    def columns(self) -> list[tuple[Mix, str, int]]:
-        """LoRA files, prompt and seed of each column; a prompt's seeds stand side by side."""
-        return list(itertools.product(self.beside, self.prompts, self.seeds))
-
-    def parameters(self, row: Mix, column: tuple[Mix, str, int]) -> Parameters:
+    def parameters(self, row: Mix, column: Column) -> Parameters:
         """The parameters of one image."""
-        beside, prompt, seed = column
         return Parameters(
-            prompt,
-            seed,
-            self.steps,
-            self.guidance,
-            self.size,
+            column.asked.prompt,
+            column.seed,
+            column.steps,
+            column.guidance,
+            column.size,
             self.model,
             clip_skip=self.clip_skip,
-            negative=self.negative,
-            strengths=row.beside(beside).strengths,
-            beside=beside.label if beside.files else "",
+            negative=column.negative,
+            strengths=column.mix(row).strengths,
+            beside=column.beside.label if column.beside.files else "",
+            strength=column.asked.strength,
             guidance_rescale=self.guidance_rescale or 0.0,
         )
 
@@ -174,29 +224,29 @@ class Request:
 def draw(parts: Parts, request: Request, device: torch.device) -> Iterator[list[Image.Image]]:
     """Yield the images of each row, drawn on a device, with a progress bar."""
     loras, encoder = Loras(parts), parts.caption_encoder(clip_skip=request.clip_skip)
-    columns, batch_size = request.columns, 1 if request.low_memory else 4
+    batch_size = 1 if request.low_memory else 4
     if request.low_memory:
         parts.vae.enable_tiling()
-    each = len(columns) // len(request.beside)
-    total = num_denoising_steps(each, batch_size, request.steps) * len(request.beside)
-    label = f"{len(request.rows) * len(columns)} images on {device}"
+    groups = [[*group] for _, group in itertools.groupby(request.columns, lambda c: c.alike)]
+    total = sum(num_denoising_steps(len(group), batch_size, group[0].steps) for group in groups)
+    label = f"{len(request.rows) * len(request.columns)} images on {device}"
     bar = tqdm(desc=label, total=total * len(request.rows), unit="step", dynamic_ncols=True)
     with bar:
         for row in request.rows:
             images: list[Image.Image] = []
-            for beside, of_files in itertools.groupby(columns, key=lambda column: column[0]):
-                _, prompts, seeds = zip(*of_files, strict=True)
-                loras.put_on(row.beside(beside))
+            for group in groups:
+                first = group[0]
+                loras.put_on(first.mix(row))
                 images += sample(
                     parts,
                     encoder,
-                    prompts,
-                    seeds,
-                    size=request.size,
+                    [column.asked.prompt for column in group],
+                    [column.seed for column in group],
+                    size=first.size,
                     device=device,
-                    negative=request.negative or None,
-                    steps=request.steps,
-                    guidance_scale=request.guidance,
+                    negative=first.negative or None,
+                    steps=first.steps,
+                    guidance_scale=first.guidance,
                     guidance_rescale=request.guidance_rescale,
                     batch_size=batch_size,
                     apart=request.low_memory,
@@ -220,7 +270,8 @@ def fitting(path: Path, model: str, meta_pipeline: MetaPipeline) -> LoRAFile:
 
 
 def check(request: Request, base: Base) -> None:
-    """Refuse, before the model is loaded, files that do not fit it and sizes that it cannot draw.
+    """Refuse, before the model is loaded, files that do not fit it, and sizes and strengths that it
+    cannot draw.
 
     Raises:
         UsageError: all faults at once.
@@ -228,17 +279,16 @@ def check(request: Request, base: Base) -> None:
     faults = []
     if not can_generate_images(base.family) or base.task is INPAINTING:
         faults.append(f"--model {request.model}: {base.family.label} draws no image from a prompt")
-    for side in dict.fromkeys(request.size):
-        if side % base.pixels_per_latent or side <= 0:
-            faults.append(f"--size: {side} is no multiple of {base.pixels_per_latent}")
-    files = {path for mix in (*request.rows, *request.beside) for path, _ in mix.files}
+    faults += _faults_of_prompts(request, base.pixels_per_latent)
+    beside = [column.beside for column in request.columns]
+    files = {path for mix in (*request.rows, *beside) for path, _ in mix.files}
     for path in sorted(files):
         try:
             lora = fitting(path, request.model, base.meta_pipeline)
         except UsageError as error:
             faults.append(str(error))
             continue
-        most = [max(len(m.files) for m in mixes) for mixes in (request.rows, request.beside)]
+        most = [max(len(m.files) for m in mixes) for mixes in (request.rows, beside)]
         several = sum(most) > 1
         if several and any(delta.of_base for _, _, delta in each(lora.adapter)):
             faults.append(f"{path} turns the base (OFT), which cannot be added to another file")
@@ -248,8 +298,35 @@ def check(request: Request, base: Base) -> None:
         raise UsageError("\n".join(faults))
 
 
-def run(args: argparse.Namespace) -> str:
+def _faults_of_prompts(request: Request, pixels_per_latent: int) -> list[str]:
+    """A line for each size and strength that cannot be drawn, with its flag or its prompt."""
+    faults = []
+    for column in request.columns:
+        asked = column.asked
+        given = zip(column.size, (asked.width, asked.height), strict=True)
+        for side in (side for side, own in given if own is None):
+            if side % pixels_per_latent or side <= 0:
+                faults.append(f"--size: {side} is no multiple of {pixels_per_latent}")
+        faults += size_faults([asked], pixels_per_latent)
+        strengths = [strength for row in request.rows for _, strength in row.files]
+        most = max((abs(asked.strength * strength) for strength in strengths), default=0)
+        if most > MOST_STRENGTH:
+            faults.append(
+                f"{asked.place}: its strength {asked.strength:g} times the row's is {most:g}: "
+                f"{MOST_STRENGTH} at most"
+            )
+        if asked.strength != 1 and column.beside.files and not strengths:
+            faults.append(
+                f"{asked.place}: its strength {asked.strength:g} is of the files of --lora, and no "
+                "row has one; --beside_strength is of those beside"
+            )
+    return list(dict.fromkeys(faults))
+
+
+def run(args: argparse.Namespace, prompts: Sequence[SamplePrompt]) -> str:
     """Draw the images that the flags ask for, and write the grid; returns lines for the terminal.
+
+    prompts: of columns, each with its own settings.
 
     Raises:
         UsageError, RunError: for people.
@@ -260,13 +337,7 @@ def run(args: argparse.Namespace) -> str:
     request = Request(
         args.model,
         rows_of(args.lora, args.strengths),
-        beside,
-        args.prompt,
-        args.seeds,
-        args.size or (base.resolution, base.resolution),
-        args.steps,
-        args.guidance,
-        args.negative,
+        columns_of(args, prompts, beside, base.resolution),
         args.clip_skip,
         args.low_memory,
         args.guidance_rescale,
@@ -299,10 +370,13 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _out_of_memory(request: Request, device: torch.device, error: BaseException) -> OutOfMemory:
-    smaller = f"--size {min(request.size) // 2}" if request.low_memory else "--low_memory"
+    largest = max(request.columns, key=lambda column: math.prod(column.size))
+    smaller = f"add --size {min(largest.size) // 2}"
+    if largest.asked.width or largest.asked.height:
+        smaller = f"make the image of {largest.asked.place} smaller"
     return OutOfMemory(
-        f"{device} has too little memory to draw with {request.model}, {wanted(error)}: add "
-        f"{smaller}"
+        f"{device} has too little memory to draw with {request.model}, {wanted(error)}: "
+        f"{smaller if request.low_memory else 'add --low_memory'}"
     )
 
 
@@ -311,7 +385,8 @@ def _sheet(request: Request, drawn: list[list[Image.Image]]) -> Sheet:
     rows = request.rows[: len(drawn)]
     columns = [request.parameters(rows[-1], column) for column in request.columns]
     labels = [row.label for row in rows]
-    return Sheet(drawn, labels, columns, min(512, max(256, *request.size)))
+    longest = max(side for column in columns for side in column.size)
+    return Sheet(drawn, labels, columns, min(512, max(256, longest)))
 
 
 def _write_alone(folder: Path, parameters: Parameters, image: Image.Image) -> None:

@@ -164,6 +164,14 @@ _SAMPLE_EXAMPLES = """examples:
 """
 
 
+_PROMPTS = """more prompts, in the forms of `train --sample_prompts`: one a line, also with its own
+settings (a cat --n blurred --w 768 --h 512 --d 7 --s 30 --l 6 --m 0.5), which go before the flags;
+--m multiplies the strength of each row; or tables of a .toml or .json"""
+
+MOST_STRENGTH = 100
+"""Of a LoRA file in an image."""
+
+
 def _with_examples(command: str, about: str, examples: str) -> ToolParser:
     return ToolParser(
         prog=f"sd-lora {command}", description=about, epilog=examples,
@@ -200,7 +208,7 @@ def sample_parser() -> ToolParser:
         help="LoRA files, folders or checkpoints: a row each (default: the model alone)",
     )
     add("--prompt", nargs="+", default=[], metavar="TEXT", help="a column each, with each seed")
-    add("--prompts", type=as_path, metavar="FILE", help="more prompts, one a line")
+    add("--prompts", type=as_path, metavar="FILE", help=_PROMPTS)
     add(
         "--strengths",
         type=_strength,
@@ -394,8 +402,9 @@ def _skip(text: str) -> int:
 
 def _strength(text: str) -> float:
     strength = _weight(text)
-    if abs(strength) > 100:
-        raise argparse.ArgumentTypeError(f"a strength is from -100 to 100, not {text!r}")
+    if abs(strength) > MOST_STRENGTH:
+        most = MOST_STRENGTH
+        raise argparse.ArgumentTypeError(f"a strength is from -{most} to {most}, not {text!r}")
     return strength
 
 

@@ -89,28 +89,56 @@ def read_prompts(given: str) -> list[SamplePrompt]:
     """
     if "\n" in given or not given.lower().endswith(SUFFIXES):
         return _all(_lines(given, "line "))
-    path = Path(given).expanduser()
+    return read_file(Path(given).expanduser())
+
+
+def read_file(path: Path) -> list[SamplePrompt]:
+    """The prompts of a file: of the tables of a .toml or .json file, of the lines of any other.
+
+    Raises: see `read_prompts`.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
-        raise UsageError(f"prompts {given}: {reason}{near_path(path)}") from None
-    if path.suffix.lower() == ".txt":
-        return _all(_lines(text, f"{path.name}:"))
+        raise UsageError(f"prompts {path}: {reason}{near_path(path)}") from None
+    readers = {".toml": tomllib.loads, ".json": json.loads}
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        return _all(_lines(text, f"{path.name}:"), f" in {path}")
     try:
-        found = tomllib.loads(text) if path.suffix.lower() == ".toml" else json.loads(text)
+        found = reader(text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"prompts {given} cannot be read: {error}") from None
-    return _all(_tables(found, path.name, _headers(text)))
+        raise UsageError(f"prompts {path} cannot be read: {error}") from None
+    return _all(_tables(found, path.name, _headers(text)), f" in {path}")
 
 
-def _all(found: Iterator[SamplePrompt | Mistake]) -> list[SamplePrompt]:
+def with_seeds(prompts: Sequence[SamplePrompt], seeds: Sequence[int]) -> list[SamplePrompt]:
+    """Each prompt with each seed, side by side; one that has its own seed with that alone."""
+    return [
+        replace(prompt, seed=seed)
+        for prompt in prompts
+        for seed in (seeds if prompt.seed is None else [prompt.seed])
+    ]
+
+
+def size_faults(prompts: Sequence[SamplePrompt], pixels_per_latent: int) -> list[str]:
+    """A line, with its place, for each side of the prompts that a model cannot draw."""
+    return [
+        f"{prompt.place}: {side} pixels are no multiple of {pixels_per_latent}, the model's latents"
+        for prompt in prompts
+        for side in (prompt.width, prompt.height)
+        if side and side % pixels_per_latent
+    ]
+
+
+def _all(found: Iterator[SamplePrompt | Mistake], where: str = "") -> list[SamplePrompt]:
     """The prompts; raises UsageError for all mistakes among them, and for none at all."""
     items = [*found]
     if mistakes := [str(item) for item in items if isinstance(item, Mistake)]:
         raise UsageError("\n".join(mistakes))
     if not items:
-        raise UsageError("no prompt is given: write one a line")
+        raise UsageError(f"no prompt is given{where}: write one a line")
     return [item for item in items if isinstance(item, SamplePrompt)]
 
 

@@ -265,7 +265,7 @@ class Judge:
         return {name: values[name] for name in MERIT[self.taught.kind]}, whole
 
     def _similarity(self, now: SeenSet) -> Tensor:
-        """(N, real ones): cosines of the subject's images and real ones."""
+        """(N, real ones): cosines of the subject's images and real ones, all pairs."""
         if not self.scale.has_cosines:
             return torch.empty(0)
         return self.scale.likeness_of(now.own, self.scale.seen)

@@ -27,6 +27,7 @@ class Parameters:
     negative: the negative prompt.
     strengths: name and strength of each LoRA file, for A1111's tags behind the prompt.
     beside: names of the LoRA files of this column alone, on a sheet of several columns.
+    strength: of this column's prompt, which multiplies that of each row.
     guidance_rescale: φ of rescaled guidance.
     """
 
@@ -42,6 +43,7 @@ class Parameters:
     negative: str = ""
     strengths: tuple[tuple[str, float], ...] = ()
     beside: str = ""
+    strength: float = 1.0
     guidance_rescale: float = 0.0
 
     @property
@@ -51,8 +53,10 @@ class Parameters:
 
     @property
     def caption(self) -> str:
-        """The words below a sheet's column: the prompt, and the LoRA files that it alone has."""
-        return self.prompt + f"  [with {self.beside}]" * bool(self.beside)
+        """The words below a sheet's column: the prompt, its strength, and the LoRA files that it
+        alone has."""
+        strength = f"  [strength x {self.strength:g}]" * (self.strength != 1)
+        return self.prompt + strength + f"  [with {self.beside}]" * bool(self.beside)
 
     def text(self) -> str:
         """The text that A1111 writes into a PNG and reads back: prompt, negative prompt, settings.

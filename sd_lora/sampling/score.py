@@ -12,9 +12,11 @@
 - *Redrawn*: how unlike an image of an unrelated prompt is to the base model's from the same seed.
   It sees what is neither leak nor harm: patterns and colours of the subject on other things, and
   images that fall apart.
-- *Similarity* and *drift*, as others publish them for DINO: the mean cosine of the subject's images
-  and real ones (Ruiz et al. 2023, section 4.1), and (1 − cosine) / 2 of an image of an unrelated
-  prompt and the base's from the same seed, in the mean (peft's image benchmark).
+- *Similarity*: the mean cosine of the subject's images and real ones over all pairs, for DINO the
+  score of Ruiz et al. 2023, section 4.1. (peft's image benchmark pairs each image with the test
+  image of its prompt.)
+- *Drift*, that of peft's image benchmark: (1 − cosine) / 2 of an image of an unrelated prompt and
+  the base's from the same seed, in the mean.
 
 Every number has an interval over sets of images, each drawn from seeds of its own. A `Judge`
 embeds real images and the base model's once, for they stay from one LoRA to the next.
@@ -114,8 +116,9 @@ class Score:
     harm: how much less the images of other prompts follow them than the base model's;
         followed_before: how well the base model's do.
     redrawn: unlikeness of unrelated images to the base model's from the same seeds, 0 to 1.
-    similarity: mean cosine of the subject's images and real ones. drift: of unrelated images from
-        the base model's, half of one less their cosine. NaN where features have no cosine.
+    similarity: mean cosine of the subject's images and real ones, over all pairs. drift: of
+        unrelated images from the base model's, half of one less their cosine. NaN where features
+        have no cosine.
     blind: differences that the features do not see.
     """
 

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
+from sd_lora.config.sample_prompts import read_prompts, with_seeds
 from sd_lora.errors import UsageError
 from sd_lora.formats.file_names import name_of
 from sd_lora.report.record import read_record
@@ -64,10 +65,13 @@ def grid_of(job: Job) -> Grid | None:
         tuple(0 if not s else first + n * len(others) + others.index(s) for s in strengths)
         for n in range(len(files))
     )
+    try:
+        prompts = read_prompts(job.given.get("prompts", "") + "\n")
+    except UsageError:  # of a version that took each line as it was
+        return None
     columns = tuple(
-        f"{prompt}, seed {seed}" if len(asked.seeds) > 1 else prompt
-        for prompt in _lines(job.given.get("prompts", ""))
-        for seed in asked.seeds
+        f"{one.prompt}, seed {one.seed}" if len(asked.seeds) > 1 else one.prompt
+        for one in with_seeds(prompts, asked.seeds)
     )
     count = (first + len(files) * len(others)) * len(columns)
     if len(files) * len(strengths) < 2 or not _image(job, count - 1).is_file():
@@ -150,6 +154,7 @@ def draw(request: Request, form: dict[str, str]) -> Response:
     prompts = _lines(form.get("prompts", ""))
     if not prompts or not form.get("model"):
         raise UsageError("give a model and a prompt")
+    read_prompts(form["prompts"] + "\n")  # raises for mistakes in them
     folder = studio.store.folder / TRIES / secrets.token_hex(6)
     words = ["--model", form["model"], "--out", str(folder / SHEET), "--images", str(folder)]
     words += ["--lora", *loras] if loras else []

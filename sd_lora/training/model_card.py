@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from sd_lora.config.schema import TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
+from sd_lora.formats.file_names import DIFFUSERS
 from sd_lora.hub import is_hub_id
 from sd_lora.report.record import places_of
 from sd_lora.report.run_page import SAMPLES
@@ -38,7 +39,8 @@ def write_card(run: Run, files: Sequence[Path], usage: Sequence[str]) -> list[Pa
     shown = sorted(folder.glob("*.png")) if wanted_samples(run) else []
     path = run.output_dir / CARD
     if not is_foreign(path):
-        write_whole(path, card_of(run, shown, usage).encode())
+        in_diffusers = any(file.name == DIFFUSERS for file in files)
+        write_whole(path, card_of(run, shown, usage, in_diffusers).encode())
     return [*([path] if path.is_file() else []), *files, *shown]
 
 
@@ -51,10 +53,11 @@ def is_foreign(path: Path) -> bool:
     return f"\n- {TAG}\n" not in header + "\n"
 
 
-def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
+def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str], in_diffusers: bool) -> str:
     """The text of the card: no path of this machine stands in it.
 
-    shown: sample images, in the order of their prompts.
+    shown: sample images, in the order of their prompts. in_diffusers: whether diffusers loads the
+    LoRA; the hub offers its code for each repository that names it.
     """
     config, family, name = run.config, run.parts.family, run.output_dir.resolve().name
     here = Path(config.base_model).expanduser().exists()  # a folder's name may look like an id
@@ -64,11 +67,12 @@ def card_of(run: Run, shown: Sequence[Path], usage: Sequence[str]) -> str:
     prompts = [wanted.asked.prompt for wanted in wanted_samples(run)] if shown else []
     places = [path.relative_to(run.output_dir).as_posix() for path in shown]
     images = [*zip(prompts, places, strict=True)]
+    tags = [xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", TAG]
     header = ModelCardData(
         base_model=base,
-        library_name="diffusers",
-        license=LICENSES.get(family.name, OPENRAIL),
-        tags=[xl, f"{xl}-diffusers", "text-to-image", "diffusers", "lora", TAG],
+        library_name="diffusers" if in_diffusers else None,
+        license=config.hub_license or LICENSES.get(family.name, OPENRAIL),
+        tags=[tag for tag in tags if in_diffusers or "diffusers" not in tag],
         instance_prompt=config.subject_prompt or ", ".join(words) or None,
         widget=[{"text": text, "output": {"url": place}} for text, place in images] or None,
     )

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from sd_lora.adapters.merging import set_strength
-from sd_lora.config.sample_prompts import SamplePrompt, read_prompts
+from sd_lora.config.sample_prompts import SamplePrompt, read_prompts, size_faults
 from sd_lora.data.batches.caption_rules import longest_form
 from sd_lora.data.images.decode import colour, decode_with_mask
 from sd_lora.data.sources.samples import Sample
@@ -130,13 +130,7 @@ def _one_a_caption(samples: Sequence[Sample]) -> Iterator[Wanted]:
 
 def check_sample_sizes(prompts: Sequence[SamplePrompt], pixels_per_latent: int) -> None:
     """Raise UsageError, with all places, for sizes that a model cannot draw."""
-    faults = [
-        f"{prompt.place}: {side} pixels are no multiple of {pixels_per_latent}, the model's latents"
-        for prompt in prompts
-        for side in (prompt.width, prompt.height)
-        if side and side % pixels_per_latent
-    ]
-    if faults:
+    if faults := size_faults(prompts, pixels_per_latent):
         text = "\n".join(faults)
         raise UsageError(text, [Problem("sample_prompts", text)])
 

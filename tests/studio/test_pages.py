@@ -323,33 +323,44 @@ def test_tries_and_tools_are_commands(studio: Served, tmp_path: Path) -> None:
     assert "inspect mine.safetensors" in studio.ask(headers["location"])[1]
 
 
+def test_mistakes_of_prompts_to_try_are_told(studio: Served) -> None:
+    """A grid whose prompts cannot be read is not begun, and each mistake is told with its line."""
+    before = len(stored(studio).jobs("kind = 'sample'"))
+    status, page, _ = post(studio, "/try", model="m", prompts="a cat --w 60\na dog\na hen --x 1")
+    assert status == 400
+    assert "line 1: --w is a multiple of 8 from 8 to 8192, not 60" in page
+    assert "line 3: --x is no setting of a prompt" in page
+    assert len(stored(studio).jobs("kind = 'sample'")) == before
+
+
 def test_single_images_of_a_grid_are_compared(studio: Served) -> None:
     """The page gets the row of each file at each strength, from low to high, as `sample` draws
-    them; a grid of one image is no comparison, nor is one that is not whole."""
+    them, and the columns of prompts that have seeds of their own; a grid of one image is
+    no comparison, nor is one that is not whole."""
     store = stored(studio)
     files = ["lora-000020/pytorch_lora_weights.safetensors", "mine.safetensors"]
     folder = work(studio) / "a grid"
     folder.mkdir()
     words = ["--model", "m", "--out", "x.png", "--prompts", "p.txt", "--seeds", "3", "4"]
     words += ["--lora", *files]
-    given = {"prompts": "a cat\n"}
+    given = {"prompts": "a cat\n# a comment\na dog --d 9\n"}
     number = store.add("sample", "a grid", [*words, "--strengths", "1", "0", "0.5"], given=given,
                        state="done", folder=str(folder))  # fmt: skip
     assert grid_of(store.job(number)) is None
-    for image in range(10):
+    for image in range(15):
         (folder / f"{image:05}.png").write_bytes(b"an image")
     rows = rows_of([*map(Path, files)], [1, 0, 0.5])
     found = grid_of(store.job(number))
     assert found.base == 0
     assert found.files == ("lora-000020", "mine")
-    assert found.columns == ("a cat, seed 3", "a cat, seed 4")
+    assert found.columns == ("a cat, seed 3", "a cat, seed 4", "a dog, seed 9")
     assert [[rows[n].files for n in of_file] for of_file in found.rows] == [
         [(), *[((Path(file), strength),) for strength in (0.5, 1)]] for file in files
     ]  # fmt: skip
     page = studio.ask(f"/try/{number}")[1]
-    assert f"/try/{number}/image/{found.rows[0][-1] * 2 + 1}" in page
-    assert studio.ask(f"/try/{number}/image/9")[0] == 200
-    assert studio.ask(f"/try/{number}/image/10")[0] == 404
+    assert f"/try/{number}/image/{found.rows[0][-1] * 3 + 1}" in page
+    assert studio.ask(f"/try/{number}/image/14")[0] == 200
+    assert studio.ask(f"/try/{number}/image/15")[0] == 404
     alone = store.add("sample", "one", [*words[:-1], "--strengths", "1"], given=given,
                       state="done", folder=str(folder))  # fmt: skip
     assert grid_of(store.job(alone)) is None

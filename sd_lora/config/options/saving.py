@@ -72,6 +72,10 @@ class SavingOptions(Section):
     hub_private_repo: bool = option(False,
         "make that repository, if it is new, a private one",
         requires={"push_to_hub": None}, may_change=True, ai_toolkit="save.hf_private")
+    hub_license: str | None = option(None,
+        "licence in the model card, by its name on the hub, such as cc-by-4.0, for a base under "
+        "another one than the family's published base, whose it is if not given",
+        may_change=True)
     hub_token: str | None = option(None,
         "token of the upload, which stands in no file of the run; that of HF_TOKEN or of `hf auth "
         "login` if not given",
