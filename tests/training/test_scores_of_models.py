@@ -55,9 +55,11 @@ def test_a_run_and_its_file_are_scored_by_dino(
     assert record["scores"]["rows"][0]["score"]["drift"]["mean"] == pytest.approx(0, abs=1e-6)
     verdict = verdict_of(record)
     assert verdict is not None
-    assert verdict.text.startswith("By its images (thresholds of drawings), ")
+    assert verdict.text.startswith(
+        "By its images (limits measured on drawings: a rough guess here), "
+    )
     assert "harm" not in verdict.numbers
-    assert "thresholds of drawings" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "limits measured on drawings" in (tmp_path / "run" / "report.html").read_text("utf-8")
     words = ["judge", tmp_path / "run", "--model", tiny_sd1, "--images", data, "--prompt"]
     words += ["a photo of sks thing", "--features", tmp_path / "dino", "--strengths", 1]
     words += ["--resolution", 64, "--validation_steps", 1, "--out", tmp_path / "judge.png"]
@@ -68,7 +70,7 @@ def test_a_run_and_its_file_are_scored_by_dino(
     assert row.startswith("  strength 1     loss ")
     assert "fidelity " in row
     assert "harm" not in row
-    assert last.startswith("  By its images (thresholds of drawings), ")
+    assert last.startswith("  By its images (limits measured on drawings: a rough guess here), ")
     assert where == f"look at {tmp_path / 'judge.png'}"
 
 
@@ -87,5 +89,7 @@ def test_a_run_is_scored_by_clip(tiny_sd1: Path, data: Path, tmp_path: Path) -> 
         assert row["merit"] == pytest.approx(fidelity - leak - harm)
     verdict = verdict_of(record)
     assert verdict is not None
-    assert verdict.text.startswith("By its images (thresholds of drawings), ")
+    assert verdict.text.startswith(
+        "By its images (limits measured on drawings: a rough guess here), "
+    )
     assert "harm" in verdict.numbers
