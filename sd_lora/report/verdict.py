@@ -146,6 +146,7 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
     of a style, which is meant to reach all prompts) and class_leak, those that are known: of the
     last score, or of the one that was exported. …_doubt: half the interval of each, 0 of one set of
     seeds. lost: of the merit since the best step, lost_doubt: half its interval. best, last: steps.
+    at_best: fidelity at the best step.
     """
     with suppress(LookupError, TypeError, ValueError, AttributeError):
         measured = record["scores"]
@@ -160,6 +161,7 @@ def scored_numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
         named |= OF_SUBJECT if of_subject else {"changed": "harm"}
         lost, doubt = measured["since_best"] if last == max(rows) else (0.0, 0.0)
         found = {"lost": -lost, "lost_doubt": doubt, "best": measured["best"], "last": last}
+        found["at_best"] = rows[found["best"]]["score"]["fidelity"]["mean"]
         for name, key in named.items():
             told = rows[last]["score"].get(key, {"mean": None})  # an older record lacks some
             if told["mean"] is None:
@@ -226,15 +228,18 @@ def _by_images(
 ) -> Verdict:
     """The verdict by scores of images. doubt: words of features that are not calibrated."""
     over, under = too_much(n, t), []
-    if is_worse := n["lost"] > max(n["lost_doubt"], t["most_lost"]):
-        over.insert(
-            0,
-            f"since step {n['best']:.0f} the merit, fidelity less leak and harm, has fallen by "
-            f"{percent(n['lost'])} ± {percent(n['lost_doubt'])}",
-        )
     seen = f"fidelity is {_around(n, 'fidelity')} (0 % the base's images, 100 % real ones)"
     if n["fidelity"] < t["least_fidelity"]:
         under.append(seen)
+    if is_worse := n["lost"] > max(n["lost_doubt"], t["most_lost"]):
+        fallen = (
+            f"since step {n['best']:.0f} the merit, fidelity less leak and harm, has fallen by "
+            f"{percent(n['lost'])} ± {percent(n['lost_doubt'])}"
+        )
+        if n["at_best"] < t["least_fidelity"] and not over:
+            under.append(fallen)  # it was never learned, and other prompts are as they were
+        else:
+            over.insert(0, fallen)
     state = OVER if over else UNDER if under else GOOD
     named = {
         "leak": "leak into other prompts", "harm": "harm", "changed": "harm",
@@ -300,6 +305,8 @@ def _advice(state: str, n: Mapping[str, float], there: Folder, is_worse: bool) -
     """The file to take, its strength, and the remedy. is_worse: whether the last step is worse than
     the best one, beyond chance."""
     best, last = round(n["best"]), round(n["last"])
+    if state == UNDER and is_worse:
+        return "More steps have not helped: try another --learning_rate, captions or images."
     if state == UNDER:
         return "Go on with more --steps, or raise --learning_rate."
     less = f"less strength (sd-lora judge {there.name} --model M --images FOLDER says how much)"

@@ -81,6 +81,7 @@ def scored(
     harm: float = 0.01,
     copies: float = 0.0,
     redrawn: float = 0.3,
+    at_best: float | None = None,
     since_best: tuple[float, float] = (0.0, 0.0),
     best: int = 400,
     width: float = 0.0,
@@ -92,7 +93,9 @@ def scored(
     }  # fmt: skip
     lows = {name: None if value is None else value - width for name, value in numbers.items()}
     score = {name: {"mean": value, "low": lows[name]} for name, value in numbers.items()}
-    rows = [{"step": step, "merit": 0.5, "score": score} for step in (0, 400)]
+    rows = [{"step": step, "merit": 0.5, "score": score} for step in (0, 100, 400)]
+    if at_best is not None:
+        rows[1]["score"] = score | {"fidelity": {"mean": at_best, "low": None}}
     measures = ["fidelity", "unrelated_leak", "harm"]
     scores = {"rows": rows, "best": best, "since_best": [*since_best], "measures": measures}
     return record([1.0, 0.995, 0.99, 0.99, 0.99], 0) | {"scores": scores}
@@ -110,6 +113,8 @@ def scored(
         (scored(leak=0.5, width=0.125), OVER, "went 50 % ± 12 % of the way to what was learned"),
         (scored(leak=0.5, width=0.3), GOOD, "leak into other prompts 50 % ± 30 %, harm 1.0 % ± 30"),
         (scored(since_best=(-0.2, 0.1), best=100), OVER, "harm, has fallen by 20 %"),
+        (scored(fidelity=0.3, since_best=(-0.2, 0.1), best=100), UNDER, "steps have not helped"),
+        (scored(fidelity=0.3, at_best=0.8, since_best=(-0.2, 0.1), best=100), OVER, "has fallen"),
         (scored(since_best=(-0.04, 0.01), best=100), GOOD, "100 and 400 differ by nothing that"),
         (scored(since_best=(-0.2, 0.3), best=100), GOOD, "100 and 400 differ by nothing that"),
     ],
