@@ -15,11 +15,11 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -40,12 +40,17 @@ from sd_lora.report.events import (
 )
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.measured import by_step, by_timestep, images_of, scores_by_step
+from sd_lora.report.proposals import strengths_line
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration, shares_of
 from sd_lora.report.verdict import verdict_of
 
 PAGE, SEVERAL, SAMPLES = "report.html", "runs.html", "samples"
+OF_STRENGTH = "strength-"
+"""Start of the name of a folder of samples at another strength, within those of their step."""
 HERE = Path(__file__).parent
+
+K = TypeVar("K", int, float)
 
 MOST_POINTS = 2000
 """Points of a curve: a longer log is averaged over as many steps as needed."""
@@ -94,10 +99,13 @@ class RunPage:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Sample images of a run. prompts: one a column. steps: of the rows. images: step → files."""
+    """Sample images of a run. prompts: one a column. steps: of the rows. images: step → files.
+    strengths: strength → files, of the last step. parameters: of its first image."""
 
     prompts: list[str]
     images: dict[int, list[Path]]
+    strengths: dict[float, list[Path]] = field(default_factory=dict)
+    parameters: str = ""
 
     @property
     def steps(self) -> list[int]:
@@ -105,7 +113,8 @@ class Drawn:
 
 
 def samples_of(folder: Path, last: int) -> Drawn:
-    """The single images `samples/step-000100/00.png`, in their order, and their prompts.
+    """The single images `samples/step-000100/00.png`, in their order, and their prompts; of the
+    last step those at other strengths, too, `samples/step-000100/strength-0.5/00.png`.
 
     last: number of steps done; later images are of an earlier run.
     """
@@ -115,13 +124,24 @@ def samples_of(folder: Path, last: int) -> Drawn:
         if place.is_dir() and number.isdecimal() and int(number) <= last:
             files = sorted(place.glob("*.png"))
             images |= {int(number): files} if files else {}
-    prompts: list[str] = []
-    for path in images[max(images)] if images else []:
+    if not images:
+        return Drawn([], {})
+    texts = []
+    for path in images[max(images)]:
         text = ""
         with suppress(OSError), Image.open(path) as image:
             text = str(image.info.get("parameters", ""))
-        prompts.append(text.partition("\nNegative")[0])
-    return Drawn(prompts, images)
+        texts.append(text)
+    prompts = [text.partition("\nNegative")[0] for text in texts]
+    strengths: dict[float, list[Path]] = {}
+    for place in images[max(images)][0].parent.glob(f"{OF_STRENGTH}*"):
+        number, files = place.name.removeprefix(OF_STRENGTH), sorted(place.glob("*.png"))
+        if _STRENGTH.fullmatch(number) and len(files) == len(texts):
+            strengths[float(number)] = files
+    return Drawn(prompts, images, dict(sorted(strengths.items())), texts[0])
+
+
+_STRENGTH = re.compile(r"\d{1,3}(\.\d{1,6})?")
 
 
 def curves_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
@@ -181,9 +201,10 @@ def _fitting(
     drawn: Sequence[Drawn], sides: Sequence[int] = SIDES, most: int = MOST_BYTES
 ) -> tuple[list[Drawn], int]:
     """The images that a page holds of all runs, and their side: smaller ones if there are many, and
-    of still more every second, third, … step, always with the first and the last. Their bytes are
-    those of TRIED of them."""
-    files = [path for d in drawn for images in d.images.values() for path in images]
+    of still more every second, third, … step, always with the first and the last, and none at other
+    strengths. Their bytes are those of TRIED of them."""
+    rows = [row for d in drawn for row in (*d.images.values(), *d.strengths.values())]
+    files = [path for row in rows for path in row]
     some = files[:: max(1, -(-len(files) // TRIED))]
     for side in sides:
         total = len(files) * fmean([len(data_uri(path, side)) for path in some] or [0])
@@ -193,7 +214,9 @@ def _fitting(
     if every <= 1:
         return [*drawn], side
     return [
-        Drawn(d.prompts, {s: d.images[s] for s in {*d.steps[::every], *d.steps[-1:]}})
+        replace(
+            d, images={s: d.images[s] for s in {*d.steps[::every], *d.steps[-1:]}}, strengths={}
+        )
         for d in drawn
     ], side
 
@@ -259,7 +282,13 @@ def page_of(folders: Sequence[Path]) -> str:
             "rate": _rate(record, len(logs[number])),
             "unet": unet_of(record["changes"]),
             "drawn": {
-                title: {"prompts": d.prompts, "steps": d.steps, "images": _uris(d, pixels)}
+                title: {
+                    "prompts": d.prompts,
+                    "steps": d.steps,
+                    "images": _uris(d.images, pixels),
+                    "strengths": _uris(d.strengths, pixels),
+                    "line": "" if d.strengths else strengths_line(folder, record, d.parameters),
+                }
                 for title, d, pixels in (
                     ("Samples", drawn[number], side),
                     ("Scored images", sheets[number], sheet_side),
@@ -267,7 +296,7 @@ def page_of(folders: Sequence[Path]) -> str:
                 if d.steps
             },
         }
-        for number, record in enumerate(records)
+        for number, (folder, record) in enumerate(zip(folders, records, strict=True))
     ]
     shown = ("name", "curves", "measured", "scored", "by_timestep", "drawn")
     data = [{name: run[name] for name in shown} for run in runs]
@@ -282,8 +311,9 @@ def page_of(folders: Sequence[Path]) -> str:
     )
 
 
-def _uris(drawn: Drawn, side: int) -> dict[int, list[str]]:
-    return {step: [data_uri(path, side) for path in drawn.images[step]] for step in drawn.steps}
+def _uris(rows: Mapping[K, Sequence[Path]], side: int) -> dict[K, list[str]]:
+    """Step or strength → images in data URIs, in ascending order."""
+    return {key: [data_uri(path, side) for path in rows[key]] for key in sorted(rows)}
 
 
 def unet_of(changes: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from sd_lora.report.run_page import (
 )
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.parameters import Parameters
+from sd_lora.tool_flags import sample_parser
 
 
 @pytest.fixture
@@ -71,6 +73,34 @@ def test_the_page_of_a_run(
     assert [d["name"] for d in data_of((tmp_path / "runs.html").read_text())] == ["out", "other"]
     assert main(["report", str(run), str(other), "--out", str(other / "report.html")]) == 2
     assert "is the page of the run in that folder" in capsys.readouterr().err
+
+
+def test_samples_at_other_strengths_are_on_the_page(run: Path, tmp_path: Path) -> None:
+    """Those of the last step are, if there are as many as of the step; where there are none, the
+    page has the command that draws the first one so, which the command's own parser reads."""
+    (data,) = data_of(page_of([run]))
+    line = data["drawn"]["Samples"]["line"]
+    args = sample_parser().parse(shlex.split(line)[2:])
+    config = json.loads((run / "config.json").read_text())
+    assert (args.model, args.prompt) == (
+        Path(config["pretrained_model_name_or_path"]).name, ["a photo"]
+    )  # fmt: skip
+    assert args.lora == [Path("out/pytorch_lora_weights.safetensors")]
+    assert (args.strengths, args.steps, args.seeds) == ([0.5, 0.75, 1], 1, [0])
+    assert (args.size, args.guidance) == ((64, 64), config["validation_guidance_scale"])
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for place in ("step-000004/strength-0.5", "step-000006/strength-0.5", "step-000006/strength-x"):
+        (folder / "samples" / place).mkdir()
+        grey = Image.new("RGB", (8, 8), "#808080")
+        grey.save(folder / "samples" / place / "00.png")
+    page = page_of([folder])
+    (data,) = data_of(page)
+    assert [*data["drawn"]["Samples"]["strengths"]] == ["0.5"]
+    assert data["drawn"]["Samples"]["line"] == ""
+    assert page.count('<input id="strength-') == 1
+    grey.save(folder / "samples" / "step-000006" / "strength-0.5" / "01.png")
+    assert data_of(page_of([folder]))[0]["drawn"]["Samples"]["strengths"] == {}
 
 
 def test_a_long_log_is_thinned_and_smoothed() -> None:

@@ -1,0 +1,71 @@
+"""Commands that a run's page proposes, ready for a shell in the folder where training was started.
+
+A page is passed on: of absolute paths it has the last name alone.
+"""
+
+import os
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sd_lora.errors import UsageError
+from sd_lora.report.record import read_json
+
+_DRAWN = {
+    "steps": r"\bSteps: (\d+)", "guidance": r"\bCFG scale: ([\d.]+)", "seed": r"\bSeed: (\d+)",
+    "size": r"\bSize: (\d+x\d+)",
+}  # fmt: skip
+"""Flag of `sd-lora sample` → its value in the parameters of an image."""
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """The options of a run, as they were given; none where its config.json cannot be read."""
+    with suppress(UsageError):
+        return read_json(folder / "config.json")
+    return {}
+
+
+def place_of(folder: Path) -> str:
+    """The output folder as it was given, if it was by a relative path; else its name."""
+    given, name = str(config_of(folder).get("output_dir", "")), folder.resolve().name
+    return given if not os.path.isabs(given) and Path(given).name == name else name
+
+
+def line_of(command: str, *words: str, **flags: Sequence[str]) -> str:
+    """A command of `sd-lora` for a shell. A value that begins with "-" is bound to its flag."""
+    line = ["sd-lora", command, *words]
+    for name, values in flags.items():
+        bound = len(values) == 1 and values[0].startswith("-")
+        line += [f"--{name}={values[0]}"] if bound else [f"--{name}", *values]
+    return shlex.join(line)
+
+
+def strengths_line(folder: Path, record: Mapping[str, Any], drawn: str) -> str:
+    """The command that draws a sample of a finished run at several strengths; "" where it has none.
+
+    record: of `read_record`. drawn: the parameters of the sample.
+    """
+    prompt, _, rest = drawn.partition("\nNegative prompt:")
+    negative, _, settings = rest.partition("\n")
+    model = config_of(folder).get("pretrained_model_name_or_path")
+    files = [name for name in record["files"] if isinstance(name, str)]
+    prompt = _TAGS.sub("", prompt)
+    if not (record["ended"] and files and isinstance(model, str) and prompt):
+        return ""
+    found = {flag: re.search(pattern, settings) for flag, pattern in _DRAWN.items()}
+    flags = {
+        "model": [Path(model).name if os.path.isabs(model) else model],
+        "lora": [f"{place_of(folder)}/{files[0]}"],
+        "prompt": [prompt],
+        **({"negative": [negative.strip()]} if negative.strip() else {}),
+        **{flag: [match[1]] for flag, match in found.items() if match},
+        "strengths": ["0.5", "0.75", "1"],
+        "out": ["strengths.png"],
+    }
+    return line_of("sample", **flags)
+
+
+_TAGS = re.compile(r"( <lora:[^<>]*>)+$")
