@@ -1,5 +1,6 @@
-"""The curves of a run's validation and scores on its page."""
+"""The curves of a run's validation and scores on its page, and the table of its images."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -107,22 +108,56 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:
-    """The rows of the table of images: name, name of the file alone, times seen, loss against the
-    rest and its change, in words, the finding, and the picture in a data URI, or "".
+    """The rows of the table of images: name, name of the file alone, times seen, or "held out",
+    loss against the rest and its change, in words, the finding, the picture in a data URI, or "",
+    the loss of each window in words, and the points of its line in a drawing of LINE pixels.
 
     ledger: of `report.json`; nothing for one of another form.
     """
-    with suppress(LookupError, TypeError, ValueError):
+    with suppress(LookupError, TypeError, ValueError, OverflowError, AttributeError):
+        names = [str(image["name"]) for image in ledger]
         return [
             {
-                "name": str(image["name"]),
-                "file": _shortest(str(image["name"]), [str(other["name"]) for other in ledger]),
-                "seen": int(image["seen"]),
-                "loss": f"{image['loss']:.2f}",
-                "change": f"{image['change']:.2f}",
+                "name": name,
+                "file": _shortest(name, names),
+                "seen": "held out" if image.get("held_out") else int(image["seen"]),
+                "loss": _ratio(image["loss"]),
+                "change": _ratio(image["change"]),
                 "finding": str(image["finding"]),
                 "picture": _picture(image.get("picture")) if pictures else "",
+                "windows": [*map(_ratio, image.get("windows", []))],
+                "line": _line([*map(_number, image.get("windows", []))]),
             }
-            for image in ledger
+            for name, image in zip(names, ledger, strict=True)
         ]
     return []
+
+
+def window_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """Number of trained images, and steps of a window of the ledger: "image_set" of `report.json`;
+    zeros for one of another form."""
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
+        return {"trained": int(record["trained"]), "window": int(record["window"])}
+    return {"trained": 0, "window": 0}
+
+
+LINE = (90, 28)
+"""Width and height of the drawing of an image's loss: the rest's is in the middle, half of it at
+the lower edge, and twice as much at the upper one."""
+
+
+def _line(windows: Sequence[float | None]) -> str:
+    """The points of an SVG polyline through the losses of windows; "" of fewer than two."""
+    width, height = LINE
+    step, points = width / max(1, len(windows) - 1), []
+    for number, value in enumerate(windows):
+        if value is not None and value > 0:
+            up = max(-1.0, min(1.0, math.log2(value)))
+            points.append(f"{number * step:.1f},{height / 2 * (1 - up):.1f}")
+    return " ".join(points) if len(points) > 1 else ""
+
+
+def _ratio(value: object) -> str:
+    """A loss against the rest, in words; a dash where it is not known."""
+    number = _number(value)
+    return "–" if number is None else f"{number:.2f}"

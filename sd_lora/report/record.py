@@ -32,7 +32,7 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
-    "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
+    "validation": {}, "scores": {}, "ledger": [], "image_set": {}, "checkpoints": [], "spent": {},
     "process_seconds": 0.0,
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
@@ -81,6 +81,7 @@ class Record:
                 facts["ledger"] = [
                     {**image, "name": self._shown(image["name"])} for image in event.images
                 ]
+                facts["image_set"] = {"trained": event.trained, "window": event.window}
             case Exported():
                 facts["files"] = [file.path.name for file in event.files]
                 facts["usage"] = [self._shown(line) for line in event.usage]
@@ -96,7 +97,7 @@ class Record:
         if first_step and (self.folder / RECORD).is_file():
             earlier = read_record(self.folder)
             self._before = earlier["seconds"]
-            for name in ("validation", "scores", "ledger"):
+            for name in ("validation", "scores", "ledger", "image_set"):
                 self.facts.setdefault(name, earlier[name])
             warnings = [*earlier["warnings"], *self.facts["warnings"]]
             self.facts["warnings"] = list(dict.fromkeys(map(str, warnings)))

@@ -19,7 +19,7 @@ from sd_lora.errors import Problem, RunError, UsageError
 from sd_lora.findings import Finding
 from sd_lora.models.noise_scheduler import usual_rescale
 from sd_lora.report.events import SamplesDrawn, Warned, counting
-from sd_lora.report.run_page import OF_STRENGTH, SAMPLES
+from sd_lora.report.page_images import OF_STRENGTH, SAMPLES
 from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample

@@ -17,6 +17,7 @@ from sd_lora.cli import main
 from sd_lora.data.check.page import data_uri as thumbnail_uri
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event
+from sd_lora.report.measured import images_of
 from sd_lora.report.run_page import (
     curves_of,
     page_of,
@@ -53,6 +54,7 @@ def test_the_page_of_a_run(
     for name in ("step", "loss", "lr", "grad_norm"):
         assert data["curves"][name] == pytest.approx([row[name] for row in log], rel=1e-5)
         assert all(f"<td>{number}</td>" in page for number in data["curves"][name])
+    assert all(isinstance(step, int) for step in data["curves"]["step"])
     drawn = data["drawn"]["Samples"]
     assert drawn["steps"] == [0, 4, 6]
     for step, uris in drawn["images"].items():
@@ -109,9 +111,57 @@ def test_a_long_log_is_thinned_and_smoothed() -> None:
             for i in range(1, 5002)]  # fmt: skip
     curves = curves_of(rows)
     assert len(curves["step"]) == 1667
-    assert curves["step"][0] == 2
+    assert curves["step"][:2] == [2, 5]
+    assert all(isinstance(step, int) for step in curves["step"])
     assert curves["grad_norm"][:2] == [2, 5]
     assert set(curves["loss, smoothed"]) == {0.5}
+
+
+def test_sheets_of_scored_images_stand_by_their_prompts(run: Path, tmp_path: Path) -> None:
+    """A sheet of each kind of prompts, as large as it is; a kind that a step lacks leaves its place
+    empty, and sheets of later steps and of other names are not taken."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    for name in ("000000-subject", "000000-unrelated", "000006-unrelated", "000006-class",
+                 "000007-subject", "000006-x", "000006"):  # fmt: skip
+        Image.new("RGB", (824, 8), "#808080").save(folder / "samples" / f"score-{name}.png")
+    page = page_of([folder])
+    drawn = data_of(page)[0]["drawn"]["Scored images"]
+    assert drawn["steps"] == [0, 6]
+    assert [prompt.split(",")[0] for prompt in drawn["prompts"]] == [
+        "prompts of what is learned", "prompts of its class", "prompts of other things"
+    ]  # fmt: skip
+    there = {step: [bool(uri) for uri in uris] for step, uris in drawn["images"].items()}
+    assert there == {"0": [True, False, True], "6": [False, True, True]}
+    shown = Image.open(io.BytesIO(base64.b64decode(drawn["images"]["6"][2].partition(",")[2])))
+    assert shown.size == (824, 8)
+
+
+def test_images_are_on_the_page(run: Path, tmp_path: Path) -> None:
+    """Those of a ledger that is silent, with times seen, and those held out; the losses of windows
+    in a table, and as a line: of equal loss in the middle, from half of it to twice as much, with a
+    gap for a window without a loss; how many of a large set are left out is told."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    row = {"index": 0, "loss": None, "change": None, "finding": ""}
+    ledger = [row | {"name": "a/1.png", "seen": 7, "windows": [1.0, None, 2.0, 9.0, 0.5]},
+              row | {"name": "b/1.png", "seen": 3, "windows": [1.25, None]},
+              row | {"name": "held.png", "seen": 0, "windows": [], "held_out": True}]  # fmt: skip
+    record = json.loads((folder / "report.json").read_text())
+    record |= {"ledger": ledger, "image_set": {"trained": 300, "window": 12}}
+    (folder / "report.json").write_text(json.dumps(record))
+    rows = images_of(ledger)
+    assert [row["seen"] for row in rows] == [7, 3, "held out"]
+    assert [row["file"] for row in rows] == ["a/1.png", "b/1.png", "held.png"]
+    assert rows[0]["windows"] == ["1.00", "–", "2.00", "9.00", "0.50"]
+    assert rows[0]["line"] == "0.0,14.0 45.0,0.0 67.5,0.0 90.0,28.0"
+    assert (rows[1]["line"], rows[2]["line"]) == ("", "")
+    page = page_of([folder])
+    assert page.count("<polyline") == 1
+    for text in ("from step 49<", "<td>held out</td>", "2 of 300 trained images are in the table"):
+        assert text in page
+    table = images_of(json.loads((run / "report.json").read_text())["ledger"])
+    assert [(row["seen"], bool(row["picture"])) for row in table] == [(3, True)] * 6
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -185,7 +235,7 @@ def test_a_page_stays_below_ten_megabytes(run: Path, tmp_path: Path) -> None:
     sheet.save(buffer, "PNG", compress_level=1)
     sheet_bytes = buffer.getvalue()
     for step in range(40):
-        (folder / "samples" / f"score-{step:06}.png").write_bytes(sheet_bytes)
+        (folder / "samples" / f"score-{step:06}-subject.png").write_bytes(sheet_bytes)
     picture = thumbnail_uri(noise(96, 64))
     record = json.loads((folder / "report.json").read_text())
     record["ledger"] = [
