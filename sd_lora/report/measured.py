@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+FIGHTS, BY_HEART = "learned more slowly than the rest", "learned faster than the rest"
+"""Findings of the ledger on an image."""
+
 Curves = dict[str, list[float | None]]
 """Name → numbers, the horizontal axis first."""
 
@@ -88,7 +91,7 @@ def _number(value: object) -> float | None:
     raise TypeError(value)
 
 
-def _shortest(name: str, names: Sequence[str]) -> str:
+def shortest(name: str, names: Sequence[str]) -> str:
     """The shortest end of a path that no other path has, as --leave_out reads it."""
     parts = name.replace("\\", "/").split("/")
     others = [f"/{other}".replace("\\", "/") for other in names if other != name]
@@ -108,18 +111,21 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:
-    """The rows of the table of images: name, name of the file alone, times seen, or "held out",
-    loss against the rest and its change, in words, the finding, the picture in a data URI, or "",
-    the loss of each window in words, and the points of its line in a drawing of LINE pixels.
+    """The rows of the table of images: name, path, the end of it that names no other, times seen,
+    or "held out", loss against the rest and its change, in words, the finding, the picture in a
+    data URI, or "", the loss of each window in words, and the points of its line in a drawing of
+    LINE pixels.
 
     ledger: of `report.json`; nothing for one of another form.
     """
     with suppress(LookupError, TypeError, ValueError, OverflowError, AttributeError):
         names = [str(image["name"]) for image in ledger]
+        files = [str(image.get("file", image["name"])) for image in ledger]
         return [
             {
                 "name": name,
-                "file": _shortest(name, names),
+                "path": file,
+                "file": shortest(file, files),
                 "seen": "held out" if image.get("held_out") else int(image["seen"]),
                 "loss": _ratio(image["loss"]),
                 "change": _ratio(image["change"]),
@@ -128,7 +134,7 @@ def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, An
                 "windows": [*map(_ratio, image.get("windows", []))],
                 "line": _line([*map(_number, image.get("windows", []))]),
             }
-            for name, image in zip(names, ledger, strict=True)
+            for name, file, image in zip(names, files, ledger, strict=True)
         ]
     return []
 

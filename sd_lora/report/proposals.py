@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.errors import UsageError
+from sd_lora.report.measured import BY_HEART, FIGHTS, shortest
 from sd_lora.report.record import read_json
 
 _DRAWN = {
@@ -41,6 +42,57 @@ def line_of(command: str, *words: str, **flags: Sequence[str]) -> str:
         bound = len(values) == 1 and values[0].startswith("-")
         line += [f"--{name}={values[0]}"] if bound else [f"--{name}", *values]
     return shlex.join(line)
+
+
+MOST_NAMED = 5
+"""Images of a kind that a proposal names and tries; the table shows all."""
+
+TRY = (
+    "To test the effect on the other images, run this in the folder where you started the training:"
+)
+
+TEXTS = {
+    "slow": "Learned more slowly than the rest: {}. Such an image may show something else, or its "
+    f"caption may be wrong. Mend its caption, or leave it out. {TRY}",
+    "copied": "Learned faster than the rest, and the data check found that the set has them twice: "
+    f"{{}}. Leave one of the two out. {TRY}",
+    "fast": "Learned faster than the rest: {}. There is no need to leave such an image out. It may "
+    "be simple, or the set may have it twice; the data check found no second one.",
+}
+"""Kind of an image that the ledger names → the words of its proposal."""
+
+
+def proposals_of(
+    folder: Path, images: Sequence[Mapping[str, Any]], alike: Sequence[Any]
+) -> list[dict[str, Any]]:
+    """Words on the images that a run's ledger names, by kind, and the commands that try a run
+    without one: for those that are learned more slowly, and for copies. None for one that is
+    learned faster alone: it does no harm.
+
+    images: of `images_of`. alike: names of an image that is there twice and of the earlier one.
+    """
+    kinds: dict[str, list[tuple[str, str]]] = {kind: [] for kind in TEXTS}
+    pairs = [[*map(str, pair)] for pair in alike if isinstance(pair, list) and len(pair) == 2]
+    names = [*(str(image["path"]) for image in images), *(name for pair in pairs for name in pair)]
+    for image in images:
+        copies = [pair for pair in pairs if image["path"] in pair and pair[0] != pair[1]]
+        if image["finding"] == FIGHTS:
+            kinds["slow"].append((image["name"], image["file"]))
+        elif image["finding"] == BY_HEART and copies:
+            later, first = copies[0]
+            told = f"{image['name']} (also {first if image['path'] == later else later})"
+            kinds["copied"].append((told, shortest(later, names)))
+        elif image["finding"] == BY_HEART:
+            kinds["fast"].append((image["name"], ""))
+    place = place_of(folder)
+    found = []
+    for kind, rows in kinds.items():
+        named = ", ".join(name for name, _ in rows[:MOST_NAMED])
+        named += f" and {len(rows) - MOST_NAMED} more" if len(rows) > MOST_NAMED else ""
+        files = dict.fromkeys(file for _, file in rows[:MOST_NAMED] if file)
+        lines = [line_of("compare", place, leave_out=[file]) for file in files]
+        found += [{"text": TEXTS[kind].format(named), "lines": lines}] if rows else []
+    return found
 
 
 def strengths_line(folder: Path, record: Mapping[str, Any], drawn: str) -> str:

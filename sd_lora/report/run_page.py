@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,7 +30,14 @@ from sd_lora.report.events import (
     TrainingStarted,
 )
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.measured import LINE, by_step, by_timestep, images_of, scores_by_step, window_of
+from sd_lora.report.measured import (
+    LINE,
+    by_step,
+    by_timestep,
+    images_of,
+    scores_by_step,
+    window_of,
+)
 from sd_lora.report.page_images import (
     SHEET_BYTES,
     SHEET_SIDES,
@@ -40,7 +46,7 @@ from sd_lora.report.page_images import (
     sheets_of,
     uris,
 )
-from sd_lora.report.proposals import strengths_line
+from sd_lora.report.proposals import proposals_of, strengths_line
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration, shares_of
 from sd_lora.report.verdict import verdict_of
@@ -165,7 +171,7 @@ def page_of(folders: Sequence[Path]) -> str:
             "verdict": verdict_of(record),
             "images": images[number],
             "window": window_of(record["image_set"]),
-            "compare": _compare(folders[number], images[number]),
+            "proposals": proposals_of(folder, images[number], record["alike"]),
             "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
             "unet": unet_of(record["changes"]),
@@ -220,13 +226,6 @@ def unet_of(changes: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d{1,2}))?")
-
-
-def _compare(folder: Path, images: Sequence[Mapping[str, Any]]) -> str:
-    """The command that tries a run without the first image that its ledger names; "" for none."""
-    named = [str(image["file"]) for image in images if image["finding"]]
-    words = ["sd-lora", "compare", folder.resolve().name, "--leave_out", *named[:1]]
-    return shlex.join(words) if named else ""
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sd_lora.data.batches.stream import BatchItem, ImageSet
 from sd_lora.diffusion.timesteps import Timesteps
+from sd_lora.report.measured import BY_HEART, FIGHTS
 
 LEVELS = 20
 """Equal parts of the trained timesteps, within which losses are compared."""
@@ -41,8 +42,6 @@ CHANGE = 1.10
 
 DOUBT = 0.01
 """Chance that an image of a set is named although all are learned alike."""
-
-FIGHTS, BY_HEART = "learned more slowly than the rest", "learned faster than the rest"
 
 
 @dataclass

@@ -18,12 +18,15 @@ def image_rows(run: Run) -> list[dict[str, Any]]:
     """The run's images for `report.json`, with their pictures: those of the ledger, then, with
     "held_out", those that are not trained."""
     held_out = run.images.held_out
-    names = [sample.name for sample in held_out.set.samples] if held_out else []
-    rows = run.ledger.record()
+    others = held_out.set.samples if held_out else []
+    rows = [
+        row | {"file": run.images.instances.samples[row["index"]].name}
+        for row in run.ledger.record()
+    ]
     rows += [
-        {"index": i, "name": name, "seen": 0, "loss": None, "change": None, "finding": "",
-         "windows": [], "held_out": True}
-        for i, name in enumerate(names)
+        {"index": i, "name": sample.name, "file": sample.name, "seen": 0, "loss": None,
+         "change": None, "finding": "", "windows": [], "held_out": True}
+        for i, sample in enumerate(others)
     ]  # fmt: skip
     add_thumbnails(run, rows)
     return rows

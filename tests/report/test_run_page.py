@@ -14,10 +14,12 @@ import pytest
 from PIL import Image
 
 from sd_lora.cli import main
+from sd_lora.config.command_line import parse
 from sd_lora.data.check.page import data_uri as thumbnail_uri
 from sd_lora.errors import UsageError
 from sd_lora.report.events import Event
-from sd_lora.report.measured import images_of
+from sd_lora.report.measured import BY_HEART, FIGHTS, images_of, shortest
+from sd_lora.report.proposals import proposals_of
 from sd_lora.report.run_page import (
     curves_of,
     page_of,
@@ -25,7 +27,7 @@ from sd_lora.report.run_page import (
 )
 from sd_lora.report.sheets import write_image
 from sd_lora.sampling.parameters import Parameters
-from sd_lora.tool_flags import sample_parser
+from sd_lora.tool_flags import compare_parser, sample_parser
 
 
 @pytest.fixture
@@ -162,6 +164,43 @@ def test_images_are_on_the_page(run: Path, tmp_path: Path) -> None:
         assert text in page
     table = images_of(json.loads((run / "report.json").read_text())["ledger"])
     assert [(row["seen"], bool(row["picture"])) for row in table] == [(3, True)] * 6
+
+
+def test_what_the_ledger_names_is_proposed_by_its_kind(tmp_path: Path) -> None:
+    """One that is learned more slowly is proposed to be left out, by a command that the parsers of
+    `compare` and of `train` read as its place, as it was given, and its name. One that is learned
+    faster has no command, unless the data check found it twice: then of the later one of the two.
+    A name that looks like a flag, and one of two folders, are still that name."""
+    parser, folder = compare_parser(), tmp_path / "my dog"
+    folder.mkdir()
+
+    def image(name: str, finding: str) -> dict:
+        return {"name": f"{name} at 64", "path": name, "finding": finding,
+                "file": shortest(name, ["in/a.png", "other/a.png"])}  # fmt: skip
+
+    def left_out(line: str) -> tuple[Path, str]:
+        words = shlex.split(line)
+        assert words[:2] == ["sd-lora", "compare"]
+        args, rest = parser.parse_known_args(words[2:])
+        return args.run, parse(["--model", "m", "--train_data_dir", "x", *rest]).leave_out
+
+    images = [image("in/a.png", FIGHTS), image("in/-b 1.png", FIGHTS), image("in/c.png", BY_HEART),
+              image("in/d.png", BY_HEART), image("in/e.png", "")]  # fmt: skip
+    slow, copied, fast = proposals_of(folder, images, [["in/d2.png", "in/d.png"], "x", []])
+    assert [left_out(line) for line in slow["lines"]] == [
+        (Path("my dog"), "in/a.png"), (Path("my dog"), "-b 1.png")
+    ]  # fmt: skip
+    assert "in/a.png at 64, in/-b 1.png at 64" in slow["text"]
+    assert [left_out(line) for line in copied["lines"]] == [(Path("my dog"), "d2.png")]
+    assert "in/d.png at 64 (also in/d2.png)" in copied["text"]
+    assert fast["lines"] == []
+    assert "in/c.png at 64. There is no need to leave such an image out" in fast["text"]
+    (folder / "config.json").write_text('{"output_dir": "runs/my dog"}')
+    many = [image(f"{i}.png", FIGHTS) for i in range(7)]
+    (slow,) = proposals_of(folder, many, [])
+    assert left_out(slow["lines"][4]) == (Path("runs/my dog"), "4.png")
+    assert (len(slow["lines"]), "and 2 more" in slow["text"]) == (5, True)
+    assert proposals_of(folder, [image("e.png", ""), image("f.png", HOSTILE)], []) == []
 
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
