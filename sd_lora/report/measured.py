@@ -58,6 +58,24 @@ SCORED = {
 """Measure of a score → its words."""
 
 
+MEANINGS = {
+    "fidelity": "how much images of what is learned look like it: 0 % as the base’s images, 100 % "
+    "as real ones",
+    "prompts followed": "how well images of what is learned follow their prompts",
+    "class leak": "how far images of its class have moved towards what is learned",
+    "unrelated leak": "how far images of other prompts have moved towards what is learned",
+    "harm": "how much less images of other prompts follow their prompts than the base’s images do",
+    "redrawn": "how unlike images of other things are to the base’s of the same seed: 0 % equal, "
+    "100 % nothing alike",
+    "copies": "how many images repeat a training image",
+    "similarity": "how like images of what is learned are to real ones, as others publish it",
+    "drift": "how far images of other prompts have moved from the base’s, as others publish it",
+    "merit": "fidelity less unrelated leak and harm (of a style, fidelity less harm): the number "
+    "that picks the best step",
+}
+"""Words of a measure → its meaning, for people who read it for the first time."""
+
+
 def scores_by_step(record: Mapping[str, Any]) -> Curves:
     """The numbers of the scores by step, in percent, half of the interval of each where there is
     one, and the merit.

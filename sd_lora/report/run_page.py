@@ -32,6 +32,7 @@ from sd_lora.report.events import (
 from sd_lora.report.log_file import LogFile
 from sd_lora.report.measured import (
     LINE,
+    MEANINGS,
     by_step,
     by_timestep,
     images_of,
@@ -198,6 +199,7 @@ def page_of(folders: Sequence[Path]) -> str:
     return template_at(HERE / "run_page.html.j2").render(
         duration=duration,
         line=LINE,
+        meanings=MEANINGS,
         runs=runs,
         differing=differing_options(folders) if len(folders) > 1 else {},
         data=_for_script(data),
