@@ -7,7 +7,6 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -307,60 +306,3 @@ def test_the_unet_is_drawn_by_its_parts() -> None:
         "up_blocks.0": (3, 1, 0.25), "up_blocks.1": (4, 0, 0),
     }  # fmt: skip
     assert unet_of({}) == unet_of({"unet": 3}) == []
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="no Chromium with its driver here")
-def test_a_browser_shows_the_page(run: Path) -> None:
-    """Headless Chromium draws the three curves and the UNet, moves from step to step by the keys of
-    a slider, asks for nothing elsewhere, has nothing to complain of, and fits a phone, in light and
-    in dark; tables equal the data."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    waits = pytest.importorskip("selenium.webdriver.support.wait")
-    options = webdriver.ChromeOptions()
-    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
-        options.add_argument(word)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options)
-
-    def fits(page: Any) -> bool:
-        return page.execute_script("return document.documentElement.scrollWidth <= 390")
-
-    try:
-        wait = waits.WebDriverWait(browser, 20)
-        browser.get((run / "report.html").as_uri())
-        (data,) = data_of((run / "report.html").read_text("utf-8"))
-        assert len(browser.find_elements("css selector", "canvas")) == 3
-        assert len(browser.find_elements("css selector", ".unet rect")) == 7
-        slider = browser.find_element("css selector", ".slider input")
-        image = browser.find_element("css selector", ".samples img")
-        drawn = data["drawn"]["Samples"]
-        assert image.get_attribute("src") == drawn["images"]["6"][0]
-        slider.send_keys(webdriver.Keys.ARROW_LEFT)
-        assert image.get_attribute("src") == drawn["images"]["4"][0]
-        slider.send_keys(webdriver.Keys.HOME)
-        assert image.get_attribute("src") == drawn["images"]["0"][0]
-        assert "the base" in browser.find_element("css selector", ".slider output").text
-        rows = browser.execute_script(
-            "return [...document.querySelector('details table').rows].map("
-            "r => [...r.cells].map(c => c.textContent))"
-        )
-        columns = dict(zip(rows[0], zip(*rows[1:], strict=True), strict=True))
-        for name, values in data["curves"].items():
-            assert [float(text) for text in columns[name]] == pytest.approx(values)
-        for scheme in ("light", "dark"):
-            feature = [{"name": "prefers-color-scheme", "value": scheme}]
-            browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
-            metrics = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-            browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-            wait.until(fits)  # charts are drawn anew at another width
-        sent = [json.loads(row["message"])["message"] for row in browser.get_log("performance")]
-        asked = [
-            m["params"]["request"]["url"]
-            for m in sent
-            if m["method"] == "Network.requestWillBeSent"
-        ]
-        assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
-        assert browser.get_log("browser") == []
-    finally:
-        browser.quit()
