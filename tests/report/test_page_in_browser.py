@@ -68,7 +68,11 @@ def opened(browser: Any) -> Iterator[Any]:
 
 
 def fits(page: Any) -> bool:
-    return page.execute_script("return document.documentElement.scrollWidth <= 390")
+    """Whether the page and each of its charts are as wide as a phone at most."""
+    return page.execute_script(
+        "return [document.documentElement, ...document.querySelectorAll('.uplot')].every("
+        "element => element.scrollWidth <= 390)"
+    )
 
 
 def keys(browser: Any, element: str, *names: str) -> Any:

@@ -83,7 +83,9 @@ def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert sum(levels) / len(levels) == pytest.approx(record["base"][TRAINED]["loss"])
     page = (with_it / "report.html").read_text()
     assert "base model, trained images" in page
-    assert "11 images of the same prompts and seeds each time, by encoder of drawings" in page
+    assert (
+        "11 images of the same prompts and seeds each time, measured by encoder of drawings" in page
+    )
 
 
 def test_held_out_images_are_chosen_by_content(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
