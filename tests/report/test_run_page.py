@@ -215,7 +215,9 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     facts = {"warnings": [HOSTILE], "rows": {"model": HOSTILE}, "notes": [HOSTILE], "seconds": 1,
              "findings": [HOSTILE], "usage": [HOSTILE], "files": [HOSTILE], "ended": False,
              "changes": {"unet": {HOSTILE: 0.1}}, "step": 1, "validation": {"rows": [HOSTILE]},
-             "ledger": [{"name": HOSTILE, "seen": 1, "loss": 1, "change": 1, "finding": HOSTILE}],
+             "ledger": [{"name": HOSTILE, "seen": 1, "loss": 1, "change": 1, "finding": finding,
+                         "windows": [1, 2]} for finding in (HOSTILE, FIGHTS, BY_HEART)],
+             "alike": [[HOSTILE, "x"], HOSTILE, [{}, 1]], "image_set": {"window": HOSTILE},
              "num_steps": 2}  # fmt: skip
     (folder / "report.json").write_text(json.dumps(facts))
     page = page_of([folder])
