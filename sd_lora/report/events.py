@@ -193,9 +193,12 @@ class BestTaken:
 
 @dataclass(frozen=True)
 class LedgerRead:
-    """The loss of each training image against that of all. images: see `Ledger.record`."""
+    """The images of a run, each loss against that of all. images: see `image_rows`; not all of a
+    large set. trained: number of those that are trained. window: steps of a window."""
 
     images: Sequence[Mapping[str, Any]]
+    trained: int
+    window: int
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""The curves of a run's validation and scores on its page."""
+"""The curves of a run's validation and scores on its page, and the table of its images."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+
+FIGHTS, BY_HEART = "learned more slowly than the rest", "learned faster than the rest"
+"""Findings of the ledger on an image."""
 
 Curves = dict[str, list[float | None]]
 """Name → numbers, the horizontal axis first."""
@@ -54,6 +58,24 @@ SCORED = {
 """Measure of a score → its words."""
 
 
+MEANINGS = {
+    "fidelity": "how much images of what is learned look like it: 0 % as the base’s images, 100 % "
+    "as real ones",
+    "prompts followed": "how well images of what is learned follow their prompts",
+    "class leak": "how far images of its class have moved towards what is learned",
+    "unrelated leak": "how far images of other prompts have moved towards what is learned",
+    "harm": "how much less images of other prompts follow their prompts than the base’s images do",
+    "redrawn": "how unlike images of other things are to the base’s of the same seed: 0 % equal, "
+    "100 % nothing alike",
+    "copies": "how many images repeat a training image",
+    "similarity": "how like images of what is learned are to real ones, as others publish it",
+    "drift": "how far images of other prompts have moved from the base’s, as others publish it",
+    "merit": "fidelity less unrelated leak and harm (of a style, fidelity less harm): the number "
+    "that picks the best step",
+}
+"""Words of a measure → its meaning, for people who read it for the first time."""
+
+
 def scores_by_step(record: Mapping[str, Any]) -> Curves:
     """The numbers of the scores by step, in percent, half of the interval of each where there is
     one, and the merit.
@@ -87,7 +109,7 @@ def _number(value: object) -> float | None:
     raise TypeError(value)
 
 
-def _shortest(name: str, names: Sequence[str]) -> str:
+def shortest(name: str, names: Sequence[str]) -> str:
     """The shortest end of a path that no other path has, as --leave_out reads it."""
     parts = name.replace("\\", "/").split("/")
     others = [f"/{other}".replace("\\", "/") for other in names if other != name]
@@ -107,22 +129,59 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:
-    """The rows of the table of images: name, name of the file alone, times seen, loss against the
-    rest and its change, in words, the finding, and the picture in a data URI, or "".
+    """The rows of the table of images: name, path, the end of it that names no other, times seen,
+    or "held out", loss against the rest and its change, in words, the finding, the picture in a
+    data URI, or "", the loss of each window in words, and the points of its line in a drawing of
+    LINE pixels.
 
     ledger: of `report.json`; nothing for one of another form.
     """
-    with suppress(LookupError, TypeError, ValueError):
+    with suppress(LookupError, TypeError, ValueError, OverflowError, AttributeError):
+        names = [str(image["name"]) for image in ledger]
+        files = [str(image.get("file", image["name"])) for image in ledger]
         return [
             {
-                "name": str(image["name"]),
-                "file": _shortest(str(image["name"]), [str(other["name"]) for other in ledger]),
-                "seen": int(image["seen"]),
-                "loss": f"{image['loss']:.2f}",
-                "change": f"{image['change']:.2f}",
+                "name": name,
+                "path": file,
+                "file": shortest(file, files),
+                "seen": "held out" if image.get("held_out") else int(image["seen"]),
+                "loss": _ratio(image["loss"]),
+                "change": _ratio(image["change"]),
                 "finding": str(image["finding"]),
                 "picture": _picture(image.get("picture")) if pictures else "",
+                "windows": [*map(_ratio, image.get("windows", []))],
+                "line": _line([*map(_number, image.get("windows", []))]),
             }
-            for image in ledger
+            for name, file, image in zip(names, files, ledger, strict=True)
         ]
     return []
+
+
+def window_of(record: Mapping[str, Any]) -> dict[str, int]:
+    """Number of trained images, and steps of a window of the ledger: "image_set" of `report.json`;
+    zeros for one of another form."""
+    with suppress(LookupError, TypeError, ValueError, OverflowError):
+        return {"trained": int(record["trained"]), "window": int(record["window"])}
+    return {"trained": 0, "window": 0}
+
+
+LINE = (90, 28)
+"""Width and height of the drawing of an image's loss: the rest's is in the middle, half of it at
+the lower edge, and twice as much at the upper one."""
+
+
+def _line(windows: Sequence[float | None]) -> str:
+    """The points of an SVG polyline through the losses of windows; "" of fewer than two."""
+    width, height = LINE
+    step, points = width / max(1, len(windows) - 1), []
+    for number, value in enumerate(windows):
+        if value is not None and value > 0:
+            up = max(-1.0, min(1.0, math.log2(value)))
+            points.append(f"{number * step:.1f},{height / 2 * (1 - up):.1f}")
+    return " ".join(points) if len(points) > 1 else ""
+
+
+def _ratio(value: object) -> str:
+    """A loss against the rest, in words; a dash where it is not known."""
+    number = _number(value)
+    return "–" if number is None else f"{number:.2f}"

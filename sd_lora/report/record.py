@@ -32,10 +32,14 @@ RECORD = "report.json"
 EMPTY: dict[str, Any] = {
     "warnings": [], "seconds": 0.0, "ended": False, "rows": {}, "notes": [], "findings": [],
     "num_steps": 0, "step": 0, "replayed": {}, "files": [], "usage": [], "changes": {},
-    "validation": {}, "scores": {}, "ledger": [], "checkpoints": [], "spent": {},
-    "process_seconds": 0.0, "early": "", "peak_bytes": 0,
+    "validation": {}, "scores": {}, "ledger": [], "image_set": {}, "checkpoints": [], "spent": {},
+    "process_seconds": 0.0, "early": "", "peak_bytes": 0, "alike": [],
 }  # fmt: skip
 """Fact of a record → its value where it is not known; another type than this one's is none."""
+
+
+ALIKE = ("duplicate", "near-duplicate")
+"""Codes of findings on an image that is there twice; "alike" has its name and the other's."""
 
 
 class Record:
@@ -62,6 +66,11 @@ class Record:
                 facts["notes"] = [self._shown(note) for note in event.summary.notes]
                 lines = report_lines(event.summary.findings)
                 facts["findings"] = [self._shown(line) for line in lines]
+                facts["alike"] = [
+                    [self._shown(finding.name), self._shown(finding.other)]
+                    for finding in event.summary.findings
+                    if finding.code in ALIKE
+                ]
             case TrainingStarted():
                 facts["num_steps"] = event.num_steps
                 if self._since == -math.inf:  # else the run goes back to a checkpoint
@@ -82,8 +91,10 @@ class Record:
                 facts["scores"] = event.record or facts.get("scores", {})
             case LedgerRead():
                 facts["ledger"] = [
-                    {**image, "name": self._shown(image["name"])} for image in event.images
+                    {**image, **{key: self._shown(image[key]) for key in ("name", "file")}}
+                    for image in event.images
                 ]
+                facts["image_set"] = {"trained": event.trained, "window": event.window}
             case Exported():
                 facts["files"] = [file.path.name for file in event.files]
                 facts["usage"] = [self._shown(line) for line in event.usage]
@@ -100,7 +111,7 @@ class Record:
         if first_step and (self.folder / RECORD).is_file():
             earlier = read_record(self.folder)
             self._before = earlier["seconds"]
-            for name in ("validation", "scores", "ledger"):
+            for name in ("validation", "scores", "ledger", "image_set"):
                 self.facts.setdefault(name, earlier[name])
             warnings = [*earlier["warnings"], *self.facts["warnings"]]
             self.facts["warnings"] = list(dict.fromkeys(map(str, warnings)))

@@ -4,24 +4,15 @@ It is made from the output folder alone: `report.json`, `training_log.jsonl`, `c
 images below `samples`. Curves are drawn by uPlot 1.6 (MIT), which stands in the page.
 """
 
-import base64
-import io
 import json
 import math
 import os
 import re
-import shlex
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from statistics import fmean
 from typing import Any
-
-from PIL import Image
 
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.check.page import template_at
@@ -39,26 +30,33 @@ from sd_lora.report.events import (
     TrainingStarted,
 )
 from sd_lora.report.log_file import LogFile
-from sd_lora.report.measured import by_step, by_timestep, images_of, scores_by_step
+from sd_lora.report.measured import (
+    LINE,
+    MEANINGS,
+    by_step,
+    by_timestep,
+    images_of,
+    scores_by_step,
+    window_of,
+)
+from sd_lora.report.page_images import (
+    SHEET_BYTES,
+    SHEET_SIDES,
+    fitting,
+    samples_of,
+    sheets_of,
+    uris,
+)
+from sd_lora.report.proposals import proposals_of, strengths_line
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration, shares_of
 from sd_lora.report.verdict import verdict_of
 
-PAGE, SEVERAL, SAMPLES = "report.html", "runs.html", "samples"
+PAGE, SEVERAL = "report.html", "runs.html"
 HERE = Path(__file__).parent
 
 MOST_POINTS = 2000
 """Points of a curve: a longer log is averaged over as many steps as needed."""
-
-MOST_BYTES, SHEET_BYTES = 5_500_000, 1_500_000
-"""Bytes of all samples of a page, and of all sheets of scored images; beyond, they are made
-smaller, and then fewer. Pictures of 200 images, curves and their tables take less than 2 MB."""
-
-SIDES, SHEET_SIDES = (512, 384, 256, 160, 96), (1400, 1000, 700)
-"""Longest sides of a sample and of a sheet on the page, the first that fits."""
-
-TRIED = 12
-"""Images by whose bytes the others' are judged."""
 
 REWRITE_EVERY = 30.0
 """Seconds between two writes of the page while a run goes on."""
@@ -92,38 +90,6 @@ class RunPage:
         )
 
 
-@dataclass(frozen=True)
-class Drawn:
-    """Sample images of a run. prompts: one a column. steps: of the rows. images: step → files."""
-
-    prompts: list[str]
-    images: dict[int, list[Path]]
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(self.images)
-
-
-def samples_of(folder: Path, last: int) -> Drawn:
-    """The single images `samples/step-000100/00.png`, in their order, and their prompts.
-
-    last: number of steps done; later images are of an earlier run.
-    """
-    images: dict[int, list[Path]] = {}
-    for place in sorted((folder / SAMPLES).glob("step-*")):
-        number = place.name.removeprefix("step-")
-        if place.is_dir() and number.isdecimal() and int(number) <= last:
-            files = sorted(place.glob("*.png"))
-            images |= {int(number): files} if files else {}
-    prompts: list[str] = []
-    for path in images[max(images)] if images else []:
-        text = ""
-        with suppress(OSError), Image.open(path) as image:
-            text = str(image.info.get("parameters", ""))
-        prompts.append(text.partition("\nNegative")[0])
-    return Drawn(prompts, images)
-
-
 def curves_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | None]]:
     """Name → numbers of a log, "step" first, and "loss, smoothed": an exponential mean of 20 steps.
 
@@ -139,74 +105,25 @@ def curves_of(rows: Sequence[Mapping[str, float]]) -> dict[str, list[float | Non
     if smooth:
         curves["loss, smoothed"] = smooth
     every = -(-len(rows) // MOST_POINTS)
-    return {name: _thinned(values, every) for name, values in curves.items()} if every else {}
+    if not every:
+        return {}
+    curves = {name: _thinned(values, every) for name, values in curves.items()}
+    steps = curves.get("step", [])
+    rounded = [None if step is None else round(step) for step in steps]
+    return curves | ({"step": [*rounded]} if steps else {})
 
 
 def _thinned(values: list[float | None], every: int) -> list[float | None]:
-    """Means of `every` neighbours, to six digits."""
+    """Means of `every` neighbours, to six digits, or as many as it has before the point."""
     parts = (values[i : i + every] for i in range(0, len(values), every))
     known = ([v for v in part if v is not None] for part in parts)
-    return [float(f"{sum(part) / len(part):.6g}") if part else None for part in known]
+    means = [sum(part) / len(part) if part else None for part in known]
+    return [None if m is None else float(f"{m:.6g}") if abs(m) < 1e6 else m for m in means]
 
 
 def _finite(value: object) -> float | None:
     """A number of a log; None for one that no chart can show."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def data_uri(path: Path, side: int) -> str:
-    """An image as WebP in a data URI, at most `side` pixels; one of at most 128 without loss; grey
-    for one that cannot be read."""
-    try:
-        return _encoded(path, path.stat().st_mtime_ns, side)
-    except OSError:
-        return _uri(Image.new("RGB", (8, 8), "#888888"))
-
-
-@lru_cache(maxsize=4096)
-def _encoded(path: Path, written: int, side: int) -> str:
-    with Image.open(path) as image:
-        size, small = image.size, image.convert("RGB")
-    small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    return _uri(small, lossless=max(size) <= 128)
-
-
-def _uri(image: Image.Image, lossless: bool = False) -> str:
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=88, method=4, lossless=lossless)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _fitting(
-    drawn: Sequence[Drawn], sides: Sequence[int] = SIDES, most: int = MOST_BYTES
-) -> tuple[list[Drawn], int]:
-    """The images that a page holds of all runs, and their side: smaller ones if there are many, and
-    of still more every second, third, … step, always with the first and the last. Their bytes are
-    those of TRIED of them."""
-    files = [path for d in drawn for images in d.images.values() for path in images]
-    some = files[:: max(1, -(-len(files) // TRIED))]
-    for side in sides:
-        total = len(files) * fmean([len(data_uri(path, side)) for path in some] or [0])
-        if total <= most:
-            break
-    every = math.ceil(total / most)
-    if every <= 1:
-        return [*drawn], side
-    return [
-        Drawn(d.prompts, {s: d.images[s] for s in {*d.steps[::every], *d.steps[-1:]}})
-        for d in drawn
-    ], side
-
-
-def sheets_of(folder: Path, last: int) -> Drawn:
-    """The sheets of scored images, `samples/score-000100.png`. last: number of steps done."""
-    found = {}
-    for path in sorted((folder / SAMPLES).glob("score-*.png")):
-        number = path.stem.removeprefix("score-")
-        if number.isdecimal() and int(number) <= last:
-            found[int(number)] = [path]
-    words = "images that are scored, of the first seeds, below those of the folder and the base's"
-    return Drawn([words] if found else [], found)
 
 
 def differing_options(folders: Sequence[Path]) -> dict[str, list[str]]:
@@ -239,9 +156,9 @@ def page_of(folders: Sequence[Path]) -> str:
     records = [read_record(folder) for folder in folders]
     names = _names(folders)
     found = [samples_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
-    drawn, side = _fitting(found)
+    drawn, side = fitting(found)
     scored = [sheets_of(f, r["step"]) for f, r in zip(folders, records, strict=True)]
-    sheets, sheet_side = _fitting(scored, SHEET_SIDES, SHEET_BYTES)
+    sheets, sheet_side = fitting(scored, SHEET_SIDES, SHEET_BYTES)
     images = [images_of(record["ledger"], pictures=len(folders) == 1) for record in records]
     logs = [LogFile(folder / RUN_LOG).rows() for folder in folders]
     runs = [
@@ -254,12 +171,19 @@ def page_of(folders: Sequence[Path]) -> str:
             "scored": scores_by_step(record["scores"]),
             "verdict": verdict_of({**record, "folder": folders[number].name}),
             "images": images[number],
-            "compare": _compare(folders[number], images[number]),
+            "window": window_of(record["image_set"]),
+            "proposals": proposals_of(folder, images[number], record["alike"]),
             "by_timestep": by_timestep(record["validation"]),
             "rate": _rate(record, len(logs[number])),
             "unet": unet_of(record["changes"]),
             "drawn": {
-                title: {"prompts": d.prompts, "steps": d.steps, "images": _uris(d, pixels)}
+                title: {
+                    "prompts": d.prompts,
+                    "steps": d.steps,
+                    "images": uris(d.images, pixels),
+                    "strengths": uris(d.strengths, pixels),
+                    "line": "" if d.strengths else strengths_line(folder, record, d.parameters),
+                }
                 for title, d, pixels in (
                     ("Samples", drawn[number], side),
                     ("Scored images", sheets[number], sheet_side),
@@ -267,23 +191,21 @@ def page_of(folders: Sequence[Path]) -> str:
                 if d.steps
             },
         }
-        for number, record in enumerate(records)
+        for number, (folder, record) in enumerate(zip(folders, records, strict=True))
     ]
     shown = ("name", "curves", "measured", "scored", "by_timestep", "drawn")
     data = [{name: run[name] for name in shown} for run in runs]
     script = (HERE / "uplot" / "uPlot.iife.min.js").read_text(encoding="utf-8")
     return template_at(HERE / "run_page.html.j2").render(
         duration=duration,
+        line=LINE,
+        meanings=MEANINGS,
         runs=runs,
         differing=differing_options(folders) if len(folders) > 1 else {},
         data=_for_script(data),
         uplot=script,
         uplot_css=(HERE / "uplot" / "uPlot.min.css").read_text("utf-8"),
     )
-
-
-def _uris(drawn: Drawn, side: int) -> dict[int, list[str]]:
-    return {step: [data_uri(path, side) for path in drawn.images[step]] for step in drawn.steps}
 
 
 def unet_of(changes: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -306,13 +228,6 @@ def unet_of(changes: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 _BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d{1,2}))?")
-
-
-def _compare(folder: Path, images: Sequence[Mapping[str, Any]]) -> str:
-    """The command that tries a run without the first image that its ledger names; "" for none."""
-    named = [str(image["file"]) for image in images if image["finding"]]
-    words = ["sd-lora", "compare", folder.resolve().name, "--leave_out", *named[:1]]
-    return shlex.join(words) if named else ""
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

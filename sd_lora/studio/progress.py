@@ -14,8 +14,9 @@ from sd_lora.errors import UsageError
 from sd_lora.files import mib
 from sd_lora.folders import RUN_LOG
 from sd_lora.report.log_file import LogFile
+from sd_lora.report.page_images import Drawn, samples_of
 from sd_lora.report.record import EMPTY, RECORD, read_record
-from sd_lora.report.run_page import Drawn, curves_of, samples_of
+from sd_lora.report.run_page import curves_of
 from sd_lora.report.summary import duration
 from sd_lora.report.verdict import verdict_of
 from sd_lora.studio.keeper import Keeper, last_lines

@@ -13,7 +13,8 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from sd_lora.errors import UsageError
-from sd_lora.report.run_page import PAGE, SAMPLES
+from sd_lora.report.page_images import SAMPLES
+from sd_lora.report.run_page import PAGE
 from sd_lora.studio.elsewhere import about
 from sd_lora.studio.form import request_of
 from sd_lora.studio.keeper import ask_to_stop

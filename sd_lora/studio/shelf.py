@@ -11,7 +11,7 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from sd_lora.errors import UsageError
-from sd_lora.report.run_page import SAMPLES
+from sd_lora.report.page_images import SAMPLES
 from sd_lora.studio.form import plain_words
 from sd_lora.studio.images import SIDE, small
 from sd_lora.studio.keeper import last_lines

@@ -13,8 +13,8 @@ from sd_lora.errors import RunError, UsageError, named
 from sd_lora.files import utf8_text
 from sd_lora.findings import Finding
 from sd_lora.report.events import Pushed, Warned
+from sd_lora.report.page_images import SAMPLES
 from sd_lora.report.record import read_record
-from sd_lora.report.run_page import SAMPLES
 from sd_lora.training.output_folder import CARD
 from sd_lora.training.run import Run
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sd_lora.data.batches.stream import BatchItem, ImageSet
 from sd_lora.diffusion.timesteps import Timesteps
+from sd_lora.report.measured import BY_HEART, FIGHTS
 
 LEVELS = 20
 """Equal parts of the trained timesteps, within which losses are compared."""
@@ -34,15 +35,13 @@ MOST_IMAGES = 10_000
 """Images of the largest set that has a ledger: its windows take 4 MB in a checkpoint."""
 
 MOST_SHOWN = 200
-"""Images of `report.json`: those whose losses have changed most against the rest."""
+"""Trained images of `report.json`: first those whose losses have changed most against the rest."""
 
 CHANGE = 1.10
 """Change of an image's loss against the rest, as a factor, below which nothing is said of it."""
 
 DOUBT = 0.01
 """Chance that an image of a set is named although all are learned alike."""
-
-FIGHTS, BY_HEART = "learned more slowly than the rest", "learned faster than the rest"
 
 
 @dataclass
@@ -157,13 +156,36 @@ class Ledger:
     def record(self) -> list[dict[str, Any]]:
         """The images for `report.json`, those that fight the rest first: name, times seen, loss
         against the rest in the last half and in each window, its change since the first quarter,
-        and the finding, or ""."""
+        and the finding, or "". Loss and change are None where too little is known to compare."""
+        found = self._compared()
+        ranked = sorted(found, key=lambda index: -abs(found[index][1]))
+        others = [index for index in range(len(self.names)) if index not in found]
+        shown = sorted(ranked[:MOST_SHOWN], key=lambda index: -found[index][1])
+        rows: list[dict[str, Any]] = []
+        for index in [*shown, *others[: MOST_SHOWN - len(shown)]]:
+            level, change, doubt = found.get(index, (None, None, math.inf))
+            row = {
+                "index": index,
+                "name": self.names[index],
+                "seen": int(self.seen[index]),
+                "loss": None if level is None else math.exp(level),
+                "change": None if change is None else math.exp(change),
+                "finding": "" if change is None else _finding(change, doubt),
+                "windows": [_ratio(table, index) for table in self.tables],
+            }
+            rows.append(row)
+        return rows
+
+    def _compared(self) -> dict[int, tuple[float, float, float]]:
+        """Index of an image → logarithm of its loss against the rest in the last half, change of it
+        since the first quarter, against the others' median, and the margin of the change. Nothing
+        of fewer than four windows or three images, and of an image that was seen too little."""
         count = len(self.tables)
         if count < 4 or len(self.names) < 3:
-            return []
+            return {}
         tables = torch.stack(self.tables)  # (windows, 3, images)
         early, late = tables[: max(1, count // 4)].sum(0), tables[count // 2 :].sum(0)
-        rows = []
+        rows = {}
         for index in range(len(self.names)):
             n, m = float(early[0, index]), float(late[0, index])
             if n < 2 or m < 2:
@@ -171,27 +193,14 @@ class Ledger:
             start, end = float(early[1, index]) / n, float(late[1, index]) / m
             spread = float(early[2, index]) - n * start**2 + float(late[2, index]) - m * end**2
             error = math.sqrt(max(0.0, spread) / (n + m - 2) * (1 / n + 1 / m))
-            rows.append((index, end - start, end, error))
+            rows[index] = (end, end - start, error)
         if not rows:
-            return []
-        middle = median(change for _, change, _, _ in rows)
+            return {}
+        middle = median(change for _, change, _ in rows.values())
         limit = NormalDist().inv_cdf(1 - DOUBT / (2 * len(rows)))
-        found: list[dict[str, Any]] = [
-            {
-                "index": index,
-                "name": self.names[index],
-                "seen": int(self.seen[index]),
-                "loss": math.exp(end),
-                "change": math.exp(change - middle),
-                "finding": _finding(change - middle, limit * error),
-            }
-            for index, change, end, error in rows
-        ]
-        found.sort(key=lambda row: -abs(math.log(row["change"])))
-        shown = sorted(found[:MOST_SHOWN], key=lambda row: -row["change"])
-        for row in shown:
-            row["windows"] = [_ratio(table, row["index"]) for table in self.tables]
-        return shown
+        return {
+            i: (end, change - middle, limit * error) for i, (end, change, error) in rows.items()
+        }
 
 
 def _counts(item: BatchItem) -> bool:

@@ -60,7 +60,8 @@ def looks_of(run: Run) -> dict[str, Look]:
     steps = run.plan.num_steps
     # the base and, where that is another model, the one at step 0; then the last one
     ends = 3 if run.config.init_path else 2
-    found = [Look("samples", "sample", run.schedule.forwards, 2, len(run.schedule.steps))]
+    drawn = run.schedule
+    found = [Look("samples", "sample", drawn.forwards, drawn.at_ends, len(drawn.steps))]
     if every := run.validation.every:
         items = sum(map(len, run.validation.items.values()))
         mine = items if run.joint else math.ceil(items / run.plan.num_processes)

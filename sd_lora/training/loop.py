@@ -53,7 +53,7 @@ from sd_lora.training.output_folder import (
 from sd_lora.training.processes import determinism
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
-    AFTER,
+    draw_after,
     draw_samples,
     samples_are_due,
     show_missing_samples,
@@ -167,7 +167,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         with memory_for("checking the model", run.config):
             first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
         with memory_for("drawing sample images", run.config):
-            after = draw_samples(run, AFTER) if finished and run.joint else None
+            after = draw_after(run) if finished and run.joint else None
         run.release_distributed()
         if not finished:
             end_trackers(run.accelerator, run.emit)
@@ -365,7 +365,10 @@ def open_output(run: Run) -> None:
 
 
 def finish(
-    run: Run, before: list[Image.Image], after: list[Image.Image] | None, digest: Digest
+    run: Run,
+    before: list[Image.Image],
+    after: dict[float, list[Image.Image]] | None,
+    digest: Digest,
 ) -> tuple[list[Verified], list[Path], Path | None]:
     """Write the digest, the verified LoRA files, the sheet of samples before and after and the
     model card, and upload them where that is asked for.

@@ -14,8 +14,8 @@ from sd_lora.errors import UsageError
 from sd_lora.files import utf8_text, write_whole
 from sd_lora.formats.file_names import DIFFUSERS
 from sd_lora.hub import is_hub_id
+from sd_lora.report.page_images import SAMPLES
 from sd_lora.report.record import places_of
-from sd_lora.report.run_page import SAMPLES
 from sd_lora.training.output_folder import CARD
 from sd_lora.training.run import Run
 from sd_lora.training.samples import wanted_samples

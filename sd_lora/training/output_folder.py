@@ -132,8 +132,11 @@ def remove_earlier_results(config: RunConfig, written: Sequence[Path]) -> None:
 
 def remove_unfinished(config: TrainConfig) -> None:
     """Remove files and folders that a killed run was writing: in the output folder, its subfolders,
-    and those of LoRA files and samples in mid-run."""
-    depths = (".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part", "samples/*/.*.part")
+    and those of LoRA files and samples."""
+    depths = (
+        *(".*.part", "*/.*.part", f"{LORA_PREFIX}*/{UNVERIFIED}/.*.part"),
+        *("samples/*/.*.part", "samples/*/*/.*.part"),
+    )
     for path in chain.from_iterable(map(config.output_path.glob, depths)):
         if UNFINISHED.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -75,7 +75,7 @@ class Run:
     so far. redrawn: steps done before and at the end of each part that was done once more.
     saved_steps: those of this process's checkpoints. schedule: of the sample images.
     spent: kind of work → its seconds. repo: of the hub, or "". recomputed: blocks of the memory
-    budget. scores: or None. thumbnails: index → its small image.
+    budget. scores: or None. thumbnails: group and index of an image → its picture.
     """
 
     plan: Plan
@@ -109,7 +109,7 @@ class Run:
     repo: str = ""
     recomputed: Recomputed | None = None
     scores: Scores | None = None
-    thumbnails: dict[int, str] = field(default_factory=dict)
+    thumbnails: dict[tuple[str, int], str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.schedule = SampleSchedule(self.plan, 0)

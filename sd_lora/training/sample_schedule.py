@@ -16,6 +16,10 @@ MOST_IMAGES = 4
 MOST_SETS = 8
 """Sets of samples in mid-run, where no option says when: the page shows a row for each."""
 
+STRENGTHS = (0.5, 0.75)
+"""Strengths of the adapter at which samples are drawn once more after the last step: with the base
+and the last step's own, the page shows 0, 0.5, 0.75 and 1."""
+
 STEP_FORWARDS = 2
 """A training step in forward passes of the UNet, an image: one, and a backward pass through frozen
 weights, which costs one as well. Recomputed activations would be a third, so it is a low guess."""
@@ -53,7 +57,8 @@ class SampleSchedule:
 
     @cached_property
     def steps(self) -> list[int]:
-        """Steps in mid-run after which a set is drawn; the last one has its own."""
+        """Steps in mid-run after which a set is drawn; the last one has its own. Where no option
+        says when, sets at other strengths come first, if as many are left in mid-run."""
         config, last = self.plan.config, self.plan.num_steps
         epochs = config.validation_epochs
         if not self.forwards:
@@ -64,8 +69,27 @@ class SampleSchedule:
         if epochs and config.names_prompts:
             every = epochs * self.plan.epochs.num_steps
             return [*range(every, last, every)]
-        sets = min(MOST_SETS, int(SHARE * training_forwards(self.plan) / self.forwards) - 2)
+        room, further = self._most_sets - 2, len(STRENGTHS)
+        sets = min(MOST_SETS, room - further if room >= 2 * further else room)
         return [round(last * i / (sets + 1)) for i in range(1, sets + 1)]
+
+    @property
+    def _most_sets(self) -> int:
+        """Sets that take SHARE of the work."""
+        return int(SHARE * training_forwards(self.plan) / self.forwards)
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """Strengths at which a set is drawn after the last step, beside that at strength 1; none
+        where all sets together would take more than SHARE."""
+        if not self.forwards or 2 + len(self.steps) + len(STRENGTHS) > self._most_sets:
+            return ()
+        return STRENGTHS
+
+    @property
+    def at_ends(self) -> int:
+        """Sets before and after training."""
+        return 2 + len(self.strengths)
 
     def share_of(self, forwards: int) -> float:
         """Share of the whole work that so many forward passes are, beside the training steps."""
@@ -74,8 +98,10 @@ class SampleSchedule:
     @property
     def text(self) -> str:
         """The schedule and its share of the work, for the summary."""
-        share = self.share_of(self.forwards * (len(self.steps) + 2))
+        share = self.share_of(self.forwards * (len(self.steps) + self.at_ends))
         between = f", and after {_listed(self.steps)}" if self.steps else ""
+        values = " and ".join(f"{strength:g}" for strength in self.strengths)
+        between += f", and after the last step at strengths {values}" if values else ""
         return f"before and after{between}; about {max(1, round(100 * share))} % of the time"
 
 

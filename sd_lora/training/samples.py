@@ -19,7 +19,7 @@ from sd_lora.errors import Problem, RunError, UsageError
 from sd_lora.findings import Finding
 from sd_lora.models.noise_scheduler import usual_rescale
 from sd_lora.report.events import SamplesDrawn, Warned, counting
-from sd_lora.report.run_page import SAMPLES
+from sd_lora.report.page_images import OF_STRENGTH, SAMPLES
 from sd_lora.report.sheets import Sheet, write_image
 from sd_lora.sampling.parameters import Parameters
 from sd_lora.sampling.sampler import can_generate_images, num_denoising_steps, sample
@@ -62,6 +62,10 @@ class Wanted:
     def with_seed(self, seed: int) -> "Wanted":
         """The same with another seed."""
         return replace(self, asked=replace(self.asked, seed=seed))
+
+    def at(self, strength: float) -> "Wanted":
+        """The same with so many times the strength of the adapter."""
+        return replace(self, asked=replace(self.asked, strength=strength * self.asked.strength))
 
 
 def _number(run: Run) -> int:
@@ -145,14 +149,16 @@ def schedule_of(run: Run) -> SampleSchedule:
     return SampleSchedule(run.plan, round(sum(cost)))
 
 
-def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list[Image.Image]:
+def draw_samples(
+    run: Run, label: str, now: Sequence[SamplePrompt] = (), strength: float = 1.0
+) -> list[Image.Image]:
     """Sample images of the model as it is now; none on processes that are not needed for them.
 
-    label: of the progress bar. now: prompts in place of the run's.
+    label: of the progress bar. now: prompts in place of the run's. strength: of the adapter, a
+    factor to that of each prompt.
     """
-    drawn = [
-        (wanted.parameters(run, 0), wanted.asked.strength) for wanted in wanted_samples(run, now)
-    ]
+    wanted = [wanted.at(strength) for wanted in wanted_samples(run, now)]
+    drawn = [(one.parameters(run, 0), one.asked.strength) for one in wanted]
     if not drawn or not (run.main or run.joint) or not can_generate_images(run.parts.family):
         return []
     side = run.images.crop_settings.resolution
@@ -184,6 +190,14 @@ def draw_samples(run: Run, label: str, now: Sequence[SamplePrompt] = ()) -> list
                     on_step=advance,
                 )
     return images
+
+
+def draw_after(run: Run) -> dict[float, list[Image.Image]]:
+    """Strength → sample images after training: at 1, and at those of the schedule."""
+    found = {1.0: draw_samples(run, AFTER)}
+    for strength in run.schedule.strengths:
+        found[strength] = draw_samples(run, f"samples at strength {strength:g}", (), strength)
+    return found
 
 
 def drawn_at_once(run: Run) -> int:
@@ -237,18 +251,23 @@ def reference_of(run: Run, shown: Sample) -> Image.Image | None:
 
 
 def write_before_after(
-    run: Run, before: list[Image.Image], after: list[Image.Image] | None
+    run: Run, before: list[Image.Image], after: dict[float, list[Image.Image]] | None
 ) -> Path | None:
-    """Write the sheet of sample images before and after training; None without samples.
+    """Write the sheet of sample images before and after training, and those at other strengths
+    alone; None without samples.
 
-    before: of the base. after: None: drawn now.
+    before: of the base. after: of `draw_after`; None: drawn now.
     """
     if not before:
         return None
     path, steps = run.output_dir / SHEET, run.plan.num_steps
-    after = after or draw_samples(run, AFTER)
-    sheet = sample_sheet(run, {"before": before, f"after {steps} steps": after}, steps)
-    tell_samples(run, steps, after)
+    after = after or draw_after(run)
+    whole = after.pop(1.0)
+    sheet = sample_sheet(run, {"before": before, f"after {steps} steps": whole}, steps)
+    for strength, images in after.items():
+        name = f"{_name(steps)}/{OF_STRENGTH}{strength:g}"
+        _write_alone(run, images, name, steps, strength=strength)
+    tell_samples(run, steps, whole)
     sheet.write(path)  # the last: where it is, nothing is drawn again
     return path
 
@@ -267,11 +286,13 @@ def _write_alone(
     name: str,
     step: int,
     now: Sequence[SamplePrompt] = (),
+    strength: float = 1.0,
 ) -> None:
-    """Write each sample image, with its parameters, into a folder of `samples`."""
+    """Write each sample image, with its parameters, into a folder of `samples`. now, strength: see
+    `draw_samples`."""
     for number, (image, drawn) in enumerate(zip(images, wanted_samples(run, now), strict=True)):
         path = run.output_dir / SAMPLES / name / f"{number:02}.png"
-        write_image(path, image, [drawn.parameters(run, step)])
+        write_image(path, image, [drawn.at(strength).parameters(run, step)])
 
 
 def samples_are_due(run: Run, step: int) -> bool:

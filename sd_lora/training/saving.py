@@ -25,7 +25,7 @@ from sd_lora.training.output_folder import LORA_PREFIX, resumes_here
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import BatchLoss, refuse_ruined
-from sd_lora.training.thumbnails import add_thumbnails
+from sd_lora.training.thumbnails import image_rows
 
 
 def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
@@ -62,9 +62,7 @@ def save_checkpoint(run: Run, step: int, batch_loss: BatchLoss) -> None:
             path = checkpoint.save(run.output_dir, progress, run.models, state, header)
         write_best(run)
         checkpoint.prune(path, config.checkpoints_total_limit, config.keep_every, _kept(run))
-        if images := run.ledger.record():
-            add_thumbnails(run, images)
-            run.emit(LedgerRead(images))
+        run.emit(LedgerRead(image_rows(run), len(run.images.instances.samples), run.ledger.width))
         run.emit(CheckpointSaved(step, path))
 
     on_main(run.accelerator, save)

@@ -1,5 +1,6 @@
 """Scoring of a run: its prompts are drawn by the base and after some steps, and scored."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sd_lora.errors import Problem, RunError, UsageError
 from sd_lora.findings import Finding
 from sd_lora.models.families import Family
 from sd_lora.report.events import ImagesScored, Warned, counting
-from sd_lora.report.run_page import SAMPLES
+from sd_lora.report.page_images import SAMPLES
 from sd_lora.report.sheets import Sheet
 from sd_lora.sampling.features import Features, load_features, placed
 from sd_lora.sampling.judge import Judge
@@ -74,6 +75,9 @@ UNRELATED = {
 that are not spoken of are drawn."""
 
 _WORD = re.compile(r"\w+")
+
+KINDS = {"subject": "subject", "of_class": "class", "unrelated": "unrelated"}
+"""Kind of prompts → its name in those of sheets."""
 
 AT_ONCE = 4
 """Images drawn together."""
@@ -270,7 +274,7 @@ def _draw_base(run: Run, scores: Scores) -> None:
         run, scores.features, lambda: Judge(scores.features, taught, scores.prompts, before)
     )
     scores.base = before
-    scores.taught = shown_real(run, len(columns_of(run, scores.prompts)))
+    scores.taught = shown_real(run, len(scores.prompts.subject))
 
 
 def _drawn(run: Run, scores: Scores, label: str) -> list[PromptImages]:
@@ -314,14 +318,20 @@ def score_if_due(run: Run, step: int) -> None:
 
 
 def _write_sheet(run: Run, scores: Scores, images: Sequence[PromptImages], step: int) -> None:
-    """Write the first set's images of a step below the base's, and those that they are to be like
-    above."""
-    columns, rows = columns_of(run, scores.prompts, step), [scores.taught]
-    for one in (scores.base[0], images[0]):
-        rows.append([*one.subject, *one.of_class, *one.unrelated])
-    labels = ["images of the folder", "the base", f"step {step}"]
-    path = run.output_dir / SAMPLES / f"score-{step:06}.png"
-    Sheet(rows, labels, columns, side=128).write(path)
+    """Write the first set's images of a step below the base's, a sheet each kind of prompts; those
+    of the subject below the images that they are to be like. A sheet of all kinds has 18 columns,
+    too many for a page."""
+    columns = iter(columns_of(run, scores.prompts, step))
+    for kind, name in KINDS.items():
+        before, after = (getattr(of[0], kind) for of in (scores.base, images))
+        rows: dict[str, Sequence[Image.Image | None]] = {}
+        if kind == "subject":
+            rows["images of the folder"] = scores.taught
+        rows |= {"the base": before, f"step {step}": after}
+        path = run.output_dir / SAMPLES / f"score-{step:06}-{name}.png"
+        if after:
+            drawn = [*itertools.islice(columns, len(after))]
+            Sheet([*rows.values()], [*rows], drawn, side=128).write(path)
 
 
 def shown_real(run: Run, count: int) -> list[Image.Image | None]:

@@ -38,8 +38,9 @@ def kinds(events: list[Event]) -> list[str]:
 
 def test_events_come_in_the_order_of_the_run(told: tuple[list[Event], Path, str]) -> None:
     """The warning of a short run is first. Two epochs of two steps end at step 4, and their samples
-    come after it; checkpoints come every three steps; losses are told before samples and
-    checkpoints of later steps, for trackers take steps in their order alone; the end is last."""
+    come after it; checkpoints come every three steps, behind the images as they stand; losses are
+    told before samples and checkpoints of later steps, for trackers take steps in their order
+    alone; the end is last."""
     events, _, _ = told
     step = ["StepDone"]
     assert kinds(events) == [
@@ -47,9 +48,9 @@ def test_events_come_in_the_order_of_the_run(told: tuple[list[Event], Path, str]
         "RunPlanned",
         "TrainingStarted",
         "SamplesDrawn",
-        *step * 3, "StepsLogged", "CheckpointSaved",
+        *step * 3, "StepsLogged", "LedgerRead", "CheckpointSaved",
         *step, "StepsLogged", "SamplesDrawn",
-        *step * 2, "StepsLogged", "CheckpointSaved",
+        *step * 2, "StepsLogged", "LedgerRead", "CheckpointSaved",
         "Validated",
         "Exported",
         "SamplesDrawn",

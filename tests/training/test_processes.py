@@ -11,8 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import sd_lora
@@ -20,6 +22,7 @@ import sd_lora.training.loop  # before the processes are forked, not in each of 
 from sd_lora.config.command_line import parse
 from sd_lora.formats import file_names
 from sd_lora.formats.lora_file import open_lora
+from sd_lora.training import sample_schedule
 from sd_lora.training.processes import chosen_precision
 from sd_lora.training.sharding import check_even, shards
 from tests.training.launches import Launch, Processes, TwoHosts, accelerate_launch, free_port
@@ -240,10 +243,12 @@ def test_the_configurations_for_accelerate(
     assert chosen_precision(text_to_image(root, root, root / "out")) == "bf16"
 
 
-def test_fsdp2_trains_as_ddp(runs: Runs, root: Path) -> None:
+def test_fsdp2_trains_as_ddp(runs: Runs, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes of which each holds half of the UNet train as two that hold all of it: with
-    magnitudes, which are of whole weights, a text encoder, samples, LoRA files in mid-run, and the
-    same validation, of which two processes measure a half each, and with FSDP2 all."""
+    magnitudes, which are of whole weights, a text encoder, samples, also at other strengths, LoRA
+    files in mid-run, and the same validation, of which two processes measure a half each, and with
+    FSDP2 all."""
+    monkeypatch.setattr(sample_schedule, "SHARE", 1.0)
     _, variables = accelerate_launch(root / CONFIGS / "fsdp2.yaml")
     more = (
         "--use_dora --train_text_encoder --gradient_checkpointing --save_lora_every 2 "
@@ -259,6 +264,11 @@ def test_fsdp2_trains_as_ddp(runs: Runs, root: Path) -> None:
         len({tuple(row) for row in rows(measured[0])}) == 3
     )  # the base, after 2 steps, and after 4
     assert (fsdp / "before_after.png").is_file()
+    drawn = [path.relative_to(ddp) for path in sorted(ddp.glob("samples/step-*/**/*.png"))]
+    assert [path.parent.name for path in drawn[-2:]] == ["strength-0.5", "strength-0.75"]
+    for path in drawn:
+        pixels = [np.asarray(Image.open(f / path), dtype=int) for f in (ddp, fsdp)]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 2, path
     kept = re.search(r"sharded +([\d.]+) MiB of the UNet's ([\d.]+) MiB", text_of(runs, "fsdp"))
     assert float(kept[1]) == pytest.approx(float(kept[2]) / 2, rel=0.1)
 

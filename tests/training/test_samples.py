@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import sd_lora
+from sd_lora.adapters.merging import set_strength
 from sd_lora.adapters.state import load_lora_state_dict
 from sd_lora.config.optimizers import OPTIMIZERS
 from sd_lora.models.load import load_parts
@@ -22,6 +23,7 @@ from sd_lora.training.sample_schedule import (
     DECODE_FORWARDS,
     SHARE,
     STEP_FORWARDS,
+    STRENGTHS,
     SampleSchedule,
     training_forwards,
     usual_number,
@@ -144,6 +146,53 @@ def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_p
     assert shown != drawn()
 
 
+def test_samples_at_other_strengths(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """After its last step a run whose work has room for four sets draws its samples at strengths
+    0.5 and 0.75 as well: they are those that its file draws at these strengths in a fresh base,
+    pixel by pixel, with the strength, times that of the prompt, in their parameters. Losses and
+    file are those of a run without samples, to the bit. One with room for three draws none."""
+    options: dict[str, object] = {"train_batch_size": 6, "max_train_steps": 40,
+                                  "learning_rate": 1e-2, "use_ema": True}  # fmt: skip
+    (tmp_path / "prompts.toml").write_text(
+        'prompts = [{prompt = "a photo", strength = 0.8}]\n', encoding="utf-8"
+    )
+    looked, plain = tmp_path / "1" / "out", tmp_path / "2" / "out"
+    config = text_to_image(
+        tiny_sd1, data, looked, **options, validation_steps=1, sample_every=0,
+        num_validation_images=1,
+        sample_prompts=str(tmp_path / "prompts.toml"),
+    )  # fmt: skip
+    run = prepare(config.replace(output_dir=str(tmp_path / "3")))
+    assert run.schedule.strengths == STRENGTHS == (0.5, 0.75)
+    assert looks_of(run)["samples"].at_ends == 4
+    text = "before and after, and after the last step at strengths 0.5 and 0.75; about 5 % of"
+    assert run.schedule.text.startswith(text)
+    assert 4 * run.schedule.forwards <= SHARE * training_forwards(run.plan)
+    short = SampleSchedule(replace(run.plan, num_steps=30), run.schedule.forwards)
+    assert 3 * short.forwards <= SHARE * training_forwards(short.plan) < 4 * short.forwards
+    assert short.strengths == ()
+    assert SampleSchedule(run.plan, 0).strengths == ()
+    sd_lora.train(config)
+    sd_lora.train(text_to_image(tiny_sd1, data, plain, **options))
+    log, file = "training_log.jsonl", "pytorch_lora_weights.safetensors"
+    assert (looked / log).read_bytes() == (plain / log).read_bytes()
+    tensors, others = load_file(looked / file), load_file(plain / file)
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+    parts = load_parts(str(tiny_sd1))
+    sd_lora.load_adapter(parts.models, looked / file)
+    encoder, device = parts.caption_encoder(), torch.device("cpu")
+    shown = []
+    for strength, folder in ((0.5, "strength-0.5"), (0.75, "strength-0.75"), (1.0, ".")):
+        set_strength(parts.unet, 0.8 * strength)
+        (want,) = sample(parts, encoder, ["a photo"], [0], size=(64, 64), device=device, steps=1)
+        with Image.open(looked / "samples" / "step-000040" / folder / "00.png") as image:
+            assert image.tobytes() == want.tobytes()
+            assert image.info["parameters"].startswith(f"a photo <lora:out:{0.8 * strength:g}>")
+            shown.append(image.tobytes())
+    assert len({*shown}) == 3
+
+
 def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """Where no option says how many, a set has 1 to MOST_IMAGES samples of what is learned, the
     most with which those before and after are at most SHARE of the forward passes of the steps, one
@@ -175,19 +224,23 @@ def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path
 def test_samples_are_drawn_where_the_work_allows_it(
     tiny_sd1: Path, data: Path, tmp_path: Path
 ) -> None:
-    """By themselves, sets of samples, those before and after among them, are at most SHARE of the
-    forward passes of the steps, evenly over the run, so that the summary has no note on their time,
-    as it has on a validation each step; steps and epochs, if given, are kept."""
+    """By themselves, sets of samples, those before and after and at other strengths among them, are
+    at most SHARE of the forward passes of the steps, evenly over the run, so that the summary has
+    no note on their time, as it has on a validation each step; steps and epochs, if given, are
+    kept. Sets at other strengths take the place of two in mid-run where two are left."""
     config = text_to_image(
         tiny_sd1, data, tmp_path, train_batch_size=5, max_train_steps=200, num_validation_images=2,
         validation_steps=3,
     )  # fmt: skip
     run = prepare(config)
     assert run.schedule.forwards == 2 * (2 * 3 + DECODE_FORWARDS)
-    assert run.schedule.steps == [40, 80, 120, 160]
+    assert run.schedule.steps == [67, 133]
+    assert run.schedule.strengths == STRENGTHS
     work = 200 * 5 * STEP_FORWARDS
-    assert (len(run.schedule.steps) + 2) * run.schedule.forwards <= SHARE * work
-    assert (len(run.schedule.steps) + 3) * run.schedule.forwards > SHARE * work
+    assert (len(run.schedule.steps) + 4) * run.schedule.forwards <= SHARE * work
+    assert (len(run.schedule.steps) + 5) * run.schedule.forwards > SHARE * work
+    fewer = SampleSchedule(replace(run.plan, num_steps=199), run.schedule.forwards)
+    assert (fewer.steps, fewer.strengths) == ([50, 100, 149], ())
     assert run.summary.rows["samples"] == run.schedule.text
     assert run.validation.every == 100  # not 77, and one more at the end
     assert not [note for note in run.summary.notes if "looking at the run" in note]
@@ -204,4 +257,4 @@ def test_samples_are_drawn_where_the_work_allows_it(
     assert SampleSchedule(run.plan, 0).steps == []
     assert looks_of(run)["validation"] == Look("validation", "validate", 32, 2, 1)
     run.plan = replace(run.plan, config=run.config.replace(init_lora="started from"))
-    assert {look.at_ends for look in looks_of(run).values()} == {2, 3}  # samples: of the base alone
+    assert {look.at_ends for look in looks_of(run).values()} == {3, 4}  # samples: none of the start

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from sd_lora.training.setup import prepare
-from sd_lora.training.thumbnails import SIDE, add_thumbnails
+from sd_lora.training.thumbnails import SIDE, add_thumbnails, image_rows
 from tests.training.runs import images, text_to_image
 
 
@@ -34,3 +34,17 @@ def test_a_picture_shows_the_image_and_its_crop(tiny_sd1: Path, tmp_path: Path) 
     (folder / "0.png").unlink()
     add_thumbnails(run, again := [{"index": red}])
     assert again[0]["picture"] == rows[0]["picture"]
+
+
+def test_images_held_out_are_among_the_rows(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Of three images one is held out: its row is the last, with its name and its own picture, and
+    without a loss; the others have been seen as often as the ledger knows, which is never."""
+    folder = images(tmp_path / "data", 3)
+    run = prepare(text_to_image(tiny_sd1, folder, tmp_path / "out", holdout=1))
+    assert run.images.held_out is not None
+    rows = image_rows(run)
+    own, (held,) = run.images.instances.samples, run.images.held_out.set.samples
+    assert [row["name"] for row in rows] == [*(sample.name for sample in own), held.name]
+    assert [row.get("held_out", False) for row in rows] == [False, False, True]
+    assert {(row["seen"], row["loss"]) for row in rows} == {(0, None)}
+    assert len({row["picture"] for row in rows}) == 3

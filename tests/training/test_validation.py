@@ -4,6 +4,7 @@ import json
 import math
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from sd_lora.report.events import TrainingStarted, Warned
 from sd_lora.report.intervals import interval
 from sd_lora.terminal import Terminal
 from sd_lora.training.checkpoint_folders import find
-from sd_lora.training.ledger import BY_HEART, FIGHTS, Ledger
+from sd_lora.training.ledger import BY_HEART, FIGHTS, MOST_SHOWN, Ledger
 from sd_lora.training.scores import difference, merit
 from sd_lora.training.setup import prepare
 from sd_lora.training.state_files import read_state
@@ -72,7 +73,8 @@ def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert record == records[2]["validation"]
     assert records[0]["scores"] == records[2]["scores"]
     assert [row["step"] for row in records[0]["scores"]["rows"]] == [0, 4]
-    assert (with_it / "samples" / "score-000004.png").is_file()
+    sheets = sorted(path.name for path in (with_it / "samples").glob("score-000004*"))
+    assert sheets == ["score-000004-subject.png", "score-000004-unrelated.png"]
     assert not records[1].get("scores")
     assert not records[1].get("validation")
     assert [row["step"] for row in record["rows"]] == [0, 1, 2, 3, 4]
@@ -82,7 +84,9 @@ def test_it_changes_nothing_and_resumes(tiny_sd1: Path, data: Path, tmp_path: Pa
     assert sum(levels) / len(levels) == pytest.approx(record["base"][TRAINED]["loss"])
     page = (with_it / "report.html").read_text()
     assert "base model, trained images" in page
-    assert "11 images of the same prompts and seeds each time, by encoder of drawings" in page
+    assert (
+        "11 images of the same prompts and seeds each time, measured by encoder of drawings" in page
+    )
 
 
 def test_held_out_images_are_chosen_by_content(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
@@ -160,6 +164,36 @@ def test_the_ledger_names_the_odd_images() -> None:
     assert len(named) == 10
     odd = {name: finding for name, finding in named.items() if finding}
     assert odd == {"3.png": FIGHTS, "7.png": BY_HEART}
+
+
+def test_a_silent_ledger_has_its_images() -> None:
+    """Two images, or ten in fewer than four windows, are not compared and yet told with the times
+    that they were seen and the losses of their windows; of more than are told, those that are
+    compared come first."""
+    few, early = (
+        Ledger(["a.png", "b.png"], (0, 1000), 5),
+        Ledger([*map(str, range(10))], (0, 1000), 9),
+    )
+    for step, (items, losses, t) in enumerate(losses_of(27)):
+        early.add(step, items, losses, t)
+        of_two = [replace(item, index=item.index % 2) for item in items]
+        few.add(step, of_two, losses, t)
+    for ledger, windows in ((few, 6), (early, 3)):
+        ledger.flush(Accelerator(), 27)
+        rows = ledger.record()
+        assert [row["index"] for row in rows] == [*range(len(ledger.names))]
+        assert sum(row["seen"] for row in rows) == 54
+        assert {(row["loss"], row["change"], row["finding"]) for row in rows} == {(None, None, "")}
+        assert {len(row["windows"]) for row in rows} == {windows}
+    many = Ledger([f"{i}" for i in range(MOST_SHOWN + 50)], (0, 1000), 5)
+    for step, (items, losses, t) in enumerate(losses_of(600)):
+        many.add(step, [replace(item, index=item.index + 220) for item in items], losses, t)
+    many.flush(Accelerator(), 600)
+    rows = many.record()
+    assert len(rows) == MOST_SHOWN
+    assert {row["index"] for row in rows[:10]} == {*range(220, 230)}
+    assert all(row["loss"] for row in rows[:10])
+    assert [row["index"] for row in rows[10:]] == [*range(MOST_SHOWN - 10)]
 
 
 def test_a_run_ends_early_at_its_best(
