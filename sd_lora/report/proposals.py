@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sd_lora.config.schema import SHORT_NAMES
 from sd_lora.errors import UsageError
 from sd_lora.report.measured import BY_HEART, FIGHTS, shortest
 from sd_lora.report.record import read_json
@@ -102,7 +103,7 @@ def strengths_line(folder: Path, record: Mapping[str, Any], drawn: str) -> str:
     """
     prompt, _, rest = drawn.partition("\nNegative prompt:")
     negative, _, settings = rest.partition("\n")
-    model = config_of(folder).get("pretrained_model_name_or_path")
+    model = config_of(folder).get(SHORT_NAMES["model"])
     files = [name for name in record["files"] if isinstance(name, str)]
     prompt = _TAGS.sub("", prompt)
     if not (record["ended"] and files and isinstance(model, str) and prompt):

@@ -13,7 +13,7 @@ from pathlib import Path
 from platform import node
 from typing import TYPE_CHECKING, Any
 
-from sd_lora.config.schema import OPTIONS
+from sd_lora.config.schema import OPTIONS, SHORT_NAMES
 from sd_lora.errors import RunError
 from sd_lora.files import write_whole
 from sd_lora.folders import state_folder
@@ -41,7 +41,7 @@ LIBRARIES = ("sd_lora", "torch", "diffusers", "transformers", "accelerate", "pef
 SECTIONS = ("model", "data", "adapter", "training")
 """Sections with options on which it depends."""
 
-MODEL = next(name for name, row in OPTIONS.items() if row.short == "model")
+MODEL = SHORT_NAMES["model"]
 
 
 @dataclass(frozen=True)

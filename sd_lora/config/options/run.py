@@ -139,6 +139,13 @@ class ModelOptions(Section):
         may_change=True, header="ss_vae_name", summary=("VAE", "{}"), scripts="BD", kohya="vae",
         onetrainer="vae.model_name", simpletuner=SAME, ai_toolkit="model.vae_path",
         in_record="name")
+    base_precision: str | None = option(None,
+        "precision in which the UNet's frozen linear layers are stored, that of the run if not "
+        "given; products are in the run's. nf4 takes 4.5 bits a weight, int8 and fp8 take 8, and a "
+        "step takes longer",
+        choices=("int8", "fp8", "nf4"), package={"nf4": ("bitsandbytes", "quantized")},
+        summary=("precision", "linear layers of the UNet stored in {}"),
+        less_memory={"a step": (6, "int8"), "bringing the models to the device": (2, "int8")})
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
         less_memory={"encoding images": (1, "bf16")},

@@ -33,7 +33,7 @@ class SavingOptions(Section):
         ai_toolkit="save.save_every",
         main="steps between checkpoints")
     save_lora_every: int | None = option(None,
-        "optimiser steps between LoRA files in mid-run, in the folders lora-STEP of output_dir; "
+        "optimiser steps between LoRA files in mid-run, in the output folder's folders lora-STEP; "
         "at the end alone if not given",
         ge=1, may_change=True)
     save_lora_every_epochs: int | None = option(None,

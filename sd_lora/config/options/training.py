@@ -91,13 +91,6 @@ class TrainingOptions(SavingOptions):
             "drawing sample images": (2, "bf16")},
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
-    base_precision: str | None = option(None,
-        "precision in which the UNet's frozen linear layers are stored; their products are in "
-        "mixed_precision, which is also that of the storage if this is not given. nf4 takes 4.5 "
-        "bits a weight, int8 and fp8 take 8, and a step takes longer",
-        choices=("int8", "fp8", "nf4"), package={"nf4": ("bitsandbytes", "quantized")},
-        summary=("precision", "linear layers of the UNet stored in {}"),
-        less_memory={"a step": (6, "int8"), "bringing the models to the device": (2, "int8")})
     allow_tf32: bool = option(False,
         "TF32 matrix products on Ampere GPUs and later",
         without_gpu="has no effect", may_change=True, scripts="ABCD", simpletuner=SAME)

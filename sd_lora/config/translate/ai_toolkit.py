@@ -11,7 +11,6 @@ from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.prompts import of_list, of_row
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
-    STORED,
     Given,
     Row,
     Taken,
@@ -247,15 +246,6 @@ def _denoising(option: str, default: int, shift: int) -> Row:
 
 
 _ONE = "is not there: the loss is to the noise"
-_TYPES = stored_in({"qfloat8": "fp8", "float8": "fp8", "qint8": "int8", "int8": "int8"})
-"""`model.qtype`, whose default there is qfloat8."""
-
-
-def _quantized(value: Any, given: Given) -> Taken:
-    return _TYPES.take("" if is_off(value) else given.get("model.qtype") or "qfloat8", given)
-
-
-_QUANT = "is not there: the base is float32, fp16 or bf16"
 
 AI_TOOLKIT: dict[str, Row] = {
     "name": read_with("training_folder"),
@@ -269,11 +259,10 @@ AI_TOOLKIT: dict[str, Row] = {
     "model.is_v2": taking("--family", "", _family),
     "model.is_v_pred": switch(
         "--prediction_type", "is a type of prediction", prediction_type="v_prediction"),
-    "model.quantize": taking("--base_precision", STORED, _quantized),
-    "model.quantize_te": absent(_QUANT),
-    "model.low_vram": absent(NOT_THERE),
-    "model.layer_offloading": absent(NOT_THERE),
-    "model.compile": absent(NOT_THERE),
+    "model.quantize": stored_in(
+        {"qfloat8": "fp8", "qint8": "int8"}, named=("model.qtype", "qfloat8")),
+    **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.layer_offloading",
+        "model.compile"), absent(NOT_THERE)),
     "model.dtype": needless("is not needed: mixed_precision says it"),
     "model.lora_path": absent("is sd-lora bake before the run", here="sd-lora bake"),
     "model.refiner_name_or_path": absent(NOT_THERE),

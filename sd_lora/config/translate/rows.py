@@ -116,15 +116,19 @@ STORED = "is the storage of the linear layers of the UNet's transformers alone"
 """Predicate of a base in few bits elsewhere, which `base_precision` is here."""
 
 
-def stored_in(choices: Mapping[str, str], plain: Collection[str] = ()) -> Row:
+def stored_in(
+    choices: Mapping[str, str], plain: Collection[str] = (), named: tuple[str, str] | None = None
+) -> Row:
     """The precision in which a base is stored.
 
     choices: value there, in small letters → value of `base_precision`. plain: float precisions,
-    which `mixed_precision` says here.
+    which `mixed_precision` says here. named: of a switch, the setting that names the precision, and
+    its default.
     """
 
     def take(value: Any, given: Given) -> Taken:
-        word = str(value).lower()
+        name, usual = named or ("", value)
+        word = str(given.get(name) or usual).lower()
         if is_off(value) or word in plain:
             return Taken("needless", reason="is not needed: mixed_precision says it")
         if word in choices:
