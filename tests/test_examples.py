@@ -1,9 +1,12 @@
 """The examples do what they say: their own figures, on their own data, at their own size."""
 
 import importlib
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +19,8 @@ def example(
     """The script named by the test, imported as `python examples/<name>.py` would."""
     monkeypatch.syspath_prepend(str(root / "examples"))
     yield importlib.import_module(request.param)
-    for name in ("digits", "text_classifier", "gpt2", "measure", "texts"):
-        sys.modules.pop(name, None)
+    for path in (root / "examples").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.mark.parametrize("example", ["digits"], indirect=True)
@@ -67,6 +70,48 @@ def test_lora_on_gpt2(example: ModuleType) -> None:
     assert lora.memory < full.memory
     assert (ejected.new, ejected.old) == (base.new, base.old)
     assert "LoRA taken out" in example.table(rows)
+
+
+@pytest.mark.parametrize("example", ["gpt2"], indirect=True)
+def test_a_step_of_a_gpt2_with_its_vocabulary(example: ModuleType) -> None:
+    """With the published vocabulary and fewer, narrower layers: a LoRA keeps neither gradients nor
+    moments of the frozen weights, its backward pass and its optimiser take less time than those of
+    full fine-tuning, and so does its step. All of them lower the loss."""
+    config = replace_config(example.REAL.config, n_embd=192, n_layer=2, n_head=4)
+    size = replace(example.REAL, config=config, tokens=48, base_steps=8, steps=6)
+    rows = example.run(seed=0, size=size)
+    base, full, *loras, ejected = rows.values()
+    assert full.trained == full.weights // 4  # the head is the embedding, and counted once
+    for lora in loras:
+        assert lora.trained < 0.02 * full.trained
+        assert lora.file < 0.02 * full.file
+        assert full.memory - lora.memory > 2.7 * full.weights  # of three times, and activations
+        assert full.weights < lora.weights < 1.02 * full.weights
+        assert lora.parts[1] < 0.9 * full.parts[1]
+        assert lora.parts[2] < 0.2 * full.parts[2]
+        assert lora.seconds < 0.85 * full.seconds
+    assert base.new < math.log(50257)
+    assert full.new < base.new
+    assert loras[1].new < base.new
+    assert (ejected.new, ejected.old) == (base.new, base.old)
+    assert all(name in example.table(rows) for name in rows)
+
+
+def replace_config(config: Any, **changes: int) -> Any:
+    """Returns a copy of a transformers configuration with other values."""
+    return type(config).from_dict(config.to_dict() | changes)
+
+
+@pytest.mark.parametrize("example", ["gpt2"], indirect=True)
+def test_the_real_size_is_the_published_one(example: ModuleType) -> None:
+    """GPT-2 has 124,439,808 parameters, and the LoRA of rank 4 on its 12 `c_attn` layers 12 · 4 ·
+    (768 + 2304): counted without weights."""
+    with torch.device("meta"):
+        model = example.GPT2LMHeadModel(example.REAL.config)
+    assert sum(p.numel() for p in model.parameters()) == 124_439_808
+    lora = example.REAL.loras["LoRA, c_attn, rank 4"]
+    example.sd_lora.inject(model, targets=[lora.targets], rank=lora.rank)
+    assert sum(p.numel() for p in example.sd_lora.lora_layers(model)) == 147_456
 
 
 @pytest.mark.parametrize("example", ["digits", "text_classifier", "gpt2"], indirect=True)
