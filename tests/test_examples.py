@@ -2,10 +2,12 @@
 
 import importlib
 import math
+import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +116,104 @@ def test_the_real_size_is_the_published_one(example: ModuleType) -> None:
     assert sum(p.numel() for p in example.sd_lora.lora_layers(model)) == 147_456
 
 
-@pytest.mark.parametrize("example", ["digits", "text_classifier", "gpt2"], indirect=True)
+@pytest.mark.parametrize("example", ["span_qa"], indirect=True)
+@pytest.mark.parametrize(
+    ("answer", "gold", "exact", "f1"),
+    [
+        ("a Red Boat.", "the red boat", True, 1.0),
+        ("old red boat", "red boat", False, 0.8),  # precision 2/3, recall 1
+        ("boat boat", "boat", False, 2 / 3),  # a word counts as often as it is there
+        ("old Lund", "March 1960", False, 0.0),
+        ("", "", True, 1.0),  # SQuAD 2.0: no answer is right where there is none,
+        ("old Lund", "", False, 0.0),  # and nothing else
+        ("", "old Lund", False, 0.0),
+    ],
+)
+def test_squads_metrics(
+    example: ModuleType, answer: str, gold: str, exact: bool, f1: float
+) -> None:
+    """Answers are compared without case, punctuation and articles, exactly and by the F1 of their
+    words."""
+    assert (example.normalise(answer) == example.normalise(gold)) is exact
+    assert example.f1(answer, gold) == pytest.approx(f1)
+
+
+@pytest.mark.parametrize("example", ["span_qa"], indirect=True)
+def test_the_questions(example: ModuleType) -> None:
+    """An answer stands in its passage where its question says, comes back from its tokens, and is
+    of a relation that is told; an unanswerable question asks for one that is not."""
+    rng = random.Random(0)
+    questions = [example.draw_question(rng, 1 / 3) for _ in range(600)]
+    for question in questions:
+        stop = question.start + len(question.answer)
+        assert question.context[question.start : stop] == question.answer
+        (asked,) = (
+            relation
+            for relation in example.RELATIONS
+            if any(matches(words, question.text) for words in relation.questions)
+        )
+        told = any(
+            matches(words, sentence)
+            for words in asked.statements
+            for sentence in re.findall(r"[^.]+\.", question.context)
+        )
+        assert told is bool(question.answer)
+    assert 0.25 < sum(not question.answer for question in questions) / 600 < 0.42
+    tokenizer = example.train_tokenizer([f"{q.text} {q.context}" for q in questions])
+    asked = example.Questions(questions, tokenizer)
+    assert asked.examples["input_ids"].shape[1] <= example.MAX_TOKENS
+    assert (asked.examples["input_ids"] != 3).all()  # <unk>
+    assert asked.answers(Oracle(asked.examples), True) == [q.answer for q in questions]
+    # forced to answer, it takes a span of the passage
+    spans = asked.answers(Oracle(asked.examples), False)
+    assert all(span and span in q.context for span, q in zip(spans, questions, strict=True))
+
+
+def matches(words: str, text: str) -> bool:
+    """Whether a text is these words, with some name and some answer."""
+    pattern = re.escape(words).replace(r"\{name\}", r"\w+").replace(r"\{answer\}", r"\w+ \w+")
+    return re.fullmatch(pattern, text.strip()) is not None
+
+
+class Oracle:
+    """A model that knows the spans: logits of 5 at their ends, 0 elsewhere."""
+
+    def __init__(self, examples: dict[str, torch.Tensor]) -> None:
+        self.examples = examples
+
+    def __call__(self, input_ids: torch.Tensor, **_: torch.Tensor) -> SimpleNamespace:
+        starts, ends = self.examples["start_positions"], self.examples["end_positions"]
+        one_hot = torch.nn.functional.one_hot
+        width = input_ids.shape[1]
+        return SimpleNamespace(
+            start_logits=5.0 * one_hot(starts, width), end_logits=5.0 * one_hot(ends, width)
+        )
+
+
+@pytest.mark.parametrize("example", ["span_qa"], indirect=True)
+def test_ways_of_training_on_spans(example: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few steps of every way on both styles: what is trained, its file, and the room that the
+    base takes in 4 bits and the moments in 8."""
+    monkeypatch.setattr(example, "NUM_TEXTS", 200)
+    monkeypatch.setattr(example, "NUM_TRAIN", 400)
+    monkeypatch.setattr(example, "NUM_TEST", 40)
+    outcomes = example.run(seed=0, pretrain_steps=5, steps=10)
+    assert list(outcomes) == ["v1", "v2"]
+    full, lora, qlora = outcomes["v2"].values()
+    assert lora.trained == qlora.trained < 0.25 * full.trained
+    assert lora.file == qlora.file < 0.35 * full.file
+    # two layers of 4 · 64 · 64 + 2 · 64 · 128 weights: from 4 bytes to half of one, and 12 layers'
+    # scales with their tables
+    saved = lora.weights - qlora.weights
+    assert 0.8 * 4 * 65_536 < saved < 0.875 * 4 * 65_536
+    # moments of 4 bytes, twice, become codes of one; not those of biases and norms
+    assert 0.6 * 6 * lora.trained < lora.memory - qlora.memory < 6 * lora.trained
+    assert lora.memory < full.memory
+    assert all(0 <= o.exact <= o.f1 <= 100 for ways in outcomes.values() for o in ways.values())
+    assert all(way in example.table(outcomes) for way in outcomes["v1"])
+
+
+@pytest.mark.parametrize("example", ["digits", "text_classifier", "gpt2", "span_qa"], indirect=True)
 def test_bad_flags_are_told(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """A wrong flag ends with the parser's message, before anything is trained."""
     threads = torch.get_num_threads()
