@@ -75,12 +75,15 @@ def test_lora_on_gpt2(example: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("example", ["gpt2"], indirect=True)
-def test_a_step_of_a_gpt2_with_its_vocabulary(example: ModuleType) -> None:
+def test_a_step_of_a_gpt2_with_its_vocabulary(
+    example: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the published vocabulary and fewer, narrower layers: a LoRA keeps neither gradients nor
     moments of the frozen weights, its backward pass and its optimiser take less time than those of
     full fine-tuning, and so does its step. All of them lower the loss."""
     config = replace_config(example.REAL.config, n_embd=192, n_layer=2, n_head=4)
-    size = replace(example.REAL, config=config, tokens=48, base_steps=8, steps=6)
+    size = replace(example.REAL, config=config, tokens=32, num_test=4, base_steps=4, steps=6)
+    monkeypatch.setattr(example, "MAX_BYTES", 20_000)
     rows = example.run(seed=0, size=size)
     base, full, *loras, ejected = rows.values()
     assert full.trained == full.weights // 4  # the head is the embedding, and counted once
