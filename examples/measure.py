@@ -20,6 +20,12 @@ def file_bytes(tensors: Mapping[str, Tensor]) -> int:
         return path.stat().st_size
 
 
+def weight_bytes(model: nn.Module) -> int:
+    """Returns the bytes of a model's weights; of quantised ones, their codes and scales."""
+    storages = [tensor.untyped_storage() for tensor in model.state_dict().values()]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def count_activations(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[Tensor, int]:
     """Runs `forward`; returns its output, and the bytes that autograd keeps for the way back.
 
@@ -43,37 +49,51 @@ def count_activations(model: nn.Module, forward: Callable[[], Tensor]) -> tuple[
 class MeasuredTraining:
     """AdamW, its rate falling to zero over `num_steps`, on a model whose output has a `loss`.
 
+    Times are the processor's, so that other programs on a busy machine do not count.
+
+    Args:
+        new_optimizer: AdamW, or one that takes and keeps the same in fewer bits.
+
     Attributes:
         memory: bytes of gradients, AdamW's moments and kept activations, counted in the first
-            step. The weights come on top, the same for every way of training.
+            step. The weights come on top (`weight_bytes`).
     """
 
     def __init__(
-        self, model: nn.Module, trained: Iterable[nn.Parameter], lr: float, num_steps: int
+        self,
+        model: nn.Module,
+        trained: Iterable[nn.Parameter],
+        lr: float,
+        num_steps: int,
+        new_optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     ) -> None:
         self.model, self.trained = model, list(trained)
-        self.optimizer = torch.optim.AdamW(self.trained, lr=lr)
+        self.optimizer = new_optimizer(self.trained, lr=lr)
         self.schedule = torch.optim.lr_scheduler.LinearLR(self.optimizer, 1.0, 0.0, num_steps)
         self.memory = 0
-        self._seconds: list[float] = []
+        self._times: list[tuple[float, float, float, float]] = []
 
     def step(self, batch: Mapping[str, Tensor]) -> None:
         if not self.memory:
             self._first_step(batch)
             return
-        started = time.perf_counter()
-        self.model(**batch).loss.backward()
+        start = time.process_time()
+        loss = self.model(**batch).loss
+        forward = time.process_time()
+        loss.backward()
+        backward = time.process_time()
         self._update()
-        self._seconds.append(time.perf_counter() - started)
+        self._times.append((start, forward, backward, time.process_time()))
 
     def _first_step(self, batch: Mapping[str, Tensor]) -> None:
         loss, activations = count_activations(self.model, lambda: self.model(**batch).loss)
         loss.backward()
         gradients = sum(p.grad.nbytes for p in self.model.parameters() if p.grad is not None)
         self._update()
-        states = self.optimizer.state.values()
-        moments = sum(tensor.nbytes for state in states for tensor in state.values())
-        self.memory = gradients + moments + activations
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        # the 256 values of 8-bit codes are one tensor for all parameters
+        moments = {value.data_ptr(): value.nbytes for value in states if isinstance(value, Tensor)}
+        self.memory = gradients + sum(moments.values()) + activations
 
     def _update(self) -> None:
         self.optimizer.step()
@@ -87,4 +107,13 @@ class MeasuredTraining:
     @property
     def seconds(self) -> float:
         """The median of a step, without the first."""
-        return statistics.median(self._seconds)
+        return statistics.median(times[-1] - times[0] for times in self._times)
+
+    @property
+    def seconds_by_part(self) -> tuple[float, float, float]:
+        """The medians of the forward pass, the backward pass and the optimiser."""
+        forward, backward, update = (
+            statistics.median(times[part + 1] - times[part] for times in self._times)
+            for part in range(3)
+        )
+        return forward, backward, update

@@ -22,20 +22,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+from masked_words import PAD, SPECIAL, Batch, batches, pretrain
 from measure import MeasuredTraining, file_bytes
 from texts import docstrings, sources
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import RobertaProcessing
-from torch import Tensor, nn
-from transformers import RobertaConfig, RobertaForMaskedLM, RobertaForSequenceClassification
+from torch import nn
+from transformers import RobertaConfig, RobertaForSequenceClassification
 
 import sd_lora
 
 LIBRARIES = ("networkx", "pandas", "python", "sympy")
 NUM_TRAIN, NUM_TEST = 900, 200  # docstrings of each library
-SPECIAL = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]  # with RoBERTa's ids, 0 to 4
-PAD, MASK = 1, 4
 MAX_TOKENS = 44  # of a pair
 QUERY_VALUE = r".*attention\.self\.(query|value)"
 LORA = "LoRA, rank 8"
@@ -45,8 +43,6 @@ TRAINED = {  # way: parameters of the base that are trained
     "full fine-tuning": r".*",
 }
 LEARNING_RATES = {"head": 5e-3, "biases (BitFit)": 5e-3, LORA: 5e-3, "full fine-tuning": 1e-3}
-
-Batch = dict[str, Tensor]  # input_ids, attention_mask: (N, tokens), labels: (N,)
 
 
 @dataclass(frozen=True)
@@ -114,31 +110,6 @@ def encode(
 
 def pairs(texts: Sequence[str], seed: int) -> list[tuple[str, str]]:
     return list(zip(texts, random.Random(seed).sample(texts, len(texts)), strict=True))
-
-
-def batches(examples: Batch, size: int, num: int, generator: torch.Generator) -> Iterator[Batch]:
-    for _ in range(num):
-        rows = torch.randint(len(examples["labels"]), (size,), generator=generator)
-        yield {name: tensor[rows] for name, tensor in examples.items()}
-
-
-def pretrain(
-    config: RobertaConfig, texts: Batch, steps: int, generator: torch.Generator
-) -> Mapping[str, Tensor]:
-    """Returns the encoder's weights after learning to fill in masked words."""
-    model = RobertaForMaskedLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for batch in batches(texts, 64, steps, generator):
-        ids = batch["input_ids"]
-        masked = (torch.rand(ids.shape, generator=generator) < 0.25) & (ids >= len(SPECIAL))
-        hidden = model.roberta(ids.masked_fill(masked, MASK), batch["attention_mask"])[0]
-        # only the masked places go through the head, the dear part: it scores every word
-        F.cross_entropy(model.lm_head(hidden[masked]), ids[masked]).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    return model.roberta.state_dict()
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
