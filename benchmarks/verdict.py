@@ -276,6 +276,7 @@ GRID = {
     "most_copies": (math.inf, 0.1, 0.3, 0.5),
     "most_leak": (math.inf, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6),
     "most_redrawn": (math.inf, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6),
+    "most_changed": (math.inf, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55),
     "most_harm": (math.inf, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5),
 }
 

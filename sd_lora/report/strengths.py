@@ -76,6 +76,8 @@ class Judged:
         named = {"copies": score.copies}
         if self.kind == "subject":
             named |= {"leak": score.unrelated_leak, "harm": score.harm, "redrawn": score.redrawn}
+        else:
+            named["changed"] = score.harm
         known = {name: one for name, one in named.items() if not math.isnan(one.mean)}
         doubts = {f"{n}_doubt": one.half for n, one in known.items() if math.isfinite(one.half)}
         return too_much({name: one.mean for name, one in known.items()} | doubts)

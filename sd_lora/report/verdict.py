@@ -24,7 +24,8 @@ THRESHOLDS = {
     "most_copies": 0.5,
     "most_leak": 0.25,
     "most_harm": 0.25,
-    "most_redrawn": 0.5,
+    "most_redrawn": 0.35,
+    "most_changed": 0.45,
 }
 """Name → number. With 1 as the base model's validation loss:
 
@@ -44,8 +45,10 @@ most_leak, most_harm: of a subject, leak into unrelated images, and what other p
 less, above which the LoRA overrides the base. A style is meant to reach all prompts.
 most_redrawn: of a subject, unlikeness of unrelated images to the base's from the same seed, above
 which the same is said.
+most_changed: of a style, how much less images without its word show what they are asked for, above
+which things are lost in it.
 
-Copies, leak, harm and redrawn are above their number where the whole of their interval is.
+Copies, leak, harm, redrawn and changed are above their number where the whole of their interval is.
 
 Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
 far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most
@@ -200,6 +203,7 @@ TOO_MUCH = (
     ("leak", "most_leak", "other prompts went {} of the way to what was learned"),
     ("harm", "most_harm", "other prompts are followed {} less than by the base"),
     ("redrawn", "most_redrawn", "images of other things are {} unlike the base's of the same seed"),
+    ("changed", "most_changed", "images without its word show {} less of what they are asked for"),
 )
 """Number, its threshold, and the sentence of what is above it."""
 
@@ -207,8 +211,8 @@ TOO_MUCH = (
 def too_much(n: Mapping[str, float], t: Mapping[str, float] = THRESHOLDS) -> list[str]:
     """What is too much in the images of a LoRA, in words.
 
-    n: numbers, of a style neither leak nor harm, and half the interval of each as …_doubt. t:
-    thresholds.
+    n: numbers, of a style `changed` in place of leak, harm and redrawn, and half the interval of
+    each as …_doubt. t: thresholds.
     """
     return [
         text.format(_around(n, name))

@@ -136,14 +136,21 @@ def test_each_rule_of_images(run: dict[str, Any], state: str, words: str) -> Non
 
 
 def test_a_style_may_reach_other_prompts() -> None:
-    """A leak into other prompts, no part of a style's merit, and what they show less of their own
-    for it make no style overtrained; the leak is not told as if there were none."""
+    """A leak into other prompts, no part of a style's merit, and what they show a little less of
+    their own for it make no style overtrained; the leak is not told as if there were none. Where
+    they show half less, things are lost in it."""
     run = scored(leak=0.9, harm=0.4)
     run["scores"]["measures"].remove("unrelated_leak")
     verdict = verdict_of(run)
     assert verdict is not None
     assert verdict.state == GOOD
     assert "leak" not in verdict.text
+    lost = scored(leak=0.9, harm=0.6)
+    lost["scores"]["measures"].remove("unrelated_leak")
+    verdict = verdict_of(lost)
+    assert verdict is not None
+    assert verdict.state == OVER
+    assert "images without its word show 60 % less of what they are asked for" in verdict.text
 
 
 def test_a_class_that_is_taken_is_spoken_of() -> None:
