@@ -4,6 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from typing import Any
 
 FIGHTS, BY_HEART = "learned more slowly than the rest", "learned faster than the rest"
@@ -70,8 +71,8 @@ MEANINGS = {
     "copies": "how many images repeat a training image",
     "similarity": "how like images of what is learned are to real ones, as others publish it",
     "drift": "how far images of other prompts have moved from the base’s, as others publish it",
-    "merit": "fidelity less unrelated leak and harm (of a style, fidelity less harm): the number "
-    "that picks the best step",
+    "merit": "fidelity, 0 for copies, less unrelated leak and harm (of a style, fidelity less "
+    "harm): the number that picks the best step",
 }
 """Words of a measure → its meaning, for people who read it for the first time."""
 
@@ -110,14 +111,22 @@ def _number(value: object) -> float | None:
 
 
 def shortest(name: str, names: Sequence[str]) -> str:
-    """The shortest end of a path that no other path has, as --leave_out reads it."""
-    parts = name.replace("\\", "/").split("/")
+    """The pattern of the shortest end of a path that no other path has, as --leave_out reads it;
+    "" where none is of this path alone."""
+    whole = f"/{name}".replace("\\", "/")
     others = [f"/{other}".replace("\\", "/") for other in names if other != name]
-    for count in range(1, len(parts) + 1):
-        end = "/".join(parts[-count:])
-        if not any(other.endswith(f"/{end}") for other in others):
-            break
-    return end.replace(",", "?")  # commas part names
+    for count in range(1, whole.count("/") + 1):
+        pattern = _pattern("/".join(whole.split("/")[-count:]))
+        if not any(fnmatchcase(other, f"*/{pattern}") for other in others):
+            return pattern
+    return ""
+
+
+def _pattern(text: str) -> str:
+    """A pattern of a text. Commas part patterns and spaces around them fall away, so that these are
+    any one sign."""
+    escaped = re.sub(r"[*?[]", r"[\g<0>]", text).replace(",", "?")
+    return re.sub(r"^\s|\s$", "?", escaped)
 
 
 def _picture(value: object) -> str:

@@ -11,14 +11,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sd_lora.config.schema import SHORT_NAMES
+from sd_lora.config.schema import OPTIONS, SHORT_NAMES
 from sd_lora.errors import UsageError
 from sd_lora.report.measured import BY_HEART, FIGHTS, shortest
 from sd_lora.report.record import read_json
 
+SKIP = next(name for name, row in OPTIONS.items() if row.header == "ss_clip_skip")
+"""Layers of the text encoders that are left out, which A1111 counts from 1."""
+
 _DRAWN = {
     "steps": r"\bSteps: (\d+)", "guidance": r"\bCFG scale: ([\d.]+)", "seed": r"\bSeed: (\d+)",
-    "size": r"\bSize: (\d+x\d+)",
+    "size": r"\bSize: (\d+x\d+)", "guidance_rescale": r"\bCFG Rescale: ([\d.]+)",
+    SKIP: r"\bClip skip: (\d+)",
 }  # fmt: skip
 """Flag of `sd-lora sample` → its value in the parameters of an image."""
 
@@ -114,7 +118,11 @@ def strengths_line(folder: Path, record: Mapping[str, Any], drawn: str) -> str:
         "lora": [f"{place_of(folder)}/{files[0]}"],
         "prompt": [prompt],
         **({"negative": [negative.strip()]} if negative.strip() else {}),
-        **{flag: [match[1]] for flag, match in found.items() if match},
+        **{
+            flag: [str(int(match[1]) - 1) if flag == SKIP else match[1]]
+            for flag, match in found.items()
+            if match
+        },
         "strengths": ["0.5", "0.75", "1"],
         "out": ["strengths.png"],
     }

@@ -87,7 +87,7 @@ class Record:
             case ImagesScored():
                 facts["scores"] = event.record
             case BestTaken():
-                facts["early"] = event.text()
+                facts["early"], facts["step"] = event.text(), event.step
                 facts["scores"] = event.record or facts.get("scores", {})
             case LedgerRead():
                 facts["ledger"] = [

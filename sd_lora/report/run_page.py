@@ -47,7 +47,7 @@ from sd_lora.report.page_images import (
     sheets_of,
     uris,
 )
-from sd_lora.report.proposals import proposals_of, strengths_line
+from sd_lora.report.proposals import place_of, proposals_of, strengths_line
 from sd_lora.report.record import Record, read_json, read_record, texts_in
 from sd_lora.report.summary import duration, shares_of
 from sd_lora.report.verdict import verdict_of
@@ -169,7 +169,7 @@ def page_of(folders: Sequence[Path]) -> str:
             "curves": curves_of(logs[number]),
             "measured": by_step(record["validation"]),
             "scored": scores_by_step(record["scores"]),
-            "verdict": verdict_of({**record, "folder": folders[number].name}),
+            "verdict": verdict_of({**record, "folder": place_of(folders[number])}),
             "images": images[number],
             "window": window_of(record["image_set"]),
             "proposals": proposals_of(folder, images[number], record["alike"]),

@@ -189,7 +189,7 @@ def by_images(judged: Judged) -> Verdict:
         state = UNDER
         why = f"fidelity is {at_one.fidelity.text()} at strength 1 and {found.fidelity.text()} at "
         why += f"{near:g}"
-    elif near < 1 and (worse := _worse(at_one, found)):
+    elif near < 1 and (worse := _worse(at_one, found, judged.kind)):
         state = OVER
         why = f"strength {near:g} is as near to the subject ({found.fidelity.text()}, at 1 "
         why += f"{at_one.fidelity.text()}{', its copies counting 0' * (at_one.copies.mean > 0)}), "
@@ -205,16 +205,20 @@ def by_images(judged: Judged) -> Verdict:
     return Verdict(state, f"By its images{doubt}, {state}: {why}.", advice, numbers)
 
 
-def _worse(then: Score, now: Score) -> list[str]:
-    """What one score has more of than another, beyond its interval, in words."""
+def _worse(then: Score, now: Score, kind: str) -> list[str]:
+    """What one score has more of than another, beyond its interval, in words; a style is meant to
+    reach other prompts."""
+    of_subject = (
+        ("unrelated leak", then.unrelated_leak, now.unrelated_leak),
+        ("harm", then.harm, now.harm),
+        ("redrawn", then.redrawn, now.redrawn),
+    )
     return [
         f"{name} {a.text()} and not {b.text()}"
         for name, a, b in (
             ("copies", then.copies, now.copies),
             ("class leak", then.class_leak, now.class_leak),
-            ("unrelated leak", then.unrelated_leak, now.unrelated_leak),
-            ("harm", then.harm, now.harm),
-            ("redrawn", then.redrawn, now.redrawn),
+            *(of_subject if kind == "subject" else ()),
         )
         if a.mean - b.mean > max(a.half, b.half)
     ]

@@ -6,6 +6,7 @@ how often it is right.
 """
 
 import math
+import shlex
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class Verdict:
 class Folder:
     """What a run's output folder holds, as its advice names it.
 
-    name: of the folder. file: the LoRA file. checkpoints: their steps.
+    name: of the folder, for a shell. file: the LoRA file. checkpoints: their steps.
     """
 
     name: str
@@ -94,7 +95,8 @@ class Folder:
     def of(cls, record: Mapping[str, Any]) -> "Folder":
         """That of a record, whose folder and files may not be known."""
         files = record.get("files") or ("the LoRA file",)
-        return cls(record.get("folder", "RUN"), str(files[0]), record.get("checkpoints", ()))
+        folder = shlex.quote(str(record.get("folder", "RUN")))
+        return cls(folder, str(files[0]), record.get("checkpoints", ()))
 
 
 def numbers_of(record: Mapping[str, Any]) -> dict[str, float]:
@@ -240,8 +242,8 @@ def _by_images(
             f"since step {n['best']:.0f} the merit, fidelity less leak and harm, has fallen by "
             f"{percent(n['lost'])} ± {percent(n['lost_doubt'])}"
         )
-        if n["at_best"] < t["least_fidelity"] and not over:
-            under.append(fallen)  # it was never learned, and other prompts are as they were
+        if max(n["at_best"], n["fidelity"]) < t["least_fidelity"] and not over:
+            under.append(fallen)  # it was never learned, and other prompts have not lost too much
         else:
             over.insert(0, fallen)
     state = OVER if over else UNDER if under else GOOD

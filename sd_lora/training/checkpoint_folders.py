@@ -94,7 +94,7 @@ def _best(output_dir: Path) -> str:
     except (OSError, ValueError, LookupError, TypeError):
         raise UsageError(
             f"resume_from_checkpoint best: {output_dir} names none in {BEST_FILE}: runs with "
-            "--keep_best or --early_stopping_patience do"
+            "scores, --keep_best or --early_stopping_patience do"
         ) from None
 
 

@@ -32,14 +32,15 @@ def files_bytes(config: RunConfig, parameters: int) -> int:
 
 
 def num_kept(config: RunConfig, num_steps: int) -> int:
-    """Number of checkpoints that are left at the end, the last step's among them; those of
-    `checkpoint_minutes` and interruptions are not counted."""
+    """Number of checkpoints that are left at the end, the last step's and the best one's among
+    them; those of `checkpoint_minutes`, of interruptions and of earlier best steps are not
+    counted."""
     every, limit = config.checkpointing_steps, config.checkpoints_total_limit
     steps = sorted({*range(every, num_steps + 1, every), num_steps})
     if limit is None:
-        return len(steps)
+        return len(steps) + config.keeps_best
     rolling = [step for step in steps if not (config.keep_every and step % config.keep_every == 0)]
-    return len(steps) - max(0, len(rolling) - limit)
+    return len(steps) - max(0, len(rolling) - limit) + config.keeps_best
 
 
 def check_room(plan: Plan, models: Mapping[str, nn.Module], emit: Listener) -> None:

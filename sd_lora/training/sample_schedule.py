@@ -36,7 +36,7 @@ def training_forwards(plan: Plan) -> int:
 
 def usual_number(plan: Plan, an_image: int, beside: int) -> int:
     """Sample images of what is learned in each set, where no option says how many: as many of 1 to
-    MOST_IMAGES as keep the sets before and after below SHARE.
+    MOST_IMAGES as keep the sets before and after below SHARE, and one in any case.
 
     an_image: forward passes of the UNet for one. beside: other images of a set.
     """

@@ -69,11 +69,14 @@ class Wanted:
 
 
 def _number(run: Run) -> int:
-    """Sample images of what is learned in each set, where no prompts are asked for."""
+    """Sample images of what is learned in each set, where no prompts are asked for; of the steps
+    that were planned, also in a run that ends early."""
     asked, of_class = run.config.num_validation_images, bool(run.images.classes)
     if asked is not None:
         return asked
-    return usual_number(run.plan, _forwards(run.config.validation_steps), beside=int(of_class))
+    return usual_number(
+        run.schedule.plan, _forwards(run.config.validation_steps), beside=int(of_class)
+    )
 
 
 def _forwards(sampler_steps: int) -> int:

@@ -212,6 +212,8 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     base = base_of(config)
     resolved = config.resolve(base.family.name, base.resolution)
     check_optimizer(resolved, accelerator.device)
+    if resolved.base_precision == "fp8" and accelerator.device.type == "mps":
+        raise UsageError("base_precision fp8: MPS has no floats of 8 bits. Give int8")
     caption_encoder = planned_caption_encoder(resolved, base)
     pixel_settings = pixel_settings_of(resolved, base)
     crop_settings = crop_settings_of(resolved, base)

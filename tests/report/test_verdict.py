@@ -114,6 +114,7 @@ def scored(
         (scored(leak=0.5, width=0.3), GOOD, "leak into other prompts 50 % ± 30 %, harm 1.0 % ± 30"),
         (scored(since_best=(-0.2, 0.1), best=100), OVER, "harm, has fallen by 20 %"),
         (scored(fidelity=0.3, since_best=(-0.2, 0.1), best=100), UNDER, "steps have not helped"),
+        (scored(fidelity=0.7, at_best=0.45, since_best=(-0.2, 0.1), best=100), OVER, "fallen"),
         (scored(fidelity=0.3, at_best=0.8, since_best=(-0.2, 0.1), best=100), OVER, "has fallen"),
         (scored(since_best=(-0.04, 0.01), best=100), GOOD, "100 and 400 differ by nothing that"),
         (scored(since_best=(-0.2, 0.3), best=100), GOOD, "100 and 400 differ by nothing that"),

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import sd_lora
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.errors import UsageError
 from sd_lora.models.quantized_base import QuantizedLinear, quantize_base
-from sd_lora.training.loop import accumulate
+from sd_lora.training.loop import LossLog, accumulate, train_steps
 from sd_lora.training.setup import prepare
 from sd_lora.training.sharding import check_even
 from tests.training.runs import images, text_to_image
@@ -61,20 +62,23 @@ def test_a_run_on_a_smaller_base(form: str, tiny_sd1: Path, data: Path, tmp_path
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.98
-    result = sd_lora.train(config)
+    log = LossLog(run)
+    train_steps(run, log)
+    assert len(log.losses) == 4
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in stored.items())
+    result = sd_lora.train(config.replace(output_dir=str(tmp_path / "c" / "a")))
     again = text_to_image(tiny_sd1, data, tmp_path / "b" / "a", **options, max_train_steps=2)
     sd_lora.train(again)
     more = again.replace(max_train_steps=4, resume_from_checkpoint="latest")
     resumed = sd_lora.train(more)
     assert resumed.digest == result.digest
-    assert all(torch.equal(layer.weight, before[name]) for name, layer in stored.items())
     with pytest.raises(UsageError, match="base_precision"):
         sd_lora.train(more.replace(base_precision=None, max_train_steps=5))
 
 
 def test_casts_leave_the_scales_alone() -> None:
-    """A layer that is cast to bfloat16 computes with the values of the one that is not: its scales
-    are no float tensors, which a cast would round."""
+    """A layer that is cast to bfloat16 computes with the values of the one that is not, rounded
+    once: its scales are no float tensors, which a cast would round."""
     linear = nn.Linear(64, 32)
     model = nn.ModuleDict({"attentions": nn.ModuleList([linear]), "time": nn.Linear(4, 4)})
     quantize_base(model, "int8")
@@ -84,7 +88,30 @@ def test_casts_leave_the_scales_alone() -> None:
     before = layer.whole()
     model.to(torch.bfloat16)
     assert torch.equal(layer.whole(), before)
-    assert layer(torch.ones(1, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    x = torch.randn(3, 64).bfloat16()
+    want = F.linear(x, before.bfloat16()) + layer.bias
+    assert torch.equal(layer(x), want)  # each weight is rounded once
+
+
+def test_a_trained_bias_has_its_gradient() -> None:
+    """Biases are trained in layers that are no target as well, whose bias alone is replaced: their
+    gradient is that of the whole layer with the same weights."""
+    torch.manual_seed(0)
+    linears = nn.ModuleList([nn.Linear(64, 64), nn.Linear(64, 64)])
+    model = nn.ModuleDict({"attentions": nn.Sequential(*linears)}).requires_grad_(False)
+    quantize_base(model, "int8")
+    whole = nn.Sequential(*(nn.Linear(64, 64).requires_grad_(False) for _ in linears))
+    for own, stored in zip(whole, model["attentions"], strict=True):
+        own.weight.copy_(stored.whole())
+        own.bias.copy_(stored.bias)
+    gradients = []
+    for one in (model["attentions"], whole):
+        sd_lora.inject(one, ["0"], rank=2, train_bias="all", seed=0)
+        one(torch.ones(2, 64)).square().sum().backward()
+        biases = [layer.deltas["bias"].diff for layer in adapted_layers(one).values()]
+        assert len(biases) == 2
+        gradients.append(torch.stack([bias.grad for bias in biases]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 def test_a_sharded_base_is_not_stored_so(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:

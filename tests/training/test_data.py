@@ -25,6 +25,7 @@ from sd_lora.data.cache import text_embeddings as embeddings
 from sd_lora.data.cache.encode import Latents
 from sd_lora.data.cache.store import Store
 from sd_lora.errors import RunError, UsageError
+from sd_lora.report.measured import shortest
 from sd_lora.training import caches, loop
 from sd_lora.training.setup import Run, prepare
 from tests.data.check.torture import make_torture
@@ -771,3 +772,25 @@ def test_ctrl_c_in_the_check_ends_it(tiny_sd1: Path, tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     assert apart.wait(20) == [130]
     assert "Traceback" not in apart.text
+
+
+def test_a_proposed_pattern_is_of_its_image_alone(tiny_sd1: Path, tmp_path: Path) -> None:
+    """The end of a path that the page proposes for --leave_out takes that image and no other one,
+    also of names with signs that patterns, commas and spaces have a meaning for; where each end is
+    of another image too, nothing is proposed."""
+    odd = ["img [1].png", "a,[2].png", " b.png", "c*.png", "d?.png", "sub/e.png"]
+    alike = ["img 1.png", "a,2.png", "c1.png", "d1.png", "e.png", "other/sub e.png"]
+    for number, name in enumerate([*odd, *alike]):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (20 * number, 99, 0)).save(tmp_path / "data" / name)
+        (tmp_path / "data" / name).with_suffix(".txt").write_text(f"thing {number}")
+    patterns = [shortest(name, [*odd, *alike]) for name in odd]
+    config = text_to_image(
+        tiny_sd1, tmp_path / "data", tmp_path / "out", leave_out=",".join(patterns)
+    )
+    left = {
+        Path(sample.name).relative_to(tmp_path / "data").as_posix()
+        for sample in prepare(config).images.instances.samples
+    }
+    assert left == {*alike}
+    assert shortest("x,y.png", ["x,y.png", "x1y.png"]) == ""

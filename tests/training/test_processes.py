@@ -326,7 +326,8 @@ def test_two_processes_with_prior_preservation(
 
 def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     """So for SDXL with both text encoders, one of which stops, new words, captions of several
-    pieces and half of them dropped, a frozen A and magnitudes, by diffusers' command for it: a
+    pieces and half of them dropped, a frozen A and magnitudes, on a base stored in 8 bits, by
+    diffusers' command for it: a
     process whose captions are all dropped does not leave the other waiting. The schedule counts
     optimiser steps: a warm-up of 2 and a cosine over the other 6 of 8, for one and for two."""
     data = images(tmp_path / "data", size=(96, 64))
@@ -339,7 +340,7 @@ def test_two_processes_train_sdxl_as_one(tiny: Callable[[str], Path], tmp_path: 
         "--max_token_length", "225", "--caption_dropout", "0.5", "--random_flip", "--seed", "3",
         "--learning_rate", "1e-3", "--text_encoder_lr", "1e-3", "--max_train_steps", "8",
         "--num_validation_images", "0", "--resolution", "64", "--method", "lora_fa", "--use_dora",
-        "--lr_scheduler", "cosine", "--lr_warmup_steps", "2",
+        "--lr_scheduler", "cosine", "--lr_warmup_steps", "2", "--base_precision", "int8",
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     alone = ["--train_batch_size", "2", "--output_dir", str(one)]

@@ -203,6 +203,7 @@ def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path
     an_image = 2 * config.validation_steps + DECODE_FORWARDS
     for steps, expected in ((10, 1), (1799, 1), (1800, 2), (2700, 3), (3600, 4), (99_999, 4)):
         run.plan = replace(run.plan, num_steps=steps)
+        run.schedule = SampleSchedule(run.plan, 0)
         drawn = wanted_samples(run)
         assert len(drawn) == expected == usual_number(run.plan, an_image, 0)
         if 1 < expected < 4:
@@ -215,7 +216,10 @@ def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path
     assert largest_shape(beside.plan).number == 2
     plan = replace(beside.plan, num_steps=1800)
     assert usual_number(plan, an_image, 1) == 3  # room for four, one of the class
-    assert len(wanted_samples(replace(beside, plan=plan))) == 4
+    beside.schedule = SampleSchedule(plan, 0)
+    assert len(wanted_samples(beside)) == 4
+    beside.plan = replace(plan, num_steps=6)  # as in a run that ends early
+    assert len(wanted_samples(beside)) == 4
     plan = replace(run.plan, config=run.config.replace(output_preservation="blank"))
     assert training_forwards(plan) == 2 * training_forwards(run.plan)
     assert prepare(config.replace(num_validation_images=0)).schedule.forwards == 0

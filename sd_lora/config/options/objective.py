@@ -280,7 +280,7 @@ class ValidationOptions(ValidationLossOptions):
     num_validation_images: int | None = option(None,
         "sample images before, during and after training, and with class images one more of the "
         "class; 0 for none; if not given, as many of 1 to 4 as keep those before and after below "
-        "10 % of the time",
+        "6 % of the time, and one in any case",
         less_memory={"drawing sample images": (1, 0)},
         ge=0, of_scripts=by_mode(4, 4), may_change=True, scripts="ABCD", simpletuner=SAME)
     sample_every: int | None = option(None,

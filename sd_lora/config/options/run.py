@@ -145,7 +145,7 @@ class ModelOptions(Section):
         "step takes longer",
         choices=("int8", "fp8", "nf4"), package={"nf4": ("bitsandbytes", "quantized")},
         summary=("precision", "linear layers of the UNet stored in {}"),
-        less_memory={"a step": (6, "int8"), "bringing the models to the device": (2, "int8")})
+        less_memory={"a step": (6, "nf4"), "bringing the models to the device": (2, "nf4")})
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
         less_memory={"encoding images": (1, "bf16")},

@@ -61,7 +61,10 @@ class ValidationLossOptions(Section):
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
-    """Yield options for the best step where nothing is measured."""
+    """Yield options for the best step where nothing is measured, and where it is not kept."""
+    if config.keep_best is False and config.early_stopping_patience is not None:
+        text = "early_stopping_patience ends a run with the files of its best step, which is kept"
+        yield Problem("keep_best", f"--no-keep_best: {text}", "Leave one of the two out")
     if config.validate_every == 0 and not config.score_features:
         for name in ("keep_best", "early_stopping_patience"):
             if getattr(config, name):
