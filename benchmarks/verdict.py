@@ -62,8 +62,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     GOOD: {"max_train_steps": 300, "learning_rate": 1e-3, "rank": 8},
     OVER: {"max_train_steps": 1000, "learning_rate": 1.5e-3, "rank": 64},
 }
-"""Truth → options of the run that is made so. At 2e-3 the longest ones diverge, to sixteen times
-the base's loss, which needs no verdict."""
+"""Truth → options of the run that is made so."""
 
 PATIENCE = 3
 """Scores in a row without a better one that end a run."""
@@ -85,7 +84,7 @@ KINDS = ("subject", "character", "style")
 
 def subject(rng: random.Random) -> Scene:
     """A look that the base has not seen under its name; place and size vary from image to image."""
-    return replace(random_scene(rng), position="centre")
+    return replace(random_scene(rng), position="centre", other=None)
 
 
 def images_of(kind: str, seed: int, count: int) -> list[tuple[Image.Image, str]]:

@@ -25,7 +25,7 @@ THRESHOLDS = {
     "most_copies": 0.5,
     "most_leak": 0.25,
     "most_harm": 0.25,
-    "most_redrawn": 0.35,
+    "most_redrawn": 0.47,
     "most_changed": 0.45,
 }
 """Name → number. With 1 as the base model's validation loss:
