@@ -103,8 +103,8 @@ def runs(tiny_sd1: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def two(runs: Runs) -> Path:
     """The folder of an undisturbed run of two processes."""
     folder = runs.done("2", 2, 6)
-    # the main process checks all; each encodes half
-    assert runs.reads() == [IMAGES + IMAGES // 2, IMAGES // 2]
+    # the main process checks all, and draws all on the page; each encodes half
+    assert runs.reads() == [2 * IMAGES + IMAGES // 2, IMAGES // 2]
     kinds = ("latents", "texts", "facts")
     found = [sum(p.is_file() for p in (runs.folder / "cache" / k).rglob("*")) for k in kinds]
     assert found == [IMAGES] * 3
@@ -161,7 +161,7 @@ def test_a_killed_process_ends_all_and_nothing_is_lost(runs: Runs, two: Path) ->
     shutil.copytree(checkpoint.parent, runs.folder / "killed-3")
     runs.reads()
     again = runs.done("killed", 2, 6, "--resume_from_checkpoint", str(checkpoint))
-    assert runs.reads() == [IMAGES, 0]
+    assert runs.reads() == [2 * IMAGES, 0]
     ours, theirs = (load_file(f / file_names.DIFFUSERS) for f in (again, two))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,6 +1,7 @@
 """Runs and files are scored by vision models from disk, from the command to the verdict."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def test_a_run_and_its_file_are_scored_by_dino(
         "By its images (limits measured on drawings: a rough guess here), "
     )
     assert "harm" not in verdict.numbers
-    assert "limits measured on drawings" in (tmp_path / "run" / "report.html").read_text("utf-8")
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert "limits measured on drawings" in re.sub(r"<[^>]+>", "", page)
     words = ["judge", tmp_path / "run", "--model", tiny_sd1, "--images", data, "--prompt"]
     words += ["a photo of sks thing", "--features", tmp_path / "dino", "--strengths", 1]
     words += ["--resolution", 64, "--validation_steps", 1, "--out", tmp_path / "judge.png"]

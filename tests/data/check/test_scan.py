@@ -377,7 +377,7 @@ def test_a_stream_is_not_held() -> None:
         tracemalloc.stop()
     assert len(found.samples) == 5000
     assert totals == [None]
-    assert peak < 16 * 10**6
+    assert peak < 32 * 10**6  # of 500 MB; what is under way depends on the threads
     sample = pickle.loads(pickle.dumps(found.samples[7]))
     with pytest.raises(OSError, match="a streamed row is read in order only"):
         sample.read()
