@@ -22,7 +22,7 @@ and the last step's own, the page shows 0, 0.5, 0.75 and 1."""
 
 STEP_FORWARDS = 2
 """A training step in forward passes of the UNet, an image: one, and a backward pass through frozen
-weights, which costs one as well. Recomputed activations would be a third, so it is a low guess."""
+weights, which costs one as well. Activations that are computed again are a third."""
 
 DECODE_FORWARDS = 4
 """Decoding an image in forward passes of the UNet: for SD 1 at 512 pixels 2.5 TFLOP for 0.8."""
@@ -31,7 +31,7 @@ DECODE_FORWARDS = 4
 def training_forwards(plan: Plan) -> int:
     """Forward passes that the training steps of a run are worth, on this process."""
     images = plan.samples_per_step // plan.num_processes * (1 + plan.beside)
-    return plan.num_steps * images * STEP_FORWARDS
+    return plan.num_steps * images * (STEP_FORWARDS + plan.config.recomputes)
 
 
 def usual_number(plan: Plan, an_image: int, beside: int) -> int:

@@ -90,7 +90,7 @@ def ways(run: Run, most: int) -> Iterator[Fit]:
     """
     fit = run.fit
     yield fit
-    if not (fit.checkpointing or run.config.gradient_checkpointing):
+    if not (fit.checkpointing or run.config.recomputes):
         fit = replace(fit, checkpointing=True)
         yield fit
     at_once = min(most, fit.at_once or most)

@@ -222,6 +222,8 @@ def test_as_many_samples_as_the_work_allows(tiny_sd1: Path, data: Path, tmp_path
     assert len(wanted_samples(beside)) == 4
     plan = replace(run.plan, config=run.config.replace(output_preservation="blank"))
     assert training_forwards(plan) == 2 * training_forwards(run.plan)
+    plan = replace(run.plan, config=run.config.replace(gradient_checkpointing=True))
+    assert training_forwards(plan) == 1.5 * training_forwards(run.plan)
     assert prepare(config.replace(num_validation_images=0)).schedule.forwards == 0
 
 

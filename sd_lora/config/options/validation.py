@@ -54,6 +54,12 @@ class ValidationLossOptions(Section):
     # fmt: on
 
     @property
+    def recomputes(self) -> bool:
+        """Whether a step computes all activations again, one more forward pass beside which samples
+        and validations take less of the time."""
+        return bool(self.gradient_checkpointing)  # type: ignore[attr-defined]
+
+    @property
     def keeps_best(self) -> bool:
         """Whether checkpoints of the best validation or score are saved and kept."""
         asked = bool(self.score_features) if self.keep_best is None else self.keep_best
