@@ -108,6 +108,8 @@ def scored(
         (scored(fidelity=0.3), UNDER, "fidelity is 30 %"),
         (scored(leak=0.5), OVER, "other prompts went 50 % of the way to what was learned"),
         (scored(harm=0.3), OVER, "other prompts are followed 30 % less than by the base"),
+        (scored(redrawn=0.45, leak=0.05), OVER, "are 45 % redrawn, towards what was learned"),
+        (scored(redrawn=0.45, leak=0.01), GOOD, "other images redrawn 45 %"),
         (scored(redrawn=0.7), OVER, "other things are 70 % unlike the base's of the same seed"),
         (scored(copies=1.0), OVER, "100 % of the images repeat a training image"),
         (scored(leak=0.5, width=0.125), OVER, "went 50 % ± 12 % of the way to what was learned"),
