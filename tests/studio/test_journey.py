@@ -192,7 +192,7 @@ def test_a_person_trains_a_lora(
     person.sees("#at-rank .problem", "rank must be at least 1, not 0")
     person.writes("#f-rank", "2")
     person.sees("#at-rank .changed", "usually 16")
-    few = {"max_train_steps": "40", "num_validation_images": "1", "validation_steps": "20"}
+    few = {"max_train_steps": "100", "num_validation_images": "1", "validation_steps": "20"}
     for field, text in few.items():
         person.writes("#find", field)
         person.writes(f"#f-{field}", text)
@@ -211,7 +211,7 @@ def test_a_person_trains_a_lora(
     assert not (work / "instance-lora" / "pytorch_lora_weights.safetensors").exists()
     person.clicks("#acts button", "Resume after step")
     person.sees(".state.done")
-    person.sees("#state", "step 40 of 40")
+    person.sees("#state", "step 100 of 100")
     person.sees("#state", "pytorch_lora_weights.safetensors")
     person.waits(lambda: len(person.browser.find_elements("css selector", "#charts canvas")) == 3)
 
