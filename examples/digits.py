@@ -12,13 +12,13 @@ update none of the ones, and 81 of all 450 images instead of 36: the other digit
 nothing in the training asked for them. That is what an adapter that can be taken out is good for.
 """
 
-import argparse
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from measure import seed_of
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -178,11 +178,7 @@ def table(result: Result) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of the split, weights and batches")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # steps this small get slower with more
-    print(table(run(args.seed)))
+    print(table(run(seed_of(argv, __doc__, "of the split, weights and batches"))))
 
 
 if __name__ == "__main__":

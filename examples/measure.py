@@ -1,9 +1,10 @@
-"""What a way of training costs: bytes and seconds of a step, and bytes of the file to keep."""
+"""What a way of training costs: bytes and seconds of a step, and bytes of the file; and a seed."""
 
+import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -117,3 +118,15 @@ class MeasuredTraining:
             for part in range(3)
         )
         return forward, backward, update
+
+
+def seed_of(argv: Sequence[str] | None, about: str | None, of: str) -> int:
+    """Returns the seed that an example is given, and keeps its small steps to one thread.
+
+    about: the example's docstring. of: what the seed is of.
+    """
+    parser = argparse.ArgumentParser(description=(about or "").splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0, help=of)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # steps this small get slower with more
+    return int(args.seed)

@@ -18,7 +18,6 @@ fine-tuning answers 86.8 % of v1's questions exactly and 73.2 % of v2's, the LoR
 and on the base in 4 bits, which takes 44 % of the room, 84.5 and 69.8 %.
 """
 
-import argparse
 import copy
 import random
 import re
@@ -31,7 +30,7 @@ from functools import partial
 import bitsandbytes as bnb
 import torch
 from masked_words import PAD, SPECIAL, Batch, batches, pretrain
-from measure import MeasuredTraining, file_bytes, weight_bytes
+from measure import MeasuredTraining, file_bytes, seed_of, weight_bytes
 from tokenizers import Encoding, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import RobertaProcessing
 from torch import nn
@@ -373,11 +372,7 @@ def table(outcomes: Mapping[str, Mapping[str, Outcome]]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of texts, questions and weights")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # steps this small get slower with more
-    print(table(run(args.seed)))
+    print(table(run(seed_of(argv, __doc__, "of texts, questions and weights"))))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ LoRA 68 % with 5 % of the parameters, full fine-tuning 76 % with all of them. Tw
 learned for seconds give less to build on than roberta-base, where the paper finds LoRA on par.
 """
 
-import argparse
 import copy
 import random
 import re
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 from masked_words import PAD, SPECIAL, Batch, batches, pretrain
-from measure import MeasuredTraining, file_bytes
+from measure import MeasuredTraining, file_bytes, seed_of
 from texts import docstrings, sources
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import RobertaProcessing
@@ -196,11 +195,7 @@ def table(outcomes: Mapping[str, Outcome]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seed", type=int, default=0, help="of texts, weights and batches")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # steps this small get slower with more
-    print(table(run(args.seed)))
+    print(table(run(seed_of(argv, __doc__, "of texts, weights and batches"))))
     print(
         f"\nroberta-base, the same LoRA: {count_in_roberta_base():,} parameters, without the head"
     )

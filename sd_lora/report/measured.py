@@ -138,10 +138,9 @@ _PICTURE = re.compile(r"data:image/jpeg;base64,[A-Za-z0-9+/=]+")
 
 
 def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, Any]]:
-    """The rows of the table of images: name, path, the end of it that names no other, times seen,
-    or "held out", loss against the rest and its change, in words, the finding, the picture in a
-    data URI, or "", the loss of each window in words, and the points of its line in a drawing of
-    LINE pixels.
+    """The rows of the table of images: name, path, times seen, or "held out", loss against the rest
+    and its change, in words, the finding, the picture in a data URI, or "", the loss of each window
+    in words, and the points of its line in a drawing of LINE pixels.
 
     ledger: of `report.json`; nothing for one of another form.
     """
@@ -152,7 +151,6 @@ def images_of(ledger: Sequence[Any], pictures: bool = True) -> list[dict[str, An
             {
                 "name": name,
                 "path": file,
-                "file": shortest(file, files),
                 "seen": "held out" if image.get("held_out") else int(image["seen"]),
                 "loss": _ratio(image["loss"]),
                 "change": _ratio(image["change"]),

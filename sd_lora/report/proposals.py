@@ -82,7 +82,7 @@ def proposals_of(
     for image in images:
         copies = [pair for pair in pairs if image["path"] in pair and pair[0] != pair[1]]
         if image["finding"] == FIGHTS:
-            kinds["slow"].append((image["name"], image["file"]))
+            kinds["slow"].append((image["name"], shortest(image["path"], names)))
         elif image["finding"] == BY_HEART and copies:
             later, first = copies[0]
             told = f"{image['name']} (also {first if image['path'] == later else later})"

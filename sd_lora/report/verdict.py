@@ -52,10 +52,9 @@ which things are lost in it.
 
 Copies, leak, harm, redrawn and changed are above their number where the whole of their interval is.
 
-Those that are infinite are off: in 22 measured runs the losses of good ones and of those that are
-far too long lay too near to each other (benchmarks/README.md). There leak and harm were at most
-0.08 and 0.20 in runs that kept other prompts, and at least 0.35 and 0.41 where these had become the
-subject. The other rules are intervals of differences, and need no number.
+Those that are infinite are off: the losses of good runs and of those that are far too long lie too
+near to each other. The limits of images are of 48 runs that two readers have looked at
+(benchmarks/README.md). The other rules are intervals of differences, and need no number.
 """
 
 

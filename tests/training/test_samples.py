@@ -13,7 +13,7 @@ import sd_lora
 from sd_lora.adapters.merging import set_strength
 from sd_lora.adapters.state import load_lora_state_dict
 from sd_lora.config.optimizers import OPTIMIZERS
-from sd_lora.models.load import load_parts
+from sd_lora.models.load import Parts, load_parts
 from sd_lora.report.events import Event, StepDone, Warned
 from sd_lora.sampling.sampler import sample
 from sd_lora.training import interruption
@@ -37,6 +37,19 @@ from tests.training.runs import images, text_to_image
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return images(tmp_path_factory.mktemp("images"))
+
+
+def trained_alike(base: Path, one: Path, other: Path) -> Parts:
+    """A fresh base with the LoRA file of a run, whose losses and tensors are those of another, bit
+    for bit."""
+    log, file = "training_log.jsonl", "pytorch_lora_weights.safetensors"
+    assert (one / log).read_bytes() == (other / log).read_bytes()
+    tensors, others = load_file(one / file), load_file(other / file)
+    assert tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+    parts = load_parts(str(base))
+    sd_lora.load_adapter(parts.models, one / file)
+    return parts
 
 
 def test_samples_change_nothing(
@@ -124,13 +137,7 @@ def test_samples_are_of_the_average(kind: str, tiny_sd1: Path, data: Path, tmp_p
     looked, plain = tmp_path / "1" / "out", tmp_path / "2" / "out"
     sd_lora.train(text_to_image(tiny_sd1, data, looked, **options, **looks))
     sd_lora.train(text_to_image(tiny_sd1, data, plain, **options, validate_every=0))
-    log, file = "training_log.jsonl", "pytorch_lora_weights.safetensors"
-    assert (looked / log).read_bytes() == (plain / log).read_bytes()
-    tensors, others = load_file(looked / file), load_file(plain / file)
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-
-    parts = load_parts(str(tiny_sd1))
-    sd_lora.load_adapter(parts.models, looked / file)
+    parts = trained_alike(tiny_sd1, looked, plain)
 
     def drawn() -> bytes:
         encoder, device = parts.caption_encoder(), torch.device("cpu")
@@ -174,13 +181,7 @@ def test_samples_at_other_strengths(tiny_sd1: Path, data: Path, tmp_path: Path) 
     assert SampleSchedule(run.plan, 0).strengths == ()
     sd_lora.train(config)
     sd_lora.train(text_to_image(tiny_sd1, data, plain, **options))
-    log, file = "training_log.jsonl", "pytorch_lora_weights.safetensors"
-    assert (looked / log).read_bytes() == (plain / log).read_bytes()
-    tensors, others = load_file(looked / file), load_file(plain / file)
-    assert all(torch.equal(tensors[name], others[name]) for name in others)
-
-    parts = load_parts(str(tiny_sd1))
-    sd_lora.load_adapter(parts.models, looked / file)
+    parts = trained_alike(tiny_sd1, looked, plain)
     encoder, device = parts.caption_encoder(), torch.device("cpu")
     shown = []
     for strength, folder in ((0.5, "strength-0.5"), (0.75, "strength-0.75"), (1.0, ".")):
