@@ -1,15 +1,18 @@
 """The loss of a micro-batch: noise, timesteps and conditions of items, the UNet, the objective."""
 
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_lora.adapters.merging import mask_ranks, switched_off, whole_ranks
 from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import denoised, sample_losses, target_of, weighted_loss
 from sd_lora.diffusion.noise import Noise
+from sd_lora.diffusion.objective import Objective
+from sd_lora.models.caption_encoder import Conditioning
 from sd_lora.training.run import Run
 
 
@@ -26,13 +29,55 @@ def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
         return torch.stack([_loss(run, part, step) for part in parts]).sum()
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the UNet is asked of B items of one size, and the right answer.
+
+    x_t: its input (B, C, H, W), in the base's dtype. timesteps: as it is told them (B,).
+    conditions: of the text. target: the right output (B, C, H, W). t: timesteps (B,). mask: weight
+    of each place (B, 1, H, W), None for 1.
+    """
+
+    x_t: Tensor
+    timesteps: Tensor
+    conditions: Conditioning
+    target: Tensor
+    t: Tensor
+    mask: Tensor | None
+
+    def losses(self, unet: nn.Module, objective: Objective) -> Tensor:
+        """Loss of each item (B,), float32, weighted by its timestep, of the UNet's answer."""
+        prediction = unet(self.x_t, self.timesteps, **self.conditions.arguments()).sample
+        return sample_losses(
+            prediction, self.target, self.t, objective.schedule, self.mask, objective.loss
+        )
+
+
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     """Loss of items of one size."""
+    question = asked(run, batch, step)
+    if run.config.tlora_min_rank:
+        share = 1 - question.t / run.objective.schedule.num_timesteps
+        mask_ranks(run.models["unet"], share, run.config.tlora_min_rank)
+    losses = question.losses(run.prepared["unet"], run.objective)
+    run.ledger.add(step, batch.items, losses, question.t)
+    if run.objective.uncertainty:
+        if torch.is_grad_enabled():
+            observe(run, batch, losses, question.t)
+        losses = run.objective.uncertainty.weighted(losses, question.t)
+    return weighted_loss(losses, weights_of(batch, losses.device), batch.loss_scale)
+
+
+def asked(run: Run, batch: Batch, step: int) -> Question:
+    """The question of a batch of items of one size, a function of their addresses.
+
+    step: number of steps done, since text encoders and new words may stop learning.
+    """
     objective, device = run.objective, run.accelerator.device
     schedule, items = objective.schedule, batch.items
     addresses = [item.address for item in items]
     drawn = run.latents.latents(items, batch.loaded)
-    x0 = drawn.x0  # (B, C, H, W)
+    x0, mask = drawn.x0, drawn.mask
     noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
     strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
     t = objective.timesteps.draw(addresses, strata, pixels).to(device)
@@ -40,27 +85,26 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     places = [i for i, item in enumerate(items) if item.preserves]
     if places and run.config.preservation_sampler_steps:
         noisy[places] = _drawn_by_base(run, batch.part(places), x0[places], t[places], step)
-    x_t = run.unet_input(noisy, batch)
-    conditions = run.conditions(items, step)
-    unet = run.prepared["unet"]
-    if run.config.tlora_min_rank:
-        mask_ranks(run.models["unet"], 1 - t / schedule.num_timesteps, run.config.tlora_min_rank)
-    prediction = unet(x_t, schedule.timesteps[t], **conditions.arguments()).sample
-    target, mask = target_of(x0, noise, t, schedule), drawn.mask
+    x_t, conditions = run.unet_input(noisy, batch), run.conditions(items, step)
+    target = target_of(x0, noise, t, schedule)
     if places:
         target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
         if mask is not None:
             mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
-    losses = sample_losses(prediction, target, t, schedule, mask, objective.loss)
-    run.ledger.add(step, items, losses, t)
-    weights = torch.tensor([item.weight for item in items], device=device)
-    if objective.uncertainty:
-        if torch.is_grad_enabled():
-            learned = [float(not item.preserves) for item in items]  # those start at a loss of 0
-            shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
-            objective.uncertainty.observe(losses, t, shares)
-        losses = objective.uncertainty.weighted(losses, t)
-    return weighted_loss(losses, weights, batch.loss_scale)
+    return Question(x_t, schedule.timesteps[t], conditions, target, t, mask)
+
+
+def weights_of(batch: Batch, device: torch.device) -> Tensor:
+    """Weights of a batch's items in its loss, (B,)."""
+    return torch.tensor([item.weight for item in batch.items], device=device)
+
+
+def observe(run: Run, batch: Batch, losses: Tensor, t: Tensor) -> None:
+    """Let the learned weights of timesteps t (B,) see the losses of a batch's items (B,)."""
+    learned = [float(not item.preserves) for item in batch.items]  # those start at a loss of 0
+    shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
+    assert run.objective.uncertainty
+    run.objective.uncertainty.observe(losses, t, shares)
 
 
 @torch.no_grad()

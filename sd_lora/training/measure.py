@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sd_lora.adapters.merging import switched_off
 from sd_lora.data.batches.stream import BatchItem, ImageSet
-from sd_lora.diffusion.loss import sample_losses, target_of
+from sd_lora.diffusion.loss import target_of
 from sd_lora.models.families import INPAINTING
 from sd_lora.report.events import ValidationDone
+from sd_lora.training.batch_loss import Question
 from sd_lora.training.looks import timed
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.run import Run
@@ -119,8 +120,7 @@ def _losses(run: Run, items: list[BatchItem], held: Sequence[Tensor | None], ste
     x_t = schedule.add_noise(x0, noise, t)
     if further is not None:
         x_t = torch.cat([x_t, further], dim=1)
-    conditions = run.conditions(items, step).arguments()
-    unet = run.prepared["unet"]
-    prediction = unet(x_t.to(run.text.dtype), schedule.timesteps[t], **conditions).sample
-    target = target_of(x0, noise, t, schedule)
-    return sample_losses(prediction, target, t, schedule, mask, objective.loss)
+    x_t, target = x_t.to(run.text.dtype), target_of(x0, noise, t, schedule)
+    conditions = run.conditions(items, step)
+    question = Question(x_t, schedule.timesteps[t], conditions, target, t, mask)
+    return question.losses(run.prepared["unet"], objective)
