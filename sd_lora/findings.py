@@ -146,6 +146,8 @@ FINDINGS: dict[str, FindingKind] = {
         "warning", "lower --batch or the accumulation, or train on more images"
     ),
     # numbers
+    "graphs": FindingKind("note"),
+    "no-graphs": FindingKind("warning", "the run goes on without CUDA graphs"),
     "skipped-step": FindingKind("warning", "the step changed nothing (--on_nan skip)"),
     "went-back": FindingKind("warning", "other noise for these steps (--on_nan restore)"),
     "no-gradient": FindingKind(

@@ -36,6 +36,12 @@ def features(schedule: NoiseSchedule) -> Tensor:
     return math.sqrt(2) * torch.cos(2 * math.pi * angle)
 
 
+def reweighted(losses: Tensor, factors: Tensor) -> Tensor:
+    """Losses (B,) with the values that they have, and gradients multiplied by factors (B,): the
+    values stay comparable over the steps while the weights change."""
+    return losses + (factors - 1) * (losses - losses.detach())
+
+
 class Uncertainty:
     """u(t), its Adam, and the weights of a step.
 
@@ -67,19 +73,10 @@ class Uncertainty:
         assert self.parameter.grad is not None
         return self.parameter.grad
 
-    def weighted(self, losses: Tensor, t: Tensor) -> Tensor:
-        """Losses (B,) with the values that they have, and the gradient of the weighted ones.
-
-        The values stay comparable over the steps while the weights change. The weights e^(−u) are
-        divided by their mean over the trained timesteps, so that a rate and a limit of gradients
-        mean the same as without them.
-
-        Args:
-            losses: of batch items (B,).
-            t: timesteps (B,).
-        """
-        weights = self.weights.to(losses.device)[t]
-        return losses + (weights - 1) * (losses - losses.detach())
+    def factors(self, t: Tensor) -> Tensor:
+        """The weights of timesteps t (B,): e^(−u) divided by its mean over the trained timesteps,
+        so that a rate and a limit of gradients mean the same as without them."""
+        return self.weights.to(t.device)[t]
 
     @torch.no_grad()
     def observe(self, losses: Tensor, t: Tensor, shares: Tensor) -> None:

@@ -12,6 +12,7 @@ from sd_lora.data.batches.stream import Batch
 from sd_lora.diffusion.loss import denoised, sample_losses, target_of, weighted_loss
 from sd_lora.diffusion.noise import Noise
 from sd_lora.diffusion.objective import Objective
+from sd_lora.diffusion.uncertainty import reweighted
 from sd_lora.models.caption_encoder import Conditioning
 from sd_lora.training.run import Run
 
@@ -53,6 +54,25 @@ class Question:
         )
 
 
+@dataclass(frozen=True)
+class Weights:
+    """How the losses of a batch's items become its loss.
+
+    items: weight of each loss (B,). gradients: factor of each loss's gradient beside it (B,), of
+    learned weights; None for 1. scale: see `weighted_loss`.
+    """
+
+    items: Tensor
+    gradients: Tensor | None
+    scale: float
+
+    def loss(self, losses: Tensor) -> Tensor:
+        """The loss of a batch, of the losses of its items (B,)."""
+        if self.gradients is not None:
+            losses = reweighted(losses, self.gradients)
+        return weighted_loss(losses, self.items, self.scale)
+
+
 def _loss(run: Run, batch: Batch, step: int) -> Tensor:
     """Loss of items of one size."""
     question = asked(run, batch, step)
@@ -60,12 +80,9 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
         share = 1 - question.t / run.objective.schedule.num_timesteps
         mask_ranks(run.models["unet"], share, run.config.tlora_min_rank)
     losses = question.losses(run.prepared["unet"], run.objective)
-    run.ledger.add(step, batch.items, losses, question.t)
-    if run.objective.uncertainty:
-        if torch.is_grad_enabled():
-            observe(run, batch, losses, question.t)
-        losses = run.objective.uncertainty.weighted(losses, question.t)
-    return weighted_loss(losses, weights_of(batch, losses.device), batch.loss_scale)
+    if losses.requires_grad:  # losses without a gradient are of no training
+        observe(run, batch, step, losses.detach(), question.t)
+    return weights_of(run, batch, question.t).loss(losses)
 
 
 def asked(run: Run, batch: Batch, step: int) -> Question:
@@ -94,17 +111,23 @@ def asked(run: Run, batch: Batch, step: int) -> Question:
     return Question(x_t, schedule.timesteps[t], conditions, target, t, mask)
 
 
-def weights_of(batch: Batch, device: torch.device) -> Tensor:
-    """Weights of a batch's items in its loss, (B,)."""
-    return torch.tensor([item.weight for item in batch.items], device=device)
+def weights_of(run: Run, batch: Batch, t: Tensor) -> Weights:
+    """Weights of a batch's losses. t: timesteps (B,)."""
+    items = torch.tensor([item.weight for item in batch.items], device=t.device)
+    learned = run.objective.uncertainty
+    return Weights(items, learned.factors(t) if learned else None, batch.loss_scale)
 
 
-def observe(run: Run, batch: Batch, losses: Tensor, t: Tensor) -> None:
-    """Let the learned weights of timesteps t (B,) see the losses of a batch's items (B,)."""
-    learned = [float(not item.preserves) for item in batch.items]  # those start at a loss of 0
-    shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
-    assert run.objective.uncertainty
-    run.objective.uncertainty.observe(losses, t, shares)
+def observe(run: Run, batch: Batch, step: int, losses: Tensor, t: Tensor) -> None:
+    """Take the trained losses of a batch's items into the ledger and the learned weights.
+
+    step: number of steps done. losses, t: detached losses and timesteps (B,).
+    """
+    run.ledger.add(step, batch.items, losses, t)
+    if run.objective.uncertainty:
+        learned = [float(not item.preserves) for item in batch.items]  # those start at a loss of 0
+        shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
+        run.objective.uncertainty.observe(losses, t, shares)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from torch import nn
 from sd_lora.adapters.inject import adapted_layers, lora_layers
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.caption_rules import longest_form
-from sd_lora.data.batches.stream import ImageSet, Stream
+from sd_lora.data.batches.stream import BatchItem, ImageSet, Stream
 from sd_lora.data.cache.text_embeddings import Embeddings
 from sd_lora.errors import UsageError
 from sd_lora.models.caption_encoder import (
@@ -19,6 +19,7 @@ from sd_lora.models.caption_encoder import (
     Caption,
     CaptionEncoder,
     Embedding,
+    Geometry,
     encode_in_batches,
 )
 from sd_lora.models.load import Base, Parts
@@ -314,3 +315,10 @@ def used_captions(stream: Stream) -> list[Caption] | None:
         if sample.source.rules.caption_dropout:
             used[None] = None
     return list(used)
+
+
+def geometry_of(item: BatchItem) -> Geometry:
+    """Size, corner and target of an item's crop, for SDXL's conditions."""
+    left, top = item.crop.corner_of(item.flip)
+    original, target = item.crop.original[::-1], item.crop.size[::-1]
+    return Geometry(original, (top, left), target)

@@ -80,14 +80,14 @@ class Ledger:
     def add(self, step: int, items: Sequence[BatchItem], losses: Tensor, t: Tensor) -> None:
         """Keep the losses of trained instances, on the device. step: number of steps done before.
 
-        losses, t: (B,). Losses without a gradient are of no training, and left out.
+        losses, t: (B,).
         """
-        if not losses.requires_grad or not self.names:
+        if not self.names:
             return
         own = [i for i, item in enumerate(items) if _counts(item)]
         if own:
             indices = [items[i].index for i in own]
-            self.waiting.append((step, indices, losses.detach()[own], t[own]))
+            self.waiting.append((step, indices, losses[own], t[own]))
 
     def flush(self, accelerator: Accelerator, before: int) -> None:
         """Read the losses of the steps before a number of steps, on all processes together, and

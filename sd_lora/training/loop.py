@@ -82,8 +82,6 @@ LOG_EVERY = 10
 VALIDATION_STEPS = 20
 """Number of first steps whose batches and noise the trained model is asked again."""
 
-DROPOUTS = ("lora_dropout", "neuron_dropout", "rank_dropout", "module_dropout")
-
 
 @dataclass(frozen=True)
 class Result:
@@ -262,7 +260,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
 
 def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     """Add the gradients of a micro-batch; returns its part of the step's loss, detached."""
-    if any(getattr(run.config, name) for name in DROPOUTS):
+    if run.config.dropouts:
         process = run.accelerator.process_index
         draw = run.stream.draw_of(run.plan.epochs.micro_batch(number))
         again = ("draw", draw) if draw else ()
@@ -272,11 +270,18 @@ def accumulate(run: Run, number: int, batch: Batch, done: int) -> Tensor:
     losses = []
     for part in parts:
         exchange = run.gradient_exchange(batch.last and part is parts[-1])
-        with exchange, run.unmasking(), fast(run.fast_models):
-            loss = batch_loss(run, part, done) / batch.accumulation_steps
-            run.accelerator.backward(loss)
-        losses.append(loss.detach())
+        with exchange, run.unmasking():
+            learn_one = run.graphs.learn if run.graphs else learn
+            losses.append(learn_one(run, part, done))
     return torch.stack(losses).sum()
+
+
+def learn(run: Run, batch: Batch, done: int) -> Tensor:
+    """Go forward and backward; returns the batch's part of the step's loss, detached."""
+    with fast(run.fast_models):
+        loss = batch_loss(run, batch, done) / batch.accumulation_steps
+        run.accelerator.backward(loss)
+    return loss.detach()
 
 
 def one_step(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]]:

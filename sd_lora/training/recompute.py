@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -77,16 +78,13 @@ def enable_checkpointing(
 
     Args:
         models: component → model, not wrapped.
-        blocks: names of their blocks, "unet/down_blocks.0.resnets.0"; None: all, by the libraries'
-            own way.
+        blocks: names of their blocks, "unet/down_blocks.0.resnets.0"; None: all.
         seen: function of a block's name and its computation that returns what is computed in its
             place, for counting.
     """
+    blocks = All() if blocks is None else blocks
     for component, model in models.items():
         method = getattr(model, next(name for name in CHECKPOINTING if hasattr(model, name)))
-        if blocks is None:
-            method()
-            continue
         names = {module: f"{component}/{name}" for name, module in model.named_modules()}
         layers = [m for m in names if isinstance(m, GradientCheckpointingLayer)]
         if not layers:  # of diffusers, which gives its function the block
@@ -103,4 +101,6 @@ def _go(name: str, blocks: Container[str], seen: Call, call: Call, *args: Any) -
     """Compute a block, and compute it again in the backward pass if it is one of these."""
     if name not in blocks:
         return call(*args)
-    return checkpoint(seen(name, call), *args, use_reentrant=False)
+    # a CUDA graph has no dropout, and may not ask for the generator's state while it is recorded
+    draws = not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return checkpoint(seen(name, call), *args, use_reentrant=False, preserve_rng_state=draws)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,7 @@ from sd_lora.data.cache.encode import Latents
 from sd_lora.diffusion.objective import Objective
 from sd_lora.errors import RunError
 from sd_lora.formats.checkpoints import base_hash
-from sd_lora.models.caption_encoder import Conditioning, Geometry, collate
+from sd_lora.models.caption_encoder import Conditioning, collate
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.models.meta_pipeline import MetaPipeline
@@ -34,7 +34,7 @@ from sd_lora.report.log_file import LogFile
 from sd_lora.report.summary import Summary
 from sd_lora.training import checkpoint
 from sd_lora.training.average import Average
-from sd_lora.training.conditioning import TextConditioning
+from sd_lora.training.conditioning import TextConditioning, geometry_of
 from sd_lora.training.data import RunImages
 from sd_lora.training.fast.step import FastModel
 from sd_lora.training.fit import Fit
@@ -56,6 +56,9 @@ from sd_lora.training.sharding import average_gradients, gather, is_sharded, rel
 from sd_lora.training.trackers import tracker_runs
 from sd_lora.training.validation import Validation
 
+if TYPE_CHECKING:
+    from sd_lora.training.graphs import Graphs
+
 
 class ImageLost(RunError):
     """An image that existed when the run started cannot be read any more."""
@@ -71,9 +74,10 @@ class Run:
     modules that the LoRA is for. fit: the way of a step through the device. validation: the images
     and noise by which the run is measured. ledger: of its images. average: of the steps, which is
     exported; None for the last step, or the optimiser's own average. saved: the checkpoint to
-    resume. fast_models: on the fast path. start: the LoRA file to start from. losses: hash of those
-    so far. redrawn: steps done before and at the end of each part that was done once more.
-    saved_steps: those of this process's checkpoints. schedule: of the sample images.
+    resume. fast_models: on the fast path. graphs: recorded
+    passes, None without. start: the LoRA file to start from. losses: hash of those so far. redrawn:
+    steps done before and at the end of each part that was done once more. saved_steps: those of
+    this process's checkpoints. schedule: of the sample images.
     spent: kind of work → its seconds. repo: of the hub, or "". recomputed: blocks of the memory
     budget. scores: or None. thumbnails: group and index of an image → its picture.
     """
@@ -99,6 +103,7 @@ class Run:
     ledger: Ledger
     average: Average | None = None
     fast_models: Sequence[FastModel] = ()
+    graphs: "Graphs | None" = None
     fit: Fit = field(default_factory=Fit)
     saved: checkpoint.Saved | None = None
     start: Start | None = None
@@ -306,7 +311,7 @@ class Run:
         step: number of steps done, since text encoders may stop learning.
         """
         embeddings = self.text.embeddings([item.caption for item in items], step)
-        geometries = [_geometry(item) for item in items]
+        geometries = [geometry_of(item) for item in items]
         conditions = collate(embeddings, geometries, self.parts.family)
         return conditions.to(self.text.device, self.text.dtype)
 
@@ -411,10 +416,3 @@ class Run:
 
 def _unchanged(batch: Any) -> Any:
     return batch
-
-
-def _geometry(item: BatchItem) -> Geometry:
-    """Size, corner and target of an item's crop, for SDXL's conditions."""
-    left, top = item.crop.corner_of(item.flip)
-    original, target = item.crop.original[::-1], item.crop.size[::-1]
-    return Geometry(original, (top, left), target)

@@ -47,6 +47,7 @@ from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_se
 from sd_lora.training.disk import check_room
 from sd_lora.training.fast.step import fast_models
 from sd_lora.training.forecast import warnings_of
+from sd_lora.training.graphs import graphs_of
 from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
 from sd_lora.training.ledger import Ledger
@@ -181,6 +182,7 @@ def prepare(
         repo=checked.repo,
         recomputed=checked.recomputed,
     )
+    run.graphs = graphs_of(run)
     run.schedule, run.scores = schedule_of(run), scores_of(run, checked.scores)
     summarise(run, caches, checked.base.notes())
     return run

@@ -213,7 +213,7 @@ def _go(run: Run, number: int, accumulate: Accumulate) -> None:
     optimiser's state, and the buckets of gradients that DistributedDataParallel makes anew then."""
     bare, device = _unwrapped(run), run.accelerator.device
     text = replace(run.text, learning={name: bare[name] for name in run.text.learning})
-    alone = replace(run, prepared=bare, text=text)
+    alone = replace(run, prepared=bare, text=text, graphs=None)
     each = optimizer_of(run.config).state_bytes + 4 * (run.accelerator.num_processes > 1)
     later = round(each * sum(p.numel() for p in run.parameters))
     kind = device.type if device.type in ("cuda", "xpu") else ""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.diffusion.uncertainty import Uncertainty
+from sd_lora.diffusion.uncertainty import Uncertainty, reweighted
 from tests.tiny import build_pipeline
 
 
@@ -50,7 +50,7 @@ def test_values_stay_and_gradients_are_weighted(schedule: NoiseSchedule) -> None
     uncertainty._renew()
     t = torch.tensor([0, 20, 500, 999])
     losses = torch.tensor([0.1, 2.0, 0.7, 0.01], requires_grad=True)
-    weighted = uncertainty.weighted(losses, t)
+    weighted = reweighted(losses, uncertainty.factors(t))
     assert torch.equal(weighted, losses)
     (gradient,) = torch.autograd.grad(weighted.sum(), losses)
     torch.testing.assert_close(gradient, uncertainty.weights[t])

@@ -169,6 +169,12 @@ class AdapterOptions(Section):
         return self.tlora_min_rank is not None
 
     @property
+    def dropouts(self) -> list[str]:
+        """The dropouts of deltas that are on."""
+        names = ("lora_dropout", "neuron_dropout", "rank_dropout", "module_dropout")
+        return [name for name in names if getattr(self, name)]
+
+    @property
     def new_words(self) -> list[str]:
         """The words of pivotal tuning."""
         return [word.strip() for word in (self.token_abstraction or "").split(",") if word.strip()]

@@ -15,6 +15,7 @@ from sd_lora.config.optimizers import (
     is_import_path,
     optimizer_facts,
 )
+from sd_lora.config.options.device import DeviceOptions
 from sd_lora.config.options.saving import SavingOptions
 from sd_lora.config.rows import LOWER, PLAIN_LORA, SAME, SCHEDULES, Steps, by_mode, section
 from sd_lora.errors import Problem, did_you_mean
@@ -36,7 +37,7 @@ def _using(option: str) -> tuple[str, ...]:
     return tuple(name for name, options in SCHEDULES.items() if option in options)
 
 
-class TrainingOptions(SavingOptions):
+class TrainingOptions(DeviceOptions, SavingOptions):
     """Batch, length, precision, learning rates and optimiser."""
 
     # fmt: off

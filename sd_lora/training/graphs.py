@@ -1,0 +1,364 @@
+"""CUDA graphs of a step: the UNet's forward and backward pass, recorded once for each form of batch
+and launched as one.
+
+A step of a few images is thousands of kernels, and a fast card is done with each before the host
+has sent the next one: SD 1.5's arithmetic at 512² takes 4 ms of a card of 400 TFLOP/s, and its
+1,500 to 2,400 operators take the host 15 to 35 ms. A recorded pass takes one launch.
+
+The host's part of a step is outside: images, noise and timesteps by address, captions, text
+encoders, clipping, the optimiser. What the host draws reaches the pass through tensors that stay
+where they are (`Pass`), and so do its gradients. A pass is used only once it has given another
+batch's losses and gradients as the plain pass gives them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.data.batches.stream import Batch
+from sd_lora.findings import Finding
+from sd_lora.report.events import Warned
+from sd_lora.training.batch_loss import Question, Weights, asked, observe, weights_of
+from sd_lora.training.fast.step import FastModel, fast
+from sd_lora.training.out_of_memory import is_out_of_memory, let_go
+from sd_lora.training.run import Run
+
+WARM = 3
+"""Plain passes of a form before it is recorded: libraries make their handles and workspaces in the
+first, and may not do so while a graph is recorded (torch's notes on CUDA graphs ask for three)."""
+
+MOST = 12
+"""Forms that are recorded: each keeps its list of kernels on the card. The memory in which they
+compute is one for all."""
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
+"""Base's dtype → most relative difference of a recorded pass from the plain one: kernels that add
+atomically give other last bits each time."""
+
+Work = Callable[[], None]
+Record = Callable[[Work], Work]
+"""Function of a work on tensors that stay, which records it, and returns what does it once more."""
+
+T = TypeVar("T")
+
+
+def graphs_of(run: Run) -> "Graphs | None":
+    """The recorded passes of a run that asks for them; a note of its summary says why there are
+    none."""
+    if run.config.cuda_graphs == "off":
+        return None
+    reason = next((text for holds, text in REASONS if holds(run)), "")
+    if reason:
+        run.summary.notes.append(f"no CUDA graphs: {reason}")
+        return None
+    return Graphs(run.models["unet"], run.fast_models, CudaRecorder())
+
+
+REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
+    (lambda run: run.accelerator.device.type != "cuda", "this run is on no NVIDIA GPU"),
+    (
+        lambda run: run.accelerator.num_processes > 1,
+        "several processes exchange their gradients in the backward pass",
+    ),
+    (lambda run: bool(run.config.dropouts), "dropouts draw their numbers in the pass"),
+    (lambda run: run.config.masks_ranks, "tlora_min_rank masks other ranks in each pass"),
+)
+"""Runs that have no graphs, and why."""
+
+
+class CudaRecorder:
+    """Records on the current CUDA device; all recordings compute in the same memory."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Work) -> Work:
+        """Record a work, which is not done meanwhile."""
+        graph = torch.cuda.CUDAGraph()
+        # other threads, such as those that pin batches, may ask for memory meanwhile
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            work()
+        return graph.replay
+
+
+@dataclass(frozen=True)
+class Given:
+    """All that the host gives a pass."""
+
+    question: Question
+    weights: Weights
+    accumulation_steps: int
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """All tensors of a dataclass of dataclasses, in order."""
+    found: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    changed(values, keep)
+    return found
+
+
+def changed(values: T, change: Callable[[Tensor], Tensor]) -> T:
+    """A dataclass of dataclasses with each of its tensors changed."""
+    assert is_dataclass(values)
+    new: dict[str, Any] = {}
+    for name in (field.name for field in fields(values)):
+        value = getattr(values, name)
+        if isinstance(value, Tensor):
+            new[name] = change(value)
+        elif is_dataclass(value) and not isinstance(value, type):
+            new[name] = changed(value, change)
+    return replace(values, **new)  # type: ignore[type-var]
+
+
+def form_of(given: Given) -> tuple[object, ...]:
+    """What passes that one recording computes have in common: shapes, dtypes, what needs a
+    gradient, and all numbers that are not in tensors."""
+    q = given.question
+    named = {**vars(q), **vars(q.conditions), **vars(given.weights)}
+    shapes = [
+        (name, tuple(value.shape), value.dtype, value.requires_grad)
+        for name, value in named.items()
+        if isinstance(value, Tensor)
+    ]
+    return *shapes, given.weights.scale, given.accumulation_steps
+
+
+class Gradients:
+    """The gradients of the UNet's deltas, in tensors that stay. parameters: those that learn."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        self.parameters = [p for p in lora_layers(unet) if p.requires_grad]
+        self.kept = [torch.zeros_like(p) for p in self.parameters]
+
+    def add(self, gradients: Sequence[Tensor | None]) -> None:
+        """Add gradients, one for each parameter, None of those that had no part."""
+        pairs = [(k, g) for k, g in zip(self.kept, gradients, strict=True) if g is not None]
+        torch._foreach_add_([k for k, _ in pairs], [g for _, g in pairs])
+
+    def link(self, had_part: Sequence[bool]) -> None:
+        """Let these be the gradients of the parameters that had a part, with what they had."""
+        empty = []
+        for parameter, kept, part in zip(self.parameters, self.kept, had_part, strict=True):
+            if not part or parameter.grad is kept:
+                continue
+            if parameter.grad is None:
+                empty.append(kept)
+            else:
+                kept.copy_(parameter.grad)
+            parameter.grad = kept
+        if empty:
+            torch._foreach_zero_(empty)
+
+
+@dataclass
+class Found:
+    """Results of a pass. losses: of the items (B,). gradients: of the parameters, None of those
+    that had no part. inputs: of the given tensors that need one."""
+
+    losses: Tensor
+    gradients: list[Tensor | None]
+    inputs: list[Tensor]
+
+
+class Pass:
+    """A recorded pass of one form, with its inputs and results in tensors that stay."""
+
+    def __init__(self, given: Given, compute: Callable[[Given], Found], record: Record,
+                 gradients: Gradients) -> None:  # fmt: skip
+        self.given = changed(given, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
+        self.tensors = tensors_of(self.given)
+        self.gradients = gradients
+        before = [kept.clone() for kept in gradients.kept]
+
+        def work() -> None:
+            self.found = compute(self.given)
+            gradients.add(self.found.gradients)
+
+        try:
+            self.replay = record(work)
+        finally:  # a recorder may have done the work, too
+            torch._foreach_copy_(gradients.kept, before)
+        self.had_part = [g is not None for g in self.found.gradients]
+        self.found.gradients.clear()  # the next recording may compute in their memory
+
+    @torch.no_grad()
+    def __call__(self, given: Given) -> Found:
+        """Losses and input gradients of a batch; those of the parameters are added up."""
+        torch._foreach_copy_(self.tensors, tensors_of(given))
+        self.gradients.link(self.had_part)
+        self.replay()
+        return Found(
+            self.found.losses.clone(), [], [gradient.clone() for gradient in self.found.inputs]
+        )
+
+
+@dataclass
+class Form:
+    """What is known of a form of batch. seen: its passes. recorded: None before, and where it is
+    refused. proved: whether the recording has given another batch's results."""
+
+    seen: int = 0
+    recorded: Pass | None = None
+    proved: bool = False
+
+
+class Graphs:
+    """The passes of a run: plain first, then recorded.
+
+    Args:
+        unet: with its deltas, on its device.
+        fast_models: of the run.
+        record: records a pass.
+    """
+
+    def __init__(self, unet: nn.Module, fast_models: Sequence[FastModel], record: Record) -> None:
+        self.of_unet = [model for model in fast_models if model.model is unet]
+        self.of_text = [model for model in fast_models if model.model is not unet]
+        self.gradients = Gradients(unet)
+        self.record = record
+        self.forms: dict[tuple[object, ...], Form] = {}
+        self.refused = ""
+
+    def learn(self, run: Run, batch: Batch, step: int) -> Tensor:
+        """Add the gradients of a micro-batch; returns its part of the step's loss, detached.
+
+        step: number of steps done.
+        """
+        losses = []
+        for part in batch.by_size(run.fit.at_once):
+            with fast(self.of_text):
+                question = asked(run, part, step)
+                weights = weights_of(run, part, question.t)
+                given = Given(question, weights, part.accumulation_steps)
+                found = self._found(run, given)
+                # what the text has learned goes back into its encoders
+                wants = [t for t in tensors_of(given) if t.requires_grad]
+                if wants:
+                    torch.autograd.backward(wants, found.inputs)
+            observe(run, part, step, found.losses, question.t)
+            losses.append(weights.loss(found.losses) / part.accumulation_steps)
+        return torch.stack(losses).sum()
+
+    def _found(self, run: Run, given: Given) -> Found:
+        """The results of a pass, whose parameters' gradients are added to theirs."""
+        form = self.forms.setdefault(form_of(given), Form())
+        form.seen += 1
+        if form.recorded and form.proved:
+            return form.recorded(given)
+        if form.recorded:
+            return self._compared(run, form, given)
+        found = self._plain(run, given)
+        if not self.refused and form.seen == WARM and self._has_room:
+            self._record(run, form, given)
+        return found
+
+    @property
+    def _has_room(self) -> bool:
+        return sum(form.recorded is not None for form in self.forms.values()) < MOST
+
+    def _compute(self, run: Run, given: Given) -> Found:
+        """A pass; its gradients are in no parameter."""
+        inputs = [t for t in tensors_of(given) if t.requires_grad]
+        scaler = run.accelerator.scaler
+        with fast(self.of_unet):
+            losses = given.question.losses(run.prepared["unet"], run.objective)
+            loss = given.weights.loss(losses) / given.accumulation_steps
+            scaled = loss if scaler is None else scaler.scale(loss)
+            wanted = [*self.gradients.parameters, *inputs]
+            gradients = torch.autograd.grad(scaled, wanted, allow_unused=True)
+        number = len(self.gradients.parameters)
+        of_inputs = [
+            torch.zeros_like(t) if g is None else g
+            for t, g in zip(inputs, gradients[number:], strict=True)
+        ]
+        return Found(losses.detach(), [*gradients[:number]], of_inputs)
+
+    def _plain(self, run: Run, given: Given) -> Found:
+        found = self._compute(run, given)
+        self.gradients.link([gradient is not None for gradient in found.gradients])
+        with torch.no_grad():
+            self.gradients.add(found.gradients)
+        return found
+
+    def _record(self, run: Run, form: Form, given: Given) -> None:
+        """Record a form, or tell why it cannot be, and go on without for the rest of the run."""
+        try:
+            form.recorded = Pass(
+                given, lambda kept: self._compute(run, kept), self.record, self.gradients
+            )
+        except Exception as error:  # torch and the card's libraries raise what they like
+            if is_out_of_memory(error):
+                let_go(error)
+                self._refuse(run, "there is no memory for a second set of activations")
+            else:
+                self._refuse(run, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+
+    def _compared(self, run: Run, form: Form, given: Given) -> Found:
+        """The results of a pass by both ways: the recording is used from now on if they are the
+        same, and else forgotten, and the plain ones count."""
+        recorded = form.recorded
+        assert recorded
+        plain, slow = _timed(lambda: self._compute(run, given))
+        self.gradients.link([gradient is not None for gradient in plain.gradients])
+        before = [kept.clone() for kept in self.gradients.kept]
+        found, quick = _timed(lambda: recorded(given))
+        added = [k - b for k, b in zip(self.gradients.kept, before, strict=True)]
+        ways = (
+            ([found.losses], [plain.losses]), (added, plain.gradients),
+            (found.inputs, plain.inputs),
+        )  # fmt: skip
+        worst = max(_distance(mine, theirs) for mine, theirs in ways)
+        if worst <= TOLERANCE[given.question.x_t.dtype]:
+            form.proved = True
+            if sum(known.proved for known in self.forms.values()) == 1:
+                height, width = given.question.x_t.shape[2:]
+                text = (
+                    f"{len(plain.losses)} × {width}×{height} latents: forward and backward take "
+                    f"{quick * 1e3:.3g} ms, {slow * 1e3:.3g} ms without graphs"
+                )
+                run.emit(Warned([Finding("graphs", "cuda_graphs", text)]))
+            return found
+        torch._foreach_copy_(self.gradients.kept, before)
+        self.gradients.add(plain.gradients)
+        form.recorded = None
+        self._refuse(run, f"a recorded pass differed from the plain one by {worst:.1%}")
+        return plain
+
+    def _refuse(self, run: Run, reason: str) -> None:
+        self.refused = reason
+        for form in self.forms.values():
+            form.recorded, form.proved = None, False
+        run.emit(Warned([Finding("no-graphs", "cuda_graphs", reason)]))
+
+
+def _distance(mine: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
+    """‖a − b‖ / ‖b‖ of tensors together, those without a counterpart left out; infinite where not
+    the same ones are finite."""
+    pairs = [(a.float(), b.float()) for a, b in zip(mine, theirs, strict=True) if b is not None]
+    if not pairs:
+        return 0.0
+    if any(not torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs):
+        return math.inf
+    apart = torch.stack([(a - b).nan_to_num(0, 0, 0).norm() for a, b in pairs]).norm()
+    whole = torch.stack([b.nan_to_num(0, 0, 0).norm() for _, b in pairs]).norm()
+    return float(apart / whole) if whole else float(apart)
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, float]:
+    """The result of a work, and its seconds with the device's part."""
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return result, time.perf_counter() - started

@@ -1,0 +1,207 @@
+"""Recorded passes: the plain ones' bytes, from operators alone, and a plain run where they fail."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sd_lora.adapters.inject import lora_layers
+from sd_lora.report.events import Warned
+from sd_lora.training import graphs, loop
+from sd_lora.training.checkpoint import factors_of
+from sd_lora.training.graphs import WARM, Graphs
+from sd_lora.training.losses import LossLog
+from sd_lora.training.run import Run
+from sd_lora.training.setup import prepared_run
+from tests.training.recorder import Recorder
+from tests.training.runs import dreambooth, images, text_to_image
+
+STEPS = WARM + 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return images(tmp_path_factory.mktemp("images"))
+
+
+def trained(
+    config: Any, recorder: Any = None
+) -> tuple[list[float], dict[str, Any], Run, list[Any]]:
+    """Losses and factors of a run's steps, recorded or plain, the run, and its warnings."""
+    events: list[Any] = []
+    with prepared_run(config, [events.append]) as run:
+        torch.manual_seed(3)
+        for parameter in lora_layers(run.models["unet"]):  # B = 0 would give A no gradient
+            parameter.data.normal_(std=0.05)
+        if recorder:
+            run.graphs = Graphs(run.models["unet"], run.fast_models, recorder)
+        log = LossLog(run)
+        loop.train_steps(run, log)
+        factors = {name: tensor.clone() for name, tensor in factors_of(run.models).items()}
+        said = [f for e in events if isinstance(e, Warned) for f in e.findings]
+        return log.losses, factors, run, [f for f in said if "graphs" in f.code]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "attention": {"targets": "attention"},
+    "conv": {},
+    "sdxl": {"targets": "attention"},
+    "general path": {"use_dora": True},
+    "accumulated": {"gradient_accumulation_steps": 2, "train_batch_size": 2},
+    "recomputed": {"gradient_checkpointing": True},
+    "learned weights": {"edm2_loss_weighting": True},
+    "text": {"train_text_encoder": True},
+    "parts": {"train_batch_size": 4},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_recorded_run_is_the_plain_one(
+    case: str, tiny_sd1: Path, tiny_sdxl: Path, data: Path, tmp_path: Path
+) -> None:
+    """Losses of all steps and the factors after them are those of a plain run to the bit: each step
+    has other images, captions, noise, timesteps and learning rates, which reach the recorded
+    operators through tensors alone. No number of the pass comes from the host while it is recorded.
+    The first passes are plain, one compares, and the others run no Python of the model."""
+    model = tiny_sdxl if case == "sdxl" else tiny_sd1
+    more = {"max_train_steps": STEPS, "lr_scheduler": "linear"} | CASES[case]
+    make: Callable[..., Any] = dreambooth if case == "text" else text_to_image
+    found = []
+    for recorder in (None, Recorder()):
+        config = make(model, data, tmp_path / str(bool(recorder)), **more)
+        found.append(trained(config, recorder))
+    (losses, factors, *_), (mine, my_factors, run, said) = found
+    assert mine == losses
+    assert factors.keys() == my_factors.keys()
+    assert all(torch.equal(my_factors[name], factors[name]) for name in factors)
+    assert run.graphs
+    forms = run.graphs.forms.values()
+    assert any(form.proved for form in forms), [f.details for f in said]
+    assert recorder.recorded == sum(form.recorded is not None for form in forms)
+    assert [finding.code for finding in said] == ["graphs"]
+
+
+class ReadsANumber(Recorder):
+    """Fails as a CUDA device does where the pass waits for a number."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        return super().__call__(lambda: (work(), torch.ones(1).item())[0])
+
+
+class LeavesOut(Recorder):
+    """Replays nothing: the results stay those of the recorded batch, as of a value that Python has
+    put into the operators."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        super().__call__(work)
+        return lambda: None
+
+
+class OutOfMemory(Recorder):
+    """Has no room for a second set of activations."""
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize(
+    ("recorder", "reason"),
+    [
+        (ReadsANumber, "gives the host a number"),
+        (LeavesOut, "a recorded pass differed from the plain one by"),
+        (OutOfMemory, "there is no memory for a second set of activations"),
+    ],
+)
+def test_a_pass_that_cannot_be_recorded_is_plain(
+    recorder: Any, reason: str, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A recording that fails, or gives other results than the plain pass, is told with its reason
+    once, and the run's losses and factors are those of a run that never records."""
+    found = []
+    for ours in (None, recorder()):
+        config = text_to_image(tiny_sd1, data, tmp_path / str(bool(ours)), max_train_steps=STEPS)
+        found.append(trained(config, ours))
+    (losses, factors, *_), (mine, my_factors, _, said) = found
+    assert mine == losses
+    assert all(torch.equal(my_factors[name], factors[name]) for name in factors)
+    (finding,) = said
+    assert finding.code == "no-graphs"
+    assert reason in finding.details
+
+
+def test_each_form_of_batch_has_its_recording(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images of two shapes make two forms, both recorded, in a run to the bit as the plain one;
+    with room for one recording the other form stays plain, with the same bytes."""
+    data = images(tmp_path / "wide", 2, (128, 64))
+    more = images(tmp_path / "square", 2)
+    for path in more.glob("*.png"):
+        path.rename(data / f"square_{path.name}")
+    (data / "metadata.jsonl").unlink()
+    found = []
+    for name, most in (("plain", 0), ("two", 2), ("one", 1)):
+        monkeypatch.setattr(graphs, "MOST", most)
+        config = text_to_image(
+            tiny_sd1, data, tmp_path / name, max_train_steps=4 * WARM, train_batch_size=2,
+            caption_default="a thing",
+        )  # fmt: skip
+        recorder = Recorder() if most else None
+        losses, factors, *_ = trained(config, recorder)
+        assert (recorder.recorded if recorder else 0) == most
+        found.append((losses, factors))
+    for losses, factors in found[1:]:
+        assert losses == found[0][0]
+        assert all(torch.equal(factors[name], found[0][1][name]) for name in factors)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({}, "this run is on no NVIDIA GPU"),
+        ({"cuda_graphs": "off"}, None),
+    ],
+)
+def test_a_run_without_graphs_says_why(
+    options: dict[str, Any], reason: str | None, tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A run that asks for graphs and cannot have them has the reason among its summary's notes."""
+    config = text_to_image(tiny_sd1, data, tmp_path, **({"cuda_graphs": "auto"} | options))
+    with prepared_run(config) as run:
+        assert run.graphs is None
+        notes = [note for note in run.summary.notes if "CUDA graphs" in note]
+    assert notes == ([f"no CUDA graphs: {reason}"] if reason else [])
+
+
+def test_losses_without_a_gradient_are_no_training(
+    tiny_sd1: Path, data: Path, tmp_path: Path
+) -> None:
+    """A batch that is measured alone leaves no losses in the ledger; a trained one leaves its."""
+    with prepared_run(text_to_image(tiny_sd1, data, tmp_path)) as run:
+        batch = run.batch(0)
+        assert batch is not None
+        with torch.no_grad():
+            loop.batch_loss(run, batch, 0)
+        assert not run.ledger.waiting
+        loop.batch_loss(run, batch, 0)
+        assert len(run.ledger.waiting) == 1
+
+
+@pytest.mark.gpu
+def test_a_card_records_the_same_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """On a GPU, a run with graphs has the losses and factors of one without, its forms are proved,
+    and their memory is one for all."""
+    found = []
+    for word in ("off", "auto"):
+        config = text_to_image(
+            tiny_sd1, data, tmp_path / word, max_train_steps=STEPS, cuda_graphs=word,
+        )  # fmt: skip
+        found.append(trained(config))
+    (losses, factors, *_), (mine, my_factors, run, said) = found
+    assert run.graphs
+    assert [finding.code for finding in said] == ["graphs"], said
+    torch.testing.assert_close(mine, losses, rtol=1e-4, atol=0)
+    for name, tensor in factors.items():
+        torch.testing.assert_close(my_factors[name], tensor, rtol=1e-3, atol=1e-6)
