@@ -1,4 +1,5 @@
-"""The way in which a step goes through the device: the same samples and losses with less memory."""
+"""The way in which a step goes through the device: the same samples and losses with less memory, or
+in less time."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,17 +10,19 @@ from sd_lora.errors import UsageError
 
 @dataclass(frozen=True)
 class Fit:
-    """Means by which a step takes less memory than its options say.
+    """Means by which a step takes less memory than its options say, or less time.
 
     The samples of a step, their noise and their weights stay as they are, so a step's loss and
     gradient differ by the order of float sums alone; dropout masks of the deltas are others.
 
     checkpointing: activations are recomputed, though `gradient_checkpointing` is off. at_once: most
-    images that go forward and backward together; None: all of a micro-batch.
+    images that go forward and backward together; None: all of a micro-batch. compiled: transformer
+    blocks compute by compiled programs.
     """
 
     checkpointing: bool = False
     at_once: int | None = None
+    compiled: bool = False
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Fit":
@@ -33,7 +36,7 @@ class Fit:
 
     @property
     def text(self) -> str:
-        """In words, "" for a step as its options say it."""
+        """The means that take less memory, in words; "" for a step as its options say it."""
         most = "1 image" if self.at_once == 1 else f"at most {self.at_once} images"
         words = ["gradient checkpointing"] * self.checkpointing
         return ", ".join(words + [f"{most} at once"] * (self.at_once is not None))

@@ -33,6 +33,7 @@ from sd_lora.seeds import seed_for
 from sd_lora.training.batch_loss import batch_loss
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
+from sd_lora.training.compiled import try_compiled
 from sd_lora.training.export import export, export_words, shared_config, usage
 from sd_lora.training.failure import told_once
 from sd_lora.training.fast.step import fast
@@ -134,6 +135,7 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     started = time.monotonic()
     with prepared_run(config, [*listeners, RunPage(config)], resumed) as run:
         try_largest(run, accumulate)
+        try_compiled(run, accumulate)
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))

@@ -192,7 +192,7 @@ def _attempt(run: Run, number: int, accumulate: Accumulate) -> str:
     """Go forward and backward with a micro-batch, and forget it; returns "", or the reason why it
     does not fit."""
     try:
-        _go(run, number, accumulate)
+        go_once(run, number, accumulate)
     except RunError:  # a lost image, of which its own step tells
         return ""
     except Exception as error:
@@ -200,27 +200,29 @@ def _attempt(run: Run, number: int, accumulate: Accumulate) -> str:
             raise
         let_go(error)
         return _refused(run, number, error)
-    finally:
-        for parameter in run.parameters:
-            parameter.grad = None
-        if run.objective.uncertainty:
-            run.objective.uncertainty.forget()
     return ""
 
 
-def _go(run: Run, number: int, accumulate: Accumulate) -> None:
-    """Go forward and backward beside the room of all that comes after the first step: the
-    optimiser's state, and the buckets of gradients that DistributedDataParallel makes anew then."""
+def go_once(run: Run, number: int, accumulate: Accumulate) -> None:
+    """Go forward and backward with a micro-batch, and forget it, beside the room of all that comes
+    after the first step: the optimiser's state, and the buckets of gradients that
+    DistributedDataParallel makes anew then."""
     bare, device = _unwrapped(run), run.accelerator.device
     text = replace(run.text, learning={name: bare[name] for name in run.text.learning})
     alone = replace(run, prepared=bare, text=text, graphs=None)
     each = optimizer_of(run.config).state_bytes + 4 * (run.accelerator.num_processes > 1)
     later = round(each * sum(p.numel() for p in run.parameters))
     kind = device.type if device.type in ("cuda", "xpu") else ""
-    with torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
-        room = torch.empty(later, dtype=torch.uint8, device=device)
-        accumulate(alone, number, run.stream.batch(number), run.first_step)
-        del room
+    try:
+        with torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
+            room = torch.empty(later, dtype=torch.uint8, device=device)
+            accumulate(alone, number, run.stream.batch(number), run.first_step)
+            del room
+    finally:
+        for parameter in run.parameters:
+            parameter.grad = None
+        if run.objective.uncertainty:
+            run.objective.uncertainty.forget()
 
 
 def _unwrapped(run: Run) -> dict[str, torch.nn.Module]:

@@ -97,12 +97,19 @@ class Stack(Factors):
     def product(self) -> Any:
         return StackedJoint if self.joint else StackedSum
 
-    def forward_of_one(self) -> Any:
-        """The forward pass of a stack of one layer."""
-        if self.joint:
-            return lambda input: self(input)[0]
+
+class Alone:
+    """A stack of one layer, as that layer."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+
+    def __call__(self, input: Tensor) -> Tensor:
+        stack = self.stack
+        if stack.joint:
+            return stack(input)[0]
         # the general path's own operator: the same sums in the same order
-        return lambda input: low_rank_linear(input, self.W, self.bias, self.A, self.B[0], 1.0)
+        return low_rank_linear(input, stack.W, stack.bias, stack.A, stack.B[0], 1.0)
 
 
 class FrozenStack:

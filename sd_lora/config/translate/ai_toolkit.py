@@ -11,6 +11,7 @@ from sd_lora.config.rows import SCHEDULES
 from sd_lora.config.translate.prompts import of_list, of_row
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
+    COMPILE,
     Given,
     Row,
     Taken,
@@ -261,11 +262,11 @@ AI_TOOLKIT: dict[str, Row] = {
         "--prediction_type", "is a type of prediction", prediction_type="v_prediction"),
     "model.quantize": stored_in(
         {"qfloat8": "fp8", "qint8": "int8"}, named=("model.qtype", "qfloat8")),
+    "model.compile": COMPILE,
     **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.layer_offloading",
-        "model.compile"), absent(NOT_THERE)),
+        "model.refiner_name_or_path"), absent(NOT_THERE)),
     "model.dtype": needless("is not needed: mixed_precision says it"),
     "model.lora_path": absent("is sd-lora bake before the run", here="sd-lora bake"),
-    "model.refiner_name_or_path": absent(NOT_THERE),
     "model.unet_path": absent("is a part of the model here"),
     **dict.fromkeys(("model.qtype", "model.qtype_te", "model.model_kwargs",
         "model.quantize_kwargs"), needless("belongs to quantize")),

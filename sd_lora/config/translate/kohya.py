@@ -12,6 +12,7 @@ from sd_lora.config.translate.kohya_network import NETWORK, is_lycoris
 from sd_lora.config.translate.prompts import of_file
 from sd_lora.config.translate.rates import argument, arguments, betas, optimizer, own_rate
 from sd_lora.config.translate.rows import (
+    COMPILE,
     STORED,
     Given,
     Row,
@@ -301,7 +302,7 @@ KOHYA: dict[str, Row] = NETWORK | {
     "xformers": needless(_SDPA),
     "sdpa": needless(_SDPA),
     "mem_eff_attn": needless(_SDPA),
-    "torch_compile": absent(NOT_THERE),
+    "torch_compile": COMPILE,
     "dynamo_backend": absent(NOT_THERE, idle=("inductor", "no")),
     "lowram": needless("is not needed: the base is loaded once"),
     "highvram": needless("is not needed"),

@@ -14,6 +14,7 @@ from sd_lora.config.translate.onetrainer_objective import NOT_THERE, OBJECTIVE
 from sd_lora.config.translate.prompts import of_list
 from sd_lora.config.translate.rates import argument, arguments, optimizer, own_rate
 from sd_lora.config.translate.rows import (
+    COMPILE,
     Given,
     Kind,
     Row,
@@ -306,7 +307,7 @@ ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     **dict.fromkeys(("validate_after", "validate_after_unit"), needless("belongs to validation")),
     "custom_conditioning_image": absent(NOT_THERE),
     "force_circular_padding": absent(NOT_THERE),
-    "compile": absent(NOT_THERE),
+    "compile": COMPILE,
     "samples": taking("--sample_prompts", "", lambda value, given: of_list(
         [row for row in value or [] if not isinstance(row, dict) or row.get("enabled", True)])),
     "sample_definition_file_name": taking("--sample_prompts", "", sample_file),

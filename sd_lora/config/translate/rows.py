@@ -112,6 +112,11 @@ def otherwise(name: str, reason: str, convert: Callable[[Any], Any] = lambda val
     return Row(f"--{name}", reason, take)
 
 
+COMPILE = switch(
+    "--compile",
+    "compiles the UNet's transformer blocks alone, where that is measured to be faster",
+    compile="auto",
+)
 STORED = "is the storage of the linear layers of the UNet's transformers alone"
 """Predicate of a base in few bits elsewhere, which `base_precision` is here."""
 

@@ -6,6 +6,7 @@ size.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,6 +81,72 @@ def transformer_block(block: Any) -> Forward:
         h = attn1(norm1(h), None, attention_mask) + h
         h = attn2(norm2(h), encoder_hidden_states, encoder_attention_mask) + h
         return narrow(widen(norm3(h))) + h
+
+    return forward
+
+
+@dataclass(eq=False)
+class BlockParts:
+    """The layers of a transformer block, as functions of tokens (B, tokens, width), and its heads.
+
+    qkv: query, key and value of the input. query: of the input, for the text. widen: a and b of
+    GEGLU.
+    """
+
+    norm1: nn.Module
+    qkv: Stack
+    out1: Project
+    norm2: nn.Module
+    query: Project
+    out2: Project
+    norm3: nn.Module
+    widen: Project
+    narrow: Project
+    heads1: int
+    heads2: int
+
+
+Pass = Callable[[BlockParts, Tensor, Tensor, Tensor], Tensor]
+
+
+def block_pass(parts: BlockParts, h: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Output of a transformer block for tokens (B, tokens, width) and the text's keys and values
+    (B, text tokens, width).
+
+    Of the parts alone, so that a compiler makes one program for all blocks of a width.
+    """
+    h = parts.out1(_attend(parts.heads1, *parts.qkv(parts.norm1(h)))) + h
+    h = parts.out2(_attend(parts.heads2, parts.query(parts.norm2(h)), key, value)) + h
+    return parts.narrow(Geglu.apply(parts.widen(parts.norm3(h)))) + h
+
+
+@dataclass
+class Way:
+    """How a model's transformer blocks compute. compute: `block_pass`, or a compiled one. blocks:
+    number of those that do."""
+
+    compute: Pass = block_pass
+    blocks: int = 0
+
+
+def whole_block(
+    block: Any, parts: BlockParts, general: Forward,
+    keys_values: Mapping[tuple[int, nn.Module], tuple[Tensor, ...]], way: Way,
+) -> Forward:  # fmt: skip
+    """A transformer block as one function of its parts. general: where attention has masks."""
+    attn2 = block.attn2
+
+    def forward(
+        hidden_states: Tensor, attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None, encoder_attention_mask: Tensor | None = None,
+        *_: object, **__: object,
+    ) -> Tensor:  # fmt: skip
+        if attention_mask is not None or encoder_attention_mask is not None:
+            return general(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask
+            )
+        key, value = keys_values[id(encoder_hidden_states), attn2]
+        return way.compute(parts, hidden_states, key, value)
 
     return forward
 

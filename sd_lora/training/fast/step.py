@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
+from sd_lora.adapters.fast.copies import Alone, ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.layers import (
     Forward,
     adapted_conv,
@@ -51,12 +51,12 @@ class FastModel:
             else:
                 stack = Stack([own])
                 factors.append(stack)
-                self.forwards[layer] = stack.forward_of_one()
+                self.forwards[layer] = Alone(stack)
         bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
         for module in model.modules():
             if is_plain_conv(module) and module not in parts.inside | bases:
                 self.forwards[module] = frozen_conv(module)
-        self.copies, self.shared = Copies(factors), parts.shared
+        self.copies, self.shared, self.way = Copies(factors), parts.shared, parts.way
         self._dicts = [(vars(module), forward) for module, forward in self.forwards.items()]
         self._is_in = False
         self._outer: Forward | None = None  # accelerate's own wrapping of the model's forward pass

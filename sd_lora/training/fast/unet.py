@@ -17,7 +17,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from sd_lora.adapters.fast.copies import ConvFactors, Factors, FrozenStack, Stack
+from sd_lora.adapters.fast.copies import Alone, ConvFactors, Factors, FrozenStack, Stack
 from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
 from sd_lora.adapters.fast.residual import Block, Convolution, Norm
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
@@ -73,7 +73,8 @@ class Parts:
     """The parts of a model that are computed together.
 
     factors: with working copies. inside: the adapted layers and convolutions that a larger part
-    computes. forwards: module → forward pass. shared: outputs that its layers share.
+    computes. forwards: module → forward pass. shared: outputs that its layers share. way: by which
+    transformer blocks compute. self_attentions: attention → its query, key and value.
     """
 
     def __init__(self, model: nn.Module, plain: Plain) -> None:
@@ -81,6 +82,8 @@ class Parts:
         self.inside: set[nn.Module] = set()
         self.forwards: dict[nn.Module, Forward] = {}
         self.shared = Shared()
+        self.way = blocks.Way()
+        self.self_attentions: dict[nn.Module, Stack] = {}
         self._plain = plain
         if type(model) is not UNet2DConditionModel:
             return
@@ -96,7 +99,7 @@ class Parts:
             if _is_usual_geglu(module):
                 self.forwards[module] = blocks.geglu(module)
             elif _is_usual_block(module):
-                self.forwards[module] = blocks.transformer_block(module)
+                self._add_block(module)
             elif _is_usual_transformer(module):
                 self._add_transformer(module)
 
@@ -115,7 +118,10 @@ class Parts:
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
             if self._alike(linears):
-                self.forwards[attention] = blocks.self_attention(attention, self._stack(linears))
+                self.self_attentions[attention] = self._stack(linears)
+                self.forwards[attention] = blocks.self_attention(
+                    attention, self.self_attentions[attention]
+                )
 
     def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
@@ -164,6 +170,33 @@ class Parts:
         self.factors.append(factors)
         return Convolution(conv.base, factors)
 
+    def _add_block(self, block: Any) -> None:
+        """A transformer block as one function, where its attentions are stacks."""
+        general, keys_values = blocks.transformer_block(block), self.shared.keys_values
+        self.forwards[block] = general
+        texts = {reader for _, readers in self.shared.of_text for reader in readers}
+        if block.attn1 not in self.self_attentions or block.attn2 not in texts:
+            return
+        widen, _, narrow = block.ff.net
+        if not _is_usual_geglu(widen):
+            return
+        parts = blocks.BlockParts(
+            block.norm1, self.self_attentions[block.attn1], self._product(block.attn1.to_out[0]),
+            block.norm2, self._product(block.attn2.to_q), self._product(block.attn2.to_out[0]),
+            block.norm3, self._product(widen.proj), self._product(narrow),
+            block.attn1.heads, block.attn2.heads,
+        )  # fmt: skip
+        self.forwards[block] = blocks.whole_block(block, parts, general, keys_values, self.way)
+        self.way.blocks += 1
+
+    def _product(self, linear: Any) -> blocks.Project:
+        """The product of a linear layer: of its stack, where it is plain LoRA."""
+        if linear not in self._plain:
+            return linear
+        alone = Alone(self._stack([linear]))
+        self.forwards[linear] = alone
+        return alone
+
     def _add_transformer(self, model: Any) -> None:
         """A transformer whose projections are linear layers, or 1×1 convolutions, which are."""
         projections = model.proj_in, model.proj_out
@@ -173,7 +206,7 @@ class Parts:
 
     def _projection(self, module: Any) -> blocks.Project:
         if isinstance(module, AdaptedConv):
-            return self._stack([module]).forward_of_one()
+            return Alone(self._stack([module]))
         if not isinstance(module, nn.Conv2d):
             return module
         self.inside.add(module)

@@ -1,0 +1,131 @@
+"""Compiled transformer blocks: measured before the first step, and used where they pay.
+
+torch.compile makes one program for all blocks of a width, forward and backward, in which norms,
+activations and sums are no kernels of their own. It takes tens of seconds and may win a tenth of a
+step, or lose: at Stable Diffusion's widths a CPU is slower with it. So the run's first batch
+goes both ways, and is thrown away, as in the trial of the largest batch.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sd_lora.errors import RunError
+from sd_lora.report.summary import duration
+from sd_lora.training.fast.blocks import BlockParts, Pass, Way, block_pass
+from sd_lora.training.run import Run
+from sd_lora.training.trial import Accumulate, Parts, go_once
+
+TIMES = 3
+"""Passes of each way that are timed, after one that is not."""
+
+SHORT = 120.0
+"""Seconds of all of a run's passes below which nothing is compiled: it takes 20 to 100 seconds."""
+
+Compiler = Callable[[Pass], Pass]
+
+
+def inductor(compute: Pass) -> Pass:
+    """Compiled by torch's own compiler, for the sizes that it meets; see `of_any_size`."""
+    return torch.compile(compute, dynamic=False)
+
+
+def of_any_size(compute: Pass) -> Pass:
+    """A compiled pass whose program takes any number of images and of their tokens: else each
+    bucket would have its own."""
+
+    def marked(parts: BlockParts, h: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        for tensor, dims in ((h, (0, 1)), (key, (0,)), (value, (0,))):
+            for dim in dims:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        return compute(parts, h, key, value)
+
+    return marked
+
+
+def try_compiled(run: Run, accumulate: Accumulate, compiler: Compiler = inductor) -> None:
+    """Let a run's blocks compute by compiled programs from now on, if it is faster so.
+
+    A resumed run goes the way that its checkpoint says, for the last bits differ. The summary says
+    what was measured, or why nothing is compiled.
+    """
+    if run.config.compile == "off":
+        run.fit = replace(run.fit, compiled=False)
+        return
+    ways = [model.way for model in run.fast_models if model.way.blocks]
+    reason = next((text for holds, text in REASONS if holds(run)), "")
+    reason = reason or ("" if ways else "no block here is Stable Diffusion's with plain LoRA alone")
+    if reason:
+        run.fit = replace(run.fit, compiled=False)
+        run.summary.notes.append(f"nothing is compiled: {reason}")
+    elif run.saved:
+        if run.fit.compiled:
+            _compile(run, ways, compiler)
+            run.summary.rows["compile"] = "transformer blocks, as before the checkpoint"
+    else:
+        run.summary.rows["compile"] = _measured(run, ways, accumulate, compiler)
+
+
+REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
+    (
+        lambda run: run.accelerator.num_processes > 1,
+        "on several processes no batch can go forward and backward alone",
+    ),
+    (lambda run: not hasattr(torch, "compile"), "this torch has no compiler"),
+)
+"""Runs without compiled blocks, and why."""
+
+
+def _compile(run: Run, ways: list[Way], compiler: Compiler) -> None:
+    compute = compiler(block_pass)
+    if len(Parts.of(run).numbers) > 1:
+        compute = of_any_size(compute)
+    for way in ways:
+        way.compute = compute
+
+
+def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compiler) -> str:
+    """Take the faster way; returns what was found, for the summary."""
+    first = run.plan.epochs.first_of_step(run.first_step)
+    left = len(run.stream) - first
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        go_once(run, first, accumulate)
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    try:
+        seconds()
+    except RunError as error:  # a lost image, of which its own step tells
+        return f"no: {error}"
+    plain = statistics.median(seconds() for _ in range(TIMES))
+    if plain * left < SHORT:
+        return f"no: the run's {left} batches take {duration(plain * left)} without"
+    try:
+        _compile(run, ways, compiler)
+        compiling = seconds()
+        compiled = statistics.median(seconds() for _ in range(TIMES))
+    except Exception as error:  # compilers, and the programs that they need, fail in many ways
+        _plain(ways)
+        return f"no: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    both = f"a batch takes {compiled:.3g} s, {plain:.3g} s without"
+    gain = plain - compiled
+    if gain <= 0:
+        _plain(ways)
+        return f"no: {both}"
+    run.fit = replace(run.fit, compiled=True)
+    even = round((compiling - compiled) / gain)
+    late = f", and the run has {left:,}" * (even > left)
+    cost = f"{compiling:.0f} s of compiling are made up after {even:,} batches{late}"
+    return f"transformer blocks: {both}; {cost}"
+
+
+def _plain(ways: list[Way]) -> None:
+    for way in ways:
+        way.compute = block_pass
