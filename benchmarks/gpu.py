@@ -29,7 +29,10 @@ from sd_lora.config.command_line import parse
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.published_configs import CONFIGS
+from sd_lora.training.compiled import inductor
+from sd_lora.training.fast.blocks import block_pass
 from sd_lora.training.fast.step import fast
+from sd_lora.training.graphs import WARM, CudaRecorder, Gradients, Record
 from sd_lora.training.memory import GIB, Shape, StepBytes, count_step
 
 ROOT = Path(__file__).parent.parent
@@ -70,6 +73,10 @@ CELLS = (
 )
 """In the order of what is wanted first; the goals are about these."""
 NAMES = ("ours", "general", "peft")
+WAYS = {"graphed": ("graphs",), "compiled": ("compile",), "both": ("graphs", "compile")}
+"""Ways of ours in which the host has less to do."""
+HOST_BOUND = 4
+"""Most samples of a batch whose ways are measured: larger ones keep the card busy as they are."""
 
 
 @dataclass
@@ -128,14 +135,16 @@ def product_rate() -> float:
     return 2 * n**3 / median_seconds(lambda: a @ b, 10) / 1e12
 
 
-def run(found: Found, precision: str) -> None:
-    """A whole run on the embedded base, as users start it: the mean loss of both halves."""
-    out = found.folder / f"run-{precision}"
+def run(found: Found, precision: str, graphs: str = "off") -> None:
+    """A whole run on the embedded base, as users start it: the mean loss of both halves, and what
+    it says of graphs."""
+    out = found.folder / f"run-{precision}-{graphs}"
     command = [
         sys.executable, "-m", "sd_lora", "train", "--config",
         "sample_data/configs/dreambooth.toml", "--mixed_precision", precision,
         "--output_dir", str(out), "--max_train_steps", "100" if CUDA else "4",
         "--lr_warmup_steps", "0", "--num_validation_images", "0", "--report_to", "none",
+        "--cuda_graphs", graphs,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
@@ -147,7 +156,9 @@ def run(found: Found, precision: str) -> None:
     losses = [row["loss"] for row in map(json.loads, lines) if "loss" in row]
     half = len(losses) // 2
     first, last_half = statistics.fmean(losses[:half]), statistics.fmean(losses[half:])
-    found.say(f"run, {precision}", {"loss, halves": [round(first, 4), round(last_half, 4)]})
+    said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "graphs" in line]
+    halves = [round(first, 4), round(last_half, 4)]
+    found.say(f"run, {precision}, graphs {graphs}", {"loss, halves": halves, "said": said})
 
 
 def counted(cell: Cell) -> StepBytes:
@@ -175,12 +186,43 @@ class Step:
         self.given, trained = given, self.candidate.trained
         self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
 
-    def __call__(self) -> None:
+    def backward(self) -> None:
         with fast(self.candidate.fast):
             self.candidate.forward(self.given).backward()
+
+    def __call__(self) -> None:
+        self.backward()
         clip_grad_norm_(self.candidate.trained, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class FreedStep(Step):
+    """A step of ours with less work for the host, by a row of `WAYS`."""
+
+    def __init__(
+        self, name: str, config: Any, cell: Cell, given: dict[str, Any],
+        recorder: Callable[[], Record] = CudaRecorder,
+    ) -> None:  # fmt: skip
+        super().__init__("ours", config, cell, given)
+        self.gradients = Gradients(self.candidate.unet)
+        if "compile" in WAYS[name]:
+            for model in self.candidate.fast:
+                model.way.compute = inductor(block_pass)
+        self.replay: Callable[[], object] = self.summed
+        if "graphs" in WAYS[name]:
+            for _ in range(WARM):
+                self.summed()
+            self.replay = recorder()(self.summed)
+
+    def summed(self) -> None:
+        with fast(self.candidate.fast):
+            loss = self.candidate.forward(self.given)
+            self.gradients.add(torch.autograd.grad(loss, self.gradients.parameters))
+
+    def backward(self) -> None:
+        self.gradients.link([True] * len(self.gradients.parameters))
+        self.replay()
 
 
 def steps(found: Found, cell: Cell) -> dict[str, Any]:
@@ -190,11 +232,22 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
     side = SIDES[cell.family] // 8 if CUDA else 8
     with torch.device(DEVICE):
         given = conditions(config, DTYPE, side, cell.batch)
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-    peaks = {}
-    for turn in (NAMES, NAMES[::-1]):
+    ways = tuple(WAYS) if CUDA and cell.batch <= HOST_BOUND else ()
+    names = (*NAMES, *ways)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks, failed = {}, {}
+    for turn in (names, names[::-1]):
         for name in turn:
-            step = Step(name, config, cell, given)
+            if name in failed:
+                continue
+            try:
+                step = (FreedStep if name in WAYS else Step)(name, config, cell, given)
+                step()
+            except Exception as error:
+                if name not in WAYS:
+                    raise
+                failed[name] = f"FAILED: {type(error).__name__}: {str(error)[:200]}"
+                continue
             for _ in range(3 if CUDA else 1):
                 step()
             if CUDA:  # what it takes to make a UNet is no part of a step
@@ -208,13 +261,17 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
             gc.collect()
             if CUDA:
                 torch.cuda.empty_cache()
-    best = {name: min(values) for name, values in seconds.items()}
-    row: dict[str, Any] = asdict(cell) | {
-        "family": cell.family if CUDA else "tiny",
-        "ms": {name: round(1e3 * value, 1) for name, value in best.items()},
-        "ours over peft": round(best["ours"] / best["peft"], 3),
-        "peak GiB": {name: round(value, 2) for name, value in peaks.items()},
-    }
+    best = {name: min(values) for name, values in seconds.items() if values}
+    row: dict[str, Any] = (
+        asdict(cell)
+        | {
+            "family": cell.family if CUDA else "tiny",
+            "ms": {name: round(1e3 * value, 1) for name, value in best.items()},
+            "ours over peft": round(best["ours"] / best["peft"], 3),
+            "peak GiB": {name: round(value, 2) for name, value in peaks.items()},
+        }
+        | failed
+    )
     if CUDA:
         count = counted(cell)
         rate = count.flop / best["ours"] / 1e12
@@ -226,8 +283,9 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
 
 
 HEAD = (
-    "| UNet | targets | batch | checkpointed | ours ms | general ms | peft ms | ours ÷ peft | "
-    "ours GiB | peft GiB | counted GiB | TFLOP/s | of the card's rate |\n|" + "---|" * 13
+    "| UNet | targets | batch | checkpointed | ours ms | general ms | peft ms | graphed ms | "
+    "compiled ms | both ms | ours ÷ peft | ours GiB | graphed GiB | peft GiB | counted GiB | "
+    "TFLOP/s | of the card's rate |\n|" + "---|" * 17
 )
 
 
@@ -238,8 +296,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         ms, peak = row["ms"], row["peak GiB"]
         cells = (
             row["family"], row["targets"], row["batch"], "yes" if row["checkpointed"] else "no",
-            *(ms[name] for name in NAMES), row["ours over peft"], peak.get("ours", ""),
-            peak.get("peft", ""), row.get("counted peak GiB", ""), row.get("TFLOP/s", ""),
+            *(ms.get(name, "") for name in (*NAMES, *WAYS)), row["ours over peft"],
+            *(peak.get(name, "") for name in ("ours", "graphed", "peft")),
+            row.get("counted peak GiB", ""), row.get("TFLOP/s", ""),
             row.get("of the card's rate", ""),
         )  # fmt: skip
         yield "| " + " | ".join(str(cell) for cell in cells) + " |"
@@ -256,8 +315,12 @@ def main() -> None:
     found.attempt(
         "product, TFLOP/s", lambda: found.say("product, TFLOP/s", round(product_rate(), 1))
     )
-    for precision in ("no", "bf16", "fp16") if CUDA else ("no",):
-        found.attempt(f"run, {precision}", lambda precision=precision: run(found, precision))
+    runs = [(p, "off") for p in (("no", "bf16", "fp16") if CUDA else ("no",))]
+    for precision, graphs in [*runs, ("bf16" if CUDA else "no", "auto")]:
+        found.attempt(
+            f"run, {precision}, graphs {graphs}",
+            lambda precision=precision, graphs=graphs: run(found, precision, graphs),
+        )
     for cell in CELLS if CUDA else CELLS[:4:3]:
         name = " ".join(str(value) for value in asdict(cell).values())
         if time.monotonic() - started > args.seconds:

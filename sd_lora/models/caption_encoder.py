@@ -12,6 +12,7 @@ from transformers import CLIPTokenizer
 
 from sd_lora.errors import UsageError
 from sd_lora.models.families import Family
+from sd_lora.transfer import sent
 
 PIECE = 75
 """Tokens that a text encoder reads at once, between its start and end token."""
@@ -68,10 +69,10 @@ class Conditioning:
         """Return a copy on a device; time ids stay float32, in which sizes are exact."""
 
         def moved(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, dtype)
+            return None if tensor is None else sent(tensor, device).to(dtype)
 
         return Conditioning(
-            self.hidden.to(device, dtype),
+            sent(self.hidden, device).to(dtype),
             moved(self.mask, dtype),
             moved(self.pooled, dtype),
             moved(self.time_ids, torch.float32),

@@ -15,6 +15,7 @@ from sd_lora.diffusion.objective import Objective
 from sd_lora.diffusion.uncertainty import reweighted
 from sd_lora.models.caption_encoder import Conditioning
 from sd_lora.training.run import Run
+from sd_lora.transfer import sent
 
 
 def batch_loss(run: Run, batch: Batch, step: int) -> Tensor:
@@ -95,9 +96,9 @@ def asked(run: Run, batch: Batch, step: int) -> Question:
     addresses = [item.address for item in items]
     drawn = run.latents.latents(items, batch.loaded)
     x0, mask = drawn.x0, drawn.mask
-    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
+    noise = sent(objective.noise.draw(x0 / schedule.data_std, addresses), device)
     strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
-    t = objective.timesteps.draw(addresses, strata, pixels).to(device)
+    t = sent(objective.timesteps.draw(addresses, strata, pixels), device)
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
     places = [i for i, item in enumerate(items) if item.preserves]
     if places and run.config.preservation_sampler_steps:
@@ -113,7 +114,7 @@ def asked(run: Run, batch: Batch, step: int) -> Question:
 
 def weights_of(run: Run, batch: Batch, t: Tensor) -> Weights:
     """Weights of a batch's losses. t: timesteps (B,)."""
-    items = torch.tensor([item.weight for item in batch.items], device=t.device)
+    items = sent(torch.tensor([item.weight for item in batch.items]), t.device)
     learned = run.objective.uncertainty
     return Weights(items, learned.factors(t) if learned else None, batch.loss_scale)
 

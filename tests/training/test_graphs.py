@@ -15,6 +15,7 @@ from sd_lora.training.graphs import WARM, Graphs
 from sd_lora.training.losses import LossLog
 from sd_lora.training.run import Run
 from sd_lora.training.setup import prepared_run
+from sd_lora.transfer import sent
 from tests.training.recorder import Recorder
 from tests.training.runs import dreambooth, images, text_to_image
 
@@ -190,6 +191,25 @@ def test_losses_without_a_gradient_are_no_training(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_host_does_not_wait_for_the_card() -> None:
+    """A batch of another size, sent while the card is busy, arrives with its numbers, and the host
+    goes on before the card has done its work."""
+    device = torch.device("cuda")
+    a = torch.randn(8192, 8192, device=device)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        a = a @ a
+    done = torch.cuda.Event()
+    done.record()
+    numbers = torch.arange(300_000.0)
+    there = sent(numbers, device)
+    assert not done.query()
+    assert torch.equal(there.cpu(), numbers)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_card_records_the_same_run(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
     """On a GPU, a run with graphs has the losses and factors of one without, its forms are proved,
     and their memory is one for all."""

@@ -19,6 +19,7 @@ from sd_lora.data.images.masks import draw_mask
 from sd_lora.data.sources.samples import Sample, Source
 from sd_lora.errors import RunError
 from sd_lora.seeds import generator_for
+from sd_lora.transfer import sent
 
 AREA_AT_ONCE = 4 * 512**2
 """Pixels that are encoded at once: four images of 512² take as much memory as one of 1024²."""
@@ -192,7 +193,7 @@ class Latents:
         mask = None
         if any(m is not None for m in masks):
             whole = torch.ones(1, *moments[0].mean.shape[1:])
-            mask = torch.stack([whole if m is None else m for m in masks]).to(self.device)
+            mask = sent(torch.stack([whole if m is None else m for m in masks]), self.device)
         return LatentBatch(self._drawn(moments, items, "latent"), mask)
 
     def _moments(self, loaded: list[LoadedImage]) -> list[Moments]:
@@ -214,7 +215,7 @@ class Latents:
         std = torch.stack([m.std for m in moments]).float()
         generators = [generator_for(*item.address, what) for item in items]
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        return self.scaling.scaled(mean + std * noise).to(self.device)  # one copy a batch
+        return sent(self.scaling.scaled(mean + std * noise), self.device)  # one copy a batch
 
     def masked(self, items: list[BatchItem], loaded: list[LoadedImage]) -> Tensor:
         """Further input channels of an inpainting UNet, (B, 1 + C, H, W) on the device.
