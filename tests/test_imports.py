@@ -46,7 +46,7 @@ def test_a_module_waits_for_its_first_name(runs: list[str]) -> None:
     let_wait(["whole", "room.inner"])
     early = import_module("whole")
     assert find_spec("whole").origin == early.__file__
-    inspect.getmodule(test_a_module_waits_for_its_first_name, __file__)
+    inspect.getmodule(test_a_module_waits_for_its_first_name.__code__)
     assert isinstance(early, Waiting)
     assert runs == ["room"]  # a module is found by its package's path, which is its package's code
     assert early.name == "of whole"
