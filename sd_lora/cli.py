@@ -10,7 +10,8 @@ from typing import NoReturn
 
 import sd_lora
 from sd_lora.errors import RunError, UsageError, did_you_mean
-from sd_lora.streams import encode_everything, quick_imports, quiet_imports
+from sd_lora.imports import quick_imports
+from sd_lora.streams import encode_everything, quiet_imports
 
 _HELP = f"""sd-lora {sd_lora.__version__}: Stable Diffusion LoRAs that load everywhere, exactly.
 

@@ -46,7 +46,7 @@ def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
     check_places(config)
     for note in config.downloads:
         print(note, file=sys.stderr, flush=True)
-    from sd_lora.streams import quick_imports
+    from sd_lora.imports import quick_imports
 
     with quick_imports():
         from sd_lora import check as data_check
@@ -123,7 +123,7 @@ def doctor(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="everything, for scripts")
     args = parser.parse(argv)
     from sd_lora.doctor import table
-    from sd_lora.streams import quick_imports
+    from sd_lora.imports import quick_imports
 
     with quick_imports():
         parts = table.examine()

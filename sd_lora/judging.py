@@ -24,7 +24,7 @@ def judge(argv: Sequence[str]) -> None:
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
     from sd_lora.formats.lora_file import open_lora
-    from sd_lora.streams import quick_imports
+    from sd_lora.imports import quick_imports
 
     adapted = {component for path in args.files for component in open_lora(path).adapter}
     options = measuring(bool(adapted - {"unet"})).items()
@@ -81,8 +81,8 @@ def compare(argv: Sequence[str]) -> None:
     from sd_lora.config.command_line import parse
     from sd_lora.data.check.places import check_places
     from sd_lora.data.sources.open import has_captions
+    from sd_lora.imports import quick_imports
     from sd_lora.report.record import read_record
-    from sd_lora.streams import quick_imports
 
     record = read_record(args.run)
     given = ["--config", str(args.run / "config.json")]

@@ -6,12 +6,9 @@ of folders in other scripts.
 """
 
 import codecs
-import gc
 import io
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 PLAIN = {
     "×": "x", "Δ": "d", "‖": "|", "σ": "s", "Σ": "sum ", "²": "^2", "γ": "gamma", "−": "-",
@@ -55,25 +52,6 @@ def quiet_imports() -> None:
         logger = logging.getLogger(name)
         if not any(isinstance(known, _Unasked) for known in logger.filters):
             logger.addFilter(_Unasked(start))
-
-
-@contextmanager
-def quick_imports() -> Iterator[None]:
-    """Import large libraries without the collector of reference cycles, and keep their objects out
-    of its later passes.
-
-    5,000 modules make a million objects that live as long as the process. Passes over them took 1.3
-    of 6.1 s (torch 2.13, diffusers 0.42), and each one later in the run would walk them again.
-    """
-    if "torch" in sys.modules or not gc.isenabled():  # loaded already, or somebody's choice
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-        gc.freeze()
-    finally:
-        gc.enable()
 
 
 class _Unasked(logging.Filter):

@@ -74,7 +74,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def frozen_libraries() -> None:
     """Keep the objects of libraries out of the garbage collector's passes, as a command does
-    (`sd_lora.streams.quick_imports`): they are a million and live as long as the process, and a
+    (`sd_lora.imports.quick_imports`): they are a million and live as long as the process, and a
     pass over them took 0.4 of a tiny run's 1.6 s."""
     if len(sys.modules) > LOADED["modules"] + 50:
         gc.collect()

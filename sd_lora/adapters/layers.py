@@ -124,6 +124,13 @@ class AdaptedLayer(nn.Module):
         # torch.compile guards on a dictionary's length but not on its truth (torch 2.13)
         return len(self._originals) > 0
 
+    @property
+    def is_idle(self) -> bool:
+        """True if the layer computes as its base because B is zero, as that of a fresh LoRA is.
+        Of deltas without factors that is not known."""
+        factors = None if self._has_bias_delta else self._low_rank_factors()
+        return factors is not None and not bool(factors[1].any())
+
     def deltas_by_path(self) -> dict[str, Delta]:
         """Parameter path → delta."""
         return {key.replace("/", "."): delta for key, delta in self.deltas.items()}  # type: ignore[misc]
@@ -191,8 +198,8 @@ class AdaptedLayer(nn.Module):
         setattr(self.base.get_submodule(module), name, parameter)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.is_merged:
-            return self.base(*args, **kwargs)
+        if self.is_merged or (not self.strength and not torch.is_grad_enabled()):
+            return self.base(*args, **kwargs)  # with gradients, factors get zeros
         strength = self.strength
         if self.module_dropout and self.training:
             # drawn on the CPU: a branch on a GPU's number would wait for the GPU

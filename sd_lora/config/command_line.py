@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from sd_lora.config.flags import Parser, build_parser, is_flag, show_help
-from sd_lora.config.foreign_flags import MANY, answered, near, take_foreign, unknown_words
+from sd_lora.config.foreign_flags import (
+    MANY,
+    answered,
+    known_elsewhere,
+    near,
+    take_foreign,
+    unknown_words,
+)
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import NO_PROMPT
 from sd_lora.config.options.run import PUBLISHED, named_after
@@ -24,7 +31,6 @@ from sd_lora.config.schema import (
 )
 from sd_lora.config.spelling import Spelling, spelling_of
 from sd_lora.config.translate.diffusers import BESIDE_OPTIONS
-from sd_lora.config.translate.peers import known_elsewhere
 from sd_lora.config.values import plain_value, read_table
 from sd_lora.errors import Problem, UsageError, refuse
 

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from sd_lora.adapters.merging import idle_off
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import Interrupted, RunError
@@ -139,9 +140,10 @@ def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
         for finding in run.summary.findings:
             run.emit(FindingMade(finding))
         run.emit(RunPlanned(run.summary))
-        with memory_for("drawing sample images", run.config):
-            before = draw_samples(run, "samples before training")  # of the base, also when resumed
-        draw_base(run)
+        with idle_off(run.models.values()):  # images of the base, also when resumed
+            with memory_for("drawing sample images", run.config):
+                before = draw_samples(run, "samples before training")
+            draw_base(run)
         run.restore()
         log = LossLog(run)
         limit = config.time_limit

@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from sd_lora.adapters.inject import deltas_of
+from sd_lora.adapters.merging import idle_off
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.data.batches.preservation import Preservation
 from sd_lora.data.batches.stream import Stream
@@ -341,7 +342,7 @@ def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning
     wanted = config.class_images
     if not wanted:
         return
-    with memory_for("drawing class images", config):
+    with memory_for("drawing class images", config), idle_off(parts.models.values()):
         fill_class_folder(
             wanted, images.num_class_images, parts, text.caption_encoder,
             images.crop_settings.resolution, checked.accelerator, checked.plan.seed, checked.emit,
