@@ -5,7 +5,7 @@ diffusers looks at each of them in every call; a division by 1 and an added 0 ar
 size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ def self_attention(attention: Any, stack: Stack) -> Forward:
 
 
 def cross_attention(
-    attention: Any, keys_values: Mapping[tuple[int, nn.Module], tuple[Tensor, ...]]
+    attention: Any, keys_values: Callable[[Any, nn.Module], tuple[Tensor, ...]]
 ) -> Forward:
-    """Attention of the text, whose keys and values are there already."""
+    """Attention of the text, whose keys and values are there already. keys_values: of a text, for
+    an attention."""
     heads, to_q, to_out = attention.heads, attention.to_q, attention.to_out[0]
     general = type(attention).forward
 
@@ -48,7 +49,7 @@ def cross_attention(
     ) -> Tensor:  # fmt: skip
         if attention_mask is not None:
             return general(attention, hidden_states, encoder_hidden_states, attention_mask, **more)
-        known = keys_values[id(encoder_hidden_states), attention]
+        known = keys_values(encoder_hidden_states, attention)
         return to_out(_attend(heads, to_q(hidden_states), *known))
 
     return forward
