@@ -75,7 +75,7 @@ class TrainingOptions(SavingOptions):
     memory_budget: str | None = option(None,
         "memory of a step, such as 8GB: as few activations are recomputed as keep it below, by "
         "count, in place of all with gradient_checkpointing",
-        may_change=True)
+        unless={"offload_activations": (True,)}, may_change=True)
     fit: str = option("off",
         "after an out-of-memory of the largest batch, which is tried before the first step: off "
         "says which flags take less; auto takes gradient checkpointing, then fewer images at once, "

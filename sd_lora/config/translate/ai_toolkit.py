@@ -261,8 +261,9 @@ AI_TOOLKIT: dict[str, Row] = {
         "--prediction_type", "is a type of prediction", prediction_type="v_prediction"),
     "model.quantize": stored_in(
         {"qfloat8": "fp8", "qint8": "int8"}, named=("model.qtype", "qfloat8")),
-    **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.layer_offloading",
-        "model.compile"), absent(NOT_THERE)),
+    **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.compile"), absent(NOT_THERE)),
+    "model.layer_offloading": switch(
+        "--offload_weights", "is all blocks of the UNet but two", offload_weights=True),
     "model.dtype": needless("is not needed: mixed_precision says it"),
     "model.lora_path": absent("is sd-lora bake before the run", here="sd-lora bake"),
     "model.refiner_name_or_path": absent(NOT_THERE),
