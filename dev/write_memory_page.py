@@ -85,6 +85,11 @@ def settings(family: str) -> list[Setting]:
         Setting(family, f"subject, `{NO_CHECKPOINTS}`", f"{subject} {NO_CHECKPOINTS}", 2),
         Setting(family, "subject, `--base_precision int8`", f"{subject} --base_precision int8", 2),
         Setting(family, "subject, `--base_precision nf4`", f"{subject} --base_precision nf4", 2),
+        Setting(family, "subject, `--offload_weights`", f"{subject} --offload_weights", 2),
+        Setting(
+            family, f"subject, `{NO_CHECKPOINTS} --offload_activations`",
+            f"{subject} {NO_CHECKPOINTS} --offload_activations", 2,
+        ),
         Setting(
             family, "subject in float32 (`--mixed_precision no`)",
             "--preset subject --mixed_precision no", 2,
@@ -92,6 +97,10 @@ def settings(family: str) -> list[Setting]:
         Setting(
             family, "least: `--targets attention --rank 4 --no-train_text_encoder --batch 1`",
             f"{subject} --targets attention --rank 4 --no-train_text_encoder", 1,
+        ),
+        Setting(
+            family, "least, `--offload_weights`",
+            f"{subject} --targets attention --rank 4 --no-train_text_encoder --offload_weights", 1,
         ),
     ]  # fmt: skip
     return rows

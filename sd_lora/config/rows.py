@@ -145,7 +145,7 @@ def section(name: str) -> Callable[..., Any]:
         package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None = None,
         header: str | None = None, header_form: str = "always", in_record: str = "whole",
         summary: tuple[str, str] | None = None, ignored_by: tuple[str, ...] = (),
-        without_value: str | None = None, dataset_key: str | bool = False,
+        without_value: str | None = None, dataset_key: str | bool = False, costs: str = "",
         short: str | None = None, main: str = "", formerly: str | None = None,
         former_values: Mapping[Any, Any] | None = None, scripts: str = "",
         **names: str,
@@ -166,7 +166,7 @@ def section(name: str) -> Callable[..., Any]:
             only_warns: whether a run starts, with a warning, where it has no effect.
             without_gpu: its effect on a CPU, as a clause, for the warning; or value → a clause.
             may_change: whether a resumed run may change it.
-            less_memory: work → its place by cost, and the value that takes less memory.
+            less_memory: work → its place by cost, and the value that takes less. costs: its time.
             package: a package that it needs, and the extra that installs it; or value → both.
             header: key of a LoRA file's header that holds its value.
             header_form: row of `HEADER_FORMS`, its value there.
@@ -192,7 +192,7 @@ def section(name: str) -> Callable[..., Any]:
             "unless": {k: list(v) for k, v in (unless or {}).items()}, "only_warns": only_warns,
             "without_gpu": without_gpu, "may_change": may_change,
             "less_memory": {w: list(rank) for w, rank in (less_memory or {}).items()},
-            "package": package, "header": header, "header_form": header_form,
+            "package": package, "header": header, "header_form": header_form, "costs": costs,
             "in_record": in_record, "ignored_by": list(ignored_by),
             "summary": summary and list(summary), "without_value": without_value,
             "dataset_key": dataset_key, "short": short, "main": main, "formerly": formerly,
@@ -226,6 +226,7 @@ class Option:
     without_gpu: str | Mapping[Any, str]
     may_change: bool
     less_memory: dict[Work, tuple[int, Any]]
+    costs: str
     package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None
     header: str | None
     header_form: str

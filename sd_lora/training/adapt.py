@@ -16,6 +16,7 @@ from sd_lora.config.schema import RunConfig
 from sd_lora.models.families import Family
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.init_lora import DEFAULT_TARGETS, Structure
+from sd_lora.training.offload import bring_rest
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import weight_dtype
 from sd_lora.training.recompute import enable_checkpointing
@@ -191,7 +192,11 @@ def prepare_models(
     with memory_for("bringing the models to the device", config):
         for name in on_device.keys() - learning.keys():
             on_device[name].to(accelerator.device)
+        waits = bring_rest(config, models["unet"], accelerator.device)
         if sharded and accelerator.num_processes > 1:
             shard(models["unet"], accelerator)
             return {name: model.to(accelerator.device) for name, model in learning.items()}
-        return {name: accelerator.prepare_model(model) for name, model in learning.items()}
+        return {
+            name: accelerator.prepare_model(model, device_placement=not (waits and name == "unet"))
+            for name, model in learning.items()
+        }

@@ -3,6 +3,7 @@ is only planned."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -105,19 +106,20 @@ def step_advice(run: Run, shape: Shape, resumes: bool) -> str:
 
 def rungs(place: Place, step: Rung) -> Iterator[Rung]:
     """Yield flags that take less memory, each with those before it, in order of least cost."""
-    found = remedies(step.config, "a step")
-    free = [(n, v) for n, v in found if OPTIONS[n].may_change]
+    found = [(n, v) for n, v in remedies(step.config, "a step") if _is_of_use(place, n)]
+    # with other options a resumed run would be another one; else fewer images at once come first
+    free = [*(filter if place.resumes else takewhile)(_may_change, found)]
     for name, value in free:
         step = _with(place, step, name, value)
         yield step
-    if place.resumes:  # with other options it would be another run
+    if place.resumes:
         return
     if place.at_once is None:
         batches = [*_smaller_batches(place.plan, step)]
         yield from batches
         step = batches[-1] if batches else step
     for name, value in found:
-        if (name, value) in free or not _is_of_use(place, name):
+        if (name, value) in free:
             continue
         if value != LOWER:
             try:
@@ -149,7 +151,8 @@ def flags_that_fit(
 
 def _with(place: Place, step: Rung, name: str, value: object) -> Rung:
     """A step with one flag more."""
-    words = flag(name, value) + " (a third slower)" * (value is True)
+    costs = OPTIONS[name].costs
+    words = flag(name, value) + (f" ({costs})" if costs else "")
     config = step.config.replace(**{name: value})
     beside = step.beside - place.beside.get(name, 0)
     return replace(step, words=words, config=config, beside=beside)
@@ -166,6 +169,10 @@ def _smaller_batches(plan: Plan, step: Rung) -> Iterator[Rung]:
         number = -(-step.shape.number * part // batch)
         config = step.config.replace(gradient_accumulation_steps=steps)
         yield replace(step, words=words, config=config, shape=Shape(number, step.shape.size))
+
+
+def _may_change(remedy: tuple[str, object]) -> bool:
+    return OPTIONS[remedy[0]].may_change
 
 
 def _is_of_use(place: Place, name: str) -> bool:

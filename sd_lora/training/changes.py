@@ -26,7 +26,7 @@ def changes_of(models: Mapping[str, nn.Module]) -> dict[str, dict[str, float]]:
         for name, layer in layers.items():
             part = block_of(component, names[name], count)
             for path, delta in layer.deltas_by_path().items():
-                W = layer.weight_of(layer.base, path).float()
+                W = layer.weight_of(layer.base, path).to(next(delta.parameters()).device).float()
                 own = delta.change(W).norm() if delta.of_base else delta.norm()
                 change, base = squares.get(part, (0.0, 0.0))
                 squares[part] = change + float(own) ** 2, base + float(W.norm()) ** 2

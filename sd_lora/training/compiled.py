@@ -75,7 +75,7 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
         lambda run: run.accelerator.num_processes > 1,
         "on several processes no batch can go forward and backward alone",
     ),
-    (lambda run: not hasattr(torch, "compile"), "this torch has no compiler"),
+    (lambda run: run.config.offload_weights, "the blocks' weights come and go"),
 )
 """Runs without compiled blocks, and why."""
 

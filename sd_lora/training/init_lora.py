@@ -234,7 +234,8 @@ def _take(theirs: Delta, place: Place) -> None:
     if magnitude is None:
         return
     if theirs.magnitude is None:  # then W' = W + ΔW at the start
-        ours.init_magnitude(place.layer.weight_of(place.layer.base, place.path))
+        W = place.layer.weight_of(place.layer.base, place.path)
+        ours.init_magnitude(W.to(magnitude.device))
     else:
         ours.magnitude = theirs.magnitude
     magnitude.copy_(ours.magnitude)

@@ -29,7 +29,8 @@ from sd_lora.models.meta_pipeline import MetaPipeline
 from sd_lora.models.quantized_base import quantize_base
 from sd_lora.training.adapt import inject_all, prepare_models
 from sd_lora.training.average import profiles_of
-from sd_lora.training.fast.step import fast, fast_models
+from sd_lora.training.fast.step import fast
+from sd_lora.training.offload import ways_of
 from sd_lora.training.optimizers import optimizer_of
 from sd_lora.training.processes import DTYPES, chosen_precision
 from sd_lora.training.recompute import All, Call, enable_checkpointing
@@ -55,24 +56,22 @@ class HeldBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.kernels: list[Kernel] = []
-        self._counted: set[int] = set()
+        self._counted: dict[int, int] = {}
         for tensor in held:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage, once, until it is freed."""
+        """Count a tensor's storage by its size now, once, until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._counted:
-            return
-        self._counted.add(key)
-        self.now += size
+        if key not in self._counted:
+            weakref.finalize(storage, self._remove, key)
+        self.now += size - self._counted.get(key, 0)
+        self._counted[key] = size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._remove, key, size)
 
-    def _remove(self, key: int, size: int) -> None:
-        self._counted.discard(key)
-        self.now -= size
+    def _remove(self, key: int) -> None:
+        self.now -= self._counted.pop(key)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -137,10 +136,10 @@ class Shape:
 class StepBytes:
     """A step, counted.
 
-    frozen: bytes of the frozen weights that it uses. trained: of the deltas, their gradients, the
-    optimiser's state and moving averages. peak: of all, with everything that the backward pass
-    needs. kernels: of the forward and the backward pass. text_learns: whether text encoders are
-    trained.
+    frozen: bytes of the frozen weights that stay on the device. trained: of the deltas, their
+    gradients, the optimiser's state and moving averages. peak: of all, with everything that the
+    backward pass needs. kernels: of the forward and the backward pass. text_learns: whether text
+    encoders are trained.
     """
 
     frozen: int
@@ -185,8 +184,9 @@ def count_step(
     if config.base_precision:
         quantize_base(models["unet"], config.base_precision)
     adapted = inject_all(config, family, models, 0)
+    device = torch.device("meta")
     accelerator: Any = SimpleNamespace(
-        mixed_precision=precision, device=torch.device("meta"), prepare_model=lambda model: model
+        mixed_precision=precision, device=device, prepare_model=lambda model, **_: model
     )
     text: Any = SimpleNamespace(encoders=encoders, tokens=None)
     prepare_models(config, accelerator, adapted, text, blocks=blocks)
@@ -195,7 +195,9 @@ def count_step(
     used = [unet, *encoders.values()] if learns else [unet]
     layers = [p for model in adapted.values() for p in lora_layers(model)]
     trained = {id(p) for p in layers}
-    frozen = [p for m in used for p in (*m.parameters(), *m.buffers()) if id(p) not in trained]
+    fast_ones, offload = ways_of(config, adapted, device)
+    waiting = trained | {id(t) for t in (offload.waiting if offload else ())}
+    frozen = [p for m in used for p in (*m.parameters(), *m.buffers()) if id(p) not in waiting]
     averages = 4 * len(profiles_of(config))
     state = round(sum(p.numel() for p in layers) * (optimizer_of(config).state_bytes + averages))
     moments = torch.empty(state, dtype=torch.uint8, device="meta")
@@ -205,10 +207,11 @@ def count_step(
         earlier = [torch.empty_like(p) for p in layers]
         for parameter, gradient in zip(layers, earlier, strict=True):
             parameter.grad = gradient
-    fast_ones = fast_models(adapted, config.masks_ranks)
     copies = [b for one in fast_ones for f in one.copies.factors for b in f.buffers]
     held = [*frozen, *layers, *copies, *earlier, moments, x, *tree_leaves(conditions)]
     with HeldBytes(held) as counter:
+        if offload:
+            offload.seen = counter.add
         if watched:
             enable_checkpointing(adapted, All(), watched(counter))
         with flash_attention(), fast(fast_ones):

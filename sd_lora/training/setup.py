@@ -46,7 +46,6 @@ from sd_lora.training.conditioning import (
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
-from sd_lora.training.fast.step import fast_models
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.graphs import graphs_of
 from sd_lora.training.hub_push import check_hub
@@ -54,6 +53,7 @@ from sd_lora.training.init_lora import start_from
 from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.objective import objective_of
+from sd_lora.training.offload import check_offload, ways_of
 from sd_lora.training.optimizers import build_optimizer, check_optimizer
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.output_folder import refuse_finished, resumed_checkpoint
@@ -144,6 +144,7 @@ def prepare(
         latents = caches.latents(images, parts, checked.pixel_settings)
     blocks = checked.recomputed.blocks if checked.recomputed else None
     prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
+    fast_ones, _ = ways_of(resolved, models, accelerator.device)  # the blocks' hooks hold the other
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
@@ -177,7 +178,7 @@ def prepare(
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
-        fast_models=fast_models(models, resolved.masks_ranks),
+        fast_models=fast_ones,
         saved=saved,
         start=start,
         repo=checked.repo,
@@ -215,6 +216,7 @@ def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | 
     base = base_of(config)
     resolved = config.resolve(base.family.name, base.resolution)
     check_optimizer(resolved, accelerator.device)
+    check_offload(resolved, accelerator.device, sharded and accelerator.num_processes > 1)
     if resolved.base_precision == "fp8" and accelerator.device.type == "mps":
         raise UsageError("base_precision fp8: MPS has no floats of 8 bits. Give int8")
     caption_encoder = planned_caption_encoder(resolved, base)

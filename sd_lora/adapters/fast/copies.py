@@ -55,34 +55,51 @@ class Stack(Factors):
     Several weights become views of one tensor, with their numbers and names: whoever writes a
     model's base weights into a file copies them first. In a dtype below float32 that tensor has B
     beside W, for `StackedJoint`, as a block diagonal: its zeros grow with the square of n.
+
+    apart: W is on the device only while its block computes, so B stands in a tensor of its own, and
+    `fill` writes it beside each W that arrives.
     """
 
-    def __init__(self, layers: Sequence[AdaptedLinear | AdaptedConv]) -> None:
+    def __init__(self, layers: Sequence[AdaptedLinear | AdaptedConv], apart: bool = False) -> None:
         bases = [layer.base for layer in layers]
         weight: Tensor = bases[0].weight.detach().flatten(1)
         n, (out, width), r = len(layers), weight.shape, layers[0].delta.rank
         assert r is not None
-        A = weight.new_empty(n * r, width)
+        device = next(layers[0].delta.parameters()).device
+        at = weight.device if apart else device  # of W
+        A = weight.new_empty(n * r, width, device=device)
+        self.layers, self.apart = list(layers), apart
         self.joint = weight.dtype.itemsize < 4
         if self.joint:
             row = width + n * r
             pitch = -(-row // 8) * 8  # GEMMs read rows of 16 bytes
-            self.W = weight.new_zeros(n * out, pitch)[:, :row]
-            B = self.W.as_strided((n, out, r), (out * pitch + r, pitch, 1), width)  # block diagonal
+            self.W = weight.new_zeros(n * out, pitch, device=at)[:, :row]
+            self._diagonal = (n, out, r), (out * pitch + r, pitch, 1), width
+            B = self.W.as_strided(*self._diagonal)
         else:
-            self.W = weight if n == 1 else weight.new_empty(n * out, width)
-            B = weight.new_empty(n, out, r)
-        if self.joint or n > 1:
+            here = n == 1 and weight.device == at
+            self.W = weight if here else weight.new_empty(n * out, width, device=at)
+            B = weight.new_empty(n, out, r, device=device)
+        if self.W is not weight:
             for base, rows in zip(bases, self.W[:, :width].split(out), strict=True):
                 rows.copy_(base.weight.flatten(1))
                 base.weight.data = rows.view(base.weight.shape)
-        self.bias = _joined_biases(bases)
+        self.bias = _joined_biases(bases, at)
+        if apart and self.joint:
+            B = weight.new_empty(n, out, r, device=device)
         super().__init__(layers, (A, B), [*A.split(r), *B])
         self.into = [v.view(m.shape) for v, m in zip(self.into, self.masters, strict=True)]
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output, (…, out)."""
         return self.product.apply(x, self.W, self.bias, self.A, self.B)
+
+    def fill(self) -> None:
+        """Write B beside a W that has come to the device."""
+        if self.joint:
+            W = self.W.data  # which counts no change, as in `Copies`
+            size, stride, column = self._diagonal
+            W.as_strided(size, stride, W.storage_offset() + column).copy_(self.buffers[1])
 
     @staticmethod
     def most(layer: AdaptedLinear) -> int:
@@ -113,23 +130,23 @@ class Alone:
 
 
 class FrozenStack:
-    """Frozen linears with one input and of one shape, computed as one."""
+    """Frozen linears with one input and of one shape, computed as one on a device."""
 
-    def __init__(self, bases: Sequence[nn.Linear]) -> None:
+    def __init__(self, bases: Sequence[nn.Linear], device: torch.device) -> None:
         out = bases[0].out_features
-        self.W = torch.cat([base.weight.detach() for base in bases])
+        self.W = torch.cat([base.weight.detach() for base in bases]).to(device)
         for base, rows in zip(bases, self.W.split(out), strict=True):
             base.weight.data = rows
-        self.bias, self.out = _joined_biases(bases), out
+        self.bias, self.out = _joined_biases(bases, device), out
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return nn.functional.linear(x, self.W, self.bias).split(self.out, -1)
 
 
-def _joined_biases(bases: Sequence[nn.Linear]) -> Tensor | None:
+def _joined_biases(bases: Sequence[nn.Linear], device: torch.device) -> Tensor | None:
     if bases[0].bias is None:
         return None
-    return torch.cat([base.bias.detach() for base in bases])
+    return torch.cat([base.bias.detach() for base in bases]).to(device)
 
 
 class Copies:

@@ -19,7 +19,7 @@ class EncodingOptions(Section):
     max_token_length: int = option(75,
         "tokens of a caption at most, a multiple of 75: longer captions are encoded in pieces "
         "of 75, as in A1111 and ComfyUI, and cut here",
-        less_memory={"encoding captions": (2, 75)},
+        less_memory={"encoding captions": (3, 75)},
         ge=75, multiple_of=75, header="ss_max_token_length", header_form="if given",
         summary=("captions", "up to {} tokens, in pieces of 75"), kohya=SAME)
     weighted_prompts: bool = option(False,
@@ -38,12 +38,12 @@ class EncodingOptions(Section):
     cache_latents: str = option("auto",
         "place of cached latents: disk (shared by all runs, by content), memory, no; auto: "
         "disk if it has room",
-        less_memory={"a step": (4, "auto")},
+        less_memory={"a step": (2, "auto")},
         choices=CACHES, without_value="auto", may_change=True, diffusers=SAME, kohya=SAME,
         onetrainer="latent_caching")  # without a value in the advanced scripts and sd-scripts
     cache_text_embeddings: str = option("auto",
         "place of cached embeddings of captions, as cache_latents",
-        less_memory={"a step": (5, "auto")},
+        less_memory={"a step": (3, "auto")},
         choices=CACHES, may_change=True, kohya="cache_text_encoder_outputs")
     data_cache_dir: str | None = option(None,
         "folder of the caches on disk; $SD_LORA_CACHE or ~/.cache/sd_lora if not given",

@@ -19,8 +19,8 @@ class ImageOptions(Section):
     resolution: int | None = option(None,
         "side in pixels of the training squares; the area of a bucket is its square. If not "
         "given, the base model's: 512, 768 for SD 2 with v-prediction, 1024 for SDXL",
-        less_memory={"a step": (7, LOWER), "encoding images": (2, LOWER),
-            "drawing sample images": (3, LOWER)},
+        less_memory={"a step": (8, LOWER), "encoding images": (2, LOWER),
+            "drawing sample images": (4, LOWER)},
         ge=1, dataset_key=True, scripts="ABCD", kohya=SAME, onetrainer=SAME, simpletuner=SAME,
         ai_toolkit="datasets.resolution",
         main="side in pixels; the base model's if not given")

@@ -146,6 +146,18 @@ class ModelOptions(Section):
         choices=("int8", "fp8", "nf4"), package={"nf4": ("bitsandbytes", "quantized")},
         summary=("precision", "linear layers of the UNet stored in {}"),
         less_memory={"a step": (6, "nf4"), "bringing the models to the device": (2, "nf4")})
+    offload_weights: bool = option(False,
+        "frozen weights of the UNet's blocks wait in the CPU's memory, and those of two blocks at "
+        "a time are on the GPU; they are copied twice for each micro-batch",
+        may_change=True, in_record="no", without_gpu="copies weights, and saves no memory",
+        less_memory={"a step": (7, True), "encoding captions": (2, True),
+            "drawing sample images": (3, True), "bringing the models to the device": (3, True)},
+        costs="the UNet goes to the card twice for each micro-batch",
+        summary=("offload", "frozen weights of the UNet's blocks"))
+    offload_activations: bool = option(False,
+        "what the UNet's backward pass needs of the forward pass waits in the CPU's memory",
+        may_change=True, in_record="no", without_gpu="copies activations, and saves no memory",
+        summary=("offload", "saved activations"))
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
         less_memory={"encoding images": (1, "bf16")},

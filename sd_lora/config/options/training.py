@@ -68,7 +68,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
     gradient_checkpointing: bool = option(False,
         "recompute activations to save memory, about a third slower",
         requires={"memory_budget": (None,)},
-        may_change=True, less_memory={"a step": (1, True)},
+        may_change=True, less_memory={"a step": (1, True)}, costs="a third slower",
         header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
         onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
         ai_toolkit="train.gradient_checkpointing",
@@ -76,7 +76,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
     memory_budget: str | None = option(None,
         "memory of a step, such as 8GB: as few activations are recomputed as keep it below, by "
         "count, in place of all with gradient_checkpointing",
-        may_change=True)
+        unless={"offload_activations": (True,)}, may_change=True)
     fit: str = option("off",
         "after an out-of-memory of the largest batch, which is tried before the first step: off "
         "says which flags take less; auto takes gradient checkpointing, then fewer images at once, "
@@ -87,7 +87,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
         "precision of the frozen base; accelerate's configuration if not given; auto: bf16 on a "
         "GPU that has it, else fp16, float32 on a CPU; the LoRA is float32",
         choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
-        less_memory={"a step": (3, "bf16"), "loading the base model": (1, "bf16"),
+        less_memory={"a step": (5, "bf16"), "loading the base model": (1, "bf16"),
             "bringing the models to the device": (1, "bf16"), "encoding captions": (1, "bf16"),
             "drawing sample images": (2, "bf16")},
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
@@ -184,7 +184,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
         without_gpu=dict.fromkeys(("adamw8bit", "lion8bit"),
             "saves no GPU memory, and bitsandbytes before 0.50 stops at the first step"),
         formerly="use_8bit_adam", former_values={True: "adamw8bit", False: None},
-        less_memory={"a step": (2, "adamw8bit"), "updating the weights": (1, "adamw8bit")},
+        less_memory={"a step": (4, "adamw8bit"), "updating the weights": (1, "adamw8bit")},
         summary=("optimiser", "{}"), scripts="D", kohya="optimizer_type",
         onetrainer="optimizer.optimizer", ai_toolkit="train.optimizer", simpletuner=SAME)
     optimizer_args: dict[str, bool | int | float | str | list[float] | None] | None = option(None,

@@ -255,16 +255,16 @@ AI_TOOLKIT: dict[str, Row] = {
     "trigger_word": otherwise(
         "trigger_word", "is the first tag of captions without it; [trigger] is no mark here"),
     "model.name_or_path": taking("--pretrained_model_name_or_path", "", _model),
-    "model.arch": taking("--family", "", _family),
-    "model.is_xl": taking("--family", "", _family),
-    "model.is_v2": taking("--family", "", _family),
+    **dict.fromkeys(("model.arch", "model.is_xl", "model.is_v2"), taking("--family", "", _family)),
     "model.is_v_pred": switch(
         "--prediction_type", "is a type of prediction", prediction_type="v_prediction"),
     "model.quantize": stored_in(
         {"qfloat8": "fp8", "qint8": "int8"}, named=("model.qtype", "qfloat8")),
     "model.compile": COMPILE,
-    **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.layer_offloading",
-        "model.refiner_name_or_path"), absent(NOT_THERE)),
+    **dict.fromkeys(("model.quantize_te", "model.low_vram", "model.refiner_name_or_path"),
+        absent(NOT_THERE)),
+    "model.layer_offloading": switch(
+        "--offload_weights", "is all blocks of the UNet but two", offload_weights=True),
     "model.dtype": needless("is not needed: mixed_precision says it"),
     "model.lora_path": absent("is sd-lora bake before the run", here="sd-lora bake"),
     "model.unet_path": absent("is a part of the model here"),

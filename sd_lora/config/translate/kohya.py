@@ -306,8 +306,12 @@ KOHYA: dict[str, Row] = NETWORK | {
     "dynamo_backend": absent(NOT_THERE, idle=("inductor", "no")),
     "lowram": needless("is not needed: the base is loaded once"),
     "highvram": needless("is not needed"),
-    "cpu_offload_checkpointing": absent(f"{MISSING}; --gradient_checkpointing is"),
-    "blocks_to_swap": absent(NOT_THERE),
+    "cpu_offload_checkpointing": switch(
+        "--offload_activations", "moves the same tensors with --gradient_checkpointing, else more",
+        offload_activations=True),
+    "blocks_to_swap": switch(
+        "--offload_weights", "is of no UNet there; here it is all blocks but two",
+        offload_weights=True),
     **dict.fromkeys(
         ("ddp_timeout", "ddp_gradient_as_bucket_view", "ddp_static_graph"), needless(_DEVICES)),
     **dict.fromkeys(

@@ -207,6 +207,8 @@ def _sample_after(value: Any, given: Given) -> Taken:
     return Taken("same", {option[unit]: value})
 
 
+_UNET_OFFLOADS = {("unet", "offload_fraction"), ("unet", "activation_offloading")}
+
 ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
     **dict.fromkeys(_PARTS, needless("belongs to other models or to the program")),
     "training_method": taking("", "", _method),
@@ -267,10 +269,16 @@ ONETRAINER: dict[str, Row] = NETWORK | OBJECTIVE | {
         plain=("float_32", "float_16", "bfloat_16", "tfloat_32")),
     **{f"{part}.gradient_checkpointing": read_with("unet.gradient_checkpointing")
        for part in ("text_encoder", "text_encoder_2", "vae")},
+    "unet.offload_fraction": switch(
+        "--offload_weights", "is of no UNet there; here it is all blocks but two",
+        offload_weights=True),
+    "unet.activation_offloading": needless(
+        "moves nothing of a UNet there; here --offload_activations does"),
     **{f"{part}.{key}": absent(NOT_THERE, idle=(1, 1.0))
        for part in ("unet", "text_encoder", "text_encoder_2", "vae")
        for key in ("offload_fraction", "activation_offloading", "attention_mask", "guidance_scale",
-                   "include", "model_name") if (part, key) != ("vae", "model_name")},
+                   "include", "model_name")
+       if (part, key) not in _UNET_OFFLOADS | {("vae", "model_name")}},
     "weight_dtype": needless("is not needed: mixed_precision says it"),
     "vae.weight_dtype": among(
         "vae_precision", FILE_PRECISIONS, "", "is fp32, fp16 or bf16 here"),

@@ -25,6 +25,7 @@ from sd_lora.config.translate.rows import (
     otherwise,
     read_with,
     stored_in,
+    switch,
     taking,
     truth,
     whole,
@@ -250,7 +251,7 @@ _UPLOAD = "is about the upload, --push_to_hub"
 _SAMPLES = "is not there: samples are --sample_prompts or --num_validation_images of one prompt"
 _TRACKER = "is not there: runs are named by their folder"
 _EMA = "is not needed: the average is taken after each step, on the device"
-_OFFLOAD = "is not there: --gradient_checkpointing saves memory"
+_SAVES = "is not there: --gradient_checkpointing saves memory"
 
 SIMPLETUNER: dict[str, Row] = {
     "model_type": taking("", "", _type),
@@ -321,8 +322,10 @@ SIMPLETUNER: dict[str, Row] = {
     "ema_validation": absent("is of the average always", idle=("none",)),
     **dict.fromkeys(("ema_device", "ema_cpu_only", "ema_update_interval", "ema_foreach_disable",
         "ema_warmup_steps"), needless(_EMA)),
-    **dict.fromkeys(("enable_group_offload", "ramtorch", "musubi_blocks_to_swap",
-        "offload_during_startup", "quantize_activations", "fuse_optimizer"), absent(_OFFLOAD)),
+    **dict.fromkeys(("enable_group_offload", "ramtorch", "musubi_blocks_to_swap"), switch(
+        "--offload_weights", "is all blocks of the UNet but two", offload_weights=True)),
+    **dict.fromkeys(
+        ("offload_during_startup", "quantize_activations", "fuse_optimizer"), absent(_SAVES)),
     "gradient_checkpointing_interval": absent("is every layer"),
     "use_gradient_checkpointing": otherwise("gradient_checkpointing", "is called so", truth),
     "resume_from_checkpoint": taking("--resume_from_checkpoint", "", _resume),

@@ -5,7 +5,7 @@ diffusers looks at each of them in every call; a division by 1 and an added 0 ar
 size.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,9 +37,10 @@ def self_attention(attention: Any, stack: Stack) -> Forward:
 
 
 def cross_attention(
-    attention: Any, keys_values: Mapping[tuple[int, nn.Module], tuple[Tensor, ...]]
+    attention: Any, keys_values: Callable[[Any, nn.Module], tuple[Tensor, ...]]
 ) -> Forward:
-    """Attention of the text, whose keys and values are there already."""
+    """Attention of the text, whose keys and values are there already. keys_values: of a text, for
+    an attention."""
     heads, to_q, to_out = attention.heads, attention.to_q, attention.to_out[0]
     general = type(attention).forward
 
@@ -49,7 +50,7 @@ def cross_attention(
     ) -> Tensor:  # fmt: skip
         if attention_mask is not None:
             return general(attention, hidden_states, encoder_hidden_states, attention_mask, **more)
-        known = keys_values[id(encoder_hidden_states), attention]
+        known = keys_values(encoder_hidden_states, attention)
         return to_out(_attend(heads, to_q(hidden_states), *known))
 
     return forward
@@ -131,7 +132,7 @@ class Way:
 
 def whole_block(
     block: Any, parts: BlockParts, general: Forward,
-    keys_values: Mapping[tuple[int, nn.Module], tuple[Tensor, ...]], way: Way,
+    keys_values: Callable[[Any, nn.Module], tuple[Tensor, ...]], way: Way,
 ) -> Forward:  # fmt: skip
     """A transformer block as one function of its parts. general: where attention has masks."""
     attn2 = block.attn2
@@ -145,7 +146,7 @@ def whole_block(
             return general(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask
             )
-        key, value = keys_values[id(encoder_hidden_states), attn2]
+        key, value = keys_values(encoder_hidden_states, attn2)
         return way.compute(parts, hidden_states, key, value)
 
     return forward

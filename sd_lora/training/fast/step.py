@@ -4,13 +4,13 @@ Between steps every module is as it was, so that samples, validation, checkpoint
 nothing of it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from torch import nn
+from torch import Tensor, nn
 
 from sd_lora.adapters.fast.copies import Alone, ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.layers import (
@@ -32,13 +32,15 @@ class FastModel:
 
     Base weights of layers that are computed together become views of one tensor, with their
     numbers; parameters, their names and files stay as they are.
+
+    waiting: modules of blocks whose frozen weights are on the device only while a block computes.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, waiting: Collection[nn.Module] = ()) -> None:
         self.model = model
         plain = {layer: layer for layer in adapted_layers(model).values() if takes(layer)}
         self.layers: list[AdaptedLayer] = list(plain)
-        parts = Parts(model, plain)
+        parts = Parts(model, plain, waiting)
         self.forwards, factors = parts.forwards, parts.factors
         for layer in plain:
             own: Any = layer
@@ -49,9 +51,7 @@ class FastModel:
                 factors.append(conv)
                 self.forwards[layer] = adapted_conv(own, conv)
             else:
-                stack = Stack([own])
-                factors.append(stack)
-                self.forwards[layer] = Alone(stack)
+                self.forwards[layer] = Alone(parts.stack([own]))
         bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
         for module in model.modules():
             if is_plain_conv(module) and module not in parts.inside | bases:
@@ -60,6 +60,13 @@ class FastModel:
         self._dicts = [(vars(module), forward) for module, forward in self.forwards.items()]
         self._is_in = False
         self._outer: Forward | None = None  # accelerate's own wrapping of the model's forward pass
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that it holds beside the model's own: working copies, weights of stacks."""
+        own = [tensor for factors in self.copies.factors for tensor in factors.buffers]
+        stacks = [factors for factors in self.copies.factors if isinstance(factors, Stack)]
+        return own + [stack.W for stack in stacks] + self.shared.weights
 
     def __enter__(self) -> "FastModel":
         # first, for it may be out of memory; and not in the forward pass, for a compiler would take
@@ -118,17 +125,22 @@ class FastModel:
         self._is_in = False
 
 
-def fast_models(models: Mapping[str, nn.Module], masks_ranks: bool = False) -> list[FastModel]:
+def fast_models(
+    models: Mapping[str, nn.Module],
+    masks_ranks: bool = False,
+    waiting: Collection[nn.Module] = (),
+) -> list[FastModel]:
     """Those of the models that have layers which the fast path takes, component → model.
 
-    masks_ranks: whether each step masks ranks of the denoiser, which then has none.
+    masks_ranks: whether each step masks ranks of the denoiser, which then has none. waiting: see
+    `FastModel`.
     """
     found = {
         component: adapted_layers(model).values()
         for component, model in models.items()
         if not (masks_ranks and isinstance(model, UNet2DConditionModel))
     }
-    return [FastModel(models[c]) for c, layers in found.items() if any(map(takes, layers))]
+    return [FastModel(models[c], waiting) for c, layers in found.items() if any(map(takes, layers))]
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 Only exact classes with the settings of Stable Diffusion are taken; all else stays as it is.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
@@ -62,6 +63,26 @@ class Shared:
             for reader, out in zip(readers, stack(x), strict=True):
                 self.times[id(temb), reader] = out[:, :, None, None]
 
+    def text_of(self, text: Any, reader: nn.Module) -> tuple[Tensor, ...]:
+        """The keys and values of a text (B, tokens, width) for an attention."""
+        key = id(text), reader
+        return self.keys_values[key if key in self.keys_values else (self._known(text), reader)]
+
+    def time_of(self, temb: Tensor, reader: nn.Module) -> Tensor:
+        """The projection of a time embedding (B, width) for a residual block."""
+        key = id(temb), reader
+        return self.times[key if key in self.times else (self._known(temb), reader)]
+
+    def _known(self, tensor: Tensor) -> int:
+        """The identity of an input that autograd has given back as another object, with the same
+        memory (`torch.autograd.graph.saved_tensors_hooks`)."""
+        return next(id(own) for own in self.inputs if _place(own) == _place(tensor))
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """Frozen weights that are computed with for all blocks at once."""
+        return [stack.W for stack, _ in (*self.of_text, *self.of_time)]
+
     def forget(self) -> None:
         """Let the tensors of a step go."""
         self.keys_values.clear()
@@ -75,16 +96,19 @@ class Parts:
     factors: with working copies. inside: the adapted layers and convolutions that a larger part
     computes. forwards: module → forward pass. shared: outputs that its layers share. way: by which
     transformer blocks compute. self_attentions: attention → its query, key and value.
+
+    waiting: modules of blocks whose frozen weights are on the device only while a block computes;
+    layers that are computed for all blocks at once stay there.
     """
 
-    def __init__(self, model: nn.Module, plain: Plain) -> None:
+    def __init__(self, model: nn.Module, plain: Plain, waiting: Collection[nn.Module]) -> None:
         self.factors: list[Factors] = []
         self.inside: set[nn.Module] = set()
         self.forwards: dict[nn.Module, Forward] = {}
         self.shared = Shared()
         self.way = blocks.Way()
         self.self_attentions: dict[nn.Module, Stack] = {}
-        self._plain = plain
+        self._plain, self._waiting = plain, waiting
         if type(model) is not UNet2DConditionModel:
             return
         unet: Any = model
@@ -103,8 +127,9 @@ class Parts:
             elif _is_usual_transformer(module):
                 self._add_transformer(module)
 
-    def _stack(self, layers: list[Any]) -> Stack:
-        stack = Stack(layers)
+    def stack(self, layers: list[Any], shared: bool = False) -> Stack:
+        """A stack of layers. shared: by several blocks."""
+        stack = Stack(layers, apart=layers[0] in self._waiting and not shared)
         self.factors.append(stack)
         self.inside.update(layers)
         return stack
@@ -118,20 +143,19 @@ class Parts:
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
             if self._alike(linears):
-                self.self_attentions[attention] = self._stack(linears)
-                self.forwards[attention] = blocks.self_attention(
-                    attention, self.self_attentions[attention]
-                )
+                self.self_attentions[attention] = stack = self.stack(linears)
+                self.forwards[attention] = blocks.self_attention(attention, stack)
 
     def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
         known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
         for same in _by(known, lambda a: _form(a.to_k)):
             for alike in _parts(same, Stack.most(same[0].to_k) // 2):
-                stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
+                linears = [linear for a in alike for linear in (a.to_k, a.to_v)]
+                stack = self.stack(linears, shared=True)
                 self.shared.of_text.append((stack, alike))
             for attention in same:
-                forward = blocks.cross_attention(attention, self.shared.keys_values)
+                forward = blocks.cross_attention(attention, self.shared.text_of)
                 self.forwards[attention] = forward
 
     def _add_resnets(self, first: nn.Module, resnets: list[Any]) -> None:
@@ -145,13 +169,13 @@ class Parts:
         frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
         for same in _by(adapted, lambda r: _form(r.time_emb_proj)):
             for alike in _parts(same, Stack.most(same[0].time_emb_proj)):
-                stack = self._stack([r.time_emb_proj for r in alike])
+                stack = self.stack([r.time_emb_proj for r in alike], shared=True)
                 self.shared.of_time.append((stack, alike))
         for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
-            stacked = FrozenStack([r.time_emb_proj for r in alike])
+            stacked = FrozenStack([r.time_emb_proj for r in alike], _device(self._plain))
             self.shared.of_time.append((stacked, alike))
         for resnet in (*adapted, *frozen):
-            self.forwards[resnet] = _resnet(self._block(resnet), resnet, self.shared.times)
+            self.forwards[resnet] = _resnet(self._block(resnet), resnet, self.shared.time_of)
         self.forwards[first] = _first_block(first, self.shared)
 
     def _is_known(self, conv: nn.Module) -> bool:
@@ -172,8 +196,7 @@ class Parts:
 
     def _add_block(self, block: Any) -> None:
         """A transformer block as one function, where its attentions are stacks."""
-        general, keys_values = blocks.transformer_block(block), self.shared.keys_values
-        self.forwards[block] = general
+        self.forwards[block] = general = blocks.transformer_block(block)
         texts = {reader for _, readers in self.shared.of_text for reader in readers}
         if block.attn1 not in self.self_attentions or block.attn2 not in texts:
             return
@@ -186,14 +209,16 @@ class Parts:
             block.norm3, self._product(widen.proj), self._product(narrow),
             block.attn1.heads, block.attn2.heads,
         )  # fmt: skip
-        self.forwards[block] = blocks.whole_block(block, parts, general, keys_values, self.way)
+        self.forwards[block] = blocks.whole_block(
+            block, parts, general, self.shared.text_of, self.way
+        )
         self.way.blocks += 1
 
     def _product(self, linear: Any) -> blocks.Project:
         """The product of a linear layer: of its stack, where it is plain LoRA."""
         if linear not in self._plain:
             return linear
-        alone = Alone(self._stack([linear]))
+        alone = Alone(self.stack([linear]))
         self.forwards[linear] = alone
         return alone
 
@@ -206,12 +231,21 @@ class Parts:
 
     def _projection(self, module: Any) -> blocks.Project:
         if isinstance(module, AdaptedConv):
-            return Alone(self._stack([module]))
+            return Alone(self.stack([module]))
         if not isinstance(module, nn.Conv2d):
             return module
         self.inside.add(module)
         weight = module.weight.detach().flatten(1)
         return lambda tokens: F.linear(tokens, weight, module.bias)
+
+
+def _device(plain: Iterable[Any]) -> torch.device:
+    """The device of the trained tensors, where a model computes."""
+    return next(next(iter(plain)).delta.parameters()).device
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 
 
 def _form(linear: AdaptedLinear) -> tuple[object, ...]:
@@ -240,10 +274,10 @@ def _convs(resnet: Any) -> list[Any]:
 
 
 def _resnet(
-    block: Block, module: nn.Module, times: Mapping[tuple[int, nn.Module], Tensor]
+    block: Block, module: nn.Module, times: Callable[[Tensor, nn.Module], Tensor]
 ) -> Forward:
     def forward(input_tensor: Tensor, temb: Tensor, *_: object, **__: object) -> Tensor:
-        return block(input_tensor, times[id(temb), module])
+        return block(input_tensor, times(temb, module))
 
     return forward
 

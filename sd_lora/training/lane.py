@@ -1,0 +1,47 @@
+"""Copies between the memory of a device and that of the CPU, beside the device's computation.
+
+A card has a stream of its own for them; on every other device a copy is done when it is asked for.
+https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class Lane:
+    """The way of copies between a device and the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def home(self, size: int) -> Tensor:
+        """Bytes on the CPU, pinned where a card reads them; none are counted on the meta device."""
+        if self.device.type == "meta":
+            with _disable_current_modes():
+                return self.there(size)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+
+    def there(self, size: int) -> Tensor:
+        """Bytes on the device."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def copy(self, to: Tensor, source: Tensor) -> Any:
+        """Copy a tensor; returns the event for `join`, None where it is done already."""
+        if self.stream is None:
+            if self.device.type != "meta":
+                to.copy_(source)
+            return None
+        # `to` may have its memory of a tensor that kernels before this still read
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            to.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def join(self, event: Any) -> None:
+        """Let all that is computed from now on wait for a copy."""
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
