@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.products import StackedJoint, StackedSum
+from sd_lora.adapters.fast.gemm import TORCH, gemm_of
+from sd_lora.adapters.fast.products import StackedJoint, StackedSum, frozen_linear
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
 from sd_lora.adapters.low_rank import low_rank_linear
 
@@ -99,7 +100,7 @@ class Stack(Factors):
 
     def forward_of_one(self) -> Any:
         """The forward pass of a stack of one layer."""
-        if self.joint:
+        if self.joint or gemm_of(self.W) is not TORCH:
             return lambda input: self(input)[0]
         # the general path's own operator: the same sums in the same order
         return lambda input: low_rank_linear(input, self.W, self.bias, self.A, self.B[0], 1.0)
@@ -116,7 +117,7 @@ class FrozenStack:
         self.bias, self.out = _joined_biases(bases), out
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return nn.functional.linear(x, self.W, self.bias).split(self.out, -1)
+        return frozen_linear(x, self.W, self.bias).split(self.out, -1)
 
 
 def _joined_biases(bases: Sequence[nn.Linear]) -> Tensor | None:
