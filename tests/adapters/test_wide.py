@@ -13,6 +13,7 @@ import sd_lora
 from sd_lora.adapters.fast.convolutions import Convolution, FrozenConv, columns_of, may_unroll
 from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.gemm import TORCH, WIDE, Gemm, gemm_of, is_right, onednn
+from sd_lora.adapters.fast.layers import adapted_conv as adapted_forward
 from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.training.fast.step import FastModel
@@ -117,6 +118,21 @@ def test_columns_are_the_convolution(
     assert torch.equal(dx, found[1])
     for mine, wanted in zip(found, (frozen_output, frozen_gradient), strict=True):
         assert error(mine, wanted) < LIMIT[dtype]
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_an_adapted_convolution_is_the_general_one(side: int) -> None:
+    """A wide adapted convolution with a stride, to one pixel and to more, has the general path's
+    output and gradients."""
+    layer, factors = adapted_conv(3, 2, torch.float32)
+    masters, copies = [layer.delta.lora_A, layer.delta.lora_B], Copies([factors])
+    copies.refresh()
+    x, g = torch.randn(1, WIDE, side, side, requires_grad=True), torch.randn(side // 2, side // 2)
+    found = []
+    for y in (adapted_forward(layer, factors)(x), layer(x)):
+        found.append([y, *torch.autograd.grad(y, [x, *masters], g.expand_as(y))])
+    for mine, theirs in zip(*found, strict=True):
+        assert error(mine, theirs) < LIMIT[torch.float32]
 
 
 def test_the_gradient_of_columns_is_summed_in_float32() -> None:

@@ -1,9 +1,9 @@
 """The library that multiplies matrices, by weight.
 
 torch multiplies float32 on a CPU by MKL, which leaves AVX-512 out on processors that are not
-Intel's: 105 GFLOP/s on one core of an AMD EPYC (Zen 5), where oneDNN, which torch has as well and
-takes for bfloat16, reaches 150 to 230 on the plain weights, of rows and of columns
-(benchmarks/README.md).
+Intel's: 70 to 110 GFLOP/s of 64 and more rows on one core of an AMD EPYC (Zen 5), where oneDNN,
+which torch has as well and takes for bfloat16, reaches 150 to 230 on the plain weights, stored
+either way (benchmarks/README.md).
 """
 
 import platform

@@ -100,6 +100,6 @@ def adapted_conv(layer: Any, factors: ConvFactors) -> Forward:
     def forward(input: Tensor) -> Tensor:
         h = torch.conv2d(input, factors.A, None, *form)
         y = of_base(input) if of_base else torch.conv2d(input, base.weight, base.bias, *form)
-        return y.add_(torch.conv2d(h, factors.B))
+        return torch.conv2d(h, factors.B).add_(y)  # y of one pixel is a view, which stays
 
     return forward
