@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sd_lora
+from sd_lora.adapters.fast.convolutions import Convolution, FrozenConv
 from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.layers import is_plain_linear, takes
-from sd_lora.adapters.fast.products import FrozenConv, Geglu
-from sd_lora.adapters.fast.residual import Block, Convolution, Norm
+from sd_lora.adapters.fast.products import Geglu
+from sd_lora.adapters.fast.residual import Block, Norm
 from sd_lora.adapters.inject import adapted_layers
 
 

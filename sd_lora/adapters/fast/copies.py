@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.products import StackedJoint, StackedSum
+from sd_lora.adapters.fast.gemm import TORCH, gemm_of
+from sd_lora.adapters.fast.products import StackedJoint, StackedSum, frozen_linear
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
 from sd_lora.adapters.low_rank import low_rank_linear
 
@@ -123,7 +124,7 @@ class Alone:
 
     def __call__(self, input: Tensor) -> Tensor:
         stack = self.stack
-        if stack.joint:
+        if stack.joint or gemm_of(stack.W) is not TORCH:
             return stack(input)[0]
         # the general path's own operator: the same sums in the same order
         return low_rank_linear(input, stack.W, stack.bias, stack.A, stack.B[0], 1.0)
@@ -140,7 +141,7 @@ class FrozenStack:
         self.bias, self.out = _joined_biases(bases, device), out
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        return nn.functional.linear(x, self.W, self.bias).split(self.out, -1)
+        return frozen_linear(x, self.W, self.bias).split(self.out, -1)
 
 
 def _joined_biases(bases: Sequence[nn.Linear], device: torch.device) -> Tensor | None:

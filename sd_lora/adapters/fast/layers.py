@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sd_lora.adapters.fast.convolutions import FrozenConv, may_unroll
 from sd_lora.adapters.fast.copies import ConvFactors
-from sd_lora.adapters.fast.products import FrozenConv
+from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
 from sd_lora.adapters.methods import LoRA
@@ -84,14 +85,21 @@ def frozen_conv(conv: Any) -> Forward:
     return lambda input: FrozenConv.apply(input, conv.weight, conv.bias, conv.stride, conv.padding)
 
 
+def frozen(linear: Any) -> Forward:
+    """W x + b of a linear layer."""
+    return lambda input: frozen_linear(input, linear.weight, linear.bias)
+
+
 def adapted_conv(layer: Any, factors: ConvFactors) -> Forward:
     """W x + b + B(A x), of torch's own operators: a function of our own saves no operator here, and
-    its calls cost more (45 µs, benchmarks/README.md)."""
+    its calls cost more (45 µs, benchmarks/README.md), but for a wide W on a CPU."""
     base = layer.base
+    form = base.stride, base.padding
+    of_base = frozen_conv(base) if may_unroll(base.weight) else None
 
     def forward(input: Tensor) -> Tensor:
-        h = torch.conv2d(input, factors.A, None, base.stride, base.padding)
-        y = torch.conv2d(input, base.weight, base.bias, base.stride, base.padding)
-        return y.add_(torch.conv2d(h, factors.B))
+        h = torch.conv2d(input, factors.A, None, *form)
+        y = of_base(input) if of_base else torch.conv2d(input, base.weight, base.bias, *form)
+        return torch.conv2d(h, factors.B).add_(y)  # y of one pixel is a view, which stays
 
     return forward

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sd_lora.adapters.fast.gemm import TORCH, gemm_of
+
 
 class StackedSum(torch.autograd.Function):
     """n adapted linears of one input, each sum accumulated inside its GEMM: y_i = W_i x + b_i +
@@ -23,9 +25,9 @@ class StackedSum(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     ) -> tuple[Tensor, ...]:
-        x2 = x.reshape(-1, x.shape[-1])
-        h = x2 @ A.t()  # (N, n·r)
-        y = F.linear(x2, W, bias)  # (N, n·out)
+        x2, gemm = x.reshape(-1, x.shape[-1]), gemm_of(W)
+        h = gemm.linear(x2, A)  # (N, n·r)
+        y = gemm.linear(x2, W, bias)  # (N, n·out)
         outs, r = y.split(B.shape[1], 1), B.shape[2]
         for out, low, up in zip(outs, h.split(r, 1), B, strict=True):
             out.addmm_(low, up.t())
@@ -37,16 +39,16 @@ class StackedSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
         x2, W, A, B, h = ctx.saved_tensors
-        _, out, r = B.shape
+        (_, out, r), gemm = B.shape, gemm_of(W)
         # layer by layer: on a CPU a batched product of these takes three times as long
         by_layer = [g.reshape(-1, out) for g in gs]
-        dh = torch.cat([g @ up for g, up in zip(by_layer, B, strict=True)], 1)
+        dh = torch.cat([gemm.linear(g, up.t()) for g, up in zip(by_layer, B, strict=True)], 1)
         dB = torch.stack([g.t() @ low for g, low in zip(by_layer, h.split(r, 1), strict=True)])
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = dh @ A
+            dx = gemm.linear(dh, A.t())
             for g, weight in zip(by_layer, W.split(out), strict=True):
-                dx.addmm_(g, weight)
+                dx = gemm.onto(dx, g, weight.t())
             dx = dx.view(ctx.shape)
         return dx, None, None, dh.t() @ x2, dB
 
@@ -94,31 +96,28 @@ class StackedJoint(torch.autograd.Function):
         return dx, None, None, dh.t() @ x2, dB
 
 
-class FrozenConv(torch.autograd.Function):
-    """A frozen convolution that saves its weight alone: torch keeps the input, which only a
-    gradient of the weight would need."""
+class _FrozenLinear(torch.autograd.Function):
+    """See `frozen_linear`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, stride: Any, padding: Any
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(W)
-        ctx.input, ctx.stride, ctx.padding = x.shape, stride, padding
-        ctx.channels_last = x.dim() == 4 and not x.is_contiguous()
-        return F.conv2d(x, W, bias, stride, padding)
+        y = gemm_of(W).linear(x.reshape(-1, x.shape[-1]), W, bias)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
         (W,) = ctx.saved_tensors
-        # the kernels read the input's shape and layout, and no number of it
-        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
-        like = torch.empty(ctx.input, dtype=g.dtype, device=g.device, memory_format=layout)
-        dx = torch.ops.aten.convolution_backward(
-            g, like, W, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
-            (True, False, False),
-        )[0]  # fmt: skip
-        return dx, None, None, None, None
+        dx = gemm_of(W).linear(g.reshape(-1, g.shape[-1]), W.t())
+        return dx.view(*g.shape[:-1], -1), None, None
+
+
+def frozen_linear(x: Tensor, W: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b of x (…, in), W (out, in) and a bias (out) or None that get no gradient."""
+    if gemm_of(W) is TORCH:
+        return F.linear(x, W, bias)
+    return _FrozenLinear.apply(x, W, bias)
 
 
 class Geglu(torch.autograd.Function):

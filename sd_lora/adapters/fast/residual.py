@@ -14,57 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.copies import ConvFactors
+from sd_lora.adapters.fast.convolutions import Convolution, Pair
 
 aten = torch.ops.aten
-Pair = tuple[Tensor | None, Tensor | None]
-"""Working copies of a convolution's A and B, or their gradients; None of a frozen one."""
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A convolution of a block. factors: its working copies, None of a frozen one."""
-
-    base: nn.Conv2d
-    factors: ConvFactors | None
-
-    def pair(self) -> Pair:
-        return (self.factors.A, self.factors.B) if self.factors else (None, None)
-
-    def product(
-        self, x: Tensor, A: Tensor | None, B: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """W x + b + B(A x), and A x."""
-        base: Any = self.base
-        y = torch.conv2d(x, base.weight, base.bias, base.stride, base.padding)
-        if A is None or B is None:
-            return y, None
-        low = torch.conv2d(x, A, None, base.stride, base.padding)
-        return y.add_(torch.conv2d(low, B)), low
-
-    def gradients(
-        self, g: Tensor, x: Tensor, low: Tensor | None, A: Tensor | None, B: Tensor | None,
-        wants_x: bool,
-    ) -> tuple[Any, Pair]:  # fmt: skip
-        """Gradients of x, and of A and B. x: of a frozen one its shape alone counts."""
-        base: Any = self.base
-        dx: Any = None
-        if wants_x:
-            dx = _conv_backward(g, x, base.weight, base.stride, base.padding, True, False)[0]
-        if A is None or B is None:
-            return dx, (None, None)
-        dlow, dB = _conv_backward(g, low, B, (1, 1), (0, 0), True, True)
-        more, dA = _conv_backward(dlow, x, A, base.stride, base.padding, wants_x, True)
-        return dx.add_(more) if wants_x else None, (dA, dB)
-
-
-def _conv_backward(
-    g: Tensor, x: Any, W: Tensor, stride: Any, padding: Any, wants_x: bool, wants_W: bool
-) -> tuple[Any, Any]:
-    dx, dW, _ = aten.convolution_backward(
-        g, x, W, None, stride, padding, (1, 1), False, (0, 0), 1, (wants_x, wants_W, False)
-    )
-    return dx, dW
 
 
 class Norm:

@@ -13,11 +13,14 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from sd_lora.adapters.fast.copies import Alone, ConvFactors, Copies, Stack
+from sd_lora.adapters.fast.gemm import TORCH, gemm_of
 from sd_lora.adapters.fast.layers import (
     Forward,
     adapted_conv,
+    frozen,
     frozen_conv,
     is_plain_conv,
+    is_plain_linear,
     is_usual,
     takes,
 )
@@ -54,8 +57,12 @@ class FastModel:
                 self.forwards[layer] = Alone(parts.stack([own]))
         bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
         for module in model.modules():
-            if is_plain_conv(module) and module not in parts.inside | bases:
+            if module in parts.inside | bases:
+                continue
+            if is_plain_conv(module):
                 self.forwards[module] = frozen_conv(module)
+            elif is_plain_linear(module) and gemm_of(module.weight) is not TORCH:  # type: ignore[arg-type]
+                self.forwards[module] = frozen(module)
         self.copies, self.shared, self.way = Copies(factors), parts.shared, parts.way
         self._dicts = [(vars(module), forward) for module, forward in self.forwards.items()]
         self._is_in = False

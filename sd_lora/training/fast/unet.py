@@ -18,9 +18,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from sd_lora.adapters.fast.convolutions import Convolution
 from sd_lora.adapters.fast.copies import Alone, ConvFactors, Factors, FrozenStack, Stack
 from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
-from sd_lora.adapters.fast.residual import Block, Convolution, Norm
+from sd_lora.adapters.fast.products import frozen_linear
+from sd_lora.adapters.fast.residual import Block, Norm
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
 from sd_lora.training.fast import blocks
 
@@ -236,7 +238,7 @@ class Parts:
             return module
         self.inside.add(module)
         weight = module.weight.detach().flatten(1)
-        return lambda tokens: F.linear(tokens, weight, module.bias)
+        return lambda tokens: frozen_linear(tokens, weight, module.bias)
 
 
 def _device(plain: Iterable[Any]) -> torch.device:
