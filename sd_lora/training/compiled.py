@@ -8,13 +8,15 @@ goes both ways, and is thrown away, as in the trial of the largest batch.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sd_lora.errors import RunError
+from sd_lora.report.events import Progress
 from sd_lora.report.summary import duration
 from sd_lora.training.fast.blocks import BlockParts, Pass, Way, block_pass
 from sd_lora.training.run import Run
@@ -93,27 +95,21 @@ def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compi
     first = run.plan.epochs.first_of_step(run.first_step)
     left = len(run.stream) - first
 
-    def seconds() -> float:
-        started = time.perf_counter()
-        go_once(run, first, accumulate)
-        if run.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - started
-
-    try:
-        seconds()
-    except RunError as error:  # a lost image, of which its own step tells
-        return f"no: {error}"
-    plain = statistics.median(seconds() for _ in range(TIMES))
-    if plain * left < SHORT:
-        return f"no: the run's {left} batches take {duration(plain * left)} without"
-    try:
-        _compile(run, ways, compiler)
-        compiling = seconds()
-        compiled = statistics.median(seconds() for _ in range(TIMES))
-    except Exception as error:  # compilers, and the programs that they need, fail in many ways
-        _plain(ways)
-        return f"no: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    with _timed(run, first, accumulate) as seconds:
+        try:
+            seconds()
+        except RunError as error:  # a lost image, of which its own step tells
+            return f"no: {error}"
+        plain = statistics.median(seconds() for _ in range(TIMES))
+        if plain * left < SHORT:
+            return f"no: the run's {left} batches take {duration(plain * left)} without"
+        try:
+            _compile(run, ways, compiler)
+            compiling = seconds()
+            compiled = statistics.median(seconds() for _ in range(TIMES))
+        except Exception as error:  # compilers, and the programs that they need, fail in many ways
+            _plain(ways)
+            return f"no: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     both = f"a batch takes {compiled:.3g} s, {plain:.3g} s without"
     gain = plain - compiled
     if gain <= 0:
@@ -124,6 +120,32 @@ def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compi
     late = f", and the run has {left:,}" * (even > left)
     cost = f"{compiling:.0f} s of compiling are made up after {even:,} batches{late}"
     return f"transformer blocks: {both}; {cost}"
+
+
+@contextmanager
+def _timed(run: Run, number: int, accumulate: Accumulate) -> Iterator[Callable[[], float]]:
+    """A context with a function that goes forward and backward with a micro-batch, shows it, and
+    returns its seconds."""
+    done = 0
+
+    def tell(ended: bool = False) -> None:
+        run.emit(Progress("trying compiled blocks", done, 2 * (1 + TIMES), "batch", ended))
+
+    def seconds() -> float:
+        nonlocal done
+        started = time.perf_counter()
+        go_once(run, number, accumulate)
+        if run.accelerator.device.type == "cuda":
+            torch.cuda.synchronize()
+        taken, done = time.perf_counter() - started, done + 1
+        tell()
+        return taken
+
+    tell()
+    try:
+        yield seconds
+    finally:
+        tell(ended=True)
 
 
 def _plain(ways: list[Way]) -> None:

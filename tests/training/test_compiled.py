@@ -114,7 +114,9 @@ def test_the_faster_way_is_taken(
     has a gradient, and the random state is as before."""
     monkeypatch.setattr(compiled, "SHORT", 0.0)
     config = text_to_image(tiny_sd1, data, tmp_path, compile="auto", targets="attention")
-    with prepared_run(config) as run:
+    events: list[Any] = []
+    with prepared_run(config, [events.append]) as run:
+        events.clear()
         (model,) = run.fast_models
         model.way.compute = plain(block_pass)
         state = torch.get_rng_state()
@@ -123,6 +125,9 @@ def test_the_faster_way_is_taken(
         assert run.fit.compiled == taken
         assert (model.way.compute is block_pass) == (not taken)
         assert all(p.grad is None for p in run.parameters)
+        shown = [(event.label, event.done, event.ended) for event in events]
+        assert shown[0] == ("trying compiled blocks", 0, False)
+        assert shown[-1] == ("trying compiled blocks", 4 if compiler is fails else 8, True)
         assert torch.equal(torch.get_rng_state(), state)
 
 
