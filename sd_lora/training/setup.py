@@ -49,6 +49,7 @@ from sd_lora.training.fast.step import fast_models
 from sd_lora.training.forecast import warnings_of
 from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
+from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.objective import objective_of
@@ -103,10 +104,18 @@ def prepared_run(
     config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
 ) -> Iterator[Run]:
     """A run of `prepare` within a `with` block, after which another one can begin."""
-    try:
+    with released([config]):
         yield prepare(config, listeners, resumed)
+
+
+@contextmanager
+def released(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """A context after which the output folders of runs are nobody's, and other runs can begin."""
+    try:
+        yield
     finally:
-        disown(config.output_path)
+        for config in configs:
+            disown(config.output_path)
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -124,10 +133,20 @@ def prepare(
     Raises:
         UsageError, RunError: any later failure of the run, where it can be known now.
     """
-    checked = _check(config, listeners, resumed)
+    return ready(checked_run(config, listeners, resumed), listeners)
+
+
+def ready(
+    checked: CheckedRun, listeners: Sequence[Listener] = (), several: SharedBase | None = None
+) -> Run:
+    """The run of a `CheckedRun`, with its model.
+
+    several: the base that it shares with other runs of this process; None: its own.
+    """
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
-    parts = _load(checked.base, resolved, accelerator)
+    load = several.parts if several else load_base
+    parts = load(checked.base, resolved, accelerator)
     objective = objective_of(resolved, parts, checked.base.resolution)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
@@ -154,6 +173,8 @@ def prepare(
     caches.make_room(images, latents, text)
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
+    # the fast path puts weights side by side, which several runs would do each in its own way
+    learning_alone = {c: model for c, model in models.items() if c != "unet" or not several}
     run = Run(
         plan=plan,
         emit=_to_all(log, accelerator, listeners),
@@ -175,7 +196,7 @@ def prepare(
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
         average=_average(resolved, models, text),
-        fast_models=fast_models(models, resolved.masks_ranks),
+        fast_models=fast_models(learning_alone, resolved.masks_ranks),
         saved=saved,
         start=start,
         repo=checked.repo,
@@ -195,7 +216,9 @@ def _to_all(log: LogFile, accelerator: Accelerator, listeners: Sequence[Listener
     return to_all([log, trackers, *listeners])
 
 
-def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:
+def checked_run(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
     date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
@@ -318,7 +341,7 @@ def _text_conditioning(
     )
 
 
-def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
+def load_base(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
     with memory_for("loading the base model", config), without_fsdp():
         parts = base.load(

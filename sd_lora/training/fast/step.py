@@ -12,18 +12,22 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
+from sd_lora.adapters.fast.copies import ConvFactors, Copies
 from sd_lora.adapters.fast.layers import (
     Forward,
     adapted_conv,
+    fast_layers,
     frozen_conv,
+    is_conv,
     is_plain_conv,
     is_usual,
+    models_of,
     takes,
 )
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.linear_conv import AdaptedConv
+from sd_lora.adapters.routed import RoutedLayer
 from sd_lora.training.fast.unet import Parts
 
 
@@ -36,9 +40,9 @@ class FastModel:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        plain = {layer: layer for layer in adapted_layers(model).values() if takes(layer)}
-        self.layers: list[AdaptedLayer] = list(plain)
-        parts = Parts(model, plain)
+        plain = fast_layers(model)
+        self.layers: list[AdaptedLayer] = [own for layer in plain for own in models_of(layer)]
+        parts = Parts(model, {*plain})
         self.forwards, factors = parts.forwards, parts.factors
         for layer in plain:
             own: Any = layer
@@ -48,11 +52,12 @@ class FastModel:
                 conv = ConvFactors(own)
                 factors.append(conv)
                 self.forwards[layer] = adapted_conv(own, conv)
+            elif is_conv(layer):
+                self.forwards[layer] = parts.routed_conv(own).forward
             else:
-                stack = Stack([own])
-                factors.append(stack)
-                self.forwards[layer] = stack.forward_of_one()
-        bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
+                self.forwards[layer] = parts.stack([own]).forward_of_one()
+        adapted = [m for m in model.modules() if isinstance(m, AdaptedLayer | RoutedLayer)]
+        bases = {part for layer in adapted for part in layer.modules()}
         for module in model.modules():
             if is_plain_conv(module) and module not in parts.inside | bases:
                 self.forwards[module] = frozen_conv(module)

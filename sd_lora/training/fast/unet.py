@@ -3,6 +3,7 @@
 Only exact classes with the settings of Stable Diffusion are taken; all else stays as it is.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,9 +19,17 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from sd_lora.adapters.fast.copies import ConvFactors, Factors, FrozenStack, Stack
-from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
-from sd_lora.adapters.fast.residual import Block, Convolution, Norm
-from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
+from sd_lora.adapters.fast.layers import (
+    Forward,
+    is_conv,
+    is_hooked,
+    is_plain_conv,
+    is_plain_linear,
+)
+from sd_lora.adapters.fast.residual import Block, Convolution, Norm, Part
+from sd_lora.adapters.fast.routed import RoutedConvolution, RoutedStack
+from sd_lora.adapters.linear_conv import AdaptedConv
+from sd_lora.adapters.routed import RoutedLayer
 from sd_lora.training.fast import blocks
 
 Plain = Collection[nn.Module]
@@ -37,8 +46,10 @@ class Shared:
     outputs, in order. keys_values, times: input and reader → outputs.
     """
 
-    of_text: list[tuple[Stack, list[nn.Module]]] = field(default_factory=list)
-    of_time: list[tuple[Stack | FrozenStack, list[nn.Module]]] = field(default_factory=list)
+    of_text: list[tuple[Stack | RoutedStack, list[nn.Module]]] = field(default_factory=list)
+    of_time: list[tuple[Stack | RoutedStack | FrozenStack, list[nn.Module]]] = field(
+        default_factory=list
+    )
     keys_values: dict[tuple[int, nn.Module], tuple[Tensor, ...]] = field(default_factory=dict)
     times: dict[tuple[int, nn.Module], Tensor] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)  # kept, so that no other has their identity
@@ -100,11 +111,22 @@ class Parts:
             elif _is_usual_transformer(module):
                 self._add_transformer(module)
 
-    def _stack(self, layers: list[Any]) -> Stack:
+    def stack(self, layers: list[Any]) -> Stack | RoutedStack:
+        """Linears that are computed as one."""
+        self.inside.update(layers)
+        if isinstance(layers[0], RoutedLayer):
+            routed = RoutedStack(layers)
+            self.factors += filter(None, routed.factors)
+            return routed
         stack = Stack(layers)
         self.factors.append(stack)
-        self.inside.update(layers)
         return stack
+
+    def routed_conv(self, layer: RoutedLayer) -> RoutedConvolution:
+        """A convolution of several models."""
+        conv = RoutedConvolution(layer)
+        self.factors += filter(None, conv.factors)
+        return conv
 
     def _alike(self, linears: list[Any]) -> bool:
         """Whether linears are plain LoRA, and can be one stack."""
@@ -115,14 +137,14 @@ class Parts:
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
             if self._alike(linears):
-                self.forwards[attention] = blocks.self_attention(attention, self._stack(linears))
+                self.forwards[attention] = blocks.self_attention(attention, self.stack(linears))
 
     def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
         known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
         for same in _by(known, lambda a: _form(a.to_k)):
-            for alike in _parts(same, Stack.most(same[0].to_k) // 2):
-                stack = self._stack([linear for a in alike for linear in (a.to_k, a.to_v)])
+            for alike in _parts(same, _most(same[0].to_k) // 2):
+                stack = self.stack([linear for a in alike for linear in (a.to_k, a.to_v)])
                 self.shared.of_text.append((stack, alike))
             for attention in same:
                 forward = blocks.cross_attention(attention, self.shared.keys_values)
@@ -138,8 +160,8 @@ class Parts:
         adapted = [r for r in known if self._alike([r.time_emb_proj])]
         frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
         for same in _by(adapted, lambda r: _form(r.time_emb_proj)):
-            for alike in _parts(same, Stack.most(same[0].time_emb_proj)):
-                stack = self._stack([r.time_emb_proj for r in alike])
+            for alike in _parts(same, _most(same[0].time_emb_proj)):
+                stack = self.stack([r.time_emb_proj for r in alike])
                 self.shared.of_time.append((stack, alike))
         for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
             stacked = FrozenStack([r.time_emb_proj for r in alike])
@@ -149,15 +171,17 @@ class Parts:
         self.forwards[first] = _first_block(first, self.shared)
 
     def _is_known(self, conv: nn.Module) -> bool:
-        return is_plain_conv(conv) or (isinstance(conv, AdaptedConv) and conv in self._plain)
+        return is_plain_conv(conv) or (is_conv(conv) and conv in self._plain)
 
     def _block(self, resnet: Any) -> Block:
         first, second, *shortcut = (self._convolution(conv) for conv in _convs(resnet))
         norms = Norm(resnet.norm1), Norm(resnet.norm2)
         return Block(norms[0], first, norms[1], second, shortcut[0] if shortcut else None)
 
-    def _convolution(self, conv: Any) -> Convolution:
+    def _convolution(self, conv: Any) -> Part:
         self.inside.add(conv)
+        if isinstance(conv, RoutedLayer):
+            return self.routed_conv(conv)
         if not isinstance(conv, AdaptedConv):
             return Convolution(conv, None)
         factors = ConvFactors(conv)
@@ -172,8 +196,8 @@ class Parts:
             self.forwards[model] = blocks.transformer(model, project_in, project_out)
 
     def _projection(self, module: Any) -> blocks.Project:
-        if isinstance(module, AdaptedConv):
-            return self._stack([module]).forward_of_one()
+        if is_conv(module):
+            return self.stack([module]).forward_of_one()
         if not isinstance(module, nn.Conv2d):
             return module
         self.inside.add(module)
@@ -181,9 +205,15 @@ class Parts:
         return lambda tokens: F.linear(tokens, weight, module.bias)
 
 
-def _form(linear: AdaptedLinear) -> tuple[object, ...]:
-    """The shape, rank and bias that linears of a stack share."""
-    return linear.delta.shape, linear.delta.rank, linear.base.bias is None
+def _form(linear: Any) -> tuple[object, ...]:
+    """The shape, bias and rank, of a routed one in each model, that linears of a stack share."""
+    ranks = [own and own.delta.rank for own in getattr(linear, "layers", [linear])]
+    return linear.base.weight.shape, linear.base.bias is None, *ranks
+
+
+def _most(linear: Any) -> int:
+    """Most linears of a stack."""
+    return sys.maxsize if isinstance(linear, RoutedLayer) else Stack.most(linear)
 
 
 def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]]:
