@@ -155,7 +155,8 @@ def ready(
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
     start = start_from(resolved.init_path, models) if resolved.init_path and not saved else None
-    _fill_class_folder(checked, parts, text)  # the injected model still is the base, bit for bit
+    # the injected model still is the base, bit for bit
+    _fill_class_folder(checked, parts, text, shared=several is not None)
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
@@ -356,12 +357,17 @@ def load_base(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
         return parts
 
 
-def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning) -> None:
-    """Draw the class images that are missing, and take them into the run."""
+def _fill_class_folder(
+    checked: CheckedRun, parts: Parts, text: TextConditioning, shared: bool
+) -> None:
+    """Draw the class images that are missing, and take them into the run. shared: whether another
+    run of this process may have drawn them since the check."""
     images, config = checked.images, checked.plan.config
     wanted = config.class_images
     if not wanted:
         return
+    if shared and wanted.folder.is_dir():
+        images.check_class_folder(wanted, required=False)
     with memory_for("drawing class images", config):
         fill_class_folder(
             wanted, images.num_class_images, parts, text.caption_encoder,

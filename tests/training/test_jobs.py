@@ -1,16 +1,17 @@
 """Several LoRAs over one base in one run: each is as if it were alone."""
 
+import gc
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sd_lora
@@ -21,6 +22,7 @@ from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.jobs.together import Together
 from sd_lora.training.jobs.train import train_jobs
 from sd_lora.training.loop import Asked
+from sd_lora.training.run import Run
 from sd_lora.training.setup import checked_run, load_base, prepare, ready, released
 from tests.training.runs import dreambooth, images, text_to_image
 
@@ -84,28 +86,37 @@ def test_each_job_is_as_if_alone(tiny_sd1: Path, tmp_path: Path) -> None:
 
 def test_the_base_is_there_once(tiny_sd1: Path, tmp_path: Path) -> None:
     """The frozen weights of all jobs and of the UNet that they learn through are the same memory,
-    also where the fast path has put them side by side: the bytes of one base."""
+    the bytes of one base. The UNet takes no more than a copy of the factors and of the biases that
+    the fast path puts side by side."""
     jobs = jobs_of(tiny_sd1, tmp_path, tmp_path / "out", targets="all", train_text_encoder=False)
     with released([job.config for job in jobs]):
         base = SharedBase(load_base)
         runs = [ready(checked_run(job.config), (), base) for job in jobs]
-        whole = tensor_bytes([runs[0].parts.unet], without=runs[0].parameters)
-        unet = base.unet()
-        together = Together(runs, unet)
-        together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
         trained = [p for run in runs for p in run.parameters]
+        whole = num_bytes(base.unet().parameters())
+        before, unet = num_bytes(living()), base.unet()
+        together = Together(runs, unet)
+        biases = num_bytes(p for p in unet.parameters() if p.dim() == 1)
+        assert num_bytes(living()) - before <= num_bytes(trained) + biases
+        together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
         models = [*(run.parts.unet for run in runs), unet]
-        assert tensor_bytes(models, without=trained) == whole
+        left_out = {id(parameter) for parameter in trained}
+        tensors = [p for model in models for p in model.parameters() if id(p) not in left_out]
+        assert num_bytes(tensors) == whole
         vaes = {id(p) for run in runs for p in run.parts.vae.parameters()}
         assert len(vaes) == len([*runs[0].parts.vae.parameters()])
 
 
-def tensor_bytes(models: Sequence[nn.Module], without: Sequence[Tensor]) -> int:
-    """Bytes of the distinct memory of models' tensors, without some."""
-    left_out = {id(tensor) for tensor in without}
-    tensors = [t for m in models for t in (*m.parameters(), *m.buffers()) if id(t) not in left_out]
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct memory of tensors."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
+def living() -> list[Tensor]:
+    """All tensors of this process."""
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, Tensor)]
 
 
 class Products(TorchDispatchMode):
@@ -125,27 +136,34 @@ class Products(TorchDispatchMode):
 
 
 def test_the_base_is_computed_once(tiny_sd1: Path, tmp_path: Path) -> None:
-    """Each frozen weight goes into as many products of a forward pass with three jobs as with one,
-    whatever is adapted."""
-    rules = {"train_text_encoder": False, "targets": "all", "gradient_accumulation_steps": 1}
+    """Frozen weights go into as many products, forward and backward, with three jobs as in a run
+    alone, whatever is adapted."""
+    rules: dict[str, Any] = {"train_text_encoder": False, "targets": "all"}
     jobs = [
-        Job(job.name, job.config.replace(**rules))
+        Job(job.name, job.config.replace(gradient_accumulation_steps=1, **rules))
         for job in jobs_of(tiny_sd1, tmp_path, tmp_path / "out")
     ]
-    with released([job.config for job in jobs]):
+    alone = jobs[0].config.replace(output_dir=str(tmp_path / "alone"))
+    with released([alone, *(job.config for job in jobs)]):
+        one = prepare(alone)
         base = SharedBase(load_base)
         runs = [ready(checked_run(job.config), (), base) for job in jobs]
-        unet = base.unet()
-        together = Together(runs, unet)
-        frozen = {p.untyped_storage().data_ptr() for p in base.unet().parameters()}
-        found = []
-        for asking in (runs[:1], runs):
-            batches = [Asked(run, 0, run.stream.batch(0), 0) for run in asking]
-            with Products() as products:
-                together.learn(batches)
-            found.append({place: products.counts[place] for place in frozen})
-    assert found[0] == found[1]
-    assert sum(found[0].values()) > 100
+        together = Together(runs, base.unet())
+
+        def of_all() -> None:
+            together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
+
+        counts = products_of(Asked(one, 0, one.stream.batch(0), 0).learn, one)
+        assert products_of(of_all, runs[0]) == counts > 100
+
+
+def products_of(work: Callable[[], object], run: Run) -> int:
+    """Frozen weights of a run's UNet among the operands of the products of some work."""
+    trained = {id(p) for p in run.parameters}
+    frozen = [p for p in run.parts.unet.parameters() if id(p) not in trained]
+    with Products() as products:
+        work()
+    return sum(products.counts[place] for place in {p.untyped_storage().data_ptr() for p in frozen})
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "sd1"])
@@ -319,3 +337,21 @@ def test_faults_of_all_jobs_come_before_work(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="train in one process, and the launcher started 2"):
         train_jobs(jobs)
+
+
+def test_class_images_are_drawn_once(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Jobs with one folder of class images have those that the first of them drew, as two runs one
+    after another."""
+    classes = tmp_path / "classes"
+    shared: dict[str, object] = {
+        "with_prior_preservation": True, "class_data_dir": str(classes), "num_class_images": 2,
+        "class_prompt": "a thing", "max_train_steps": 1, "train_batch_size": 1,
+    }  # fmt: skip
+    data = images(tmp_path / "data", 2)
+    (data / "metadata.jsonl").unlink()
+    jobs = [
+        Job(name, dreambooth(tiny_sd1, data, tmp_path / name, seed=seed, **shared))
+        for name, seed in {"a": 1, "b": 2}.items()
+    ]
+    assert len(train_jobs(jobs).results) == 2
+    assert len([*classes.glob("*.png")]) == 2

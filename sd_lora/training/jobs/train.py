@@ -273,6 +273,7 @@ class _Loop:
             )
             together.learn([_largest(run) for run in runs])
             del room
+            self._together = together
         except RunError:  # a lost image, of which its own step tells
             return
         except Exception as error:

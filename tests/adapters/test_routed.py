@@ -1,0 +1,172 @@
+"""Routed layers: each item of a batch by the layers of its own model, W x for all at once."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sd_lora
+from sd_lora.adapters.fast.copies import Copies
+from sd_lora.adapters.fast.layers import takes
+from sd_lora.adapters.fast.routed import RoutedConvolution, RoutedStack
+from sd_lora.adapters.inject import adapted_layers
+from sd_lora.adapters.routed import RoutedLayer, Routes, route
+
+RANKS = (2, 5, 3)
+COUNTS = [(2, 1, 3), (0, 2, 1), (3, 0, 0)]
+"""Items of each model in a batch, of which one or two may have none."""
+
+
+def models(
+    base: nn.Module, dtype: torch.dtype = torch.float32, left_out: Sequence[str] = ()
+) -> list[nn.Module]:
+    """Models of one base, of other ranks, with random deltas. left_out: modules that the last one
+    leaves as they are."""
+    found = []
+    for place, rank in enumerate(RANKS):
+        model = copy.deepcopy(base)
+        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        last = place == len(RANKS) - 1
+        targets = [name for name in names if not (last and name in left_out)]
+        sd_lora.inject(model, targets, rank=rank, alpha=2.0, seed=place)
+        torch.manual_seed(place)
+        for parameter in sd_lora.lora_layers(model):
+            nn.init.normal_(parameter, std=0.3)
+        for layer in adapted_layers(model).values():
+            layer.base.to(dtype)
+        found.append(model)
+    return found
+
+
+def gradients(out: Tensor, inputs: Sequence[Tensor]) -> list[Tensor | None]:
+    torch.manual_seed(1)
+    loss = (out * torch.randn(out.shape)).sum()
+    return [*torch.autograd.grad(loss, inputs, allow_unused=True)]
+
+
+def factors(adapted: Sequence[nn.Module]) -> list[Tensor]:
+    return [p for model in adapted for p in sd_lora.lora_layers(model)]
+
+
+def assert_near(mine: Sequence[Any], theirs: Sequence[Any], tolerance: float = 1e-6) -> None:
+    """Tensors are as near as their norms times the tolerance; absent ones are zeros."""
+    for ours, other in zip(mine, theirs, strict=True):
+        if ours is None or other is None:
+            there = other if ours is None else ours
+            assert there is None or not there.any()
+        else:
+            assert (ours - other).norm() <= tolerance * other.norm() + 1e-12
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+def test_each_item_is_of_its_own_model(counts: tuple[int, ...]) -> None:
+    """Outputs and all gradients of linears, of tokens, and convolutions are those of each model on
+    its own items, also of a model that leaves a layer as it is."""
+    torch.manual_seed(0)
+    base = nn.Sequential(
+        nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Flatten(2), nn.Linear(16, 8), nn.Linear(8, 4)
+    )
+    adapted, routes = models(base, left_out=("2",)), Routes(counts)
+    names = [*route(base, adapted, routes)]
+    assert names == ["0", "2", "3"]
+    assert all(isinstance(base.get_submodule(name), RoutedLayer) for name in names)
+    x = torch.randn(sum(counts), 4, 8, 8, requires_grad=True)
+    pairs = zip(adapted, x.split(counts), strict=True)
+    apart = torch.cat([model(part) for model, part in pairs if len(part)])
+    wanted = [x, *factors(adapted)]
+    out = base(x)
+    assert_near([out, *gradients(out, wanted)], [apart, *gradients(apart, wanted)])
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_routed_stack_is_its_layers(counts: tuple[int, ...], bias: bool) -> None:
+    """Three routed linears of one input, computed as one, give the outputs and every gradient of
+    the layers apart; base weights are views of one tensor, the same in all models."""
+    torch.manual_seed(0)
+    base = nn.Sequential(*(nn.Linear(12, 16, bias=bias) for _ in range(3)))
+    adapted, routes = models(base), Routes(counts)
+    routed = [*route(base, adapted, routes).values()]
+    x = torch.randn(sum(counts), 5, 12, requires_grad=True)
+    wanted = [x, *factors(adapted)]
+    apart = torch.cat([layer(x) for layer in routed], -1)
+    theirs = [apart, *gradients(apart, wanted)]
+    stack = RoutedStack(routed)
+    Copies([f for f in stack.factors if f]).refresh()
+    out = torch.cat(stack(x), -1)
+    assert_near([out, *gradients(out, wanted)], theirs)
+    places = {layer.base.weight.untyped_storage().data_ptr() for layer in routed}
+    assert places == {stack.W.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("counts", COUNTS)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_routed_convolution_is_its_layer(counts: tuple[int, ...], stride: int) -> None:
+    """A convolution of several models as one function: output and gradients of the layer."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Conv2d(4, 6, 3, stride=stride, padding=1))
+    adapted, routes = models(base), Routes(counts)
+    (routed,) = route(base, adapted, routes).values()
+    x = torch.randn(sum(counts), 4, 8, 8, requires_grad=True)
+    wanted = [x, *factors(adapted)]
+    apart = routed(x)
+    conv = RoutedConvolution(routed)
+    Copies([f for f in conv.factors if f]).refresh()
+    out = conv.forward(x)
+    assert_near([out, *gradients(out, wanted)], [apart, *gradients(apart, wanted)])
+
+
+def test_bfloat16_is_no_worse_than_the_layers() -> None:
+    """A routed stack of a bfloat16 base is nearer to the exact output than its layers, which round
+    three times where it rounds twice."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(320, 320))
+    adapted, routes = models(base, torch.bfloat16), Routes((2, 1, 3))
+    (routed,) = route(base.bfloat16(), adapted, routes).values()
+    x = torch.randn(6, 40, 320).bfloat16()
+    weights = [next(iter(adapted_layers(m).values())).delta.weight().double() for m in adapted]
+    each = torch.cat([w.expand(n, -1, -1) for w, n in zip(weights, routes.counts, strict=True)])
+    linear: Any = routed.base
+    exact = x.double() @ (linear.weight.double() + each).mT + linear.bias.double()
+    stack = RoutedStack([routed])
+    Copies([f for f in stack.factors if f]).refresh()
+    ours, general = (out.detach().double() - exact for out in (stack(x)[0], routed(x)))
+    assert ours.norm() < general.norm()
+
+
+def test_values_that_are_not_finite_stay_with_their_model() -> None:
+    """NaN in the factors of one model leave the outputs and gradients of the others bit for bit as
+    they are, on the fast path as well: a job that diverges ruins no other."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 16))
+    adapted, routes = models(base), Routes((2, 1, 3))
+    (routed,) = route(base, adapted, routes).values()
+    x = torch.randn(6, 5, 12, requires_grad=True)
+    others = [x, *factors([adapted[0], adapted[2]])]
+    found = []
+    for ruined in (False, True):
+        if ruined:
+            for parameter in factors([adapted[1]]):
+                parameter.data.fill_(torch.nan)
+        stack = RoutedStack([routed])
+        Copies([f for f in stack.factors if f]).refresh()
+        out = stack(x)[0]
+        grad_x, *of_factors = gradients(out, others)
+        assert grad_x is not None
+        kept = [torch.cat([t[:2], t[3:]]) for t in (out, grad_x)]
+        found.append([*kept, *of_factors])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_what_the_fast_path_takes_of_routed_layers() -> None:
+    """A routed layer is taken if that of each model is: not with a dropout in one of them."""
+    base = nn.Sequential(nn.Linear(12, 16))
+    adapted, routes = models(base), Routes((1, 1, 1))
+    (routed,) = route(base, adapted, routes).values()
+    assert takes(routed)
+    (layer,) = adapted_layers(adapted[1]).values()
+    layer.dropout = 0.5
+    assert not takes(routed)
