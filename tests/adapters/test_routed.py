@@ -15,21 +15,26 @@ from sd_lora.adapters.fast.routed import RoutedConvolution, RoutedStack
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.routed import RoutedLayer, Routes, route
 
-RANKS = (2, 5, 3)
-COUNTS = [(2, 1, 3), (0, 2, 1), (3, 0, 0)]
+RANKS, SAME = (2, 5, 3), (3, 3, 3)
+"""Ranks of three models."""
+
+COUNTS = [(2, 1, 3), (0, 2, 1), (3, 0, 0), (2, 2, 2)]
 """Items of each model in a batch, of which one or two may have none."""
 
 
 def models(
-    base: nn.Module, dtype: torch.dtype = torch.float32, left_out: Sequence[str] = ()
+    base: nn.Module,
+    dtype: torch.dtype = torch.float32,
+    left_out: Sequence[str] = (),
+    ranks: Sequence[int] = RANKS,
 ) -> list[nn.Module]:
-    """Models of one base, of other ranks, with random deltas. left_out: modules that the last one
+    """Models of one base, of these ranks, with random deltas. left_out: modules that the last one
     leaves as they are."""
     found = []
-    for place, rank in enumerate(RANKS):
+    for place, rank in enumerate(ranks):
         model = copy.deepcopy(base)
         names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-        last = place == len(RANKS) - 1
+        last = place == len(ranks) - 1
         targets = [name for name in names if not (last and name in left_out)]
         sd_lora.inject(model, targets, rank=rank, alpha=2.0, seed=place)
         torch.manual_seed(place)
@@ -82,13 +87,16 @@ def test_each_item_is_of_its_own_model(counts: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("counts", COUNTS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_routed_stack_is_its_layers(counts: tuple[int, ...], bias: bool) -> None:
+@pytest.mark.parametrize(("bias", "ranks"), [(True, RANKS), (False, SAME)])
+def test_a_routed_stack_is_its_layers(
+    counts: tuple[int, ...], bias: bool, ranks: tuple[int, ...]
+) -> None:
     """Three routed linears of one input, computed as one, give the outputs and every gradient of
-    the layers apart; base weights are views of one tensor, the same in all models."""
+    the layers apart, also where ranks and items of all are the same in number, and their products
+    one; base weights are views of one tensor, the same in all models."""
     torch.manual_seed(0)
     base = nn.Sequential(*(nn.Linear(12, 16, bias=bias) for _ in range(3)))
-    adapted, routes = models(base), Routes(counts)
+    adapted, routes = models(base, ranks=ranks), Routes(counts)
     routed = [*route(base, adapted, routes).values()]
     x = torch.randn(sum(counts), 5, 12, requires_grad=True)
     wanted = [x, *factors(adapted)]
@@ -137,12 +145,13 @@ def test_bfloat16_is_no_worse_than_the_layers() -> None:
     assert ours.norm() < general.norm()
 
 
-def test_values_that_are_not_finite_stay_with_their_model() -> None:
+@pytest.mark.parametrize("ranks", [RANKS, SAME])
+def test_values_that_are_not_finite_stay_with_their_model(ranks: tuple[int, ...]) -> None:
     """NaN in the factors of one model leave the outputs and gradients of the others bit for bit as
     they are, on the fast path as well: a job that diverges ruins no other."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(12, 16))
-    adapted, routes = models(base), Routes((2, 1, 3))
+    adapted, routes = models(base, ranks=ranks), Routes((2, 2, 2))
     (routed,) = route(base, adapted, routes).values()
     x = torch.randn(6, 5, 12, requires_grad=True)
     others = [x, *factors([adapted[0], adapted[2]])]
@@ -156,7 +165,7 @@ def test_values_that_are_not_finite_stay_with_their_model() -> None:
         out = stack(x)[0]
         grad_x, *of_factors = gradients(out, others)
         assert grad_x is not None
-        kept = [torch.cat([t[:2], t[3:]]) for t in (out, grad_x)]
+        kept = [torch.cat([t[:2], t[4:]]) for t in (out, grad_x)]
         found.append([*kept, *of_factors])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 

@@ -22,6 +22,9 @@ from sd_lora.adapters.fast.residual import (
 )
 from sd_lora.adapters.routed import RoutedLayer, Routes
 
+Pair = tuple[Tensor, Tensor]
+"""A and B."""
+
 Route = tuple[slice, Factors]
 """Rows of a model's items, and its working copies."""
 
@@ -35,39 +38,50 @@ def _routes(routes: Routes, factors: Sequence[Factors | None], number: int) -> l
 class RoutedStack:
     """Routed linears with one input, of one shape and in each model of one rank, computed as one.
 
-    factors: working copies of each model's; None of a model that has none of these layers.
+    factors: working copies of each model's; None of a model that has none of these layers. batched:
+    A (models, n·r, in) and B (models, n, out, r) of all, where every model has them, of one rank.
     """
 
     def __init__(self, layers: Sequence[RoutedLayer]) -> None:
         bases: list[Any] = [layer.base for layer in layers]
         self.W, self.bias = side_by_side(bases), joined_biases(bases)
         self.out, self.routes = len(self.W) // len(bases), layers[0].routes
-        of_models = zip(*(layer.layers for layer in layers), strict=True)
-        self.factors = [self._factors([*of_one]) for of_one in of_models]
-
-    def _factors(self, layers: list[Any]) -> Factors | None:
-        if layers[0] is None:
-            return None
-        n, r = len(layers), layers[0].delta.rank
-        A = self.W.new_empty(n * r, self.W.shape[1])
-        B = self.W.new_empty(n, self.out, r)
-        factors = Factors(layers, (A, B), [*A.split(r), *B])
-        pairs = zip(factors.into, factors.masters, strict=True)
-        factors.into = [view.view(master.shape) for view, master in pairs]
-        return factors
+        of_models = [[*of_one] for of_one in zip(*(layer.layers for layer in layers), strict=True)]
+        ranks = [of_one[0] and of_one[0].delta.rank for of_one in of_models]
+        n, width = len(layers), self.W.shape[1]
+        self.batched: Pair | None = None
+        if len({*ranks}) == 1:
+            A = self.W.new_empty(len(ranks), n * ranks[0], width)
+            self.batched = A, self.W.new_empty(len(ranks), n, self.out, ranks[0])
+        self.factors: list[Factors | None] = []
+        for place, (of_one, r) in enumerate(zip(of_models, ranks, strict=True)):
+            if r is None:
+                self.factors.append(None)
+                continue
+            if self.batched:
+                pair = self.batched[0][place], self.batched[1][place]
+            else:
+                pair = self.W.new_empty(n * r, width), self.W.new_empty(n, self.out, r)
+            factors = Factors(of_one, pair, [*pair[0].split(r), *pair[1]])
+            views = zip(factors.into, factors.masters, strict=True)
+            factors.into = [view.view(master.shape) for view, master in views]
+            self.factors.append(factors)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output, (…, out)."""
         found = _routes(self.routes, self.factors, x[..., 0].numel())
         pairs = [tensor for _, f in found for tensor in (f.A, f.B)]
-        return RoutedSum.apply(x, self.W, self.bias, self.out, [rows for rows, _ in found], *pairs)
+        rows = [rows for rows, _ in found]
+        if self.batched and len({*self.routes.counts}) == 1:  # the same number of items each
+            return _BatchedSum.apply(x, self.W, self.bias, *self.batched, *pairs)
+        return _RoutedSum.apply(x, self.W, self.bias, self.out, rows, *pairs)
 
     def forward_of_one(self) -> Any:
         """The forward pass of a stack of one layer."""
         return lambda input: self(input)[0]
 
 
-class RoutedSum(torch.autograd.Function):
+class _RoutedSum(torch.autograd.Function):
     """n routed linears of one input: y_i = W_i x + b_i + B_i(A_i x), with the factors of each
     row's model.
 
@@ -99,12 +113,7 @@ class RoutedSum(torch.autograd.Function):
         x2, W, *saved = ctx.saved_tensors
         lows, pairs = saved[: len(ctx.rows)], saved[len(ctx.rows) :]
         by_layer = [g.reshape(-1, ctx.out) for g in gs]
-        dx: Any = None
-        if ctx.needs_input_grad[0]:
-            first, *others = zip(by_layer, W.split(ctx.out), strict=True)
-            dx = first[0] @ first[1]
-            for g, weight in others:
-                dx.addmm_(g, weight)
+        dx = _by_frozen(by_layer, W) if ctx.needs_input_grad[0] else None
         found: list[Tensor] = []
         for part, low, A, B in zip(ctx.rows, lows, pairs[::2], pairs[1::2], strict=True):
             mine = [g[part] for g in by_layer]
@@ -114,6 +123,57 @@ class RoutedSum(torch.autograd.Function):
             if dx is not None:
                 dx[part].addmm_(dlow, A)
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found
+
+
+class _BatchedSum(torch.autograd.Function):
+    """The same where m models of one rank have the same number of items each: their products are
+    one batched product. On one core it takes half of the time of four small ones.
+
+    In: x (…, in), a model's rows after another's; W (n·out, in); bias; A (m, n·r, in) and
+    B (m, n, out, r), of which the pairs that follow are views, for their gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, *pairs: Tensor
+    ) -> tuple[Tensor, ...]:
+        models, n, out, r = B.shape
+        x3 = x.reshape(models, -1, x.shape[-1])
+        low = torch.bmm(x3, A.mT)  # (m, rows, n·r)
+        y = F.linear(x3, W, bias)
+        outs = y.split(out, 2)
+        for of_layer, h, up in zip(outs, low.split(r, 2), B.unbind(1), strict=True):
+            of_layer.baddbmm_(h, up.mT)
+        ctx.save_for_backward(x3, W, low, A, B)
+        ctx.shape = x.shape
+        return tuple(of_layer.reshape(*x.shape[:-1], out) for of_layer in outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
+        x3, W, low, A, B = ctx.saved_tensors
+        models, _, out, r = B.shape
+        by_layer = [g.reshape(models, -1, out) for g in gs]
+        ups = B.unbind(1)
+        dlow = torch.cat([torch.bmm(g, up) for g, up in zip(by_layer, ups, strict=True)], 2)
+        dA = torch.bmm(dlow.mT, x3)
+        lows = low.split(r, 2)
+        dB = torch.stack([torch.bmm(g.mT, h) for g, h in zip(by_layer, lows, strict=True)], 1)
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = _by_frozen([g.flatten(0, 1) for g in by_layer], W).view_as(x3)
+            dx = dx.baddbmm_(dlow, A).view(ctx.shape)
+        pairs = [tensor for pair in zip(dA, dB, strict=True) for tensor in pair]
+        return dx, None, None, None, None, *pairs
+
+
+def _by_frozen(by_layer: Sequence[Tensor], W: Tensor) -> Tensor:
+    """The gradient of x by n products W_i x. by_layer: gradients of their outputs, (N, out)."""
+    first, *others = zip(by_layer, W.split(by_layer[0].shape[1]), strict=True)
+    dx = first[0] @ first[1]
+    for g, weight in others:
+        dx.addmm_(g, weight)
+    return dx
 
 
 class RoutedConvolution:
