@@ -166,14 +166,18 @@ def products_of(work: Callable[[], object], run: Run) -> int:
     return sum(products.counts[place] for place in {p.untyped_storage().data_ptr() for p in frozen})
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd1"])
-def test_other_ways_of_a_step(kind: str, tiny: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), [("sdxl", 1e-5), ("sd1", 1e-5), ("sd2", 5e-2)])
+def test_other_ways_of_a_step(
+    kind: str, tolerance: float, tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
     """Gradients of two jobs are those of each alone to 1e-5: with SDXL's pooled text and sizes and
-    learned loss weights; with activations computed again and captions that are preserved."""
+    learned loss weights; with activations computed again and captions that are preserved. On a
+    bfloat16 base they are, to its rounding, in which the order of sums is seen."""
     shared: dict[str, Any] = {"targets": "all", "max_train_steps": 2}
     of_kind: dict[str, dict[str, Any]] = {
         "sdxl": {"edm2_loss_weighting": True, "noise_offset": 0.1},
         "sd1": {"gradient_checkpointing": True, "output_preservation": "blank"},
+        "sd2": {"mixed_precision": "bf16", "gradient_checkpointing": True},
     }
     data = images(tmp_path / "data", 3)
     own = [{"rank": 2, "train_batch_size": 1}, {"rank": 3, "seed": 5, "train_batch_size": 2}]
@@ -188,13 +192,13 @@ def test_other_ways_of_a_step(kind: str, tiny: Callable[[str], Path], tmp_path: 
         runs = [ready(checked_run(config), (), base) for config in configs]
         together = Together(runs, base.unet())
         ours = together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
-        torch.testing.assert_close(torch.stack(ours), torch.stack(losses), rtol=1e-5, atol=0)
+        torch.testing.assert_close(torch.stack(ours), torch.stack(losses), rtol=tolerance, atol=0)
         for mine, theirs in zip(runs, alone, strict=True):
             for p, q in zip(mine.parameters, theirs.parameters, strict=True):
                 if p.grad is None or q.grad is None:
                     assert p.grad is q.grad is None
                 else:
-                    assert (p.grad - q.grad).norm() <= 1e-5 * q.grad.norm() + 1e-9
+                    assert (p.grad - q.grad).norm() <= tolerance * q.grad.norm() + 1e-9
 
 
 def test_shapes_that_differ_go_one_by_one(tiny_sd1: Path, tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 """Fast forward passes of routed layers: W x for all items at once, B(A x) model by model.
 
-Where a model has no items in a pass, nothing of it is computed. In a dtype below float32 the sum of
-W x and B(A x) is rounded once more than in a `Stack`, whose tensor of W beside B is for one model.
+Where a model has no items in a pass, nothing of it is computed.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,41 +44,80 @@ class RoutedStack:
 
     def __init__(self, layers: Sequence[RoutedLayer]) -> None:
         bases: list[Any] = [layer.base for layer in layers]
-        self.W, self.bias = side_by_side(bases), joined_biases(bases)
-        self.out, self.routes = len(self.W) // len(bases), layers[0].routes
+        self.bias, self.routes = joined_biases(bases), layers[0].routes
         of_models = [[*of_one] for of_one in zip(*(layer.layers for layer in layers), strict=True)]
-        ranks = [of_one[0] and of_one[0].delta.rank for of_one in of_models]
-        n, width = len(layers), self.W.shape[1]
+        ranks = [of_one[0].delta.rank if of_one[0] else 0 for of_one in of_models]
+        n, (self.out, *_) = len(layers), bases[0].weight.shape
+        self.joint = bases[0].weight.dtype.itemsize < 4
         self.batched: Pair | None = None
-        if len({*ranks}) == 1:
-            A = self.W.new_empty(len(ranks), n * ranks[0], width)
-            self.batched = A, self.W.new_empty(len(ranks), n, self.out, ranks[0])
+        if self.joint:
+            self.W, pairs = _beside(bases, ranks)
+        else:
+            self.W = side_by_side(bases)
+            pairs = [self._pair(n, r) for r in ranks]
+            if len({*ranks}) == 1:
+                A, B = self._pair(n, ranks[0], len(ranks))
+                self.batched, pairs = (A, B), [*zip(A, B, strict=True)]
         self.factors: list[Factors | None] = []
-        for place, (of_one, r) in enumerate(zip(of_models, ranks, strict=True)):
-            if r is None:
+        for of_one, pair, r in zip(of_models, pairs, ranks, strict=True):
+            if r == 0:
                 self.factors.append(None)
                 continue
-            if self.batched:
-                pair = self.batched[0][place], self.batched[1][place]
-            else:
-                pair = self.W.new_empty(n * r, width), self.W.new_empty(n, self.out, r)
             factors = Factors(of_one, pair, [*pair[0].split(r), *pair[1]])
             views = zip(factors.into, factors.masters, strict=True)
             factors.into = [view.view(master.shape) for view, master in views]
             self.factors.append(factors)
+
+    def _pair(self, n: int, r: int, *models: int) -> Pair:
+        """Memory for A (…, n·r, in) and B (…, n, out, r)."""
+        width = self.W.shape[1]
+        return self.W.new_empty(*models, n * r, width), self.W.new_empty(*models, n, self.out, r)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """Each layer's output, (…, out)."""
         found = _routes(self.routes, self.factors, x[..., 0].numel())
         pairs = [tensor for _, f in found for tensor in (f.A, f.B)]
         rows = [rows for rows, _ in found]
+        if self.joint:
+            # its zeros beside NaN of one model would be NaN for the others; this one's A x is NaN,
+            # too, after an update that is not finite
+            self.W.data[:, x.shape[-1] :].nan_to_num_()
+            return _RoutedJoint.apply(x, self.W, self.bias, self.out, rows, *pairs)
         if self.batched and len({*self.routes.counts}) == 1:  # the same number of items each
             return _BatchedSum.apply(x, self.W, self.bias, *self.batched, *pairs)
         return _RoutedSum.apply(x, self.W, self.bias, self.out, rows, *pairs)
 
+    @staticmethod
+    def most(layer: RoutedLayer) -> int:
+        """Most layers of a stack whose block diagonals have a quarter of W's numbers."""
+        weight: Any = layer.base.weight
+        if weight.dtype.itemsize >= 4:
+            return sys.maxsize
+        ranks: list[Any] = [own.delta.rank for own in layer.layers if own is not None]
+        return max(1, weight.shape[1] // 4 // sum(ranks))
+
     def forward_of_one(self) -> Any:
         """The forward pass of a stack of one layer."""
         return lambda input: self(input)[0]
+
+
+def _beside(bases: Sequence[Any], ranks: Sequence[int]) -> tuple[Tensor, list[Pair]]:
+    """W (n·out, in + n·Σr) with memory for each model's B beside the weights, which become views of
+    it, and A and B of each model, as in a `Stack`."""
+    n, (out, *_) = len(bases), bases[0].weight.shape
+    width = bases[0].weight[0].numel()
+    row = width + n * sum(ranks)
+    pitch = -(-row // 8) * 8  # GEMMs read rows of 16 bytes
+    W = bases[0].weight.detach().new_zeros(n * out, pitch)[:, :row]
+    pairs, place = [], width
+    for r in ranks:
+        block = W.as_strided((n, out, r), (out * pitch + r, pitch, 1), place)
+        pairs.append((W.new_empty(n * r, width), block))
+        place += n * r
+    for base, rows in zip(bases, W[:, :width].split(out), strict=True):
+        rows.copy_(base.weight.detach().flatten(1))
+        base.weight.data = rows.view(base.weight.shape)
+    return W, pairs
 
 
 class _RoutedSum(torch.autograd.Function):
@@ -120,6 +159,53 @@ class _RoutedSum(torch.autograd.Function):
             dlow = torch.cat([g @ up for g, up in zip(mine, B, strict=True)], 1)
             of_layers = zip(mine, low.split(B.shape[2], 1), strict=True)
             found += [dlow.t() @ x2[part], torch.stack([g.t() @ h for g, h in of_layers])]
+            if dx is not None:
+                dx[part].addmm_(dlow, A)
+        return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found
+
+
+class _RoutedJoint(torch.autograd.Function):
+    """The same from one GEMM, y = [x, h]·[W, B₁, B₂, …]ᵀ, where h has A_j x in the columns of a
+    row's own model j and zeros in the others': the accumulator is float32, as in `StackedJoint`.
+
+    In: x (…, in); W (n·out, in + n·Σr) of `_beside`; bias; out; rows; pairs, of which the B are
+    views of W. Out: n tensors (…, out).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, out: int, rows: list[slice],
+        *pairs: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        width = x.shape[-1]
+        x2 = x.reshape(-1, width)
+        both = x2.new_zeros(len(x2), W.shape[1])
+        both[:, :width] = x2
+        columns = []
+        for part, A, B in zip(rows, pairs[::2], pairs[1::2], strict=True):
+            start = B.storage_offset() - W.storage_offset()
+            columns.append(slice(start, start + len(A)))
+            both[part, columns[-1]] = x2[part] @ A.t()
+        y = F.linear(both, W, bias)
+        ctx.save_for_backward(x2, both[:, width:].contiguous(), W, *pairs)
+        ctx.shape, ctx.out, ctx.rows, ctx.columns = x.shape, out, rows, columns
+        return tuple(of_layer.view(*x.shape[:-1], -1) for of_layer in y.split(out, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gs: Tensor):  # type: ignore[no-untyped-def]
+        x2, h, W, *pairs = ctx.saved_tensors
+        width = x2.shape[1]
+        by_layer = [g.reshape(-1, ctx.out) for g in gs]
+        # gradients of x by W, and of h; those of other models' columns are nobody's
+        G = torch.cat(by_layer, 1) @ W
+        dx = G[:, :width].contiguous() if ctx.needs_input_grad[0] else None
+        found: list[Tensor] = []
+        for part, own, A, B in zip(ctx.rows, ctx.columns, pairs[::2], pairs[1::2], strict=True):
+            dlow = G[part, own]
+            low = h[part, own.start - width : own.stop - width].split(B.shape[2], 1)
+            of_layers = zip(by_layer, low, strict=True)
+            found += [dlow.t() @ x2[part], torch.stack([g[part].t() @ hi for g, hi in of_layers])]
             if dx is not None:
                 dx[part].addmm_(dlow, A)
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found

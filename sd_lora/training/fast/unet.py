@@ -3,7 +3,6 @@
 Only exact classes with the settings of Stable Diffusion are taken; all else stays as it is.
 """
 
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,7 +135,9 @@ class Parts:
         """One stack of query, key and value for each."""
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
-            if self._alike(linears):
+            # of several models the block diagonals are as many times as wide
+            fits = not isinstance(linears[0], RoutedLayer) or _most(linears[0]) >= len(linears)
+            if self._alike(linears) and fits:
                 self.forwards[attention] = blocks.self_attention(attention, self.stack(linears))
 
     def _add_text(self, attentions: list[Any]) -> None:
@@ -213,7 +214,7 @@ def _form(linear: Any) -> tuple[object, ...]:
 
 def _most(linear: Any) -> int:
     """Most linears of a stack."""
-    return sys.maxsize if isinstance(linear, RoutedLayer) else Stack.most(linear)
+    return (RoutedStack if isinstance(linear, RoutedLayer) else Stack).most(linear)
 
 
 def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]]:
