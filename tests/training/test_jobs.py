@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sd_lora
+from sd_lora.cli import main
 from sd_lora.config.jobs import Job
 from sd_lora.errors import Interrupted, RunError, UsageError
 from sd_lora.report.events import Event, RunPlanned, StepDone, Warned
@@ -359,3 +360,31 @@ def test_class_images_are_drawn_once(tiny_sd1: Path, tmp_path: Path) -> None:
     ]
     assert len(train_jobs(jobs).results) == 2
     assert len([*classes.glob("*.png")]) == 2
+
+
+def test_the_command_line_says_what_is_shared(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`sd-lora train` prints a block a job, then what they share, and the end of each; asked to go
+    on, it says that all are done."""
+    data = images(tmp_path / "data", 2)
+    file = tmp_path / "jobs.toml"
+    file.write_text(
+        f'pretrained_model_name_or_path = "{tiny_sd1.as_posix()}"\nresolution = 64\n'
+        f'train_data_dir = "{data.as_posix()}"\noutput_dir = "{(tmp_path / "out").as_posix()}"\n'
+        'targets = "down.*to_q"\nmax_train_steps = 3\ntrain_batch_size = 1\nreport_to = "none"\n'
+        'num_validation_images = 0\n[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\n'
+        '[[jobs]]\nname = "c"\nmethod = "loha"\n'
+    )
+    assert main(["train", "--config", str(file)]) == 0
+    said = capsys.readouterr().out
+    titles = [line for line in said.splitlines() if line.endswith(":")]
+    assert titles[:4] == [*(f"sd_lora trains {name}:" for name in "abc"), "shared by all jobs:"]
+    assert "  together   a, b\n" in said
+    assert "  by itself  c (its layers are not plain LoRA" in said
+    assert [line[:13] for line in said.splitlines() if line.startswith("job ")] == [
+        f"job {name}: done in"[:13] for name in ("c", "a", "b")
+    ]
+    again = ["train", "--config", str(file), "--resume_from_checkpoint", "latest"]
+    assert main([*again, "--max_train_steps", "3"]) == 2
+    assert capsys.readouterr().err.count("has done all steps") == 3
