@@ -388,3 +388,23 @@ def test_the_command_line_says_what_is_shared(
     again = ["train", "--config", str(file), "--resume_from_checkpoint", "latest"]
     assert main([*again, "--max_train_steps", "3"]) == 2
     assert capsys.readouterr().err.count("has done all steps") == 3
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_job_that_ends_leaves_its_memory(fails: bool, tiny_sd1: Path, tmp_path: Path) -> None:
+    """When one of two jobs has ended, by itself or by an error, its run is gone, and the memory of
+    its factors and optimiser with it."""
+    short, long = two_jobs(tiny_sd1, tmp_path, max_train_steps=14)
+    changes = {"learning_rate": 1e18} if fails else {"max_train_steps": 2}
+    there: dict[int, int] = {}
+
+    def count(event: Event) -> None:
+        if isinstance(event, StepDone):
+            gc.collect()
+            there[event.step] = sum(isinstance(found, Run) for found in gc.get_objects())
+
+    before = sum(isinstance(found, Run) for found in gc.get_objects())
+    jobs = [Job("a", short.config.replace(**changes)), long]
+    outcome = train_jobs(jobs, lambda name: [count] if name == "b" else [])
+    assert [*outcome.errors] == ["a"] * fails
+    assert (there[1] - before, there[14] - before) == (2, 1)

@@ -101,11 +101,11 @@ def train_jobs(
             notes += [f"learns by itself, not together with other jobs: {reason}"] * bool(reason)
         begun = {name: begin(run, started) for name, run in runs.items()}
         to_all(of_all)(JobsPlanned(_rows(jobs, outcome, reasons)))
-        active = [
-            _Active(name, one, bool(several) and not reasons[name], outcome)
-            for name, one in begun.items()
-        ]
-        _Loop(active, base).train()
+        loop = _Loop(base)
+        for name, one in begun.items():
+            loop.jobs.append(_Active(name, one, bool(several) and not reasons[name], outcome))
+        del one, runs, begun, checked  # a run that ends leaves its memory to the others
+        loop.train()
     return outcome
 
 
@@ -208,32 +208,39 @@ class _Active:
             with rescued(self.run, self.begun.log):
                 work()
         except (UsageError, RunError) as error:
-            self.asked = None
+            self.asked = self._steps = None
+            error.__traceback__ = error.__context__ = None  # they hold the run's memory
             self._outcome.errors[self.name] = error
             self.run.emit(Warned([Finding("job-ended", self.name, str(error))]))
 
 
 class _Loop:
-    """The steps of all jobs. base: makes the UNet of those that learn together."""
+    """The steps of all jobs. base: makes the UNet of those that learn together. jobs: those that
+    have not ended."""
 
-    def __init__(self, jobs: Sequence[_Active], base: SharedBase) -> None:
-        self._jobs, self._base = list(jobs), base
+    def __init__(self, base: SharedBase) -> None:
+        self._base = base
+        self.jobs: list[_Active] = []
         self._together: Together | None = None
 
     def train(self) -> None:
         """Do the steps of all jobs."""
-        with listening(*(job.begun.requests for job in self._jobs)):
+        with listening(*(job.begun.requests for job in self.jobs)):
             self._try()
-            for job in self._jobs:
-                job.open()
-            while self._jobs:
+            self._open()
+            while self.jobs:
                 self._round()
+
+    def _open(self) -> None:
+        """Look at all models before their first steps."""
+        for job in self.jobs:
+            job.open()
 
     def _round(self) -> None:
         """Learn one micro-batch of each job."""
-        there = [job for job in self._jobs if job.asked]
-        if len(there) < len(self._jobs):  # some have ended: their memory goes
-            self._jobs, self._together = there, None
+        there = [job for job in self.jobs if job.asked]
+        if len(there) < len(self.jobs):  # some have ended, and the UNet holds their factors
+            self.jobs, self._together = there, None
         for job in there:
             if not job.joins:
                 job.learn()
@@ -262,7 +269,7 @@ class _Loop:
     def _try(self) -> None:
         """Learn the largest micro-batches together, and forget them: jobs whose batches the device
         has no room for at once go by themselves."""
-        joined = [job for job in self._jobs if job.joins]
+        joined = [job for job in self.jobs if job.joins]
         if len(joined) < 2:
             return
         runs = [job.run for job in joined]
