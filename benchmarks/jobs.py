@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from sd_lora.config.schema import TrainConfig  # noqa: E402
 from sd_lora.training.jobs.base import SharedBase  # noqa: E402
 from sd_lora.training.jobs.together import Together  # noqa: E402
-from sd_lora.training.loop import Asked  # noqa: E402
+from sd_lora.training.loop import Turn  # noqa: E402
 from sd_lora.training.run import Run  # noqa: E402
 from sd_lora.training.setup import (  # noqa: E402
     checked_run,
@@ -43,8 +43,8 @@ def config_of(out: Path, number: int, batch: int, targets: str) -> TrainConfig:
     )  # fmt: skip
 
 
-def asked_of(run: Run, number: int) -> Asked:
-    return Asked(run, number, run.stream.batch(number), 0)
+def turn_of(run: Run, number: int) -> Turn:
+    return Turn(run, number, run.stream.batch(number), 0)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -65,8 +65,8 @@ def measure(jobs: int, batch: int, targets: str, rounds: int, out: Path) -> tupl
         together = Together(runs, base.unet())
         found: dict[str, list[float]] = {"alone": [], "together": []}
         for number in range(rounds):
-            one = [asked_of(run, number) for run in alone]
-            all_ = [asked_of(run, number) for run in runs]
+            one = [turn_of(run, number) for run in alone]
+            all_ = [turn_of(run, number) for run in runs]
             found["alone"].append(seconds(lambda one=one: [asked.learn() for asked in one]))
             found["together"].append(seconds(lambda all_=all_: together.learn(all_)))
             for run in (*alone, *runs):

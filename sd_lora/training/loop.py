@@ -214,8 +214,8 @@ def end(begun: Begun, done: int) -> Result:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A micro-batch that a run asks to learn, by its number. done: steps before."""
+class Turn:
+    """A micro-batch that a run is to learn now, by its number. done: steps before."""
 
     run: Run
     number: int
@@ -228,7 +228,7 @@ class Asked:
             return accumulate(self.run, self.number, self.batch, self.done)
 
 
-Steps = Generator[Asked, Tensor, int]
+Steps = Generator[Turn, Tensor, int]
 """The steps of a run: yields a micro-batch when its gradients are to be added, is sent its loss,
 and returns how many steps are done in all. So one run can go by itself, and several together."""
 
@@ -240,9 +240,9 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
     """
     steps = steps_of(run, log, requests or Requests(run.output_dir))
     try:
-        asked = next(steps)
+        turn = next(steps)
         while True:
-            asked = steps.send(asked.learn())
+            turn = steps.send(turn.learn())
     except StopIteration as last:
         return int(last.value)
 
@@ -265,7 +265,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> Steps
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):
-            loss = loss + (yield Asked(run, number, batch, done))
+            loss = loss + (yield Turn(run, number, batch, done))
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
         if done == run.first_step:

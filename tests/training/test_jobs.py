@@ -22,7 +22,7 @@ from sd_lora.report.events import Event, RunPlanned, StepDone, Warned
 from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.jobs.together import Together
 from sd_lora.training.jobs.train import train_jobs
-from sd_lora.training.loop import Asked
+from sd_lora.training.loop import Turn
 from sd_lora.training.run import Run
 from sd_lora.training.setup import checked_run, load_base, prepare, ready, released
 from tests.training.runs import dreambooth, images, text_to_image
@@ -99,7 +99,7 @@ def test_the_base_is_there_once(tiny_sd1: Path, tmp_path: Path) -> None:
         together = Together(runs, unet)
         biases = num_bytes(p for p in unet.parameters() if p.dim() == 1)
         assert num_bytes(living()) - before <= num_bytes(trained) + biases
-        together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
+        together.learn([Turn(run, 0, run.stream.batch(0), 0) for run in runs])
         models = [*(run.parts.unet for run in runs), unet]
         left_out = {id(parameter) for parameter in trained}
         tensors = [p for model in models for p in model.parameters() if id(p) not in left_out]
@@ -152,9 +152,9 @@ def test_the_base_is_computed_once(tiny_sd1: Path, tmp_path: Path) -> None:
         together = Together(runs, base.unet())
 
         def of_all() -> None:
-            together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
+            together.learn([Turn(run, 0, run.stream.batch(0), 0) for run in runs])
 
-        counts = products_of(Asked(one, 0, one.stream.batch(0), 0).learn, one)
+        counts = products_of(Turn(one, 0, one.stream.batch(0), 0).learn, one)
         assert products_of(of_all, runs[0]) == counts > 100
 
 
@@ -188,11 +188,11 @@ def test_other_ways_of_a_step(
     ]
     with released(configs):
         alone = [prepare(config) for config in configs]
-        losses = [Asked(run, 0, run.stream.batch(0), 0).learn() for run in alone]
+        losses = [Turn(run, 0, run.stream.batch(0), 0).learn() for run in alone]
         base = SharedBase(load_base)
         runs = [ready(checked_run(config), (), base) for config in configs]
         together = Together(runs, base.unet())
-        ours = together.learn([Asked(run, 0, run.stream.batch(0), 0) for run in runs])
+        ours = together.learn([Turn(run, 0, run.stream.batch(0), 0) for run in runs])
         torch.testing.assert_close(torch.stack(ours), torch.stack(losses), rtol=tolerance, atol=0)
         for mine, theirs in zip(runs, alone, strict=True):
             for p, q in zip(mine.parameters, theirs.parameters, strict=True):
@@ -310,7 +310,7 @@ def test_jobs_without_room_for_each_other_go_by_themselves(
     """Where the largest micro-batches do not fit together, which is tried before the first step,
     each job learns by itself, with a warning and the losses of the run alone."""
 
-    def limited(self: Together, requests: Sequence[Asked]) -> list[Tensor]:
+    def limited(self: Together, turns: Sequence[Turn]) -> list[Tensor]:
         raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(Together, "learn", limited)

@@ -15,7 +15,7 @@ from sd_lora.data.batches.stream import Batch
 from sd_lora.models.caption_encoder import Conditioning
 from sd_lora.training.batch_loss import Question, asked, counted_loss
 from sd_lora.training.fast.step import FastModel, fast
-from sd_lora.training.loop import Asked
+from sd_lora.training.loop import Turn
 from sd_lora.training.recompute import enable_checkpointing
 from sd_lora.training.run import Run
 
@@ -38,11 +38,11 @@ def why_alone(run: Run) -> str:
 
 @dataclass(frozen=True)
 class _Part:
-    """Items of one size of a micro-batch, with their question. place: of its run among those that
-    ask."""
+    """Items of one size of a micro-batch, with their question. place: of its turn among those that
+    are learned together."""
 
     place: int
-    asked: Asked
+    turn: Turn
     batch: Batch
     question: Question
 
@@ -54,7 +54,7 @@ class _Part:
 
     def loss(self, answer: Tensor) -> Tensor:
         """Its part of its step's loss. answer: the UNet's, of its items alone."""
-        run, done = self.asked.run, self.asked.done
+        run, done = self.turn.run, self.turn.done
         losses = self.question.losses_of(answer, run.objective)
         loss = counted_loss(run, self.batch, done, self.question, losses)
         return loss / self.batch.accumulation_steps
@@ -77,21 +77,21 @@ class Together:
         self._unet = self.runs[0].accelerator.prepare_model(unet.train())
         self._fast = FastModel(unet)
 
-    def learn(self, requests: Sequence[Asked]) -> list[Tensor]:
+    def learn(self, turns: Sequence[Turn]) -> list[Tensor]:
         """Add the gradients of a micro-batch of each of some runs; returns their parts of the
         losses of their steps, detached.
 
         Items of one size and of captions of one length go through the UNet at once.
 
-        requests: in the order of the runs.
+        turns: in the order of the runs.
         """
-        losses: list[list[Tensor]] = [[] for _ in requests]
+        losses: list[list[Tensor]] = [[] for _ in turns]
         with ExitStack() as stack:
-            for one in requests:
+            for one in turns:
                 stack.enter_context(fast(one.run.fast_models))  # text encoders
             parts = [
                 _Part(place, one, part, asked(one.run, part, one.done))
-                for place, one in enumerate(requests)
+                for place, one in enumerate(turns)
                 for part in one.batch.by_size()
             ]
             groups: dict[object, list[_Part]] = {}
@@ -104,7 +104,7 @@ class Together:
 
     def _losses(self, group: Sequence[_Part]) -> list[Tensor]:
         """Go forward and backward with parts of one form; returns the loss of each, detached."""
-        sizes = {id(part.asked.run): len(part.batch.items) for part in group}
+        sizes = {id(part.turn.run): len(part.batch.items) for part in group}
         self._routes.counts = tuple(sizes.get(id(run), 0) for run in self.runs)
         with self._fast:
             return self._pass(group)
@@ -121,7 +121,7 @@ class Together:
         losses = [part.loss(own) for part, own in zip(group, answers, strict=True)]
         scaled = []
         for part, loss in zip(group, losses, strict=True):
-            scaler = part.asked.run.accelerator.scaler
+            scaler = part.turn.run.accelerator.scaler
             scaled.append(loss if scaler is None else scaler.scale(loss))
         torch.stack(scaled).sum().backward()
         return [loss.detach() for loss in losses]

@@ -19,10 +19,10 @@ from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.jobs.together import Together, why_alone
 from sd_lora.training.looks import timed
 from sd_lora.training.loop import (
-    Asked,
     Begun,
     Result,
     Steps,
+    Turn,
     begin,
     end,
     look_before,
@@ -147,13 +147,13 @@ class _Active:
     """A job between its first step and its end.
 
     name: its own. begun: its run. joins: whether it learns together with others. outcome: takes
-    its end. asked: the micro-batch that it waits for; None when it has ended.
+    its end. turn: the micro-batch that it waits for; None when it has ended.
     """
 
     def __init__(self, name: str, begun: Begun, joins: bool, outcome: Outcome) -> None:
         self.name, self.begun, self.joins, self._outcome = name, begun, joins, outcome
         self._steps: Steps | None = None
-        self.asked: Asked | None = None
+        self.turn: Turn | None = None
 
     @property
     def run(self) -> Run:
@@ -175,8 +175,8 @@ class _Active:
         """End with an error of memory in a micro-batch that was learned together with others."""
 
         def again() -> None:
-            assert self.asked
-            with step_memory(self.run, self.asked.number, self.asked.done):
+            assert self.turn
+            with step_memory(self.run, self.turn.number, self.turn.done):
                 raise error
 
         self._ending(again)
@@ -187,9 +187,9 @@ class _Active:
         self._next(None)
 
     def _learn(self) -> None:
-        assert self.asked
+        assert self.turn
         with timed(self.run, "training"):
-            loss = self.asked.learn()
+            loss = self.turn.learn()
         self._next(loss)
 
     def _next(self, loss: Tensor | None) -> None:
@@ -197,9 +197,9 @@ class _Active:
         assert self._steps
         try:
             with timed(self.run, "training"):
-                self.asked = self._steps.send(loss)  # type: ignore[arg-type]
+                self.turn = self._steps.send(loss)  # type: ignore[arg-type]
         except StopIteration as last:
-            self.asked = None
+            self.turn = None
             self._outcome.results[self.name] = end(self.begun, last.value)
 
     def _ending(self, work: Callable[[], None]) -> None:
@@ -208,7 +208,7 @@ class _Active:
             with rescued(self.run, self.begun.log):
                 work()
         except (UsageError, RunError) as error:
-            self.asked = self._steps = None
+            self.turn = self._steps = None
             error.__traceback__ = error.__context__ = None  # they hold the run's memory
             self._outcome.errors[self.name] = error
             self.run.emit(Warned([Finding("job-ended", self.name, str(error))]))
@@ -238,7 +238,7 @@ class _Loop:
 
     def _round(self) -> None:
         """Learn one micro-batch of each job."""
-        there = [job for job in self.jobs if job.asked]
+        there = [job for job in self.jobs if job.turn]
         if len(there) < len(self.jobs):  # some have ended, and the UNet holds their factors
             self.jobs, self._together = there, None
         for job in there:
@@ -255,7 +255,7 @@ class _Loop:
             with ExitStack() as stack:
                 for job in joined:  # each waits for all
                     stack.enter_context(timed(job.run, "training"))
-                losses = self._together.learn([job.asked for job in joined if job.asked])
+                losses = self._together.learn([job.turn for job in joined if job.turn])
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -297,7 +297,7 @@ class _Loop:
                 run.ledger.waiting.clear()
 
 
-def _largest(run: Run) -> Asked:
+def _largest(run: Run) -> Turn:
     """The run's micro-batch that takes the most memory."""
     number = Parts.of(run).largest(None)
-    return Asked(run, number, run.stream.batch(number), run.first_step)
+    return Turn(run, number, run.stream.batch(number), run.first_step)
