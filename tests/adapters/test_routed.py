@@ -121,8 +121,8 @@ def test_a_routed_convolution_is_its_layer(counts: tuple[int, ...], stride: int)
     x = torch.randn(sum(counts), 4, 8, 8, requires_grad=True)
     wanted = [x, *factors(adapted)]
     apart = routed(x)
-    conv = RoutedConvolution(routed)
-    Copies([f for f in conv.factors if f]).refresh()
+    conv = RoutedConvolution.of(routed)
+    Copies([f for f in conv.of_models if f]).refresh()
     out = conv.forward(x)
     assert_near([out, *gradients(out, wanted)], [apart, *gradients(apart, wanted)])
 

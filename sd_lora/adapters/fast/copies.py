@@ -76,7 +76,7 @@ class Stack(Factors):
             for base, rows in zip(bases, self.W[:, :width].split(out), strict=True):
                 rows.copy_(base.weight.flatten(1))
                 base.weight.data = rows.view(base.weight.shape)
-        self.bias = joined_biases(bases)
+        self.bias = _joined_biases(bases)
         super().__init__(layers, (A, B), [*A.split(r), *B])
         self.into = [v.view(m.shape) for v, m in zip(self.into, self.masters, strict=True)]
 
@@ -109,26 +109,17 @@ class FrozenStack:
     """Frozen linears with one input and of one shape, computed as one."""
 
     def __init__(self, bases: Sequence[nn.Linear]) -> None:
-        self.W, self.bias = side_by_side(bases), joined_biases(bases)
-        self.out = bases[0].out_features
+        out = bases[0].out_features
+        self.W = torch.cat([base.weight.detach() for base in bases])
+        for base, rows in zip(bases, self.W.split(out), strict=True):
+            base.weight.data = rows
+        self.bias, self.out = _joined_biases(bases), out
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return nn.functional.linear(x, self.W, self.bias).split(self.out, -1)
 
 
-def side_by_side(bases: Sequence[nn.Linear]) -> Tensor:
-    """The weights of linears of one shape as one tensor (n·out, in), of which they become views."""
-    out = len(bases[0].weight)
-    if len(bases) == 1:
-        return bases[0].weight.detach().flatten(1)
-    W = torch.cat([base.weight.detach().flatten(1) for base in bases])
-    for base, rows in zip(bases, W.split(out), strict=True):
-        base.weight.data = rows.view(base.weight.shape)
-    return W
-
-
-def joined_biases(bases: Sequence[nn.Linear]) -> Tensor | None:
-    """The biases of linears as one tensor (n·out); None without."""
+def _joined_biases(bases: Sequence[nn.Linear]) -> Tensor | None:
     if bases[0].bias is None:
         return None
     return torch.cat([base.bias.detach() for base in bases])

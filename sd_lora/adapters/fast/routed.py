@@ -4,22 +4,17 @@ Where a model has no items in a pass, nothing of it is computed.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.copies import ConvFactors, Factors, joined_biases, side_by_side
-from sd_lora.adapters.fast.residual import (
-    Tensors,
-    convolved,
-    gradient_by_base,
-    gradients_of_pair,
-    low_of,
-)
+from sd_lora.adapters.fast.copies import ConvFactors, Factors
+from sd_lora.adapters.fast.residual import Convolution
 from sd_lora.adapters.routed import RoutedLayer, Routes
 
 Pair = tuple[Tensor, Tensor]
@@ -44,7 +39,7 @@ class RoutedStack:
 
     def __init__(self, layers: Sequence[RoutedLayer]) -> None:
         bases: list[Any] = [layer.base for layer in layers]
-        self.bias, self.routes = joined_biases(bases), layers[0].routes
+        self.bias, self.routes = _joined_biases(bases), layers[0].routes
         of_models = [[*of_one] for of_one in zip(*(layer.layers for layer in layers), strict=True)]
         ranks = [of_one[0].delta.rank if of_one[0] else 0 for of_one in of_models]
         n, (self.out, *_) = len(layers), bases[0].weight.shape
@@ -53,7 +48,7 @@ class RoutedStack:
         if self.joint:
             self.W, pairs = _beside(bases, ranks)
         else:
-            self.W = side_by_side(bases)
+            self.W = _side_by_side(bases)
             pairs = [self._pair(n, r) for r in ranks]
             if len({*ranks}) == 1:
                 A, B = self._pair(n, ranks[0], len(ranks))
@@ -99,6 +94,23 @@ class RoutedStack:
     def forward_of_one(self) -> Any:
         """The forward pass of a stack of one layer."""
         return lambda input: self(input)[0]
+
+
+def _side_by_side(bases: Sequence[Any]) -> Tensor:
+    """The weights of linears of one shape as one tensor (n·out, in), of which they become views."""
+    if len(bases) == 1:
+        return bases[0].weight.detach().flatten(1)
+    W = torch.cat([base.weight.detach().flatten(1) for base in bases])
+    for base, rows in zip(bases, W.split(len(W) // len(bases)), strict=True):
+        base.weight.data = rows.view(base.weight.shape)
+    return W
+
+
+def _joined_biases(bases: Sequence[Any]) -> Tensor | None:
+    """The biases of linears as one tensor (n·out); None without."""
+    if bases[0].bias is None:
+        return None
+    return torch.cat([base.bias.detach() for base in bases])
 
 
 def _beside(bases: Sequence[Any], ranks: Sequence[int]) -> tuple[Tensor, list[Pair]]:
@@ -262,66 +274,109 @@ def _by_frozen(by_layer: Sequence[Tensor], W: Tensor) -> Tensor:
     return dx
 
 
-class RoutedConvolution:
-    """A routed convolution, of a residual block or by itself. factors: of each model, or None."""
+@dataclass(frozen=True)
+class RoutedConvolution(Convolution):
+    """A routed convolution, of a residual block or by itself. of_models: working copies of each
+    model's factors, or None."""
 
-    def __init__(self, layer: RoutedLayer) -> None:
+    routes: Routes
+    of_models: Sequence[ConvFactors | None]
+
+    @classmethod
+    def of(cls, layer: RoutedLayer) -> "RoutedConvolution":
+        """That of a layer."""
         base: Any = layer.base
-        self.base: nn.Conv2d = base
-        self.routes = layer.routes
-        of_models: list[Any] = [*layer.layers]
-        self.factors = [ConvFactors(own) if own is not None else None for own in of_models]
+        owns: list[Any] = [*layer.layers]
+        found = [ConvFactors(own) if own is not None else None for own in owns]
+        return cls(base, None, layer.routes, found)
 
-    def _found(self, x: Tensor) -> list[Route]:
-        return _routes(self.routes, self.factors, len(x))
+    def _found(self, number: int) -> list[tuple[slice, int]]:
+        """The rows of each model that has items, among `number`, and its rank."""
+        found = _routes(self.routes, self.of_models, number)
+        return [(rows, len(factors.A)) for rows, factors in found]
 
-    def tensors(self) -> Tensors:
-        """A and B of each model that has items."""
-        found = _routes(self.routes, self.factors, sum(self.routes.counts))
-        return [tensor for _, f in found for tensor in (f.A, f.B)]
+    def pair(self) -> tuple[Tensor | None, Tensor | None]:
+        """A (Σr, in, k, k) and B (out, Σr, 1, 1) of all models that have items."""
+        found = _routes(self.routes, self.of_models, sum(self.routes.counts))
+        if not found:
+            return None, None
+        return torch.cat([f.A for _, f in found]), torch.cat([f.B for _, f in found], 1)
 
-    def product(self, x: Tensor, tensors: Tensors) -> tuple[Tensor, Tensors]:
-        """W x + b + B(A x), and A x of each model."""
-        y, lows = convolved(self.base, x), []
-        rows = [rows for rows, _ in self._found(x)]
-        for part, A, B in zip(rows, tensors[::2], tensors[1::2], strict=True):
-            low = low_of(self.base, x[part], A)
-            y[part].add_(torch.conv2d(low, B))
-            lows.append(low)
-        return y, lows
+    def product(
+        self, x: Tensor, A: Tensor | None, B: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """W x + b + B(A x), and each item's A x in the first of as many ranks as any model has."""
+        base: Any = self.base
+        y = torch.conv2d(x, base.weight, base.bias, base.stride, base.padding)
+        if A is None or B is None:
+            return y, None
+        low = y.new_zeros(len(y), max(r for _, r in self._found(len(x))), *y.shape[2:])
+        for rows, r, Aj, Bj in self._each(len(x), A, B):
+            own = torch.conv2d(x[rows], Aj, None, base.stride, base.padding)
+            y[rows].add_(torch.conv2d(own, Bj))
+            low[rows, :r] = own
+        return y, low
 
     def gradients(
-        self, g: Tensor, x: Tensor, lows: Tensors, tensors: Tensors, wants_x: bool
-    ) -> tuple[Any, Tensors]:
-        """See `residual.Part`."""
-        dx = gradient_by_base(self.base, g, x) if wants_x else None
-        rows, found = [rows for rows, _ in self._found(x)], list[Tensor]()
-        for part, low, A, B in zip(rows, lows, tensors[::2], tensors[1::2], strict=True):
-            more, pair = gradients_of_pair(self.base, g[part], x[part], low, A, B, wants_x)
-            found += pair
+        self, g: Tensor, x: Tensor, low: Tensor | None, A: Tensor | None, B: Tensor | None,
+        wants_x: bool,
+    ) -> tuple[Any, Any]:  # fmt: skip
+        """Gradients of x, and of A and B."""
+        base: Any = self.base
+        form = base.stride, base.padding
+        dx = _conv_backward(g, x, base.weight, *form, True, False)[0] if wants_x else None
+        if A is None or B is None or low is None:
+            return dx, (None, None)
+        of_A, of_B = [], []
+        for rows, r, Aj, Bj in self._each(len(x), A, B):
+            own = low[rows, :r].contiguous()
+            dlow, dB = _conv_backward(g[rows], own, Bj, (1, 1), (0, 0), True, True)
+            more, dA = _conv_backward(dlow, x[rows], Aj, *form, wants_x, True)
+            of_A.append(dA)
+            of_B.append(dB)
             if dx is not None:
-                dx[part].add_(more)
-        return dx, found
+                dx[rows].add_(more)
+        return dx, (torch.cat(of_A), torch.cat(of_B, 1))
+
+    def _each(
+        self, number: int, A: Tensor, B: Tensor
+    ) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+        """Yield rows, rank, A and B of each model that has items."""
+        found = self._found(number)
+        ranks = [r for _, r in found]
+        for (rows, r), Aj, Bj in zip(found, A.split(ranks), B.split(ranks, 1), strict=True):
+            yield rows, r, Aj, Bj
 
     def forward(self, input: Tensor) -> Tensor:
         """W x + b + B(A x), by one function."""
-        return _RoutedConv.apply(self, input, *self.tensors())
+        return _RoutedConv.apply(self, input, *self.pair())
+
+
+def _conv_backward(
+    g: Tensor, x: Tensor, W: Tensor, stride: Any, padding: Any, wants_x: bool, wants_W: bool
+) -> tuple[Any, Any]:
+    """Gradients of a convolution's input and kernel."""
+    dx, dW, _ = torch.ops.aten.convolution_backward(
+        g, x, W, None, stride, padding, (1, 1), False, (0, 0), 1, (wants_x, wants_W, False)
+    )
+    return dx, dW
 
 
 class _RoutedConv(torch.autograd.Function):
     """A `RoutedConvolution` by itself."""
 
     @staticmethod
-    def forward(ctx: Any, conv: RoutedConvolution, x: Tensor, *tensors: Tensor) -> Tensor:
-        y, lows = conv.product(x, tensors)
-        ctx.conv, ctx.number = conv, len(lows)
-        ctx.save_for_backward(x, *lows, *tensors)
+    def forward(
+        ctx: Any, conv: RoutedConvolution, x: Tensor, A: Tensor | None, B: Tensor | None
+    ) -> Tensor:
+        y, low = conv.product(x, A, B)
+        ctx.conv = conv
+        ctx.save_for_backward(x, low, A, B)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):  # type: ignore[no-untyped-def]
         x, *saved = ctx.saved_tensors
-        lows, tensors = saved[: ctx.number], saved[ctx.number :]
-        dx, found = ctx.conv.gradients(g, x, lows, tensors, ctx.needs_input_grad[1])
-        return None, dx, *found
+        dx, pair = ctx.conv.gradients(g, x, *saved, ctx.needs_input_grad[1])
+        return None, dx, *pair

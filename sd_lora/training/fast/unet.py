@@ -25,7 +25,7 @@ from sd_lora.adapters.fast.layers import (
     is_plain_conv,
     is_plain_linear,
 )
-from sd_lora.adapters.fast.residual import Block, Convolution, Norm, Part
+from sd_lora.adapters.fast.residual import Block, Convolution, Norm
 from sd_lora.adapters.fast.routed import RoutedConvolution, RoutedStack
 from sd_lora.adapters.linear_conv import AdaptedConv
 from sd_lora.adapters.routed import RoutedLayer
@@ -123,8 +123,8 @@ class Parts:
 
     def routed_conv(self, layer: RoutedLayer) -> RoutedConvolution:
         """A convolution of several models."""
-        conv = RoutedConvolution(layer)
-        self.factors += filter(None, conv.factors)
+        conv = RoutedConvolution.of(layer)
+        self.factors += filter(None, conv.of_models)
         return conv
 
     def _alike(self, linears: list[Any]) -> bool:
@@ -179,7 +179,7 @@ class Parts:
         norms = Norm(resnet.norm1), Norm(resnet.norm2)
         return Block(norms[0], first, norms[1], second, shortcut[0] if shortcut else None)
 
-    def _convolution(self, conv: Any) -> Part:
+    def _convolution(self, conv: Any) -> Convolution:
         self.inside.add(conv)
         if isinstance(conv, RoutedLayer):
             return self.routed_conv(conv)
