@@ -54,26 +54,37 @@ LOADING = "loading torch and diffusers …"
 
 
 def _train(argv: Sequence[str], script: str | None = None) -> None:
-    from sd_lora.config.command_line import parse
-    from sd_lora.data.check.places import check_places
+    from sd_lora.config.command_line import parse_jobs
+    from sd_lora.config.jobs import Job
+    from sd_lora.data.check.places import check_jobs
     from sd_lora.data.sources.open import has_captions
     from sd_lora.training.checkpoint_folders import Found
     from sd_lora.training.output_folder import resumed_checkpoint
 
-    config = parse(argv, script, script or "sd-lora train", has_captions)
-    found: list[Found] = []
-    with config.spelling.in_errors():
-        check_places(config, lambda config: found.append(resumed_checkpoint(config)))
-        for note in config.downloads:
+    jobs = parse_jobs(argv, script, script or "sd-lora train", has_captions)
+    found: dict[str, Found] = {}
+
+    def find(job: Job) -> None:
+        found[job.name] = resumed_checkpoint(job.config)
+
+    first = jobs[0].config
+    with first.spelling.in_errors():
+        check_jobs(jobs, find)
+        for note in first.downloads:
             print(note, file=sys.stderr, flush=True)
         print(LOADING, file=sys.stderr, flush=True)
         with quick_imports():  # seconds, once flags and paths are known to be good
             from sd_lora.report.step_time import StepTimes
-            from sd_lora.terminal import Terminal
+            from sd_lora.terminal import Terminal, Terminals
+            from sd_lora.training.jobs.train import train_jobs
             from sd_lora.training.loop import train
 
+        if jobs[0].name:
+            with Terminals() as terminals:
+                train_jobs(jobs, terminals.of, found, terminals).refuse()
+            return
         with Terminal() as terminal:
-            train(config, [terminal, StepTimes(config)], *found)
+            train(first, [terminal, StepTimes(first)], found[""])
 
 
 def _check(argv: Sequence[str]) -> None:

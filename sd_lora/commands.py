@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -13,7 +13,8 @@ from sd_lora.errors import RunError, UsageError, did_you_mean
 from sd_lora.tool_flags import ToolParser, as_path, tool_parser
 
 if TYPE_CHECKING:
-    from sd_lora.config.schema import TrainConfig
+    from sd_lora.check import Checked
+    from sd_lora.config.jobs import Job
 
 T = TypeVar("T")
 
@@ -31,52 +32,74 @@ def check(argv: Sequence[str]) -> None:
         raise UsageError("--page and --no_page contradict each other")
     if args.num_processes < 1:
         raise UsageError(f"num_processes must be at least 1, not {args.num_processes}")
-    from sd_lora.config.command_line import parse
+    from sd_lora.config.command_line import parse_jobs
+    from sd_lora.data.check.places import check_jobs
     from sd_lora.data.sources.open import has_captions
 
-    config = parse(rest, prog="sd-lora check", has_captions=has_captions, for_check=True)
-    with config.spelling.in_errors():
-        _check(config, args)
+    jobs = parse_jobs(rest, None, "sd-lora check", has_captions, for_check=True)
+    if args.card and jobs[0].name:
+        raise UsageError("--card predicts one run, and the file has [[jobs]]: check one by itself")
+    with jobs[0].config.spelling.in_errors():
+        check_jobs(jobs)
+        for note in jobs[0].config.downloads:
+            print(note, file=sys.stderr, flush=True)
+        found = {job.name: _check(job, args) for job in jobs}
+        if args.json:
+            _print_json(found)
+        _refuse_strict(jobs, found)
 
 
-def _check(config: "TrainConfig", args: argparse.Namespace) -> None:
-    """Check the data of a configuration, and print or write the result."""
-    from sd_lora.data.check.places import check_places
+def _print_json(found: "Mapping[str, Checked]") -> None:
+    """Print everything of a check; of several jobs, by name."""
+    from sd_lora.check import as_json
 
-    check_places(config)
-    for note in config.downloads:
-        print(note, file=sys.stderr, flush=True)
+    one = found.get("")
+    of_jobs = {name: json.loads(as_json(checked)) for name, checked in found.items()}
+    print(as_json(one) if one else json.dumps({"jobs": of_jobs}, indent=2))
+
+
+def _refuse_strict(jobs: "Sequence[Job]", found: "Mapping[str, Checked]") -> None:
+    """Raise RunError for the findings of strict runs."""
+    from sd_lora.data.check.usable import refuse_problems
+
+    for job in jobs:
+        if job.config.strict:
+            refuse_problems(found[job.name].images.findings)
+
+
+def _check(job: "Job", args: argparse.Namespace) -> "Checked":
+    """Check the data of a configuration; print it, but for --json, and write its page."""
     from sd_lora.imports import quick_imports
 
     with quick_imports():
         from sd_lora import check as data_check
         from sd_lora.data.check.page import findings_as_json
-        from sd_lora.data.check.usable import NoUsableImages, refuse_problems
+        from sd_lora.data.check.usable import NoUsableImages
         from sd_lora.terminal import Terminal
         from sd_lora.training.cards import card_named
 
     card = card_named(args.card) if args.card else None
     page = args.page or (None if args.no_page or args.json else Path("check.html"))
+    if page and job.name:
+        page = page.with_stem(f"{page.stem}-{job.name}")
     try:
         with Terminal() as terminal:
             checked = data_check.check(
-                config, args.num_processes, page is not None, [terminal], card
+                job.config, args.num_processes, page is not None, [terminal], card
             )
     except NoUsableImages as error:
         if args.json:
             verdict = {"verdict": "no image can be trained", "images": []}
             print(json.dumps(verdict | findings_as_json(error.findings), indent=2))
         raise
-    if args.json:
-        print(data_check.as_json(checked))
-    else:
-        print(f"sd_lora check:\n{data_check.lines(checked)}\n  {checked.verdict}")
+    if not args.json:
+        of_job = f" of job {job.name}" * bool(job.name)
+        print(f"sd_lora check{of_job}:\n{data_check.lines(checked)}\n  {checked.verdict}")
     if page:
         data_check.write(checked, page)
         if not args.json:
             print(f"  look at {page}")
-    if config.strict:
-        refuse_problems(checked.images.findings)
+    return checked
 
 
 _CHECK = """Look at everything that a run would train on, before it starts: decode every image,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sd_lora.config.command_line import read_config_file
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.schema import TrainConfig
 from sd_lora.embedded import sample_data
 from sd_lora.errors import UsageError

@@ -153,6 +153,9 @@ FINDINGS: dict[str, FindingKind] = {
     "no-gradient": FindingKind(
         "warning", "they cannot learn; leave them out of the targets, or write an issue"
     ),
+    # several jobs
+    "job-ended": FindingKind("warning", "the other jobs go on"),
+    "jobs-apart": FindingKind("warning", "each learns by itself"),
     # the output folder
     "damaged-checkpoint": FindingKind(
         "warning", "passed over: the run goes on from an earlier one, or anew if none is whole"

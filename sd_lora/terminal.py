@@ -1,6 +1,7 @@
 """The terminal as a listener of a run: its summary, progress bars and results."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -12,6 +13,7 @@ from sd_lora.report.events import (
     Event,
     Exported,
     ImagesScored,
+    JobsPlanned,
     Progress,
     Pushed,
     RunEnded,
@@ -24,7 +26,7 @@ from sd_lora.report.events import (
     Warned,
 )
 from sd_lora.report.record import kept_steps
-from sd_lora.report.summary import duration, shares_of, verified_files
+from sd_lora.report.summary import Summary, duration, shares_of, verified_files
 from sd_lora.report.verdict import verdict_of
 from sd_lora.streams import encode_everything
 
@@ -35,12 +37,13 @@ class Terminal:
     Use as a context, which ends the bar of a run that stops early:
     `with Terminal() as terminal: train(config, [terminal])`.
 
-    title: first line above the summary.
+    title: first line above the summary. job: name of the run among several.
     """
 
-    def __init__(self, title: str = "sd_lora trains a LoRA:") -> None:
+    def __init__(self, title: str = "sd_lora trains a LoRA:", job: str = "") -> None:
         encode_everything()  # for those who call `train` from Python
         self.title = title
+        self._of_job = f"job {job}: " if job else ""
         self._bar: tqdm | None = None  # of the steps
         self._beside: tqdm | None = None  # of work before, between and after them
         self._warned: list[str] = []
@@ -57,13 +60,17 @@ class Terminal:
                 self._advance(event)
             case Warned():
                 self._warned += [f.code for f in event.findings]
-                self._say("\n".join(f"warning: {printable(f.line())}" for f in event.findings))
+                self._say(
+                    "\n".join(
+                        f"warning: {self._of_job}{printable(f.line())}" for f in event.findings
+                    )
+                )
             case RunPlanned():
                 self._say(f"{self.title}\n{event.summary.text()}")
             case TrainingStarted():
                 self._close()  # of the steps before a return to a checkpoint
                 total, first = event.num_steps, event.first_step
-                self._bar = _new_bar("training", total, "step", initial=first)
+                self._bar = _new_bar(f"{self._of_job}training", total, "step", initial=first)
             case StepDone() if self._bar is not None:
                 self._bar.update()
             case StepsLogged() if self._bar is not None:
@@ -75,11 +82,11 @@ class Terminal:
                 self._measured = event
             case ImagesScored():
                 self._scored = event.record
-                self._say(f"step {event.step}: {event.score.line()}")
+                self._say(f"{self._of_job}step {event.step}: {event.score.line()}")
             case BestTaken():
                 self._close()
                 self._scored = event.record
-                self._say(event.text())
+                self._say(f"{self._of_job}{event.text()}")
             case Exported():
                 self._exported = event
             case Pushed():
@@ -112,7 +119,7 @@ class Terminal:
 
     def _result(self, event: RunEnded) -> str:
         """The lines after the last step."""
-        lines = [f"done in {duration(event.seconds)}"]
+        lines = [f"{self._of_job}done in {duration(event.seconds)}"]
         if self._validated:
             v = self._validated
             known = v.first == v.first  # else NaN
@@ -148,6 +155,31 @@ class Terminal:
     @staticmethod
     def _say(text: str) -> None:
         print(text, flush=True)
+
+
+class Terminals:
+    """Shows several runs to the person who started them, each by a bar and lines of its own.
+
+    Use as a context: `with Terminals() as terminals: train_jobs(jobs, terminals.of, …, terminals)`.
+    """
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def of(self, job: str) -> list[Terminal]:
+        """The listeners of a job."""
+        return [self._open.enter_context(Terminal(f"sd_lora trains {job}:", job))]
+
+    def __call__(self, event: Event) -> None:
+        """Show the facts that the runs share."""
+        if isinstance(event, JobsPlanned):
+            print(f"shared by all jobs:\n{Summary(dict(event.rows)).text()}", flush=True)
+
+    def __enter__(self) -> "Terminals":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
 
 
 def _new_bar(label: str, total: int | None, unit: str, **more: Any) -> tqdm:

@@ -228,3 +228,33 @@ def test_a_folder_is_enough(root: Path, folder: Path, capsys: pytest.CaptureFixt
     told = capsys.readouterr().err
     assert "no captions" in told
     assert "--model is required" in told
+
+
+def test_each_job_is_looked_at(
+    tiny_sd1: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Of several jobs the check prints a block and writes a page each; as JSON it is one document
+    by name. A prediction is of one run, and refused."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "jobs.toml"
+    file.write_text(
+        f'pretrained_model_name_or_path = "{tiny_sd1.as_posix()}"\nresolution = 64\n'
+        + "".join(
+            f'[[jobs]]\nname = "{name}"\ntrain_data_dir = "{name}s"\nmax_train_steps = {steps}\n'
+            for name, steps in {"cat": 3, "dog": 5}.items()
+        )
+    )
+    for name in ("cats", "dogs"):
+        images(tmp_path / name, 2)
+    assert main(["check", "--config", str(file)]) == 0
+    said = capsys.readouterr().out
+    assert [line for line in said.splitlines() if line.startswith("sd_lora check")] == [
+        "sd_lora check of job cat:", "sd_lora check of job dog:",
+    ]  # fmt: skip
+    assert {path.name for path in tmp_path.glob("*.html")} == {"check-cat.html", "check-dog.html"}
+    assert main(["check", "--config", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["jobs"]
+    assert {name: checked["steps"] for name, checked in found.items()} == {"cat": 3, "dog": 5}
+    assert main(["check", "--config", str(file), "--card", "8GB"]) == 2
+    assert "--card predicts one run" in capsys.readouterr().err

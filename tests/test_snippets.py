@@ -18,7 +18,7 @@ from torch import nn
 import sd_lora
 from sd_lora import cli
 from sd_lora.adapters.deltas import METHODS
-from sd_lora.config.command_line import SCRIPTS, parse
+from sd_lora.config.command_line import SCRIPTS, parse_jobs
 from sd_lora.models.load import load_parts
 from tests.conftest import ROOT
 from tests.training.runs import images
@@ -177,7 +177,8 @@ def test_every_training_line_is_understood(
     assert len(TRAINING) >= 8
     for _, name, words in TRAINING:
         script = name if name in SCRIPTS else None
-        assert parse(words, script, has_captions=lambda folder: True).base_model
+        jobs = parse_jobs(words, script, has_captions=lambda folder: True)
+        assert all(job.config.base_model for job in jobs)
 
 
 OF_A_READER = ("README.md", "first-lora.md", "models.md", "training.md")
@@ -202,5 +203,5 @@ def test_training(line: tuple[str, ...], place: Path, monkeypatch: pytest.Monkey
     else:
         assert cli.main([name, *words]) == 0
     script = name if name in SCRIPTS else None
-    out = parse(words, script, has_captions=lambda folder: True).output_path
-    assert list((place / out).glob("*.safetensors"))
+    for job in parse_jobs(words, script, has_captions=lambda folder: True):
+        assert list((place / job.config.output_path).glob("*.safetensors"))

@@ -1,21 +1,17 @@
-"""Command line and configuration files → TrainConfig."""
+"""Command line and configuration file → TrainConfig, or several of them."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from sd_lora.config.config_file import read as read_file
+from sd_lora.config.config_file import refused_jobs
 from sd_lora.config.flags import Parser, build_parser, is_flag, show_help
-from sd_lora.config.foreign_flags import (
-    MANY,
-    answered,
-    known_elsewhere,
-    near,
-    take_foreign,
-    unknown_words,
-)
+from sd_lora.config.foreign_flags import answered, take_foreign, unknown_words
+from sd_lora.config.jobs import Job, read_tables, told_once
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import NO_PROMPT
 from sd_lora.config.options.run import PUBLISHED, named_after
@@ -25,13 +21,12 @@ from sd_lora.config.rows import FAMILIES, Mode, Option
 from sd_lora.config.schema import (
     FORMER_NAMES,
     OPTIONS,
-    SECTIONS,
     TrainConfig,
     with_present_names,
 )
 from sd_lora.config.spelling import Spelling, spelling_of
 from sd_lora.config.translate.diffusers import BESIDE_OPTIONS
-from sd_lora.config.values import plain_value, read_table
+from sd_lora.config.values import plain_value
 from sd_lora.errors import Problem, UsageError, refuse
 
 
@@ -62,70 +57,6 @@ SCRIPTS: dict[str, Script] = {
     "train_dreambooth_lora_sdxl.py": Script("dreambooth", "sdxl", "D"),
 }
 """Scripts of diffusers 0.42.1, examples/text_to_image and examples/dreambooth."""
-
-
-THEIRS = (".yaml", ".yml", ".sh", ".bat", ".cmd", ".ps1")
-"""Ends of names of other trainers' configurations and commands."""
-
-WHOLE = 5
-"""Unknown keys, other trainers' among them, from which a file is taken for one of theirs: a line
-for each key would then tell nothing."""
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """Option → value of a TOML or JSON file: at the top, or in tables of any of the sections.
-
-    JSON as a run's config.json has it, where null stands for an option that is not given.
-
-    Raises:
-        UsageError: no such file, broken TOML or JSON; all unknown keys at once.
-    """
-    values, problems = _read(path)
-    refuse(problems)
-    return values
-
-
-def _read(path: str) -> tuple[dict[str, Any], list[Problem]]:
-    """Options of a file, and a problem for each key that is none; raises UsageError for a file that
-    cannot be parsed."""
-    if Path(path).suffix.lower() in THEIRS:
-        way = f"`sd-lora translate {path} --out my.toml` reads other trainers' files"
-        raise UsageError(f"{path} is no configuration of sd-lora, which is TOML or JSON. {way}")
-    data = read_table(path, "config file", "a table of options")
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, value in data.items():
-        entries = value if isinstance(value, dict) and key in SECTIONS else {key: value}
-        if isinstance(value, dict) and key not in SECTIONS and key not in OPTIONS:
-            text = f"{path}: {key!r} is not an option"
-            problems.append(Problem(key, text, f"Tables are {', '.join(sorted(SECTIONS))}"))
-            entries = {name: entry for name, entry in value.items() if name not in OPTIONS}
-        for name, entry in entries.items():
-            if name in values:
-                problems.append(Problem(name, f"{path}: {name} is given twice"))
-            elif name in OPTIONS or name in FORMER_NAMES:
-                values[name] = entry
-            else:
-                problems.append(_unknown_key(path, name))
-    foreign = sum(known_elsewhere(p.field.lstrip("-")) is not None for p in problems)
-    if foreign >= MANY:
-        way = f"sd-lora translate {path} --out my.toml"
-        if len(problems) >= WHOLE:
-            text = f"{path} is another trainer's configuration: {len(problems)} of its settings"
-            raise UsageError(f"{text} are not of sd-lora. `{way}` writes one that is")
-        problems.append(Problem("", f"settings of other trainers: `{way}` translates them"))
-    return {name: value for name, value in values.items() if value is not None}, problems
-
-
-def _unknown_key(path: str, name: str) -> Problem:
-    """The problem of a key that is no option."""
-    found = known_elsewhere(name)
-    if found is None:
-        return Problem(name, f"{path}: {name!r} is not an option", near(name))
-    _, row = found
-    if not row.here:
-        return Problem(name, f"{path}: {name} {row.reason}")
-    return Problem(name, f"{path}: {name!r} is not an option", f"Here it is {row.here}")
 
 
 def with_dataset_options(path: str, values: dict[str, Any]) -> dict[str, Any]:
@@ -261,11 +192,14 @@ def _flags_of(parser: Parser, folder: str | None) -> tuple[dict[str, str], list[
 class _Read:
     """The options of a command line and its file, as they were found.
 
-    values: option → value. folder: of images, given without the option's name. file: path of the
+    values: option → value. flags: those that the command line gives. jobs: tables of the file,
+    None without. folder: of images, given without the option's name. file: path of the
     configuration. spelling: names of the options. notes, problems: on the way.
     """
 
     values: dict[str, Any]
+    flags: dict[str, Any]
+    jobs: Any
     folder: str | None
     file: str | None
     spelling: Spelling
@@ -286,22 +220,24 @@ def _read_words(argv: Sequence[str], script: Script | None, parser: Parser) -> _
     file, folder = flags.pop("config", None), flags.pop("folder", folder)
     unread: list[Problem] = []
     try:
-        values, faults = _read(file) if file else ({}, [])
+        values, faults, jobs = read_file(file) if file else ({}, [], None)
     except UsageError as error:
-        values, faults, unread = {}, [], [Problem("config", str(error))]
+        values, faults, jobs, unread = {}, [], None, [Problem("config", str(error))]
     spelling = spelling_of(OPTIONS, given, [*values] if file else None, script is not None)
     problems += faults
+    by_flag = {}
     for name, value in flags.items():
         try:
-            values[name] = _value(name, value)
+            by_flag[name] = _value(name, value)
         except UsageError as error:
             problems += error.problems
-    values, notes = with_present_names(values)
+    values, notes = with_present_names(values | by_flag)
     more_notes, faults = answered(foreign, values)
     problems += faults
     if unread:  # the options in it are unknown, so that nothing can be said of their values
         refuse([*unread, *problems])
-    return _Read(values, folder, file, spelling, notes + more_notes, problems)
+    found = notes + more_notes
+    return _Read(values, by_flag, jobs, folder, file, spelling, found, problems)
 
 
 def parse(
@@ -327,11 +263,67 @@ def parse(
         UsageError: all unknown and refused flags and keys, wrong values and contradictions, by the
             names that the person gave.
     """
+    read = _read_line(argv, script, prog)
+    words = _Words(argv, SCRIPTS[script] if script else None, prog, has_captions, for_check)
+    refused = refused_jobs(read.file, read.jobs)
+    return _configured(replace(read, problems=[*read.problems, *refused]), words)
+
+
+def parse_jobs(
+    argv: Sequence[str],
+    script: str | None = None,
+    prog: str | None = None,
+    has_captions: Callable[[str], bool] = lambda folder: False,
+    for_check: bool = False,
+) -> list[Job]:
+    """The jobs of a command line whose file has `[[jobs]]`; of any other its one run, a job without
+    a name.
+
+    A job has the options of its table, and those of the file's top that it does not name itself;
+    flags are for all. Arguments and errors are those of `parse`, the mistakes of all jobs at once.
+    """
+    read = _read_line(argv, script, prog)
+    words = _Words(argv, SCRIPTS[script] if script else None, prog, has_captions, for_check)
+    if read.jobs is None:
+        return [Job("", _configured(read, words))]
+    tables, faults = read_tables(read.jobs, read.values, read.flags, str(read.file))
+    problems = [*read.problems, *faults]
+    if read.folder:
+        text = "FOLDER holds the images of one run, and the file has [[jobs]]"
+        problems.append(Problem("folder", text, "Name a folder in each job"))
+    jobs, of_jobs = [], {}
+    for name, (values, notes) in tables.items():
+        one = replace(read, values=values, folder=None, notes=read.notes + notes, problems=[])
+        try:
+            jobs.append(Job(name, _configured(one, words)))
+        except UsageError as error:
+            of_jobs[name] = error.problems or [Problem("", str(error))]
+    refuse([*problems, *told_once(of_jobs, len(tables))])
+    return jobs
+
+
+@dataclass(frozen=True)
+class _Words:
+    """The arguments of `parse`; script: the row."""
+
+    argv: Sequence[str]
+    script: Script | None
+    prog: str | None
+    has_captions: Callable[[str], bool]
+    for_check: bool
+
+
+def _read_line(argv: Sequence[str], script: str | None, prog: str | None) -> _Read:
+    """Show the help where it is asked for, else read all options."""
     known = SCRIPTS[script] if script else None
     mode, xl = (known.mode, known.family == "sdxl") if known else (None, False)
     show_help(argv, mode, prog, xl)
-    read = _read_words(argv, known, build_parser(mode, prog, xl))
-    values, problems = read.values, read.problems
+    return _read_words(argv, known, build_parser(mode, prog, xl))
+
+
+def _configured(read: _Read, words: _Words) -> TrainConfig:
+    """The configuration of options as they were found."""
+    values, problems, known = read.values, read.problems, words.script
     with read.spelling.in_errors():
         try:
             if values.get("dataset_config"):
@@ -342,12 +334,12 @@ def parse(
             problems += _take_from_script(values, known, read.file)
             read.notes.extend(_without_prior(values))
         elif read.folder:
-            problems += _take_folder(read.folder, values, has_captions, for_check)
+            problems += _take_folder(read.folder, values, words.has_captions, words.for_check)
         else:
             values.setdefault("mode", _mode_of(values))
             if not (read.file or any(map(values.get, (*FOLDER.values(), *ELSEWHERE)))):
-                problems.append(_without_folder(argv, prog, values["mode"]))
-        if for_check and not values.get("pretrained_model_name_or_path"):
+                problems.append(_without_folder(words.argv, words.prog, values["mode"]))
+        if words.for_check and not values.get("pretrained_model_name_or_path"):
             family = values.get("family") or FAMILIES[0]
             values["pretrained_model_name_or_path"] = f"{PUBLISHED}{family}"
         try:

@@ -118,7 +118,9 @@ def build_parser(
             "--data", dest="folder", metavar="FOLDER", action=_Keep, help="the same as FOLDER"
         )
     parser.add_argument(
-        "--config", metavar="FILE", help="TOML or JSON file with any of the options below"
+        "--config",
+        metavar="FILE",
+        help="TOML or JSON file with any of the options below, or [[jobs]]",
     )
     main = page == "main"
     groups = {name: parser if main else parser.add_argument_group(name) for name in SECTIONS}

@@ -141,13 +141,13 @@ def section(name: str) -> Callable[..., Any]:
         only: Mode | None = None, requires: Mapping[str, tuple[Any, ...] | None] | None = None,
         unless: Mapping[str, tuple[Any, ...]] | None = None,
         only_warns: bool = False, without_gpu: str | Mapping[Any, str] = "",
-        may_change: bool = False, less_memory: Mapping[Work, tuple[int, Any]] | None = None,
+        may_change: bool = False, of_all_jobs: bool = False, dataset_key: str | bool = False,
+        less_memory: Mapping[Work, tuple[int, Any]] | None = None, costs: str = "",
         package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None = None,
         header: str | None = None, header_form: str = "always", in_record: str = "whole",
         summary: tuple[str, str] | None = None, ignored_by: tuple[str, ...] = (),
-        without_value: str | None = None, dataset_key: str | bool = False, costs: str = "",
-        short: str | None = None, main: str = "", formerly: str | None = None,
-        former_values: Mapping[Any, Any] | None = None, scripts: str = "",
+        without_value: str | None = None, short: str | None = None, formerly: str | None = None,
+        former_values: Mapping[Any, Any] | None = None, main: str = "", scripts: str = "",
         **names: str,
     ) -> Any:  # fmt: skip
         """Declare an option.
@@ -165,7 +165,7 @@ def section(name: str) -> Callable[..., Any]:
             unless: other option → values with which this one has no effect.
             only_warns: whether a run starts, with a warning, where it has no effect.
             without_gpu: its effect on a CPU, as a clause, for the warning; or value → a clause.
-            may_change: whether a resumed run may change it.
+            may_change: whether a resumed run may change it. of_all_jobs: one value for all jobs.
             less_memory: work → its place by cost, and the value that takes less. costs: its time.
             package: a package that it needs, and the extra that installs it; or value → both.
             header: key of a LoRA file's header that holds its value.
@@ -190,7 +190,7 @@ def section(name: str) -> Callable[..., Any]:
             "of_scripts": dict(of_scripts or {}), "only": only,
             "requires": {k: v and list(v) for k, v in (requires or {}).items()},
             "unless": {k: list(v) for k, v in (unless or {}).items()}, "only_warns": only_warns,
-            "without_gpu": without_gpu, "may_change": may_change,
+            "without_gpu": without_gpu, "may_change": may_change, "of_all_jobs": of_all_jobs,
             "less_memory": {w: list(rank) for w, rank in (less_memory or {}).items()},
             "package": package, "header": header, "header_form": header_form, "costs": costs,
             "in_record": in_record, "ignored_by": list(ignored_by),
@@ -225,6 +225,7 @@ class Option:
     only_warns: bool
     without_gpu: str | Mapping[Any, str]
     may_change: bool
+    of_all_jobs: bool
     less_memory: dict[Work, tuple[int, Any]]
     costs: str
     package: tuple[str, str] | Mapping[Any, tuple[str, str]] | None

@@ -227,8 +227,8 @@ def with_present_names(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[
 
 NOT_IN_SCHEMA = (
     "choices", "dataset_key", "former_values", "formerly", "header", "header_form", "ignored_by",
-    "in_record", "main", "of_scripts", "only_warns", "or_import_path", "package", "scripts",
-    "short", "summary",
+    "in_record", "main", "of_all_jobs", "of_scripts", "only_warns", "or_import_path", "package",
+    "scripts", "short", "summary",
     "without_gpu", "without_value",
 )  # fmt: skip
 """Parts of rows that editors and forms do not need, or find under another name."""

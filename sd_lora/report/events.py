@@ -54,6 +54,14 @@ class Warned:
 
 
 @dataclass(frozen=True)
+class JobsPlanned:
+    """Several runs over one base are ready for their first steps. rows: label → text, of what they
+    share."""
+
+    rows: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class RunPlanned:
     """All checks have passed, and everything is loaded. summary: with the findings."""
 
@@ -238,6 +246,7 @@ Event = (
     | Progress
     | Warned
     | RunPlanned
+    | JobsPlanned
     | TrainingStarted
     | StepDone
     | StepsLogged

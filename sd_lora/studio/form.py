@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.command_line import parse
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.flags import is_flag
 from sd_lora.config.options.run import named_after
 from sd_lora.config.options.sources import FOLDER as PLACES

@@ -49,9 +49,13 @@ class Question:
 
     def losses(self, unet: nn.Module, objective: Objective) -> Tensor:
         """Loss of each item (B,), float32, weighted by its timestep, of the UNet's answer."""
-        prediction = unet(self.x_t, self.timesteps, **self.conditions.arguments()).sample
+        answer = unet(self.x_t, self.timesteps, **self.conditions.arguments()).sample
+        return self.losses_of(answer, objective)
+
+    def losses_of(self, answer: Tensor, objective: Objective) -> Tensor:
+        """The same of an answer (B, C, H, W)."""
         return sample_losses(
-            prediction, self.target, self.t, objective.schedule, self.mask, objective.loss
+            answer, self.target, self.t, objective.schedule, self.mask, objective.loss
         )
 
 
@@ -81,6 +85,12 @@ def _loss(run: Run, batch: Batch, step: int) -> Tensor:
         share = 1 - question.t / run.objective.schedule.num_timesteps
         mask_ranks(run.models["unet"], share, run.config.tlora_min_rank)
     losses = question.losses(run.prepared["unet"], run.objective)
+    return counted_loss(run, batch, step, question, losses)
+
+
+def counted_loss(run: Run, batch: Batch, step: int, question: Question, losses: Tensor) -> Tensor:
+    """The loss of a batch as it counts in its step, of the losses of its items (B,); the ledger and
+    the learned weights see those of training."""
     if losses.requires_grad:  # losses without a gradient are of no training
         observe(run, batch, step, losses.detach(), question.t)
     return weights_of(run, batch, question.t).loss(losses)

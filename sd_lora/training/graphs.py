@@ -48,13 +48,13 @@ Record = Callable[[Work], Work]
 T = TypeVar("T")
 
 
-def graphs_of(run: Run) -> "Graphs | None":
+def graphs_of(run: Run, shares: bool = False) -> "Graphs | None":
     """The recorded passes of a run that asks for them; a note of its summary says why there are
-    none."""
+    none. shares: whether other runs of this process learn over its base."""
     if run.config.cuda_graphs == "off":
         return None
     reason = next((text for holds, text in REASONS if holds(run)), "")
-    if reason:
+    if reason := reason or "several jobs go through one UNet" * shares:
         run.summary.notes.append(f"no CUDA graphs: {reason}")
         return None
     return Graphs(run.models["unet"], run.fast_models, CudaRecorder())

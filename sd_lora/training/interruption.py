@@ -40,7 +40,7 @@ class Requests:
         self.folder, self.end, self.limit = folder, end, limit
         self.signals: list[str] = []
         self.wants_save = False
-        self._drawing = False
+        self.is_drawing = False
         self._looked: dict[str, float] = {}
 
     @property
@@ -90,35 +90,37 @@ class Requests:
     @contextmanager
     def drawing(self) -> Iterator[None]:
         """Leave the block at once when a signal asks to end."""
-        self._drawing = True
+        self.is_drawing = True
         try:
             with suppress(_Drawing):
                 yield
         finally:
-            self._drawing = False
-
-    def ask(self, number: int, previous: Any) -> None:
-        """Take a signal that asks to end; a second one goes to the handler of before."""
-        if self.signals:
-            signal.signal(number, previous)
-            signal.raise_signal(number)
-        self.signals.append(signal.Signals(number).name)
-        with suppress(OSError):  # past Python's buffers, in which the signal may have come
-            os.write(2, ENDING)
-        if self._drawing:
-            raise _Drawing
+            self.is_drawing = False
 
 
 @contextmanager
-def listening(requests: Requests) -> Iterator[Requests]:
-    """Take SIGINT and SIGTERM as requests to end, and SIGUSR1, where there is one, to save."""
+def listening(*of_runs: Requests) -> Iterator[None]:
+    """Take SIGINT and SIGTERM as requests to end, and SIGUSR1, where there is one, to save; a
+    second signal to end goes to the handler of before.
+
+    of_runs: the requests of each run of this process.
+    """
     previous: dict[int, Any] = {}
 
     def end(number: int, frame: object) -> None:
-        requests.ask(number, previous[number])
+        if any(requests.signals for requests in of_runs):
+            signal.signal(number, previous[number])
+            signal.raise_signal(number)
+        for requests in of_runs:
+            requests.signals.append(signal.Signals(number).name)
+        with suppress(OSError):  # past Python's buffers, in which the signal may have come
+            os.write(2, ENDING)
+        if any(requests.is_drawing for requests in of_runs):
+            raise _Drawing
 
     def save(number: int, frame: object) -> None:
-        requests.wants_save = True
+        for requests in of_runs:
+            requests.wants_save = True
 
     handlers: dict[int, Any] = {signal.SIGINT: end, signal.SIGTERM: end}
     handlers |= {signal.SIGUSR1: save} if hasattr(signal, "SIGUSR1") else {}  # Windows has none
@@ -128,7 +130,7 @@ def listening(requests: Requests) -> Iterator[Requests]:
     except ValueError:  # not in the main thread: whoever started this one handles signals
         pass
     try:
-        yield requests
+        yield
     finally:
         for number, before in previous.items():
             signal.signal(number, before)

@@ -1,9 +1,8 @@
 """Training: from a configuration to verified LoRA files."""
 
-import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from sd_lora.adapters.merging import idle_off
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import Interrupted, RunError
-from sd_lora.files import write_whole
 from sd_lora.formats.verify import Verified
 from sd_lora.report.digest import Digest
 from sd_lora.report.events import (
@@ -27,7 +25,6 @@ from sd_lora.report.events import (
     RunPlanned,
     StepDone,
     TrainingStarted,
-    Validated,
 )
 from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
@@ -35,7 +32,7 @@ from sd_lora.training.batch_loss import batch_loss
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
 from sd_lora.training.compiled import try_compiled
-from sd_lora.training.export import export, export_words, shared_config, usage
+from sd_lora.training.export import export, export_words, usage
 from sd_lora.training.failure import told_once
 from sd_lora.training.fast.step import fast
 from sd_lora.training.going_back import go_back, start_of
@@ -43,15 +40,11 @@ from sd_lora.training.hub_push import push
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.looks import timed
 from sd_lora.training.losses import LossLog, skips
-from sd_lora.training.measure import validate_if_due, validation_is_due
+from sd_lora.training.measure import replay, validate_if_due, validation_is_due
 from sd_lora.training.memory import peak_of
 from sd_lora.training.model_card import write_card
 from sd_lora.training.out_of_memory import memory_for
-from sd_lora.training.output_folder import (
-    remove_earlier_results,
-    remove_earlier_steps,
-    remove_unfinished,
-)
+from sd_lora.training.output_folder import remove_earlier_results
 from sd_lora.training.processes import determinism
 from sd_lora.training.run import ImageLost, Run
 from sd_lora.training.samples import (
@@ -68,21 +61,18 @@ from sd_lora.training.saving import (
     is_best,
     lora_is_due,
     minutes_are_over,
-    prune_earlier,
+    open_output,
     save_checkpoint,
     save_lora,
 )
 from sd_lora.training.scoring import draw_base, score_if_due, score_is_due
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
-from sd_lora.training.trackers import end_trackers, start_trackers
+from sd_lora.training.trackers import end_trackers
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
-
-VALIDATION_STEPS = 20
-"""Number of first steps whose batches and noise the trained model is asked again."""
 
 
 @dataclass(frozen=True)
@@ -131,64 +121,118 @@ def train(
         return _train(config, listeners, resumed)
 
 
+@dataclass
+class Begun:
+    """A run that may take its first step. before: sample images of the base. started: its time of
+    the monotonic clock."""
+
+    run: Run
+    log: LossLog
+    requests: Requests
+    before: list[Image.Image]
+    started: float
+
+
 def _train(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> Result:
     """See `train`."""
     started = time.monotonic()
     with prepared_run(config, [*listeners, RunPage(config)], resumed) as run:
-        try_largest(run, accumulate)
-        try_compiled(run, accumulate)
-        for finding in run.summary.findings:
-            run.emit(FindingMade(finding))
-        run.emit(RunPlanned(run.summary))
-        with idle_off(run.models.values()):  # images of the base, also when resumed
-            with memory_for("drawing sample images", run.config):
-                before = draw_samples(run, "samples before training")
-            draw_base(run)
-        run.restore()
-        log = LossLog(run)
-        limit = config.time_limit
-        end = None if limit is None else started + limit
-        requests = Requests(run.output_dir, end, config.max_train_time)
-        with listening(requests), rescued(run, log):
-            open_output(run)
-            requests.forget_file()
-            run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
-            if run.main:
-                tell_samples(run, 0, before)
-            with memory_for("drawing sample images", run.config):
-                show_missing_samples(run)
-            validate_if_due(run, run.first_step)
-            score_if_due(run, run.first_step)
+        begun = begin(run, started)
+        with listening(begun.requests), rescued(run, begun.log):
+            look_before(begun)
             with timed(run, "training"):
-                done = train_steps(run, log, requests)
-        if run.judged.ended_after(done):
-            done = end_at_best(run)
-        finished = done == run.plan.num_steps
-        if finished:
-            run.use_average()
-        with memory_for("checking the model", run.config):
-            first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
+                done = train_steps(run, begun.log, begun.requests)
+        return end(begun, done)
+
+
+def begin(run: Run, started: float) -> Begun:
+    """Try the largest batch, tell the plan, and bring the model to where the run starts."""
+    try_largest(run, accumulate)
+    try_compiled(run, accumulate)
+    for finding in run.summary.findings:
+        run.emit(FindingMade(finding))
+    run.emit(RunPlanned(run.summary))
+    with idle_off(run.models.values()):  # images of the base, also when resumed
         with memory_for("drawing sample images", run.config):
-            after = draw_after(run) if finished and run.joint else None
-        run.release_distributed()
-        if not finished:
-            end_trackers(run.accelerator, run.emit)
-            reason = requests.reason or "interrupted by another process"
-            if run.main:
-                requests.forget_file()
-            raise Interrupted(
-                f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
-                f"and {RESUME}"
-            )
-        digest = run.digest()
-        files, words, sheet = finish(run, before, after, digest) if run.main else ([], [], None)
-        seconds = time.monotonic() - started
-        end_trackers(run.accelerator, run.emit)  # a warning of one comes before the last lines
-        page, peak = run.output_dir / PAGE, peak_of(run.accelerator.device)
-        run.emit(RunEnded(seconds, sheet, digest, page, run.spent, peak))
-        return Result(
-            run.output_dir, files, words, log.losses, first_losses, replayed, sheet, seconds, digest
+            before = draw_samples(run, "samples before training")
+        draw_base(run)
+    run.restore()
+    limit = run.config.time_limit
+    last = None if limit is None else started + limit
+    requests = Requests(run.output_dir, last, run.config.max_train_time)
+    return Begun(run, LossLog(run), requests, before, started)
+
+
+def look_before(begun: Begun) -> None:
+    """Open the output folder, and look at the model before its first step."""
+    run = begun.run
+    open_output(run)
+    begun.requests.forget_file()
+    run.emit(TrainingStarted(run.first_step, run.plan.num_steps))
+    if run.main:
+        tell_samples(run, 0, begun.before)
+    with memory_for("drawing sample images", run.config):
+        show_missing_samples(run)
+    validate_if_due(run, run.first_step)
+    score_if_due(run, run.first_step)
+
+
+def end(begun: Begun, done: int) -> Result:
+    """Measure, export and tell a run after its last step.
+
+    Raises:
+        Interrupted: `done` steps are not all.
+    """
+    run = begun.run
+    if run.judged.ended_after(done):
+        done = end_at_best(run)
+    finished = done == run.plan.num_steps
+    if finished:
+        run.use_average()
+    with memory_for("checking the model", run.config):
+        first_losses, replayed = replay(run) if finished else (math.nan, math.nan)
+    with memory_for("drawing sample images", run.config):
+        after = draw_after(run) if finished and run.joint else None
+    run.release_distributed()
+    if not finished:
+        end_trackers(run.accelerator, run.emit)
+        reason = begun.requests.reason or "interrupted by another process"
+        if run.main:
+            begun.requests.forget_file()
+        raise Interrupted(
+            f"{reason} at step {done} of {run.plan.num_steps}; continue with the same command "
+            f"and {RESUME}"
         )
+    digest = run.digest()
+    files, words, sheet = finish(run, begun.before, after, digest) if run.main else ([], [], None)
+    seconds = time.monotonic() - begun.started
+    end_trackers(run.accelerator, run.emit)  # a warning of one comes before the last lines
+    page, peak = run.output_dir / PAGE, peak_of(run.accelerator.device)
+    run.emit(RunEnded(seconds, sheet, digest, page, run.spent, peak))
+    losses = begun.log.losses
+    return Result(
+        run.output_dir, files, words, losses, first_losses, replayed, sheet, seconds, digest
+    )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A micro-batch that a run is to learn now, by its number. done: steps before."""
+
+    run: Run
+    number: int
+    batch: Batch
+    done: int
+
+    def learn(self) -> Tensor:
+        """Add its gradients, by itself; returns its part of the step's loss, detached."""
+        with step_memory(self.run, self.number, self.done):
+            return accumulate(self.run, self.number, self.batch, self.done)
+
+
+Steps = Generator[Turn, Tensor, int]
+"""The steps of a run: yields a micro-batch when its gradients are to be added, is sent its loss,
+and returns how many steps are done in all. So one run can go by itself, and several together."""
 
 
 def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> int:
@@ -196,25 +240,34 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
 
     requests: to end or to save; None: of nobody.
     """
-    requests = requests or Requests(run.output_dir)
+    steps = steps_of(run, log, requests or Requests(run.output_dir))
+    try:
+        turn = next(steps)
+        while True:
+            turn = steps.send(turn.learn())
+    except StopIteration as last:
+        return int(last.value)
+
+
+def steps_of(run: Run, log: "LossLog", requests: Requests) -> Steps:
+    """The optimiser steps from the run's first one on, and again from where it goes back to."""
     start, done = start_of(run), run.first_step
     while True:
         try:
-            return steps_from(done, run, log, requests)
+            return (yield from steps_from(done, run, log, requests))
         except Diverged as error:
             done = go_back(run, log, error, start)
 
 
-def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> int:
-    """Do the steps after the first `done` ones; returns how many are done in all."""
+def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> Steps:
+    """The steps after the first `done` ones."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches, saved_at = run.batches(done), time.monotonic()
     while done < num_steps and not run.judged.ended_after(done):
         # one optimiser step: accumulate gradients, clip, update
         loss = torch.zeros((), device=accelerator.device)
         for number, batch in one_step(batches):
-            with step_memory(run, number, done):
-                loss = loss + accumulate(run, number, batch, done)
+            loss = loss + (yield Turn(run, number, batch, done))
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
         if done == run.first_step:
@@ -326,51 +379,6 @@ def rescued(run: Run, log: LossLog) -> Iterator[None]:
             f"{error}{end}Step {log.step} is saved: {remedy}, and continue with the same command "
             f"and {RESUME}"
         ) from None
-
-
-@torch.no_grad()
-def replay(run: Run) -> tuple[float, float]:
-    """Mean loss of the first steps as logged, and of the same batches and noise now.
-
-    Single losses say little: they differ tenfold by timestep. Randomness is a function of the
-    position, so the first steps can be computed once more. The first number is NaN on other
-    processes than the main one, and where a resumed run's log is gone.
-    """
-    steps = min(VALIDATION_STEPS, run.plan.num_steps)
-    first = []
-    if run.main:
-        first = [row["loss"] for row in run.log.rows() if row["step"] <= steps]
-    for model in run.models.values():
-        model.eval()
-    # no gradients, so nothing to exchange
-    alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
-    losses = []
-    for number in range(run.plan.epochs.first_of_step(steps)):
-        batch = run.batch(number)
-        if batch is None:  # a lost image costs a number now, not the trained LoRA
-            losses = [torch.tensor(math.nan, device=run.accelerator.device)]
-            break
-        losses.append(batch_loss(alone, batch, run.plan.num_steps) / batch.accumulation_steps)
-    mean = torch.stack(losses).sum() / steps
-    trained = float(run.accelerator.reduce(mean, "mean"))
-    mean_first = sum(first) / steps if len(first) == steps else math.nan
-    run.emit(Validated(steps, mean_first, trained))
-    return mean_first, trained
-
-
-def open_output(run: Run) -> None:
-    """Make the output folder, with the configuration and a log that ends where the run starts."""
-    if run.main:
-        text = run.config.replace(seed=run.plan.seed).to_json()
-        remove_unfinished(run.config)
-        remove_earlier_steps(run.config, run.saved.path if run.saved else None)
-        prune_earlier(run)
-        write_whole(run.output_dir / "config.json", text.encode())
-        run.log.cut(run.first_step)
-    run.accelerator.wait_for_everyone()
-    runs = run.saved.state["trackers"] if run.saved else {}
-    # some of them on the web
-    start_trackers(run.accelerator, shared_config(run.config), run.first_step, runs)
 
 
 def finish(

@@ -1,9 +1,11 @@
-"""Losses of a run's model on its validation items, in eval mode: nothing of the run changes.
+"""Losses of a run's model on its validation items, in eval mode: nothing of the run changes. And
+on its first steps, when it is trained.
 
 The latents are read once, so that an image lost later ends no run that only measures it.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
@@ -14,13 +16,16 @@ from sd_lora.adapters.merging import switched_off
 from sd_lora.data.batches.stream import BatchItem, ImageSet
 from sd_lora.diffusion.loss import target_of
 from sd_lora.models.families import INPAINTING
-from sd_lora.report.events import ValidationDone
-from sd_lora.training.batch_loss import Question
+from sd_lora.report.events import Validated, ValidationDone
+from sd_lora.training.batch_loss import Question, batch_loss
 from sd_lora.training.looks import timed
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import evaluating
 from sd_lora.training.validation import Losses
+
+FIRST_STEPS = 20
+"""Number of first steps whose batches and noise the trained model is asked again."""
 
 
 def validate_if_due(run: Run, step: int) -> None:
@@ -124,3 +129,33 @@ def _losses(run: Run, items: list[BatchItem], held: Sequence[Tensor | None], ste
     conditions = run.conditions(items, step)
     question = Question(x_t, schedule.timesteps[t], conditions, target, t, mask)
     return question.losses(run.prepared["unet"], objective)
+
+
+@torch.no_grad()
+def replay(run: Run) -> tuple[float, float]:
+    """Mean loss of the first steps as logged, and of the same batches and noise now.
+
+    Single losses say little: they differ tenfold by timestep. Randomness is a function of the
+    position, so the first steps can be computed once more. The first number is NaN on other
+    processes than the main one, and where a resumed run's log is gone.
+    """
+    steps = min(FIRST_STEPS, run.plan.num_steps)
+    first = []
+    if run.main:
+        first = [row["loss"] for row in run.log.rows() if row["step"] <= steps]
+    for model in run.models.values():
+        model.eval()
+    # no gradients, so nothing to exchange
+    alone = dataclasses.replace(run, prepared=run.models, text=run.text.without_learning())
+    losses = []
+    for number in range(run.plan.epochs.first_of_step(steps)):
+        batch = run.batch(number)
+        if batch is None:  # a lost image costs a number now, not the trained LoRA
+            losses = [torch.tensor(math.nan, device=run.accelerator.device)]
+            break
+        losses.append(batch_loss(alone, batch, run.plan.num_steps) / batch.accumulation_steps)
+    mean = torch.stack(losses).sum() / steps
+    trained = float(run.accelerator.reduce(mean, "mean"))
+    mean_first = sum(first) / steps if len(first) == steps else math.nan
+    run.emit(Validated(steps, mean_first, trained))
+    return mean_first, trained

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sd_lora.adapters.fast.copies import Stack
 from sd_lora.adapters.inject import deltas_of
-from sd_lora.config.schema import RunConfig
+from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import UsageError
 from sd_lora.training.fast.step import FastModel, fast_models
 from sd_lora.training.lane import Lane
@@ -246,6 +246,15 @@ def check_offload(config: RunConfig, device: torch.device, sharded: bool) -> Non
         raise UsageError(
             f"{name} moves whole blocks of the UNet, which FSDP2 splits: leave it out, or launch "
             f"with {INSTEAD}"
+        )
+
+
+def check_offload_of_several(config: TrainConfig) -> None:
+    """Raise UsageError for an offload of a UNet whose weights other runs share."""
+    names = ("offload_weights", "offload_activations")
+    if asked := [name for name in names if getattr(config, name)]:
+        raise UsageError(
+            f"{asked[0]} moves what one run's UNet holds, and [[jobs]] share it: leave it out"
         )
 
 

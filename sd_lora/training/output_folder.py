@@ -81,8 +81,12 @@ def resumes_here(config: TrainConfig, saved: Path | None) -> bool:
     return saved is not None and saved.resolve().parent == config.output_path.resolve()
 
 
+class Finished(UsageError):
+    """A run that has done its steps and written all of its files."""
+
+
 def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
-    """Raise UsageError for a run that has done its steps and written all of its files.
+    """Raise Finished for a run that has done its steps and written all of its files.
 
     One that died while its files took their places, one after another, writes them again. draws:
     whether the run draws samples, and so writes a sheet.
@@ -93,7 +97,7 @@ def refuse_finished(config: TrainConfig, saved: Path, draws: bool) -> None:
     cut_off = any((folder / UNVERIFIED).glob("*")) or not all(path.exists() for path in owed)
     if files and not cut_off:
         remove_unfinished(config)  # of its page, which is written last
-        raise UsageError(
+        raise Finished(
             f"{saved} has done all steps of this run, and {', '.join(p.name for p in files)} is "
             "there: give it more --steps to go on"
         )

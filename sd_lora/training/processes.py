@@ -233,6 +233,16 @@ def check_processes(accelerator: Accelerator) -> None:
         )
 
 
+def check_one_process() -> None:
+    """Raise UsageError if a launcher started several processes, for [[jobs]]."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1:
+        raise UsageError(
+            f"[[jobs]] train in one process, and the launcher started {started}: start it without "
+            "a launcher, or the jobs one by one"
+        )
+
+
 def agreed_seed(config: TrainConfig, resumed: Path | None) -> int:
     """The run's seed, the same on all processes: given, resumed, or drawn."""
     if config.seed is not None:

@@ -1,4 +1,4 @@
-"""Saving in mid-run: checkpoints, and LoRA files of a step."""
+"""Saving in mid-run: checkpoints, and LoRA files of a step; and the folder for them."""
 
 import dataclasses
 import json
@@ -19,13 +19,19 @@ from sd_lora.report.events import (
 )
 from sd_lora.training import checkpoint
 from sd_lora.training.checkpoint_folders import BEST_FILE, PREFIX, fault
-from sd_lora.training.export import export, export_words, header_of
+from sd_lora.training.export import export, export_words, header_of, shared_config
 from sd_lora.training.out_of_memory import memory_for
-from sd_lora.training.output_folder import LORA_PREFIX, resumes_here
+from sd_lora.training.output_folder import (
+    LORA_PREFIX,
+    remove_earlier_steps,
+    remove_unfinished,
+    resumes_here,
+)
 from sd_lora.training.processes import on_main
 from sd_lora.training.run import Run
 from sd_lora.training.soundness import BatchLoss, refuse_ruined
 from sd_lora.training.thumbnails import image_rows
+from sd_lora.training.trackers import start_trackers
 
 
 def minutes_are_over(config: RunConfig, saved_at: float) -> bool:
@@ -154,3 +160,18 @@ def save_lora(run: Run, step: int, batch_loss: BatchLoss) -> None:
 
     with run.exportable():
         on_main(run.accelerator, save)
+
+
+def open_output(run: Run) -> None:
+    """Make the output folder, with the configuration and a log that ends where the run starts."""
+    if run.main:
+        text = run.config.replace(seed=run.plan.seed).to_json()
+        remove_unfinished(run.config)
+        remove_earlier_steps(run.config, run.saved.path if run.saved else None)
+        prune_earlier(run)
+        write_whole(run.output_dir / "config.json", text.encode())
+        run.log.cut(run.first_step)
+    run.accelerator.wait_for_everyone()
+    runs = run.saved.state["trackers"] if run.saved else {}
+    # some of them on the web
+    start_trackers(run.accelerator, shared_config(run.config), run.first_step, runs)

@@ -50,6 +50,7 @@ from sd_lora.training.forecast import warnings_of
 from sd_lora.training.graphs import graphs_of
 from sd_lora.training.hub_push import check_hub
 from sd_lora.training.init_lora import start_from
+from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.ledger import Ledger
 from sd_lora.training.lr_schedules import build_lr_scheduler, factor_of
 from sd_lora.training.objective import objective_of
@@ -105,10 +106,18 @@ def prepared_run(
     config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
 ) -> Iterator[Run]:
     """A run of `prepare` within a `with` block, after which another one can begin."""
-    try:
+    with released([config]):
         yield prepare(config, listeners, resumed)
+
+
+@contextmanager
+def released(configs: Sequence[TrainConfig]) -> Iterator[None]:
+    """A context after which the output folders of runs are nobody's, and other runs can begin."""
+    try:
+        yield
     finally:
-        disown(config.output_path)
+        for config in configs:
+            disown(config.output_path)
         # Accelerate keeps precision and devices in a singleton: the next run may want others
         AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -126,10 +135,20 @@ def prepare(
     Raises:
         UsageError, RunError: any later failure of the run, where it can be known now.
     """
-    checked = _check(config, listeners, resumed)
+    return ready(checked_run(config, listeners, resumed), listeners)
+
+
+def ready(
+    checked: CheckedRun, listeners: Sequence[Listener] = (), several: SharedBase | None = None
+) -> Run:
+    """The run of a `CheckedRun`, with its model.
+
+    several: the base that it shares with other runs of this process; None: its own.
+    """
     plan, accelerator, images = checked.plan, checked.accelerator, checked.images
     resolved, seed = plan.config, plan.seed
-    parts = _load(checked.base, resolved, accelerator)
+    load = several.parts if several else load_base
+    parts = load(checked.base, resolved, accelerator)
     objective = objective_of(resolved, parts, checked.base.resolution)
     run_caption_encoder(resolved, parts, None).check_clip_skip(parts.text_encoders)
     meta_pipeline = parts.meta_pipeline
@@ -138,13 +157,16 @@ def prepare(
     text = _text_conditioning(resolved, parts, images, accelerator, seed)
     saved = checkpoint.read(checked.saved_path, models) if checked.saved_path else None
     start = start_from(resolved.init_path, models) if resolved.init_path and not saved else None
-    _fill_class_folder(checked, parts, text)  # the injected model still is the base, bit for bit
+    # the injected model still is the base, bit for bit
+    _fill_class_folder(checked, parts, text, shared=several is not None)
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
     blocks = checked.recomputed.blocks if checked.recomputed else None
     prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
     fast_ones, _ = ways_of(resolved, models, accelerator.device)  # the blocks' hooks hold the other
+    if several:  # each UNet would put the weights side by side in its own way: `Together` has them
+        fast_ones = [one for one in fast_ones if one.model is not models["unet"]]
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
@@ -184,7 +206,7 @@ def prepare(
         repo=checked.repo,
         recomputed=checked.recomputed,
     )
-    run.graphs = graphs_of(run)
+    run.graphs = graphs_of(run, shares=several is not None)
     run.schedule, run.scores = schedule_of(run), scores_of(run, checked.scores)
     summarise(run, caches, checked.base.notes())
     return run
@@ -199,7 +221,9 @@ def _to_all(log: LogFile, accelerator: Accelerator, listeners: Sequence[Listener
     return to_all([log, trackers, *listeners])
 
 
-def _check(config: TrainConfig, listeners: Sequence[Listener], resumed: Found | None) -> CheckedRun:
+def checked_run(
+    config: TrainConfig, listeners: Sequence[Listener] = (), resumed: Found | None = None
+) -> CheckedRun:
     """Run all checks that need no weights, and plan the steps."""
     config.check_output()
     date()  # a wrong SOURCE_DATE_EPOCH is told now, and not at the export
@@ -323,7 +347,7 @@ def _text_conditioning(
     )
 
 
-def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
+def load_base(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
     """Load the base model's weights."""
     with memory_for("loading the base model", config), without_fsdp():
         parts = base.load(
@@ -338,12 +362,17 @@ def _load(base: Base, config: RunConfig, accelerator: Accelerator) -> Parts:
         return parts
 
 
-def _fill_class_folder(checked: CheckedRun, parts: Parts, text: TextConditioning) -> None:
-    """Draw the class images that are missing, and take them into the run."""
+def _fill_class_folder(
+    checked: CheckedRun, parts: Parts, text: TextConditioning, shared: bool
+) -> None:
+    """Draw the class images that are missing, and take them into the run. shared: whether another
+    run of this process may have drawn them since the check."""
     images, config = checked.images, checked.plan.config
     wanted = config.class_images
     if not wanted:
         return
+    if shared and wanted.folder.is_dir():
+        images.check_class_folder(wanted, required=False)
     with memory_for("drawing class images", config), idle_off(parts.models.values()):
         fill_class_folder(
             wanted, images.num_class_images, parts, text.caption_encoder,

@@ -49,6 +49,17 @@ def trackers(config: TrainConfig, summary: Summary) -> list[str]:
     return [chosen]
 
 
+def check_trackers_of_several(config: TrainConfig) -> None:
+    """Raise UsageError for a tracker that follows one run of a process: of several it would mix the
+    numbers. Those whose run is a folder follow any."""
+    chosen = config.report_to
+    if chosen not in (None, "none") and (chosen not in KNOWN or KNOWN[chosen].id_of):
+        raise UsageError(
+            f"report_to {chosen} follows one run of a process, and [[jobs]] are several: take "
+            "tensorboard, or none"
+        )
+
+
 @contextmanager
 def tracker_errors(accelerator: Accelerator) -> Iterator[None]:
     """Raise RunError where the disk refuses a tracker's files."""

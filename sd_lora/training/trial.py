@@ -210,19 +210,29 @@ def go_once(run: Run, number: int, accumulate: Accumulate) -> None:
     bare, device = _unwrapped(run), run.accelerator.device
     text = replace(run.text, learning={name: bare[name] for name in run.text.learning})
     alone = replace(run, prepared=bare, text=text, graphs=None)
-    each = optimizer_of(run.config).state_bytes + 4 * (run.accelerator.num_processes > 1)
-    later = round(each * sum(p.numel() for p in run.parameters))
     kind = device.type if device.type in ("cuda", "xpu") else ""
     try:
         with torch.random.fork_rng([device] if kind else [], device_type=kind or "cuda"):
-            room = torch.empty(later, dtype=torch.uint8, device=device)
+            room = torch.empty(later_bytes(run), dtype=torch.uint8, device=device)
             accumulate(alone, number, run.stream.batch(number), run.first_step)
             del room
     finally:
-        for parameter in run.parameters:
-            parameter.grad = None
-        if run.objective.uncertainty:
-            run.objective.uncertainty.forget()
+        forget(run)
+
+
+def forget(run: Run) -> None:
+    """Throw away the gradients of a trial."""
+    for parameter in run.parameters:
+        parameter.grad = None
+    if run.objective.uncertainty:
+        run.objective.uncertainty.forget()
+
+
+def later_bytes(run: Run) -> int:
+    """Bytes that come after the first step: the optimiser's state, and the buckets of gradients
+    that DistributedDataParallel makes anew then."""
+    each = optimizer_of(run.config).state_bytes + 4 * (run.accelerator.num_processes > 1)
+    return round(each * sum(p.numel() for p in run.parameters))
 
 
 def _unwrapped(run: Run) -> dict[str, torch.nn.Module]:

@@ -9,8 +9,9 @@ from sd_lora.config.command_line import (
     _expanded,
     build_parser,
     parse,
-    read_config_file,
+    parse_jobs,
 )
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.schema import OPTIONS, TrainConfig
 from sd_lora.config.translate.diffusers import DIFFUSERS, SWITCHES
 from sd_lora.errors import UsageError
@@ -433,7 +434,8 @@ def test_every_field_has_help_and_a_section() -> None:
 def test_shipped_configurations_parse(root: Path) -> None:
     """Every TOML in sample_data is a valid configuration, or kohya's of the data."""
     folder = root / "sample_data" / "configs"
-    own = {p.stem: p for p in folder.glob("*.toml") if p.stem != "dataset_kohya"}
+    of_others = ("dataset_kohya", "jobs")
+    own = {p.stem: p for p in folder.glob("*.toml") if p.stem not in of_others}
     modes = {name: TrainConfig(**read_config_file(str(path))).mode for name, path in own.items()}
     assert modes == {
         "dreambooth": "dreambooth", "text_to_image": "text_to_image", "sources": "text_to_image",
@@ -441,3 +443,5 @@ def test_shipped_configurations_parse(root: Path) -> None:
     }  # fmt: skip
     config = parse([*T2I[:2], "--dataset_config", str(folder / "dataset_kohya.toml")])
     assert config.dataset_config
+    jobs = parse_jobs(["--config", str(folder / "jobs.toml")])
+    assert [job.name for job in jobs] == ["monster", "monster-small", "things"]

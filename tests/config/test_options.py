@@ -10,7 +10,8 @@ from typing import get_args
 import pytest
 
 from sd_lora.cli import main
-from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.command_line import parse
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.optimizers import OPTIMIZERS
 from sd_lora.config.rows import FAMILIES, LOWER, METHODS, PEERS, SCHEDULES, Work
 from sd_lora.config.schema import OPTIONS, SECTIONS, RunConfig, TrainConfig, json_schema

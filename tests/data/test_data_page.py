@@ -9,7 +9,8 @@ import pytest
 
 from sd_lora import check as checkup
 from sd_lora.config import kohya
-from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.command_line import parse
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.rows import LEFTOVERS
 from sd_lora.config.schema import OPTIONS
 from sd_lora.config.sources import RULES, SOURCE, CaptionRules

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from markupsafe import escape
 
-from sd_lora.config.command_line import parse, read_config_file
+from sd_lora.config.command_line import parse
+from sd_lora.config.config_file import read_config_file
 from sd_lora.config.schema import OPTIONS
 from sd_lora.errors import UsageError
 from sd_lora.studio.form import FIRST, FOLDER, Request, imported, request_of, sections

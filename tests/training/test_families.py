@@ -217,7 +217,8 @@ def test_text_encoders_stop_at_their_steps(tiny: Folder, data: Path, tmp_path: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "batch_loss", watched)
         loop.open_output(run)
-        with listening(Requests(run.output_dir)) as requests:
+        requests = Requests(run.output_dir)
+        with listening(requests):
             loop.train_steps(run, loop.LossLog(run), requests)
     loaded = [*loaded[1:], states(run)]  # before each step, and after the last
     for component, stop in (("unet", 6), ("text_encoder", 2), ("text_encoder_2", 4)):

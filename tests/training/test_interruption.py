@@ -30,7 +30,8 @@ def test_signals_save_end_and_leave_drawing(tmp_path: Path) -> None:
     met: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: met.append(number))
     try:
-        with listening(Requests(tmp_path)) as requests:
+        requests = Requests(tmp_path)
+        with listening(requests):
             assert requests.reason == ""
             os.kill(os.getpid(), signal.SIGUSR1)
             assert (requests.take_save(), requests.take_save()) == (True, False)

@@ -12,13 +12,34 @@ from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
 from sd_lora.adapters.methods import LoRA
+from sd_lora.adapters.routed import RoutedLayer
 
 Forward = Callable[..., Any]
+
+
+def fast_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model that are plain LoRA: adapted, or routed to several adapters."""
+    known = (AdaptedLayer, RoutedLayer)
+    return [m for m in dict.fromkeys(model.modules()) if isinstance(m, known) and takes(m)]
+
+
+def models_of(layer: Any) -> list[Any]:
+    """The adapted layers that compute a layer: itself, or those of each model of a routed one."""
+    if not isinstance(layer, RoutedLayer):
+        return [layer]
+    return [own for own in layer.layers if own is not None]
+
+
+def is_conv(layer: Any) -> bool:
+    """Whether an adapted or routed layer is a convolution."""
+    return isinstance(layer, AdaptedLayer | RoutedLayer) and isinstance(layer.base, nn.Conv2d)
 
 
 def takes(layer: nn.Module) -> bool:
     """Whether a layer is plain LoRA on a plain `nn.Linear` or `nn.Conv2d`: no other method, rule,
     init, dropout or trained bias, nothing quantised, sharded or hooked."""
+    if isinstance(layer, RoutedLayer):
+        return all(map(takes, models_of(layer))) and not is_hooked(layer)
     if type(layer) not in (AdaptedLinear, AdaptedConv):
         return False
     assert isinstance(layer, AdaptedLayer)

@@ -25,17 +25,19 @@ class ObjectiveOptions(Section):
     # fmt: off
     prediction_type: str | None = option(None,
         "prediction of the model; its scheduler's type if not given",
+        of_all_jobs=True,
         choices=("epsilon", "v_prediction", "sample", "flow_prediction"), scripts="AB",
         kohya="v_parameterization", simpletuner=SAME, ai_toolkit="model.is_v_pred")
     rescale_betas_zero_snr: bool | None = option(None,
         "end the schedule in pure noise (zero terminal SNR), for v-prediction models trained "
         "this way; the base's scheduler decides if not given",
+        of_all_jobs=True,
         kohya="zero_terminal_snr", onetrainer="rescale_noise_scheduler_to_zero_terminal_snr",
         simpletuner=SAME)
     flow_shift: float | None = option(None,
         "shift of the noise levels of an SDXL base tuned to flow matching; its scheduler's, or 1, "
         "if not given",
-        gt=0, summary=("objective", "flow shift {:g}"))
+        of_all_jobs=True, gt=0, summary=("objective", "flow shift {:g}"))
     do_edm_style_training: bool = option(False,
         "weight the losses as EDM does: by SNR / (SNR + 1) for v-prediction, without effect "
         "for epsilon; EDM models are always trained so",

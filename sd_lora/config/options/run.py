@@ -1,6 +1,6 @@
 """Options of the run itself and of its base model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os.path import abspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,6 +67,7 @@ class RunOptions(Section):
     deterministic: bool = option(False,
         "only kernels that give the same bits at each repeat, for one kind of GPU and one torch; "
         "those are slower, and an operator without one is an error",
+        of_all_jobs=True,
         without_gpu="changes nothing: a run repeats there anyway", may_change=True)
     report_to: str | None = option(None,
         "tracker of the losses, not a folder; tensorboard, where installed, if not given",
@@ -77,7 +78,7 @@ class RunOptions(Section):
         may_change=True, scripts="ABCD", kohya=SAME, simpletuner=SAME, in_record="no")
     local_rank: int = option(-1,
         "set by launchers; the LOCAL_RANK environment variable wins",
-        may_change=True, scripts="ABCD", simpletuner=SAME)
+        of_all_jobs=True, may_change=True, scripts="ABCD", simpletuner=SAME)
     # fmt: on
 
     @field_validator("output_dir", mode="before")
@@ -122,20 +123,21 @@ class ModelOptions(Section):
     pretrained_model_name_or_path: str | None = option(None,
         "base model: a diffusers folder, a hub id, or a single .safetensors or .ckpt "
         "checkpoint (required)",
-        may_change=True, scripts="ABCD", kohya=SAME, onetrainer="base_model_name",
+        of_all_jobs=True, may_change=True, scripts="ABCD", kohya=SAME, onetrainer="base_model_name",
         simpletuner=SAME, ai_toolkit="model.name_or_path",
         short="model", main="base model: folder, hub id or checkpoint", in_record="name")
     revision: str | None = option(None,
         "hub revision of the base model",
-        scripts="ABCD", simpletuner=SAME)
+        of_all_jobs=True, scripts="ABCD", simpletuner=SAME)
     variant: str | None = option(None,
         "file variant of the base model, for example fp16",
-        scripts="ABCD", simpletuner=SAME)
+        of_all_jobs=True, scripts="ABCD", simpletuner=SAME)
     tokenizer_name: str | None = option(None,
         "another tokenizer: a folder or a hub id; single checkpoints contain none",
-        may_change=True, scripts="C", in_record="name")
+        of_all_jobs=True, may_change=True, scripts="C", in_record="name")
     pretrained_vae_model_name_or_path: str | None = option(None,
         "another VAE: a folder, a hub id or a single file",
+        of_all_jobs=True,
         may_change=True, header="ss_vae_name", summary=("VAE", "{}"), scripts="BD", kohya="vae",
         onetrainer="vae.model_name", simpletuner=SAME, ai_toolkit="model.vae_path",
         in_record="name")
@@ -143,6 +145,7 @@ class ModelOptions(Section):
         "precision in which the UNet's frozen linear layers are stored, that of the run if not "
         "given; products are in the run's. nf4 takes 4.5 bits a weight, int8 and fp8 take 8, and a "
         "step takes longer",
+        of_all_jobs=True,
         choices=("int8", "fp8", "nf4"), package={"nf4": ("bitsandbytes", "quantized")},
         summary=("precision", "linear layers of the UNet stored in {}"),
         less_memory={"a step": (6, "nf4"), "bringing the models to the device": (2, "nf4")})
@@ -160,14 +163,14 @@ class ModelOptions(Section):
         summary=("offload", "saved activations"))
     vae_precision: str = option("fp32",
         "precision of the VAE; SDXL's own overflows in fp16",
-        less_memory={"encoding images": (1, "bf16")},
+        of_all_jobs=True, less_memory={"encoding images": (1, "bf16")},
         choices=("fp32", "fp16", "bf16"), summary=("VAE", "{}"), ai_toolkit="model.vae_dtype")
     family: str | None = option(None,
         "required family of the base model, an error for another one; any if not given",
-        choices=FAMILIES, may_change=True, ai_toolkit="model.arch")
+        of_all_jobs=True, choices=FAMILIES, may_change=True, ai_toolkit="model.arch")
     cache_dir: str | None = option(None,
         "folder for downloaded models and data sets",
-        may_change=True, scripts="ABD", simpletuner=SAME, in_record="no")
+        of_all_jobs=True, may_change=True, scripts="ABD", simpletuner=SAME, in_record="no")
     # fmt: on
 
     @property
@@ -237,6 +240,19 @@ def named_after(folder: str) -> dict[str, str]:
     """
     name = Path(folder).expanduser().resolve().name
     return {"output_dir": f"{name}-lora"} if name else {}
+
+
+def folder_of_job(name: str, own: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """The output folder of one run of several: the one that its table names, or one of its name in
+    the common one.
+
+    own: option → value of its table, as far as they count. values: of all runs.
+    """
+    if own.get("output_dir"):
+        return {"output_dir": str(own["output_dir"])}
+    usual = RunOptions.model_fields["output_dir"].json_schema_extra
+    common = values.get("output_dir") or usual["modes"][values.get("mode", MODES[0])]  # type: ignore[index]
+    return {"output_dir": str(Path(str(common)).expanduser() / name)}
 
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:

@@ -67,7 +67,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
         kohya=SAME, onetrainer=SAME, simpletuner=SAME, ai_toolkit="train.gradient_accumulation")
     gradient_checkpointing: bool = option(False,
         "recompute activations to save memory, about a third slower",
-        requires={"memory_budget": (None,)},
+        of_all_jobs=True, requires={"memory_budget": (None,)},
         may_change=True, less_memory={"a step": (1, True)}, costs="a third slower",
         header="ss_gradient_checkpointing", scripts="ABCD", kohya=SAME,
         onetrainer="unet.gradient_checkpointing", simpletuner=SAME,
@@ -86,14 +86,14 @@ class TrainingOptions(DeviceOptions, SavingOptions):
     mixed_precision: str | None = option(None,
         "precision of the frozen base; accelerate's configuration if not given; auto: bf16 on a "
         "GPU that has it, else fp16, float32 on a CPU; the LoRA is float32",
-        choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
+        of_all_jobs=True, choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
         less_memory={"a step": (5, "bf16"), "loading the base model": (1, "bf16"),
             "bringing the models to the device": (1, "bf16"), "encoding captions": (1, "bf16"),
             "drawing sample images": (2, "bf16")},
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
-        "TF32 matrix products on Ampere GPUs and later",
+        "TF32 matrix products on Ampere GPUs and later", of_all_jobs=True,
         without_gpu="has no effect", may_change=True, scripts="ABCD", simpletuner=SAME)
     learning_rate: float | None = option(None,
         "learning rate after warm-up",

@@ -1,8 +1,9 @@
 """The places that a configuration names, checked in a blink: before torch is imported."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
+from sd_lora.config.jobs import Job, told_once
 from sd_lora.config.options.sources import source_specs
 from sd_lora.config.schema import TrainConfig
 from sd_lora.data.sources.open import open_source
@@ -33,3 +34,22 @@ def check_places(config: TrainConfig, *further: Callable[[TrainConfig], object])
         except UsageError as error:
             problems += error.problems
     refuse(problems)
+
+
+def check_jobs(jobs: Sequence[Job], *further: Callable[[Job], object]) -> None:
+    """Check the places of jobs. further: checks of the same kind by other rooms.
+
+    Raises:
+        UsageError: all mistakes of all jobs at once.
+    """
+    of_jobs: dict[str, list[Problem]] = {}
+    for job in jobs:
+        try:
+            check_places(job.config, *(partial(_of_job, job, check) for check in further))
+        except UsageError as error:
+            of_jobs[job.name] = error.problems
+    refuse(told_once(of_jobs, len(jobs)))
+
+
+def _of_job(job: Job, check: Callable[[Job], object], _: TrainConfig) -> object:
+    return check(job)

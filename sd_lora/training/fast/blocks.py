@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from sd_lora.adapters.fast.copies import Stack
 from sd_lora.adapters.fast.layers import Forward
 from sd_lora.adapters.fast.products import Geglu
+from sd_lora.adapters.fast.routed import RoutedStack
 
 Project = Callable[[Tensor], Tensor]
 
 
-def self_attention(attention: Any, stack: Stack) -> Forward:
+def self_attention(attention: Any, stack: Stack | RoutedStack) -> Forward:
     """Attention of the input, by one product for query, key and value."""
     heads, to_out, general = attention.heads, attention.to_out[0], type(attention).forward
 
@@ -95,7 +96,7 @@ class BlockParts:
     """
 
     norm1: nn.Module
-    qkv: Stack
+    qkv: Stack | RoutedStack
     out1: Project
     norm2: nn.Module
     query: Project

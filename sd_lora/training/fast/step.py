@@ -12,21 +12,25 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from sd_lora.adapters.fast.copies import Alone, ConvFactors, Copies, Stack
+from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
 from sd_lora.adapters.fast.gemm import TORCH, gemm_of
 from sd_lora.adapters.fast.layers import (
     Forward,
     adapted_conv,
+    fast_layers,
     frozen,
     frozen_conv,
+    is_conv,
     is_plain_conv,
     is_plain_linear,
     is_usual,
+    models_of,
     takes,
 )
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.adapters.layers import AdaptedLayer
 from sd_lora.adapters.linear_conv import AdaptedConv
+from sd_lora.adapters.routed import RoutedLayer
 from sd_lora.training.fast.unet import Parts
 
 
@@ -41,9 +45,9 @@ class FastModel:
 
     def __init__(self, model: nn.Module, waiting: Collection[nn.Module] = ()) -> None:
         self.model = model
-        plain = {layer: layer for layer in adapted_layers(model).values() if takes(layer)}
-        self.layers: list[AdaptedLayer] = list(plain)
-        parts = Parts(model, plain, waiting)
+        plain = fast_layers(model)
+        self.layers: list[AdaptedLayer] = [own for layer in plain for own in models_of(layer)]
+        parts = Parts(model, {*plain}, waiting)
         self.forwards, factors = parts.forwards, parts.factors
         for layer in plain:
             own: Any = layer
@@ -53,9 +57,12 @@ class FastModel:
                 conv = ConvFactors(own)
                 factors.append(conv)
                 self.forwards[layer] = adapted_conv(own, conv)
+            elif is_conv(layer):
+                self.forwards[layer] = parts.routed_conv(own).forward
             else:
-                self.forwards[layer] = Alone(parts.stack([own]))
-        bases = {part for layer in adapted_layers(model).values() for part in layer.modules()}
+                self.forwards[layer] = parts.alone(own)
+        adapted = [m for m in model.modules() if isinstance(m, AdaptedLayer | RoutedLayer)]
+        bases = {part for layer in adapted for part in layer.modules()}
         for module in model.modules():
             if module in parts.inside | bases:
                 continue

@@ -20,10 +20,19 @@ from torch import Tensor, nn
 
 from sd_lora.adapters.fast.convolutions import Convolution
 from sd_lora.adapters.fast.copies import Alone, ConvFactors, Factors, FrozenStack, Stack
-from sd_lora.adapters.fast.layers import Forward, is_hooked, is_plain_conv, is_plain_linear
+from sd_lora.adapters.fast.layers import (
+    Forward,
+    is_conv,
+    is_hooked,
+    is_plain_conv,
+    is_plain_linear,
+    models_of,
+)
 from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.fast.residual import Block, Norm
-from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
+from sd_lora.adapters.fast.routed import RoutedConvolution, RoutedStack
+from sd_lora.adapters.linear_conv import AdaptedConv
+from sd_lora.adapters.routed import RoutedLayer
 from sd_lora.training.fast import blocks
 
 Plain = Collection[nn.Module]
@@ -40,8 +49,10 @@ class Shared:
     outputs, in order. keys_values, times: input and reader → outputs.
     """
 
-    of_text: list[tuple[Stack, list[nn.Module]]] = field(default_factory=list)
-    of_time: list[tuple[Stack | FrozenStack, list[nn.Module]]] = field(default_factory=list)
+    of_text: list[tuple[Stack | RoutedStack, list[nn.Module]]] = field(default_factory=list)
+    of_time: list[tuple[Stack | RoutedStack | FrozenStack, list[nn.Module]]] = field(
+        default_factory=list
+    )
     keys_values: dict[tuple[int, nn.Module], tuple[Tensor, ...]] = field(default_factory=dict)
     times: dict[tuple[int, nn.Module], Tensor] = field(default_factory=dict)
     inputs: list[Tensor] = field(default_factory=list)  # kept, so that no other has their identity
@@ -109,7 +120,7 @@ class Parts:
         self.forwards: dict[nn.Module, Forward] = {}
         self.shared = Shared()
         self.way = blocks.Way()
-        self.self_attentions: dict[nn.Module, Stack] = {}
+        self.self_attentions: dict[nn.Module, Stack | RoutedStack] = {}
         self._plain, self._waiting = plain, waiting
         if type(model) is not UNet2DConditionModel:
             return
@@ -129,12 +140,27 @@ class Parts:
             elif _is_usual_transformer(module):
                 self._add_transformer(module)
 
-    def stack(self, layers: list[Any], shared: bool = False) -> Stack:
-        """A stack of layers. shared: by several blocks."""
+    def stack(self, layers: list[Any], shared: bool = False) -> Stack | RoutedStack:
+        """Linears that are computed as one. shared: by several blocks."""
+        self.inside.update(layers)
+        if isinstance(layers[0], RoutedLayer):
+            routed = RoutedStack(layers)
+            self.factors += filter(None, routed.factors)
+            return routed
         stack = Stack(layers, apart=layers[0] in self._waiting and not shared)
         self.factors.append(stack)
-        self.inside.update(layers)
         return stack
+
+    def alone(self, layer: Any) -> blocks.Project:
+        """A linear by itself, or a 1×1 convolution, which is one."""
+        stack = self.stack([layer])
+        return stack.forward_of_one() if isinstance(stack, RoutedStack) else Alone(stack)
+
+    def routed_conv(self, layer: RoutedLayer) -> RoutedConvolution:
+        """A convolution of several models."""
+        conv = RoutedConvolution.of(layer)
+        self.factors += filter(None, conv.of_models)
+        return conv
 
     def _alike(self, linears: list[Any]) -> bool:
         """Whether linears are plain LoRA, and can be one stack."""
@@ -144,15 +170,17 @@ class Parts:
         """One stack of query, key and value for each."""
         for attention in attentions:
             linears = [attention.to_q, attention.to_k, attention.to_v]
-            if self._alike(linears):
-                self.self_attentions[attention] = stack = self.stack(linears)
+            # of several models the block diagonals are as many times as wide
+            fits = not isinstance(linears[0], RoutedLayer) or _most(linears[0]) >= len(linears)
+            if self._alike(linears) and fits:
+                stack = self.self_attentions[attention] = self.stack(linears)
                 self.forwards[attention] = blocks.self_attention(attention, stack)
 
     def _add_text(self, attentions: list[Any]) -> None:
         """One stack of keys and values for all cross-attentions of a width."""
         known = [a for a in attentions if self._alike([a.to_k, a.to_v])]
         for same in _by(known, lambda a: _form(a.to_k)):
-            for alike in _parts(same, Stack.most(same[0].to_k) // 2):
+            for alike in _parts(same, _most(same[0].to_k) // 2):
                 linears = [linear for a in alike for linear in (a.to_k, a.to_v)]
                 stack = self.stack(linears, shared=True)
                 self.shared.of_text.append((stack, alike))
@@ -170,7 +198,7 @@ class Parts:
         adapted = [r for r in known if self._alike([r.time_emb_proj])]
         frozen = [r for r in known if is_plain_linear(r.time_emb_proj)]
         for same in _by(adapted, lambda r: _form(r.time_emb_proj)):
-            for alike in _parts(same, Stack.most(same[0].time_emb_proj)):
+            for alike in _parts(same, _most(same[0].time_emb_proj)):
                 stack = self.stack([r.time_emb_proj for r in alike], shared=True)
                 self.shared.of_time.append((stack, alike))
         for alike in _by(frozen, lambda r: r.time_emb_proj.weight.shape):
@@ -181,7 +209,7 @@ class Parts:
         self.forwards[first] = _first_block(first, self.shared)
 
     def _is_known(self, conv: nn.Module) -> bool:
-        return is_plain_conv(conv) or (isinstance(conv, AdaptedConv) and conv in self._plain)
+        return is_plain_conv(conv) or (is_conv(conv) and conv in self._plain)
 
     def _block(self, resnet: Any) -> Block:
         first, second, *shortcut = (self._convolution(conv) for conv in _convs(resnet))
@@ -190,6 +218,8 @@ class Parts:
 
     def _convolution(self, conv: Any) -> Convolution:
         self.inside.add(conv)
+        if isinstance(conv, RoutedLayer):
+            return self.routed_conv(conv)
         if not isinstance(conv, AdaptedConv):
             return Convolution(conv, None)
         factors = ConvFactors(conv)
@@ -220,8 +250,7 @@ class Parts:
         """The product of a linear layer: of its stack, where it is plain LoRA."""
         if linear not in self._plain:
             return linear
-        alone = Alone(self.stack([linear]))
-        self.forwards[linear] = alone
+        alone = self.forwards[linear] = self.alone(linear)
         return alone
 
     def _add_transformer(self, model: Any) -> None:
@@ -232,8 +261,8 @@ class Parts:
             self.forwards[model] = blocks.transformer(model, project_in, project_out)
 
     def _projection(self, module: Any) -> blocks.Project:
-        if isinstance(module, AdaptedConv):
-            return Alone(self.stack([module]))
+        if is_conv(module):
+            return self.alone(module)
         if not isinstance(module, nn.Conv2d):
             return module
         self.inside.add(module)
@@ -243,16 +272,22 @@ class Parts:
 
 def _device(plain: Iterable[Any]) -> torch.device:
     """The device of the trained tensors, where a model computes."""
-    return next(next(iter(plain)).delta.parameters()).device
+    return next(models_of(next(iter(plain)))[0].delta.parameters()).device
 
 
 def _place(tensor: Tensor) -> tuple[object, ...]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 
 
-def _form(linear: AdaptedLinear) -> tuple[object, ...]:
-    """The shape, rank and bias that linears of a stack share."""
-    return linear.delta.shape, linear.delta.rank, linear.base.bias is None
+def _form(linear: Any) -> tuple[object, ...]:
+    """The shape, bias and rank, of a routed one in each model, that linears of a stack share."""
+    ranks = [own and own.delta.rank for own in getattr(linear, "layers", [linear])]
+    return linear.base.weight.shape, linear.base.bias is None, *ranks
+
+
+def _most(linear: Any) -> int:
+    """Most linears of a stack."""
+    return (RoutedStack if isinstance(linear, RoutedLayer) else Stack).most(linear)
 
 
 def _by(modules: Iterable[Any], form: Callable[[Any], object]) -> list[list[Any]]:
