@@ -32,8 +32,9 @@ from sd_lora.models.published_configs import CONFIGS
 from sd_lora.training.compiled import inductor
 from sd_lora.training.fast.blocks import block_pass
 from sd_lora.training.fast.step import fast
-from sd_lora.training.graphs import WARM, CudaRecorder, Gradients, Record
+from sd_lora.training.graphs import WARM, CudaRecorder, Gradients, Record, told
 from sd_lora.training.memory import GIB, Shape, StepBytes, count_step
+from sd_lora.training.out_of_memory import let_go
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
@@ -135,16 +136,17 @@ def product_rate() -> float:
     return 2 * n**3 / median_seconds(lambda: a @ b, 10) / 1e12
 
 
-def run(found: Found, precision: str, graphs: str = "off") -> None:
-    """A whole run on the embedded base, as users start it: the mean loss of both halves, and what
-    it says of graphs."""
-    out = found.folder / f"run-{precision}-{graphs}"
+def run(found: Found, precision: str, *flags: str) -> None:
+    """A whole run on the embedded base, as users start it: the mean loss of both halves, the most
+    memory, and what it says of graphs."""
+    name = " ".join([precision, *flags])
+    out = found.folder / f"run-{name.replace(' ', '')}"
     command = [
         sys.executable, "-m", "sd_lora", "train", "--config",
         "sample_data/configs/dreambooth.toml", "--mixed_precision", precision,
         "--output_dir", str(out), "--max_train_steps", "100" if CUDA else "4",
         "--lr_warmup_steps", "0", "--num_validation_images", "0", "--report_to", "none",
-        "--cuda_graphs", graphs,
+        *flags,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
@@ -158,7 +160,8 @@ def run(found: Found, precision: str, graphs: str = "off") -> None:
     first, last_half = statistics.fmean(losses[:half]), statistics.fmean(losses[half:])
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "graphs" in line]
     halves = [round(first, 4), round(last_half, 4)]
-    found.say(f"run, {precision}, graphs {graphs}", {"loss, halves": halves, "said": said})
+    peak = json.loads((out / "report.json").read_text(encoding="utf-8")).get("peak_bytes")
+    found.say(f"run, {name}", {"loss, halves": halves, "peak bytes": peak, "said": said})
 
 
 def counted(cell: Cell) -> StepBytes:
@@ -240,13 +243,15 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
         for name in turn:
             if name in failed:
                 continue
+            torch._dynamo.reset()  # one function has all blocks' programs, and eight at most
             try:
                 step = (FreedStep if name in WAYS else Step)(name, config, cell, given)
                 step()
             except Exception as error:
                 if name not in WAYS:
                     raise
-                failed[name] = f"FAILED: {type(error).__name__}: {str(error)[:200]}"
+                failed[name] = f"FAILED: {told(error)}"
+                let_go(error)
                 continue
             for _ in range(3 if CUDA else 1):
                 step()
@@ -255,8 +260,10 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             seconds[name].append(median_seconds(step, 8 if CUDA else 1))
-            if CUDA:
-                peaks[name] = torch.cuda.max_memory_allocated() / GIB
+            if CUDA:  # a recorded pass has asked for its memory before, and holds it
+                graphed = "graphs" in WAYS.get(name, ())
+                held = torch.cuda.max_memory_reserved() if graphed else 0
+                peaks[name] = max(held, torch.cuda.max_memory_allocated()) / GIB
             del step
             gc.collect()
             if CUDA:
@@ -315,12 +322,11 @@ def main() -> None:
     found.attempt(
         "product, TFLOP/s", lambda: found.say("product, TFLOP/s", round(product_rate(), 1))
     )
-    runs = [(p, "off") for p in (("no", "bf16", "fp16") if CUDA else ("no",))]
-    for precision, graphs in [*runs, ("bf16" if CUDA else "no", "auto")]:
-        found.attempt(
-            f"run, {precision}, graphs {graphs}",
-            lambda precision=precision, graphs=graphs: run(found, precision, graphs),
-        )
+    runs = [(p,) for p in (("no", "bf16", "fp16") if CUDA else ("no",))]
+    usual = "bf16" if CUDA else "no"
+    runs += [(usual, *flags.split()) for flags in ("--cuda_graphs auto", "--offload_weights")]
+    for one in runs:
+        found.attempt(f"run, {' '.join(one)}", lambda one=one: run(found, *one))
     for cell in CELLS if CUDA else CELLS[:4:3]:
         name = " ".join(str(value) for value in asdict(cell).values())
         if time.monotonic() - started > args.seconds:

@@ -10,8 +10,11 @@ from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, spec_from_loader
+from threading import RLock
 from types import ModuleType
 from typing import Any
+
+from sd_lora.errors import RunError
 
 LATER = ("bitsandbytes", "scipy.stats")
 """Modules that wait for their first use.
@@ -69,9 +72,21 @@ def _spec_of(name: str) -> ModuleSpec | None:
         return None
 
 
+_WAKING = RLock()
+
+
+class BrokenPackage(RunError, ImportError):
+    """A package that is installed and cannot be imported: for people, and for libraries that go on
+    without it."""
+
+
 class Waiting(ModuleType):
     """A stand-in for a module, which it imports once it is asked for a name; it then answers as
-    that does, errors of its import included."""
+    that does.
+
+    Raises:
+        BrokenPackage: the import fails.
+    """
 
     def __init__(self, name: str, spec: ModuleSpec) -> None:
         super().__init__(name)
@@ -79,8 +94,18 @@ class Waiting(ModuleType):
         self.__spec__, self.__file__ = spec, spec.origin
 
     def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
+        with _WAKING:  # a second thread would take away what the first one imports
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+                try:
+                    import_module(self.__name__)
+                except Exception as error:  # as many as there are broken packages
+                    sys.modules[self.__name__] = self
+                    raise BrokenPackage(
+                        f"{self.__name__} is installed, and its import fails: "
+                        f"{type(error).__name__}: {error}. Install a version of it for this "
+                        "torch, or uninstall it; a run's steps are in its checkpoints"
+                    ) from error
         return getattr(import_module(self.__name__), name)
 
 

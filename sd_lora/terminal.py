@@ -8,6 +8,7 @@ from tqdm.auto import tqdm
 
 from sd_lora.data.check.page import printable
 from sd_lora.files import size_text
+from sd_lora.findings import Finding
 from sd_lora.report.events import (
     BestTaken,
     Event,
@@ -59,10 +60,10 @@ class Terminal:
             case Progress():
                 self._advance(event)
             case Warned():
-                self._warned += [f.code for f in event.findings]
+                self._warned += [f.code for f in event.findings if _kind(f) == "warning"]
                 self._say(
                     "\n".join(
-                        f"warning: {self._of_job}{printable(f.line())}" for f in event.findings
+                        f"{_kind(f)}: {self._of_job}{printable(f.line())}" for f in event.findings
                     )
                 )
             case RunPlanned():
@@ -155,6 +156,11 @@ class Terminal:
     @staticmethod
     def _say(text: str) -> None:
         print(text, flush=True)
+
+
+def _kind(finding: Finding) -> str:
+    """What an event's finding is to people: "note", or "warning"."""
+    return "note" if finding.level == "note" else "warning"
 
 
 class Terminals:

@@ -6,6 +6,7 @@ step, or lose: at Stable Diffusion's widths a CPU is slower with it. So the run'
 goes both ways, and is thrown away, as in the trial of the largest batch.
 """
 
+import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +16,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sd_lora.errors import RunError
+from sd_lora.errors import RunError, UsageError
 from sd_lora.report.events import Progress
 from sd_lora.report.summary import duration
 from sd_lora.training.fast.blocks import BlockParts, Pass, Way, block_pass
+from sd_lora.training.graphs import told
+from sd_lora.training.out_of_memory import let_go
 from sd_lora.training.run import Run
-from sd_lora.training.trial import Accumulate, Parts, go_once
+from sd_lora.training.trial import Accumulate, Parts, StepOutOfMemory, go_once, step_memory
 
 TIMES = 3
 """Passes of each way that are timed, after one that is not."""
@@ -37,8 +40,8 @@ def inductor(compute: Pass) -> Pass:
 
 
 def of_any_size(compute: Pass) -> Pass:
-    """A compiled pass whose program takes any number of images and of their tokens: else each
-    bucket would have its own."""
+    """A compiled pass whose program takes any number of images from two on, and of their tokens:
+    else each bucket would have its own."""
 
     def marked(parts: BlockParts, h: Tensor, key: Tensor, value: Tensor) -> Tensor:
         for tensor, dims in ((h, (0, 1)), (key, (0,)), (value, (0,))):
@@ -65,8 +68,9 @@ def try_compiled(run: Run, accumulate: Accumulate, compiler: Compiler = inductor
         run.fit = replace(run.fit, compiled=False)
         run.summary.notes.append(f"nothing is compiled: {reason}")
     elif run.saved:
+        run.summary.rows["compile"] = "nothing, as before the checkpoint"
         if run.fit.compiled:
-            _compile(run, ways, compiler)
+            _compile_again(run, ways, accumulate, compiler)
             run.summary.rows["compile"] = "transformer blocks, as before the checkpoint"
     else:
         run.summary.rows["compile"] = _measured(run, ways, accumulate, compiler)
@@ -77,7 +81,14 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
         lambda run: run.accelerator.num_processes > 1,
         "on several processes no batch can go forward and backward alone",
     ),
-    (lambda run: run.config.offload_weights, "the blocks' weights come and go"),
+    (
+        lambda run: run.config.offload_weights or run.config.offload_activations,
+        "the blocks' weights or activations come and go",
+    ),
+    (
+        lambda run: run.config.deterministic,
+        "deterministic, and a stopwatch would choose between two ways with other last bits",
+    ),
 )
 """Runs without compiled blocks, and why."""
 
@@ -90,17 +101,38 @@ def _compile(run: Run, ways: list[Way], compiler: Compiler) -> None:
         way.compute = compute
 
 
+def _compile_again(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compiler) -> None:
+    """Compile the blocks of a run that has gone so before.
+
+    Raises:
+        UsageError: it fails here.
+    """
+    with _timed(run, run.plan.epochs.first_of_step(run.first_step), accumulate, 1) as seconds:
+        try:
+            _compile(run, ways, compiler)
+            with contextlib.suppress(RunError):  # a lost image, of which its own step tells
+                seconds()
+        except Exception as error:
+            raise UsageError(
+                f"the blocks of this run were compiled before its checkpoint, and here that fails: "
+                f"{told(error)}. Go on with --compile off, with other last bits"
+            ) from None
+
+
 def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compiler) -> str:
     """Take the faster way; returns what was found, for the summary."""
     first = run.plan.epochs.first_of_step(run.first_step)
     left = len(run.stream) - first
 
-    with _timed(run, first, accumulate) as seconds:
+    with _timed(run, first, accumulate, 2 * (1 + TIMES)) as seconds:
         try:
-            seconds()
+            with step_memory(run, first, run.first_step):
+                seconds()
+                plain = statistics.median(seconds() for _ in range(TIMES))
+        except StepOutOfMemory as error:
+            raise UsageError(str(error)) from None
         except RunError as error:  # a lost image, of which its own step tells
             return f"no: {error}"
-        plain = statistics.median(seconds() for _ in range(TIMES))
         if plain * left < SHORT:
             return f"no: the run's {left} batches take {duration(plain * left)} without"
         try:
@@ -109,7 +141,8 @@ def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compi
             compiled = statistics.median(seconds() for _ in range(TIMES))
         except Exception as error:  # compilers, and the programs that they need, fail in many ways
             _plain(ways)
-            return f"no: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            let_go(error)
+            return f"no: {told(error)}"
     both = f"a batch takes {compiled:.3g} s, {plain:.3g} s without"
     gain = plain - compiled
     if gain <= 0:
@@ -123,13 +156,15 @@ def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compi
 
 
 @contextmanager
-def _timed(run: Run, number: int, accumulate: Accumulate) -> Iterator[Callable[[], float]]:
-    """A context with a function that goes forward and backward with a micro-batch, shows it, and
-    returns its seconds."""
+def _timed(
+    run: Run, number: int, accumulate: Accumulate, times: int
+) -> Iterator[Callable[[], float]]:
+    """A context with a function that goes forward and backward with a micro-batch, shows it as one
+    of so many times, and returns its seconds."""
     done = 0
 
     def tell(ended: bool = False) -> None:
-        run.emit(Progress("trying compiled blocks", done, 2 * (1 + TIMES), "batch", ended))
+        run.emit(Progress("trying compiled blocks", done, times, "batch", ended))
 
     def seconds() -> float:
         nonlocal done

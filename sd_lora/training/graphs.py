@@ -2,8 +2,7 @@
 and launched as one.
 
 A step of a few images is thousands of kernels, and a fast card is done with each before the host
-has sent the next one: SD 1.5's arithmetic at 512² takes 4 ms of a card of 400 TFLOP/s, and its
-1,500 to 2,400 operators take the host 15 to 35 ms. A recorded pass takes one launch.
+has sent the next one. A recorded pass takes one launch.
 
 The host's part of a step is outside: images, noise and timesteps by address, captions, text
 encoders, clipping, the optimiser. What the host draws reaches the pass through tensors that stay
@@ -11,6 +10,7 @@ where they are (`Pass`), and so do its gradients. A pass is used only once it ha
 batch's losses and gradients as the plain pass gives them.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -38,8 +38,12 @@ MOST = 12
 compute is one for all."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-"""Base's dtype → most relative difference of a recorded pass from the plain one: kernels that add
-atomically give other last bits each time."""
+"""Base's dtype → most relative difference of any tensor's gradient in a recorded pass from that in
+the plain one: kernels that add atomically give other last bits each time."""
+
+SMALL = 1e-4
+"""Share of the whole gradient's norm below which a tensor's is compared with that share: a gradient
+of rounding alone is another one each time."""
 
 Work = Callable[[], None]
 Record = Callable[[Work], Work]
@@ -61,7 +65,7 @@ def graphs_of(run: Run, shares: bool = False) -> "Graphs | None":
 
 
 REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
-    (lambda run: run.accelerator.device.type != "cuda", "this run is on no NVIDIA GPU"),
+    (lambda run: run.accelerator.device.type != "cuda", "this run is on no CUDA device"),
     (
         lambda run: run.accelerator.num_processes > 1,
         "several processes exchange their gradients in the backward pass",
@@ -71,6 +75,7 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
         lambda run: run.config.offload_weights or run.config.offload_activations,
         "blocks' weights or activations come and go",
     ),
+    (lambda run: run.config.method == "oft", "oft solves equations, whose errors the host reads"),
     (lambda run: run.config.masks_ranks, "tlora_min_rank masks other ranks in each pass"),
 )
 """Runs that have no graphs, and why."""
@@ -84,10 +89,15 @@ class CudaRecorder:
 
     def __call__(self, work: Work) -> Work:
         """Record a work, which is not done meanwhile."""
-        graph = torch.cuda.CUDAGraph()
-        # other threads, such as those that pin batches, may ask for memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            work()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        gc.collect()  # a tensor that is collected while a graph is recorded would spoil it
+        try:
+            # other threads, which load images, may ask for memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                work()
+        except BaseException:  # torch leaves its own stream in place where the end fails, too
+            torch.cuda.set_stream(stream)
+            raise
         return graph.replay
 
 
@@ -100,16 +110,18 @@ class Given:
     accumulation_steps: int
 
 
+def parts_of(values: Any, place: str = "") -> dict[str, Any]:
+    """Place → part of a dataclass of dataclasses that is none itself, in order."""
+    found: dict[str, Any] = {}
+    for field in fields(values):
+        value, name = getattr(values, field.name), f"{place}{field.name}"
+        found |= parts_of(value, f"{name}.") if is_dataclass(value) else {name: value}
+    return found
+
+
 def tensors_of(values: Any) -> list[Tensor]:
     """All tensors of a dataclass of dataclasses, in order."""
-    found: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        found.append(tensor)
-        return tensor
-
-    changed(values, keep)
-    return found
+    return [part for part in parts_of(values).values() if isinstance(part, Tensor)]
 
 
 def changed(values: T, change: Callable[[Tensor], Tensor]) -> T:
@@ -126,16 +138,14 @@ def changed(values: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 def form_of(given: Given) -> tuple[object, ...]:
-    """What passes that one recording computes have in common: shapes, dtypes, what needs a
-    gradient, and all numbers that are not in tensors."""
-    q = given.question
-    named = {**vars(q), **vars(q.conditions), **vars(given.weights)}
-    shapes = [
-        (name, tuple(value.shape), value.dtype, value.requires_grad)
-        for name, value in named.items()
-        if isinstance(value, Tensor)
-    ]
-    return *shapes, given.weights.scale, given.accumulation_steps
+    """What passes that one recording computes have in common: which tensors there are, their
+    shapes, dtypes and whether they need a gradient, and all numbers that are in none."""
+    return tuple(
+        (place, tuple(part.shape), part.dtype, part.requires_grad)
+        if isinstance(part, Tensor)
+        else (place, part)
+        for place, part in parts_of(given).items()
+    )
 
 
 class Gradients:
@@ -232,7 +242,6 @@ class Graphs:
         self.gradients = Gradients(unet)
         self.record = record
         self.forms: dict[tuple[object, ...], Form] = {}
-        self.refused = ""
 
     def learn(self, run: Run, batch: Batch, step: int) -> Tensor:
         """Add the gradients of a micro-batch; returns its part of the step's loss, detached.
@@ -260,16 +269,24 @@ class Graphs:
         form.seen += 1
         if form.recorded and form.proved:
             return form.recorded(given)
-        if form.recorded:
-            return self._compared(run, form, given)
-        found = self._plain(run, given)
-        if not self.refused and form.seen == WARM and self._has_room:
+        try:
+            if form.recorded:
+                return self._compared(run, form, given)
+            found = self._plain(run, given)
+        except Exception as error:
+            if not (is_out_of_memory(error) and self.number):
+                raise
+            let_go(error)
+            self._refuse(run, "recorded passes keep the memory that a plain one needs beside them")
+            return self._plain(run, given)
+        if form.seen == WARM and self.number < MOST:
             self._record(run, form, given)
         return found
 
     @property
-    def _has_room(self) -> bool:
-        return sum(form.recorded is not None for form in self.forms.values()) < MOST
+    def number(self) -> int:
+        """How many forms are recorded."""
+        return sum(form.recorded is not None for form in self.forms.values())
 
     def _compute(self, run: Run, given: Given) -> Found:
         """A pass; its gradients are in no parameter."""
@@ -303,14 +320,16 @@ class Graphs:
             )
         except Exception as error:  # torch and the card's libraries raise what they like
             if is_out_of_memory(error):
-                let_go(error)
-                self._refuse(run, "there is no memory for a second set of activations")
+                reason = "there is no memory for a second set of activations"
             else:
-                self._refuse(run, f"{type(error).__name__}: {str(error).splitlines()[0]}")
+                reason = told(error)
+            let_go(error)
+            self._refuse(run, reason)
 
     def _compared(self, run: Run, form: Form, given: Given) -> Found:
         """The results of a pass by both ways: the recording is used from now on if they are the
-        same, and else forgotten, and the plain ones count."""
+        same, and else forgotten, and the plain ones count. Where an overflow of float16 leaves
+        nothing to compare, the next batch is."""
         recorded = form.recorded
         assert recorded
         plain, slow = _timed(lambda: self._compute(run, given))
@@ -318,51 +337,66 @@ class Graphs:
         before = [kept.clone() for kept in self.gradients.kept]
         found, quick = _timed(lambda: recorded(given))
         added = [k - b for k, b in zip(self.gradients.kept, before, strict=True)]
+        torch._foreach_copy_(self.gradients.kept, before)
+        self.gradients.add(plain.gradients)  # the plain ones count, in any case
         ways = (
             ([found.losses], [plain.losses]), (added, plain.gradients),
             (found.inputs, plain.inputs),
         )  # fmt: skip
-        worst = max(_distance(mine, theirs) for mine, theirs in ways)
-        if worst <= TOLERANCE[given.question.x_t.dtype]:
-            form.proved = True
-            if sum(known.proved for known in self.forms.values()) == 1:
-                height, width = given.question.x_t.shape[2:]
-                text = (
-                    f"{len(plain.losses)} × {width}×{height} latents: forward and backward take "
-                    f"{quick * 1e3:.3g} ms, {slow * 1e3:.3g} ms without graphs"
-                )
-                run.emit(Warned([Finding("graphs", "cuda_graphs", text)]))
-            return found
-        torch._foreach_copy_(self.gradients.kept, before)
-        self.gradients.add(plain.gradients)
-        form.recorded = None
-        self._refuse(run, f"a recorded pass differed from the plain one by {worst:.1%}")
+        apart = [_distance(mine, theirs) for mine, theirs in ways]
+        if any(map(math.isnan, apart)):
+            return plain
+        if max(apart) > TOLERANCE[given.question.x_t.dtype]:
+            self._refuse(run, f"a recorded pass differs from the plain one by {max(apart):.1%}")
+            return plain
+        form.proved = True
+        if sum(known.proved for known in self.forms.values()) == 1:
+            height, width = given.question.x_t.shape[2:]
+            text = (
+                f"{len(plain.losses)} × {width}×{height} latents: forward and backward take "
+                f"{quick * 1e3:.3g} ms, {slow * 1e3:.3g} ms without graphs, measured once"
+            )
+            run.emit(Warned([Finding("graphs", "cuda_graphs", text)]))
         return plain
 
     def _refuse(self, run: Run, reason: str) -> None:
-        self.refused = reason
-        for form in self.forms.values():
-            form.recorded, form.proved = None, False
+        """Forget all recordings, and let the run go on without."""
+        self.forms.clear()
+        run.graphs = None
         run.emit(Warned([Finding("no-graphs", "cuda_graphs", reason)]))
 
 
+def told(error: BaseException) -> str:
+    """The kind and the first line of the error behind others: the end of a spoiled recording raises
+    one of its own."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+
+
 def _distance(mine: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
-    """‖a − b‖ / ‖b‖ of tensors together, those without a counterpart left out; infinite where not
-    the same ones are finite."""
+    """The largest ‖a − b‖ / ‖b‖ of two tensors, those without a counterpart left out; NaN where one
+    of the second ones is not finite."""
     pairs = [(a.float(), b.float()) for a, b in zip(mine, theirs, strict=True) if b is not None]
     if not pairs:
         return 0.0
-    if any(not torch.equal(a.isfinite(), b.isfinite()) for a, b in pairs):
-        return math.inf
-    apart = torch.stack([(a - b).nan_to_num(0, 0, 0).norm() for a, b in pairs]).norm()
-    whole = torch.stack([b.nan_to_num(0, 0, 0).norm() for _, b in pairs]).norm()
-    return float(apart / whole) if whole else float(apart)
+    norms = torch.stack([b.norm() for _, b in pairs])
+    if not norms.isfinite().all():
+        return math.nan
+    apart = torch.stack([(a - b).norm() for a, b in pairs])
+    worst = (apart / norms.clamp(min=max(SMALL * float(norms.norm()), 1e-30))).max()
+    return float(worst.nan_to_num(math.inf, math.inf))
 
 
 def _timed(work: Callable[[], T]) -> tuple[T, float]:
     """The result of a work, and its seconds with the device's part."""
+    _wait()
     started = time.perf_counter()
     result = work()
+    _wait()
+    return result, time.perf_counter() - started
+
+
+def _wait() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return result, time.perf_counter() - started

@@ -8,6 +8,7 @@ change over the run tells whether the image is learned more slowly than the rest
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from statistics import NormalDist, median
 from typing import Any
 
@@ -59,7 +60,7 @@ class Ledger:
     width: int
     means: list[list[float]] = field(default_factory=lambda: [[0, 0.0] for _ in range(LEVELS)])
     tables: list[Tensor] = field(default_factory=list)
-    waiting: list[tuple[int, list[int], Tensor, Tensor]] = field(default_factory=list)
+    waiting: list[tuple[int, list[int], list[int], Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
     def of(cls, images: ImageSet, timesteps: Timesteps, samples_per_step: int) -> "Ledger":
@@ -87,7 +88,8 @@ class Ledger:
         own = [i for i, item in enumerate(items) if _counts(item)]
         if own:
             indices = [items[i].index for i in own]
-            self.waiting.append((step, indices, losses[own], t[own]))
+            # all of them: an index made of numbers of the host waits for the device
+            self.waiting.append((step, indices, own, losses, t))
 
     def flush(self, accelerator: Accelerator, before: int) -> None:
         """Read the losses of the steps before a number of steps, on all processes together, and
@@ -100,8 +102,11 @@ class Ledger:
             steps = [step for step, indices, *_ in read for _ in indices]
             indices = [index for _, indices, *_ in read for index in indices]
             known = torch.tensor([steps, indices], dtype=torch.float32, device=accelerator.device)
-            losses = torch.cat([values.float() for *_, values, _ in read])
-            t = torch.cat([values.float() for *_, values in read])
+            starts = accumulate((len(t) for *_, t in read), initial=0)
+            places = [s + o for s, (_, _, own, *_) in zip(starts, read, strict=False) for o in own]
+            place = torch.tensor(places, device=accelerator.device)
+            losses = torch.cat([values.float() for *_, values, _ in read])[place]
+            t = torch.cat([values.float() for *_, values in read])[place]
             rows = torch.stack([*known, losses, t], dim=1)
         if accelerator.num_processes > 1:
             rows = accelerator.gather(accelerator.pad_across_processes(rows, dim=0, pad_index=-1))

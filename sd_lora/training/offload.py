@@ -87,7 +87,7 @@ class Weights:
         stacks: Sequence[Stack],
         lane: Lane,
     ) -> None:
-        self.stacks, self._event = stacks, None
+        self.stacks, self._event, self.is_coming = stacks, None, False
         spans: dict[int, tuple[int, int]] = {}  # storage → its first byte in use, and its end
         skews: dict[int, int] = {}
         for tensor in tensors:
@@ -122,6 +122,7 @@ class Weights:
         """Begin to copy them to the device."""
         self.there.untyped_storage().resize_(self.size)
         self._event = lane.copy(self.there, self.home)
+        self.is_coming = True  # last: a signal may end this at any place, and the run go on
 
     def arrive(self, lane: Lane) -> None:
         """Be what the block computes with from now on."""
@@ -133,7 +134,7 @@ class Weights:
     def leave(self, lane: Lane) -> None:
         """Free their memory of the device."""
         lane.join(self._event)  # a copy that nobody waited for would write into another's memory
-        self._event = None
+        self._event, self.is_coming = None, False
         for tensor, home, _ in self.tensors:
             tensor.data = home
         self.there.untyped_storage().resize_(0)
@@ -217,7 +218,7 @@ class Offload:
                     self.seen(other.there)
             self._now = None  # until it is there, also where memory is used up on the way
             for one in (weights, following):
-                if one is not None and not one.is_there:
+                if one is not None and not one.is_coming:
                     one.set_out(self.lane)
                     self.seen(one.there)
             weights.arrive(self.lane)

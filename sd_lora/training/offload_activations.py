@@ -36,6 +36,7 @@ class Parked:
         storage = tensor.untyped_storage()
         self.lane, self.size, self._origin = lane, storage.nbytes(), weakref.ref(storage)
         self.there: Tensor | None = None
+        self.event: Any = None
         self.home = lane.home(self.size)
         self.event = lane.copy(self.home, _bytes_of(storage, tensor.device))
 
@@ -135,6 +136,7 @@ class Activations:
             block.register_forward_hook(lambda _, __, out: self._watch(out))
 
     def _begin(self) -> None:
+        self._end()  # of a pass that a signal has ended
         if torch.is_grad_enabled():
             self._stays = {t.untyped_storage()._cdata for t in self._kept()}
             self._parked.clear()

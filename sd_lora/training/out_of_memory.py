@@ -96,7 +96,9 @@ def memory_for(work: Work, config: RunConfig) -> AbstractContextManager[None]:
     """A context that raises OutOfMemory, with remedies, where memory is used up in some work."""
 
     def error_of(error: BaseException) -> OutOfMemory:
-        flags = [flag(name, value) for name, value in remedies(config, work)]
+        on_card = torch.cuda.is_available()  # what a GPU alone can do helps nobody else
+        found = [(n, v) for n, v in remedies(config, work) if on_card or not OPTIONS[n].without_gpu]
+        flags = [flag(name, value) for name, value in found]
         return OutOfMemory(
             f"out of memory while {work}: {wanted(error)}. Less memory: "
             f"{'; '.join([*flags, 'close other programs that hold it'])}"

@@ -74,12 +74,12 @@ class Run:
     modules that the LoRA is for. fit: the way of a step through the device. validation: the images
     and noise by which the run is measured. ledger: of its images. average: of the steps, which is
     exported; None for the last step, or the optimiser's own average. saved: the checkpoint to
-    resume. fast_models: on the fast path. graphs: recorded
-    passes, None without. start: the LoRA file to start from. losses: hash of those so far. redrawn:
-    steps done before and at the end of each part that was done once more. saved_steps: those of
-    this process's checkpoints. schedule: of the sample images.
-    spent: kind of work → its seconds. repo: of the hub, or "". recomputed: blocks of the memory
-    budget. scores: or None. thumbnails: group and index of an image → its picture.
+    resume. fast_models: on the fast path. graphs: recorded passes, None without. start: the
+    LoRA file to start from. losses: hash of those so far. redrawn: steps done before and at the end
+    of each part that was done once more. saved_steps: those of this process's checkpoints.
+    schedule: of the sample images. spent: kind of work → its seconds. repo: of the hub, or "".
+    recomputed: blocks of the memory budget. scores: or None. thumbnails: group and index of an
+    image → its picture.
     """
 
     plan: Plan

@@ -164,7 +164,8 @@ def ready(
         latents = caches.latents(images, parts, checked.pixel_settings)
     blocks = checked.recomputed.blocks if checked.recomputed else None
     prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
-    fast_ones, _ = ways_of(resolved, models, accelerator.device)  # the blocks' hooks hold the other
+    with memory_for("bringing the models to the device", resolved):
+        fast_ones, _ = ways_of(resolved, models, accelerator.device)  # hooks hold the other
     if several:  # each UNet would put the weights side by side in its own way: `Together` has them
         fast_ones = [one for one in fast_ones if one.model is not models["unet"]]
     stream = Stream(

@@ -170,8 +170,6 @@ def test_a_resumed_run_goes_the_way_of_its_checkpoint(
     plain, row = weights(again.replace(compile="off"))
     assert not row
     assert not torch.equal(plain, whole)
-    still, row = weights(again)  # the checkpoint at step 2 is of the first run, the way of it stays
-    assert torch.equal(still, whole)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import sd_lora
 from sd_lora.check import check
-from sd_lora.training import offload_activations
+from sd_lora.training import offload, offload_activations
 from sd_lora.training.advice import Place, Rung, rungs
 from sd_lora.training.data import base_of
 from sd_lora.training.fast.step import FastModel
+from sd_lora.training.lane import Lane
 from sd_lora.training.loop import LossLog, accumulate, train_steps
 from sd_lora.training.memory import HeldBytes, Shape, count_step
 from sd_lora.training.offload import (
@@ -55,6 +57,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoKr again": {"method": "lokr", "gradient_checkpointing": True},
     "OFT": {"method": "oft", "oft_block_size": 4},
     "int8": {"base_precision": "int8", "targets": "attention+conv", "gradient_checkpointing": True},
+    "nf4": {"base_precision": "nf4", "gradient_checkpointing": True},
     "PiSSA": {"init_lora_weights": "pissa"},
     "text": {"train_text_encoder": True, "text_encoder_lr": 1e-3, "gradient_checkpointing": True},
     "masks": {"tlora_min_rank": 1},
@@ -73,6 +76,30 @@ def test_the_same_steps_on_a_card(
     """So with streams and pinned memory, by kernels that repeat. Not tried yet: no card was there
     when this was written."""
     monkeypatch.setitem(WAYS, way, WAYS[way] | {"deterministic": True})
+    test_the_same_steps(way, tiny_sd1, data, tmp_path, monkeypatch)
+
+
+class LateLane(Lane):
+    """Copies that are done only when somebody waits for them, as late as a card's may be; until
+    then what they write is not a number."""
+
+    def copy(self, to: Tensor, source: Tensor) -> Any:
+        to.fill_(255)  # the bytes of a NaN, in each dtype
+        return to, source
+
+    def join(self, event: Any) -> None:
+        if event is not None:
+            event[0].copy_(event[1])
+
+
+@pytest.mark.parametrize("way", ["again", "stacks of bfloat16"])
+def test_every_copy_is_waited_for(
+    way: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So where no copy is done before it is waited for: weights and activations that are read, or
+    whose memory is given away, without the wait would be NaN, or another tensor's."""
+    monkeypatch.setattr(offload, "Lane", LateLane)
+    monkeypatch.setattr(offload_activations, "Lane", LateLane)
     test_the_same_steps(way, tiny_sd1, data, tmp_path, monkeypatch)
 
 
