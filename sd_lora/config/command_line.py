@@ -11,7 +11,7 @@ from sd_lora.config.config_file import read as read_file
 from sd_lora.config.config_file import refused_jobs
 from sd_lora.config.flags import Parser, build_parser, is_flag, show_help
 from sd_lora.config.foreign_flags import answered, take_foreign, unknown_words
-from sd_lora.config.jobs import Job, read_tables, told_once
+from sd_lora.config.jobs import Job, between, read_tables, told_once
 from sd_lora.config.kohya import read_dataset_config
 from sd_lora.config.options.dreambooth import NO_PROMPT
 from sd_lora.config.options.run import PUBLISHED, named_after
@@ -298,7 +298,8 @@ def parse_jobs(
             jobs.append(Job(name, _configured(one, words)))
         except UsageError as error:
             of_jobs[name] = error.problems or [Problem("", str(error))]
-    refuse([*problems, *told_once(of_jobs, len(tables))])
+    problems += told_once(of_jobs, len(tables))
+    refuse(problems or between(jobs))
     return jobs
 
 

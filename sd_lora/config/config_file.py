@@ -88,7 +88,8 @@ def _unknown_key(path: str, name: str) -> Problem:
     """The problem of a key that is no option."""
     found = known_elsewhere(name)
     if found is None:
-        return Problem(name, f"{path}: {name!r} is not an option", near(name))
+        jobs = "Did you mean [[jobs]]?" if name in ("job", "Jobs") else ""
+        return Problem(name, f"{path}: {name!r} is not an option", jobs or near(name))
     _, row = found
     if not row.here:
         return Problem(name, f"{path}: {name} {row.reason}")

@@ -1,9 +1,9 @@
 """Several runs over one base in one file: `[[jobs]]`."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from os.path import abspath
+from os.path import expanduser, isabs, realpath
 from typing import Any
 
 from sd_lora.config.config_file import JOBS, options_of
@@ -59,7 +59,7 @@ def read_tables(
         ]
         values, notes = with_present_names({**shared, **own, **flags})
         folder = folder_of_job(str(name), {k: v for k, v in own.items() if k not in flags}, values)
-        (place,) = map(abspath, folder.values())
+        (place,) = (realpath(expanduser(place)) for place in folder.values())
         if place in places:
             text = f"{label}: its output folder {place} is that of {places[place]}, too"
             problems.append(Problem(JOBS, text, "Each job needs its own"))
@@ -76,6 +76,32 @@ def _wrong_name(name: Any, label: str, before: Mapping[str, Found]) -> list[Prob
         return [Problem(NAME, text)]
     twice = Problem(NAME, f"{label}: another job has this name")
     return [twice] if name in before else []
+
+
+def between(jobs: Sequence[Job]) -> list[Problem]:
+    """The problems of whole configurations with each other: options that a preset has changed for
+    one job and that all share, and places that several would write to.
+
+    jobs: of one file, each with its presets and defaults.
+    """
+    problems = []
+    for name, option in OPTIONS.items():
+        values = {job.name: getattr(job.config, name) for job in jobs}
+        different = {str(value) for value in values.values()}
+        if option.of_all_jobs and len(different) > 1:
+            said = ", ".join(f"{job} has {value}" for job, value in values.items())
+            text = f"{name} is one for all jobs, and by their options and presets {said}"
+            problems.append(Problem(name, text, "Put it before [[jobs]]"))
+    writes = {
+        "hub_model_id": lambda job: job.config.push_to_hub,
+        "logging_dir": lambda job: isabs(job.config.logging_dir),
+    }
+    for name, holds in writes.items():
+        taken = [str(value) for job in jobs if holds(job) and (value := getattr(job.config, name))]
+        if len(set(taken)) < len(taken):
+            text = f"{name} {taken[0]} is that of several jobs, which would write over each other"
+            problems.append(Problem(name, text, "Give each its own, or leave it out"))
+    return problems
 
 
 def told_once(of_jobs: Mapping[str, list[Problem]], number: int) -> list[Problem]:

@@ -254,4 +254,9 @@ def json_schema() -> dict[str, Any]:
         row.pop("names")
         row["x-names"] = option.names
         row.pop("title", None)
+    schema["properties"]["jobs"] = {  # of a file alone, see `config.jobs`
+        "description": "runs over one base, each with a name and the options that differ",
+        "type": "array",
+        "items": {"type": "object", "required": ["name"]},
+    }
     return schema | {"x-sections": list(SECTIONS)}

@@ -63,7 +63,9 @@ def try_compiled(run: Run, accumulate: Accumulate, compiler: Compiler = inductor
         return
     ways = [model.way for model in run.fast_models if model.way.blocks]
     reason = next((text for holds, text in REASONS if holds(run)), "")
-    reason = reason or ("" if ways else "no block here is Stable Diffusion's with plain LoRA alone")
+    reason = reason or (
+        "" if ways else "no block is Stable Diffusion's with plain LoRA in one run alone"
+    )
     if reason:
         run.fit = replace(run.fit, compiled=False)
         run.summary.notes.append(f"nothing is compiled: {reason}")

@@ -267,7 +267,8 @@ def ways_of(
 
     models: component → adapted model, prepared by `adapt.prepare_models`.
     """
-    unet = models["unet"]
+    if (unet := models.get("unet")) is None:
+        return fast_models(models, config.masks_ranks), None
     waiting = modules_of(unet) if config.offload_weights else ()
     fast_ones = fast_models(models, config.masks_ranks, waiting)
     moved = Offload(unet, fast_ones, device) if config.offload_weights else None

@@ -165,9 +165,9 @@ def ready(
     blocks = checked.recomputed.blocks if checked.recomputed else None
     prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
     with memory_for("bringing the models to the device", resolved):
-        fast_ones, _ = ways_of(resolved, models, accelerator.device)  # hooks hold the other
-    if several:  # each UNet would put the weights side by side in its own way: `Together` has them
-        fast_ones = [one for one in fast_ones if one.model is not models["unet"]]
+        # of several runs `Together` puts the shared weights side by side, once
+        own = {c: model for c, model in models.items() if c != "unet"} if several else models
+        fast_ones, _ = ways_of(resolved, own, accelerator.device)  # hooks hold the other
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,

@@ -86,6 +86,33 @@ def test_mistakes_of_all_jobs_come_at_once(tmp_path: Path) -> None:
     ]
 
 
+def test_jobs_fit_each_other(tmp_path: Path) -> None:
+    """A preset that changes for one job what all share is told with both values; so are one
+    repository and one folder of logs for several, and a folder that is another job's by ~."""
+    home = Path("~/loras").expanduser()
+    two = (
+        '[[jobs]]\nname = "cat"\ninstance_data_dir = "c"\ninstance_prompt = "a"\n'
+        'preset = "subject"\n[[jobs]]\nname = "dog"\ntrain_data_dir = "d"\n'
+    )
+    lines = told(
+        tmp_path, two, "--push_to_hub", "--hub_model_id", "me/x", "--logging_dir", "/tmp/logs"
+    )
+    assert lines == [
+        "gradient_checkpointing is one for all jobs, and by their options and presets cat has "
+        "True, dog has False. Put it before [[jobs]]",
+        "mixed_precision is one for all jobs, and by their options and presets cat has auto, dog "
+        "has None. Put it before [[jobs]]",
+        "hub_model_id me/x is that of several jobs, which would write over each other. Give each "
+        "its own, or leave it out",
+        "logging_dir /tmp/logs is that of several jobs, which would write over each other. Give "
+        "each its own, or leave it out",
+    ]
+    tables = two.replace('preset = "subject"', f'output_dir = "{home}"')
+    (line,) = told(tmp_path, tables.replace('"dog"\n', '"dog"\noutput_dir = "~/loras"\n'))
+    assert "is that of job cat, too" in line
+    assert told(tmp_path, '[[job]]\nname = "a"\n')[0].endswith("Did you mean [[jobs]]?")
+
+
 def test_a_mistake_of_all_jobs_is_told_once(tmp_path: Path) -> None:
     """A missing base model, which no job can name, is one line, and so is a wrong shared value."""
     two = '[[jobs]]\nname = "a"\ntrain_data_dir = "x"\n[[jobs]]\nname = "b"\ntrain_data_dir = "y"\n'

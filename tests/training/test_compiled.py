@@ -175,7 +175,7 @@ def test_a_resumed_run_goes_the_way_of_its_checkpoint(
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"use_dora": True}, "nothing is compiled: no block here is Stable Diffusion's"),
+        ({"use_dora": True}, "nothing is compiled: no block is Stable Diffusion's"),
         ({}, "no: the run's 6 batches take "),
     ],
 )

@@ -20,6 +20,7 @@ from sd_lora.cli import main
 from sd_lora.config.jobs import Job
 from sd_lora.errors import Interrupted, RunError, UsageError
 from sd_lora.report.events import Event, RunPlanned, StepDone, Warned
+from sd_lora.training import setup
 from sd_lora.training.jobs.base import SharedBase
 from sd_lora.training.jobs.together import Together
 from sd_lora.training.jobs.train import train_jobs
@@ -324,6 +325,67 @@ def test_jobs_without_room_for_each_other_go_by_themselves(
     alone = sd_lora.train(jobs[0].config.replace(output_dir=str(tmp_path / "alone")))
     mine = torch.tensor(outcome.results["a"].losses)
     torch.testing.assert_close(mine, torch.tensor(alone.losses), rtol=1e-5, atol=0)
+
+
+def test_jobs_that_are_out_of_memory_later_go_by_themselves(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the memory is used up in the third step, in which gradients are added up already, the
+    step is learned again by each job alone, and so are all later ones: the losses of the run alone.
+    """
+    learned, calls = Together.learn, []
+
+    def limited(self: Together, turns: Sequence[Turn]) -> list[Tensor]:
+        calls.append(turns)
+        losses = learned(self, turns)
+        if len(calls) == 4:  # the trial, and two steps before
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        return losses
+
+    monkeypatch.setattr(Together, "learn", limited)
+    told: list[Event] = []
+    jobs = two_jobs(tiny_sd1, tmp_path, max_train_steps=5)
+    outcome = train_jobs(jobs, lambda name: [told.append])
+    codes = [f.code for event in told if isinstance(event, Warned) for f in event.findings]
+    assert codes.count("jobs-apart") == 2
+    assert len(calls) == 4
+    assert not outcome.errors
+    for job in jobs:
+        alone = sd_lora.train(job.config.replace(output_dir=str(tmp_path / f"alone-{job.name}")))
+        mine = torch.tensor(outcome.results[job.name].losses)
+        torch.testing.assert_close(mine, torch.tensor(alone.losses), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("when", ["start", "step"])
+def test_an_error_of_one_job_is_its_own(
+    when: str, tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of one job's own, where it is made ready or in the question of a step that is
+    learned together, ends that job; the other one does its steps."""
+    jobs = two_jobs(tiny_sd1, tmp_path, max_train_steps=3)
+    if when == "start":
+        original_log = setup.Ledger.of
+
+        def of(images: Any, *more: Any) -> Any:
+            if calls:
+                raise RunError("the disk is full")
+            calls.append(images)
+            return original_log(images, *more)
+
+        calls: list[Any] = []
+        monkeypatch.setattr(setup.Ledger, "of", of)
+    else:
+        original = Run.conditions
+
+        def conditions(self: Run, items: Any, step: int) -> Any:
+            if step == 1 and self.output_dir.name == "b":
+                raise RunError("a latent is not finite")
+            return original(self, items, step)
+
+        monkeypatch.setattr(Run, "conditions", conditions)
+    outcome = train_jobs(jobs)
+    assert [*outcome.errors] == ["b"]
+    assert len(outcome.results["a"].losses) == 3
 
 
 def test_faults_of_all_jobs_come_before_work(

@@ -74,7 +74,9 @@ class Together:
         own: Any = self.runs[0].models["unet"]
         if own.is_gradient_checkpointing:
             enable_checkpointing({"unet": unet})
-        self._unet = self.runs[0].accelerator.prepare_model(unet.train())
+        accelerator: Any = self.runs[0].accelerator
+        self._unet = accelerator.prepare_model(unet.train())
+        accelerator._models.pop()  # it would hold the factors of jobs that have ended
         self._fast = FastModel(unet)
 
     def learn(self, turns: Sequence[Turn]) -> list[Tensor]:

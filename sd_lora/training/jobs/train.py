@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ from sd_lora.training.run import Run
 from sd_lora.training.setup import CheckedRun, checked_run, load_base, ready, released
 from sd_lora.training.trackers import check_trackers_of_several
 from sd_lora.training.trial import Parts, forget, later_bytes, step_memory
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 ListenersOf = Callable[[str], Sequence[Listener]]
 """Name of a job → its listeners."""
@@ -94,20 +98,38 @@ def train_jobs(
         checked = _checked(jobs, listeners, found or {}, outcome)
         base = SharedBase(load_base)
         several = base if len(checked) > 1 else None
-        runs = {name: ready(one, listeners[name], several) for name, one in checked.items()}
+        runs = _each(checked, lambda name, one: ready(one, listeners[name], several), outcome)
         base.let_go()
         reasons = {name: why_alone(run) if several else "" for name, run in runs.items()}
         for name, reason in reasons.items():
             notes = runs[name].summary.notes
             notes += [f"learns by itself, not together with other jobs: {reason}"] * bool(reason)
-        begun = {name: begin(run, started) for name, run in runs.items()}
+        begun = _each(runs, lambda _, run: begin(run, started), outcome)
         to_all(of_all)(JobsPlanned(_rows(jobs, outcome, reasons)))
         loop = _Loop(base)
-        for name, one in begun.items():
-            loop.jobs.append(_Active(name, one, bool(several) and not reasons[name], outcome))
-        del one, runs, begun, checked  # a run that ends leaves its memory to the others
-        loop.train()
+        loop.jobs += [
+            _Active(name, one, bool(several) and not reasons[name], outcome)
+            for name, one in begun.items()
+        ]
+        for names in (runs, begun, checked):  # a run that ends leaves its memory to the others
+            names.clear()
+        if loop.jobs:
+            loop.train()
     return outcome
+
+
+def _each(things: Mapping[str, T], work: Callable[[str, T], R], outcome: Outcome) -> dict[str, R]:
+    """Name → result of a work of each job; a job for which it fails ends, and the others go on."""
+    results = {}
+    for name, thing in things.items():
+        try:
+            results[name] = work(name, thing)
+        except (UsageError, RunError) as error:
+            if isinstance(error, Interrupted) or len(things) == 1:
+                raise
+            error.__traceback__ = error.__context__ = None  # they hold the run's memory
+            outcome.errors[name] = error
+    return results
 
 
 def _checked(
@@ -253,17 +275,31 @@ class _Loop:
         """Learn the micro-batches of jobs together, and go to their next ones."""
         if self._together is None:
             self._together = Together([job.run for job in joined], self._base.unet())
+        before = [(job.run, len(job.run.ledger.waiting)) for job in joined]
+        fresh = all(_is_fresh(run) for run, _ in before)
         try:
             with ExitStack() as stack:
                 for job in joined:  # each waits for all
                     stack.enter_context(timed(job.run, "training"))
                 losses = self._together.learn([job.turn for job in joined if job.turn])
+        except RunError:  # of one of them, before anything was learned: who it is ends by itself
+            for job in joined:
+                job.learn()
+            return
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             let_go(error)
+            if not fresh:
+                for job in joined:
+                    job.fail(error)
+                return
+            for run, seen in before:
+                forget(run)
+                del run.ledger.waiting[seen:]
+            self._part(joined, error)
             for job in joined:
-                job.fail(error)
+                job.learn()
             return
         for job, loss in zip(joined, losses, strict=True):
             job.go_on(loss)
@@ -289,14 +325,24 @@ class _Loop:
             if not is_out_of_memory(error):
                 raise
             let_go(error)
-            words = f"{wanted(error)} for the micro-batches of {len(runs)} jobs at once"
-            for job in joined:
-                job.joins = False
-                job.run.emit(Warned([Finding("jobs-apart", job.name, words)]))
+            self._part(joined, error)
         finally:
             for run in runs:
                 forget(run)
                 run.ledger.waiting.clear()
+
+    def _part(self, joined: Sequence[_Active], error: BaseException) -> None:
+        """Let jobs whose micro-batches the device has no room for at once go by themselves."""
+        self._together = None
+        words = f"{wanted(error)} for the micro-batches of {len(joined)} jobs at once"
+        for job in joined:
+            job.joins = False
+            job.run.emit(Warned([Finding("jobs-apart", job.name, words)]))
+
+
+def _is_fresh(run: Run) -> bool:
+    """Whether a run's step has added up nothing yet, so that a micro-batch can be learned again."""
+    return not run.objective.uncertainty and all(p.grad is None for p in run.parameters)
 
 
 def _largest(run: Run) -> Turn:
