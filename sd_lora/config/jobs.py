@@ -93,7 +93,7 @@ def between(jobs: Sequence[Job]) -> list[Problem]:
             text = f"{name} is one for all jobs, and by their options and presets {said}"
             problems.append(Problem(name, text, "Put it before [[jobs]]"))
     writes = {
-        "hub_model_id": lambda job: job.config.push_to_hub,
+        "hub_model_id": lambda job: True,
         "logging_dir": lambda job: isabs(job.config.logging_dir),
     }
     for name, holds in writes.items():

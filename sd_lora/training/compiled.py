@@ -83,10 +83,7 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
         lambda run: run.accelerator.num_processes > 1,
         "on several processes no batch can go forward and backward alone",
     ),
-    (
-        lambda run: run.config.offload_weights or run.config.offload_activations,
-        "the blocks' weights or activations come and go",
-    ),
+    (lambda run: run.config.offloads, "the blocks' weights or activations come and go"),
     (
         lambda run: run.config.deterministic,
         "deterministic, and a stopwatch would choose between two ways with other last bits",

@@ -71,11 +71,8 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
         "several processes exchange their gradients in the backward pass",
     ),
     (lambda run: bool(run.config.dropouts), "dropouts draw their numbers in the pass"),
-    (
-        lambda run: run.config.offload_weights or run.config.offload_activations,
-        "blocks' weights or activations come and go",
-    ),
-    (lambda run: run.config.method == "oft", "oft solves equations, whose errors the host reads"),
+    (lambda run: run.config.offloads, "blocks' weights or activations come and go"),
+    (lambda run: run.config.rotates, "oft solves equations, whose errors the host reads"),
     (lambda run: run.config.masks_ranks, "tlora_min_rank masks other ranks in each pass"),
 )
 """Runs that have no graphs, and why."""

@@ -152,11 +152,12 @@ def test_a_former_name_is_understood_with_a_note(tmp_path: Path) -> None:
 
 def test_the_schema_describes_every_option(capsys: pytest.CaptureFixture[str]) -> None:
     """`sd-lora schema` prints JSON with a type, help and section for each option, ranges and
-    choices where there are some."""
+    choices where there are some; beside them it has the tables of several runs."""
     assert main(["schema"]) == 0
     schema = json.loads(capsys.readouterr().out)
     assert schema == json.loads(json.dumps(json_schema()))
-    rows = schema["properties"]
+    rows = dict(schema["properties"])
+    assert rows.pop("jobs")["items"]["required"] == ["name"]
     assert rows.keys() == OPTIONS.keys()
     assert schema["x-sections"] == list(SECTIONS)
     assert all(row["description"] and row["x-section"] in SECTIONS for row in rows.values())

@@ -169,6 +169,11 @@ class AdapterOptions(Section):
         return self.tlora_min_rank is not None
 
     @property
+    def rotates(self) -> bool:
+        """Whether the deltas are rotations."""
+        return self.method == "oft"
+
+    @property
     def dropouts(self) -> list[str]:
         """The dropouts of deltas that are on."""
         names = ("lora_dropout", "neuron_dropout", "rank_dropout", "module_dropout")

@@ -174,6 +174,11 @@ class ModelOptions(Section):
     # fmt: on
 
     @property
+    def offloads(self) -> bool:
+        """Whether weights or activations wait on the CPU."""
+        return self.offload_weights or self.offload_activations
+
+    @property
     def base_model(self) -> str:
         """The base model: a folder, a file or a hub id."""
         return str(self.pretrained_model_name_or_path)
