@@ -239,7 +239,7 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
     names = (*NAMES, *ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks, failed = {}, {}
-    for turn in (names, names[::-1]):
+    for turn in (names, names[::-1]) if CUDA else (names,):
         for name in turn:
             if name in failed:
                 continue
