@@ -159,7 +159,7 @@ class Terminal:
 
 
 def _kind(finding: Finding) -> str:
-    """What an event's finding is to people: "note", or "warning"."""
+    """The word before an event's finding: "note", or "warning"."""
     return "note" if finding.level == "note" else "warning"
 
 

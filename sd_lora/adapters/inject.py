@@ -292,7 +292,7 @@ def wrap_modules(
     for layer in wrapped.values():
         layer.deltas.requires_grad_(True)
     for name in deltas:
-        _replace_module(model, name, wrapped[model.get_submodule(name)])
+        replace_module(model, name, wrapped[model.get_submodule(name)])
 
 
 def _check_names(model: nn.Module, names: Collection[str]) -> None:
@@ -312,7 +312,8 @@ def _check_names(model: nn.Module, names: Collection[str]) -> None:
                 )
 
 
-def _replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module into a model by name, in the place of another."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -333,7 +334,7 @@ def eject(model: nn.Module) -> list[str]:
         )
     for name, module in list(model.named_modules(remove_duplicate=False)):
         if isinstance(module, AdaptedLayer):
-            _replace_module(model, name, module.base)
+            replace_module(model, name, module.base)
             names.append(name)
     return names
 

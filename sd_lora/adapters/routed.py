@@ -4,7 +4,7 @@ W x is computed once for all items; each model's B(A x) is added to its own. Che
 "Punica", and Ye et al. 2023, "mLoRA", do so for language models.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.inject import adapted_layers
+from sd_lora.adapters.inject import adapted_layers, replace_module
 from sd_lora.adapters.linear_conv import AdaptedAffine
 
 
@@ -80,12 +80,6 @@ def route(model: nn.Module, models: Sequence[nn.Module], routes: Routes) -> dict
         name: RoutedLayer(model.get_submodule(name), layers, routes)
         for name, layers in found.items()
     }
-    put(model, routed)
+    for name, own in routed.items():
+        replace_module(model, name, own)
     return routed
-
-
-def put(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put modules into a model by name."""
-    for name, layer in layers.items():
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer)

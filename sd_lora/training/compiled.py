@@ -1,9 +1,9 @@
 """Compiled transformer blocks: measured before the first step, and used where they pay.
 
 torch.compile makes one program for all blocks of a width, forward and backward, in which norms,
-activations and sums are no kernels of their own. It takes tens of seconds and may win a tenth of a
-step, or lose: at Stable Diffusion's widths a CPU is slower with it. So the run's first batch
-goes both ways, and is thrown away, as in the trial of the largest batch.
+activations and sums that follow each other are one kernel. It takes tens of seconds and may win a
+tenth of a step, or lose: at Stable Diffusion's widths a CPU is slower with it. So the run's first
+batch goes both ways, and is thrown away, as in the trial of the largest batch.
 """
 
 import contextlib
@@ -55,8 +55,8 @@ def of_any_size(compute: Pass) -> Pass:
 def try_compiled(run: Run, accumulate: Accumulate, compiler: Compiler = inductor) -> None:
     """Let a run's blocks compute by compiled programs from now on, if it is faster so.
 
-    A resumed run goes the way that its checkpoint says, for the last bits differ. The summary says
-    what was measured, or why nothing is compiled.
+    A resumed run goes the way that its checkpoint says, for the last bits differ. The summary has
+    both times, or the reason why nothing is compiled.
     """
     if run.config.compile == "off":
         run.fit = replace(run.fit, compiled=False)
@@ -119,7 +119,7 @@ def _compile_again(run: Run, ways: list[Way], accumulate: Accumulate, compiler: 
 
 
 def _measured(run: Run, ways: list[Way], accumulate: Accumulate, compiler: Compiler) -> str:
-    """Take the faster way; returns what was found, for the summary."""
+    """Take the faster way; returns the line of the summary."""
     first = run.plan.epochs.first_of_step(run.first_step)
     left = len(run.stream) - first
 

@@ -47,7 +47,7 @@ of rounding alone is another one each time."""
 
 Work = Callable[[], None]
 Record = Callable[[Work], Work]
-"""Function of a work on tensors that stay, which records it, and returns what does it once more."""
+"""Recorder of a work on tensors that stay; returns a function that does the work once more."""
 
 T = TypeVar("T")
 
@@ -135,8 +135,8 @@ def changed(values: T, change: Callable[[Tensor], Tensor]) -> T:
 
 
 def form_of(given: Given) -> tuple[object, ...]:
-    """What passes that one recording computes have in common: which tensors there are, their
-    shapes, dtypes and whether they need a gradient, and all numbers that are in none."""
+    """The form of all passes that one recording computes: which tensors there are, their shapes,
+    dtypes and whether they need a gradient, and all numbers that are in none."""
     return tuple(
         (place, tuple(part.shape), part.dtype, part.requires_grad)
         if isinstance(part, Tensor)
@@ -158,7 +158,7 @@ class Gradients:
         torch._foreach_add_([k for k, _ in pairs], [g for _, g in pairs])
 
     def link(self, had_part: Sequence[bool]) -> None:
-        """Let these be the gradients of the parameters that had a part, with what they had."""
+        """Let these be the gradients of the parameters that had a part, and keep their values."""
         empty = []
         for parameter, kept, part in zip(self.parameters, self.kept, had_part, strict=True):
             if not part or parameter.grad is kept:
@@ -216,7 +216,7 @@ class Pass:
 
 @dataclass
 class Form:
-    """What is known of a form of batch. seen: its passes. recorded: None before, and where it is
+    """A form of batch in a run. seen: its passes. recorded: None before, and where it is
     refused. proved: whether the recording has given another batch's results."""
 
     seen: int = 0

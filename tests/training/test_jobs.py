@@ -307,6 +307,11 @@ def test_a_job_of_another_kind_learns_by_itself(tiny_sd1: Path, tmp_path: Path) 
         torch.testing.assert_close(mine, torch.tensor(alone.losses), rtol=1e-5, atol=0)
 
 
+def codes_of(told: Sequence[Event]) -> list[str]:
+    """The codes of all findings that were told."""
+    return [f.code for event in told if isinstance(event, Warned) for f in event.findings]
+
+
 def test_jobs_without_room_for_each_other_go_by_themselves(
     tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -320,8 +325,7 @@ def test_jobs_without_room_for_each_other_go_by_themselves(
     told: list[Event] = []
     jobs = two_jobs(tiny_sd1, tmp_path, max_train_steps=2)
     outcome = train_jobs(jobs, lambda name: [told.append])
-    codes = [f.code for event in told if isinstance(event, Warned) for f in event.findings]
-    assert codes.count("jobs-apart") == 2
+    assert codes_of(told).count("jobs-apart") == 2
     alone = sd_lora.train(jobs[0].config.replace(output_dir=str(tmp_path / "alone")))
     mine = torch.tensor(outcome.results["a"].losses)
     torch.testing.assert_close(mine, torch.tensor(alone.losses), rtol=1e-5, atol=0)
@@ -346,8 +350,7 @@ def test_jobs_that_are_out_of_memory_later_go_by_themselves(
     told: list[Event] = []
     jobs = two_jobs(tiny_sd1, tmp_path, max_train_steps=5)
     outcome = train_jobs(jobs, lambda name: [told.append])
-    codes = [f.code for event in told if isinstance(event, Warned) for f in event.findings]
-    assert codes.count("jobs-apart") == 2
+    assert codes_of(told).count("jobs-apart") == 2
     assert len(calls) == 4
     assert not outcome.errors
     for job in jobs:
@@ -361,7 +364,7 @@ def test_an_error_of_one_job_is_its_own(
     when: str, tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An error of one job's own, where it is made ready or in the question of a step that is
-    learned together, ends that job; the other one does its steps."""
+    learned together, ends that job, which is told at once; the other one does its steps."""
     jobs = two_jobs(tiny_sd1, tmp_path, max_train_steps=3)
     if when == "start":
         original_log = setup.Ledger.of
@@ -383,8 +386,10 @@ def test_an_error_of_one_job_is_its_own(
             return original(self, items, step)
 
         monkeypatch.setattr(Run, "conditions", conditions)
-    outcome = train_jobs(jobs)
+    told: list[Event] = []
+    outcome = train_jobs(jobs, lambda name: [told.append] if name == "b" else [])
     assert [*outcome.errors] == ["b"]
+    assert codes_of(told) == ["job-ended"]
     assert len(outcome.results["a"].losses) == 3
 
 

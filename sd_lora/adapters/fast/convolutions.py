@@ -94,9 +94,10 @@ def columns_of(
     return (columns, gemm) if pays or (columns.pointwise and gemm is not TORCH) else None
 
 
-def _conv_backward(
+def conv_backward(
     g: Tensor, x: Any, W: Tensor, stride: Any, padding: Any, wants_x: bool, wants_W: bool
 ) -> tuple[Any, Any]:
+    """Gradients of a convolution's input and kernel."""
     dx, dW, _ = torch.ops.aten.convolution_backward(
         g, x, W, None, stride, padding, (1, 1), False, (0, 0), 1, (wants_x, wants_W, False)
     )
@@ -146,11 +147,11 @@ class Convolution:
         if found is not None:
             return _by_columns(*found, base.weight, g, x, low, A, B, wants_x)
         if wants_x:
-            dx = _conv_backward(g, x, base.weight, *form, True, False)[0]
+            dx = conv_backward(g, x, base.weight, *form, True, False)[0]
         if A is None or B is None:
             return dx, (None, None)
-        dlow, dB = _conv_backward(g, low, B, (1, 1), (0, 0), True, True)
-        more, dA = _conv_backward(dlow, x, A, *form, wants_x, True)
+        dlow, dB = conv_backward(g, low, B, (1, 1), (0, 0), True, True)
+        more, dA = conv_backward(dlow, x, A, *form, wants_x, True)
         return dx.add_(more) if wants_x else None, (dA, dB)
 
 
@@ -201,5 +202,5 @@ class FrozenConv(torch.autograd.Function):
             # the kernels read the input's shape and layout, and no number of it
             layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
             like = torch.empty(ctx.input, dtype=g.dtype, device=g.device, memory_format=layout)
-            dx = _conv_backward(g, like, W, ctx.stride, ctx.padding, True, False)[0]
+            dx = conv_backward(g, like, W, ctx.stride, ctx.padding, True, False)[0]
         return dx, None, None, None, None

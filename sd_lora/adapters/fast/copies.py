@@ -85,7 +85,7 @@ class Stack(Factors):
             for base, rows in zip(bases, self.W[:, :width].split(out), strict=True):
                 rows.copy_(base.weight.flatten(1))
                 base.weight.data = rows.view(base.weight.shape)
-        self.bias = _joined_biases(bases, at)
+        self.bias = joined_biases(bases, at)
         if apart and self.joint:
             B = weight.new_empty(n, out, r, device=device)
         super().__init__(layers, (A, B), [*A.split(r), *B])
@@ -138,13 +138,14 @@ class FrozenStack:
         self.W = torch.cat([base.weight.detach() for base in bases]).to(device)
         for base, rows in zip(bases, self.W.split(out), strict=True):
             base.weight.data = rows
-        self.bias, self.out = _joined_biases(bases, device), out
+        self.bias, self.out = joined_biases(bases, device), out
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         return frozen_linear(x, self.W, self.bias).split(self.out, -1)
 
 
-def _joined_biases(bases: Sequence[nn.Linear], device: torch.device) -> Tensor | None:
+def joined_biases(bases: Sequence[nn.Linear], device: torch.device) -> Tensor | None:
+    """The biases of linears as one tensor (n·out) on a device; None without."""
     if bases[0].bias is None:
         return None
     return torch.cat([base.bias.detach() for base in bases]).to(device)

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.convolutions import Convolution
-from sd_lora.adapters.fast.copies import ConvFactors, Factors
+from sd_lora.adapters.fast.convolutions import Convolution, conv_backward
+from sd_lora.adapters.fast.copies import ConvFactors, Factors, joined_biases
 from sd_lora.adapters.routed import RoutedLayer, Routes
 
 Pair = tuple[Tensor, Tensor]
@@ -39,7 +39,8 @@ class RoutedStack:
 
     def __init__(self, layers: Sequence[RoutedLayer]) -> None:
         bases: list[Any] = [layer.base for layer in layers]
-        self.bias, self.routes = _joined_biases(bases), layers[0].routes
+        self.bias = joined_biases(bases, bases[0].weight.device)
+        self.routes = layers[0].routes
         of_models = [[*of_one] for of_one in zip(*(layer.layers for layer in layers), strict=True)]
         ranks = [of_one[0].delta.rank if of_one[0] else 0 for of_one in of_models]
         n, (self.out, *_) = len(layers), bases[0].weight.shape
@@ -104,13 +105,6 @@ def _side_by_side(bases: Sequence[Any]) -> Tensor:
     for base, rows in zip(bases, W.split(len(W) // len(bases)), strict=True):
         base.weight.data = rows.view(base.weight.shape)
     return W
-
-
-def _joined_biases(bases: Sequence[Any]) -> Tensor | None:
-    """The biases of linears as one tensor (n·out); None without."""
-    if bases[0].bias is None:
-        return None
-    return torch.cat([base.bias.detach() for base in bases])
 
 
 def _beside(bases: Sequence[Any], ranks: Sequence[int]) -> tuple[Tensor, list[Pair]]:
@@ -324,14 +318,14 @@ class RoutedConvolution(Convolution):
         """Gradients of x, and of A and B."""
         base: Any = self.base
         form = base.stride, base.padding
-        dx = _conv_backward(g, x, base.weight, *form, True, False)[0] if wants_x else None
+        dx = conv_backward(g, x, base.weight, *form, True, False)[0] if wants_x else None
         if A is None or B is None or low is None:
             return dx, (None, None)
         of_A, of_B = [], []
         for rows, r, Aj, Bj in self._each(len(x), A, B):
             own = low[rows, :r].contiguous()
-            dlow, dB = _conv_backward(g[rows], own, Bj, (1, 1), (0, 0), True, True)
-            more, dA = _conv_backward(dlow, x[rows], Aj, *form, wants_x, True)
+            dlow, dB = conv_backward(g[rows], own, Bj, (1, 1), (0, 0), True, True)
+            more, dA = conv_backward(dlow, x[rows], Aj, *form, wants_x, True)
             of_A.append(dA)
             of_B.append(dB)
             if dx is not None:
@@ -350,16 +344,6 @@ class RoutedConvolution(Convolution):
     def forward(self, input: Tensor) -> Tensor:
         """W x + b + B(A x), by one function."""
         return _RoutedConv.apply(self, input, *self.pair())
-
-
-def _conv_backward(
-    g: Tensor, x: Tensor, W: Tensor, stride: Any, padding: Any, wants_x: bool, wants_W: bool
-) -> tuple[Any, Any]:
-    """Gradients of a convolution's input and kernel."""
-    dx, dW, _ = torch.ops.aten.convolution_backward(
-        g, x, W, None, stride, padding, (1, 1), False, (0, 0), 1, (wants_x, wants_W, False)
-    )
-    return dx, dW
 
 
 class _RoutedConv(torch.autograd.Function):

@@ -98,13 +98,16 @@ def train_jobs(
         checked = _checked(jobs, listeners, found or {}, outcome)
         base = SharedBase(load_base)
         several = base if len(checked) > 1 else None
-        runs = _each(checked, lambda name, one: ready(one, listeners[name], several), outcome)
+        runs = _each(
+            checked, lambda name, one: ready(one, listeners[name], several), listeners, outcome
+        )
         base.let_go()
         reasons = {name: why_alone(run) if several else "" for name, run in runs.items()}
         for name, reason in reasons.items():
             notes = runs[name].summary.notes
             notes += [f"learns by itself, not together with other jobs: {reason}"] * bool(reason)
-        begun = _each(runs, lambda _, run: begin(run, started), outcome)
+        begun = _each(runs, lambda _, run: begin(run, started), listeners, outcome)
+        reasons = {name: reasons[name] for name in begun}
         to_all(of_all)(JobsPlanned(_rows(jobs, outcome, reasons)))
         loop = _Loop(base)
         loop.jobs += [
@@ -118,7 +121,12 @@ def train_jobs(
     return outcome
 
 
-def _each(things: Mapping[str, T], work: Callable[[str, T], R], outcome: Outcome) -> dict[str, R]:
+def _each(
+    things: Mapping[str, T],
+    work: Callable[[str, T], R],
+    listeners: Mapping[str, Sequence[Listener]],
+    outcome: Outcome,
+) -> dict[str, R]:
     """Name → result of a work of each job; a job for which it fails ends, and the others go on."""
     results = {}
     for name, thing in things.items():
@@ -129,6 +137,7 @@ def _each(things: Mapping[str, T], work: Callable[[str, T], R], outcome: Outcome
                 raise
             error.__traceback__ = error.__context__ = None  # they hold the run's memory
             outcome.errors[name] = error
+            to_all(listeners[name])(Warned([Finding("job-ended", name, str(error))]))
     return results
 
 
