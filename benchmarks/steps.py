@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import sd_lora
+from sd_lora.adapters.fast.layers import lay_out
 from sd_lora.adapters.targets import select
 from sd_lora.models.published_configs import CONFIGS
 from sd_lora.training.fast.step import FastModel, fast
@@ -120,6 +121,7 @@ class Candidate:
                     parameter.data = parameter.data.to(dtype if "," in name else torch.float32)
         elif name != "frozen":
             sd_lora.inject(unet, targets, rank=RANK)
+            lay_out(unet, next(unet.parameters()).device)
             if name == "ours":
                 self.fast = [FastModel(unet)]
         self.unet = unet.train()

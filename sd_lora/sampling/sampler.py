@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 from torch import Tensor, nn
 
+from sd_lora.adapters.fast.layers import lay_out
 from sd_lora.data.cache.encode import Scaling
 from sd_lora.errors import RunError
 from sd_lora.models.caption_encoder import (
@@ -104,6 +105,7 @@ def sample(
         embeddings = dict(
             encode_in_batches(caption_encoder, parts.text_encoders, [negative, *prompts])
         )
+    lay_out(parts.unet, device)
     phi = usual_rescale(parts.scheduler) if guidance_rescale is None else guidance_rescale
     sampler = Sampler(parts, size, steps, guidance_scale, phi, device)
     chunks = [slice(start, start + batch_size) for start in range(0, len(prompts), batch_size)]

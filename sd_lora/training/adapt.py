@@ -8,6 +8,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import nn
 
+from sd_lora.adapters.fast.layers import lay_out
 from sd_lora.adapters.inject import deltas_of, inject
 from sd_lora.adapters.layer_classes import adapted_class_of
 from sd_lora.adapters.targets import match_names, select
@@ -193,9 +194,10 @@ def prepare_models(
         for name in on_device.keys() - learning.keys():
             on_device[name].to(accelerator.device)
         waits = bring_rest(config, models["unet"], accelerator.device)
-        if sharded and accelerator.num_processes > 1:
+        if sharded and accelerator.num_processes > 1:  # which takes kernels as they are in files
             shard(models["unet"], accelerator)
             return {name: model.to(accelerator.device) for name, model in learning.items()}
+        lay_out(models["unet"], accelerator.device)
         return {
             name: accelerator.prepare_model(model, device_placement=not (waits and name == "unet"))
             for name, model in learning.items()

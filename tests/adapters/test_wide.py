@@ -10,10 +10,11 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 import sd_lora
-from sd_lora.adapters.fast.convolutions import Convolution, FrozenConv, columns_of, may_unroll
-from sd_lora.adapters.fast.copies import Alone, ConvFactors, Copies, Stack
-from sd_lora.adapters.fast.gemm import TORCH, WIDE, Gemm, gemm_of, is_right, onednn
+from sd_lora.adapters.fast.convolutions import WIDE, Convolution, FrozenConv, columns_of
+from sd_lora.adapters.fast.copies import ConvFactors, Copies, Stack
+from sd_lora.adapters.fast.gemm import LEAST, TORCH, Gemm, by_work, is_right, onednn
 from sd_lora.adapters.fast.layers import adapted_conv as adapted_forward
+from sd_lora.adapters.fast.layers import lay_out
 from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.inject import adapted_layers
 from sd_lora.training.fast.step import FastModel
@@ -120,6 +121,37 @@ def test_columns_are_the_convolution(
         assert error(mine, wanted) < LIMIT[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [
+        ((3, 3), (2, 2), (1, 1), (7, 5)),
+        ((3, 1), (2, 1), (1, 0), (6, 5)),
+        ((1, 3), (1, 3), (0, 2), (4, 9)),
+        ((3, 3), (1, 2), (0, 1), (6, 8)),
+    ],
+)
+def test_columns_of_other_forms(
+    kernel: tuple[int, int], stride: Any, padding: Any, size: Any, dtype: torch.dtype
+) -> None:
+    """Columns times the kernel, which is stored pixel by pixel, and the gradient of the input are
+    float64's convolution to a few roundings: sides that differ, are odd, or that a stride does not
+    divide."""
+    W = (torch.randn(320, WIDE, *kernel) / 30).to(dtype)
+    W = W.contiguous(memory_format=torch.channels_last)
+    x = torch.randn(1, WIDE, *size).to(dtype)
+    assert columns_of(x.shape, W, stride, padding) is not None
+    x64 = x.double().requires_grad_()
+    exact = F.conv2d(x64, W.double(), None, stride, padding)
+    g = torch.randn(exact.shape).to(dtype)
+    y = FrozenConv.apply(x.requires_grad_(), W, None, stride, padding)
+    assert error(y, exact) < LIMIT[dtype]
+    dx, dx64 = (
+        torch.autograd.grad(out, leaf, g.to(out.dtype))[0] for out, leaf in ((y, x), (exact, x64))
+    )
+    assert error(dx, dx64) < LIMIT[dtype]
+
+
 @pytest.mark.parametrize("side", [2, 8])
 def test_an_adapted_convolution_is_the_general_one(side: int) -> None:
     """A wide adapted convolution with a stride, to one pixel and to more, has the general path's
@@ -164,7 +196,7 @@ def test_wide_linears_are_their_products(count: int) -> None:
     stack, x = Stack(layers), torch.randn(2, 5, 352, requires_grad=True)
     Copies([stack]).refresh()
     gs = [torch.randn(2, 5, 320) for _ in layers]
-    outs = [Alone(stack)(x)] if count == 1 else stack(x)
+    outs = [stack.forward_of_one()(x)] if count == 1 else stack(x)
     x64 = x.detach().double().requires_grad_()
     exact = [
         F.linear(x64, layer.base.weight.double() + layer.delta.weight(), layer.base.bias.double())
@@ -185,9 +217,9 @@ def test_wide_linears_are_their_products(count: int) -> None:
 
 
 def test_the_rule_is_width_and_pixels() -> None:
-    """Columns are taken of wide kernels with five outputs a pixel of the batch, on a CPU, in
-    float32 and bfloat16; the embedded base has no wide weight, and keeps its numbers to the bit."""
-    kernel = torch.empty(320, WIDE, 3, 3)
+    """Columns are taken of wide kernels with five outputs a pixel of the batch, and of one pixel's
+    kernels of any width, on a CPU, in float32 and bfloat16."""
+    kernel, point = torch.empty(320, WIDE, 3, 3), torch.empty(8, 4, 1, 1)
     form = (1, 1), (1, 1)
     assert columns_of((1, WIDE, 8, 8), kernel, *form) is not None
     assert columns_of((4, WIDE, 4, 4), kernel, *form) is not None
@@ -195,11 +227,54 @@ def test_the_rule_is_width_and_pixels() -> None:
     assert columns_of((WIDE, 8, 8), kernel, *form) is None  # without a batch
     for other in (kernel[:, 1:], kernel.half(), kernel.to("meta")):
         assert columns_of((1, WIDE, 4, 4), other, *form) is None
+    assert columns_of((2, 4, 64, 64), point, (1, 1), (0, 0)) is not None
+    for padding, stride in (((1, 1), (1, 1)), ((0, 0), (2, 2))):
+        assert columns_of((2, 4, 64, 64), point, stride, padding) is None
+
+
+@has_onednn
+def test_small_products_are_torchs() -> None:
+    """Below the limit of multiplications a product is torch's to the bit, and from it on
+    oneDNN's."""
+    one, both = onednn(), by_work()
+    assert one is not None
+    assert both is not None
+    W, bias = torch.randn(200, 100), torch.randn(200)
+    for count, way in ((LEAST // W.numel() - 1, TORCH), (LEAST // W.numel(), one)):
+        x, y = torch.randn(count, 100), torch.randn(count, 200)
+        assert torch.equal(both.linear(x, W, bias), way.linear(x, W, bias))
+        assert torch.equal(both.onto(y.clone(), x, W), way.onto(y.clone(), x, W))
+
+
+def test_trained_norms_keep_the_layout() -> None:
+    """Where group norms learn, by an adapter or themselves, kernels stay as they are."""
+    for trains in ("adapter", "itself"):
+        model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8)).requires_grad_(False)
+        if trains == "adapter":
+            sd_lora.inject(model, ["1"], method="full")
+        else:
+            model[1].requires_grad_(True)
+        lay_out(model, torch.device("cpu"))
+        assert not model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    lay_out(model.requires_grad_(False), torch.device("cpu"))
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_cpu_reads_images_pixel_by_pixel() -> None:
+    """On a CPU the fast path stores a UNet's frozen kernels as it reads images, pixel by pixel,
+    with their numbers, and the whole model's images stay so: nothing is copied to and fro."""
     unet: Any = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(EMBEDDED))
     unet.requires_grad_(False)
     sd_lora.inject(unet, "attention", rank=8)
-    factors = FastModel(unet).copies.factors
-    stacked = [f.W for f in factors if isinstance(f, Stack)]
-    weights = [p.flatten(1) for p in unet.parameters() if p.dim() > 1] + stacked
-    assert len(weights) > 100
-    assert not any(may_unroll(weight) or gemm_of(weight) is not TORCH for weight in weights)
+    before = {name: p.clone() for name, p in unet.named_parameters()}
+    lay_out(unet, torch.device("cpu"))
+    fast_model = FastModel(unet)
+    assert all(torch.equal(p, before[name]) for name, p in unet.named_parameters())
+    seen = []
+    for module in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        module.register_forward_hook(lambda _, args, out: seen.append((*args, out)))
+    with fast_model:
+        unet(torch.randn(2, 4, 16, 16), torch.tensor(3), torch.randn(2, 7, 128))
+    images = [x for x in torch.utils._pytree.tree_leaves(seen) if getattr(x, "ndim", 0) == 4]
+    assert len(images) > 12
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in images)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import sd_lora
+from sd_lora.adapters.fast.layers import lay_out
 from sd_lora.adapters.inject import adapted_layers, deltas_of
 from sd_lora.adapters.merging import merged, switched_off
 from sd_lora.training.fast.step import FastModel, fast, fast_models
@@ -39,6 +40,7 @@ def adapted_unet(
             nn.init.normal_(parameter, std=0.1)
         else:
             parameter.data = parameter.data.to(dtype)
+    lay_out(unet, next(unet.parameters()).device)
     return unet.train()
 
 
@@ -182,8 +184,9 @@ def test_a_step_may_ask_the_base_in_between() -> None:
     mine, theirs = adapted_unet("sd1"), adapted_unet("sd1")
     for model in (mine, theirs):
         enable_checkpointing({"unet": model})
-    given = arguments(mine)
-    base = build_unet("sd1")(**given).sample
+    given, plain = arguments(mine), build_unet("sd1").requires_grad_(False)
+    lay_out(plain, torch.device("cpu"))
+    base = plain(**given).sample
 
     def call(**given: Any) -> Any:
         out = mine(**given)
@@ -225,30 +228,38 @@ def test_a_step_of_wide_blocks_is_the_general_one(targets: str) -> None:
     assert_same(step(mine, given, FastModel(mine)), step(theirs, given), tolerance=2e-5)
     with Operators() as operators:
         step(mine, given, FastModel(mine))
-    # 320 at 8² and 640 at 4²: all but conv_in and conv_out, and the first block's
-    assert operators.names["aten.col2im.default"] > 10
-    assert operators.names["aten.convolution_backward.default"] > 0
+    # 320 at 8² and 640 at 4²: all but conv_in and conv_out, and the first blocks'
+    own, padded = (
+        operators.names[f"aten.{name}.default"] for name in ("convolution", "constant_pad_nd")
+    )
+    assert padded > 15
+    assert 0 < own < (12 if targets == "attention" else 40)
 
 
 @pytest.mark.parametrize("widths", [(), WIDE])
 def test_bfloat16_is_no_worse(widths: Any) -> None:
     """On a bfloat16 base the gradients are as near to those of float32 as the general path's, on
     average over the factors, and float32 themselves."""
-    found = []
+    found: list[list[dict[str, Tensor]]] = []
     for dtype, is_fast in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
         unet = adapted_unet("sdxl", dtype=torch.bfloat16, widths=widths)
         unet.to(dtype)  # the same rounded weights
+        ones = [FastModel(unet)] if is_fast else []
         given = arguments(unet, torch.bfloat16)
         given |= {k: v.to(dtype) for k, v in given.items() if k != "added_cond_kwargs"}
         more = given["added_cond_kwargs"]
         given["added_cond_kwargs"] = {k: v.to(dtype) for k, v in more.items()}
-        found.append(step(unet, given, *([FastModel(unet)] if is_fast else []))[1])
+        torch.manual_seed(5)
+        found.append([])
+        for _ in range(3):  # rounding in one early place is the error of all that follow it
+            given["sample"] = torch.randn(given["sample"].shape).bfloat16().to(dtype)
+            found[-1].append(step(unet, given, *ones)[1])
     exact, general, ours = found
-    assert {g.dtype for g in ours.values()} == {torch.float32}
+    assert {g.dtype for g in ours[0].values()} == {torch.float32}
 
-    def error(gradients: dict[str, Tensor]) -> float:
-        parts = [(gradients[n] - g).norm() / g.norm() for n, g in exact.items()]
-        return float(torch.stack(parts).mean())
+    def error(gradients: list[dict[str, Tensor]]) -> float:
+        pairs = [(m[n], g) for m, e in zip(gradients, exact, strict=True) for n, g in e.items()]
+        return float(torch.stack([(mine - g).norm() / g.norm() for mine, g in pairs]).mean())
 
     assert error(ours) < 1.1 * error(general)
 

@@ -133,7 +133,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
-        if any(word in str(func) for word in ("mm", "convolution.default")):
+        if any(word in str(func) for word in ("mm", "convolution")):
             storages = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
             self.counts.update(storages)
         return func(*args, **(kwargs or {}))

@@ -2,10 +2,10 @@
 
 oneDNN copies a kernel into an order of its own in each call, and that copy takes several times the
 product's time where the kernel is wide and the image small: one core of an AMD EPYC (Zen 5), 3×3,
-2560→1280 at 8², takes 84 ms in float32 and 50 in bfloat16, and as much again backwards. The same
+2560→1280 at 8², takes 186 ms forward and backward in float32, and 108 in bfloat16. The same
 convolution as a product of W and the input's columns (im2col: Chellapilla et al. 2006) reads W as
-it is: 25 and 14 ms, and 28 and 18 backwards. A copy made once would be quicker still (20 and 10),
-and twice the kernel's memory, for the backward pass needs the other order.
+it is: 45 and 25 ms. A copy made once would be as quick, and twice the kernel's memory, for the
+backward pass needs the other order.
 """
 
 from collections.abc import Sequence
@@ -18,16 +18,26 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from sd_lora.adapters.fast.copies import ConvFactors
-from sd_lora.adapters.fast.gemm import TORCH, Gemm, gemm_of, is_wide
+from sd_lora.adapters.fast.gemm import Gemm, gemm_of
 
 Pair = tuple[Tensor | None, Tensor | None]
 """Working copies of a convolution's A and B, or their gradients; None of a frozen one."""
 
+WIDE = 320
+"""Least width, on both sides, of a kernel that is multiplied with columns: SD 1.5 begins there."""
+
 OUTPUTS_A_PIXEL = 5
 """Least output channels for each pixel of the output with which columns pay. They then take a fifth
 of the kernel's bytes at most. Time of both passes against the plain ones, 3×3, widths 320 to 2560:
-with so many 0.6 to 0.7 (float32) and 0.6 to 1.0 (bfloat16), with more 0.3 to 0.9,
-with half as many 0.8 to 1.1 and 1.1 to 1.3."""
+with so many 0.5 to 0.6 (float32) and 0.7 to 0.9 (bfloat16), with more 0.1 to 0.6, with half as many
+0.85 and 0.97."""
+
+
+def layout_of(device: torch.device) -> torch.memory_format:
+    """The order of an image's numbers on a device: pixel by pixel (channels_last) on a CPU, whose
+    library convolves so and else copies to and fro; a pointwise convolution and a transformer's
+    tokens then are the image as it stands."""
+    return torch.channels_last if device.type == "cpu" else torch.contiguous_format
 
 
 class Columns:
@@ -52,23 +62,33 @@ class Columns:
         return self.batch * self.height * self.width
 
     def of(self, x: Tensor) -> Tensor:
-        """The columns of an input, (N, C·k·k)."""
+        """The columns of an input, (N, k·k·C)."""
         if self.pointwise:
             return rows(x)
-        columns = F.unfold(x, self.kernel, 1, self.padding, self.stride)
-        return columns.transpose(1, 2).reshape(-1, columns.shape[1])
+        (high, wide), (down, right) = self.kernel, self.padding
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, right, right, down, down))
+        windows = padded.unfold(1, high, self.stride[0]).unfold(2, wide, self.stride[1])
+        return windows.permute(0, 1, 2, 4, 5, 3).reshape(self.pixels, -1)
 
     def output(self, y: Tensor) -> Tensor:
-        """An output (B, out, H, W) of its rows, in the layout that norms read."""
-        return y.view(self.batch, self.height, self.width, -1).permute(0, 3, 1, 2).contiguous()
+        """An output (B, out, H, W) of its rows."""
+        return y.view(self.batch, self.height, self.width, -1).permute(0, 3, 1, 2)
 
     def input_gradient(self, dcolumns: Tensor) -> Tensor:
         """The gradient of the input from that of its columns, which are summed in float32."""
         if self.pointwise:
             return self.output(dcolumns)
-        parts = dcolumns.float().view(self.batch, -1, dcolumns.shape[1]).transpose(1, 2)
-        dx = F.fold(parts, self.size, self.kernel, 1, self.padding, self.stride)
-        return dx.to(dcolumns.dtype)
+        (high, wide), (down, right), (step, across) = self.kernel, self.padding, self.stride
+        parts = dcolumns.view(self.batch, self.height, self.width, high, wide, -1)
+        size = self.size[0] + 2 * down, self.size[1] + 2 * right
+        dx = parts.new_zeros(self.batch, *size, parts.shape[-1], dtype=torch.float32)
+        for i in range(high):
+            down_from = slice(i, i + step * self.height, step)
+            for j in range(wide):
+                across_from = slice(j, j + across * self.width, across)
+                dx[:, down_from, across_from] += parts[:, :, :, i, j]
+        inner = dx[:, down : size[0] - down, right : size[1] - right]
+        return inner.to(dcolumns.dtype).contiguous().permute(0, 3, 1, 2)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -76,9 +96,20 @@ def rows(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
+def matrix(W: Tensor) -> Tensor:
+    """A kernel (out, C, k, k) as a matrix (out, k·k·C) of columns."""
+    return W.permute(0, 2, 3, 1).reshape(W.shape[0], -1)
+
+
+def is_pointwise(W: Tensor) -> bool:
+    """Whether a kernel is one pixel."""
+    return W.shape[2:] == (1, 1)
+
+
 def may_unroll(W: Tensor) -> bool:
     """Whether a kernel is one whose convolution columns can make faster."""
-    return W.device.type == "cpu" and W.dtype in (torch.float32, torch.bfloat16) and is_wide(W)
+    fits = W.device.type == "cpu" and W.dtype in (torch.float32, torch.bfloat16)
+    return fits and (is_pointwise(W) or min(W.shape[:2]) >= WIDE)
 
 
 def columns_of(
@@ -88,10 +119,11 @@ def columns_of(
     where torch's own convolution is as fast."""
     if not may_unroll(W) or len(shape) != 4:
         return None
-    columns, gemm = Columns(shape, W, stride, padding), gemm_of(W)
-    pays = columns.pixels * OUTPUTS_A_PIXEL <= W.shape[0]
-    # torch's own 1×1 convolution in float32 is a product by MKL
-    return (columns, gemm) if pays or (columns.pointwise and gemm is not TORCH) else None
+    columns = Columns(shape, W, stride, padding)
+    pays = columns.pointwise or (
+        min(W.shape[:2]) >= WIDE and columns.pixels * OUTPUTS_A_PIXEL <= W.shape[0]
+    )
+    return (columns, gemm_of(W)) if pays else None
 
 
 def conv_backward(
@@ -117,7 +149,7 @@ class Convolution:
     def product(
         self, x: Tensor, A: Tensor | None, B: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """W x + b + B(A x), and A x: (B, r, H, W), or rows of it."""
+        """W x + b + B(A x), and A x: (B, r, H, W), or (r, pixels)."""
         base: Any = self.base
         form = base.stride, base.padding
         found = columns_of(x.shape, base.weight, *form)
@@ -129,11 +161,11 @@ class Convolution:
             return y.add_(torch.conv2d(low, B)), low
         columns, gemm = found
         of_x = columns.of(x)
-        y = gemm.linear(of_x, base.weight.flatten(1), base.bias)
+        y = gemm.linear(of_x, matrix(base.weight), base.bias)
         if A is None or B is None:
             return columns.output(y), None
-        low = gemm.linear(of_x, A.flatten(1))
-        return columns.output(gemm.onto(y, low, B.flatten(1))), low
+        low = gemm.linear(matrix(A), of_x)
+        return columns.output(gemm.onto(y, low.t(), B.flatten(1))), low
 
     def gradients(
         self, g: Tensor, x: Tensor, low: Tensor | None, A: Tensor | None, B: Tensor | None,
@@ -163,12 +195,14 @@ def _by_columns(
     g, dcolumns, dlow, dx = rows(g), None, None, None
     pair: Pair = (None, None)
     if A is not None:
-        dlow = gemm.linear(g, B.flatten(1).t())
-        pair = (dlow.t() @ columns.of(x)).view(A.shape), (g.t() @ low).view(B.shape)
+        dlow = gemm.linear(B.flatten(1).t(), g)
+        dA = gemm.linear(dlow, columns.of(x).t()).view(A.shape[0], *A.shape[2:], -1)
+        dB = gemm.linear(low, g.t()).t()
+        pair = dA.permute(0, 3, 1, 2), dB[..., None, None]
     if wants_x:
-        dcolumns = gemm.linear(g, W.flatten(1).t())
+        dcolumns = gemm.linear(g, matrix(W).t())
         if dlow is not None:
-            dcolumns = gemm.onto(dcolumns, dlow, A.flatten(1).t())
+            dcolumns = gemm.onto(dcolumns, dlow.t(), matrix(A).t())
         dx = columns.input_gradient(dcolumns)
     return dx, pair
 
@@ -188,7 +222,7 @@ class FrozenConv(torch.autograd.Function):
         if found is None:
             return F.conv2d(x, W, bias, stride, padding)
         columns, gemm = found
-        return columns.output(gemm.linear(columns.of(x), W.flatten(1), bias))
+        return columns.output(gemm.linear(columns.of(x), matrix(W), bias))
 
     @staticmethod
     @once_differentiable
@@ -197,7 +231,7 @@ class FrozenConv(torch.autograd.Function):
         found = columns_of(ctx.input, W, ctx.stride, ctx.padding)
         if found is not None:
             columns, gemm = found
-            dx = columns.input_gradient(gemm.linear(rows(g), W.flatten(1).t()))
+            dx = columns.input_gradient(gemm.linear(rows(g), matrix(W).t()))
         else:
             # the kernels read the input's shape and layout, and no number of it
             layout = torch.channels_last if ctx.channels_last else torch.contiguous_format

@@ -6,17 +6,15 @@ gradients go back to the trained tensors by one more.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.gemm import TORCH, gemm_of
 from sd_lora.adapters.fast.products import StackedJoint, StackedSum, frozen_linear
 from sd_lora.adapters.linear_conv import AdaptedConv, AdaptedLinear
-from sd_lora.adapters.low_rank import low_rank_linear
 
 
 class Factors:
@@ -95,6 +93,10 @@ class Stack(Factors):
         """Each layer's output, (…, out)."""
         return self.product.apply(x, self.W, self.bias, self.A, self.B)
 
+    def forward_of_one(self) -> Callable[[Tensor], Tensor]:
+        """The forward pass of a stack's only layer."""
+        return lambda input: self(input)[0]
+
     def fill(self) -> None:
         """Write B beside a W that has come to the device."""
         if self.joint:
@@ -114,20 +116,6 @@ class Stack(Factors):
     @property
     def product(self) -> Any:
         return StackedJoint if self.joint else StackedSum
-
-
-class Alone:
-    """A stack of one layer, as that layer."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-
-    def __call__(self, input: Tensor) -> Tensor:
-        stack = self.stack
-        if stack.joint or gemm_of(stack.W) is not TORCH:
-            return stack(input)[0]
-        # the general path's own operator: the same sums in the same order
-        return low_rank_linear(input, stack.W, stack.bias, stack.A, stack.B[0], 1.0)
 
 
 class FrozenStack:

@@ -10,6 +10,7 @@ import platform
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WIDE = 320
-"""Least width, on both sides, of a weight that anything but torch's own choice multiplies: SD 1.5
-begins there. The embedded base ends at 256, and keeps its numbers to the bit."""
+LEAST = 2_000_000
+"""Multiplications, rows × in × out, from which a product is oneDNN's. A call of it costs 9 µs more
+than one of torch's own: 64 × 144→144 takes 24 and 27 µs, 256 × 96→96 32 and 47, and 256 × 96→768
+169 and 357."""
+
+
+DEEP = 16
+"""Least products in each sum that oneDNN adds to another tensor: of 8, 1024 × 8→2560 takes it 1.8
+ms, and torch 0.9; of 32, 1024 × 32→320 0.11 and 0.19."""
 
 
 class Gemm(NamedTuple):
@@ -37,16 +44,28 @@ TORCH = Gemm(F.linear, lambda y, x, W: y.addmm_(x, W.t()))
 
 
 def gemm_of(W: Tensor) -> Gemm:
-    """The fastest products with a weight (out, in)."""
-    fits = W.device.type == "cpu" and W.dtype == torch.float32 and is_wide(W)
+    """The fastest products with a weight (out, in), and with the narrow ones of its LoRA."""
+    fits = W.device.type == "cpu" and W.dtype == torch.float32
     # a compiler chooses by itself, and has no form of the sum
     takes = fits and not torch.compiler.is_compiling() and _is_slow_in_mkl()
-    return (onednn() or TORCH) if takes else TORCH
+    return (by_work() or TORCH) if takes else TORCH
 
 
-def is_wide(W: Tensor) -> bool:
-    """Whether a weight (out, in, …) is wide on both sides."""
-    return min(W.shape[:2]) >= WIDE
+@cache
+def by_work() -> Gemm | None:
+    """Products by oneDNN from `LEAST` multiplications on, and by torch below; None without
+    oneDNN's."""
+    one = onednn()
+    if one is None:
+        return None
+
+    def of(x: Tensor, W: Tensor) -> Gemm:
+        return one if x.shape[0] * W.numel() >= LEAST else TORCH
+
+    def onto(y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+        return (of(x, W) if W.shape[1] >= DEEP else TORCH).onto(y, x, W)
+
+    return Gemm(lambda x, W, bias=None: of(x, W).linear(x, W, bias), onto)
 
 
 @cache
@@ -55,24 +74,33 @@ def onednn() -> Gemm | None:
     where they are not there, or do not give torch's own numbers."""
     with suppress(Exception):  # another version may have other operators, or none
         one: Any = torch.ops.mkldnn._linear_pointwise
+        linear, binary = one.default, one.binary
         found = Gemm(
-            lambda x, W, bias=None: one(x, W, bias, "none", [], ""),
-            lambda y, x, W: one.binary(x, y, W, None, "add"),
+            lambda x, W, bias=None: linear(x, W, bias, "none", [], ""),
+            lambda y, x, W: binary(x, y, W, None, "add"),
         )
         return found if is_right(found) else None
     return None
 
 
 def is_right(gemm: Gemm) -> bool:
-    """Whether products give torch's own numbers, of weights stored either way."""
+    """Whether products give torch's own numbers, of inputs and weights stored either way, or as
+    a part of wider ones."""
     x, y, bias = (torch.arange(n * 1.0).sin() for n in (15, 12, 4))
     x, y, W = x.view(3, 5), y.view(3, 4), torch.arange(20.0).cos().view(5, 4).t()
-    for weight in (W, W.contiguous()):
-        right = [F.linear(x, weight), F.linear(x, weight, bias), y + F.linear(x, weight)]
-        found = [gemm.linear(x, weight), gemm.linear(x, weight, bias), gemm.onto(y + 0, x, weight)]
+    right = [F.linear(x, W), F.linear(x, W, bias), y + F.linear(x, W)]
+    for own, weight in product(*map(_stored, (x, W))):
+        found = [gemm.linear(own, weight), gemm.linear(own, weight, bias)]
+        found.append(gemm.onto(y + 0, own, weight))
         if not all(torch.allclose(a, b, 1e-5, 1e-5) for a, b in zip(found, right, strict=True)):
             return False
     return True
+
+
+def _stored(matrix: Tensor) -> list[Tensor]:
+    """A matrix by rows, by columns, and as a part of a wider one."""
+    part = F.pad(matrix, (1, 2))[:, 1:-2]
+    return [matrix.contiguous(), matrix.t().contiguous().t(), part]
 
 
 @cache

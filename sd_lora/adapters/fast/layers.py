@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.fast.convolutions import FrozenConv, may_unroll
+from sd_lora.adapters.fast.convolutions import FrozenConv, layout_of, may_unroll
 from sd_lora.adapters.fast.copies import ConvFactors
 from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.layers import AdaptedLayer
@@ -101,6 +101,26 @@ def is_plain_conv(module: nn.Module) -> bool:
     )
 
 
+def lay_out(model: nn.Module, device: torch.device) -> None:
+    """Store a model's frozen kernels in the order of the images on a device, with their numbers.
+
+    Wherever a UNet computes, and not on the fast path alone: the order of sums goes by it, and a
+    sample of a run is the one of its file. A model whose group norms are trained stays as it is:
+    torch's gradient of such a weight alone, without its input's, ends the process there (2.13).
+    """
+    if any(map(_is_trained_norm, model.modules())):
+        return
+    for module in filter(is_plain_conv, model.modules()):
+        kernel: Any = module.weight
+        kernel.data = kernel.data.contiguous(memory_format=layout_of(device))
+
+
+def _is_trained_norm(module: nn.Module) -> bool:
+    """Whether a module is a group norm that learns, or that an adapter changes."""
+    norm = module.base if isinstance(module, AdaptedLayer) else module
+    return isinstance(norm, nn.GroupNorm) and any(p.requires_grad for p in module.parameters())
+
+
 def frozen_conv(conv: Any) -> Forward:
     """W x + b, saving nothing but the weight."""
     return lambda input: FrozenConv.apply(input, conv.weight, conv.bias, conv.stride, conv.padding)
@@ -113,7 +133,7 @@ def frozen(linear: Any) -> Forward:
 
 def adapted_conv(layer: Any, factors: ConvFactors) -> Forward:
     """W x + b + B(A x), of torch's own operators: a function of our own saves no operator here, and
-    its calls cost more (45 µs, benchmarks/README.md), but for a wide W on a CPU."""
+    its calls cost more (45 µs, benchmarks/README.md), but for a W that columns make faster."""
     base = layer.base
     form = base.stride, base.padding
     of_base = frozen_conv(base) if may_unroll(base.weight) else None

@@ -26,11 +26,11 @@ class StackedSum(torch.autograd.Function):
         ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor
     ) -> tuple[Tensor, ...]:
         x2, gemm = x.reshape(-1, x.shape[-1]), gemm_of(W)
-        h = gemm.linear(x2, A)  # (N, n·r)
+        h = gemm.linear(A, x2)  # (n·r, N): see `low_rank`
         y = gemm.linear(x2, W, bias)  # (N, n·out)
         outs, r = y.split(B.shape[1], 1), B.shape[2]
-        for out, low, up in zip(outs, h.split(r, 1), B, strict=True):
-            out.addmm_(low, up.t())
+        for out, low, up in zip(outs, h.split(r), B, strict=True):
+            out.addmm_(low.t(), up.t())
         ctx.save_for_backward(x2, W, A, B, h)
         ctx.shape = x.shape
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
@@ -42,15 +42,21 @@ class StackedSum(torch.autograd.Function):
         (_, out, r), gemm = B.shape, gemm_of(W)
         # layer by layer: on a CPU a batched product of these takes three times as long
         by_layer = [g.reshape(-1, out) for g in gs]
-        dh = torch.cat([gemm.linear(g, up.t()) for g, up in zip(by_layer, B, strict=True)], 1)
-        dB = torch.stack([g.t() @ low for g, low in zip(by_layer, h.split(r, 1), strict=True)])
+        dh = _joined([gemm.linear(up.t(), g) for g, up in zip(by_layer, B, strict=True)])
+        dB = _joined([gemm.linear(low, g.t()) for g, low in zip(by_layer, h.split(r), strict=True)])
+        dB = dB.view(-1, r, out).transpose(1, 2).contiguous()
         dx = None
         if ctx.needs_input_grad[0]:
-            dx = gemm.linear(dh, A.t())
+            dx = gemm.linear(dh.t(), A.t())
             for g, weight in zip(by_layer, W.split(out), strict=True):
                 dx = gemm.onto(dx, g, weight.t())
             dx = dx.view(ctx.shape)
-        return dx, None, None, dh.t() @ x2, dB
+        return dx, None, None, gemm.linear(dh, x2.t()), dB
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    """Rows below each other."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class StackedJoint(torch.autograd.Function):

@@ -14,9 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from sd_lora.adapters.fast.convolutions import Convolution, Pair
+from sd_lora.adapters.fast.convolutions import Convolution, Pair, layout_of
 
 aten = torch.ops.aten
+
+
+def laid_out(x: Tensor) -> Tensor:
+    """An image in the order in which norms and convolutions read it."""
+    return x.contiguous(memory_format=layout_of(x.device))
 
 
 class Norm:
@@ -35,7 +40,7 @@ class Norm:
 
     def gradient(self, dz: Tensor, y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
         """The gradient of x from that of silu(y)."""
-        dy = aten.silu_backward(dz.contiguous(), y)
+        dy = aten.silu_backward(laid_out(dz), y)
         return aten.native_group_norm_backward(
             dy, x, mean, rstd, self.weight, *self._sizes(x), (True, False, False)
         )[0]
@@ -55,7 +60,7 @@ class Block:
         """The output for x (B, C, H, W) and the projected time embedding (B, out, 1, 1)."""
         pairs = [*self.conv1.pair(), *self.conv2.pair()]
         pairs += self.shortcut.pair() if self.shortcut else (None, None)
-        return _Residual.apply(self, x.contiguous(), time, *pairs)
+        return _Residual.apply(self, laid_out(x), time, *pairs)
 
 
 class _Residual(torch.autograd.Function):
@@ -66,7 +71,7 @@ class _Residual(torch.autograd.Function):
         A1, B1, A2, B2, A3, B3 = pairs
         y, *of_x = block.norm1(x)
         middle, low1 = block.conv1.product(F.silu(y, inplace=True), A1, B1)
-        middle = middle.add_(time).contiguous()
+        middle = laid_out(middle.add_(time))
         y, *of_middle = block.norm2(middle)
         out, low2 = block.conv2.product(F.silu(y, inplace=True), A2, B2)
         low3 = None

@@ -143,10 +143,10 @@ class _RoutedSum(torch.autograd.Function):
         y = F.linear(x2, W, bias)
         lows = []
         for part, A, B in zip(rows, pairs[::2], pairs[1::2], strict=True):
-            low = x2[part] @ A.t()
+            low = A @ x2[part].t()  # (n·r, rows): see `low_rank`
             mine = y[part].split(out, 1)
-            for of_layer, h, up in zip(mine, low.split(B.shape[2], 1), B, strict=True):
-                of_layer.addmm_(h, up.t())
+            for of_layer, h, up in zip(mine, low.split(B.shape[2]), B, strict=True):
+                of_layer.addmm_(h.t(), up.t())
             lows.append(low)
         ctx.save_for_backward(x2, W, *lows, *pairs)
         ctx.shape, ctx.out, ctx.rows = x.shape, out, rows
@@ -162,11 +162,11 @@ class _RoutedSum(torch.autograd.Function):
         found: list[Tensor] = []
         for part, low, A, B in zip(ctx.rows, lows, pairs[::2], pairs[1::2], strict=True):
             mine = [g[part] for g in by_layer]
-            dlow = torch.cat([g @ up for g, up in zip(mine, B, strict=True)], 1)
-            of_layers = zip(mine, low.split(B.shape[2], 1), strict=True)
-            found += [dlow.t() @ x2[part], torch.stack([g.t() @ h for g, h in of_layers])]
+            dlow = torch.cat([up.t() @ g.t() for g, up in zip(mine, B, strict=True)])
+            of_layers = zip(mine, low.split(B.shape[2]), strict=True)
+            found += [dlow @ x2[part], torch.stack([(h @ g).t() for g, h in of_layers])]
             if dx is not None:
-                dx[part].addmm_(dlow, A)
+                dx[part].addmm_(dlow.t(), A)
         return None if dx is None else dx.view(ctx.shape), None, None, None, None, *found
 
 

@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from sd_lora.adapters.fast.convolutions import Convolution
-from sd_lora.adapters.fast.copies import Alone, ConvFactors, Factors, FrozenStack, Stack
+from sd_lora.adapters.fast.copies import ConvFactors, Factors, FrozenStack, Stack
 from sd_lora.adapters.fast.layers import (
     Forward,
     is_conv,
@@ -153,8 +153,7 @@ class Parts:
 
     def alone(self, layer: Any) -> blocks.Project:
         """A linear by itself, or a 1×1 convolution, which is one."""
-        stack = self.stack([layer])
-        return stack.forward_of_one() if isinstance(stack, RoutedStack) else Alone(stack)
+        return self.stack([layer]).forward_of_one()
 
     def routed_conv(self, layer: RoutedLayer) -> RoutedConvolution:
         """A convolution of several models."""
