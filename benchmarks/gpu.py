@@ -32,9 +32,10 @@ from sd_lora.models.published_configs import CONFIGS
 from sd_lora.training.compiled import inductor
 from sd_lora.training.fast.blocks import block_pass
 from sd_lora.training.fast.step import fast
-from sd_lora.training.graphs import WARM, CudaRecorder, Gradients, Record, told
+from sd_lora.training.graphs import WARM, Gradients
 from sd_lora.training.memory import GIB, Shape, StepBytes, count_step
 from sd_lora.training.out_of_memory import let_go
+from sd_lora.training.recorders import CudaRecorder, Recorder, told
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()
@@ -205,7 +206,7 @@ class FreedStep(Step):
 
     def __init__(
         self, name: str, config: Any, cell: Cell, given: dict[str, Any],
-        recorder: Callable[[], Record] = CudaRecorder,
+        recorder: Callable[[], Recorder] = CudaRecorder,
     ) -> None:  # fmt: skip
         super().__init__("ours", config, cell, given)
         self.gradients = Gradients(self.candidate.unet)
@@ -218,10 +219,11 @@ class FreedStep(Step):
                 self.summed()
             self.replay = recorder()(self.summed)
 
-    def summed(self) -> None:
+    def summed(self) -> list[torch.Tensor]:
         with fast(self.candidate.fast):
             loss = self.candidate.forward(self.given)
             self.gradients.add(torch.autograd.grad(loss, self.gradients.parameters))
+        return []
 
     def backward(self) -> None:
         self.gradients.link([True] * len(self.gradients.parameters))

@@ -148,6 +148,7 @@ FINDINGS: dict[str, FindingKind] = {
     # numbers
     "graphs": FindingKind("note"),
     "no-graphs": FindingKind("warning", "the run goes on without CUDA graphs"),
+    "not-recorded": FindingKind("note", "steps are computed as before, somewhat more slowly"),
     "skipped-step": FindingKind("warning", "the step changed nothing (--on_nan skip)"),
     "went-back": FindingKind("warning", "other noise for these steps (--on_nan restore)"),
     "no-gradient": FindingKind(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.recorder import Recorder
+from sd_lora.training.recorders import OperatorRecorder
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 import gpu
@@ -38,7 +38,7 @@ def test_a_graphed_step_is_the_step() -> None:
     given, factors = gpu.conditions(config, gpu.DTYPE, 8, 1), []
     for make in (
         lambda: gpu.Step("ours", config, cell, given),
-        lambda: gpu.FreedStep("graphed", config, cell, given, Recorder),
+        lambda: gpu.FreedStep("graphed", config, cell, given, OperatorRecorder),
     ):
         torch.manual_seed(0)
         step = make()

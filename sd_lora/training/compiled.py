@@ -20,8 +20,8 @@ from sd_lora.errors import RunError, UsageError
 from sd_lora.report.events import Progress
 from sd_lora.report.summary import duration
 from sd_lora.training.fast.blocks import BlockParts, Pass, Way, block_pass
-from sd_lora.training.graphs import told
 from sd_lora.training.out_of_memory import let_go
+from sd_lora.training.recorders import told
 from sd_lora.training.run import Run
 from sd_lora.training.trial import Accumulate, Parts, StepOutOfMemory, go_once, step_memory
 

@@ -1,8 +1,9 @@
-"""CUDA graphs of a step: the UNet's forward and backward pass, recorded once for each form of batch
-and launched as one.
+"""Recorded passes of a step: the UNet's forward and backward pass, recorded once for each form of
+batch and done from the recording since.
 
 A step of a few images is thousands of kernels, and a fast card is done with each before the host
-has sent the next one. A recorded pass takes one launch.
+has sent the next one. Recorded as a CUDA graph, they take one launch. On a CPU modules, autograd
+and views are a fifth of the embedded base's pass, and its operators alone are left.
 
 The host's part of a step is outside: images, noise and timesteps by address, captions, text
 encoders, clipping, the optimiser. What the host draws reaches the pass through tensors that stay
@@ -10,11 +11,11 @@ where they are (`Pass`), and so do its gradients. A pass is used only once it ha
 batch's losses and gradients as the plain pass gives them.
 """
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -27,15 +28,17 @@ from sd_lora.report.events import Warned
 from sd_lora.training.batch_loss import Question, Weights, asked, observe, weights_of
 from sd_lora.training.fast.step import FastModel, fast
 from sd_lora.training.out_of_memory import is_out_of_memory, let_go
+from sd_lora.training.recorders import CudaRecorder, OperatorRecorder, Recorder, told
 from sd_lora.training.run import Run
 
 WARM = 3
-"""Plain passes of a form before it is recorded: libraries make their handles and workspaces in the
-first, and may not do so while a graph is recorded (torch's notes on CUDA graphs ask for three)."""
+"""Plain passes of a form before it is recorded: on a card libraries make their handles and
+workspaces in the first, and may not do so meanwhile (torch's notes on CUDA graphs ask for
+three)."""
 
 MOST = 12
-"""Forms that are recorded: each keeps its list of kernels on the card. The memory in which they
-compute is one for all."""
+"""Forms that are recorded: each keeps its list of kernels or operators. The memory in which those
+of a card compute is one for all."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 """Base's dtype → most relative difference of any tensor's gradient in a recorded pass from that in
@@ -45,27 +48,28 @@ SMALL = 1e-4
 """Share of the whole gradient's norm below which a tensor's is compared with that share: a gradient
 of rounding alone is another one each time."""
 
-Work = Callable[[], None]
-Record = Callable[[Work], Work]
-"""Recorder of a work on tensors that stay; returns a function that does the work once more."""
-
 T = TypeVar("T")
 
 
 def graphs_of(run: Run, shares: bool = False) -> "Graphs | None":
-    """The recorded passes of a run that asks for them; a note of its summary says why there are
-    none. shares: whether other runs of this process learn over its base."""
-    if run.config.cuda_graphs == "off":
-        return None
+    """The recorded passes of a run: on a CUDA device where it asks for them, on a CPU by itself. A
+    note of its summary says why there are none though it asks. shares: whether other runs of this
+    process learn over its base."""
+    device, asked = run.accelerator.device.type, run.config.cuda_graphs != "off"
     reason = next((text for holds, text in REASONS if holds(run)), "")
-    if reason := reason or "several jobs go through one UNet" * shares:
-        run.summary.notes.append(f"no CUDA graphs: {reason}")
+    reason = reason or "several jobs go through one UNet" * shares
+    if asked and (told := reason or "this run is on no CUDA device" * (device != "cuda")):
+        run.summary.notes.append(f"no CUDA graphs: {told}")
+    wanted = asked if device == "cuda" else device == "cpu"
+    if reason or not wanted:
         return None
-    return Graphs(run.models["unet"], run.fast_models, CudaRecorder())
+    recorder = CudaRecorder() if device == "cuda" else OperatorRecorder()
+    if len(run.stream) < recorder.least:
+        return None
+    return Graphs(run.models["unet"], run.fast_models, recorder)
 
 
 REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
-    (lambda run: run.accelerator.device.type != "cuda", "this run is on no CUDA device"),
     (
         lambda run: run.accelerator.num_processes > 1,
         "several processes exchange their gradients in the backward pass",
@@ -75,27 +79,7 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
     (lambda run: run.config.rotates, "oft solves equations, whose errors the host reads"),
     (lambda run: run.config.masks_ranks, "tlora_min_rank masks other ranks in each pass"),
 )
-"""Runs that have no graphs, and why."""
-
-
-class CudaRecorder:
-    """Records on the current CUDA device; all recordings compute in the same memory."""
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, work: Work) -> Work:
-        """Record a work, which is not done meanwhile."""
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        gc.collect()  # a tensor that is collected while a graph is recorded would spoil it
-        try:
-            # other threads, which load images, may ask for memory meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                work()
-        except BaseException:  # torch leaves its own stream in place where the end fails, too
-            torch.cuda.set_stream(stream)
-            raise
-        return graph.replay
+"""Runs whose passes are not recorded, and why."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +141,10 @@ class Gradients:
         pairs = [(k, g) for k, g in zip(self.kept, gradients, strict=True) if g is not None]
         torch._foreach_add_([k for k, _ in pairs], [g for _, g in pairs])
 
+    def since(self, before: Sequence[Tensor]) -> list[Tensor]:
+        """The gradients that were added to former ones."""
+        return [kept - former for kept, former in zip(self.kept, before, strict=True)]
+
     def link(self, had_part: Sequence[bool]) -> None:
         """Let these be the gradients of the parameters that had a part, and keep their values."""
         empty = []
@@ -185,42 +173,44 @@ class Found:
 class Pass:
     """A recorded pass of one form, with its inputs and results in tensors that stay."""
 
-    def __init__(self, given: Given, compute: Callable[[Given], Found], record: Record,
+    def __init__(self, given: Given, compute: Callable[[Given], Found], record: Recorder,
                  gradients: Gradients) -> None:  # fmt: skip
         self.given = changed(given, lambda t: t.detach().clone().requires_grad_(t.requires_grad))
         self.tensors = tensors_of(self.given)
         self.gradients = gradients
         before = [kept.clone() for kept in gradients.kept]
 
-        def work() -> None:
-            self.found = compute(self.given)
-            gradients.add(self.found.gradients)
+        def work() -> list[Tensor]:
+            found = compute(self.given)
+            gradients.add(found.gradients)
+            self.had_part = [gradient is not None for gradient in found.gradients]
+            return [found.losses, *found.inputs]
 
         try:
             self.replay = record(work)
         finally:  # a recorder may have done the work, too
             torch._foreach_copy_(gradients.kept, before)
-        self.had_part = [g is not None for g in self.found.gradients]
-        self.found.gradients.clear()  # the next recording may compute in their memory
 
     @torch.no_grad()
     def __call__(self, given: Given) -> Found:
         """Losses and input gradients of a batch; those of the parameters are added up."""
         torch._foreach_copy_(self.tensors, tensors_of(given))
         self.gradients.link(self.had_part)
-        self.replay()
-        return Found(
-            self.found.losses.clone(), [], [gradient.clone() for gradient in self.found.inputs]
-        )
+        losses, *inputs = (result.clone() for result in self.replay())  # a graph's own stay
+        return Found(losses, [], inputs)
 
 
 @dataclass
 class Form:
-    """A form of batch in a run. seen: its passes. recorded: None before, and where it is
-    refused. proved: whether the recording has given another batch's results."""
+    """A form of batch in a run. seen: its passes. quickest: seconds of a plain one. recorded: None
+    before, and where it is refused. step: of the recording, before which so many were done. proved:
+    whether the recording has given the results of another batch, in a later step, so that one of
+    tensors that an optimiser exchanges is found out."""
 
     seen: int = 0
+    quickest: float = math.inf
     recorded: Pass | None = None
+    step: int = 0
     proved: bool = False
 
 
@@ -233,11 +223,10 @@ class Graphs:
         record: records a pass.
     """
 
-    def __init__(self, unet: nn.Module, fast_models: Sequence[FastModel], record: Record) -> None:
+    def __init__(self, unet: nn.Module, fast_models: Sequence[FastModel], record: Recorder) -> None:
         self.of_unet = [model for model in fast_models if model.model is unet]
         self.of_text = [model for model in fast_models if model.model is not unet]
-        self.gradients = Gradients(unet)
-        self.record = record
+        self.unet, self.record = unet, record
         self.forms: dict[tuple[object, ...], Form] = {}
 
     def learn(self, run: Run, batch: Batch, step: int) -> Tensor:
@@ -251,47 +240,69 @@ class Graphs:
                 question = asked(run, part, step)
                 weights = weights_of(run, part, question.t)
                 given = Given(question, weights, part.accumulation_steps)
-                found = self._found(run, given)
-                # what the text has learned goes back into its encoders
-                wants = [t for t in tensors_of(given) if t.requires_grad]
-                if wants:
+                found = self._found(run, given, step)
+                if found.inputs:  # what the text has learned goes back into its encoders
+                    wants = [t for t in tensors_of(given) if t.requires_grad]
                     torch.autograd.backward(wants, found.inputs)
             observe(run, part, step, found.losses, question.t)
             losses.append(weights.loss(found.losses) / part.accumulation_steps)
         return torch.stack(losses).sum()
 
-    def _found(self, run: Run, given: Given) -> Found:
+    def _found(self, run: Run, given: Given, step: int) -> Found:
         """The results of a pass, whose parameters' gradients are added to theirs."""
         form = self.forms.setdefault(form_of(given), Form())
         form.seen += 1
         if form.recorded and form.proved:
             return form.recorded(given)
         try:
-            if form.recorded:
+            if form.recorded and step > form.step:
                 return self._compared(run, form, given)
-            found = self._plain(run, given)
+            found, seconds = _timed(lambda: self._plain(run, given), given)
         except Exception as error:
             if not (is_out_of_memory(error) and self.number):
                 raise
             let_go(error)
             self._refuse(run, "recorded passes keep the memory that a plain one needs beside them")
             return self._plain(run, given)
-        if form.seen == WARM and self.number < MOST:
+        form.quickest = min(form.quickest, seconds)
+        if self._is_due(run, form, step):
+            form.step = step
             self._record(run, form, given)
         return found
+
+    def _is_due(self, run: Run, form: Form, step: int) -> bool:
+        """Whether a form is to be recorded after a plain pass. step: number of steps before."""
+        passes = form.seen / (step + 1 - run.first_step)  # of each step
+        return (
+            form.seen >= WARM
+            and form.recorded is None
+            and self.number < MOST
+            and form.quickest <= self.record.slowest
+            and passes * (run.plan.num_steps - step - 1) >= self.record.least
+            and (self.record.compiled or not run.fit.compiled)
+        )
 
     @property
     def number(self) -> int:
         """How many forms are recorded."""
         return sum(form.recorded is not None for form in self.forms.values())
 
+    @cached_property
+    def gradients(self) -> Gradients:
+        """The gradients that stay: made for the first recording, for they take a second set."""
+        return Gradients(self.unet)
+
+    def _loss(self, run: Run, given: Given) -> tuple[Tensor, Tensor]:
+        """The losses of the items, detached, and the loss of the batch."""
+        losses = given.question.losses(run.prepared["unet"], run.objective)
+        return losses.detach(), given.weights.loss(losses) / given.accumulation_steps
+
     def _compute(self, run: Run, given: Given) -> Found:
         """A pass; its gradients are in no parameter."""
         inputs = [t for t in tensors_of(given) if t.requires_grad]
         scaler = run.accelerator.scaler
         with fast(self.of_unet):
-            losses = given.question.losses(run.prepared["unet"], run.objective)
-            loss = given.weights.loss(losses) / given.accumulation_steps
+            losses, loss = self._loss(run, given)
             scaled = loss if scaler is None else scaler.scale(loss)
             wanted = [*self.gradients.parameters, *inputs]
             gradients = torch.autograd.grad(scaled, wanted, allow_unused=True)
@@ -300,10 +311,16 @@ class Graphs:
             torch.zeros_like(t) if g is None else g
             for t, g in zip(inputs, gradients[number:], strict=True)
         ]
-        return Found(losses.detach(), [*gradients[:number]], of_inputs)
+        return Found(losses, [*gradients[:number]], of_inputs)
 
     def _plain(self, run: Run, given: Given) -> Found:
-        found = self._compute(run, given)
+        """A pass that adds its gradients to the parameters'."""
+        if not self.number:  # as in a run that records nothing, also those of the inputs
+            with fast(self.of_unet):
+                losses, loss = self._loss(run, given)
+                run.accelerator.backward(loss)
+            return Found(losses, [], [])
+        found = self._compute(run, given)  # all or none: it may be done again
         self.gradients.link([gradient is not None for gradient in found.gradients])
         with torch.no_grad():
             self.gradients.add(found.gradients)
@@ -329,25 +346,30 @@ class Graphs:
         nothing to compare, the next batch is."""
         recorded = form.recorded
         assert recorded
-        plain, slow = _timed(lambda: self._compute(run, given))
+        plain, slow = _timed(lambda: self._compute(run, given), given)
         self.gradients.link([gradient is not None for gradient in plain.gradients])
         before = [kept.clone() for kept in self.gradients.kept]
-        found, quick = _timed(lambda: recorded(given))
-        added = [k - b for k, b in zip(self.gradients.kept, before, strict=True)]
+        found, quick = _timed(lambda: recorded(given), given)
+        added = self.gradients.since(before)
         torch._foreach_copy_(self.gradients.kept, before)
         self.gradients.add(plain.gradients)  # the plain ones count, in any case
         ways = (
-            ([found.losses], [plain.losses]), (added, plain.gradients),
+            ([found.losses], [plain.losses]), (added, self.gradients.since(before)),
             (found.inputs, plain.inputs),
         )  # fmt: skip
         apart = [_distance(mine, theirs) for mine, theirs in ways]
         if any(map(math.isnan, apart)):
             return plain
-        if max(apart) > TOLERANCE[given.question.x_t.dtype]:
+        if self.record.exact:
+            if not all(map(_is_equal, *zip(*ways, strict=True))):
+                self._refuse(run, "a recorded pass does not give the plain one's bits")
+                return plain
+        elif max(apart) > TOLERANCE[given.question.x_t.dtype]:
             self._refuse(run, f"a recorded pass differs from the plain one by {max(apart):.1%}")
             return plain
         form.proved = True
-        if sum(known.proved for known in self.forms.values()) == 1:
+        first = sum(known.proved for known in self.forms.values()) == 1
+        if first and not self.record.exact:
             height, width = given.question.x_t.shape[2:]
             text = (
                 f"{len(plain.losses)} × {width}×{height} latents: forward and backward take "
@@ -360,15 +382,9 @@ class Graphs:
         """Forget all recordings, and let the run go on without."""
         self.forms.clear()
         run.graphs = None
-        run.emit(Warned([Finding("no-graphs", "cuda_graphs", reason)]))
-
-
-def told(error: BaseException) -> str:
-    """The kind and the first line of the error behind others: the end of a spoiled recording raises
-    one of its own."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+        own = self.record.exact
+        code, place = ("not-recorded", "training") if own else ("no-graphs", "cuda_graphs")
+        run.emit(Warned([Finding(code, place, reason)]))
 
 
 def _distance(mine: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
@@ -385,15 +401,17 @@ def _distance(mine: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> float:
     return float(worst.nan_to_num(math.inf, math.inf))
 
 
-def _timed(work: Callable[[], T]) -> tuple[T, float]:
+def _is_equal(mine: Sequence[Tensor], theirs: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are the same bits, those without a counterpart left out."""
+    pairs = zip(mine, theirs, strict=True)
+    return all(torch.equal(a, b) for a, b in pairs if b is not None)
+
+
+def _timed(work: Callable[[], T], given: Given) -> tuple[T, float]:
     """The result of a work, and its seconds with the device's part."""
-    _wait()
+    wait = torch.cuda.synchronize if given.question.x_t.is_cuda else lambda: None
+    wait()
     started = time.perf_counter()
     result = work()
-    _wait()
+    wait()
     return result, time.perf_counter() - started
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()

@@ -2,10 +2,12 @@
 
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +142,11 @@ def unseen_card() -> str:
     )
 
 
+UNUSED = "lomo_optim"
+"""A package for which Accelerate looks along the whole path twice in each step. Where it is
+missing, that is known at once for the rest of the process."""
+
+
 def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
     """The Accelerator of a run: device, processes, precision, trackers; not accumulation, and not
     FSDP2, which shards the base alone (`sharding`)."""
@@ -148,6 +155,8 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
         project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
+    if find_spec(UNUSED) is None:
+        sys.modules[UNUSED] = None  # type: ignore[assignment]  # not there, and known at once
     try:
         with without_fsdp():
             return Accelerator(
