@@ -233,14 +233,19 @@ def test_the_rule_is_width_and_pixels() -> None:
 
 
 @has_onednn
-def test_small_products_are_torchs() -> None:
-    """Below the limit of multiplications a product is torch's to the bit, and from it on
-    oneDNN's."""
+def test_products_go_to_the_faster_library() -> None:
+    """Below the limit of multiplications, and of a weight that is a part of a wider one (as the
+    gradient of an image that skips is), a product is torch's to the bit; else oneDNN's."""
     one, both = onednn(), by_work()
     assert one is not None
     assert both is not None
-    W, bias = torch.randn(200, 100), torch.randn(200)
-    for count, way in ((LEAST // W.numel() - 1, TORCH), (LEAST // W.numel(), one)):
+    wide, bias = torch.randn(200, 300), torch.randn(200)
+    own, part = wide[:, :100].contiguous(), wide[:, :100]
+    least = LEAST // own.numel()
+    for W, count, way in (
+        (own, least - 1, TORCH), (own, least, one), (part, least, TORCH),
+        (part.t().contiguous().t(), least, one),
+    ):  # fmt: skip
         x, y = torch.randn(count, 100), torch.randn(count, 200)
         assert torch.equal(both.linear(x, W, bias), way.linear(x, W, bias))
         assert torch.equal(both.onto(y.clone(), x, W), way.onto(y.clone(), x, W))
