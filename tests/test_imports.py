@@ -21,9 +21,12 @@ FILES = {
     "whole/part.py": RUNS + "name = 'of part'\n",
     "room/__init__.py": RUNS,
     "room/inner.py": RUNS + "name = 'of inner'\n",
+    "tools.py": RUNS + "def add(a, b=0):\n    return a + b\n",
     "broken.py": RUNS + "import no_such_module_anywhere\n",
 }
-"""Modules of two packages, each of which notes that its code runs."""
+"""Modules of two packages and two alone, each of which notes that its code runs."""
+
+ROOTS = ("whole", "room", "tools", "broken")
 
 
 @pytest.fixture
@@ -36,7 +39,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]
     monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
     monkeypatch.setattr(sys, "waited", [], raising=False)
     yield sys.waited  # type: ignore[attr-defined]
-    for name in [n for n in sys.modules if n.partition(".")[0] in ("whole", "room", "broken")]:
+    for name in [n for n in sys.modules if n.partition(".")[0] in ROOTS]:
         del sys.modules[name]
 
 
@@ -44,7 +47,7 @@ def test_a_module_waits_for_its_first_name(runs: list[str]) -> None:
     """An import of a waiting module runs no code, and neither does a search for it or a look at all
     modules, as `inspect.getmodule` takes; its first name does, once, for all who have imported it,
     and later imports give the module itself."""
-    let_wait(["whole", "room.inner"])
+    let_wait({"whole": (), "room.inner": ()})
     early = import_module("whole")
     assert find_spec("whole").origin == early.__file__
     inspect.getmodule(test_a_module_waits_for_its_first_name.__code__)
@@ -61,10 +64,22 @@ def test_a_module_waits_for_its_first_name(runs: list[str]) -> None:
     assert runs == ["room", "whole", "whole.part", "room.inner"]
 
 
+def test_a_function_waits_for_its_first_call(runs: list[str]) -> None:
+    """A function of a waiting module that is imported by name runs the module's code when it is
+    first called, and is the module's own; whoever imports it from then on has that itself."""
+    let_wait({"tools": ["add"]})
+    early = import_module("tools")
+    add = early.add
+    assert runs == []
+    assert add(1, b=2) == add(3) == 3
+    assert runs == ["tools"]
+    assert early.add is import_module("tools").add is not add
+
+
 def test_a_part_of_a_waiting_package_runs_once(runs: list[str]) -> None:
     """`import whole.part` brings the package, whose own code imports the part: the code of each
     runs once, and the part that everybody has is one."""
-    let_wait(["whole"])
+    let_wait({"whole": ()})
     part = import_module("whole.part")
     assert runs == ["whole", "whole.part"]
     assert part is sys.modules["whole"].part
@@ -75,19 +90,21 @@ def test_a_part_of_a_waiting_package_runs_once(runs: list[str]) -> None:
 def test_an_import_that_fails_says_so_where_it_is_used(runs: list[str]) -> None:
     """A broken module's own error comes with each use, with what to do about it, also for libraries
     that go on without a package; one that is not installed never waits."""
-    let_wait(["broken", "no_such_module", "no_such_package.part"])
+    let_wait({"broken": ["called"], "no_such_module": (), "no_such_package.part": ()})
     module = import_module("broken")
     for _ in range(2):
         with pytest.raises(ImportError, match="no_such_module_anywhere.*or uninstall it") as error:
             module.name  # noqa: B018
         assert isinstance(error.value, RunError)
-    assert runs == ["broken", "broken"]
+    with pytest.raises(RunError, match="no_such_module_anywhere"):
+        module.called()
+    assert runs == ["broken"] * 3
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         import_module("no_such_module")
 
 
 HEAVY = (
-    *("bitsandbytes.nn", "scipy.stats._stats_py"),
+    *("bitsandbytes.nn", "scipy.stats._stats_py", "scipy.optimize._optimize"),
     *("torch._inductor.compile_fx", "torch._inductor.lowering", "networkx"),
     *("datasets", "pyarrow", "pandas", "matplotlib", "tensorflow", "lycoris", "pytorch_optimizer"),
     "sd_lora.config.translate.peers",
@@ -96,6 +113,11 @@ HEAVY = (
 
 START = """
 import json, os, sys
+reads = []
+source = os.path.join("transformers", "models", "vit", "modeling_vit.py")
+sys.addaudithook(
+    lambda event, args: reads.append(1) if event == "open" and str(args[0]).endswith(source) else 0
+)
 from sd_lora.config.command_line import parse
 from sd_lora.imports import quick_imports
 config = parse(sys.argv[2:])
@@ -110,6 +132,8 @@ def listen(event):
     import diffusers.quantizers.bitsandbytes.utils as user
     import peft, scipy.stats, torch
     assert scipy.stats.norm.cdf(0) == 0.5
+    from transformers.loss.loss_for_object_detection import linear_sum_assignment
+    assert linear_sum_assignment([[1.0, 0.0], [0.0, 1.0]])[1].tolist() == [1, 0]
     if hasattr(user, "bnb"):
         import bitsandbytes.nn
         assert user.bnb.nn is bitsandbytes.nn and bitsandbytes.nn.Linear4bit(2, 2).bias is not None
@@ -117,6 +141,7 @@ def listen(event):
         peft.LoraConfig(r=2, target_modules=["0"]), torch.nn.Sequential(torch.nn.Linear(2, 2))
     )
     assert isinstance(model[0], peft.tuners.lora.Linear)
+    assert len(reads) == 1, f"transformers' models were read {len(reads)} times"
     sys.stdout.write(json.dumps(loaded) + "\\n")
     sys.stdout.flush()
     os._exit(0)
@@ -128,8 +153,9 @@ train(config, [listen])
 @pytest.mark.launch
 def test_the_first_step_needs_no_package_of_options(root: Path, tmp_path: Path) -> None:
     """A training with default samples, validation and trackers comes to its first step without the
-    packages of options that it has not; peft, bitsandbytes and scipy.stats, imported from then on,
-    are whole, also for diffusers, which imported them while they waited."""
+    packages of options that it has not, and transformers looks into its models once; peft,
+    bitsandbytes and scipy's, imported from then on, are whole, also for diffusers, which imported
+    them while they waited."""
     words = (
         "--pretrained_model_name_or_path sample_data/tiny-sd --train_data_dir "
         f"sample_data/captioned --caption_column text --steps 100 --output_dir {tmp_path / 'out'}"
