@@ -324,11 +324,13 @@ def judge_parser() -> ToolParser:
 
 
 def measuring(text: bool) -> dict[str, Any]:
-    """Options of a configuration that measures LoRA files and trains nothing. text: whether they
-    are of text encoders, too."""
+    """Options of a configuration that measures LoRA files and trains nothing: the models are on
+    the device as a whole, for adapters come and go. text: whether they are of text encoders,
+    too."""
     return {
         "rank": 1, "targets": "attention", "holdout": 0, "validate_every": 1,
         "report_to": "none", "train_text_encoder": text,
+        "offload_weights": False, "offload_activations": False,
     }  # fmt: skip
 
 

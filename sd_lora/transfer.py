@@ -1,7 +1,34 @@
-"""Tensors on their way from the host to a card."""
+"""Tensors and models on their way from the host to a card."""
+
+from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_WAITS = "sd_lora_waits"
+"""Attribute of a tensor that waits; it stays with it when modules around it get other names."""
+
+
+def let_wait(tensors: Iterable[Tensor]) -> None:
+    """Let tensors stay where they are when their model is brought to a device."""
+    for tensor in tensors:
+        setattr(tensor, _WAITS, True)
+
+
+def brought(model: Model, device: torch.device | str) -> Model:
+    """The model on a device, but for its tensors that wait elsewhere."""
+    tensors = [*model.parameters(), *model.buffers()]
+    moved = [tensor for tensor in tensors if not hasattr(tensor, _WAITS)]
+    if len(moved) == len(tensors):
+        return model.to(device)
+    for tensor in moved:
+        tensor.data = tensor.data.to(device)
+        if tensor.grad is not None:
+            tensor.grad.data = tensor.grad.data.to(device)
+    return model
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -29,25 +29,26 @@ from sd_lora.models.caption_encoder import (
 from sd_lora.models.families import INPAINTING, Family
 from sd_lora.models.load import Parts
 from sd_lora.models.noise_scheduler import dynamic_shift, usual_rescale
+from sd_lora.transfer import brought
 
 
 @contextmanager
 def _evaluating_on(device: torch.device, models: Iterable[nn.Module]) -> Iterator[None]:
     """Move models to a device in evaluation mode; at the end, undo both.
 
-    One that is there stays as it is: of a run's UNet some weights may wait elsewhere (`offload`).
+    Weights that wait elsewhere stay there (`offload`).
     """
     models = list(models)
     devices = [next(model.parameters()).device for model in models]
     modes = [model.training for model in models]
     moved = [before != torch.empty(0, device=device).device for before in devices]
     for model, moves in zip(models, moved, strict=True):
-        (model.to(device) if moves else model).eval()
+        (brought(model, device) if moves else model).eval()
     try:
         yield
     finally:
         for model, before, moves, mode in zip(models, devices, moved, modes, strict=True):
-            (model.to(before) if moves else model).train(mode)
+            (brought(model, before) if moves else model).train(mode)
 
 
 def can_generate_images(family: Family) -> bool:

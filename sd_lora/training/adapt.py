@@ -17,11 +17,12 @@ from sd_lora.config.schema import RunConfig
 from sd_lora.models.families import Family
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.init_lora import DEFAULT_TARGETS, Structure
-from sd_lora.training.offload import bring_rest
+from sd_lora.training.offload import let_blocks_wait
 from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import weight_dtype
 from sd_lora.training.recompute import enable_checkpointing
 from sd_lora.training.sharding import shard
+from sd_lora.transfer import brought
 
 
 def inject_all(
@@ -191,14 +192,16 @@ def prepare_models(
     if config.gradient_checkpointing or blocks is not None:
         enable_checkpointing(learning, blocks)
     with memory_for("bringing the models to the device", config):
-        for name in on_device.keys() - learning.keys():
-            on_device[name].to(accelerator.device)
-        waits = bring_rest(config, models["unet"], accelerator.device)
+        for name, model in on_device.items():
+            if config.offload_weights:
+                let_blocks_wait(model)
+            if config.offload_weights or name not in learning:
+                brought(model, accelerator.device)
         if sharded and accelerator.num_processes > 1:  # which takes kernels as they are in files
             shard(models["unet"], accelerator)
             return {name: model.to(accelerator.device) for name, model in learning.items()}
         lay_out(models["unet"], accelerator.device)
         return {
-            name: accelerator.prepare_model(model, device_placement=not (waits and name == "unet"))
+            name: accelerator.prepare_model(model, device_placement=not config.offload_weights)
             for name, model in learning.items()
         }

@@ -18,6 +18,7 @@ from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import build_on_meta
 from sd_lora.training.fit import Fit
 from sd_lora.training.memory import RESERVE, Shape, count_step, room_of
+from sd_lora.training.offload import modules_of
 from sd_lora.training.out_of_memory import flag, remedies
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import vae_dtype
@@ -200,12 +201,21 @@ def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
     if config.cache_latents == "no":
         vae = build_on_meta("vae", base.vae_config)
         width = vae_dtype(config).itemsize
-        beside["cache_latents"] = width * sum(p.numel() for p in vae.parameters())
+        beside["cache_latents"] = width * sum(p.numel() for p in _staying(config, vae))
     if config.cache_text_embeddings == "no" and not config.trains_text:
         models = base.meta_pipeline.models
         encoders = [models[name] for name in base.family.text_encoders if name in models]
-        beside["cache_text_embeddings"] = sum(p.nbytes for e in encoders for p in e.parameters())
+        size = sum(p.nbytes for e in encoders for p in _staying(config, e))
+        beside["cache_text_embeddings"] = size
     return beside
+
+
+def _staying(config: RunConfig, model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a frozen model that are on the device beside a step."""
+    inside = modules_of(model) if config.offload_weights else set[nn.Module]()
+    for module in model.modules():
+        if module not in inside:
+            yield from module.parameters(recurse=False)
 
 
 def _on_device(run: Run, models: dict[str, list[nn.Module]]) -> int:

@@ -22,6 +22,7 @@ from sd_lora.report.events import Listener, tracked
 from sd_lora.training.conditioning import TextConditioning
 from sd_lora.training.data import RunImages
 from sd_lora.training.processes import on_main
+from sd_lora.transfer import brought
 
 EXCHANGED_AT_ONCE = 64
 """Latents that processes exchange at once: 32 MiB of SDXL's."""
@@ -78,7 +79,7 @@ class Caches:
         kept, computed = (sum(count) for count in zip(*counts, strict=True))
         self._describe("latents", mode, reason, kept, computed)
         if mode != "no":
-            vae.to("cpu")
+            brought(vae, "cpu")
         return latents
 
     def _placement(

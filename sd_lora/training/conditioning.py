@@ -24,6 +24,7 @@ from sd_lora.models.caption_encoder import (
 )
 from sd_lora.models.load import Base, Parts
 from sd_lora.models.new_tokens import Concept, NewTokens
+from sd_lora.transfer import brought
 
 MAX_CAPTIONS = 20_000
 """Most distinct captions that are encoded before a run. Where shuffling makes more, each step
@@ -131,6 +132,11 @@ class TextConditioning:
         """Whether a text encoder or new word learns in the step after `step` steps."""
         return not all(self.stops.is_frozen(component, step) for component in self.learning)
 
+    @property
+    def in_steps(self) -> dict[str, nn.Module]:
+        """The text encoders, where steps need them."""
+        return self.encoders if self.table is None else {}
+
     def without_learning(self) -> "TextConditioning":
         """The same embeddings, by the bare text encoders."""
         return dataclasses.replace(self, learning={})
@@ -158,7 +164,7 @@ class TextConditioning:
     def _encode(self, captions: Sequence[Caption]) -> Iterable[tuple[Caption, Embedding]]:
         """Encode captions on the device."""
         for encoder in self.encoders.values():
-            encoder.to(self.device).eval()
+            brought(encoder, self.device).eval()
         batch_size = caption_batch_size(self.device)
         return encode_in_batches(
             self.caption_encoder, self.encoders, captions, self.dtype, batch_size
@@ -184,7 +190,7 @@ class TextConditioning:
         for _ in progress(missing):
             table.put(*next(encoded))
         for encoder in self.encoders.values():
-            encoder.to("cpu")
+            brought(encoder, "cpu")
         self.table = table
 
     def num_bytes(self) -> int:

@@ -203,10 +203,13 @@ def count_step(
     prepare_models(config, accelerator, adapted, text, blocks=blocks)
     unet = models["unet"]
     learns = len(adapted) > 1
-    used = [unet, *encoders.values()] if learns else [unet]
+    others = encoders if learns else {}
+    used = [unet, *others.values()]
     layers = [p for model in adapted.values() for p in lora_layers(model)]
     trained = {id(p) for p in layers}
     fast_ones, offload = ways_of(config, adapted, device)
+    if offload:
+        offload.add(others)
     waiting = trained | {id(t) for t in (offload.waiting if offload else ())}
     frozen = [p for m in used for p in (*m.parameters(), *m.buffers()) if id(p) not in waiting]
     averages = 4 * len(profiles_of(config))

@@ -1,11 +1,11 @@
 """Frozen weights that wait in the memory of the CPU, and are on the device only while their block
 computes.
 
-The weights of a residual or transformer block of the UNet are one tensor on the CPU, pinned where a
-card reads it. A block that is about to compute, forward, backward or for the second time, has them
-copied into a tensor of the device; while it computes, those of the block after it are on their way;
-all others leave. So the weights of two blocks at most are there at once. They are frozen: nothing
-is copied back.
+The weights of a residual or transformer block, of the UNet, the VAE or a text encoder, are one
+tensor on the CPU, pinned where a card reads it. A block that is about to compute, forward, backward
+or for the second time, has them copied into a tensor of the device; while it computes, those of the
+block after it are on their way; all others leave. So the weights of two blocks at most are there at
+once. They are frozen: nothing is copied back.
 
 Between its computations a block's parameters are those on the CPU, so whoever reads one (an export,
 a norm, a sample) finds its numbers. The tensor on the device stays one and the same, with a storage
@@ -14,12 +14,12 @@ that autograd has saved are whole again when their block goes backward.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sd_lora.adapters.fast.copies import Stack
 from sd_lora.adapters.inject import deltas_of
@@ -29,9 +29,11 @@ from sd_lora.training.fast.step import FastModel, fast_models
 from sd_lora.training.lane import Lane
 from sd_lora.training.offload_activations import Activations
 from sd_lora.training.sharding import INSTEAD
+from sd_lora.transfer import let_wait
 
-BLOCKS = (ResnetBlock2D, BasicTransformerBlock)
-"""Those whose activations `recompute` knows: 130 in SDXL with its text encoders, 87 in its UNet."""
+BLOCKS = (ResnetBlock2D, BasicTransformerBlock, GradientCheckpointingLayer)
+"""Those whose activations `recompute` knows, the last of text encoders: 130 in SDXL with its text
+encoders, 87 in its UNet; and the VAE's."""
 
 ALIGNED = 256
 """Bytes at whose multiples tensors begin; CUDA's allocator has 512, and kernels ask for 16."""
@@ -40,14 +42,14 @@ LINE = 64
 """Bytes at whose multiples memory begins on a CPU."""
 
 
-def blocks_of(unet: nn.Module) -> dict[str, nn.Module]:
-    """Name → block, of a UNet."""
-    return {name: module for name, module in unet.named_modules() if isinstance(module, BLOCKS)}
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Name → block, of a UNet, a VAE or a text encoder."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, BLOCKS)}
 
 
-def modules_of(unet: nn.Module) -> set[nn.Module]:
-    """All modules inside of the blocks of a UNet."""
-    return {module for block in blocks_of(unet).values() for module in block.modules()}
+def modules_of(model: nn.Module) -> set[nn.Module]:
+    """All modules inside of the blocks of a model."""
+    return {module for block in blocks_of(model).values() for module in block.modules()}
 
 
 def frozen_of(block: nn.Module) -> list[Tensor]:
@@ -57,21 +59,18 @@ def frozen_of(block: nn.Module) -> list[Tensor]:
     return [t for t in tensors if id(t) not in own and not t.requires_grad]
 
 
-def bring_rest(config: RunConfig, unet: Any, device: torch.device) -> bool:
-    """Bring a UNet to its device, but for the frozen tensors of its blocks, if these are to wait;
-    returns whether they are.
+def let_blocks_wait(model: nn.Module) -> None:
+    """Let the frozen tensors of a model's blocks stay where they are when it is brought to a
+    device.
 
     Processes of DistributedDataParallel do not send each other those: all have read the same file.
     """
-    if not config.offload_weights:
-        return False
-    waiting = {id(t) for block in blocks_of(unet).values() for t in frozen_of(block)}
-    named = [*unet.named_parameters(), *unet.named_buffers()]
-    unet._ddp_params_and_buffers_to_ignore = [name for name, t in named if id(t) in waiting]
-    for _, tensor in named:
-        if id(tensor) not in waiting:
-            tensor.data = tensor.data.to(device)
-    return True
+    waiting = [tensor for block in blocks_of(model).values() for tensor in frozen_of(block)]
+    let_wait(waiting)
+    places = {id(tensor) for tensor in waiting}
+    named = [*model.named_parameters(), *model.named_buffers()]
+    ignored = [name for name, tensor in named if id(tensor) in places]
+    model._ddp_params_and_buffers_to_ignore = ignored  # type: ignore[assignment]
 
 
 class Weights:
@@ -157,10 +156,12 @@ def _view(tensor: Tensor, whole: Tensor, place: int) -> Tensor:
 
 
 class Offload:
-    """A UNet whose blocks' frozen weights wait on the CPU.
+    """Models whose blocks' frozen weights wait on the CPU.
+
+    weights: name of a block, "unet/down_blocks.0.resnets.0" → its weights.
 
     Args:
-        unet: brought by `bring_rest`, not wrapped; its modules are hooked from now on.
+        models: component → model, not wrapped; their modules are hooked from now on.
         fast_ones: the fast models, made with the blocks' modules as `waiting`.
         device: of the run.
         seen: function of a tensor whose storage has another size now, for counting.
@@ -168,39 +169,53 @@ class Offload:
 
     def __init__(
         self,
-        unet: nn.Module,
-        fast_ones: Iterable[FastModel],
+        models: Mapping[str, nn.Module],
+        fast_ones: Sequence[FastModel],
         device: torch.device,
         seen: Callable[[Tensor], object] = lambda tensor: None,
     ) -> None:
         self.lane, self.seen = Lane(device), seen
+        self.weights: dict[str, Weights] = {}
+        self._now: Weights | None = None
+        self.add(models, fast_ones)
+
+    def add(self, models: Mapping[str, nn.Module], fast_ones: Sequence[FastModel] = ()) -> None:
+        """Let the blocks of more models wait, see `Offload`; those that do already are left
+        alone."""
+        known = {name.partition("/")[0] for name in self.weights}
         stays = {t.untyped_storage()._cdata for one in fast_ones for t in one.shared.weights}
         stacks = [f for one in fast_ones for f in one.copies.factors if isinstance(f, Stack)]
-        self.weights: dict[str, Weights] = {}
-        self._order: list[Weights] = []  # of the forward pass, as it goes
-        self._now: Weights | None = None
-        for name, block in blocks_of(unet).items():
-            modules = {*block.modules()}
-            own = [stack for stack in stacks if stack.apart and stack.layers[0] in modules]
-            tensors = [t for stack in own for t in (stack.W, stack.bias) if t is not None]
-            tensors += frozen_of(block)
-            tensors = [t for t in tensors if t.untyped_storage()._cdata not in stays]
-            weights = self.weights[name] = Weights(tensors, own, self.lane)
-            block.register_forward_pre_hook(lambda *_, w=weights: self._need(w, 1))
-            block.register_forward_hook(lambda _, __, out, w=weights: self._watch(out, w))
+        for component, model in models.items():
+            if component in known:
+                continue
+            let_blocks_wait(model)
+            order: list[Weights] = []  # of the forward pass, as it goes
+            for name, block in blocks_of(model).items():
+                modules = {*block.modules()}
+                own = [stack for stack in stacks if stack.apart and stack.layers[0] in modules]
+                tensors = [t for stack in own for t in (stack.W, stack.bias) if t is not None]
+                tensors += frozen_of(block)
+                tensors = [t for t in tensors if t.untyped_storage()._cdata not in stays]
+                weights = self.weights[f"{component}/{name}"] = Weights(tensors, own, self.lane)
+                self._hook(block, weights, order)
+
+    def _hook(self, block: nn.Module, weights: Weights, order: list[Weights]) -> None:
+        """Have a block's weights there when it computes. order: of the blocks of its model."""
+        block.register_forward_pre_hook(lambda *_: self._need(weights, 1, order))
+        block.register_forward_hook(lambda _, __, out: self._watch(out, weights, order))
 
     @property
     def waiting(self) -> list[Tensor]:
-        """All tensors that wait, parameters and buffers of the UNet among them."""
+        """All tensors that wait, parameters and buffers of the models among them."""
         return [tensor for weights in self.weights.values() for tensor, *_ in weights.tensors]
 
-    def _watch(self, out: Tensor, weights: Weights) -> None:
+    def _watch(self, out: Tensor, weights: Weights, order: list[Weights]) -> None:
         """Bring a block's weights when its backward pass is about to begin."""
         if out.requires_grad:
-            out.register_hook(lambda _: self._need(weights, -1))
+            out.register_hook(lambda _: self._need(weights, -1, order))
 
-    def _need(self, weights: Weights, step: int) -> None:
-        """Have a block's weights on the device, and those of the next block on their way.
+    def _need(self, weights: Weights, step: int, order: list[Weights]) -> None:
+        """Have a block's weights on the device, and those of the model's next block on their way.
 
         step: 1 forward, -1 backward. A block that is computed again in its backward pass is there
         already. In the backward pass all nodes of a block come before all nodes of the block before
@@ -208,10 +223,10 @@ class Offload:
         end.
         """
         if weights is not self._now:
-            if weights not in self._order:
-                self._order.append(weights)
-            place = self._order.index(weights) + step
-            following = self._order[place] if 0 <= place < len(self._order) else None
+            if weights not in order:
+                order.append(weights)
+            place = order.index(weights) + step
+            following = order[place] if 0 <= place < len(order) else None
             for other in self.weights.values():
                 if other.is_there and other not in (weights, following):
                     other.leave(self.lane)
@@ -269,9 +284,12 @@ def ways_of(
     """
     if (unet := models.get("unet")) is None:
         return fast_models(models, config.masks_ranks), None
-    waiting = modules_of(unet) if config.offload_weights else ()
-    fast_ones = fast_models(models, config.masks_ranks, waiting)
-    moved = Offload(unet, fast_ones, device) if config.offload_weights else None
+    if config.offload_weights:
+        waiting = {module for model in models.values() for module in modules_of(model)}
+        fast_ones = fast_models(models, config.masks_ranks, waiting)
+        moved = Offload(models, fast_ones, device)
+    else:
+        fast_ones, moved = fast_models(models, config.masks_ranks), None
 
     def kept() -> Iterable[Tensor]:
         yield from (*unet.parameters(), *unet.buffers())

@@ -100,6 +100,11 @@ class CheckedRun:
     recomputed: Recomputed | None = None
     scores: PlannedScores | None = None
 
+    @property
+    def blocks(self) -> frozenset[str] | None:
+        """Those whose activations are computed again, by a budget of memory; None without one."""
+        return self.recomputed.blocks if self.recomputed else None
+
 
 @contextmanager
 def prepared_run(
@@ -162,12 +167,11 @@ def ready(
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
-    blocks = checked.recomputed.blocks if checked.recomputed else None
-    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, blocks)
+    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, checked.blocks)
     with memory_for("bringing the models to the device", resolved):
         # of several runs `Together` puts the shared weights side by side, once
         own = {c: model for c, model in models.items() if c != "unet"} if several else models
-        fast_ones, _ = ways_of(resolved, own, accelerator.device)  # hooks hold the other
+        fast_ones, offload = ways_of(resolved, own, accelerator.device)
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
@@ -175,9 +179,12 @@ def ready(
     )  # fmt: skip
     text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     validation = _validation(plan, images, objective.timesteps)
-    captions = validation.captions
-    _cache_embeddings(resolved, caches, text, stream, captions, _draws(accelerator, parts))
+    draws = _draws(accelerator, parts)
+    _cache_embeddings(resolved, caches, text, stream, validation.captions, draws)
     caches.make_room(images, latents, text)
+    with memory_for("bringing the models to the device", resolved):
+        if offload:
+            offload.add(text.in_steps | latents.in_steps(found.set for found in images.all))
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
     log = LogFile(resolved.output_path / RUN_LOG)
     run = Run(

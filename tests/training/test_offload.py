@@ -7,8 +7,8 @@ empty or gone while the others wait. Streams, events and pinned memory of a card
 import gc
 import re
 import weakref
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ from torch import Tensor
 import sd_lora
 from sd_lora.check import check
 from sd_lora.training import offload, offload_activations
-from sd_lora.training.advice import Place, Rung, rungs
+from sd_lora.training.advice import Place, Rung, beside_of, rungs
 from sd_lora.training.data import base_of
 from sd_lora.training.fast.step import FastModel
 from sd_lora.training.lane import Lane
@@ -28,15 +28,16 @@ from sd_lora.training.memory import HeldBytes, Shape, count_step
 from sd_lora.training.offload import (
     Offload,
     blocks_of,
-    bring_rest,
     check_offload,
     frozen_of,
+    let_blocks_wait,
     modules_of,
 )
 from sd_lora.training.offload_activations import Activations, Parked
 from sd_lora.training.recompute import All, enable_checkpointing
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.trial import try_largest
+from sd_lora.transfer import brought
 from tests.training.launches import Launch
 from tests.training.runs import FEW, images, text_to_image
 from tests.training.test_fast_step import adapted_unet, arguments, step
@@ -60,16 +61,23 @@ WAYS: dict[str, dict[str, Any]] = {
     "nf4": {"base_precision": "nf4", "gradient_checkpointing": True},
     "PiSSA": {"init_lora_weights": "pissa"},
     "text": {"train_text_encoder": True, "text_encoder_lr": 1e-3, "gradient_checkpointing": True},
+    "text stops": {
+        "train_text_encoder": True, "text_encoder_lr": 1e-3, "text_encoder_stop_step": 2,
+    },
+    "words": {"token_abstraction": "thing", "embedding_lr": 1e-3},
     "masks": {"tlora_min_rank": 1},
     "budget": {"memory_budget": "0.0085GB", "resolution": 128, "train_batch_size": 4},
     "preserved": {"output_preservation": "blank", "fit": "auto"},
+    "nothing cached": {"cache_latents": "no", "cache_text_embeddings": "no"},
 }  # fmt: skip
 BOTH = {"offload_weights": True, "offload_activations": True}
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", ["again", "stacks of bfloat16", "bfloat16 again", "int8"])
+@pytest.mark.parametrize(
+    "way", ["again", "stacks of bfloat16", "bfloat16 again", "int8", "text stops", "nothing cached"]
+)
 def test_the_same_steps_on_a_card(
     way: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +100,7 @@ class LateLane(Lane):
             event[0].copy_(event[1])
 
 
-@pytest.mark.parametrize("way", ["again", "stacks of bfloat16"])
+@pytest.mark.parametrize("way", ["again", "stacks of bfloat16", "text stops", "nothing cached"])
 def test_every_copy_is_waited_for(
     way: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,10 +170,10 @@ def moved(
     unet, cpu = adapted_unet(family, "all", dtype), torch.device("cpu")
     if again:
         enable_checkpointing({"unet": unet}, All())
-    config: Any = SimpleNamespace(offload_weights=True)
-    assert bring_rest(config, unet, cpu)
+    let_blocks_wait(unet)
+    brought(unet, cpu)
     ones = [FastModel(unet, modules_of(unet))] if is_fast else []
-    return unet, ones, Offload(unet, ones, cpu)
+    return unet, ones, Offload({"unet": unet}, ones, cpu)
 
 
 @pytest.mark.parametrize("is_fast", [True, False])
@@ -175,7 +183,8 @@ def test_two_blocks_at_once(is_fast: bool, again: bool) -> None:
     those of one other block at most; all others are in their home, byte for byte the base's. The
     bytes that a step holds are the same after each of three steps."""
     unet, ones, offload = moved("sdxl", is_fast, again=again)
-    blocks, original = blocks_of(unet), adapted_unet("sdxl", "all")
+    original = adapted_unet("sdxl", "all")
+    blocks = {f"unet/{name}": block for name, block in blocks_of(unet).items()}
     assert offload.weights.keys() == blocks.keys()
     looks: list[tuple[str, bool]] = []
 
@@ -218,6 +227,80 @@ def test_two_blocks_at_once(is_fast: bool, again: bool) -> None:
     assert sum(w.there.untyped_storage().nbytes() for w in offload.weights.values()) <= sum(
         sizes[-2:]
     )
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_all_that_computes_waits(
+    text: bool, tiny_sdxl: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps that encode their own images and captions the weights of two blocks are on the
+    device at most, of the UNet, the VAE and both text encoders, whether these learn or not: each
+    computes, forward and backward, with those on the device, and one that follows in its model is
+    on its way."""
+    looks: list[tuple[str, bool, int]] = []
+
+    class Seen(Offload):
+        def add(self, models: Any, fast_ones: Any = ()) -> None:
+            super().add(models, fast_ones)
+            for component, model in models.items():
+                for name, block in blocks_of(model).items():
+                    seen = partial(self.look, component, f"{component}/{name}")
+                    block.register_forward_pre_hook(lambda *_, look=seen: look(False))
+                    block.register_forward_hook(lambda _, __, out, look=seen: watch(out, look))
+
+        def look(self, component: str, name: str, backward: bool) -> None:
+            there = {other for other, weights in self.weights.items() if weights.is_there}
+            assert name in there
+            assert {other.partition("/")[0] for other in there} == {component}
+            whole = self.weights[name].there.untyped_storage().data_ptr()
+            found = {t.untyped_storage().data_ptr() for t, *_ in self.weights[name].tensors}
+            assert found == {whole}
+            looks.append((component, backward, len(there)))
+
+    def watch(out: Tensor, look: Any) -> None:
+        if out.requires_grad:
+            out.register_hook(lambda _: look(True))
+
+    monkeypatch.setattr(offload, "Offload", Seen)
+    config = text_to_image(
+        tiny_sdxl, data, tmp_path / "run", cache_latents="no", cache_text_embeddings="no",
+        train_text_encoder=text, offload_weights=True, max_train_steps=2, train_batch_size=1,
+    )  # fmt: skip
+    with prepared_run(config) as run:
+        train_steps(run, LossLog(run))
+    encoders = {"text_encoder", "text_encoder_2"}
+    counts = {(c, way): {n for d, w, n in looks if (c, way) == (d, w)} for c, way, _ in looks}
+    assert {c for c, backward in counts if backward} == {"unet", *(encoders if text else ())}
+    assert {c for c, backward in counts if not backward} == {"unet", "VAE encoder", *encoders}
+    for (component, backward), numbers in counts.items():
+        # of the first encoder the last layer is not read, and one is left
+        assert numbers == ({1} if (component, backward) == ("text_encoder", True) else {1, 2})
+
+
+def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is brought to a device leaves its blocks' frozen tensors where they are, and
+    brings all others with their gradients, also when adapters come and go around them."""
+    moved: list[Tensor] = []
+    plain = Tensor.to
+
+    def to(tensor: Tensor, *args: Any) -> Tensor:
+        moved.append(tensor)
+        return plain(tensor, *args)
+
+    unet = adapted_unet("sd1", "all")
+    let_blocks_wait(unet)
+    inside = {t.data_ptr() for block in blocks_of(unet).values() for t in frozen_of(block)}
+    sd_lora.eject(unet)
+    sd_lora.inject(unet, "all")
+    for layer in sd_lora.lora_layers(unet):
+        layer.grad = torch.ones_like(layer)
+    monkeypatch.setattr(Tensor, "to", to)
+    assert brought(unet, "cpu") is unet
+    places = {tensor.data_ptr() for tensor in moved}
+    tensors = [*unet.parameters(), *unet.buffers()]
+    gradients = [t.grad for t in tensors if t.grad is not None]
+    assert len(gradients) > 0
+    assert places == {t.data_ptr() for t in (*tensors, *gradients)} - inside
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -296,6 +379,7 @@ def test_two_processes(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
         "--pretrained_model_name_or_path", str(tiny_sd1), "--train_data_dir", str(data),
         "--resolution", "64", "--train_batch_size", "2", "--max_train_steps", "3", "--seed", "0",
         "--learning_rate", "1e-3", "--targets", FEW, "--num_validation_images", "0",
+        "--train_text_encoder", "--cache_latents", "no",
     ]  # fmt: skip
     factors = []
     for name, more in (("whole", []), ("moved", ["--offload_weights", "--offload_activations"])):
@@ -341,6 +425,28 @@ def test_the_count_knows_of_it(tiny_sd1: Path, data: Path, tmp_path: Path) -> No
     assert whole.frozen - waits.frozen == gone
     sizes = sorted(sum(t.nbytes for t in frozen_of(b)) for b in blocks_of(unet).values())
     assert 0 < waits.rest - whole.rest <= 1.1 * sum(sizes[-2:])
+    encoder = configs.models["text_encoder"]
+    layers = sum(t.nbytes for b in blocks_of(encoder).values() for t in b.parameters())
+    learns = config.replace(train_text_encoder=True)
+    moved = count_step(learns.replace(offload_weights=True), configs, shape)
+    assert count_step(learns, configs, shape).frozen - moved.frozen == gone + layers
+
+
+def test_encoders_beside_a_step_are_counted(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:
+    """Beside a step that encodes its own images and captions are the VAE and the text encoder;
+    where weights wait, their tensors outside of the blocks."""
+    config = text_to_image(
+        tiny_sd1, data, tmp_path / "out", cache_latents="no", cache_text_embeddings="no"
+    ).resolve("sd1", 64)
+    base = base_of(config)
+    models = {"cache_text_embeddings": base.meta_pipeline.models["text_encoder"]}
+    models["cache_latents"] = base.load().vae
+    for waits in (False, True):
+        found = beside_of(config.replace(offload_weights=waits), base)
+        for option, model in models.items():
+            inside = [t for b in blocks_of(model).values() for t in b.parameters() if waits]
+            size = sum(t.nbytes for t in model.parameters()) - sum(t.nbytes for t in inside)
+            assert found[option] == size > 0
 
 
 def test_it_is_the_last_advice(tiny_sd1: Path, data: Path, tmp_path: Path) -> None:

@@ -151,12 +151,13 @@ class ModelOptions(Section):
         less_memory={"a step": (6, "nf4"), "bringing the models to the device": (2, "nf4")})
     offload_weights: bool = option(False,
         "frozen weights of the UNet's blocks wait in the CPU's memory, and those of two blocks at "
-        "a time are on the GPU; they are copied twice for each micro-batch",
+        "a time are on the GPU, as those of text encoders and of the VAE where steps need them; "
+        "they are copied for each pass, twice for each micro-batch",
         may_change=True, in_record="no", without_gpu="copies weights, and saves no memory",
         less_memory={"a step": (7, True), "encoding captions": (2, True),
             "drawing sample images": (3, True), "bringing the models to the device": (3, True)},
         costs="the UNet goes to the card twice for each micro-batch",
-        summary=("offload", "frozen weights of the UNet's blocks"))
+        summary=("offload", "frozen weights of the models' blocks"))
     offload_activations: bool = option(False,
         "what the UNet's backward pass needs of the forward pass waits in the CPU's memory",
         may_change=True, in_record="no", without_gpu="copies activations, and saves no memory",

@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
 from sd_lora.data.batches.stream import BatchItem, ImageSet
 from sd_lora.data.cache.latents import LatentTable, LoadedImage, Moments
@@ -19,7 +19,7 @@ from sd_lora.data.images.masks import draw_mask
 from sd_lora.data.sources.samples import Sample, Source
 from sd_lora.errors import RunError
 from sd_lora.seeds import generator_for
-from sd_lora.transfer import sent
+from sd_lora.transfer import brought, sent
 
 AREA_AT_ONCE = 4 * 512**2
 """Pixels that are encoded at once: four images of 512² take as much memory as one of 1024²."""
@@ -97,7 +97,7 @@ class Latents:
         Raises:
             RunError: latents that are not finite, with the image's name.
         """
-        self.vae.to(self.device)
+        brought(self.vae, self.device)
         height, width = pixels[0].shape[1:]
         moments: list[Moments] = []
         for part in torch.stack(list(pixels)).split(self.at_once((width, height))):
@@ -132,6 +132,13 @@ class Latents:
                 key = self.table.key(sample, crop, flip)
                 jobs.setdefault(key, EncodeJob(key, sample, crop, flip))
         return sorted(jobs.values(), key=lambda job: job.crop.size)
+
+    def in_steps(self, sets: Iterable[ImageSet]) -> dict[str, nn.Module]:
+        """The parts of the VAE where steps need it, for images whose latents cannot be kept."""
+        cut = any(images.is_random(i) for images in sets for i in range(len(images.samples)))
+        if not (cut or self.table.fresh or self.table.mode == "no"):
+            return {}
+        return {"VAE encoder": self.vae.encoder, "VAE decoder": self.vae.decoder}
 
     def fill(
         self,
