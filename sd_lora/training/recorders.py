@@ -5,6 +5,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter, getitem
 from typing import Any, ClassVar
@@ -60,6 +61,7 @@ class CudaRecorder(Recorder):
                 results = work()
         except BaseException:  # torch leaves its own stream in place where the end fails, too
             torch.cuda.set_stream(stream)
+            self._release(graph, stream.device_index)
             raise
 
         def replay() -> Sequence[Tensor]:
@@ -67,6 +69,17 @@ class CudaRecorder(Recorder):
             return results
 
         return replay
+
+    def _release(self, graph: Any, device: int) -> None:
+        """Give up the memory of a graph whose recording the card has not ended: torch 2.13 keeps
+        it for the life of the process (pytorch#190348 mends that), and asks for an end first."""
+        try:
+            graph.pool()  # of an ended one, which gives it up by itself
+        except Exception:
+            private: Any = torch._C
+            for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+                with suppress(Exception):
+                    getattr(private, name)(device, self.pool)
 
 
 class OperatorRecorder(Recorder):
