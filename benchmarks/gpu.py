@@ -14,9 +14,11 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from sd_lora.training.fast.step import fast
 from sd_lora.training.graphs import WARM, Gradients
 from sd_lora.training.memory import GIB, Shape, StepBytes, count_step
 from sd_lora.training.out_of_memory import let_go
+from sd_lora.training.recompute import enable_checkpointing
 from sd_lora.training.recorders import CudaRecorder, Recorder, told
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,8 @@ CELLS = (
 NAMES = ("ours", "general", "peft")
 WAYS = {"graphed": ("graphs",), "compiled": ("compile",), "both": ("graphs", "compile")}
 """Ways of ours in which the host has less to do."""
+COMPILED = tuple(name for name, ways in WAYS.items() if "compile" in ways)
+"""Ways that take a minute to make: in one turn alone."""
 HOST_BOUND = 4
 """Most samples of a batch whose ways are measured: larger ones keep the card busy as they are."""
 
@@ -140,18 +145,23 @@ def product_rate() -> float:
 def run(found: Found, precision: str, *flags: str) -> None:
     """A whole run on the embedded base, as users start it: the mean loss of both halves, the most
     memory, and what it says of graphs."""
-    name = " ".join([precision, *flags])
-    out = found.folder / f"run-{name.replace(' ', '')}"
+    with tempfile.TemporaryDirectory() as folder:
+        ran(found, Path(folder), " ".join([precision, *flags]), precision, *flags)
+
+
+def ran(found: Found, out: Path, name: str, precision: str, *flags: str) -> None:
+    """Do the run of `run` in a folder, and say its numbers."""
     command = [
         sys.executable, "-m", "sd_lora", "train", "--config",
         "sample_data/configs/dreambooth.toml", "--mixed_precision", precision,
-        "--output_dir", str(out), "--max_train_steps", "100" if CUDA else "4",
+        "--output_dir", str(out / "run"), "--max_train_steps", "100" if CUDA else "4",
         "--lr_warmup_steps", "0", "--num_validation_images", "0", "--report_to", "none",
         *flags,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
+    out /= "run"
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-3:]
         raise RuntimeError(f"exit status {done.returncode}: {' | '.join(last)}")
@@ -185,8 +195,10 @@ class Step:
     def __init__(self, name: str, config: Any, cell: Cell, given: dict[str, Any]) -> None:
         with torch.device(DEVICE):
             self.candidate = Candidate(name, config, cell.targets, DTYPE)
-        if cell.checkpointed:
+        if cell.checkpointed and name == "peft":
             self.candidate.unet.enable_gradient_checkpointing()
+        elif cell.checkpointed:  # as the trainer does, which can be recorded
+            enable_checkpointing({"unet": self.candidate.unet})
         self.given, trained = given, self.candidate.trained
         self.optimizer = torch.optim.AdamW(trained, 1e-4, fused=True)
 
@@ -241,11 +253,13 @@ def steps(found: Found, cell: Cell) -> dict[str, Any]:
     names = (*NAMES, *ways)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     peaks, failed = {}, {}
-    for turn in (names, names[::-1]) if CUDA else (names,):
+    quick = tuple(name for name in names if name not in COMPILED)
+    for turn in (names, quick[::-1]) if CUDA else (names,):
         for name in turn:
             if name in failed:
                 continue
-            torch._dynamo.reset()  # one function has all blocks' programs, and eight at most
+            if name in COMPILED:
+                torch._dynamo.reset()  # one function has all blocks' programs, and eight at most
             try:
                 step = (FreedStep if name in WAYS else Step)(name, config, cell, given)
                 step()
@@ -313,6 +327,19 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
+def named(cell: Cell) -> str:
+    """A cell in words."""
+    return " ".join(str(value) for value in asdict(cell).values())
+
+
+USUAL = "bf16" if CUDA else "no"
+RUNS = (
+    (USUAL,), (USUAL, "--cuda_graphs", "auto"), (USUAL, "--offload_weights"),
+    *((("fp16",), ("no",)) if CUDA else ()),
+)  # fmt: skip
+"""Precision and flags of whole runs, in the order of what is wanted first."""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -324,22 +351,20 @@ def main() -> None:
     found.attempt(
         "product, TFLOP/s", lambda: found.say("product, TFLOP/s", round(product_rate(), 1))
     )
-    runs = [(p,) for p in (("no", "bf16", "fp16") if CUDA else ("no",))]
-    usual = "bf16" if CUDA else "no"
-    runs += [(usual, *flags.split()) for flags in ("--cuda_graphs auto", "--offload_weights")]
-    for one in runs:
-        found.attempt(f"run, {' '.join(one)}", lambda one=one: run(found, *one))
-    for cell in CELLS if CUDA else CELLS[:4:3]:
-        name = " ".join(str(value) for value in asdict(cell).values())
+
+    def measure(cell: Cell) -> None:
+        rows.append(steps(found, cell))
+        found.say(f"step {named(cell)}", rows[-1])
+
+    parts = [(f"step {named(c)}", partial(measure, c)) for c in (CELLS if CUDA else CELLS[:4:3])]
+    # a run is half a minute, most of it imports: one first, the others after the first two cells
+    parts[2:2] = [(f"run, {' '.join(one)}", partial(run, found, *one)) for one in RUNS[1:]]
+    parts[:0] = [(f"run, {' '.join(one)}", partial(run, found, *one)) for one in RUNS[:1]]
+    for name, work in parts:
         if time.monotonic() - started > args.seconds:
-            found.say(f"step {name}", "left out: no seconds left")
-            continue
-
-        def measure(cell: Cell = cell, name: str = name) -> None:
-            rows.append(steps(found, cell))
-            found.say(f"step {name}", rows[-1])
-
-        found.attempt(f"step {name}", measure)
+            found.say(name, "left out: no seconds left")
+        else:
+            found.attempt(name, work)
     text = "\n".join([found.numbers["machine"], "", *table(rows)])
     (args.out / "gpu.md").write_text(text + "\n", encoding="utf-8")
     print(text)
