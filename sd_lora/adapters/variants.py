@@ -126,7 +126,9 @@ def new_delta(
     supplied = {"weight": weight, "reference": reference, "scale": alpha / rank}
     known = inspect.signature(cls.create).parameters
     options = dict(variant.options) | {name: supplied[name] for name in _SUPPLIED if name in known}
-    tensors = cls.create(tuple(weight.shape), rank, generator, **options)
+    # drawn on the CPU, as its generator is, also where tensors are made elsewhere by themselves
+    with torch.device("cpu"):
+        tensors = cls.create(tuple(weight.shape), rank, generator, **options)
     dtype = torch.promote_types(torch.float32, weight.dtype)
     tensors = {name: t.to(weight.device, dtype) for name, t in tensors.items()}
     delta = cls(tuple(weight.shape), tensors, alpha)

@@ -129,6 +129,26 @@ def test_gradients_reach_every_factor_and_only_factors() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(method, {}) for method in ("lora", "lora_fa", "loha", "lokr", "full")]
+    + [("oft", {"block_size": 4}), ("lora", {"rule": "decompose"}), ("lora", {"init": "pissa"})],
+)
+def test_adapters_are_where_their_layers_are(method: str, options: dict[str, object]) -> None:
+    """Adapters made where tensors are made on another device by themselves, as in
+    `with torch.device("cuda")`, are on their layers' device, with the numbers of others."""
+    found = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 16), nn.Conv2d(16, 16, 3))
+        with torch.device(device):
+            sd_lora.inject(model, ["0", "1"], rank=4, seed=1, method=method, **options)
+        found.append([*model.state_dict().values()])
+    for mine, theirs in zip(*found, strict=True):
+        assert mine.device == torch.device("cpu")
+        assert torch.equal(mine, theirs)
+
+
 def test_a_shared_module_is_adapted_once() -> None:
     """A layer that a model holds under two names gets one adapter, and comes back under both."""
 

@@ -6,7 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sd_lora.adapters.fast.convolutions import FrozenConv, layout_of, may_unroll
+from sd_lora.adapters.fast.convolutions import (
+    FrozenConv,
+    is_pointwise,
+    layout_of,
+    may_unroll,
+)
 from sd_lora.adapters.fast.copies import ConvFactors
 from sd_lora.adapters.fast.products import frozen_linear
 from sd_lora.adapters.layers import AdaptedLayer
@@ -112,7 +117,8 @@ def lay_out(model: nn.Module, device: torch.device) -> None:
         return
     for module in filter(is_plain_conv, model.modules()):
         kernel: Any = module.weight
-        kernel.data = kernel.data.contiguous(memory_format=layout_of(device))
+        if not is_pointwise(kernel):  # the same either way, and perhaps a part of a stack
+            kernel.data = kernel.data.contiguous(memory_format=layout_of(device))
 
 
 def _is_trained_norm(module: nn.Module) -> bool:
