@@ -408,7 +408,8 @@ def known_device(name: str) -> torch.device:
 
 def best_device() -> torch.device:
     """The accelerator of this machine, else its CPU."""
-    return torch.accelerator.current_accelerator() or torch.device("cpu")
+    here = torch.accelerator.is_available()  # else the one that torch is built for
+    return (torch.accelerator.current_accelerator() if here else None) or torch.device("cpu")
 
 
 def best_dtype(device: torch.device) -> torch.dtype:

@@ -19,9 +19,11 @@ def let_wait(tensors: Iterable[Tensor]) -> None:
 
 
 def brought(model: Model, device: torch.device | str) -> Model:
-    """The model on a device, but for its tensors that wait elsewhere."""
+    """The model on a device, but for its tensors that wait elsewhere. Those that learn do not go
+    to the CPU: what an optimiser and averages have of them stays where they are."""
+    away = torch.device(device).type == "cpu"
     tensors = [*model.parameters(), *model.buffers()]
-    moved = [tensor for tensor in tensors if not hasattr(tensor, _WAITS)]
+    moved = [t for t in tensors if not (hasattr(t, _WAITS) or (away and t.requires_grad))]
     if len(moved) == len(tensors):
         return model.to(device)
     for tensor in moved:

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 from sd_lora.seeds import Address, generator_for, uniform
+from sd_lora.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Noise:
             drawn = torch.randn(noise.shape[1:], generator=generator_for(*address, "perturbation"))
             share = uniform(*address, "perturbation strength") if self.perturbation_random else 1.0
             second.append(self.perturbation * share * drawn)
-        return noise + torch.stack(second).to(noise)
+        return noise + sent(torch.stack(second), noise.device).to(noise.dtype)
 
 
 Change = Callable[[Noise, Tensor, Tensor, Address, Generator], Tensor]

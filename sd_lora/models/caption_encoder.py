@@ -241,7 +241,7 @@ class CaptionEncoder:
 
     def _forward(self, encoder: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return hidden states (N, 77, D) of token ids (N, 77), and pooled text (N, P) if any."""
-        ids = ids.to(next(encoder.parameters()).device)
+        ids = sent(ids, next(encoder.parameters()).device)
         skips = self.clip_skip > 0 or self.family.penultimate
         out = encoder(ids, output_hidden_states=skips)
         pooled = getattr(out, "text_embeds", None)

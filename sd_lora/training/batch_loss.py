@@ -111,14 +111,15 @@ def asked(run: Run, batch: Batch, step: int) -> Question:
     t = sent(objective.timesteps.draw(addresses, strata, pixels), device)
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
     places = [i for i, item in enumerate(items) if item.preserves]
+    there = sent(torch.tensor(places, dtype=torch.long), device)
     if places and run.config.preservation_sampler_steps:
-        noisy[places] = _drawn_by_base(run, batch.part(places), x0[places], t[places], step)
+        noisy[there] = _drawn_by_base(run, batch.part(places), x0[there], t[there], step)
     x_t, conditions = run.unet_input(noisy, batch), run.conditions(items, step)
     target = target_of(x0, noise, t, schedule)
     if places:
-        target[places] = _base_answer(run, batch.part(places), x_t[places], t[places], step)
+        target[there] = _base_answer(run, batch.part(places), x_t[there], t[there], step)
         if mask is not None:
-            mask = mask.index_fill(0, torch.tensor(places, device=device), 1.0)
+            mask = mask.index_fill(0, there, 1.0)
     return Question(x_t, schedule.timesteps[t], conditions, target, t, mask)
 
 

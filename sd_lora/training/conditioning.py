@@ -158,6 +158,9 @@ class TextConditioning:
     def _encoder(self, component: str, step: int) -> nn.Module:
         """A text encoder for a step: with gradients while it learns."""
         if component in self.learning and not self.stops.is_frozen(component, step):
+            encoder = self.encoders[component]
+            if next(encoder.parameters()).device.type != self.device.type:
+                brought(encoder, self.device)  # the run went back to before it had stopped
             return self.learning[component]
         return FrozenEncoder(self.encoders[component].eval())
 

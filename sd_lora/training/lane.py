@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from sd_lora.files import mib
+
 
 class Lane:
     """The way of copies between a device and the CPU."""
@@ -23,7 +25,12 @@ class Lane:
         if self.device.type == "meta":
             with _disable_current_modes():
                 return self.there(size)
-        return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        except RuntimeError as error:  # CUDA's words for it are those of a full card
+            raise MemoryError(
+                f"{mib(size)} of the CPU's memory could not be pinned for what waits there: {error}"
+            ) from None
 
     def there(self, size: int) -> Tensor:
         """Bytes on the device."""

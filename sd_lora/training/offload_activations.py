@@ -1,11 +1,11 @@
 """Activations that wait in the memory of the CPU from the forward pass to the backward pass.
 
 A forward pass falls into laps, from one start of a block of the UNet to the next. Tensors that
-autograd saves in a lap are copied to the CPU while it computes, and leave the device with the next
-lap. They come back before the backward pass reaches their lap, while the lap after it computes; so
-the saved tensors of two laps at most are there at once. With gradient checkpointing a block saves
-its inputs alone; what it saves when it is computed again stays on the device for its own backward
-pass.
+autograd saves in a lap are copied to the CPU while it and the next one compute, and then leave the
+device. They come back before the backward pass reaches their lap, while the lap after it computes;
+so the saved tensors of two laps at most are there at once. With gradient checkpointing a block
+saves its inputs alone; what it saves when it is computed again stays on the device for its own
+backward pass.
 
 By `torch.autograd.graph.saved_tensors_hooks`. A storage is copied once, however many nodes save
 views of it, and one that something else still holds is not copied back.
@@ -126,7 +126,9 @@ class Activations:
         self.lap: Lap | None = None  # of the forward pass that is on its way
         self._stays: set[int] = set()
         self._parked: dict[int, weakref.ref[Parked]] = {}  # storage → itself
-        self._leaving: list[tuple[Parked, Tensor]] = []
+        # of the lap before, and of this one: the computation would wait for the last copy of a lap
+        # that has only just ended
+        self._leaving: tuple[list[tuple[Parked, Tensor]], ...] = ([], [])
         self.near: list[Lap] = []  # whose bytes are on the device
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         unet.register_forward_pre_hook(lambda *_: self._begin())
@@ -147,6 +149,7 @@ class Activations:
         if self.lap is not None:
             self._hooks.__exit__()
             self._let_go()
+            self._let_go()
             self.lap = None
 
     def _next_lap(self) -> None:
@@ -155,10 +158,11 @@ class Activations:
             self.lap = Lap(self.lap)
 
     def _let_go(self) -> None:
-        """Let the tensors of the last lap leave the device when they are copied."""
-        for parked, _ in self._leaving:
+        """Let the tensors of the lap before the last one leave the device when they are copied."""
+        gone, last = self._leaving
+        for parked, _ in gone:
             parked.arrive()
-        self._leaving.clear()
+        self._leaving = last, []
 
     def _watch(self, out: Tensor) -> None:
         """Bring the lap of a block when its backward pass is about to begin."""
@@ -184,13 +188,14 @@ class Activations:
             or storage.nbytes() < LEAST
             or key in self._stays
         ):
-            return tensor
+            # an output that is saved as itself would hold the graph that holds it
+            return tensor if tensor.is_leaf else tensor.detach()
         known = self._parked.get(key)
         parked = known() if known else None
         if parked is None or parked.origin is None:  # else another storage had its place
             parked = Parked(tensor, self.lane)
             self._parked[key] = weakref.ref(parked)
-            self._leaving.append((parked, tensor))
+            self._leaving[-1].append((parked, tensor))
         self.lap.saved.add(parked)
         return View(
             parked, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride()

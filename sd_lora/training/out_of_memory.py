@@ -28,6 +28,8 @@ _TEXTS = (
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_ALLOC_FAILED
     "bad_alloc",
     "could not create a primitive",  # oneDNN on a CPU, of scratch memory
+    "unable to find an engine to execute",  # cuDNN, which tries all, of scratch memory
+    "unable to find a valid cudnn algorithm",
 )
 """Words of allocators whose errors have no class of their own."""
 

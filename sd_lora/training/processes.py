@@ -155,6 +155,8 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
         project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()  # of an earlier run of this process
     if find_spec(UNUSED) is None:
         sys.modules[UNUSED] = None  # type: ignore[assignment]  # not there, and known at once
     try:

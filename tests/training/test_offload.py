@@ -34,6 +34,7 @@ from sd_lora.training.offload import (
     modules_of,
 )
 from sd_lora.training.offload_activations import Activations, Parked
+from sd_lora.training.processes import determinism
 from sd_lora.training.recompute import All, enable_checkpointing
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.trial import try_largest
@@ -124,7 +125,7 @@ def test_the_same_steps(
     for name, more in (("whole", {}), ("moved", BOTH)):
         more = more if way != "budget" else {**more, "offload_activations": False}
         config = text_to_image(tiny_sd1, data, tmp_path / name / "run", **values, **more)
-        with prepared_run(config) as run:
+        with determinism(config.deterministic), prepared_run(config) as run:
             try_largest(run, accumulate)
             log = LossLog(run)
             train_steps(run, log)
@@ -279,28 +280,51 @@ def test_all_that_computes_waits(
 
 def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is brought to a device leaves its blocks' frozen tensors where they are, and
-    brings all others with their gradients, also when adapters come and go around them."""
-    moved: list[Tensor] = []
-    plain = Tensor.to
+    brings all others with their gradients, also when adapters come and go around them; on its way
+    back it leaves those that learn."""
+    moved: set[int] = set()
 
-    def to(tensor: Tensor, *args: Any) -> Tensor:
-        moved.append(tensor)
-        return plain(tensor, *args)
+    def to(tensor: Tensor, *_: Any) -> Tensor:  # no device is needed to be asked for one
+        moved.add(tensor.data_ptr())
+        return tensor
 
     unet = adapted_unet("sd1", "all")
     let_blocks_wait(unet)
     inside = {t.data_ptr() for block in blocks_of(unet).values() for t in frozen_of(block)}
     sd_lora.eject(unet)
     sd_lora.inject(unet, "all")
-    for layer in sd_lora.lora_layers(unet):
+    layers = [*sd_lora.lora_layers(unet)]
+    for layer in layers:
         layer.grad = torch.ones_like(layer)
     monkeypatch.setattr(Tensor, "to", to)
-    assert brought(unet, "cpu") is unet
-    places = {tensor.data_ptr() for tensor in moved}
-    tensors = [*unet.parameters(), *unet.buffers()]
-    gradients = [t.grad for t in tensors if t.grad is not None]
-    assert len(gradients) > 0
-    assert places == {t.data_ptr() for t in (*tensors, *gradients)} - inside
+    assert brought(unet, "cuda") is unet
+    learned = {t.data_ptr() for layer in layers for t in (layer, layer.grad)}
+    rest = {t.data_ptr() for t in (*unet.parameters(), *unet.buffers())} - inside
+    assert moved == rest | learned
+    moved.clear()
+    brought(unet, "cpu")
+    assert moved == rest - learned
+
+
+def test_a_pass_without_its_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The saved tensors of a forward pass whose backward pass never comes, as where memory is used
+    up, are gone with its output: outputs that are saved, as attention's are, hold no graph."""
+    monkeypatch.setattr(offload_activations, "LEAST", 2**12)  # some are parked, and some are not
+    unet = adapted_unet("sd1", "all")
+    made: list[weakref.ref[Parked]] = []
+
+    class Seen(Parked):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(offload_activations, "Parked", Seen)
+    Activations(unet, blocks_of(unet), lambda: [*unet.parameters()], torch.device("cpu"))
+    out = unet(**arguments(unet)).sample
+    assert len(made) > 20
+    del out
+    gc.collect()
+    assert not any(ref() for ref in made)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -93,7 +93,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
     allow_tf32: bool = option(False,
-        "TF32 matrix products on Ampere GPUs and later", of_all_jobs=True,
+        "TF32 products on Ampere GPUs and later; convolutions use it always", of_all_jobs=True,
         without_gpu="has no effect", may_change=True, scripts="ABCD", simpletuner=SAME)
     learning_rate: float | None = option(None,
         "learning rate after warm-up",
