@@ -2,8 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 from sd_lora.data.images.decode import decode_with_mask, read_file
@@ -11,6 +13,8 @@ from sd_lora.errors import RunError, counted
 from sd_lora.models.captioner import Captioner
 from sd_lora.sample import best_device, known_device
 from sd_lora.studio.image_set import Entry, Sets, by_place
+from sd_lora.training import out_of_memory
+from sd_lora.training.out_of_memory import OutOfMemory, told_by
 
 
 def wanted(sets: Sets, folder: Path, overwrite: bool) -> list[Entry]:
@@ -44,7 +48,8 @@ def run(args: argparse.Namespace) -> str:
     with tqdm(total=len(entries), desc="captions", unit="image", dynamic_ncols=True) as bar:
         for start in range(0, len(entries), args.batch):
             batch = entries[start : start + args.batch]
-            new = _captions(captioner, batch, args, notes)
+            with told_by(partial(_out_of_memory, device)):
+                new = _captions(captioner, batch, args, notes)
             sets.write(folder, new)
             written += len(new)
             bar.update(len(batch))
@@ -54,6 +59,14 @@ def run(args: argparse.Namespace) -> str:
     if not written:
         raise RunError("\n".join(lines))
     return "\n".join(lines)
+
+
+def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:
+    return OutOfMemory(
+        f"{device} has too little memory to caption so many images at once, "
+        f"{out_of_memory.wanted(error)}: give "
+        "a lower --batch, or a smaller --captioner. What is written stays"
+    )
 
 
 def _captions(

@@ -25,6 +25,7 @@ from sd_lora.sampling.sampler import can_generate_images
 from sd_lora.sampling.score import Prompts
 from sd_lora.training.changes import changes_of
 from sd_lora.training.measure import measured
+from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.run import Run
 from sd_lora.training.scoring import (
     columns_of,
@@ -92,7 +93,8 @@ def judge(
                 one.changes = changes_of(run.parts.models)
         sheet = None
         if features:
-            sheet = _look(run, loras, found, features, prompts)
+            with memory_for("drawing images to score", run.config):
+                sheet = _look(run, loras, found, features, prompts)
     return found, sheet
 
 
@@ -118,9 +120,10 @@ def _refuse_undrawn(prompts: Prompts, run: Run) -> None:
 
 def losses_of(run: Run) -> Sequence[float]:
     """Loss of each item, by the model as it is."""
-    for model in run.parts.models.values():
-        model.to(run.accelerator.device)
-    return measured(run, 0)[TRAINED]
+    with memory_for("checking the model", run.config):
+        for model in run.parts.models.values():
+            model.to(run.accelerator.device)
+        return measured(run, 0)[TRAINED]
 
 
 def _look(

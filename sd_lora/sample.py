@@ -415,5 +415,6 @@ def best_device() -> torch.device:
 def best_dtype(device: torch.device) -> torch.dtype:
     """Half precision where the device computes in it, else float32."""
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
+        with torch.cuda.device(device):
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(False) else torch.float16
     return torch.float32 if device.type == "cpu" else torch.float16

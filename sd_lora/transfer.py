@@ -19,11 +19,14 @@ def let_wait(tensors: Iterable[Tensor]) -> None:
 
 
 def brought(model: Model, device: torch.device | str) -> Model:
-    """The model on a device, but for its tensors that wait elsewhere. Those that learn do not go
-    to the CPU: what an optimiser and averages have of them stays where they are."""
-    away = torch.device(device).type == "cpu"
+    """The model on a device, but for its tensors that wait elsewhere. A module that learns does not
+    go to the CPU: what an optimiser and averages have of it stays where it is."""
+    kept = set[Tensor]()
+    for module in model.modules() if torch.device(device).type == "cpu" else ():
+        if any(p.requires_grad for p in module.parameters(recurse=False)):
+            kept.update((*module.parameters(recurse=False), *module.buffers(recurse=False)))
     tensors = [*model.parameters(), *model.buffers()]
-    moved = [t for t in tensors if not (hasattr(t, _WAITS) or (away and t.requires_grad))]
+    moved = [t for t in tensors if not (hasattr(t, _WAITS) or t in kept)]
     if len(moved) == len(tensors):
         return model.to(device)
     for tensor in moved:

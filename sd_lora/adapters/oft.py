@@ -21,9 +21,10 @@ def turn_of(Q: Tensor) -> Tensor:
     Q: skew-symmetric, (…, b, b).
     """
     with without_autocast(Q):
-        return torch.linalg.solve(
+        # I + Q is never singular, and `solve` would have the host wait for a card to say so
+        return torch.linalg.solve_ex(
             torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device) + Q, -2 * Q
-        )
+        )[0]
 
 
 def bounded(blocks: Tensor, limit: float) -> Tensor:

@@ -328,11 +328,12 @@ def encode_in_batches(
     captions: Sequence[Caption],
     dtype: torch.dtype = torch.float32,
     size: int = 32,
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[Caption, Embedding]]:
-    """Yield each distinct caption with its embedding, on the CPU and without gradients.
+    """Yield each distinct caption with its embedding, without gradients.
 
     caption_encoder, encoders, captions: as in `CaptionEncoder.encode`.
-    dtype: of the embeddings.
+    dtype, device: of the embeddings.
     size: captions encoded at once.
     """
     unique = list(dict.fromkeys(captions))
@@ -341,8 +342,8 @@ def encode_in_batches(
         with torch.no_grad():
             embeddings = caption_encoder.encode(encoders, batch)
         for caption, e in zip(batch, embeddings, strict=True):
-            pooled = None if e.pooled is None else e.pooled.to("cpu", dtype)
-            yield caption, Embedding(e.hidden.to("cpu", dtype), pooled)
+            pooled = None if e.pooled is None else e.pooled.to(device, dtype)
+            yield caption, Embedding(e.hidden.to(device, dtype), pooled)
 
 
 def collate(
@@ -355,7 +356,7 @@ def collate(
     hidden = [e.hidden for e in embeddings]
     if min(lengths) < longest:
         hidden = [nn.functional.pad(h, (0, 0, 0, longest - len(h))) for h in hidden]
-        kept = torch.tensor(lengths, device=hidden[0].device)[:, None]
+        kept = sent(torch.tensor(lengths), hidden[0].device)[:, None]
         mask = (torch.arange(longest, device=kept.device) < kept).to(hidden[0].dtype)
     pooled = [e.pooled for e in embeddings if e.pooled is not None]
     return Conditioning(

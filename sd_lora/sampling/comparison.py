@@ -38,7 +38,9 @@ def worst(dot: Tensor, mean: Tensor, shares: tuple[float, ...]) -> list[Tensor]:
     counting by the mean of its two squares."""
     agreement, order = (dot / mean.clamp(min=1e-3)).sort(1)
     weight = mean.gather(1, order)
-    reached = weight.cumsum(1) / weight.sum(1, keepdim=True).clamp(min=1e-6)
+    # on the CPU: a card's running sums are refused where results must repeat
+    reached = weight.cpu().cumsum(1).to(weight.device)
+    reached = reached / weight.sum(1, keepdim=True).clamp(min=1e-6)
     out = []
     for share in shares:
         taken = (reached <= share).float() * weight + 1e-6 * weight

@@ -75,8 +75,9 @@ def sample(
     """Generate one image per prompt and seed by DPM-Solver++ (2M), with classifier-free guidance.
 
     Lu et al. 2022, "DPM-Solver++", algorithm 2. An image is a function of its prompt, its seed and
-    the model alone; neither the batch nor the state of a generator changes it. The text encoders
-    are on the device while they encode the prompts, UNet and VAE until the last image is taken.
+    the model alone; neither the batch nor the state of a generator changes it, but for last bits on
+    a card, which adds in another order in another batch. The text encoders are on the device while
+    they encode the prompts, UNet and VAE until the last image is taken.
 
     Args:
         parts: the model, with or without adapters, of any base precision. An inpainting model

@@ -152,7 +152,7 @@ class TextConditioning:
         known = {c: self.table.get(c) if self.table else None for c in dict.fromkeys(captions)}
         missing = [caption for caption, embedding in known.items() if embedding is None]
         if missing:  # never kept, or removed from the cache by another run
-            known |= dict(self._encode(missing))
+            known |= dict(self._encode(missing, self.device))
         return [e for caption in captions if (e := known[caption]) is not None]
 
     def _encoder(self, component: str, step: int) -> nn.Module:
@@ -164,13 +164,15 @@ class TextConditioning:
             return self.learning[component]
         return FrozenEncoder(self.encoders[component].eval())
 
-    def _encode(self, captions: Sequence[Caption]) -> Iterable[tuple[Caption, Embedding]]:
-        """Encode captions on the device."""
+    def _encode(
+        self, captions: Sequence[Caption], to: torch.device | str = "cpu"
+    ) -> Iterable[tuple[Caption, Embedding]]:
+        """Encode captions on the device. to: of the embeddings."""
         for encoder in self.encoders.values():
             brought(encoder, self.device).eval()
         batch_size = caption_batch_size(self.device)
         return encode_in_batches(
-            self.caption_encoder, self.encoders, captions, self.dtype, batch_size
+            self.caption_encoder, self.encoders, captions, self.dtype, batch_size, to
         )
 
     def fill(

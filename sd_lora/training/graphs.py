@@ -80,7 +80,7 @@ REASONS: tuple[tuple[Callable[[Run], bool], str], ...] = (
     ),
     (lambda run: bool(run.config.dropouts), "dropouts draw their numbers in the pass"),
     (lambda run: run.config.offloads, "blocks' weights or activations come and go"),
-    (lambda run: run.config.rotates, "oft solves equations, whose errors the host reads"),
+    (lambda run: run.config.rotates, "oft solves equations, by libraries that may ask the host"),
     (lambda run: run.config.masks_ranks, "tlora_min_rank masks other ranks in each pass"),
 )
 """Runs whose passes are not recorded, and why."""

@@ -150,9 +150,9 @@ class RiemannianAdamW(torch.optim.AdamW):
             identity = self.damping * torch.eye(len(down), device=A.device)
             left, right = up.T @ up + identity, down @ down.T + identity
             if A.grad is not None:
-                A.grad = torch.linalg.solve(left, A.grad.flatten(1)).view_as(A)
-            if B.grad is not None:
-                B.grad = torch.linalg.solve(right, B.grad.flatten(1).T).T.reshape(B.shape)
+                A.grad = torch.linalg.solve_ex(left, A.grad.flatten(1))[0].view_as(A)
+            if B.grad is not None:  # `solve` would have the host wait for a card's errors
+                B.grad = torch.linalg.solve_ex(right, B.grad.flatten(1).T)[0].T.reshape(B.shape)
         return super().step(closure)
 
 

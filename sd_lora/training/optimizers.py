@@ -141,6 +141,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
         for key, value in saved.items():
             if isinstance(value, torch.Tensor) and ours[key].dtype != value.dtype:
                 ours[key] = value.detach().clone().to(ours[key].device)
+    for group in inner.param_groups:  # of which torch moves none
+        for key, value in group.items():
+            if isinstance(value, torch.Tensor):
+                group[key] = value.to(group["params"][0].device)
 
 
 def use_average(optimizer: torch.optim.Optimizer) -> None:

@@ -21,6 +21,7 @@ from accelerate.utils import (
     broadcast_object_list,
     parse_flag_from_env,
 )
+from accelerate.utils.memory import clear_device_cache
 
 from sd_lora.config.schema import RunConfig, TrainConfig
 from sd_lora.errors import RunError, UsageError
@@ -155,8 +156,9 @@ def build_accelerator(config: TrainConfig, summary: Summary) -> Accelerator:
         project_dir=str(config.output_path),
         logging_dir=str(config.output_path / config.logging_dir),
     )
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()  # of an earlier run of this process
+    if torch.cuda.is_initialized():  # by an earlier run of this process
+        clear_device_cache(garbage_collection=True)
+        torch.cuda.reset_peak_memory_stats()
     if find_spec(UNUSED) is None:
         sys.modules[UNUSED] = None  # type: ignore[assignment]  # not there, and known at once
     try:

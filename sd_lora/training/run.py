@@ -257,6 +257,8 @@ class Run:
         self.redraw([(first, last) for first, last in saved.state["redrawn"]])
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         saved.load_factors(self.models)
+        if self.text.learning:
+            self.text.table = None  # of encoders that may have learned on since
         if self.text.tokens:
             trained = saved.state["trained"] or saved.state
             self.text.tokens.load_state_dict(trained["tokens"])

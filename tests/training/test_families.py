@@ -19,7 +19,7 @@ from sd_lora.formats.lora_file import open_lora
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.load import load_parts
 from sd_lora.sampling.sampler import sample
-from sd_lora.training import loop
+from sd_lora.training import checkpoint, loop
 from sd_lora.training.data import base_of
 from sd_lora.training.interruption import Requests, listening
 from sd_lora.training.samples import prompts_of, wanted_samples
@@ -249,6 +249,27 @@ def test_stopping_resumes_exactly(tiny: Folder, data: Path, tmp_path: Path) -> N
             load_file(folder / "checkpoint-6" / "adapter.safetensors") for folder in (whole, part)
         ]
         assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+def test_going_back_forgets_embeddings(tiny: Folder, data: Path, tmp_path: Path) -> None:
+    """Embeddings of text encoders that have stopped are encoded anew where the run takes an earlier
+    state of theirs: they are those of that state, and not the ones before."""
+    run = prepare(
+        text_to_image(
+            tiny("sd1"), data, tmp_path, train_text_encoder=True, text_encoder_stop_step=3,
+            checkpointing_steps=1, max_train_steps=4, text_encoder_lr=1e-2,
+        )  # fmt: skip
+    )
+    loop.open_output(run)
+    loop.train_steps(run, loop.LossLog(run))
+    caption = run.stream.batch(0).items[0].caption
+    (before,) = run.text.embeddings([caption], 4)
+    run.load(checkpoint.read(tmp_path / "checkpoint-1", run.models))
+    (found,) = run.text.embeddings([caption], 4)
+    with torch.no_grad():
+        (right,) = run.text.caption_encoder.encode(run.text.encoders, [caption])
+    assert torch.equal(found.hidden, right.hidden.to(found.hidden))
+    assert not torch.equal(found.hidden, before.hidden)
 
 
 def test_inpainting_sees_masks_and_what_they_leave(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sd_lora
+from sd_lora.adapters.inject import deltas_of
 from sd_lora.check import check
 from sd_lora.training import offload, offload_activations
 from sd_lora.training.advice import Place, Rung, beside_of, rungs
@@ -281,7 +282,7 @@ def test_all_that_computes_waits(
 def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is brought to a device leaves its blocks' frozen tensors where they are, and
     brings all others with their gradients, also when adapters come and go around them; on its way
-    back it leaves those that learn."""
+    back it leaves adapters as a whole."""
     moved: set[int] = set()
 
     def to(tensor: Tensor, *_: Any) -> Tensor:  # no device is needed to be asked for one
@@ -292,18 +293,20 @@ def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     let_blocks_wait(unet)
     inside = {t.data_ptr() for block in blocks_of(unet).values() for t in frozen_of(block)}
     sd_lora.eject(unet)
-    sd_lora.inject(unet, "all")
-    layers = [*sd_lora.lora_layers(unet)]
+    sd_lora.inject(unet, "all", method="lora_fa")  # whose A is a buffer
+    layers = [p for p in sd_lora.lora_layers(unet) if p.requires_grad]
     for layer in layers:
         layer.grad = torch.ones_like(layer)
     monkeypatch.setattr(Tensor, "to", to)
     assert brought(unet, "cuda") is unet
     learned = {t.data_ptr() for layer in layers for t in (layer, layer.grad)}
+    deltas = {t.data_ptr() for d in deltas_of(unet).values() for t in d.state_dict().values()}
     rest = {t.data_ptr() for t in (*unet.parameters(), *unet.buffers())} - inside
     assert moved == rest | learned
     moved.clear()
     brought(unet, "cpu")
-    assert moved == rest - learned
+    assert deltas > learned & rest
+    assert moved == rest - deltas
 
 
 def test_a_pass_without_its_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,9 +165,9 @@ class Copies:
             factors.A, factors.B = next(linked), next(linked)
 
     @property
-    def is_elsewhere(self) -> bool:
-        """Whether the model has left the device since: a text encoder that has learned enough."""
-        return self.masters[0].device != self._into[0].device
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._into[0].device
 
     def forget(self) -> None:
         """Let the graph of the last forward pass go."""

@@ -82,10 +82,15 @@ class FastModel:
         stacks = [factors for factors in self.copies.factors if isinstance(factors, Stack)]
         return own + [stack.W for stack in stacks] + self.shared.weights
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the model has left the device since: a text encoder that has learned enough."""
+        return next(self.model.parameters()).device != self.copies.device
+
     def __enter__(self) -> "FastModel":
         # first, for it may be out of memory; and not in the forward pass, for a compiler would take
         # the copying into its graph
-        if not self.copies.is_elsewhere:
+        if not self.is_elsewhere:
             self.copies.refresh()
         self._outer = vars(self.model).get("forward")
         general = self._outer or self.model.forward
@@ -121,7 +126,7 @@ class FastModel:
         device = self.copies.masters[0].device.type
         return (
             torch.is_grad_enabled()
-            and not self.copies.is_elsewhere
+            and not self.is_elsewhere
             and not (device != "meta" and torch.is_autocast_enabled(device))
             and all(map(is_usual, self.layers))
         )
