@@ -182,7 +182,7 @@ def main() -> int:
         step_rows(args.only, apart[args.only])
         return 0
     rows = [
-        f"| {NAMES[family]} | {a.encoding / GIB:.2f} | {(a.unet + a.text) / GIB:.2f} "
+        f"| {NAMES[family]} | {a.encoding / GIB:.2f} | {a.text / GIB:.2f} "
         f"| {(a.unet + a.decoding) / GIB:.2f} |"
         for family, a in apart.items()
     ]

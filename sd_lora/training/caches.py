@@ -1,6 +1,6 @@
 """Caches of a run: latents and text embeddings, on disk, in memory, or computed in each step."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from sd_lora.config.schema import RunConfig, TrainConfig
+from sd_lora.data.batches.stream import Stream
 from sd_lora.data.cache.encode import Latents, vae_identity
 from sd_lora.data.cache.latents import LatentTable, PixelSettings
 from sd_lora.data.cache.placement import choose, latent_bytes
@@ -16,11 +17,13 @@ from sd_lora.data.cache.text_embeddings import Embeddings, identity_of
 from sd_lora.data.check.usable import UsableImages
 from sd_lora.errors import UsageError
 from sd_lora.files import mib
+from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Parts
 from sd_lora.report.events import Listener, tracked
-from sd_lora.training.conditioning import TextConditioning
+from sd_lora.training.conditioning import TextConditioning, used_captions
 from sd_lora.training.data import RunImages
+from sd_lora.training.out_of_memory import memory_for
 from sd_lora.training.processes import on_main
 from sd_lora.transfer import brought
 
@@ -135,6 +138,25 @@ class Caches:
         needed = text.num_bytes() * self.accelerator.num_processes
         wanted = self.config.cache_text_embeddings != "no"
         return wanted and needed < psutil.virtual_memory().available // 2
+
+    def embeddings(
+        self, text: TextConditioning, stream: Stream, validated: Sequence[Caption], draws: bool
+    ) -> None:
+        """Encode the captions where nothing learns, and free the text encoders that nothing uses.
+
+        validated: captions of the validation's images. draws: whether this process draws samples.
+        """
+        if text.will_freeze:
+            used = used_captions(stream)
+            text.captions = None if used is None else [*dict.fromkeys([*used, *validated])]
+            if text.learning and not self.can_hold(text):
+                text.captions = None  # encoded in each step, also after the encoders stopped
+        if text.learning:
+            return
+        with memory_for("encoding captions", self.config):
+            self.fill_embeddings(text)
+        if not ((self.config.draws_samples or self.config.score_features) and draws):
+            text.free_encoders()
 
     def fill_embeddings(self, text: TextConditioning) -> None:
         """Encode the captions that no cache has; the text encoders then leave the device."""

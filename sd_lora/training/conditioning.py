@@ -123,6 +123,12 @@ class TextConditioning:
         """The new words."""
         return self.stops.tokens
 
+    def let_learn(self, models: Mapping[str, nn.Module]) -> None:
+        """Let text encoders learn: those among these models, and with new words all. models:
+        component → model, as Accelerate wrapped it."""
+        learning = (self.encoders if self.tokens else {}) | {**models}
+        self.learning = {c: model for c, model in learning.items() if c in self.encoders}
+
     @property
     def will_freeze(self) -> bool:
         """Whether captions can be encoded once: from the start, or from some step on."""

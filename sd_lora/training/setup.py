@@ -22,7 +22,6 @@ from sd_lora.errors import UsageError
 from sd_lora.findings import Finding
 from sd_lora.folders import RUN_LOG, disown, own
 from sd_lora.formats.metadata import date
-from sd_lora.models.caption_encoder import Caption
 from sd_lora.models.load import Base, Parts
 from sd_lora.models.quantized_base import quantize_base
 from sd_lora.report.events import Listener, Warned, to_all
@@ -42,7 +41,6 @@ from sd_lora.training.conditioning import (
     add_new_words,
     planned_caption_encoder,
     run_caption_encoder,
-    used_captions,
 )
 from sd_lora.training.data import RunImages, base_of, crop_settings_of, pixel_settings_of
 from sd_lora.training.disk import check_room
@@ -72,7 +70,7 @@ from sd_lora.training.recompute import Recomputed
 from sd_lora.training.run import Run
 from sd_lora.training.samples import check_sample_sizes, schedule_of
 from sd_lora.training.scoring import PlannedScores, planned_scores, scores_of
-from sd_lora.training.sharding import check_even, is_sharded, shards, without_fsdp
+from sd_lora.training.sharding import check_even, shards, without_fsdp
 from sd_lora.training.summary import summarise
 from sd_lora.training.trackers import Trackers
 from sd_lora.training.validation import Validation
@@ -104,6 +102,12 @@ class CheckedRun:
     def blocks(self) -> frozenset[str] | None:
         """Those whose activations are computed again, by a budget of memory; None without one."""
         return self.recomputed.blocks if self.recomputed else None
+
+    @property
+    def draws(self) -> bool:
+        """Whether this process draws sample images, or its part of the UNet is needed for them."""
+        needed = self.accelerator.is_main_process or self.sharded
+        return needed and can_generate_images(self.base.family)
 
 
 @contextmanager
@@ -167,22 +171,22 @@ def ready(
     caches = Caches(resolved, open_store(resolved), accelerator, checked.emit)
     with memory_for("encoding images", resolved):
         latents = caches.latents(images, parts, checked.pixel_settings)
-    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, checked.blocks)
-    with memory_for("bringing the models to the device", resolved):
-        # of several runs `Together` puts the shared weights side by side, once
-        own = {c: model for c, model in models.items() if c != "unet"} if several else models
-        fast_ones, offload = ways_of(resolved, own, accelerator.device)
     stream = Stream(
         images.instances, plan.epochs, images.classes, accelerator.process_index,
         accelerator.num_processes, latents.table, plan.num_micro_batches,
         resolved.prior_loss_weight, _preservation(resolved, images, seed),
     )  # fmt: skip
-    text.learning = {c: model for c, model in prepared.items() if c in text.encoders}
     validation = _validation(plan, images, objective.timesteps)
-    draws = _draws(accelerator, parts)
-    _cache_embeddings(resolved, caches, text, stream, validation.captions, draws)
+    text.let_learn(models)
+    # before the UNet is on the device: it and SDXL's text encoders would take 8 GiB
+    caches.embeddings(text, stream, validation.captions, checked.draws)
     caches.make_room(images, latents, text)
+    prepared = prepare_models(resolved, accelerator, models, text, checked.sharded, checked.blocks)
+    text.let_learn(prepared)
     with memory_for("bringing the models to the device", resolved):
+        # of several runs `Together` puts the shared weights side by side, once
+        own = {c: model for c, model in models.items() if c != "unet"} if several else models
+        fast_ones, offload = ways_of(resolved, own, accelerator.device)
         if offload:
             offload.add(text.in_steps | latents.in_steps(found.set for found in images.all))
     optimizer = build_optimizer(models, resolved, plan.samples_per_step, text.tokens)
@@ -387,34 +391,3 @@ def _fill_class_folder(
             images.crop_settings.resolution, checked.accelerator, checked.plan.seed, checked.emit,
         )  # fmt: skip
     images.check_class_folder(wanted)
-
-
-def _draws(accelerator: Accelerator, parts: Parts) -> bool:
-    """Whether this process draws sample images, or its part of the UNet is needed for them."""
-    needed = accelerator.is_main_process or is_sharded(parts.models["unet"])
-    return needed and can_generate_images(parts.family)
-
-
-def _cache_embeddings(
-    config: RunConfig,
-    caches: Caches,
-    text: TextConditioning,
-    stream: Stream,
-    validated: Sequence[Caption],
-    draws_samples: bool,
-) -> None:
-    """Encode the captions where nothing learns, and free the text encoders that nothing uses.
-
-    validated: captions of the validation's images.
-    """
-    if text.will_freeze:
-        used = used_captions(stream)
-        text.captions = None if used is None else [*dict.fromkeys([*used, *validated])]
-        if text.learning and not caches.can_hold(text):
-            text.captions = None  # encoded in each step, also after the encoders stopped
-    if text.learning:
-        return
-    with memory_for("encoding captions", config):
-        caches.fill_embeddings(text)
-    if not ((config.draws_samples or config.score_features) and draws_samples):
-        text.free_encoders()

@@ -256,8 +256,14 @@ def test_going_back_forgets_embeddings(tiny: Folder, data: Path, tmp_path: Path)
     state of theirs: they are those of that state, and not the ones before."""
     run = prepare(
         text_to_image(
-            tiny("sd1"), data, tmp_path, train_text_encoder=True, text_encoder_stop_step=3,
-            checkpointing_steps=1, max_train_steps=4, text_encoder_lr=1e-2,
+            tiny("sd1"),
+            data,
+            tmp_path,
+            train_text_encoder=True,
+            text_encoder_stop_step=3,
+            checkpointing_steps=1,
+            max_train_steps=4,
+            text_encoder_lr=1e-2,
         )  # fmt: skip
     )
     loop.open_output(run)

@@ -11,7 +11,8 @@ from sd_lora.config.command_line import parse
 from sd_lora.errors import UsageError
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.training import loop
+from sd_lora.training import loop, setup
+from sd_lora.training.caches import Caches
 from sd_lora.training.cards import CARDS, Card, card_named
 from sd_lora.training.data import base_of
 from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step, peak_of
@@ -96,6 +97,32 @@ def test_operations_are_those_of_torch() -> None:
         assert count.flop == counter.get_total_flops() > 2e12
         found.append(count.flop)
     assert found[1] == pytest.approx(found[0], rel=0.01)
+
+
+def test_captions_come_before_the_unet(
+    tiny_sd1: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions of text encoders that do not learn are encoded before any model is brought to the
+    device for good: the encoders and the UNet are not there together."""
+    order: list[str] = []
+
+    def noted(module: object, name: str) -> None:
+        own = getattr(module, name)
+
+        def call(*args: object, **options: object) -> object:
+            order.append(name)
+            return own(*args, **options)
+
+        monkeypatch.setattr(module, name, call)
+
+    noted(setup, "prepare_models")
+    noted(Caches, "fill_embeddings")
+    data = images(tmp_path / "data", 4)
+    prepare(text_to_image(tiny_sd1, data, tmp_path / "o"))
+    assert order == ["fill_embeddings", "prepare_models"]
+    order.clear()
+    prepare(text_to_image(tiny_sd1, data, tmp_path / "p", train_text_encoder=True))
+    assert order == ["prepare_models"]
 
 
 def test_least_time_is_the_roofline() -> None:

@@ -19,7 +19,7 @@ class EncodingOptions(Section):
     max_token_length: int = option(75,
         "tokens of a caption at most, a multiple of 75: longer captions are encoded in pieces "
         "of 75, as in A1111 and ComfyUI, and cut here",
-        less_memory={"encoding captions": (3, 75)},
+        less_memory={"encoding captions": (1, 75)},
         ge=75, multiple_of=75, header="ss_max_token_length", header_form="if given",
         summary=("captions", "up to {} tokens, in pieces of 75"), kohya=SAME)
     weighted_prompts: bool = option(False,

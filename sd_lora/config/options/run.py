@@ -154,7 +154,7 @@ class ModelOptions(Section):
         "a time are on the GPU, as those of text encoders and of the VAE where steps need them; "
         "they are copied for each pass, twice for each micro-batch",
         may_change=True, in_record="no", without_gpu="copies weights, and saves no memory",
-        less_memory={"a step": (7, True), "encoding captions": (2, True),
+        less_memory={"a step": (7, True),
             "drawing sample images": (3, True), "bringing the models to the device": (3, True)},
         costs="the UNet goes to the card twice for each micro-batch",
         summary=("offload", "frozen weights of the models' blocks"))

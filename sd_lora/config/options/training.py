@@ -88,7 +88,7 @@ class TrainingOptions(DeviceOptions, SavingOptions):
         "GPU that has it, else fp16, float32 on a CPU; the LoRA is float32",
         of_all_jobs=True, choices=("no", "fp16", "bf16", "auto"), scripts="ABCD", kohya=SAME,
         less_memory={"a step": (5, "bf16"), "loading the base model": (1, "bf16"),
-            "bringing the models to the device": (1, "bf16"), "encoding captions": (1, "bf16"),
+            "bringing the models to the device": (1, "bf16"),
             "drawing sample images": (2, "bf16")},
         onetrainer="train_dtype", simpletuner=SAME, ai_toolkit="train.dtype",
         main="of the frozen base; the LoRA is float32")
