@@ -2,19 +2,24 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
 
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.images.buckets import Size
 from sd_lora.files import size_text
 from sd_lora.models.load import Base
-from sd_lora.models.meta_pipeline import MetaPipeline
+from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
 from sd_lora.report.summary import duration
+from sd_lora.sampling.sampler import LARGEST_WHOLE
 from sd_lora.training.advice import Place, Rung, beside_of, flags_that_fit
 from sd_lora.training.budget import largest_shape
 from sd_lora.training.cards import Card
-from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step
+from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step, count_vae
 from sd_lora.training.plan import Plan
-from sd_lora.training.processes import chosen_precision, of_card
+from sd_lora.training.processes import chosen_precision, of_card, vae_dtype
 from sd_lora.training.recompute import Recomputed, without_budget
 
 MOST_COUNTED = 3
@@ -37,7 +42,8 @@ class Prediction:
 
     config: of the run there, its precision chosen. steps: bucket → step without gradient
     checkpointing, but that of the run's budget, and step with it. flags: that are needed, "" if it
-    fits as it is, None if none are enough. needed: bytes with them.
+    fits as it is, None if none are enough. needed: bytes with them. drawing: bytes while a sample
+    is drawn, the reserve included; 0 where none are.
     """
 
     card: Card
@@ -48,6 +54,7 @@ class Prediction:
     steps: Mapping[Size, tuple[Step, Step]]
     flags: str | None
     needed: int
+    drawing: int = 0
 
     @property
     def checkpointed(self) -> bool:
@@ -75,13 +82,24 @@ class Prediction:
             total = duration(self.num_steps * self.seconds)
             return (
                 f"fits {self.card.name}: {took}, and at least {self.seconds:.2g} s; the run "
-                f"({self.num_steps} steps) at least {total}"
+                f"({self.num_steps} steps) at least {total}{self.of_samples}"
             )
         if self.flags is None:
             return f"does not fit {self.card.name}: {took}, and no flags here are enough"
         return (
             f"does not fit {self.card.name}: {took}; with {self.flags} it takes "
-            f"{size_text(self.needed)}, which fits"
+            f"{size_text(self.needed)}, which fits{self.of_samples}"
+        )
+
+    @property
+    def of_samples(self) -> str:
+        """A remark on sample images for which the card has too little memory; "" if it has enough
+        or none are drawn."""
+        if self.drawing <= self.card.memory * GIB:
+            return ""
+        return (
+            f". Drawing samples takes {size_text(self.drawing)}, and does not fit: add "
+            "--num_validation_images 0"
         )
 
     @property
@@ -101,7 +119,10 @@ class Prediction:
             for bucket, pair in self.steps.items()
             for on, step in zip((False, True), pair, strict=True)
         ]
-        fits = {"fits": self.flags == "", "flags": self.flags, "bytes_with_flags": self.needed}
+        fits = {
+            "fits": self.flags == "" and not self.of_samples, "flags": self.flags,
+            "bytes_with_flags": self.needed, "bytes_of_samples": self.drawing,
+        }  # fmt: skip
         return {"card": self.card.name, "bytes": int(self.card.memory * GIB), **fits} | {
             "seconds_a_step": self.seconds, "buckets": buckets,
         }  # fmt: skip
@@ -151,7 +172,8 @@ def predict(
     first = Rung("", config, Shape(number, largest), held)
     place = Place(plan, "cuda", beside)
     flags, needed = _flags(place, first, configs, card, counted[largest])
-    return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed)
+    drawing = _drawing(config, base, counted[largest][0])
+    return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed, drawing)
 
 
 def counted_buckets(plan: Plan) -> list[Size]:
@@ -181,6 +203,27 @@ def _flags(
 
     needed = bytes_of(step)
     return ("", needed) if needed <= room else flags_that_fit(place, step, bytes_of, room)
+
+
+def _drawing(config: RunConfig, base: Base, count: StepBytes) -> int:
+    """Bytes while a sample is drawn, beside what a step holds of weights and states: frozen text
+    encoders that encode its prompt, or the VAE that decodes it; see `Prediction`. count: of a
+    step."""
+    if not config.draws_samples:
+        return 0
+    dtype = vae_dtype(config)
+    side = min(config.resolution // base.pixels_per_latent, isqrt(LARGEST_WHOLE))  # else in tiles
+    x = torch.empty(1, 4, side, side, dtype=dtype, device="meta")
+
+    def decode(vae: Any) -> object:
+        return vae.decode(x)
+
+    beside = count_vae(build_on_meta("vae", base.vae_config).to(dtype), decode)
+    if not config.trains_text:
+        models = base.meta_pipeline.models
+        encoders = [models[name] for name in base.family.text_encoders if name in models]
+        beside = max(beside, sum(p.nbytes for encoder in encoders for p in encoder.parameters()))
+    return count.frozen + count.trained + beside + RESERVE
 
 
 def _area(bucket: Size) -> int:

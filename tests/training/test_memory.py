@@ -15,7 +15,16 @@ from sd_lora.training import loop, setup
 from sd_lora.training.caches import Caches
 from sd_lora.training.cards import CARDS, Card, card_named
 from sd_lora.training.data import base_of
-from sd_lora.training.memory import GIB, HeldBytes, Shape, StepBytes, count_step, peak_of
+from sd_lora.training.memory import (
+    GIB,
+    RESERVE,
+    HeldBytes,
+    Shape,
+    StepBytes,
+    count_step,
+    count_vae,
+    peak_of,
+)
 from sd_lora.training.setup import prepare
 from tests.training.runs import images, text_to_image
 
@@ -172,6 +181,47 @@ def test_a_run_is_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None:
     assert "with --gradient_checkpointing (a third slower) it takes" in predicted(spared.peak / GIB)
     assert predicted(1).endswith("no flags here are enough")
     assert [p.numbers()["fits"] for p in found] == [True, False, False]
+
+
+def test_samples_are_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None:
+    """Where a step fits a card and a sample beside its weights and states does not, the answer says
+    so with the flag, and a script is told that the run does not fit; with it the run does. The
+    bytes are those of the VAE's decoder, counted alone, or of the text encoder if that is larger,
+    and of the step's weights."""
+    data = images(tmp_path / "data", 4)
+    config = text_to_image(
+        tiny_sd1, data, tmp_path / "o", num_validation_images=1, validation_prompt="a thing",
+        train_batch_size=1, gradient_checkpointing=True,
+    )  # fmt: skip
+    (drawn, step), found = (0, 0), []
+    for memory in (24.0, 0.0):
+        room = memory or (step + drawn) / 2 / GIB
+        for number in (1, 0):
+            card = Card("one", room, 10, 10, 400)
+            checked = check(
+                config.replace(
+                    num_validation_images=number,
+                    validation_prompt="a thing" if number else None,
+                ),
+                page=False, card=card,
+            )  # fmt: skip
+            assert checked.prediction
+            found.append((checked.prediction.numbers()["fits"], checked.rows["card"]))
+            if number and memory:
+                drawn, step = checked.prediction.drawing, checked.prediction.peak
+                count = count_step(
+                    checked.prediction.config, base_of(config).meta_pipeline, Shape(1, (64, 64))
+                )
+                parts = base_of(config).load()
+                x = torch.empty(1, 4, 8, 8, device="meta")
+                decoding = count_vae(parts.vae.to("meta"), lambda vae, x=x: vae.decode(x))
+                encoding = sum(p.nbytes for p in parts.text_encoders["text_encoder"].parameters())
+                beside = max(decoding, encoding)
+                assert drawn == count.frozen + count.trained + beside + RESERVE > step
+    assert [fits for fits, _ in found] == [True, True, False, True]
+    assert ". Drawing samples takes " in found[2][1]
+    assert found[2][1].endswith("add --num_validation_images 0")
+    assert all("samples" not in text for _, text in (found[0], found[1], found[3]))
 
 
 def test_the_peak_is_that_of_the_system() -> None:
