@@ -85,7 +85,8 @@ def sample(
         caption_encoder: makes embeddings of the prompts.
         prompts, seeds: one each per image.
         size: width and height in pixels.
-        device: where to compute; afterwards all parts are back on their devices.
+        device: where to compute; afterwards all parts are back on their devices, but for adapters
+            that learn: those of a model from the CPU stay (`transfer.brought`).
         negative: the prompt that guidance leads away from; None: no prompt.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance.
