@@ -18,6 +18,7 @@ from sd_lora.training.advice import Place, Rung, beside_of, flags_that_fit
 from sd_lora.training.budget import largest_shape
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step, count_vae
+from sd_lora.training.out_of_memory import flag, remedies
 from sd_lora.training.plan import Plan
 from sd_lora.training.processes import chosen_precision, of_card, vae_dtype
 from sd_lora.training.recompute import Recomputed, without_budget
@@ -99,7 +100,7 @@ class Prediction:
             return ""
         return (
             f". Drawing samples takes {size_text(self.drawing)}, and does not fit: add "
-            "--num_validation_images 0"
+            f"{flag(*remedies(self.config, 'drawing sample images')[0])}"
         )
 
     @property
@@ -172,7 +173,7 @@ def predict(
     first = Rung("", config, Shape(number, largest), held)
     place = Place(plan, "cuda", beside)
     flags, needed = _flags(place, first, configs, card, counted[largest])
-    drawing = _drawing(config, base, counted[largest][0])
+    drawing = _drawing(config, base, largest, counted[largest][0])
     return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed, drawing)
 
 
@@ -205,15 +206,17 @@ def _flags(
     return ("", needed) if needed <= room else flags_that_fit(place, step, bytes_of, room)
 
 
-def _drawing(config: RunConfig, base: Base, count: StepBytes) -> int:
+def _drawing(config: RunConfig, base: Base, size: Size, count: StepBytes) -> int:
     """Bytes while a sample is drawn, beside what a step holds of weights and states: frozen text
-    encoders that encode its prompt, or the VAE that decodes it; see `Prediction`. count: of a
-    step."""
+    encoders that encode its prompt, or the VAE that decodes it; see `Prediction`.
+
+    size: of the image. count: of a step.
+    """
     if not config.draws_samples:
         return 0
     dtype = vae_dtype(config)
-    side = min(config.resolution // base.pixels_per_latent, isqrt(LARGEST_WHOLE))  # else in tiles
-    x = torch.empty(1, 4, side, side, dtype=dtype, device="meta")
+    sides = (min(side // base.pixels_per_latent, isqrt(LARGEST_WHOLE)) for side in size)  # or tiles
+    x = torch.empty(1, 4, *sides, dtype=dtype, device="meta")
 
     def decode(vae: Any) -> object:
         return vae.decode(x)
