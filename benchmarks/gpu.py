@@ -146,22 +146,21 @@ def run(found: Found, precision: str, *flags: str) -> None:
     """A whole run on the embedded base, as users start it: the mean loss of both halves, the most
     memory, and what it says of graphs."""
     with tempfile.TemporaryDirectory() as folder:
-        ran(found, Path(folder), " ".join([precision, *flags]), precision, *flags)
+        ran(found, Path(folder) / "run", precision, *flags)
 
 
-def ran(found: Found, out: Path, name: str, precision: str, *flags: str) -> None:
+def ran(found: Found, out: Path, precision: str, *flags: str) -> None:
     """Do the run of `run` in a folder, and say its numbers."""
     command = [
         sys.executable, "-m", "sd_lora", "train", "--config",
         "sample_data/configs/dreambooth.toml", "--mixed_precision", precision,
-        "--output_dir", str(out / "run"), "--max_train_steps", "100" if CUDA else "4",
+        "--output_dir", str(out), "--max_train_steps", "100" if CUDA else "4",
         "--lr_warmup_steps", "0", "--num_validation_images", "0", "--report_to", "none",
         *flags,
     ]  # fmt: skip
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
     )
-    out /= "run"
     if done.returncode:
         last = (done.stdout + done.stderr).strip().splitlines()[-3:]
         raise RuntimeError(f"exit status {done.returncode}: {' | '.join(last)}")
@@ -172,7 +171,10 @@ def ran(found: Found, out: Path, name: str, precision: str, *flags: str) -> None
     said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if "graphs" in line]
     halves = [round(first, 4), round(last_half, 4)]
     peak = json.loads((out / "report.json").read_text(encoding="utf-8")).get("peak_bytes")
-    found.say(f"run, {name}", {"loss, halves": halves, "peak bytes": peak, "said": said})
+    found.say(
+        f"run, {' '.join([precision, *flags])}",
+        {"loss, halves": halves, "peak bytes": peak, "said": said},
+    )
 
 
 def counted(cell: Cell) -> StepBytes:
@@ -356,11 +358,10 @@ def main() -> None:
         rows.append(steps(found, cell))
         found.say(f"step {named(cell)}", rows[-1])
 
-    parts = [(f"step {named(c)}", partial(measure, c)) for c in (CELLS if CUDA else CELLS[:4:3])]
+    cells = [(f"step {named(c)}", partial(measure, c)) for c in (CELLS if CUDA else CELLS[:4:3])]
+    runs = [(f"run, {' '.join(one)}", partial(run, found, *one)) for one in RUNS]
     # a run is half a minute, most of it imports: one first, the others after the first two cells
-    parts[2:2] = [(f"run, {' '.join(one)}", partial(run, found, *one)) for one in RUNS[1:]]
-    parts[:0] = [(f"run, {' '.join(one)}", partial(run, found, *one)) for one in RUNS[:1]]
-    for name, work in parts:
+    for name, work in (*runs[:1], *cells[:2], *runs[1:], *cells[2:]):
         if time.monotonic() - started > args.seconds:
             found.say(name, "left out: no seconds left")
         else:

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> str:
 def _out_of_memory(device: torch.device, error: BaseException) -> OutOfMemory:
     return OutOfMemory(
         f"{device} has too little memory to caption so many images at once, "
-        f"{out_of_memory.wanted(error)}: give "
-        "a lower --batch, or a smaller --captioner. What is written stays"
+        f"{out_of_memory.wanted(error)}: give a lower --batch, or a smaller --captioner. The "
+        "captions that are written stay"
     )
 
 

@@ -25,11 +25,12 @@ LATER: dict[str, tuple[str, ...]] = {
 }
 """Modules that wait for their first use → their functions that other libraries import by name.
 
-diffusers imports the first two by `import`, for a base that bitsandbytes has quantised and for
-sigmas of a beta distribution, and asks for none of their names meanwhile; transformers imports the
-third's function, for a loss of object detection. Of the 4.4 s of CPU time from the command to the
-first step, bitsandbytes took 0.48, for it imports torch's compiler, scipy.stats 0.10 and
-scipy.optimize 0.16 (diffusers 0.42, transformers 5.23, bitsandbytes 0.50, scipy 1.17, torch 2.13).
+diffusers imports the first three by `import`, for a base that bitsandbytes has quantised, sigmas of
+a beta distribution and one scheduler, and asks for none of their names meanwhile; transformers
+imports the last one's function, for a loss of object detection. Of the 4.4 s of CPU time from the
+command to the first step, bitsandbytes took 0.48, for it imports torch's compiler, scipy.stats 0.10
+and scipy.optimize 0.16 (diffusers 0.42, transformers 5.23, bitsandbytes 0.50, scipy 1.17, torch
+2.13).
 Modules whose classes are imported by name, as `from torchao.quantization import FqnToConfig` is,
 cannot wait: who has the class may ask what is one.
 """

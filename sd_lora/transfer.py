@@ -1,6 +1,6 @@
 """Tensors and models on their way from the host to a card."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
@@ -19,21 +19,49 @@ def let_wait(tensors: Iterable[Tensor]) -> None:
 
 
 def brought(model: Model, device: torch.device | str) -> Model:
-    """The model on a device, but for its tensors that wait elsewhere. A module that learns does not
-    go to the CPU: what an optimiser and averages have of it stays where it is."""
+    """The model on a device, but for its tensors that wait elsewhere."""
+    tensors = _named(model)
+    if len(tensors) == len([*model.parameters(), *model.buffers()]):
+        return model.to(device)
+    for tensor in tensors.values():
+        _move(tensor, torch.device(device))
+    return model
+
+
+def put_aside(model: nn.Module) -> None:
+    """Move a model to the CPU, but for modules that learn: the optimiser's states and averages of
+    them stay where they are."""
     kept = set[Tensor]()
-    for module in model.modules() if torch.device(device).type == "cpu" else ():
+    for module in model.modules():
         if any(p.requires_grad for p in module.parameters(recurse=False)):
             kept.update((*module.parameters(recurse=False), *module.buffers(recurse=False)))
-    tensors = [*model.parameters(), *model.buffers()]
-    moved = [t for t in tensors if not (hasattr(t, _WAITS) or t in kept)]
-    if len(moved) == len(tensors):
-        return model.to(device)
-    for tensor in moved:
-        tensor.data = tensor.data.to(device)
-        if tensor.grad is not None:
-            tensor.grad.data = tensor.grad.data.to(device)
-    return model
+    for tensor in _named(model).values():
+        if tensor not in kept:
+            _move(tensor, torch.device("cpu"))
+
+
+def places_of(model: nn.Module) -> dict[str, torch.device]:
+    """Name → device of a model's tensors, for `put_back`."""
+    return {name: tensor.device for name, tensor in _named(model).items()}
+
+
+def put_back(model: nn.Module, places: Mapping[str, torch.device]) -> None:
+    """Move each tensor of a model to its place; one that has come since stays."""
+    for name, tensor in _named(model).items():
+        if name in places:
+            _move(tensor, places[name])
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Name → tensor of a model, those that wait left out."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: tensor for name, tensor in named if not hasattr(tensor, _WAITS)}
+
+
+def _move(tensor: Tensor, device: torch.device) -> None:
+    tensor.data = tensor.data.to(device)
+    if tensor.grad is not None:
+        tensor.grad.data = tensor.grad.data.to(device)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

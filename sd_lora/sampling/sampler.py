@@ -29,7 +29,7 @@ from sd_lora.models.caption_encoder import (
 from sd_lora.models.families import INPAINTING, Family
 from sd_lora.models.load import Parts
 from sd_lora.models.noise_scheduler import dynamic_shift, usual_rescale
-from sd_lora.transfer import brought
+from sd_lora.transfer import brought, places_of, put_back
 
 
 @contextmanager
@@ -39,16 +39,18 @@ def _evaluating_on(device: torch.device, models: Iterable[nn.Module]) -> Iterato
     Weights that wait elsewhere stay there (`offload`).
     """
     models = list(models)
-    devices = [next(model.parameters()).device for model in models]
+    there, places = torch.empty(0, device=device).device, [places_of(model) for model in models]
     modes = [model.training for model in models]
-    moved = [before != torch.empty(0, device=device).device for before in devices]
+    moved = [next(model.parameters()).device != there for model in models]
     for model, moves in zip(models, moved, strict=True):
         (brought(model, device) if moves else model).eval()
     try:
         yield
     finally:
-        for model, before, moves, mode in zip(models, devices, moved, modes, strict=True):
-            (brought(model, before) if moves else model).train(mode)
+        for model, before, moves, mode in zip(models, places, moved, modes, strict=True):
+            if moves:
+                put_back(model, before)
+            model.train(mode)
 
 
 def can_generate_images(family: Family) -> bool:
@@ -85,8 +87,7 @@ def sample(
         caption_encoder: makes embeddings of the prompts.
         prompts, seeds: one each per image.
         size: width and height in pixels.
-        device: where to compute; afterwards all parts are back on their devices, but for adapters
-            that learn: those of a model from the CPU stay (`transfer.brought`).
+        device: where to compute; afterwards all parts are back on their devices.
         negative: the prompt that guidance leads away from; None: no prompt.
         steps: denoising steps.
         guidance_scale: of classifier-free guidance.

@@ -203,11 +203,15 @@ def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
         width = vae_dtype(config).itemsize
         beside["cache_latents"] = width * sum(p.numel() for p in _staying(config, vae))
     if config.cache_text_embeddings == "no" and not config.trains_text:
-        models = base.meta_pipeline.models
-        encoders = [models[name] for name in base.family.text_encoders if name in models]
-        size = sum(p.nbytes for e in encoders for p in _staying(config, e))
+        size = sum(p.nbytes for e in encoders_of(base) for p in _staying(config, e))
         beside["cache_text_embeddings"] = size
     return beside
+
+
+def encoders_of(base: Base) -> list[nn.Module]:
+    """The text encoders of a base, in float32 on the meta device."""
+    models = base.meta_pipeline.models
+    return [models[name] for name in base.family.text_encoders if name in models]
 
 
 def _staying(config: RunConfig, model: nn.Module) -> Iterator[nn.Parameter]:

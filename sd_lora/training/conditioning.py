@@ -24,7 +24,7 @@ from sd_lora.models.caption_encoder import (
 )
 from sd_lora.models.load import Base, Parts
 from sd_lora.models.new_tokens import Concept, NewTokens
-from sd_lora.transfer import brought
+from sd_lora.transfer import brought, put_aside
 
 MAX_CAPTIONS = 20_000
 """Most distinct captions that are encoded before a run. Where shuffling makes more, each step
@@ -201,7 +201,7 @@ class TextConditioning:
         for _ in progress(missing):
             table.put(*next(encoded))
         for encoder in self.encoders.values():
-            brought(encoder, "cpu")
+            put_aside(encoder)
         self.table = table
 
     def num_bytes(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from sd_lora.files import mib
+from sd_lora.training.out_of_memory import is_out_of_memory
 
 
 class Lane:
@@ -25,10 +26,13 @@ class Lane:
         if self.device.type == "meta":
             with _disable_current_modes():
                 return self.there(size)
+        pinned = self.device.type == "cuda"
         try:
-            return torch.empty(size, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        except RuntimeError as error:  # CUDA's words for it are those of a full card
-            raise MemoryError(
+            return torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        except RuntimeError as error:
+            if not (pinned and is_out_of_memory(error)):
+                raise
+            raise MemoryError(  # CUDA's words for it are those of a full card
                 f"{mib(size)} of the CPU's memory could not be pinned for what waits there: {error}"
             ) from None
 

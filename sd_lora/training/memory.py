@@ -94,8 +94,8 @@ class HeldBytes(TorchDispatchMode):
 
 def _operations(operator: Any) -> Callable[..., int] | None:
     """The function that counts an operator's operations, of its arguments; None where it does no
-    products. torch's own counter knows those that make a new tensor alone: it finds a tenth less in
-    a float32 step, where low-rank products are added to what is there (`addmm_`)."""
+    products. torch's own counter knows those that make a new tensor alone: it finds a fifth less in
+    a float32 step of SDXL, whose low-rank products are added to a tensor (`addmm_`)."""
     found = flop_registry.get(operator._overloadpacket)
     name = operator._overloadpacket.__name__
     if found is None and operator.namespace == "aten" and name.endswith("_"):

@@ -14,7 +14,7 @@ from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
 from sd_lora.report.summary import duration
 from sd_lora.sampling.sampler import LARGEST_WHOLE
-from sd_lora.training.advice import Place, Rung, beside_of, flags_that_fit
+from sd_lora.training.advice import Place, Rung, beside_of, encoders_of, flags_that_fit
 from sd_lora.training.budget import largest_shape
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step, count_vae
@@ -223,9 +223,7 @@ def _drawing(config: RunConfig, base: Base, size: Size, count: StepBytes) -> int
 
     beside = count_vae(build_on_meta("vae", base.vae_config).to(dtype), decode)
     if not config.trains_text:
-        models = base.meta_pipeline.models
-        encoders = [models[name] for name in base.family.text_encoders if name in models]
-        beside = max(beside, sum(p.nbytes for encoder in encoders for p in encoder.parameters()))
+        beside = max(beside, sum(p.nbytes for e in encoders_of(base) for p in e.parameters()))
     return count.frozen + count.trained + beside + RESERVE
 
 

@@ -39,7 +39,7 @@ from sd_lora.training.processes import determinism
 from sd_lora.training.recompute import All, enable_checkpointing
 from sd_lora.training.setup import prepared_run
 from sd_lora.training.trial import try_largest
-from sd_lora.transfer import brought
+from sd_lora.transfer import brought, places_of, put_aside, put_back
 from tests.training.launches import Launch
 from tests.training.runs import FEW, images, text_to_image
 from tests.training.test_fast_step import adapted_unet, arguments, step
@@ -281,8 +281,9 @@ def test_all_that_computes_waits(
 
 def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is brought to a device leaves its blocks' frozen tensors where they are, and
-    brings all others with their gradients, also when adapters come and go around them; on its way
-    back it leaves adapters as a whole."""
+    brings all others with their gradients, also when adapters come and go around them. One that
+    is put aside leaves its adapters there as a whole; one that is put back goes to where its
+    tensors were, each to its own device."""
     moved: set[int] = set()
 
     def to(tensor: Tensor, *_: Any) -> Tensor:  # no device is needed to be asked for one
@@ -304,9 +305,12 @@ def test_what_waits_is_not_brought(monkeypatch: pytest.MonkeyPatch) -> None:
     rest = {t.data_ptr() for t in (*unet.parameters(), *unet.buffers())} - inside
     assert moved == rest | learned
     moved.clear()
-    brought(unet, "cpu")
+    put_aside(unet)
     assert deltas > learned & rest
     assert moved == rest - deltas
+    moved.clear()
+    put_back(unet, places_of(unet))
+    assert moved == rest | learned
 
 
 def test_a_pass_without_its_end_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
