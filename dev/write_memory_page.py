@@ -18,7 +18,7 @@ from torch import Tensor
 from sd_lora.config.command_line import parse
 from sd_lora.config.presets import preset
 from sd_lora.config.rows import PRESETS
-from sd_lora.data.cache.encode import AREA_AT_ONCE
+from sd_lora.data.cache.encode import at_once_on_card
 from sd_lora.models.families import FAMILIES
 from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
 from sd_lora.training import cards
@@ -120,7 +120,7 @@ class Apart:
 def count_apart(family: str) -> Apart:
     """Count what is on the device outside of a family's steps."""
     side = RESOLUTIONS[family]
-    at_once = max(1, AREA_AT_ONCE // side**2)
+    at_once = at_once_on_card((side, side))
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(*shape, device="meta")

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,8 @@ class Parts:
     @property
     def meta_pipeline(self) -> MetaPipeline:
         """The components of this model without weights."""
-        return MetaPipeline.of_models(self.models, self.family)
+        meta_pipeline = MetaPipeline.of_models(self.models, self.family)
+        return replace(meta_pipeline, pixels_per_latent=self.pixels_per_latent)
 
 
 def _halvings_factor(config: Mapping[str, Any]) -> int:
@@ -240,7 +241,7 @@ class Base:
                 continue
             read = partial(CLIPTextConfig.from_pretrained, self.name, subfolder=component, **hub)
             configs[component] = read_part(component, self.name, read).to_dict()
-        return MetaPipeline(self.family, configs, self.name)
+        return MetaPipeline(self.family, configs, self.name, self.pixels_per_latent)
 
     def _load_part(self, part: str, dtype: torch.dtype) -> Any:
         if self.single:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,13 @@ class MetaPipeline:
     family: of the model.
     configs: component ("unet", …) → arguments of its class's configuration.
     source: name of the model, for messages.
+    pixels_per_latent: pixels along one side of a latent, by its VAE.
     """
 
     family: Family
     configs: Mapping[str, Mapping[str, Any]]
     source: str
+    pixels_per_latent: int = 8
 
     @classmethod
     def of_family(cls, family: Family) -> MetaPipeline:
@@ -101,7 +103,7 @@ class MetaPipeline:
         if channels == known or extra not in TASKS:
             return self
         configs = {**self.configs, self.family.denoiser: {**unet, "in_channels": channels}}
-        return MetaPipeline(self.family, configs, f"{self.source}, with {channels} inputs")
+        return replace(self, configs=configs, source=f"{self.source}, with {channels} inputs")
 
     @property
     def layout(self) -> Layout:

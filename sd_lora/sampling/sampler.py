@@ -231,8 +231,8 @@ def _inpainting_channels(parts: Parts, size: tuple[int, int], device: torch.devi
 
 
 LARGEST_WHOLE = 160 * 160
-"""Latents of an image that is decoded in one piece: 1280 × 1280 pixels. SDXL's own sizes are below;
-tiles lose a little where they meet."""
+"""Latents of an image that is decoded in one piece: 1280 × 1280 pixels of the published models.
+SDXL's own sizes are below; tiles lose a little where they meet."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ until nothing holds it any more.
 import weakref
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -188,7 +188,7 @@ def count_step(
             all blocks are computed again.
     """
     family, precision = configs.family, chosen_precision(config)
-    models: dict[str, Any] = MetaPipeline(family, configs.configs, configs.source).models
+    models: dict[str, Any] = replace(configs).models  # its own, to be adapted
     encoders = {name: models[name] for name in family.text_encoders if name in models}
     for model in models.values():
         model.requires_grad_(False)
@@ -215,7 +215,7 @@ def count_step(
     averages = 4 * len(profiles_of(config))
     state = round(sum(p.numel() for p in layers) * (optimizer_of(config).state_bytes + averages))
     moments = torch.empty(state, dtype=torch.uint8, device="meta")
-    x, conditions = _inputs(config, family, unet, shape, DTYPES[precision])
+    x, conditions = _inputs(config, configs, unet, shape, DTYPES[precision])
     earlier = []  # gradients of a step's earlier micro-batches
     if config.gradient_accumulation_steps > 1:
         earlier = [torch.empty_like(p) for p in layers]
@@ -244,10 +244,11 @@ def count_step(
 
 
 def _inputs(
-    config: RunConfig, family: Family, unet: Any, shape: Shape, dtype: torch.dtype
+    config: RunConfig, configs: MetaPipeline, unet: Any, shape: Shape, dtype: torch.dtype
 ) -> tuple[Tensor, dict[str, Any]]:
     """Latents and conditions of the UNet, on the meta device."""
-    number, (width, height) = shape.number, shape.size
+    family, number = configs.family, shape.number
+    width, height = (side // configs.pixels_per_latent for side in shape.size)
 
     def empty(*sizes: int) -> Tensor:
         return torch.empty(*sizes, device="meta", dtype=dtype)
@@ -262,7 +263,7 @@ def _inputs(
         pooled = wide - ids * unet.config.addition_time_embed_dim
         more = {"text_embeds": empty(number, pooled), "time_ids": empty(number, ids)}
         conditions["added_cond_kwargs"] = more
-    return empty(number, unet.config.in_channels, height // 8, width // 8), conditions
+    return empty(number, unet.config.in_channels, height, width), conditions
 
 
 def _encode(config: RunConfig, family: Family, encoders: Mapping[str, Any], shape: Shape) -> Tensor:
@@ -278,7 +279,7 @@ def _encode(config: RunConfig, family: Family, encoders: Mapping[str, Any], shap
 
 def count_vae(vae: nn.Module, work: Callable[[nn.Module], object]) -> int:
     """Peak bytes of a VAE on the meta device while it encodes or decodes."""
-    with torch.no_grad(), HeldBytes([*vae.parameters()]) as counter:
+    with torch.no_grad(), HeldBytes([*vae.parameters()]) as counter, flash_attention():
         work(vae)
     return counter.peak
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from sd_lora.config.rows import Work
 from sd_lora.config.schema import RunConfig
+from sd_lora.data.cache.encode import at_once_on_card
 from sd_lora.data.images.buckets import Size
 from sd_lora.files import size_text
 from sd_lora.models.load import Base
@@ -43,8 +45,8 @@ class Prediction:
 
     config: of the run there, its precision chosen. steps: bucket → step without gradient
     checkpointing, but that of the run's budget, and step with it. flags: that are needed, "" if it
-    fits as it is, None if none are enough. needed: bytes with them. drawing: bytes while a sample
-    is drawn, the reserve included; 0 where none are.
+    fits as it is, None if none are enough. needed: bytes with them. others: work of the run outside
+    of its steps, "encoding images", "drawing sample images" → bytes, the reserve included.
     """
 
     card: Card
@@ -55,7 +57,7 @@ class Prediction:
     steps: Mapping[Size, tuple[Step, Step]]
     flags: str | None
     needed: int
-    drawing: int = 0
+    others: Mapping[Work, int]
 
     @property
     def checkpointed(self) -> bool:
@@ -83,24 +85,23 @@ class Prediction:
             total = duration(self.num_steps * self.seconds)
             return (
                 f"fits {self.card.name}: {took}, and at least {self.seconds:.2g} s; the run "
-                f"({self.num_steps} steps) at least {total}{self.of_samples}"
+                f"({self.num_steps} steps) at least {total}{self.of_others}"
             )
         if self.flags is None:
             return f"does not fit {self.card.name}: {took}, and no flags here are enough"
         return (
             f"does not fit {self.card.name}: {took}; with {self.flags} it takes "
-            f"{size_text(self.needed)}, which fits{self.of_samples}"
+            f"{size_text(self.needed)}, which fits{self.of_others}"
         )
 
     @property
-    def of_samples(self) -> str:
-        """A remark on sample images for which the card has too little memory; "" if it has enough
-        or none are drawn."""
-        if self.drawing <= self.card.memory * GIB:
-            return ""
-        return (
-            f". Drawing samples takes {size_text(self.drawing)}, and does not fit: add "
-            f"{flag(*remedies(self.config, 'drawing sample images')[0])}"
+    def of_others(self) -> str:
+        """Remarks on other work for which the card has too little memory; "" if it has enough."""
+        return "".join(
+            f". {work.capitalize()} takes {size_text(needed)}, and does not fit: add "
+            f"{flag(*remedies(self.config, work)[0])}"
+            for work, needed in self.others.items()
+            if needed > self.card.memory * GIB
         )
 
     @property
@@ -121,8 +122,10 @@ class Prediction:
             for on, step in zip((False, True), pair, strict=True)
         ]
         fits = {
-            "fits": self.flags == "" and not self.of_samples, "flags": self.flags,
-            "bytes_with_flags": self.needed, "bytes_of_samples": self.drawing,
+            "fits": self.flags == "" and not self.of_others, "flags": self.flags,
+            "bytes_with_flags": self.needed,
+            "bytes_of_encoding": self.others["encoding images"],
+            "bytes_of_samples": self.others.get("drawing sample images", 0),
         }  # fmt: skip
         return {"card": self.card.name, "bytes": int(self.card.memory * GIB), **fits} | {
             "seconds_a_step": self.seconds, "buckets": buckets,
@@ -173,8 +176,12 @@ def predict(
     first = Rung("", config, Shape(number, largest), held)
     place = Place(plan, "cuda", beside)
     flags, needed = _flags(place, first, configs, card, counted[largest])
-    drawing = _drawing(config, base, largest, counted[largest][0])
-    return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed, drawing)
+    others: dict[Work, int] = {
+        "encoding images": _encoding(config, base, plan.epochs.buckets, counted[largest][0])
+    }
+    if config.draws_samples:
+        others["drawing sample images"] = _drawing(config, base, largest, counted[largest][0])
+    return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed, others)
 
 
 def counted_buckets(plan: Plan) -> list[Size]:
@@ -206,17 +213,35 @@ def _flags(
     return ("", needed) if needed <= room else flags_that_fit(place, step, bytes_of, room)
 
 
+def _encoding(config: RunConfig, base: Base, buckets: Mapping[Size, int], count: StepBytes) -> int:
+    """Bytes while images are encoded: of the VAE alone before the steps, or beside what a step
+    holds of weights and states where its images have no cache; see `Prediction`.
+
+    buckets: size → images. count: of a step.
+    """
+    numbers = {size: min(at_once_on_card(size), most) for size, most in buckets.items()}
+    size = max(numbers, key=lambda size: numbers[size] * _area(size))
+    dtype = vae_dtype(config)
+    shape = (numbers[size], 3, *reversed(size))
+
+    def encode(vae: Any) -> object:
+        return vae.encode(torch.empty(shape, dtype=dtype, device="meta"))  # counted, too
+
+    alone = count_vae(build_on_meta("vae", base.vae_config).to(dtype), encode)
+    held = count.frozen + count.trained if config.encodes_in_steps else 0
+    return held + alone + RESERVE
+
+
 def _drawing(config: RunConfig, base: Base, size: Size, count: StepBytes) -> int:
     """Bytes while a sample is drawn, beside what a step holds of weights and states: frozen text
     encoders that encode its prompt, or the VAE that decodes it; see `Prediction`.
 
     size: of the image. count: of a step.
     """
-    if not config.draws_samples:
-        return 0
     dtype = vae_dtype(config)
     sides = (min(side // base.pixels_per_latent, isqrt(LARGEST_WHOLE)) for side in size)  # or tiles
-    x = torch.empty(1, 4, *sides, dtype=dtype, device="meta")
+    channels = base.vae_config.get("latent_channels", 4)
+    x = torch.empty(1, channels, *sides, dtype=dtype, device="meta")
 
     def decode(vae: Any) -> object:
         return vae.decode(x)

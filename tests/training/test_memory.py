@@ -1,5 +1,6 @@
 """Bytes of a step: counted without a device as they are held on one."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,22 @@ def test_a_step_is_counted_as_it_goes(
     layers = sum(p.nbytes for p in run.parameters)
     assert count.trained == 4 * layers
     assert count.rest + layers == pytest.approx(held.peak - alone.now, rel=0.02)
+
+
+def test_latents_are_as_fine_as_the_bases_vae(tmp_path: Path) -> None:
+    """A step of the embedded base, whose VAE halves an image's side twice, is counted with latents
+    of 64×64 for 256×256 pixels, as a model's whose VAE halves it three times for 512×512."""
+    model = Path(__file__).parents[2] / "sample_data/tiny-sd"
+    data = images(tmp_path / "data", 2)
+    run = prepare(text_to_image(model, data, tmp_path / "o"))
+    configs = base_of(run.config).meta_pipeline
+    assert configs.pixels_per_latent == run.meta_pipeline.pixels_per_latent == 4
+    usual = replace(configs, pixels_per_latent=8)
+    ours, theirs = (
+        count_step(run.config, pipeline, Shape(2, (side, side)))
+        for pipeline, side in ((configs, 256), (usual, 512))
+    )
+    assert (ours.peak, ours.flop) == (theirs.peak, theirs.flop)
 
 
 def test_operations_are_those_of_torch() -> None:
@@ -188,7 +205,7 @@ def test_samples_are_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None
     so with the flag, and a script is told that the run does not fit; with it the run does. The
     bytes are those of the VAE's decoder, counted alone, or of the text encoder if that is larger,
     and of the step's weights."""
-    data = images(tmp_path / "data", 4)
+    data = images(tmp_path / "data", 1)  # whose encoding takes less than a step
     config = text_to_image(
         tiny_sd1, data, tmp_path / "o", num_validation_images=1, validation_prompt="a thing",
         train_batch_size=1, gradient_checkpointing=True,
@@ -208,7 +225,8 @@ def test_samples_are_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None
             assert checked.prediction
             found.append((checked.prediction.numbers()["fits"], checked.rows["card"]))
             if number and memory:
-                drawn, step = checked.prediction.drawing, checked.prediction.peak
+                others = checked.prediction.others
+                drawn, step = others["drawing sample images"], checked.prediction.peak
                 count = count_step(
                     checked.prediction.config, base_of(config).meta_pipeline, Shape(1, (64, 64))
                 )
@@ -219,7 +237,7 @@ def test_samples_are_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None
                 beside = max(decoding, encoding)
                 assert drawn == count.frozen + count.trained + beside + RESERVE > step
     assert [fits for fits, _ in found] == [True, True, False, True]
-    assert ". Drawing samples takes " in found[2][1]
+    assert ". Drawing sample images takes " in found[2][1]
     assert found[2][1].endswith("add --num_validation_images 0")
     assert all("samples" not in text for _, text in (found[0], found[1], found[3]))
 

@@ -53,6 +53,11 @@ class EncodingOptions(Section):
         gt=0, may_change=True)
     # fmt: on
 
+    @property
+    def encodes_in_steps(self) -> bool:
+        """Whether images have no cache, and each step encodes its own."""
+        return self.cache_latents == "no"
+
 
 def contradictions(config: "TrainConfig") -> Iterator[Problem]:
     """Yield a stream without a cache, and options that weighted prompts exclude."""

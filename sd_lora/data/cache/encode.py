@@ -25,6 +25,11 @@ AREA_AT_ONCE = 4 * 512**2
 """Pixels that are encoded at once: four images of 512² take as much memory as one of 1024²."""
 
 
+def at_once_on_card(size: Size) -> int:
+    """Number of images of a size that a card encodes at once."""
+    return max(1, AREA_AT_ONCE // (size[0] * size[1]))
+
+
 @dataclass(frozen=True)
 class Scaling:
     """From a VAE's latents z to the UNet's x₀ = (z - mean) · factor.
@@ -86,9 +91,7 @@ class Latents:
         One on a CPU: an image's latent is then the same bits in any company, so that caching cannot
         change a run.
         """
-        if self.device.type == "cpu":
-            return 1
-        return max(1, AREA_AT_ONCE // (size[0] * size[1]))
+        return 1 if self.device.type == "cpu" else at_once_on_card(size)
 
     @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Moments]:
@@ -101,7 +104,8 @@ class Latents:
         height, width = pixels[0].shape[1:]
         moments: list[Moments] = []
         for part in torch.stack(list(pixels)).split(self.at_once((width, height))):
-            latent = self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist
+            there = sent(part, self.device).to(self.vae.dtype)
+            latent = self.vae.encode(there).latent_dist
             moments += map(Moments, latent.mean.cpu(), latent.std.cpu())
         for m, name in zip(moments, names, strict=True):
             if not (torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
