@@ -64,6 +64,23 @@ def _move(tensor: Tensor, device: torch.device) -> None:
         tensor.grad.data = tensor.grad.data.to(device)
 
 
+class Fetched:
+    """A tensor on its way from a card to the host, which goes on until it asks for the numbers."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        on_cuda = tensor.device.type == "cuda"  # elsewhere the copy is done at once
+        self._here = tensor.to("cpu", non_blocking=on_cuda)
+        self._done = torch.cuda.Event() if on_cuda else None
+        if self._done:
+            self._done.record()
+
+    def numbers(self) -> list[float]:
+        """The numbers of a tensor of one dimension, for whose copy alone the host waits."""
+        if self._done:
+            self._done.synchronize()
+        return self._here.tolist()
+
+
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device. The host does not wait for a CUDA device, which has work of the step
     before: a copy from memory that the system may move would.

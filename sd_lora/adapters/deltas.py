@@ -280,7 +280,7 @@ class Delta(nn.Module):
         """Frobenius norm of ΔW, or of the map of a method `of_base`."""
         return torch.linalg.vector_norm(self.by_itself())
 
-    def scale_by(self, ratio: float) -> None:
+    def scale_by(self, ratio: float | Tensor) -> None:
         """Multiply ΔW by `ratio`, spread evenly over the trained tensors, its factors.
 
         Raises:
@@ -288,8 +288,9 @@ class Delta(nn.Module):
         """
         factors = [p for name, p in self.named_parameters() if name != "magnitude"]
         with torch.no_grad():
+            root = ratio ** (1 / len(factors))
             for factor in factors:
-                factor.mul_(ratio ** (1 / len(factors)))
+                factor.mul_(root)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, trained and frozen, with the magnitude and without alpha."""

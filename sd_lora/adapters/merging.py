@@ -155,20 +155,28 @@ def limit_norms(model: nn.Module, max_norm: float) -> int:
     Raises:
         UsageError: a max_norm of 0 or below; a ΔW that cannot be scaled.
     """
-    for name, delta in deltas_of(model).items():
+    return int(scaled_norms(model, max_norm).sum())
+
+
+@torch.no_grad()
+def scaled_norms(model: nn.Module, max_norm: float) -> Tensor:
+    """Whether each delta of a model was above `max_norm`, (n,), each scaled down as `limit_norms`
+    does it: on the deltas' device, so that the host waits for nothing."""
+    deltas = deltas_of(model)
+    for name, delta in deltas.items():
         if delta.of_base:
             raise UsageError(f"{name}: {delta.method} turns W, and ΔW has no norm of its own")
     if not max_norm > 0:
         raise UsageError(f"max_norm must be above 0, not {max_norm}")
-    count, deltas = 0, deltas_of(model)
-    with unmerged(model), torch.no_grad():
-        # all norms in one read: one wait for a GPU, not one a module
-        norms = torch.stack([delta.norm() for delta in deltas.values()]).tolist() if deltas else []
-        for (name, delta), norm in zip(deltas.items(), norms, strict=True):
-            if norm > max_norm:
-                try:
-                    delta.scale_by(max_norm / norm)
-                except ValueError as error:
-                    raise UsageError(f"{name}: {error}") from None
-                count += 1
-    return count
+    if not deltas:
+        return torch.zeros(0, dtype=torch.bool)
+    with unmerged(model):
+        norms = torch.stack([delta.norm() for delta in deltas.values()])
+        above = norms > max_norm
+        ratios = torch.where(above, max_norm / norms, 1.0)
+        for (name, delta), ratio in zip(deltas.items(), ratios, strict=True):
+            try:
+                delta.scale_by(ratio)
+            except ValueError as error:
+                raise UsageError(f"{name}: {error}") from None
+    return above

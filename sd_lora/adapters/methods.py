@@ -200,7 +200,7 @@ class LoRA(Delta):
         A, B = (f.flatten(1) for f in self.low_rank())  # ‖BA‖² = Σ (BᵀB) ⊙ (AAᵀ), r×r
         return self.scale * ((B.T @ B) * (A @ A.T)).sum().clamp(min=0).sqrt()
 
-    def scale_by(self, ratio: float) -> None:
+    def scale_by(self, ratio: float | Tensor) -> None:
         if self.initial_factors is not None:
             raise ValueError(
                 "after the inits pissa and loftq ΔW is a difference and cannot be scaled: use "

@@ -162,7 +162,7 @@ class OFT(Delta):
     def weight(self) -> Tensor:
         raise UsageError("it is of the method oft, whose ΔW depends on the base: give --model")
 
-    def scale_by(self, ratio: float) -> None:
+    def scale_by(self, ratio: float | Tensor) -> None:
         raise ValueError("ΔW of oft is a rotation of W and cannot be scaled")
 
 

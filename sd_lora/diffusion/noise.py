@@ -41,16 +41,17 @@ class Noise:
         return bool(self.candidates or self.offset_adaptive)
 
     def draw(self, x0: Tensor, addresses: Sequence[Address]) -> Tensor:
-        """Noise (B, C, H, W) on the CPU, each item a function of its address and latents alone.
+        """Noise (B, C, H, W) on the latents' device, each item a function of its address and
+        latents alone. The host, which draws it, does not wait for the device.
 
         Args:
-            x0: latents (B, C, H, W) on any device, in units of their standard deviation.
+            x0: latents (B, C, H, W), in units of their standard deviation.
             addresses: one an item.
         """
-        latents = x0.cpu() if self.needs_latents else torch.empty(x0.shape)
-        return torch.stack(
-            [self._of_item(item, address) for item, address in zip(latents, addresses, strict=True)]
-        )
+        device = x0.device
+        latents = x0 if self.needs_latents else torch.empty(x0.shape)
+        items = zip(latents, addresses, strict=True)
+        return sent(torch.stack([self._of_item(item, address) for item, address in items]), device)
 
     def _of_item(self, x0: Tensor, address: Address) -> Tensor:
         generator = generator_for(*address, "noise")
@@ -91,8 +92,9 @@ def nearest(settings: Noise, noise: Tensor, x0: Tensor, address: Address, _: Gen
         torch.randn(noise.shape, generator=generator_for(*address, "noise", number))
         for number in range(1, settings.candidates)
     ]
-    drawn = torch.stack([noise, *more])
-    return drawn[(drawn - x0).flatten(1).norm(dim=1).argmin()]
+    drawn = sent(torch.stack([noise, *more]), x0.device)
+    index = (drawn - x0).flatten(1).norm(dim=1).argmin(dim=0, keepdim=True)
+    return drawn.index_select(0, index)[0]  # `drawn[index]` would have the host wait
 
 
 def with_offset(
@@ -102,12 +104,14 @@ def with_offset(
 
     Guttenberg 2023, "Diffusion with Offset Noise". Adaptive: sd-scripts' `--adaptive_noise_scale`.
     """
-    strength = settings.offset
+    strength: float | Tensor = settings.offset
     if settings.offset_random:
         strength *= uniform(*address, "offset strength")
-    size = x0.mean(dim=(1, 2), keepdim=True).abs() if settings.offset_adaptive else 0.0
-    strengths = torch.as_tensor(strength + settings.offset_adaptive * size).clamp(min=0)
-    return noise + strengths * torch.randn(noise.shape[0], 1, 1, generator=generator)
+    constants = sent(torch.randn(noise.shape[0], 1, 1, generator=generator), x0.device)
+    if settings.offset_adaptive:
+        size = x0.mean(dim=(1, 2), keepdim=True).abs()
+        strength = (strength + settings.offset_adaptive * size).clamp(min=0)
+    return sent(noise, x0.device) + strength * constants
 
 
 def pyramid(settings: Noise, noise: Tensor, x0: Tensor, address: Address, _: Generator) -> Tensor:
@@ -126,7 +130,7 @@ def pyramid(settings: Noise, noise: Tensor, x0: Tensor, address: Address, _: Gen
         generator = generator_for(*address, "pyramid", number)
         coarse = torch.randn(1, channels, h, w, generator=generator)
         fine = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-        total = total + fine[0] * settings.pyramid_discount**number
+        total = total + sent(fine[0] * settings.pyramid_discount**number, noise.device)
         if h == 1 or w == 1:
             break
     return total / total.std()

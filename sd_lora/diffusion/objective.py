@@ -25,8 +25,14 @@ class Objective:
     uncertainty: Uncertainty | None = None
 
     def to(self, device: torch.device) -> "Objective":
-        """The same objective with its tables on a device."""
-        return replace(self, schedule=self.schedule.to(device), loss=self.loss.to(device))
+        """The same objective with its tables and its learned weights on a device."""
+        learned = self.uncertainty
+        return replace(
+            self,
+            schedule=self.schedule.to(device),
+            loss=self.loss.to(device),
+            uncertainty=learned and learned.to(device),
+        )
 
     @property
     def text(self) -> str:

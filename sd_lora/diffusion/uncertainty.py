@@ -6,6 +6,7 @@ loss at t, so that each timestep weighs as much as any other. u is that of Karra
 (EDM2, equations 14 to 16 and 21): one linear layer over Fourier features of the noise level.
 """
 
+import copy
 import math
 from typing import Any
 
@@ -56,9 +57,20 @@ class Uncertainty:
     def __init__(self, schedule: NoiseSchedule, first: int, last: int) -> None:
         self.trained = slice(first, last)
         self.features = features(schedule) / math.sqrt(CHANNELS)
-        self.parameter = torch.zeros(CHANNELS, requires_grad=True)
-        self.parameter.grad = torch.zeros(CHANNELS)
-        self.optimizer = torch.optim.Adam([self.parameter], lr=RATE, betas=BETAS)
+        self._begin()
+
+    def to(self, device: torch.device) -> "Uncertainty":
+        """Weights by the same features that have learned nothing, on a device: where the losses
+        are, so that the host does not wait for them."""
+        fresh = copy.copy(self)
+        fresh.features = self.features.to(device)
+        fresh._begin()
+        return fresh
+
+    def _begin(self) -> None:
+        self.parameter = torch.zeros(CHANNELS, device=self.features.device, requires_grad=True)
+        self.parameter.grad = torch.zeros_like(self.parameter)
+        self.optimizer = torch.optim.Adam([self.parameter], lr=RATE, betas=BETAS, fused=True)
         self._renew()
 
     @torch.no_grad()
@@ -76,27 +88,32 @@ class Uncertainty:
     def factors(self, t: Tensor) -> Tensor:
         """The weights of timesteps t (B,): e^(−u) divided by its mean over the trained timesteps,
         so that a rate and a limit of gradients mean the same as without them."""
-        return self.weights.to(t.device)[t]
+        return self.weights[t]
 
     @torch.no_grad()
     def observe(self, losses: Tensor, t: Tensor, shares: Tensor) -> None:
         """Add the gradient of Σ share·(l·e^(−u(t)) + u(t)).
 
         Args:
-            losses: of batch items (B,), plain.
+            losses: of batch items (B,), detached.
             t: timesteps (B,).
             shares: of the step (B,); 0 leaves an item out.
         """
-        t, losses, shares = t.cpu(), losses.detach().cpu(), shares.cpu()
         of_u = shares * (1 - losses * (-self.u[t]).exp())
         self.gradient.add_(of_u @ self.features[t])
 
+    @torch.no_grad()
     def step(self) -> None:
         """Take a step of Adam, and begin the next sum; none for a gradient that is not finite, of
         which Adam's moments would not be rid again. An infinite loss gives one, in float16 too
         where the scaler of the LoRA's gradients leaves out that step by itself."""
-        if torch.isfinite(self.gradient).all():
-            self.optimizer.step()
+        finite, state = self.gradient.isfinite().all(), self.optimizer.state[self.parameter]
+        u, known = self.parameter.clone(), {name: value.clone() for name, value in state.items()}
+        self.optimizer.step()
+        # chosen on the device: the host would wait for an answer
+        self.parameter.copy_(torch.where(finite, self.parameter, u))
+        for name, value in state.items():
+            value.copy_(torch.where(finite, value, known.get(name, torch.zeros_like(value))))
         self.forget()
         self._renew()
 
@@ -115,6 +132,8 @@ class Uncertainty:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the state of `state_dict`."""
         self.parameter.copy_(state["parameter"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        saved = state["optimizer"]  # of an earlier version its Adam is not fused
+        groups = [group | {"fused": True} for group in saved["param_groups"]]
+        self.optimizer.load_state_dict(saved | {"param_groups": groups})
         self.forget()
         self._renew()

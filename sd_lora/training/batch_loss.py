@@ -106,7 +106,7 @@ def asked(run: Run, batch: Batch, step: int) -> Question:
     addresses = [item.address for item in items]
     drawn = run.latents.latents(items, batch.loaded)
     x0, mask = drawn.x0, drawn.mask
-    noise = sent(objective.noise.draw(x0 / schedule.data_std, addresses), device)
+    noise = objective.noise.draw(x0 / schedule.data_std, addresses)
     strata, pixels = [item.stratum for item in items], [item.crop.pixels for item in items]
     t = sent(objective.timesteps.draw(addresses, strata, pixels), device)
     noisy = schedule.add_noise(x0, objective.noise.in_input(noise, addresses), t)
@@ -138,7 +138,7 @@ def observe(run: Run, batch: Batch, step: int, losses: Tensor, t: Tensor) -> Non
     run.ledger.add(step, batch.items, losses, t)
     if run.objective.uncertainty:
         learned = [float(not item.preserves) for item in batch.items]  # those start at a loss of 0
-        shares = torch.tensor(learned) * batch.loss_scale / batch.accumulation_steps
+        shares = sent(torch.tensor(learned), t.device) * batch.loss_scale / batch.accumulation_steps
         run.objective.uncertainty.observe(losses, t, shares)
 
 
@@ -167,7 +167,7 @@ def _drawn_by_base(run: Run, batch: Batch, x0: Tensor, t: Tensor, step: int) -> 
     last = torch.full_like(t, schedule.num_timesteps - 1)
     levels = [last + (t - last) * k // steps for k in range(steps + 1)]
     addresses = [item.address for item in batch.items]
-    x = Noise().draw(x0, addresses).to(x0.device)
+    x = Noise().draw(x0, addresses)
     for now, following in pairwise(levels):
         answer = _base_answer(run, batch, run.unet_input(x, batch), now, step)
         found, epsilon = denoised(answer, x, now, schedule)

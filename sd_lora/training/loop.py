@@ -28,6 +28,7 @@ from sd_lora.report.events import (
 )
 from sd_lora.report.run_page import PAGE, RunPage
 from sd_lora.seeds import seed_for
+from sd_lora.training.agreement import Agreement
 from sd_lora.training.batch_loss import batch_loss
 from sd_lora.training.changes import changes_of
 from sd_lora.training.checkpoint_folders import RESUME, Found
@@ -70,6 +71,9 @@ from sd_lora.training.setup import prepared_run
 from sd_lora.training.soundness import Diverged, overflow_is_divergence, tell_silent
 from sd_lora.training.trackers import end_trackers
 from sd_lora.training.trial import StepOutOfMemory, step_memory, try_largest
+
+SAVE, DRAW = 0, 1
+"""Places of the wishes of a step; the last one is to end."""
 
 LOG_EVERY = 10
 """Steps between reads of the loss: each read waits for the device."""
@@ -251,15 +255,15 @@ def train_steps(run: Run, log: "LossLog", requests: Requests | None = None) -> i
 
 def steps_of(run: Run, log: "LossLog", requests: Requests) -> Steps:
     """The optimiser steps from the run's first one on, and again from where it goes back to."""
-    start, done = start_of(run), run.first_step
+    start, done, agreed = start_of(run), run.first_step, Agreement(run.accelerator)
     while True:
         try:
-            return (yield from steps_from(done, run, log, requests))
+            return (yield from steps_from(done, run, log, requests, agreed))
         except Diverged as error:
             done = go_back(run, log, error, start)
 
 
-def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> Steps:
+def steps_from(done: int, run: Run, log: "LossLog", requests: Requests, agreed: Agreement) -> Steps:
     """The steps after the first `done` ones."""
     config, accelerator, num_steps = run.config, run.accelerator, run.plan.num_steps
     batches, saved_at = run.batches(done), time.monotonic()
@@ -290,8 +294,10 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> Steps
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        wishes = requests.take_save() or minutes_are_over(config, saved_at), requests.wants_sample
-        stopping, is_time, drawing = agreed(run, bool(requests.reason), *wishes)
+        wishes = [False, False, bool(requests.reason)]
+        wishes[SAVE] = requests.take_save() or minutes_are_over(config, saved_at)
+        wishes[DRAW] = requests.wants_sample
+        is_time, drawing, stopping = agreed(wishes, wait=done == num_steps)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
         looks = validation_is_due(run, done) or score_is_due(run, done)
         if looks or drawing or samples_are_due(run, done):
@@ -307,11 +313,13 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests) -> Steps
         if saving:
             save_checkpoint(run, done, batch_loss)
             saved_at = time.monotonic()
+            agreed.meet(SAVE)
         if stopping:
             break
         if drawing or samples_are_due(run, done):
             with memory_for("drawing sample images", config), run.averaged():
                 show_samples(run, done, requests)
+            agreed.meet(DRAW)
     return done
 
 
@@ -347,14 +355,6 @@ def one_step(batches: Iterator[tuple[int, Batch]]) -> Iterator[tuple[int, Batch]
         yield number, batch
         if batch.last:
             return
-
-
-def agreed(run: Run, *wishes: bool) -> list[bool]:
-    """Whether any process has each wish: all must save and leave the loop at the same step."""
-    if run.accelerator.num_processes == 1:
-        return [*wishes]
-    flags = torch.tensor([float(wish) for wish in wishes], device=run.accelerator.device)
-    return (run.accelerator.reduce(flags, "sum") > 0).tolist()
 
 
 @contextmanager

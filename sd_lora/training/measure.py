@@ -119,7 +119,7 @@ def _losses(run: Run, items: list[BatchItem], held: Sequence[Tensor | None], ste
     schedule, addresses = objective.schedule, [item.address for item in items]
     x0, mask, further = (None if x is None else x.to(device) for x in held)
     assert x0 is not None
-    noise = objective.noise.draw(x0 / schedule.data_std, addresses).to(device)
+    noise = objective.noise.draw(x0 / schedule.data_std, addresses)
     places = [item.stratum[0] for item in items if item.stratum]
     t = torch.tensor([run.validation.timesteps[place] for place in places], device=device)
     x_t = schedule.add_noise(x0, noise, t)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sd_lora.adapters.inject import lora_layers
-from sd_lora.adapters.merging import limit_norms, unmask_ranks
+from sd_lora.adapters.merging import scaled_norms, unmask_ranks
 from sd_lora.config.sample_prompts import SamplePrompt
 from sd_lora.config.schema import RunConfig
 from sd_lora.data.batches.stream import Batch, BatchItem, Stream
@@ -356,8 +356,7 @@ class Run:
         if uncertainty and skipped:
             uncertainty.forget()
         elif uncertainty:
-            seen = uncertainty.gradient.to(self.accelerator.device)
-            uncertainty.gradient.copy_(self.accelerator.reduce(seen, "mean"))
+            uncertainty.gradient.copy_(self.accelerator.reduce(uncertainty.gradient, "mean"))
             uncertainty.step()
 
     def limit_norms(self, step: int) -> None:
@@ -365,7 +364,7 @@ class Run:
         bound = self.config.scale_weight_norms
         for component, model in self.models.items():
             if bound is not None and not self.text.stops.lora_has_stopped(component, step):
-                limit_norms(model, bound)
+                scaled_norms(model, bound)
 
     def checkpoint_state(self) -> dict[str, Any]:
         """Name → state of a checkpoint, besides the factors."""

@@ -74,7 +74,7 @@ class Processes:
     def _end_with(self, number: int, work: Callable[[], int]) -> None:
         """Do the work of this forked process, with all that it says in the file of its number, and
         end with the exit code that the work returns; with 70 where it raises an error."""
-        _forget()
+        forget()
         code = 70
         with (self.said / f"{number}.txt").open("w") as file:
             sys.stdout = sys.stderr = file
@@ -99,7 +99,7 @@ def accelerate_launch(config: Path) -> tuple[argparse.Namespace, dict[str, str]]
     return flags, {name: text for name, text in variables.items() if before.get(name) != text}
 
 
-def _forget() -> None:
+def forget() -> None:
     """Give a forked process the state of a new one: a test before, in the process that it was
     forked from, may have left Accelerate's, of one process."""
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -199,7 +199,7 @@ class TwoHosts(Processes):
             process.start()
 
     def _run(self, host: int, line: Sequence[str], command: Sequence[str]) -> None:
-        _forget()
+        forget()
         os.environ |= {"ACCELERATE_USE_CPU": "true"}
         with (self.said / f"launcher-{host}.txt").open("w") as file:
             os.dup2(file.fileno(), 1)
