@@ -23,7 +23,8 @@ def build_lr_scheduler(
     """A learning-rate schedule counted in optimiser steps; `config.rows.SCHEDULES` has the names.
 
     The loop steps it once per optimiser step. Accelerate would step it once per process; so neither
-    accumulation nor the number of processes changes it.
+    accumulation nor the number of processes changes it. It counts the optimiser's steps by another
+    `step`, and must do so before Accelerate keeps that for fp16: torch would warn.
     """
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor_of(config, num_steps))
 

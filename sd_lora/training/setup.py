@@ -206,8 +206,8 @@ def ready(
         meta_pipeline=meta_pipeline,
         stream=stream,
         images=images,
+        lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),  # wraps `step`
         optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_scheduler=build_lr_scheduler(optimizer, resolved, plan.num_steps),
         summary=checked.summary,
         validation=validation,
         ledger=Ledger.of(images.instances, objective.timesteps, plan.samples_per_step),
