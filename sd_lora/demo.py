@@ -189,7 +189,7 @@ def ending(folder: Path) -> str:
     lines = [f"verdict: {verdict.text}"] if verdict else []
     if path.is_file():  # else no step was better than the base
         best = read_json(path)
-        merit = f"{100 * best['merit']:.0f} % (fidelity less leak and harm)"
+        merit = f"{100 * best['merit']:z.0f} % (fidelity less leak and harm)"
         lines.insert(0, f"best checkpoint: {best['checkpoint']}, merit {merit}")
     return "\n".join(lines)
 

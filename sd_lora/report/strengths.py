@@ -274,7 +274,7 @@ def lines(found: Sequence[Judged]) -> Iterator[str]:
         yield f"{one.path}:"
         for strength in one.strengths:
             mean, half = one.against(strength, 0.0)
-            text = f"  strength {strength:<4g}  loss {100 * mean:+.1f} % ± {100 * half:.1f}"
+            text = f"  strength {strength:<4g}  loss {100 * mean:+z.1f} % ± {100 * half:.1f}"
             if strength in one.scores:
                 text += f"; {told(one.scores[strength])}"
             yield text

@@ -342,4 +342,4 @@ def _advice(state: str, n: Mapping[str, float], there: Folder, is_worse: bool) -
 
 def percent(share: float) -> str:
     """A share in percent, with a digit behind the point where it is small."""
-    return f"{100 * share:.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"
+    return f"{100 * share:z.1f} %" if abs(share) < 0.1 else f"{100 * share:.0f} %"

@@ -46,4 +46,4 @@ class Interval:
         if math.isnan(self.mean):
             return "not told"
         around = f" ± {100 * self.half:.0f}" if math.isfinite(self.half) else ""
-        return f"{100 * self.mean:.0f} %{around}"
+        return f"{100 * self.mean:z.0f} %{around}"
