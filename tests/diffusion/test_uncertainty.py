@@ -1,5 +1,6 @@
 """Loss weights that are learned: they become the inverse of the mean loss at each timestep."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sd_lora.diffusion.schedule import NoiseSchedule
-from sd_lora.diffusion.uncertainty import Uncertainty, reweighted
+from sd_lora.diffusion.uncertainty import BETAS, CHANNELS, RATE, Uncertainty, reweighted
 from tests.tiny import build_pipeline
 
 
@@ -83,6 +84,26 @@ def test_a_loss_that_is_not_finite_is_forgotten(schedule: NoiseSchedule, share: 
     assert torch.equal(other.u, plain.u)
     assert torch.isfinite(other.weights).all()
     assert other.u.any()
+
+
+def test_a_state_of_an_earlier_version_goes_on(schedule: NoiseSchedule) -> None:
+    """A state whose Adam is not fused, as earlier versions saved it, is taken over: the next step
+    is that of the Adam that saved it."""
+    parameter = torch.zeros(CHANNELS, requires_grad=True)
+    theirs = torch.optim.Adam([parameter], lr=RATE, betas=BETAS)
+    ours = Uncertainty(schedule, 0, 1000)
+    for step in range(3):
+        gradient = torch.linspace(-1, 1, CHANNELS) * (step + 1)
+        parameter.grad = gradient.clone()
+        theirs.step()
+        if step == 1:
+            state = {"parameter": parameter.detach().clone(), "optimizer": theirs.state_dict()}
+            ours.load_state_dict(copy.deepcopy(state))
+        if step == 2:
+            ours.gradient.copy_(gradient)
+            ours.step()
+    torch.testing.assert_close(ours.parameter, parameter)
+    assert ours.optimizer.param_groups[0]["fused"]
 
 
 def test_features_are_finite_at_both_ends() -> None:

@@ -62,6 +62,7 @@ def test_an_interval_is_students() -> None:
     assert interval.text() == "90 % ± 25"
     assert Interval((0.5,)).half == math.inf
     assert (Interval((0.5,)).text(), Interval((math.nan,)).text()) == ("50 %", "not told")
+    assert Interval((-0.001,)).text() == "0 %"
     assert Interval(tuple(range(31))).half == pytest.approx(
         2.042 * math.sqrt(31 * 32 / 12) / math.sqrt(31), rel=3e-3
     )
