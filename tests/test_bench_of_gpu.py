@@ -48,6 +48,22 @@ def test_a_graphed_step_is_the_step() -> None:
     assert all(map(torch.equal, *factors))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_steps_are_measured_on_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card a tiny cell has times, peaks and shares of all candidates, the recorded one too."""
+    tiny = gpu.CONFIGS["sd1"] | {"unet": gpu.CONFIGS["sd1"]["unet"] | gpu.TINY}
+    monkeypatch.setattr(gpu, "CONFIGS", {"sd1": tiny})
+    monkeypatch.setattr(gpu, "SIDES", {"sd1": 64})
+    monkeypatch.setattr(gpu, "WAYS", {"graphed": ("graphs",)})
+    found = gpu.Found(tmp_path, {"product, TFLOP/s": 1.0})
+    row = gpu.steps(found, gpu.Cell("sd1", "attention", 1))
+    names = {*gpu.NAMES, "graphed"}
+    assert row["ms"].keys() == row["peak GiB"].keys() == names
+    assert {"counted peak GiB", "TFLOP/s", "of the card's rate"} <= row.keys()
+    assert all(value > 0 for value in row["ms"].values())
+
+
 def test_memory_is_that_of_a_check() -> None:
     """The step that is counted is the one that is measured: SD 1.5's 859,520,964 weights in
     bfloat16, and what `steps.py count` says of activations, 506 MiB with attention adapted, beside

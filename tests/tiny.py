@@ -94,6 +94,7 @@ def build_second_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProj
 
 KINDS = {
     "sd1": ("sd1", {}, {}),
+    "sd1-wide-heads": ("sd1", {"attention_head_dim": 2}, {}),  # of 8 channels and more
     "sd2": ("sd2", {}, {"prediction_type": "v_prediction"}),
     "sdxl": ("sdxl", {}, {}),
     "sdxl-v": (

@@ -175,6 +175,7 @@ def test_the_real_sd15_trains_on_a_cpu() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.fast_gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(

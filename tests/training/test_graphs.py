@@ -323,6 +323,7 @@ def test_losses_without_a_gradient_are_no_training(
 
 
 @pytest.mark.gpu
+@pytest.mark.fast_gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_host_does_not_wait_for_the_card() -> None:
     """A batch of another size, sent while the card is busy, arrives with its numbers, and the host
