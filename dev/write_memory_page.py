@@ -143,7 +143,8 @@ def step_rows(family: str, apart: Apart) -> list[str]:
         numbers = " | ".join(f"{c / GIB:.2f}" for c in cells)
         # samples: trained text encoders are among the weights already
         beside = apart.decoding if count.text_learns else max(apart.decoding, apart.text)
-        needed = max(count.peak, count.frozen + count.trained + beside) + RESERVE
+        drawing = count.frozen + count.trained + beside
+        needed = max(count.peak, drawing, apart.encoding, apart.text) + RESERVE
         card = next(size for size in SIZES if size * GIB >= needed)
         # a product of m·k·n numbers counts 2·m·k·n operations
         words = f"{NAMES[family]} | {setting.title} | {numbers} | {card} | {count.flop / 1e12:.1f}"
