@@ -275,6 +275,7 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests, agreed: 
         for parameter in run.text.stops.stopped_parameters(done):
             parameter.grad = None  # no step, no decay, and no part in the norm
         if done == run.first_step:
+            run.latents.check()
             tell_silent(run, done)
         norm = accelerator.clip_grad_norm_(run.parameters, config.max_grad_norm or math.inf)
         skipped = skips(run, norm)

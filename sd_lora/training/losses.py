@@ -50,10 +50,12 @@ class LossLog:
 
         Raises:
             Diverged: a loss or gradient norm that is not finite, with the step's images.
-            RunError: a loss scale of fp16 that falls for ever.
+            RunError: latents that are not finite, with their image; a loss scale of fp16 that
+                falls for ever.
         """
         if not self.waiting:
             return
+        self.run.latents.check()
         self.run.ledger.flush(self.run.accelerator, self.step)
         values = torch.stack([torch.stack([loss, norm]) for *_, loss, norm in self.waiting])
         values = self.run.accelerator.reduce(values, "mean").tolist()

@@ -108,8 +108,9 @@ def _read(run: Run, images: ImageSet, items: list[BatchItem]) -> list[Tensor | N
         for item in items
     ]
     drawn = run.latents.latents(items, loaded)
-    inpaints = run.parts.task is INPAINTING
-    return [drawn.x0, drawn.mask, run.latents.masked(items, loaded) if inpaints else None]
+    further = run.latents.masked(items, loaded) if run.parts.task is INPAINTING else None
+    run.latents.check()
+    return [drawn.x0, drawn.mask, further]
 
 
 def _losses(run: Run, items: list[BatchItem], held: Sequence[Tensor | None], step: int) -> Tensor:

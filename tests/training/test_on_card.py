@@ -21,6 +21,7 @@ from sd_lora.training.losses import LossLog
 from sd_lora.training.memory import RESERVE, Shape, count_step
 from sd_lora.training.setup import prepared_run
 from tests.card.device import NAME
+from tests.tiny import KINDS
 from tests.training.runs import images, text_to_image
 
 pytestmark = [
@@ -55,6 +56,8 @@ STEPS: dict[str, dict[str, Any]] = {
     },
     "learned weights": {"edm2_loss_weighting": True, "loss_type": "huber"},
     "norms": {"scale_weight_norms": 1.0, "snr_gamma": 5.0},
+    "encoded": {"cache_latents": "no", "cache_text_embeddings": "no"},
+    "sd1-inpainting": {},
     "preserved": {"output_preservation": "blank", "preservation_sampler_steps": 2},
     "masks": {"alpha_mask": True},
     "ranks": {"tlora_min_rank": 1},
@@ -90,7 +93,7 @@ def test_no_step_waits_for_the_card(way: str, tiny: Any, data: Path, tmp_path: P
     for name, value in STEPS[way].items():
         if needed := OPTIONS[name].package_of(value):
             pytest.importorskip(needed[0])
-    model = tiny("sdxl" if way == "sdxl" else "sd1")
+    model = tiny(way if way in KINDS else "sd1")
     if way == "masks":
         data = half_transparent(data, tmp_path / "masked")
     config = text_to_image(model, data, tmp_path / "o", **({"max_train_steps": 8} | STEPS[way]))

@@ -54,7 +54,7 @@ class Scaling:
 
     def scaled(self, z: Tensor) -> Tensor:
         """x₀ of latents z (…, C, H, W)."""
-        return (z - self.mean.to(z.device)) * self.factor.to(z.device)
+        return (z - sent(self.mean, z.device)) * sent(self.factor, z.device)
 
     def unscaled(self, x0: Tensor) -> Tensor:
         """The latents z of x₀ (…, C, H, W)."""
@@ -84,6 +84,7 @@ class Latents:
     def __init__(self, vae: AutoencoderKL, device: torch.device, table: LatentTable) -> None:
         self.vae, self.device, self.table = vae, device, table
         self.scaling = Scaling.of(vae)
+        self._doubted: list[tuple[str, Tensor]] = []  # names of images, and whether all is finite
 
     def at_once(self, size: Size) -> int:
         """Number of images of a size encoded at once.
@@ -95,22 +96,35 @@ class Latents:
 
     @torch.no_grad()
     def encode(self, pixels: Sequence[Tensor], names: Sequence[str]) -> list[Moments]:
-        """Latent distributions of images (3, H, W) of one size, on the CPU.
-
-        Raises:
-            RunError: latents that are not finite, with the image's name.
-        """
+        """Latent distributions of images (3, H, W) of one size, on the device, for which the host
+        does not wait: `check` tells whether they are finite."""
         brought(self.vae, self.device)
         height, width = pixels[0].shape[1:]
         moments: list[Moments] = []
         for part in torch.stack(list(pixels)).split(self.at_once((width, height))):
             there = sent(part, self.device).to(self.vae.dtype)
             latent = self.vae.encode(there).latent_dist
-            moments += map(Moments, latent.mean.cpu(), latent.std.cpu())
+            moments += map(Moments, latent.mean, latent.std)
         for m, name in zip(moments, names, strict=True):
-            if not (torch.isfinite(m.mean).all() and torch.isfinite(m.std).all()):
-                raise self._not_finite(name)
+            finite = torch.isfinite(m.mean).all() & torch.isfinite(m.std).all()
+            self._doubted.append((name, finite))
         return moments
+
+    def check(self) -> None:
+        """Raise RunError, with the image's name, if any latents encoded since the last check are
+        not finite."""
+        doubted, self._doubted = self._doubted, []
+        if not doubted:
+            return
+        finite = torch.stack([flag for _, flag in doubted]).tolist()
+        for (name, _), is_finite in zip(doubted, finite, strict=True):
+            if not is_finite:
+                raise self._not_finite(name)
+
+    def _to_keep(self, moments: Moments, mask: Tensor | None) -> Moments:
+        """A checked latent distribution on the CPU, with its mask."""
+        self.check()
+        return Moments(moments.mean.cpu(), moments.std.cpu(), mask)
 
     def _not_finite(self, name: str) -> RunError:
         precision = str(self.vae.dtype).removeprefix("torch.")
@@ -190,15 +204,11 @@ class Latents:
         pixels = [loaded.pixels for _, loaded in batch if loaded.pixels is not None]
         encoded = self.encode(pixels, [job.sample.name for job, _ in batch])
         for (job, loaded), m in zip(batch, encoded, strict=True):
-            self.table.put(job.key, Moments(m.mean, m.std, loaded.mask))
+            self.table.put(job.key, self._to_keep(m, loaded.mask))
             yield
 
     def latents(self, items: list[BatchItem], loaded: list[LoadedImage]) -> "LatentBatch":
-        """Latents of items of one size, sampled anew for each.
-
-        Raises:
-            RunError: a latent that is not finite, with the image's name.
-        """
+        """Latents of items of one size, sampled anew for each; see `check`."""
         moments = self._moments(loaded)
         masks = [m.mask for m in moments]
         mask = None
@@ -216,17 +226,21 @@ class Latents:
             for s, m in zip(fresh, self.encode(pixels, [s.name for s in fresh]), strict=True):
                 encoded.append(Moments(m.mean, m.std, s.mask))
                 if s.key:  # it was there, and another run removed it
+                    kept = self._to_keep(m, s.mask)
                     with suppress(RunError):  # a disk that is full now costs time, not the run
-                        self.table.put(s.key, encoded[-1])
+                        self.table.put(s.key, kept)
         rest = iter(encoded)
         return [m or next(rest) for m in known]
 
     def _drawn(self, moments: list[Moments], items: list[BatchItem], what: str) -> Tensor:
-        mean = torch.stack([m.mean for m in moments]).float()
-        std = torch.stack([m.std for m in moments]).float()
+        # cached ones are drawn on the CPU: one copy a batch
+        cached = all(m.mean.device.type == "cpu" for m in moments)
+        place = torch.device("cpu") if cached else self.device
+        mean = torch.stack([sent(m.mean, place) for m in moments]).float()
+        std = torch.stack([sent(m.std, place) for m in moments]).float()
         generators = [generator_for(*item.address, what) for item in items]
         noise = torch.stack([torch.randn(mean.shape[1:], generator=g) for g in generators])
-        return sent(self.scaling.scaled(mean + std * noise), self.device)  # one copy a batch
+        return sent(self.scaling.scaled(mean + std * sent(noise, place)), self.device)
 
     def masked(self, items: list[BatchItem], loaded: list[LoadedImage]) -> Tensor:
         """Further input channels of an inpainting UNet, (B, 1 + C, H, W) on the device.
@@ -238,7 +252,7 @@ class Latents:
         moments = self.encode(list(pixels * (1 - masks)), [s.name for s in loaded])
         rest = self._drawn(moments, items, "masked latent")
         small = F.interpolate(masks, size=rest.shape[-2:])  # nearest, as diffusers' pipeline
-        return torch.cat([small.to(rest), rest], dim=1)
+        return torch.cat([sent(small, self.device).to(rest.dtype), rest], dim=1)
 
 
 @dataclass(frozen=True)

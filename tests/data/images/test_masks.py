@@ -140,8 +140,9 @@ def overflowing() -> AutoencoderKL:
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_an_overflow_in_float16_is_named_with_its_remedy(cached: bool, tmp_path: Path) -> None:
-    """Latents that are not finite end the run before they are trained on, by the image's name and
-    with what to do; in float32 the same VAE is fine. Cached, and encoded as training goes."""
+    """Latents that are not finite end the run by the image's name and with what to do: before they
+    are kept, or where those that training has encoded are checked; in float32 the same VAE is
+    fine."""
     path = tmp_path / "lake.png"
     Image.linear_gradient("L").convert("RGB").resize((64, 64)).save(path)
     digest = content_digest(path.read_bytes())
@@ -153,7 +154,9 @@ def test_an_overflow_in_float16_is_named_with_its_remedy(cached: bool, tmp_path:
         latents.fill(latents.jobs(images), [], iter)
         loaded = latents.table.loaded(sample, SQUARE, False, random=False)
         assert (loaded.key in latents.table) == cached
-        return latents.latents([item(0)], [loaded]).x0
+        found = latents.latents([item(0)], [loaded]).x0
+        latents.check()
+        return found
 
     assert torch.isfinite(x0(overflowing())).all()
     assert torch.isfinite(x0(build_pipeline("sdxl").vae.half())).all()
@@ -163,5 +166,7 @@ def test_an_overflow_in_float16_is_named_with_its_remedy(cached: bool, tmp_path:
     # what a mask leaves is encoded by itself
     latents = latents_of(overflowing().half())
     loaded = latents.table.read(sample, SQUARE, False)
+    latents.masked([item(0)], [loaded])
     with pytest.raises(RunError, match=message):
-        latents.masked([item(0)], [loaded])
+        latents.check()
+    latents.check()  # it is told once
