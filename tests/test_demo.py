@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_short_demo_learns_the_subject(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """220 steps of the demo at a constant rate: the exported file, loaded into a fresh base, draws
+    """140 steps of the demo at a constant rate: the exported file, loaded into a fresh base, draws
     images nearer to the held-out ones than the base's, none a copy, and other prompts are followed
     as before; real images lose some of their fidelity behind the base's VAE. Eight steps of the
     sampler in place of twenty, and one set of images of three."""
     monkeypatch.setattr("sd_lora.demo.STEPS", 8)
     monkeypatch.setattr("sd_lora.demo.SETS", 1)
     sample_data = find_sample_data()
-    schedule = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 220}
+    schedule = {"lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": 140}
     config = demo_config(sample_data, str(tmp_path / "out"), **schedule)
     result = sd_lora.train(config)
     outcome, reachable, sheet = evaluate(config, result.files[0].path, sample_data)
