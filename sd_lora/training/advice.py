@@ -14,6 +14,7 @@ from sd_lora.config.schema import OPTIONS, RunConfig
 from sd_lora.data.batches.stream import Batch
 from sd_lora.errors import UsageError
 from sd_lora.files import size_text
+from sd_lora.models.families import INPAINTING
 from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import build_on_meta
 from sd_lora.training.fit import Fit
@@ -194,11 +195,17 @@ def _beside(run: Run) -> dict[str, list[nn.Module]]:
     return {"cache_latents": [run.parts.vae], "cache_text_embeddings": encoders}
 
 
-def beside_of(config: RunConfig, base: Base) -> dict[str, int]:
+def encodes_in_steps(plan: Plan, base: Base) -> bool:
+    """Whether a run's steps encode images; those of an inpainting UNet do so with what their masks
+    leave."""
+    return plan.encodes_images or base.task is INPAINTING
+
+
+def beside_of(config: RunConfig, base: Base, encodes: bool) -> dict[str, int]:
     """Option that keeps frozen models off the device → their bytes on it beside a step; see
-    `Place`."""
+    `Place`. encodes: whether steps encode images."""
     beside = {}
-    if config.cache_latents == "no":
+    if encodes:
         vae = build_on_meta("vae", base.vae_config)
         width = vae_dtype(config).itemsize
         beside["cache_latents"] = width * sum(p.numel() for p in _staying(config, vae))

@@ -17,7 +17,7 @@ from sd_lora.errors import UsageError
 from sd_lora.files import size_text
 from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import MetaPipeline
-from sd_lora.training.advice import Place, Rung, beside_of, flags_that_fit
+from sd_lora.training.advice import Place, Rung, beside_of, encodes_in_steps, flags_that_fit
 from sd_lora.training.memory import RESERVE, HeldBytes, Shape, count_step
 from sd_lora.training.plan import Plan
 from sd_lora.training.recompute import All, Call, Recomputed, without_budget
@@ -168,7 +168,8 @@ def within_budget(
     config = config or plan.config
     if config.budget is None:
         return None
-    beside, reserve = beside_of(config, base), RESERVE if device != "cpu" else 0
+    beside = beside_of(config, base, encodes_in_steps(plan, base))
+    reserve = RESERVE if device != "cpu" else 0
     held, configs, shape = sum(beside.values()) + reserve, base.meta_pipeline, largest_shape(plan)
     room = config.budget - held
     chosen, number, peak, share = choose(config, configs, shape, room)

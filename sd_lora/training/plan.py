@@ -64,6 +64,12 @@ class Plan:
         return self.has_classes + self.config.preserves
 
     @property
+    def encodes_images(self) -> bool:
+        """Whether steps encode images: all, or those that are cut at random."""
+        numbers = range(len(self.images.samples))
+        return self.config.encodes_in_steps or any(map(self.images.is_random, numbers))
+
+    @property
     def num_samples(self) -> int:
         """Samples of an epoch that count in the loss."""
         return self.epochs.num_samples

@@ -1,5 +1,6 @@
 """A planned run on a card: whether its steps fit, and their least time, by count."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -16,7 +17,14 @@ from sd_lora.models.load import Base
 from sd_lora.models.meta_pipeline import MetaPipeline, build_on_meta
 from sd_lora.report.summary import duration
 from sd_lora.sampling.sampler import LARGEST_WHOLE
-from sd_lora.training.advice import Place, Rung, beside_of, encoders_of, flags_that_fit
+from sd_lora.training.advice import (
+    Place,
+    Rung,
+    beside_of,
+    encoders_of,
+    encodes_in_steps,
+    flags_that_fit,
+)
 from sd_lora.training.budget import largest_shape
 from sd_lora.training.cards import Card
 from sd_lora.training.memory import GIB, RESERVE, Shape, StepBytes, count_step, count_vae
@@ -149,7 +157,8 @@ def predict(
     config = without_budget(of_card(plan.config, card.precision))
     number = largest_shape(plan).number
     chosen = recomputed.blocks if recomputed else None
-    configs, beside = base.meta_pipeline, beside_of(config, base)
+    encodes = encodes_in_steps(plan, base)
+    configs, beside = base.meta_pipeline, beside_of(config, base, encodes)
     held = sum(beside.values())
     counted: dict[Size, tuple[StepBytes, StepBytes]] = {}
     for bucket in counted_buckets(plan):
@@ -176,11 +185,12 @@ def predict(
     first = Rung("", config, Shape(number, largest), held)
     place = Place(plan, "cuda", beside)
     flags, needed = _flags(place, first, configs, card, counted[largest])
+    count, in_steps = counted[largest][0], number * encodes
     others: dict[Work, int] = {
-        "encoding images": _encoding(config, base, plan.epochs.buckets, counted[largest][0])
+        "encoding images": _encoding(config, base, _encoded_at_once(plan), in_steps, count)
     }
     if config.draws_samples:
-        others["drawing sample images"] = _drawing(config, base, largest, counted[largest][0])
+        others["drawing sample images"] = _drawing(config, base, largest, count)
     return Prediction(card, config, number, plan.num_steps, shares, steps, flags, needed, others)
 
 
@@ -213,23 +223,44 @@ def _flags(
     return ("", needed) if needed <= room else flags_that_fit(place, step, bytes_of, room)
 
 
-def _encoding(config: RunConfig, base: Base, buckets: Mapping[Size, int], count: StepBytes) -> int:
-    """Bytes while images are encoded: of the VAE alone before the steps, or beside what a step
-    holds of weights and states where its images have no cache; see `Prediction`.
+def _encoded_at_once(plan: Plan) -> dict[Size, int]:
+    """Size → images that a card encodes at once: no more than there are, with their flips."""
+    there = Counter[Size]()
+    for sample, size in zip(plan.images.samples, plan.images.buckets, strict=True):
+        there[size] += 1 + sample.source.random_flip
+    return {
+        size: at_once_on_card(size) if plan.has_classes else min(at_once_on_card(size), number)
+        for size, number in there.items()
+    }
 
-    buckets: size → images. count: of a step.
+
+def _encoding(
+    config: RunConfig, base: Base, most: Mapping[Size, int], in_steps: int, count: StepBytes
+) -> int:
+    """Bytes while images are encoded: by the VAE alone, or, where that is more, beside what a step
+    holds of weights and states; see `Prediction`.
+
+    most: size → images at once. in_steps: images that a step encodes; 0 where all are cached.
+    count: of a step.
     """
-    numbers = {size: min(at_once_on_card(size), most) for size, most in buckets.items()}
-    size = max(numbers, key=lambda size: numbers[size] * _area(size))
     dtype = vae_dtype(config)
-    shape = (numbers[size], 3, *reversed(size))
+    vae = build_on_meta("vae", base.vae_config).to(dtype)
 
-    def encode(vae: Any) -> object:
-        return vae.encode(torch.empty(shape, dtype=dtype, device="meta"))  # counted, too
+    def bytes_of(numbers: Mapping[Size, int]) -> int:
+        size = max(numbers, key=lambda size: numbers[size] * _area(size))
+        shape = (numbers[size], 3, *reversed(size))
 
-    alone = count_vae(build_on_meta("vae", base.vae_config).to(dtype), encode)
-    held = count.frozen + count.trained if config.encodes_in_steps else 0
-    return held + alone + RESERVE
+        def encode(vae: Any) -> object:
+            return vae.encode(torch.empty(shape, dtype=dtype, device="meta"))  # counted, too
+
+        return count_vae(vae, encode)
+
+    needed = bytes_of(most)
+    if in_steps:
+        held = count.frozen + count.trained
+        fewer = {size: min(number, in_steps) for size, number in most.items()}
+        needed = max(0 if config.encodes_in_steps else needed, held + bytes_of(fewer))
+    return needed + RESERVE
 
 
 def _drawing(config: RunConfig, base: Base, size: Size, count: StepBytes) -> int:

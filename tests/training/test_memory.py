@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -240,6 +241,31 @@ def test_samples_are_predicted_on_a_card(tiny_sd1: Path, tmp_path: Path) -> None
     assert ". Drawing sample images takes " in found[2][1]
     assert found[2][1].endswith("add --num_validation_images 0")
     assert all("samples" not in text for _, text in (found[0], found[1], found[3]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "encodes"),
+    [
+        ("sd1", {}, False),
+        ("sd1", {"cache_latents": "no"}, True),
+        ("sd1", {"center_crop": False, "resolution": 32}, True),
+        ("sd1-inpainting", {}, True),
+    ],
+)
+def test_steps_that_encode_have_the_vae_beside_them(
+    kind: str, options: dict[str, object], encodes: bool, tiny: Any, tmp_path: Path
+) -> None:
+    """Without a cache, with random crops and for an inpainting UNet, a step is told with the VAE's
+    weights beside what is counted of it; with cached latents it is not."""
+    config = text_to_image(
+        tiny(kind), images(tmp_path / "data", 2, (64, 96)), tmp_path / "o", **options
+    )
+    prediction = check(config, page=False, card=Card("one", 24, 10, 10, 400)).prediction
+    assert prediction
+    base = base_of(config)
+    vae = sum(p.nbytes for p in base.load().vae.parameters())
+    count = count_step(prediction.config, base.meta_pipeline, Shape(4, *prediction.steps))
+    assert prediction.peak == count.peak + RESERVE + vae * encodes
 
 
 def test_the_peak_is_that_of_the_system() -> None:
