@@ -1,4 +1,4 @@
-"""What the processes of a run wish, agreed on in each step while their cards go on."""
+"""Wishes of a run's processes, agreed on in each step while their cards go on."""
 
 from collections.abc import Sequence
 

@@ -295,9 +295,8 @@ def steps_from(done: int, run: Run, log: "LossLog", requests: Requests, agreed: 
         # once in a while: read the losses, save, stop, draw samples
         if done % LOG_EVERY == 0 or done == num_steps:
             log.flush()
-        wishes = [False, False, bool(requests.reason)]
-        wishes[SAVE] = requests.take_save() or minutes_are_over(config, saved_at)
-        wishes[DRAW] = requests.wants_sample
+        saves = requests.take_save() or minutes_are_over(config, saved_at)
+        wishes = [saves, requests.wants_sample, bool(requests.reason)]  # SAVE, DRAW, to end
         is_time, drawing, stopping = agreed(wishes, wait=done == num_steps)
         saving = stopping or is_time or done % config.checkpointing_steps == 0 or done == num_steps
         looks = validation_is_due(run, done) or score_is_due(run, done)

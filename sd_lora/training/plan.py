@@ -67,7 +67,7 @@ class Plan:
     def encodes_images(self) -> bool:
         """Whether steps encode images: all, or those that are cut at random."""
         numbers = range(len(self.images.samples))
-        return self.config.encodes_in_steps or any(map(self.images.is_random, numbers))
+        return self.config.caches_no_latents or any(map(self.images.is_random, numbers))
 
     @property
     def num_samples(self) -> int:

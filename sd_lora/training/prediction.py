@@ -255,12 +255,11 @@ def _encoding(
 
         return count_vae(vae, encode)
 
-    needed = bytes_of(most)
-    if in_steps:
-        held = count.frozen + count.trained
-        fewer = {size: min(number, in_steps) for size, number in most.items()}
-        needed = max(0 if config.encodes_in_steps else needed, held + bytes_of(fewer))
-    return needed + RESERVE
+    before = 0 if config.caches_no_latents else bytes_of(most)
+    if not in_steps:
+        return before + RESERVE
+    fewer = {size: min(number, in_steps) for size, number in most.items()}
+    return max(before, count.frozen + count.trained + bytes_of(fewer)) + RESERVE
 
 
 def _drawing(config: RunConfig, base: Base, size: Size, count: StepBytes) -> int:

@@ -1,7 +1,8 @@
-"""pytest, or another module of Python with a dash before it, in a process that has the card:
+"""pytest, or a module or script after --run, in a process that has the card:
 
 python -m tests.card -m gpu
 python -m tests.card --run sd_lora train …
+python -m tests.card --run benchmarks/peak.py
 """
 
 import runpy

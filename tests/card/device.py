@@ -110,9 +110,6 @@ def _of_memory(card: Any) -> dict[str, Any]:
     """torch.cuda's functions of memory, and of random numbers, which are the CPU's."""
     import torch
 
-    def seed(number: int) -> None:
-        torch.default_generator.manual_seed(number)
-
     return {
         "mem_get_info": lambda _=None: (TOTAL - card.card_used(), TOTAL),
         "set_per_process_memory_fraction": lambda share, _=None: card.card_limit(
@@ -134,39 +131,45 @@ def _of_memory(card: Any) -> dict[str, Any]:
     }
 
 
+class Stream:
+    """A stream, whose work is done at once."""
+
+    device_index = 0
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        self.cuda_stream = id(self)
+
+    def wait_stream(self, _: "Stream") -> None:
+        pass
+
+    def wait_event(self, _: "Event") -> None:
+        pass
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or Event()
+
+
+class Event:
+    """A place in a stream, which has been reached."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, _: Any = None) -> None:
+        pass
+
+    def wait(self, _: Any = None) -> None:
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
 def _of_streams(card: Any) -> dict[str, Any]:
-    """torch.cuda's streams, in which all is done at once, and graphs."""
-
-    class Stream:
-        device_index = 0
-
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.cuda_stream = id(self)
-
-        def wait_stream(self, _: "Stream") -> None:
-            pass
-
-        def wait_event(self, _: "Event") -> None:
-            pass
-
-        def record_event(self, event: Any = None) -> Any:
-            return event or Event()
-
-    class Event:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
-
-        def record(self, _: Any = None) -> None:
-            pass
-
-        def wait(self, _: Any = None) -> None:
-            pass
-
-        def query(self) -> bool:
-            return True
-
-        def synchronize(self) -> None:
-            pass
+    """torch.cuda's streams and graphs."""
 
     class CUDAGraph:
         index: int | None = None

@@ -77,7 +77,9 @@ BOTH = {"offload_weights": True, "offload_activations": True}
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("way", ["stacks of bfloat16", "int8", "text stops", "nothing cached"])
+@pytest.mark.parametrize(
+    "way", ["again", "stacks of bfloat16", "bfloat16 again", "int8", "text stops", "nothing cached"]
+)
 def test_the_same_steps_on_a_card(
     way: str, tiny_sd1: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

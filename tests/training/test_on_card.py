@@ -143,8 +143,9 @@ def test_the_peak_is_the_counted_one(options: dict[str, Any], tiny: Any, tmp_pat
 
 @only_here
 def test_encoding_takes_the_counted_bytes(tiny: Any, tmp_path: Path) -> None:
-    """So does the encoding of images before the steps, of as many at once as are counted, or in the
-    steps, where they have no cache; the answer for a card with less says so with the flag."""
+    """Encoding images asks for the counted bytes, before the steps, of as many at once as are
+    counted, and in the steps, where latents have no cache; the answer for a card with less names
+    the flag."""
     data = images(tmp_path / "data", 12, (512, 256))
     config = text_to_image(
         tiny("sd1-wide-heads"), data, tmp_path / "o", resolution=320, train_batch_size=2,

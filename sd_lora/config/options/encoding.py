@@ -54,8 +54,8 @@ class EncodingOptions(Section):
     # fmt: on
 
     @property
-    def encodes_in_steps(self) -> bool:
-        """Whether images have no cache, and each step encodes its own."""
+    def caches_no_latents(self) -> bool:
+        """Whether latents are kept nowhere, and each step encodes its images."""
         return self.cache_latents == "no"
 
 
